@@ -1,0 +1,49 @@
+"""ngeval: how close is the update that an optimizer makes to the exact natural gradient?"""
+
+from importlib.metadata import version as _version
+
+from ngeval.errors import (
+    CheckpointError,
+    EngineError,
+    InputError,
+    ModelError,
+    NgevalError,
+    NumericalError,
+    OutputError,
+    TaskError,
+)
+from ngeval.evaluate import evaluate, summarize
+from ngeval.fisher import FisherOperator
+from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ngeval.methods import METHODS, Method, get_method
+from ngeval.metrics import gamma, gamma_floor, gamma_min, gradient_norms, loss_change
+from ngeval.problem import Problem
+
+__version__ = _version("ngeval")
+
+__all__ = [
+    "METHODS",
+    "Bernoulli",
+    "Categorical",
+    "CheckpointError",
+    "EngineError",
+    "FisherOperator",
+    "Gaussian",
+    "InputError",
+    "Likelihood",
+    "Method",
+    "ModelError",
+    "NgevalError",
+    "NumericalError",
+    "OutputError",
+    "Problem",
+    "TaskError",
+    "evaluate",
+    "gamma",
+    "gamma_floor",
+    "gamma_min",
+    "get_method",
+    "gradient_norms",
+    "loss_change",
+    "summarize",
+]

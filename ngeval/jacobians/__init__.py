@@ -1,0 +1,10 @@
+"""Per-sample rows of the Jacobian: one capture path behind one class.
+
+Everything that ngeval needs of single samples is a set of rows J_nᵀv for cotangents v at
+sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jacobian, v = the
+columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
+"""
+
+from ngeval.jacobians.rows import DEFAULT_MEMORY, RowSource, gram_matrix, squared_column_sums
+
+__all__ = ["DEFAULT_MEMORY", "RowSource", "gram_matrix", "squared_column_sums"]

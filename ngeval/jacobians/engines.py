@@ -1,0 +1,79 @@
+"""The engines that compute rows J_nᵀv: whole-model ``vmap``, and a loop over samples.
+
+An engine takes a model function, some of its samples and Q cotangents for each, and returns
+for each parameter the rows of shape ``(samples, Q, *parameter.shape)``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+
+
+class Engine(Protocol):
+    """Rows of the Jacobian for a slice of the samples."""
+
+    def __call__(
+        self, function: ModelFunction, samples: slice, cotangents: Tensor
+    ) -> Parameters:
+        """Compute J_nᵀv_nq.
+
+        Args:
+            function: the model at θ on its batch.
+            samples: which samples of the batch.
+            cotangents: v of shape ``(samples, Q, *positions, C)``.
+
+        Returns:
+            By parameter name, rows of shape ``(samples, Q, *parameter.shape)``.
+        """
+        ...
+
+
+def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
+    """All samples at once: ``vmap`` over samples of a VJP, ``vmap``-ed over its cotangents."""
+    batch = map_inputs(function.inputs, lambda t: t[samples])
+
+    def rows_of_one(sample: object, vectors: Tensor) -> Parameters:
+        outputs, pull_back = torch.func.vjp(
+            lambda p: function.single(p, sample),  # type: ignore[arg-type]
+            function.parameters,
+        )
+        rows: Parameters = torch.func.vmap(lambda v: pull_back(v.to(outputs.dtype))[0])(vectors)
+        return rows
+
+    with autograd_enabled():
+        result: Parameters = torch.func.vmap(rows_of_one)(batch, cotangents)
+    return result
+
+
+def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
+    """One sample, one cotangent at a time by plain autograd: slow, and works for any model."""
+    leaves = {n: p.detach().requires_grad_() for n, p in function.parameters.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    start = samples.start or 0
+    for offset, vectors in enumerate(cotangents):
+        one = slice(start + offset, start + offset + 1)
+        with autograd_enabled():
+            outputs = function(leaves, map_inputs(function.inputs, lambda t, one=one: t[one]))
+            for vector in vectors:
+                gradients = torch.autograd.grad(
+                    outputs,
+                    list(leaves.values()),
+                    vector.unsqueeze(0).to(outputs.dtype),
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                for name, gradient in zip(leaves, gradients, strict=True):
+                    rows[name].append(gradient)
+    lead = cotangents.shape[:2]
+    return {
+        name: torch.stack(stacked).reshape(*lead, *leaves[name].shape)
+        for name, stacked in rows.items()
+    }
+
+
+ENGINES: dict[str, Engine] = {"vmap": vmap_rows, "loop": loop_rows}

@@ -1,0 +1,186 @@
+"""Blocks of Jacobian rows in bounded memory, and the two reductions made of them.
+
+Rows are numbered n·Q + q for sample n and its cotangent q. No more rows exist at one time than
+the memory budget allows: a Gram matrix is then assembled from pairs of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError, InputError, nearest_name
+from ngeval.functional import ModelFunction, Parameters
+from ngeval.jacobians.engines import ENGINES, Engine
+
+DEFAULT_MEMORY = 4 * 2**30
+"""Bytes that rows of the Jacobian may take at one time, unless the caller says otherwise."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some samples, and some of the Q cotangents of each."""
+
+    samples: slice
+    vectors: slice
+    rows: slice
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows come from: a model at θ, the engine, and the memory that it may use.
+
+    Attributes:
+        function: the model at θ on its batch.
+        engine_name: ``"vmap"`` or ``"loop"``.
+        memory: bytes for the rows that are held at one time.
+    """
+
+    function: ModelFunction
+    engine_name: str
+    memory: int = DEFAULT_MEMORY
+
+    @classmethod
+    def choose(cls, function: ModelFunction, engine: str, memory: int) -> RowSource:
+        """Resolve ``engine="auto"`` by trying ``vmap`` on one sample.
+
+        Raises:
+            InputError: no such engine, or the memory budget is not positive.
+        """
+        if engine not in ("auto", *ENGINES):
+            raise InputError(f"unknown engine {engine!r}; {nearest_name(engine, ENGINES)}")
+        if memory <= 0:
+            raise InputError(f"memory must be a positive number of bytes, not {memory}")
+        if engine == "auto":
+            engine = "vmap" if _vmap_works(function) else "loop"
+        return cls(function, engine, memory)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself."""
+        return ENGINES[self.engine_name]
+
+    def blocks(self, cotangents: Tensor) -> list[Block]:
+        """Split N·Q rows into blocks, two of which fit in the memory budget together.
+
+        Raises:
+            EngineError: not even two single rows fit.
+        """
+        num_samples, num_vectors = cotangents.shape[:2]
+        # A row in the model's dtype, and its float64 copy while a product is formed.
+        row_bytes = self.function.num_parameters * (self.function.dtype.itemsize + 8)
+        if num_samples * num_vectors * row_bytes <= self.memory:
+            everything = slice(0, num_samples * num_vectors)
+            return [Block(slice(0, num_samples), slice(0, num_vectors), everything)]
+        limit = self.memory // (2 * row_bytes)
+        if limit < 1:
+            raise EngineError(
+                f"one row of the Jacobian takes {row_bytes / 2**20:.0f} MiB and two are needed, "
+                f"but the memory budget is {self.memory / 2**20:.0f} MiB; raise memory="
+            )
+        if limit < num_vectors:
+            return [
+                _block(slice(n, n + 1), slice(q, min(q + limit, num_vectors)), num_vectors)
+                for n in range(num_samples)
+                for q in range(0, num_vectors, limit)
+            ]
+        step = limit // num_vectors
+        every = slice(0, num_vectors)
+        return [
+            _block(slice(n, min(n + step, num_samples)), every, num_vectors)
+            for n in range(0, num_samples, step)
+        ]
+
+    def compute(self, cotangents: Tensor, block: Block) -> Parameters:
+        """The rows of one block, by parameter, each of shape ``(rows, parameter.numel())``."""
+        chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
+        rows = self.engine(self.function, block.samples, chosen)
+        count = block.rows.stop - block.rows.start
+        return {name: tensor.reshape(count, -1) for name, tensor in rows.items()}
+
+    def iterate(self, cotangents: Tensor) -> Iterator[tuple[Block, Parameters]]:
+        """All rows J_nᵀv_nq, block by block.
+
+        Args:
+            cotangents: v of shape ``(N, Q, *positions, C)``.
+        """
+        for block in self.blocks(cotangents):
+            yield block, self.compute(cotangents, block)
+
+
+def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
+    """Inner products of all rows: entry (n·Q+q, m·Q+p) is (J_nᵀv_nq)·(J_mᵀv_mp).
+
+    Accumulated in float64, one parameter at a time: the matrix of gradients reaches condition
+    numbers beyond what float32 sums resolve.
+
+    Args:
+        source: the model, engine and memory budget.
+        cotangents: v of shape ``(N, Q, *positions, C)``.
+
+    Returns:
+        A symmetric float64 matrix of shape ``(N·Q, N·Q)``.
+    """
+    size = cotangents.shape[0] * cotangents.shape[1]
+    gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
+    blocks = source.blocks(cotangents)
+    for i, block in enumerate(blocks):
+        rows = source.compute(cotangents, block)
+        _add_own_products(gram[block.rows, block.rows], rows)
+        for other in blocks[i + 1 :]:
+            _add_cross_products(
+                gram[other.rows, block.rows], source.compute(cotangents, other), rows
+            )
+    lower = torch.tril(gram, -1)
+    return torch.diag(gram.diagonal()) + lower + lower.T
+
+
+def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
+    """Σ_{n,q} (J_nᵀv_nq)² entrywise: a float64 vector of length P.
+
+    With v the columns of S this is diag F; with v = u it is the diagonal of the empirical Fisher.
+    """
+    sums = {
+        name: torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
+        for name, p in source.function.parameters.items()
+    }
+    for _, rows in source.iterate(cotangents):
+        for name, tensor in rows.items():
+            sums[name] += tensor.to(torch.float64).square().sum(0)
+    return torch.cat(list(sums.values()))
+
+
+def _block(samples: slice, vectors: slice, num_vectors: int) -> Block:
+    start = samples.start * num_vectors + vectors.start
+    stop = (samples.stop - 1) * num_vectors + vectors.stop
+    return Block(samples, vectors, slice(start, stop))
+
+
+def _add_own_products(target: Tensor, rows: Parameters, strips: int = 4) -> None:
+    """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is not computed."""
+    size = target.shape[0]
+    bounds = [size * i // strips for i in range(strips + 1)]
+    for tensor in rows.values():
+        wide = tensor.to(torch.float64)
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            target[start:stop, :stop].addmm_(wide[start:stop], wide[:stop].T)
+
+
+def _add_cross_products(target: Tensor, left: Parameters, right: Parameters) -> None:
+    for name, tensor in left.items():
+        target.addmm_(tensor.to(torch.float64), right[name].to(torch.float64).T)
+
+
+def _vmap_works(function: ModelFunction) -> bool:
+    """Whether ``vmap`` can trace the model (data-dependent control flow, for one, it cannot)."""
+    with torch.no_grad():
+        outputs = function(function.parameters)
+    cotangents = torch.zeros_like(outputs[:1]).unsqueeze(1)
+    try:
+        ENGINES["vmap"](function, slice(0, 1), cotangents)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""``ef`` and ``ief``: the empirical Fisher and its improved form, exactly and per batch.
+
+Both are Gᵀ(K + λI)⁻¹b. By the Woodbury identity EF's (GᵀG + λI)⁻¹g is the one with b = 1; iEF
+takes b_n = s_n = ‖u_n‖². At λ → 0 with K invertible the step −η d changes the loss of sample n
+by −η b_n to first order: the same for all samples under EF, in proportion to ‖u_n‖² under iEF.
+Source: Wu et al., "An improved empirical Fisher approximation for natural gradient descent"
+(arXiv 2406.06420).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.kernel import Spectrum, gradient_gram
+from ngeval.methods.base import CotangentState
+from ngeval.problem import Problem
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """d(λ) = Gᵀ(K + λI)⁻¹b with b = 1 (EF) or b_n = ‖u_n‖² (iEF)."""
+
+    name: str
+    improved: bool
+
+    def prepare(self, problem: Problem, seed: int = 0) -> EmpiricalState:
+        """Factor K once."""
+        spectrum = problem.remember(
+            "gradient_spectrum", lambda: Spectrum.of(gradient_gram(problem), problem.dtype)
+        )
+        squares = problem.residual.square().flatten(1).sum(1)
+        return EmpiricalState(
+            problem, spectrum, squares if self.improved else torch.ones_like(squares)
+        )
+
+
+class EmpiricalState(CotangentState):
+    """w_n = c_n u_n with c = (K + λI)⁻¹b."""
+
+    def __init__(self, problem: Problem, spectrum: Spectrum, right: Tensor) -> None:
+        """Keep the factored K and the right-hand side b."""
+        super().__init__(problem, spectrum.largest)
+        self.spectrum = spectrum
+        self.right = right
+
+    def cotangents(self, dampings: Tensor) -> Tensor:
+        """c_n(λ) u_n for every λ."""
+        coefficients = self.spectrum.solve(self.right, dampings)
+        residual = self.problem.residual
+        shape = (*coefficients.shape, *[1] * (residual.ndim - 1))
+        return coefficients.reshape(shape) * residual

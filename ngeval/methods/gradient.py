@@ -1,0 +1,46 @@
+"""``sgd``: the plain gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.methods.base import Tangents
+from ngeval.problem import Problem
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """d = g for every λ. It has no curvature of its own."""
+
+    name: str = "sgd"
+
+    def prepare(self, problem: Problem, seed: int = 0) -> SgdState:
+        """Nothing to prepare."""
+        return SgdState(problem)
+
+
+class SgdState:
+    """The gradient, whatever the damping; one JVP serves all, and no kernel is needed."""
+
+    largest_curvature = math.nan
+
+    def __init__(self, problem: Problem) -> None:
+        """Keep the problem."""
+        self.problem = problem
+
+    def direction(self, damping: float) -> Tensor:
+        """The batch gradient."""
+        return self.problem.gradient()
+
+    def tangents(self, dampings: Sequence[float]) -> Tangents:
+        """t = J g, the same for every λ."""
+        gradient = self.problem.gradient()
+        tangent = self.problem.jvp(gradient)
+        squared_norm = gradient.to(torch.float64).square().sum()
+        count = len(dampings)
+        return Tangents(tangent.expand(count, *tangent.shape), squared_norm.expand(count))

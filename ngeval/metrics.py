@@ -1,0 +1,142 @@
+"""γ, its bounds, and what an update does to single samples.
+
+γ(d) = √(dᵀFd) / |dᵀg| is the square root of the KL that an update spends, over the loss that
+it buys; smaller is better, and scaling d changes nothing. Source: Wu et al. (arXiv 2406.06420),
+"approximation quality indicator". Everything is computed from the logit tangent t = J d:
+dᵀFd = Σ_n t_nᵀH_nt_n and dᵀg = Σ_n u_nᵀt_n.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ngeval.errors import NumericalError
+from ngeval.kernel import fisher_spectrum
+from ngeval.problem import Direction, Problem
+
+
+class Quadratics(NamedTuple):
+    """What γ is made of, for L updates: float64 tensors of shape ``(L,)``.
+
+    Attributes:
+        curvature: dᵀFd, in nats per squared step.
+        decrease: dᵀg, the first-order loss decrease per unit step of −d, in nats.
+        resolution: the size of rounding in ``decrease``.
+    """
+
+    curvature: Tensor
+    decrease: Tensor
+    resolution: Tensor
+
+    @property
+    def gammas(self) -> Tensor:
+        """γ of each update; NaN where dᵀg is nothing but rounding."""
+        values = self.curvature.sqrt() / self.decrease.abs()
+        return torch.where(self.decrease.abs() > self.resolution, values, math.nan)
+
+
+def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
+    """dᵀFd and dᵀg from logit tangents.
+
+    Args:
+        problem: the problem whose Fisher and gradient grade.
+        tangents: t = J d, shape ``(L, N, *positions, C)``.
+    """
+    curvature = problem.distribution.factor_transpose_product(tangents).square()
+    terms = problem.residual * tangents
+    rounding = torch.finfo(torch.float64).eps * terms.abs().flatten(1).sum(1)
+    return Quadratics(curvature.flatten(1).sum(1), terms.flatten(1).sum(1), rounding)
+
+
+def gamma(problem: Problem, direction: Direction) -> float:
+    """γ(d) = √(dᵀFd) / |dᵀg| of any update, for one JVP.
+
+    Args:
+        problem: the problem whose exact Fisher and gradient grade.
+        direction: d, a vector of length P or a dict by parameter name; sign and scale do not
+            matter.
+
+    Raises:
+        InputError: the direction does not fit.
+        NumericalError: dᵀg = 0, so the update buys no loss and γ is not defined.
+    """
+    value = float(quadratics(problem, problem.jvp(direction).unsqueeze(0)).gammas[0])
+    if math.isnan(value):
+        raise NumericalError("dᵀg = 0 to rounding: the update changes no loss, so γ is undefined")
+    return value
+
+
+def gamma_floor(problem: Problem) -> float:
+    """The closed-form floor (Σ_n u_nᵀH_n⁺u_n)^(−1/2) ≤ γ_min; ∞ where every residual is 0.
+
+    It needs the outputs alone: no Jacobian. γ_min equals it when r = S⁺u lies in the range of
+    SᵀJ, as it does when J has full row rank.
+    """
+    total = float(problem.distribution.floor_terms().sum())
+    return total**-0.5 if total > 0 else math.inf
+
+
+def gamma_min(problem: Problem) -> float:
+    """γ_min = (gᵀF⁺g)^(−1/2), the least γ that any update has: that of the natural gradient.
+
+    With r = S⁺u, gᵀF⁺g is the squared norm of the projection of r on the range of SᵀJ.
+    Returns ∞ where g = 0.
+
+    Raises:
+        EngineError: the logit kernel does not fit in memory.
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    whitened = problem.distribution.whitened_residual().flatten()
+    if not bool(torch.isfinite(whitened).all()):
+        raise NumericalError(
+            "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
+        )
+    # The projection cannot be longer than r itself; rounding can make it so.
+    norm = min(fisher_spectrum(problem).projected_norm(whitened), float(whitened.norm()))
+    return 1 / norm if norm > 0 else math.inf
+
+
+def loss_change(problem: Problem, direction: Direction) -> Tensor:
+    """First-order change of every sample's loss for the unit step −d: −u_nᵀt_n, shape ``(N,)``.
+
+    EF at λ → 0 changes all alike, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
+    Float64, in nats per unit learning rate.
+    """
+    return -(problem.residual * problem.jvp(direction)).flatten(1).sum(1)
+
+
+def gradient_norms(problem: Problem) -> pd.DataFrame:
+    """Per-sample norms: one row for each sample of the batch.
+
+    Returns:
+        Columns ``sample``, ``gradient_norm`` (‖g_n‖), ``residual_norm`` (‖u_n‖), ``loss`` (ℓ_n,
+        nats). In ``.attrs["imbalance"]``: the largest over the smallest ‖g_n‖ (∞ where one is
+        zero).
+    """
+    norms = torch.zeros(problem.num_samples, dtype=torch.float64, device=problem.device)
+    for block, rows in problem.rows.iterate(problem.residual.unsqueeze(1)):
+        for gradients in rows.values():
+            norms[block.rows] += gradients.to(torch.float64).square().sum(1)
+    table = pd.DataFrame(
+        {
+            "sample": range(problem.num_samples),
+            "gradient_norm": norms.sqrt().cpu().numpy(),
+            "residual_norm": problem.residual.flatten(1).norm(dim=1).cpu().numpy(),
+            "loss": problem.loss.cpu().numpy(),
+        }
+    )
+    table.attrs["imbalance"] = imbalance(table["gradient_norm"])
+    return table
+
+
+def imbalance(norms: pd.Series[float]) -> float:
+    """Largest over smallest norm; ∞ where the smallest is zero, NaN where all are."""
+    smallest, largest = float(norms.min()), float(norms.max())
+    if largest == 0:
+        return math.nan
+    return largest / smallest if smallest > 0 else math.inf

@@ -1,0 +1,288 @@
+"""`Problem`: a model at θ, a batch and a likelihood; J and its transpose as products.
+
+Everything is sum-reduced: the loss is L = Σ_n ℓ_n and its gradient g = Σ_n J_nᵀu_n.
+Logit-space quantities (outputs, residuals, tangents) are float64; vectors in parameter space
+have the model's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ngeval.errors import EngineError, InputError, ModelError
+from ngeval.functional import Inputs, ModelFunction
+from ngeval.jacobians import DEFAULT_MEMORY, RowSource
+from ngeval.likelihoods import Likelihood, get_likelihood
+
+if TYPE_CHECKING:
+    from ngeval.fisher import FisherOperator
+
+Direction = Tensor | Mapping[str, Tensor]
+T = TypeVar("T")
+
+
+class Problem:
+    """A model at its present θ on one batch: what γ, the Fisher and every update are made of.
+
+    The model is only read. Trainable parameters (``requires_grad``) are θ, in the order of
+    ``model.named_parameters()``; all others are constants. If θ is changed in place later, the
+    problem notices and raises; make a new one.
+
+    Attributes:
+        likelihood: the likelihood object.
+        distribution: p(·|z) at this batch's logits (see `ngeval.likelihoods`).
+        outputs: z in float64, shape ``(N, *positions, C)``.
+        residual: u = ∇_z ℓ in float64, the outputs' shape.
+        loss: ℓ_n = −log p(y_n|z_n) in float64, shape ``(N,)``.
+        rows: the source of per-sample Jacobian rows.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model = torch.nn.Linear(3, 2).double()
+        >>> problem = ngeval.Problem(
+        ...     model, torch.eye(3).double(), torch.tensor([0, 1, 1]), "categorical"
+        ... )
+        >>> problem.num_samples, problem.num_outputs, problem.num_parameters
+        (3, 2, 8)
+        >>> bool(problem.gamma(problem.gradient()) > 0)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        targets: Tensor,
+        likelihood: str | Likelihood,
+        *,
+        dtype: torch.dtype | None = None,
+        engine: str = "auto",
+        memory: int = DEFAULT_MEMORY,
+        probes: bool = True,
+    ) -> None:
+        """Run the model once (twice with probes) and check that it can be graded.
+
+        Args:
+            model: an ``nn.Module`` in eval mode that returns a tensor of outputs, or an object
+                with ``.logits``.
+            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of
+                tensors, all batch first.
+            targets: labels; shape and dtype as the likelihood asks.
+            likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``) or a
+                `Likelihood`.
+            dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
+            engine: ``"vmap"``, ``"loop"``, or ``"auto"`` (vmap where it can trace the model).
+            memory: bytes that per-sample Jacobian rows may take at one time.
+            probes: check that two forward passes agree, and that Σ_n g_n is the batch gradient.
+
+        Raises:
+            ModelError: train mode, NaN weights, nothing trainable, random outputs.
+            InputError: inputs or targets do not fit.
+            EngineError: per-sample gradients do not add up to the batch gradient.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype must be a floating-point type, not {dtype}")
+        self.function = ModelFunction.of(model, inputs, dtype)
+        self.likelihood = get_likelihood(likelihood)
+        self._versions = {n: p._version for n, p in model.named_parameters()}
+        with torch.no_grad():
+            raw = self.function(self.function.parameters)
+        self._check_outputs(raw)
+        self.outputs = raw.detach().to(torch.float64)
+        self.distribution = self.likelihood.bind(self.outputs, targets)
+        self.residual = self.distribution.residual()
+        self.loss = self.distribution.loss()
+        if probes:
+            self._check_deterministic(raw)
+        self.rows = RowSource.choose(self.function, engine, memory)
+        self._memory: dict[str, Any] = {}
+        if probes:
+            self._check_gradients_add_up()
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of samples in the batch."""
+        return int(self.outputs.shape[0])
+
+    @property
+    def num_outputs(self) -> int:
+        """C, the number of outputs per sample (all its positions together)."""
+        return self.outputs[0].numel()
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of trainable scalars."""
+        return self.function.num_parameters
+
+    @property
+    def engine(self) -> str:
+        """The engine in use: ``"vmap"`` or ``"loop"``."""
+        return self.rows.engine_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of vectors in parameter space."""
+        return self.function.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters live."""
+        return self.function.device
+
+    def gradient(self) -> Tensor:
+        """The batch gradient g = Jᵀu of L = Σ_n ℓ_n: shape ``(P,)``, the model's dtype."""
+        return self.remember("gradient", lambda: self.vjp(self.residual))
+
+    def jvp(self, direction: Direction) -> Tensor:
+        """t = J d, the first-order change of the outputs along d.
+
+        Args:
+            direction: a vector of length P, or a dict with a tensor for every trainable
+                parameter.
+
+        Returns:
+            float64, shape ``(N, *positions, C)``.
+
+        Raises:
+            InputError: the direction does not fit the parameters or is not finite.
+        """
+        self.check_unchanged()
+        vector = self.as_vector(direction).to(torch.float64)
+        # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
+        scale = vector.abs().max()
+        if scale == 0:
+            return torch.zeros_like(self.outputs)
+        tangent = self.function.unflatten(vector / scale)
+        return self.function.jvp(tangent).to(torch.float64) * scale
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
+
+        Args:
+            cotangent: w of the outputs' shape.
+        """
+        self.check_unchanged()
+        if cotangent.shape != self.outputs.shape:
+            raise InputError(
+                f"the cotangent has shape {tuple(cotangent.shape)}, the outputs have "
+                f"{tuple(self.outputs.shape)}"
+            )
+        scale = cotangent.abs().max()
+        if scale == 0:
+            return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        return self.function.flatten(self.function.vjp(cotangent / scale)) * scale.to(self.dtype)
+
+    def fisher(self) -> FisherOperator:
+        """The exact Fisher F = Σ_n J_nᵀH_nJ_n as a linear operator."""
+        # Imported here: `fisher` is built on `Problem`, this is only its front door.
+        from ngeval.fisher import FisherOperator
+
+        return FisherOperator(self)
+
+    def gamma(self, direction: Direction) -> float:
+        """γ(d) = √(dᵀFd) / |dᵀg| of any update; see `ngeval.metrics.gamma`."""
+        # Imported here: `metrics` is built on `Problem`, this is only its front door.
+        from ngeval.metrics import gamma
+
+        return gamma(self, direction)
+
+    def as_vector(self, direction: Direction) -> Tensor:
+        """Check a direction and flatten it to length P.
+
+        Raises:
+            InputError: wrong length or shape, missing or unknown names, values not finite.
+        """
+        if isinstance(direction, Tensor):
+            if direction.shape != (self.num_parameters,):
+                raise InputError(
+                    f"the direction has shape {tuple(direction.shape)}; it needs "
+                    f"({self.num_parameters},), one entry for each trainable scalar"
+                )
+            vector = direction.detach()
+        else:
+            vector = self._named_vector(direction)
+        if not bool(torch.isfinite(vector).all()):
+            raise InputError("the direction holds NaN or infinite values")
+        return vector.to(self.device)
+
+    def remember(self, key: str, compute: Callable[[], T]) -> T:
+        """Compute something derived from this problem once (the kernel, a factorisation)."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        result: T = self._memory[key]
+        return result
+
+    def check_unchanged(self) -> None:
+        """Raise if the model's parameters were modified in place since the problem was made."""
+        for name, parameter in self.function.model.named_parameters():
+            if parameter._version != self._versions[name]:
+                raise ModelError(
+                    f"parameter {name!r} was modified after this Problem was made; make a new "
+                    "Problem for the new weights"
+                )
+
+    def _named_vector(self, direction: Mapping[str, Tensor]) -> Tensor:
+        expected = self.function.parameters
+        missing = [name for name in expected if name not in direction]
+        unknown = [name for name in direction if name not in expected]
+        if missing or unknown:
+            raise InputError(
+                f"the direction's names differ from the trainable parameters: missing {missing}, "
+                f"unknown {unknown}"
+            )
+        for name, parameter in expected.items():
+            if direction[name].shape != parameter.shape:
+                raise InputError(
+                    f"the direction's {name!r} has shape {tuple(direction[name].shape)}, the "
+                    f"parameter {tuple(parameter.shape)}"
+                )
+        return torch.cat([direction[name].detach().reshape(-1) for name in expected])
+
+    def _check_outputs(self, outputs: Tensor) -> None:
+        if outputs.ndim < 2 or outputs.shape[0] != self.function.num_samples:
+            raise ModelError(
+                f"the model's outputs have shape {tuple(outputs.shape)}; expected "
+                f"({self.function.num_samples}, …, outputs per sample), batch first"
+            )
+        if not bool(torch.isfinite(outputs).all()):
+            bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
+
+    def _check_deterministic(self, first: Tensor) -> None:
+        with torch.no_grad():
+            second = self.function(self.function.parameters)
+        tolerance = 100 * torch.finfo(first.dtype).eps
+        if not torch.allclose(first, second, rtol=tolerance, atol=tolerance):
+            raise ModelError(
+                "the model gave two different outputs for the same batch (largest difference "
+                f"{float((first - second).abs().max()):.3g}); something in it is random or keeps "
+                "state: call model.eval(), or switch it off"
+            )
+
+    def _check_gradients_add_up(self) -> None:
+        """Σ_n g_n = g: catches samples that see each other and parameters an engine misses."""
+        parameters = self.function.parameters
+        total = {n: torch.zeros(p.numel(), dtype=p.dtype) for n, p in parameters.items()}
+        size = {name: 0.0 for name in parameters}
+        for _, rows in self.rows.iterate(self.residual.unsqueeze(1)):
+            for name, gradients in rows.items():
+                total[name] = total[name].to(gradients.device) + gradients.sum(0)
+                size[name] += float(gradients.norm(dim=1).sum())
+        batch = self.function.unflatten(self.gradient())
+        largest = max(size.values())
+        off = []
+        for name, gradient in batch.items():
+            gap = float((total[name] - gradient.reshape(-1)).norm())
+            tolerance = float(torch.finfo(gradient.dtype).eps) ** 0.5
+            if gap > tolerance * max(size[name], tolerance * largest):
+                off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
+        if off:
+            raise EngineError(
+                "per-sample gradients do not add up to the batch gradient for "
+                f"{', '.join(off[:5])} (relative gap): the samples of the batch see each other "
+                "(batch statistics, a loss over pairs), so a per-sample Fisher is not defined"
+            )
