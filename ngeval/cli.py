@@ -1,2 +1,401 @@
+"""The command ``ngeval``: parsing and printing; the work is done in the modules it calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import ngeval
+from ngeval import console
+from ngeval.checkpoints import find_checkpoints
+from ngeval.demo import Demo
+from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.evaluate import check_dampings
+from ngeval.methods import METHODS, get_methods
+from ngeval.options import parse_bytes, parse_dampings, parse_dtype
+from ngeval.plots import damping_figure, imbalance_figure, stages_figure
+from ngeval.results import ResultFile, check_output, read_results
+from ngeval.runs import Run
+from ngeval.tasks import BUILTIN_TASKS, get_task
+from ngeval.training import OPTIMIZERS, Training
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class Commands(typer.core.TyperGroup):
+    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except NgevalError as error:
+            Console(stderr=True).print(
+                f"ngeval: {error}", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            Console(stderr=True).print("ngeval: interrupted; what was finished is saved")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="How close is the update an optimizer makes to the exact natural gradient?",
+    epilog="Start with [bold]ngeval demo[/bold]. Every command has --help with examples.",
+)
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", "-t", help="Built-in name, path/to/file.py:name or package.module:name."
+    ),
+]
+CheckpointOption = Annotated[
+    list[str],
+    typer.Option("--checkpoint", "-c", help="File, folder or glob; repeat or list several."),
+]
+MoreCheckpoints = Annotated[
+    list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="More checkpoints.")
+]
+MethodsOption = Annotated[
+    str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` shows them.")
+]
+ScaleOption = Annotated[
+    str,
+    typer.Option(help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."),
+]
+BatchSizeOption = Annotated[int, typer.Option(help="N, samples in a graded batch.")]
+NumBatchesOption = Annotated[int, typer.Option(help="Graded batches for each checkpoint.")]
+SeedOption = Annotated[int, typer.Option(help="For batches, sampled labels and training.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
+]
+EngineOption = Annotated[str, typer.Option(help="auto, vmap or loop.")]
+MemoryOption = Annotated[str, typer.Option(help="For per-sample Jacobians, e.g. 8GiB.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+PickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Run code in checkpoints; only for files you trust."),
+]
+
+
 def main() -> None:
-    """Entry point."""
+    """Entry point of the command ``ngeval``."""
+    mpl.use("Agg")
+    app()
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"ngeval {ngeval.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("ngeval-demo"),
+    epochs: Annotated[int, typer.Option(help="Training epochs.")] = Demo.epochs,
+    batch_size: BatchSizeOption = Demo.batch_size,
+    num_batches: NumBatchesOption = Demo.num_batches,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a network on real digits and grade six update rules at every stage of training.
+
+    Nothing to prepare, nothing downloaded; one to two minutes on two cores.
+
+    [bold]Example:[/bold] ngeval demo --output ngeval-demo
+    """
+    job = Demo(output, epochs, batch_size, num_batches, seed, force)
+    out = Console(quiet=quiet)
+    with console.progress_bar(quiet) as bar:
+        bars: dict[str, Any] = {}
+
+        def advance(step: str, total: int) -> None:
+            if step not in bars:
+                bars[step] = bar.add_task(step, total=total)
+            bar.advance(bars[step])
+
+        gammas, samples = job.run(lambda r: out.print(console.training_line(r)), advance)
+    for damping in sorted(gammas["damping"].unique())[:1]:
+        out.print(console.stages_table(gammas, damping))
+    out.print(console.imbalance_table(samples))
+    written = [output / "results.parquet", output / "imbalance.parquet", *job.figures.values()]
+    out.print("written: " + ", ".join(str(path) for path in written), highlight=False)
+
+
+@app.command()
+def train(
+    task: TaskOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints.")],
+    optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "adamw",
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
+    lr: Annotated[float | None, typer.Option(help="Learning rate for the mean loss.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 64,
+    num_batches: Annotated[
+        int | None, typer.Option(help="Steps in an epoch; default: one pass over the data.")
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a task, writing a safetensors checkpoint and a JSON for every epoch from 0 on.
+
+    [bold]Example:[/bold] ngeval train --task digits-cnn --optimizer adamw --epochs 10 -o runs/cnn
+    """
+    training = Training(
+        get_task(task), output, optimizer, epochs, lr, batch_size, num_batches, seed, device, force
+    )
+    out = Console(quiet=quiet)
+    with console.progress_bar(quiet) as bar:
+        step = bar.add_task("training", total=epochs + 1)
+        for report in training.run():
+            out.print(console.training_line(report))
+            bar.advance(step)
+    out.print(f"written: {output}/epoch-*.safetensors", highlight=False)
+
+
+@app.command()
+def gamma(
+    task: TaskOption,
+    checkpoint: CheckpointOption,
+    more: MoreCheckpoints = None,
+    methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
+    damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-6,1e-3",
+    damping_scale: ScaleOption = "absolute",
+    batch_size: BatchSizeOption = 160,
+    num_batches: NumBatchesOption = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    memory: MemoryOption = "4GiB",
+    output: OutputOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Grade update rules at every checkpoint: γ against the exact natural gradient.
+
+    [bold]Examples:[/bold]
+
+    ngeval gamma --task digits-mlp --checkpoint runs/mlp --output gamma.csv
+
+    ngeval gamma --task my.py:task -c a.safetensors b.safetensors --methods sgd,ief,sf:4
+    """
+    table = _grade(**locals(), dampings=damping)
+    for value in list(dict.fromkeys(table["damping"]))[:3]:
+        Console(quiet=quiet).print(console.stages_table(table, value))
+
+
+@app.command()
+def sweep(
+    task: TaskOption,
+    checkpoint: CheckpointOption,
+    more: MoreCheckpoints = None,
+    methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
+    dampings: Annotated[
+        str, typer.Option(help="λ: log-spaced low:high:count, or a comma list.")
+    ] = "1e-8:1e4:50",
+    damping_scale: ScaleOption = "absolute",
+    batch_size: BatchSizeOption = 160,
+    num_batches: NumBatchesOption = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    memory: MemoryOption = "4GiB",
+    output: OutputOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Grade update rules over a range of dampings; one factorisation serves them all.
+
+    [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
+    """
+    table = _grade(**locals())
+    Console(quiet=quiet).print(console.sweep_table(table))
+
+
+@app.command()
+def imbalance(
+    task: TaskOption,
+    checkpoint: CheckpointOption,
+    more: MoreCheckpoints = None,
+    methods: Annotated[
+        str, typer.Option("--methods", "-m", help="Also each one's loss change per sample.")
+    ] = "",
+    damping: Annotated[float, typer.Option(help="λ of those updates, absolute.")] = 0.0,
+    batch_size: BatchSizeOption = 160,
+    num_batches: NumBatchesOption = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    memory: MemoryOption = "4GiB",
+    output: OutputOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Per-sample gradient norms at every checkpoint: one row for each sample.
+
+    [bold]Example:[/bold] ngeval imbalance --task digits-mlp -c runs/mlp --methods ef,ief -o i.csv
+    """
+    names = [method.name for method in get_methods(methods)] if methods else []
+    check_dampings([damping])
+    run = _run(**{key: value for key, value in locals().items() if key in _RUN_OPTIONS})
+    table = _collect(run, run.imbalances(names, damping), "gradient norms", output, force, quiet)
+    Console(quiet=quiet).print(console.imbalance_table(table))
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="Result file of gamma, sweep or imbalance.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")],
+    kind: Annotated[str, typer.Option(help="stages, damping or imbalance.")] = "stages",
+    damping: Annotated[
+        float | None, typer.Option(help="λ of the stages picture; default: the smallest.")
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option("--checkpoint", "-c", help="Panels of the damping picture.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Draw a result file.
+
+    [bold]Example:[/bold] ngeval plot gamma.csv --kind stages --output stages.pdf
+    """
+    check_output(output, FIGURE_SUFFIXES, force=force)
+    table = read_results(results)
+    if kind == "stages":
+        figure = stages_figure(table, None if damping is None else [damping])
+    elif kind == "damping":
+        figure = damping_figure(table, checkpoint)
+    elif kind == "imbalance":
+        figure = imbalance_figure(table)
+    else:
+        kinds = ("stages", "damping", "imbalance")
+        raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, kinds)}")
+    figure.savefig(output)
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    shown = Table("task", "what it is", "parameters")
+    for name in BUILTIN_TASKS:
+        task = get_task(name)
+        count = sum(parameter.numel() for parameter in task.model().parameters())
+        shown.add_row(name, task.description, f"{count:,}")
+    Console().print(shown)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, with their formulas and parameters."""
+    shown = Table("method", "d(λ)", "labels from", "after a colon")
+    for name, entry in METHODS.items():
+        shown.add_row(name, entry.formula, entry.labels, entry.parameter or "–")
+    Console().print(shown)
+    Console().print("example: --methods sgd,ief,sf:4,diag-ef:0.5", highlight=False)
+
+
+_RUN_OPTIONS = (
+    *("task", "checkpoint", "more", "batch_size", "num_batches", "seed", "device", "dtype"),
+    *("engine", "memory", "allow_pickle"),
+)
+
+
+def _run(
+    task: str,
+    checkpoint: list[str],
+    more: list[str] | None,
+    dtype: str | None,
+    memory: str,
+    **options: Any,
+) -> Run:
+    torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
+    return Run(
+        get_task(task),
+        find_checkpoints([*checkpoint, *(more or [])]),
+        dtype=parse_dtype(dtype),
+        memory=parse_bytes(memory),
+        **options,
+    )
+
+
+def _grade(
+    methods: str,
+    dampings: str,
+    damping_scale: str,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> Any:
+    """What ``gamma`` and ``sweep`` share; returns the table of all rows."""
+    names = [method.name for method in get_methods(methods)]
+    values = check_dampings(parse_dampings(dampings))
+    run = _run(**{key: value for key, value in options.items() if key in _RUN_OPTIONS})
+    tables = run.gammas(names, values, damping_scale)
+    table = _collect(run, tables, "grading updates", output, force, quiet)
+    failed = table[table["status"] != "ok"]
+    if len(failed):
+        reasons = "; ".join(dict.fromkeys(failed["reason"]))
+        message = f"{len(failed)} of {len(table)} rows could not be computed: {reasons}"
+        if len(failed) == len(table):
+            raise InputError(message)
+        print(f"ngeval: {message}", file=sys.stderr)
+    return table
+
+
+def _collect(
+    run: Run, tables: Any, description: str, output: Path | None, force: bool, quiet: bool
+) -> Any:
+    """Run through the units with a progress bar; what is finished reaches the output file."""
+    import contextlib
+
+    import pandas as pd
+
+    target = ResultFile(output, force=force) if output is not None else None
+    frames = []
+    with console.progress_bar(quiet) as bar, target or contextlib.nullcontext():
+        step = bar.add_task(description, total=run.num_units)
+        for table in tables:
+            frames.append(table)
+            if target is not None:
+                target.append(table)
+            bar.advance(step)
+    if target is not None and not quiet:
+        print(f"written: {target.path} ({target.rows} rows)", file=sys.stderr)
+    return pd.concat(frames, ignore_index=True)

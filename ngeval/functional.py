@@ -103,7 +103,7 @@ class ModelFunction:
             raw = torch.func.functional_call(
                 self.model, {**parameters, **self.constants}, args, kwargs
             )
-        return _outputs_of(raw)
+        return outputs_of(raw)
 
     def single(self, parameters: Parameters, sample: Inputs) -> Tensor:
         """Outputs ``(*positions, C)`` for one sample given without its batch dimension."""
@@ -191,8 +191,12 @@ def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         yield "inputs", inputs
 
 
-def _outputs_of(raw: Any) -> Tensor:
-    """The logits of a model's return value."""
+def outputs_of(raw: Any) -> Tensor:
+    """The outputs z in a model's return value.
+
+    Raises:
+        ModelError: it is neither a tensor nor an object with a ``.logits`` tensor.
+    """
     outputs = raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
     if not isinstance(outputs, Tensor):
         raise ModelError(

@@ -19,6 +19,9 @@ from ngeval.jacobians.engines import ENGINES, Engine
 DEFAULT_MEMORY = 4 * 2**30
 """Bytes that rows of the Jacobian may take at one time, unless the caller says otherwise."""
 
+STREAM_MEMORY = 2**26
+"""Bytes of rows that are only passed over: more is slower, since it misses every cache."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -63,36 +66,27 @@ class RowSource:
         """The engine itself."""
         return ENGINES[self.engine_name]
 
-    def blocks(self, cotangents: Tensor) -> list[Block]:
-        """Split N·Q rows into blocks, two of which fit in the memory budget together.
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the model's dtype and of its float64 copy, made for products."""
+        return self.function.num_parameters * (self.function.dtype.itemsize + 8)
+
+    def paired_blocks(self, cotangents: Tensor) -> list[Block]:
+        """One block if all N·Q rows fit in memory, else blocks of which two fit together.
 
         Raises:
             EngineError: not even two single rows fit.
         """
-        num_samples, num_vectors = cotangents.shape[:2]
-        # A row in the model's dtype, and its float64 copy while a product is formed.
-        row_bytes = self.function.num_parameters * (self.function.dtype.itemsize + 8)
-        if num_samples * num_vectors * row_bytes <= self.memory:
-            everything = slice(0, num_samples * num_vectors)
-            return [Block(slice(0, num_samples), slice(0, num_vectors), everything)]
-        limit = self.memory // (2 * row_bytes)
+        count = cotangents.shape[0] * cotangents.shape[1]
+        limit = self.memory // self.row_bytes
+        if count > limit:
+            limit //= 2
         if limit < 1:
             raise EngineError(
-                f"one row of the Jacobian takes {row_bytes / 2**20:.0f} MiB and two are needed, "
-                f"but the memory budget is {self.memory / 2**20:.0f} MiB; raise memory="
+                f"one row of the Jacobian takes {self.row_bytes / 2**20:.0f} MiB and two are "
+                f"needed, but the memory budget is {self.memory / 2**20:.0f} MiB; raise memory="
             )
-        if limit < num_vectors:
-            return [
-                _block(slice(n, n + 1), slice(q, min(q + limit, num_vectors)), num_vectors)
-                for n in range(num_samples)
-                for q in range(0, num_vectors, limit)
-            ]
-        step = limit // num_vectors
-        every = slice(0, num_vectors)
-        return [
-            _block(slice(n, min(n + step, num_samples)), every, num_vectors)
-            for n in range(0, num_samples, step)
-        ]
+        return split_rows(cotangents.shape[0], cotangents.shape[1], limit)
 
     def compute(self, cotangents: Tensor, block: Block) -> Parameters:
         """The rows of one block, by parameter, each of shape ``(rows, parameter.numel())``."""
@@ -107,7 +101,8 @@ class RowSource:
         Args:
             cotangents: v of shape ``(N, Q, *positions, C)``.
         """
-        for block in self.blocks(cotangents):
+        limit = max(1, min(self.memory, STREAM_MEMORY) // self.row_bytes)
+        for block in split_rows(cotangents.shape[0], cotangents.shape[1], limit):
             yield block, self.compute(cotangents, block)
 
 
@@ -126,7 +121,7 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     """
     size = cotangents.shape[0] * cotangents.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
-    blocks = source.blocks(cotangents)
+    blocks = source.paired_blocks(cotangents)
     for i, block in enumerate(blocks):
         rows = source.compute(cotangents, block)
         _add_own_products(gram[block.rows, block.rows], rows)
@@ -153,10 +148,23 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
     return torch.cat(list(sums.values()))
 
 
-def _block(samples: slice, vectors: slice, num_vectors: int) -> Block:
-    start = samples.start * num_vectors + vectors.start
-    stop = (samples.stop - 1) * num_vectors + vectors.stop
-    return Block(samples, vectors, slice(start, stop))
+def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
+    """Split N samples with Q cotangents each into blocks of at most ``limit`` rows.
+
+    Whole samples where they fit, parts of one sample's cotangents otherwise.
+    """
+    if limit >= num_vectors:
+        step, width = limit // num_vectors, num_vectors
+    else:
+        step, width = 1, limit
+    blocks = []
+    for n in range(0, num_samples, step):
+        last = min(n + step, num_samples)
+        for q in range(0, num_vectors, width):
+            stop = min(q + width, num_vectors)
+            rows = slice(n * num_vectors + q, (last - 1) * num_vectors + stop)
+            blocks.append(Block(slice(n, last), slice(q, stop), rows))
+    return blocks
 
 
 def _add_own_products(target: Tensor, rows: Parameters, strips: int = 4) -> None:

@@ -1,0 +1,126 @@
+"""What the command line shows: progress with time left, and summary tables."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ngeval.evaluate import summarize
+from ngeval.training import EpochReport
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """A progress bar on standard error, with the time gone and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+
+
+def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
+    """A short label for each checkpoint: its epoch where known, else the end of its path."""
+    labels = {}
+    for name, rows in table.groupby("checkpoint", sort=False):
+        epoch = float(rows["epoch"].iloc[0])
+        labels[str(name)] = f"epoch {epoch:g}" if math.isfinite(epoch) else str(name)[-40:]
+    return labels
+
+
+def stages_table(table: pd.DataFrame, damping: float) -> Table:
+    """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
+    summary = summarize(table[table["damping"] == damping])
+    methods = list(dict.fromkeys(summary["method"]))
+    shown = Table(
+        title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches [95 % interval]",
+        caption="below 1: closer to the natural gradient than SGD; floor/SGD is the least possible",
+    )
+    shown.add_column("checkpoint")
+    for method in methods:
+        shown.add_column(method, justify="right")
+    shown.add_column("floor/SGD", justify="right")
+    floors = table["gamma_floor"] / (table["gamma"] / table["gamma_over_sgd"])
+    floor_by_checkpoint = floors.groupby(table["checkpoint"]).median()
+    for name, label in checkpoint_labels(table).items():
+        rows = summary[summary["checkpoint"] == name].set_index("method")
+        cells = [_ratio_cell(rows, method) for method in methods]
+        shown.add_row(label, *cells, f"{floor_by_checkpoint[name]:.3g}")
+    return shown
+
+
+def sweep_table(table: pd.DataFrame) -> Table:
+    """For each checkpoint and method: γ/γ_min at the smallest λ, and the best over λ."""
+    summary = summarize(table)
+    smallest = summary["damping"].min()
+    shown = Table(
+        title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
+        caption="best: the smallest over the dampings, with the λ where it is reached",
+    )
+    for column in ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="):
+        shown.add_column(column, justify="left" if column in ("checkpoint", "method") else "right")
+    for name, label in checkpoint_labels(table).items():
+        rows = summary[summary["checkpoint"] == name]
+        first = True
+        for method, part in rows.groupby("method", sort=False):
+            values = part.set_index("damping")["gamma_over_ng_geomean"].dropna()
+            if values.empty:
+                continue
+            at_smallest = f"{values[smallest]:.3g}" if smallest in values else "–"
+            cells = (at_smallest, f"{values.min():.3g}", f"{values.idxmin():.1e}")
+            shown.add_row(label if first else "", str(method), *cells)
+            first = False
+        shown.add_section()
+    return shown
+
+
+def imbalance_table(table: pd.DataFrame) -> Table:
+    """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
+    shown = Table(title="per-sample gradient norms ‖g_n‖ (sum-reduced loss, nats)")
+    for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
+        shown.add_column(column, justify="left" if column == "checkpoint" else "right")
+    for name, label in checkpoint_labels(table).items():
+        norms = table.loc[table["checkpoint"] == name, "gradient_norm"]
+        quantiles = norms.quantile([0, 0.05, 0.5, 0.95, 1])
+        ratio = norms.max() / norms.min() if norms.min() > 0 else math.inf
+        shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
+    return shown
+
+
+def training_line(report: EpochReport) -> str:
+    """One line about an epoch."""
+    parts = [f"epoch {report.epoch:3d}", f"train loss {report.train_loss:.4g}"]
+    if report.train_accuracy is not None:
+        parts.append(f"accuracy {report.train_accuracy:.1%}")
+    if report.validation_loss is not None:
+        parts.append(f"validation loss {report.validation_loss:.4g}")
+    if report.validation_accuracy is not None:
+        parts.append(f"accuracy {report.validation_accuracy:.1%}")
+    return "  ".join(parts)
+
+
+def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
+    if method not in rows.index:
+        return "–"
+    row = rows.loc[method]
+    value, low, high = (
+        float(row[f"gamma_over_sgd_geomean{end}"]) for end in ("", "_low", "_high")
+    )
+    if math.isnan(low) or method == "sgd":
+        return f"{value:.3g}"
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,0 +1,155 @@
+"""Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, written so that none is lost.
+
+A file is replaced atomically, at most every few seconds and always at the end, also after an
+error or Ctrl-C: what a reader finds is a whole table.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import pandas as pd
+
+from ngeval.errors import OutputError
+
+_WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+}
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=True),
+    ".parquet": pd.read_parquet,
+    ".jsonl": lambda path: pd.read_json(path, orient="records", lines=True),
+}
+FLUSH_SECONDS = 5.0
+
+
+class ResultFile:
+    """An append-only result table; use it as a context manager.
+
+    Attributes:
+        path: where it is written.
+        rows: how many rows it has so far.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        """Check now, before any work, that the file can be written.
+
+        Args:
+            path: ``.csv``, ``.parquet`` or ``.jsonl``; missing folders are made.
+            force: replace an existing file (not before there is something to replace it with).
+
+        Raises:
+            OutputError: unknown extension, the file exists, or its folder cannot be written.
+        """
+        self.path = path
+        self._frames: list[pd.DataFrame] = []
+        self._unsaved = False
+        self._saved_at = time.monotonic()
+        check_output(path, tuple(_WRITERS), force=force)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were appended."""
+        return sum(len(frame) for frame in self._frames)
+
+    def append(self, frame: pd.DataFrame) -> None:
+        """Add rows; they reach the disk within a few seconds and at the end."""
+        self._frames.append(frame)
+        self._unsaved = True
+        if time.monotonic() - self._saved_at > FLUSH_SECONDS:
+            self.flush()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return pd.concat(self._frames, ignore_index=True) if self._frames else pd.DataFrame()
+
+    def flush(self) -> None:
+        """Write everything to a temporary file beside the output, then put it in its place.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written any more.
+        """
+        handle, name = tempfile.mkstemp(
+            dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=self.path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            _WRITERS[self.path.suffix](self.table(), temporary)
+            temporary.chmod(0o644)
+            temporary.replace(self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._unsaved, self._saved_at = False, time.monotonic()
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._unsaved:
+            self.flush()
+
+
+def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
+    """Check that a file can be written, and make its folder.
+
+    Raises:
+        OutputError: unknown extension, the file exists (without ``force``), a folder has its
+            name, or its folder cannot be written.
+    """
+    if path.suffix not in suffixes:
+        raise OutputError(
+            f"output {path} has the extension {path.suffix!r}; use one of {', '.join(suffixes)}"
+        )
+    if path.is_dir():
+        raise OutputError(f"output {path} is a folder")
+    if path.exists() and not force:
+        raise OutputError(f"output {path} exists; pass --force to replace it")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder and check that a file can be written in it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write in {folder}: {error}") from error
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """Read a result file back.
+
+    Raises:
+        OutputError: it does not exist, has another extension or is not such a table.
+    """
+    if path.suffix not in _READERS:
+        raise OutputError(f"{path}: results are {', '.join(_READERS)} files")
+    if not path.is_file():
+        raise OutputError(f"result file {path} does not exist")
+    try:
+        table = _READERS[path.suffix](path)
+    except (OSError, ValueError, UnicodeError, pd.errors.ParserError) as error:
+        raise OutputError(f"{path} cannot be read as a result table: {error}") from error
+    if table.empty:
+        raise OutputError(f"{path} has no rows")
+    return table

@@ -1,0 +1,152 @@
+"""A task's checkpoints × batches, one `Problem` at a time, and the tables made over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ngeval.checkpoints import Checkpoint, load_checkpoint
+from ngeval.errors import InputError
+from ngeval.evaluate import Progress, evaluate
+from ngeval.functional import map_inputs
+from ngeval.jacobians import DEFAULT_MEMORY
+from ngeval.methods import get_method
+from ngeval.metrics import gradient_norms, loss_change
+from ngeval.problem import Problem
+from ngeval.tasks import Task
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One checkpoint on one batch.
+
+    Attributes:
+        problem: the model with that checkpoint's weights on that batch.
+        columns: what identifies the unit in a table: ``task, checkpoint, stage`` (its place in
+            the list), ``epoch`` (where the checkpoint tells it), ``batch``.
+    """
+
+    problem: Problem
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which checkpoints are graded on which batches.
+
+    Attributes:
+        task: the model, data and likelihood.
+        checkpoints: in the order of training; every one is graded on the same batches.
+        batch_size: N, samples in a batch.
+        num_batches: batches for each checkpoint.
+        seed: for the choice of batches and for sampled labels.
+        device: where to compute.
+        dtype: compute in this dtype; None keeps the checkpoint's.
+        engine: the Jacobian engine.
+        memory: bytes for Jacobian rows.
+        allow_pickle: unpickle checkpoints with code.
+    """
+
+    task: Task
+    checkpoints: Sequence[Checkpoint]
+    batch_size: int = 160
+    num_batches: int = 5
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    engine: str = "auto"
+    memory: int = DEFAULT_MEMORY
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no batch, and a device that is not there."""
+        if self.batch_size < 1 or self.num_batches < 1:
+            raise InputError("batch size and number of batches must be at least 1")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"device {self.device!r} is not available here: {str(error).splitlines()[0]}"
+            ) from error
+
+    @property
+    def num_units(self) -> int:
+        """How many problems there are."""
+        return len(self.checkpoints) * self.num_batches
+
+    def units(self) -> Iterator[Unit]:
+        """Load each checkpoint once and go through the batches."""
+        model = self.task.model().to(self.device).eval()
+        for stage, checkpoint in enumerate(self.checkpoints):
+            load_checkpoint(model, checkpoint, allow_pickle=self.allow_pickle)
+            batches = self.task.batches(self.batch_size, self.num_batches, self.seed)
+            for index, (inputs, targets) in enumerate(batches):
+                problem = Problem(
+                    model,
+                    map_inputs(inputs, lambda t: t.to(self.device)),
+                    targets.to(self.device),
+                    self.task.resolved_likelihood(),
+                    dtype=self.dtype,
+                    engine=self.engine,
+                    memory=self.memory,
+                )
+                yield Unit(
+                    problem,
+                    {
+                        "task": self.task.name,
+                        "checkpoint": checkpoint.name,
+                        "stage": stage,
+                        "epoch": float("nan") if checkpoint.epoch is None else checkpoint.epoch,
+                        "batch": index,
+                    },
+                )
+
+    def gammas(
+        self,
+        methods: Sequence[str],
+        dampings: Sequence[float],
+        damping_scale: str = "absolute",
+        on_step: Progress | None = None,
+    ) -> Iterator[pd.DataFrame]:
+        """`ngeval.evaluate` on every unit: one table for each, with the unit's columns first."""
+        for unit in self.units():
+            table = evaluate(
+                unit.problem,
+                methods,
+                dampings,
+                damping_scale=damping_scale,
+                # Another draw of labels for every batch, the same for every checkpoint.
+                seed=self.seed + unit.columns["batch"],
+                on_step=on_step,
+            )
+            yield labelled(table, unit)
+
+    def imbalances(self, methods: Sequence[str], damping: float) -> Iterator[pd.DataFrame]:
+        """`ngeval.gradient_norms` on every unit, one row for each sample.
+
+        For each method a column ``loss_change_<method>``: the first-order change of that sample's
+        loss for the unit step −d(λ), in nats.
+        """
+        for unit in self.units():
+            yield labelled(sample_table(unit.problem, methods, damping, self.seed), unit)
+
+
+def sample_table(
+    problem: Problem, methods: Sequence[str], damping: float, seed: int
+) -> pd.DataFrame:
+    """Per-sample norms, and what each method's update (absolute λ) does to each sample's loss."""
+    table = gradient_norms(problem)
+    for method in methods:
+        direction = get_method(method).prepare(problem, seed).direction(damping)
+        table[f"loss_change_{method}"] = loss_change(problem, direction).cpu().numpy()
+    return table
+
+
+def labelled(table: pd.DataFrame, unit: Unit) -> pd.DataFrame:
+    """Put the unit's columns in front of a table."""
+    front = pd.DataFrame({key: [value] * len(table) for key, value in unit.columns.items()})
+    return pd.concat([front, table.reset_index(drop=True)], axis=1)

@@ -1,0 +1,197 @@
+"""Training a task from scratch, with a checkpoint for every epoch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngeval.checkpoints import save_checkpoint
+from ngeval.errors import InputError, ModelError, OutputError, nearest_name
+from ngeval.functional import Inputs, map_inputs, outputs_of
+from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
+from ngeval.results import check_folder
+from ngeval.tasks import Batch, Task
+
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
+    "sgd": (torch.optim.SGD, 0.1),
+    "adam": (torch.optim.Adam, 1e-3),
+    "adamw": (torch.optim.AdamW, 1e-3),
+}
+"""Optimizers by name, each with its default learning rate for the mean loss."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What a checkpoint's JSON says of losses (mean ℓ_n, nats) and accuracies (fractions)."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run: minimise the mean loss of a task.
+
+    Attributes:
+        task: the model, data and likelihood.
+        output: folder for ``epoch-000.safetensors``, ``epoch-000.json``, ….
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        epochs: passes over the training data; 0 writes the initial weights alone.
+        learning_rate: None takes the optimizer's default.
+        batch_size: samples in a step.
+        num_batches: steps in an epoch; None is one pass over the data.
+        seed: for the initial weights and the order of samples.
+        device: where to compute.
+        force: replace the checkpoints of an earlier run in that folder.
+    """
+
+    task: Task
+    output: Path
+    optimizer: str = "adamw"
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 64
+    num_batches: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    force: bool = False
+
+    def run(self) -> Iterator[EpochReport]:
+        """Train, yielding a report for each checkpoint as soon as it is written.
+
+        Raises:
+            InputError: unknown optimizer, or a setting out of range.
+            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
+            ModelError: the loss became NaN or infinite.
+        """
+        self._check()
+        self._prepare_folder()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self.task.model().to(self.device)
+            make, default_rate = OPTIMIZERS[self.optimizer]
+            rate = default_rate if self.learning_rate is None else self.learning_rate
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            if not trainable:
+                raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
+            optimizer = make(trainable, lr=rate)
+            yield self._save(model, 0, rate)
+            for epoch in range(1, self.epochs + 1):
+                self._train_epoch(model, optimizer, epoch)
+                yield self._save(model, epoch, rate)
+
+    def _check(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"unknown optimizer {self.optimizer!r}; {nearest_name(self.optimizer, OPTIMIZERS)}"
+            )
+        if self.epochs < 0 or self.batch_size < 1:
+            raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"the learning rate must be positive, not {self.learning_rate}")
+
+    def _prepare_folder(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise OutputError(f"output {self.output} is a file; give a folder")
+        check_folder(self.output)
+        earlier = sorted(self.output.glob("epoch-*.*"))
+        if earlier and not self.force:
+            raise OutputError(
+                f"{self.output} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
+                "--force to replace them"
+            )
+        for path in earlier:
+            path.unlink()
+
+    def _train_epoch(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+    ) -> None:
+        model.train()
+        # Another order of samples in every epoch, reproducible from the seed.
+        seed = self.seed * 100_003 + epoch
+        for batch in self.task.batches(self.batch_size, self.num_batches, seed):
+            outputs, distribution = self._forward(model, batch)
+            optimizer.zero_grad()
+            # dL/dz is the residual: the likelihood is the one source of truth for the loss.
+            mean_residual = distribution.residual() / len(outputs)
+            outputs.backward(mean_residual.to(outputs.dtype))
+            optimizer.step()
+
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, OutputDistribution]:
+        inputs, targets = batch
+        inputs = map_inputs(inputs, lambda t: t.to(self.device))
+        outputs = outputs_of(call_model(model, inputs))
+        if not bool(torch.isfinite(outputs).all()):
+            raise ModelError(
+                "training diverged: the model's outputs are NaN or infinite; lower the learning "
+                "rate"
+            )
+        likelihood = self.task.resolved_likelihood()
+        return outputs, likelihood.bind(outputs, targets.to(self.device))
+
+    def _save(self, model: nn.Module, epoch: int, learning_rate: float) -> EpochReport:
+        model.eval()
+        train = self.task.batches(self.batch_size, self.num_batches, self.seed)
+        train_loss, train_accuracy = self._measure(model, train)
+        validation_loss = validation_accuracy = None
+        if self.task.load_validation is not None:
+            validation = iter(self.task.load_validation())
+            validation_loss, validation_accuracy = self._measure(model, validation)
+        report = EpochReport(
+            epoch, train_loss, train_accuracy, validation_loss, validation_accuracy
+        )
+        save_checkpoint(
+            model,
+            self.output / f"epoch-{epoch:03d}.safetensors",
+            vars(report) | self._settings(learning_rate),
+        )
+        return report
+
+    def _settings(self, learning_rate: float) -> dict[str, Any]:
+        return {
+            "task": self.task.name,
+            "likelihood": self.task.resolved_likelihood().name,
+            "optimizer": self.optimizer,
+            "learning_rate": learning_rate,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "versions": {
+                "ngeval": version("ngeval"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _measure(
+        self, model: nn.Module, batches: Iterator[Batch]
+    ) -> tuple[float, float | None]:
+        """Mean loss in nats, and the accuracy where targets are classes."""
+        total = right = samples = positions = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                _, distribution = self._forward(model, batch)
+            total += float(distribution.loss().sum())
+            samples += len(distribution.logits)
+            if isinstance(distribution, CategoricalDistribution):
+                mask = distribution.mask.squeeze(-1)
+                hits = distribution.logits.argmax(-1) == distribution.targets
+                right += float((hits & mask).sum())
+                positions += float(mask.sum())
+        return total / samples, right / positions if positions else None
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a module with a tensor, a tuple (positional) or a dict (by keyword)."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
