@@ -132,9 +132,7 @@ def load_checkpoint(
     ]
     problems = [line for line in problems if not line.endswith(": ")]
     if problems:
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the model; " + "; ".join(problems)
-        )
+        raise CheckpointError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
     for key, tensor in state.items():
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN weights")
@@ -143,7 +141,9 @@ def load_checkpoint(
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a safetensors checkpoint, and its metadata as JSON beside it."""
-    state = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
+    state = {
+        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
+    }
     safetensors.torch.save_file(state, path)
     path.with_suffix(".json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
 

@@ -83,7 +83,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
 ]
-EngineOption = Annotated[str, typer.Option(help="auto, vmap or loop.")]
+EngineOption = Annotated[str, typer.Option(help="auto, layers, vmap or loop.")]
 MemoryOption = Annotated[str, typer.Option(help="For per-sample Jacobians, e.g. 8GiB.")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,22 +47,23 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
 
 def stages_table(table: pd.DataFrame, damping: float) -> Table:
     """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
-    summary = summarize(table[table["damping"] == damping])
+    rows = table[table["damping"] == damping]
+    summary = summarize(rows)
     methods = list(dict.fromkeys(summary["method"]))
     shown = Table(
-        title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches [95 % interval]",
-        caption="below 1: closer to the natural gradient than SGD; floor/SGD is the least possible",
+        title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
+        caption="below 1: closer to the natural gradient than SGD; floor/SGD: the least possible",
+        box=box.SIMPLE_HEAD,
     )
-    shown.add_column("checkpoint")
-    for method in methods:
-        shown.add_column(method, justify="right")
-    shown.add_column("floor/SGD", justify="right")
-    floors = table["gamma_floor"] / (table["gamma"] / table["gamma_over_sgd"])
-    floor_by_checkpoint = floors.groupby(table["checkpoint"]).median()
+    shown.add_column("checkpoint", no_wrap=True)
+    for method in [*methods, "floor/SGD"]:
+        shown.add_column(method, justify="right", no_wrap=True)
+    gamma_sgd = rows["gamma"] / rows["gamma_over_sgd"]
+    floors = np.log(rows["gamma_floor"] / gamma_sgd).groupby(rows["checkpoint"]).mean()
     for name, label in checkpoint_labels(table).items():
-        rows = summary[summary["checkpoint"] == name].set_index("method")
-        cells = [_ratio_cell(rows, method) for method in methods]
-        shown.add_row(label, *cells, f"{floor_by_checkpoint[name]:.3g}")
+        part = summary[summary["checkpoint"] == name].set_index("method")
+        cells = [_ratio_cell(part, method) for method in methods]
+        shown.add_row(label, *cells, f"{math.exp(floors[name]):.3g}")
     return shown
 
 
@@ -118,9 +121,7 @@ def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
     if method not in rows.index:
         return "–"
     row = rows.loc[method]
-    value, low, high = (
-        float(row[f"gamma_over_sgd_geomean{end}"]) for end in ("", "_low", "_high")
-    )
+    value, low, high = (float(row[f"gamma_over_sgd_geomean{end}"]) for end in ("", "_low", "_high"))
     if math.isnan(low) or method == "sgd":
         return f"{value:.3g}"
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{value:.3g}\n[dim]{low:.2g}–{high:.2g}[/dim]"

@@ -38,7 +38,7 @@ class Demo:
 
     output: Path
     epochs: int = 12
-    batch_size: int = 100
+    batch_size: int = 160
     num_batches: int = 3
     seed: int = 0
     force: bool = False
@@ -78,9 +78,7 @@ class Demo:
     @property
     def figures(self) -> dict[str, Path]:
         """Where each figure goes, by kind."""
-        return {
-            kind: self.output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")
-        }
+        return {kind: self.output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")}
 
     def _draw(self, gammas: pd.DataFrame, samples: pd.DataFrame) -> None:
         names = list(dict.fromkeys(gammas["checkpoint"]))

@@ -70,7 +70,7 @@ class FisherOperator:
         return self.problem.vjp(self.problem.distribution.fisher_product(tangent))
 
     def diagonal(self) -> Tensor:
-        """diag F, exactly: Σ_n Σ_c ((S_nᵀJ_n)_c)² entrywise, float64, shape ``(P,)``.
+        """Diag F, exactly: Σ_n Σ_c ((S_nᵀJ_n)_c)² entrywise, float64, shape ``(P,)``.
 
         Costs C backward passes per sample, in bounded memory; computed once per problem.
         """

@@ -110,7 +110,7 @@ class ModelFunction:
         return self(parameters, map_inputs(sample, lambda t: t.unsqueeze(0))).squeeze(0)
 
     def jvp(self, tangent: Parameters) -> Tensor:
-        """t = J d for a direction d in parameter space: the outputs' shape.
+        """T = J d for a direction d in parameter space: the outputs' shape.
 
         Forward mode where every operation has a rule for it; otherwise two reverse passes
         (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).

@@ -52,7 +52,7 @@ def logit_kernel(problem: Problem) -> Tensor:
 
 
 def tangents_of(problem: Problem, cotangents: Tensor) -> Tensor:
-    """t = Θw for cotangent fields w with any leading dimensions: the same shape."""
+    """T = Θw for cotangent fields w with any leading dimensions: the same shape."""
     theta = logit_kernel(problem)
     size = theta.shape[0]
     return (cotangents.reshape(-1, size) @ theta).reshape(cotangents.shape)
@@ -80,9 +80,7 @@ def gradient_products(problem: Problem, left: Tensor, right: Tensor) -> Tensor:
 def gradient_gram(problem: Problem) -> Tensor:
     """K_nm = g_n·g_m = u_nᵀΘ_nm u_m: float64, shape ``(N, N)``."""
     residual = problem.residual.unsqueeze(0)
-    return problem.remember(
-        "gradient_gram", lambda: gradient_products(problem, residual, residual)
-    )
+    return problem.remember("gradient_gram", lambda: gradient_products(problem, residual, residual))
 
 
 def whitened_kernel(problem: Problem) -> Tensor:

@@ -138,7 +138,7 @@ class Problem:
         return self.remember("gradient", lambda: self.vjp(self.residual))
 
     def jvp(self, direction: Direction) -> Tensor:
-        """t = J d, the first-order change of the outputs along d.
+        """T = J d, the first-order change of the outputs along d.
 
         Args:
             direction: a vector of length P, or a dict with a tensor for every trainable
@@ -267,7 +267,7 @@ class Problem:
         """Σ_n g_n = g: catches samples that see each other and parameters an engine misses."""
         parameters = self.function.parameters
         total = {n: torch.zeros(p.numel(), dtype=p.dtype) for n, p in parameters.items()}
-        size = {name: 0.0 for name in parameters}
+        size = dict.fromkeys(parameters, 0.0)
         for _, rows in self.rows.iterate(self.residual.unsqueeze(1)):
             for name, gradients in rows.items():
                 total[name] = total[name].to(gradients.device) + gradients.sum(0)

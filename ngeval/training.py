@@ -113,9 +113,7 @@ class Training:
         for path in earlier:
             path.unlink()
 
-    def _train_epoch(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
-    ) -> None:
+    def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         model.train()
         # Another order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
@@ -172,9 +170,7 @@ class Training:
             },
         }
 
-    def _measure(
-        self, model: nn.Module, batches: Iterator[Batch]
-    ) -> tuple[float, float | None]:
+    def _measure(self, model: nn.Module, batches: Iterator[Batch]) -> tuple[float, float | None]:
         """Mean loss in nats, and the accuracy where targets are classes."""
         total = right = samples = positions = 0.0
         for batch in batches:

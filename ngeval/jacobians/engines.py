@@ -1,4 +1,4 @@
-"""The engines that compute rows J_nᵀv: whole-model ``vmap``, and a loop over samples.
+"""The engines that compute rows J_nᵀv: layer by layer, whole-model ``vmap``, a loop over samples.
 
 An engine takes a model function, some of its samples and Q cotangents for each, and returns
 for each parameter the rows of shape ``(samples, Q, *parameter.shape)``.
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.jacobians.layers import UnsupportedLayerError, layer_rows
 
 
 class Engine(Protocol):
     """Rows of the Jacobian for a slice of the samples."""
 
-    def __call__(
-        self, function: ModelFunction, samples: slice, cotangents: Tensor
-    ) -> Parameters:
+    def __call__(self, function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
         """Compute J_nᵀv_nq.
 
         Args:
@@ -76,4 +75,44 @@ def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
     }
 
 
-ENGINES: dict[str, Engine] = {"vmap": vmap_rows, "loop": loop_rows}
+ENGINES: dict[str, Engine] = {"layers": layer_rows, "vmap": vmap_rows, "loop": loop_rows}
+
+# What torch raises on models that an engine cannot trace: data-dependent control flow, an
+# operation without a batching rule, a saved tensor that was changed in place.
+_CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
+
+
+def choose_engine(function: ModelFunction) -> str:
+    """The fastest engine that is right for a model.
+
+    An engine is tried on the whole batch with one cotangent, and its rows for the first and the
+    last sample are compared with the loop's: a layer that sees samples in another order would
+    give the right sum and the wrong rows.
+    """
+    with torch.no_grad():
+        outputs = function(function.parameters)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = torch.randn(outputs.unsqueeze(1).shape, generator=generator).to(outputs)
+    last = len(outputs) - 1
+    truth = [loop_rows(function, slice(n, n + 1), cotangents[n : n + 1]) for n in sorted({0, last})]
+    for name, engine, samples in (
+        ("layers", layer_rows, [slice(0, last + 1)]),
+        ("vmap", vmap_rows, [slice(n, n + 1) for n in sorted({0, last})]),
+    ):
+        try:
+            rows = [engine(function, part, cotangents[part]) for part in samples]
+        except (UnsupportedLayerError, *_CANNOT):
+            continue
+        ends = [rows[0], rows[-1]] if last else rows
+        if all(
+            _close(found[key][-1 if index else 0], expected[key][0])
+            for index, (found, expected) in enumerate(zip(ends, truth, strict=True))
+            for key in expected
+        ):
+            return name
+    return "loop"
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    return bool((found - expected).norm() <= tolerance * (expected.norm() + tolerance))

@@ -6,7 +6,7 @@ the memory budget allows: a Gram matrix is then assembled from pairs of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ngeval.errors import EngineError, InputError, nearest_name
 from ngeval.functional import ModelFunction, Parameters
-from ngeval.jacobians.engines import ENGINES, Engine
+from ngeval.jacobians.engines import ENGINES, Engine, choose_engine
+from ngeval.jacobians.layers import (
+    AffineCapture,
+    UnsupportedLayerError,
+    affine_owners,
+    capture_layers,
+)
 
 DEFAULT_MEMORY = 4 * 2**30
 """Bytes that rows of the Jacobian may take at one time, unless the caller says otherwise."""
@@ -38,7 +44,7 @@ class RowSource:
 
     Attributes:
         function: the model at θ on its batch.
-        engine_name: ``"vmap"`` or ``"loop"``.
+        engine_name: ``"layers"``, ``"vmap"`` or ``"loop"``.
         memory: bytes for the rows that are held at one time.
     """
 
@@ -48,17 +54,25 @@ class RowSource:
 
     @classmethod
     def choose(cls, function: ModelFunction, engine: str, memory: int) -> RowSource:
-        """Resolve ``engine="auto"`` by trying ``vmap`` on one sample.
+        """Resolve ``engine="auto"`` to the fastest engine that is right for the model.
 
         Raises:
             InputError: no such engine, or the memory budget is not positive.
+            EngineError: the engine asked for cannot treat this model.
         """
         if engine not in ("auto", *ENGINES):
             raise InputError(f"unknown engine {engine!r}; {nearest_name(engine, ENGINES)}")
         if memory <= 0:
             raise InputError(f"memory must be a positive number of bytes, not {memory}")
         if engine == "auto":
-            engine = "vmap" if _vmap_works(function) else "loop"
+            engine = choose_engine(function)
+        elif engine == "layers":
+            try:
+                affine_owners(function)
+            except UnsupportedLayerError as error:
+                raise EngineError(
+                    f"engine 'layers' cannot treat this model ({error}); use engine='auto'"
+                ) from error
         return cls(function, engine, memory)
 
     @property
@@ -121,14 +135,17 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     """
     size = cotangents.shape[0] * cotangents.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
-    blocks = source.paired_blocks(cotangents)
-    for i, block in enumerate(blocks):
-        rows = source.compute(cotangents, block)
-        _add_own_products(gram[block.rows, block.rows], rows)
-        for other in blocks[i + 1 :]:
-            _add_cross_products(
-                gram[other.rows, block.rows], source.compute(cotangents, other), rows
-            )
+    if source.engine_name != "layers":
+        blocks = source.paired_blocks(cotangents)
+        _accumulate_gram(gram, blocks, lambda block: source.compute(cotangents, block))
+    else:
+        for capture in _captured(source, cotangents):
+            if capture.positions == 1:
+                gram += capture.gram()
+                continue
+            limit = max(1, source.memory // (2 * 12 * capture.row_size))
+            blocks = split_rows(*capture.cotangents.shape[:2], limit)
+            _accumulate_gram(gram, blocks, lambda block, c=capture: _flat_rows(c, block))
     lower = torch.tril(gram, -1)
     return torch.diag(gram.diagonal()) + lower + lower.T
 
@@ -142,9 +159,18 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
         name: torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
         for name, p in source.function.parameters.items()
     }
-    for _, rows in source.iterate(cotangents):
-        for name, tensor in rows.items():
-            sums[name] += tensor.to(torch.float64).square().sum(0)
+    if source.engine_name != "layers":
+        for _, rows in source.iterate(cotangents):
+            _add_squares(sums, rows)
+    else:
+        for capture in _captured(source, cotangents):
+            if capture.positions == 1:
+                for name, squares in capture.squared_sums().items():
+                    sums[name] += squares.reshape(-1)
+                continue
+            limit = max(1, STREAM_MEMORY // (12 * capture.row_size))
+            for block in split_rows(*capture.cotangents.shape[:2], limit):
+                _add_squares(sums, _flat_rows(capture, block))
     return torch.cat(list(sums.values()))
 
 
@@ -182,13 +208,28 @@ def _add_cross_products(target: Tensor, left: Parameters, right: Parameters) -> 
         target.addmm_(tensor.to(torch.float64), right[name].to(torch.float64).T)
 
 
-def _vmap_works(function: ModelFunction) -> bool:
-    """Whether ``vmap`` can trace the model (data-dependent control flow, for one, it cannot)."""
-    with torch.no_grad():
-        outputs = function(function.parameters)
-    cotangents = torch.zeros_like(outputs[:1]).unsqueeze(1)
-    try:
-        ENGINES["vmap"](function, slice(0, 1), cotangents)
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
-        return False
-    return True
+def _captured(source: RowSource, cotangents: Tensor) -> list[AffineCapture]:
+    """The layers' inputs and output gradients for the whole batch."""
+    whole = slice(0, cotangents.shape[0])
+    return capture_layers(source.function, whole, cotangents)
+
+
+def _flat_rows(capture: AffineCapture, block: Block) -> Parameters:
+    rows = capture.rows(block.samples, block.vectors)
+    return {name: tensor.flatten(0, 1).flatten(1) for name, tensor in rows.items()}
+
+
+def _add_squares(sums: Parameters, rows: Parameters) -> None:
+    for name, tensor in rows.items():
+        sums[name] += tensor.to(torch.float64).square().sum(0)
+
+
+def _accumulate_gram(
+    gram: Tensor, blocks: list[Block], compute: Callable[[Block], Parameters]
+) -> None:
+    """Add R Rᵀ to the lower triangle of ``gram``, from pairs of blocks of rows."""
+    for i, block in enumerate(blocks):
+        rows = compute(block)
+        _add_own_products(gram[block.rows, block.rows], rows)
+        for other in blocks[i + 1 :]:
+            _add_cross_products(gram[other.rows, block.rows], compute(other), rows)

@@ -77,14 +77,14 @@ class CotangentState(ABC):
 
     @abstractmethod
     def cotangents(self, dampings: Tensor) -> Tensor:
-        """w for every λ: shape ``(L, N, *positions, C)``, float64."""
+        """W for every λ: shape ``(L, N, *positions, C)``, float64."""
 
     def direction(self, damping: float) -> Tensor:
         """The update d = Jᵀw(λ), one backward pass."""
         return self.problem.vjp(self.cotangents(self._tensor([damping]))[0])
 
     def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """t = Θw(λ) for every λ."""
+        """T = Θw(λ) for every λ."""
         cotangents = self.cotangents(self._tensor(dampings))
         values = tangents_of(self.problem, cotangents)
         return Tangents(values, (cotangents * values).flatten(1).sum(1))
@@ -106,7 +106,7 @@ class ParameterState(ABC):
         """The update d(λ), shape ``(P,)``."""
 
     def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """t = J d(λ) for every λ."""
+        """T = J d(λ) for every λ."""
         values, norms = [], []
         for damping in dampings:
             direction = self.direction(damping)

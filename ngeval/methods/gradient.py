@@ -38,7 +38,7 @@ class SgdState:
         return self.problem.gradient()
 
     def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """t = J g, the same for every λ."""
+        """T = J g, the same for every λ."""
         gradient = self.problem.gradient()
         tangent = self.problem.jvp(gradient)
         squared_norm = gradient.to(torch.float64).square().sum()
