@@ -144,7 +144,7 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -
     state = {
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
     }
-    safetensors.torch.save_file(state, path)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
     path.with_suffix(".json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
+import pandas as pd
 import torch
 import typer
 from rich.console import Console
@@ -362,7 +365,7 @@ def _grade(
     force: bool,
     quiet: bool,
     **options: Any,
-) -> Any:
+) -> pd.DataFrame:
     """What ``gamma`` and ``sweep`` share; returns the table of all rows."""
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
@@ -380,13 +383,14 @@ def _grade(
 
 
 def _collect(
-    run: Run, tables: Any, description: str, output: Path | None, force: bool, quiet: bool
-) -> Any:
+    run: Run,
+    tables: Iterator[pd.DataFrame],
+    description: str,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+) -> pd.DataFrame:
     """Run through the units with a progress bar; what is finished reaches the output file."""
-    import contextlib
-
-    import pandas as pd
-
     target = ResultFile(output, force=force) if output is not None else None
     frames = []
     with console.progress_bar(quiet) as bar, target or contextlib.nullcontext():

@@ -49,14 +49,14 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
     """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
     rows = table[table["damping"] == damping]
     summary = summarize(rows)
-    methods = list(dict.fromkeys(summary["method"]))
+    methods = [name for name in dict.fromkeys(summary["method"]) if name != "sgd"]
     shown = Table(
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
-        caption="below 1: closer to the natural gradient than SGD; floor/SGD: the least possible",
+        caption="below 1: closer to the natural gradient than SGD; floor: the least possible",
         box=box.SIMPLE_HEAD,
     )
     shown.add_column("checkpoint", no_wrap=True)
-    for method in [*methods, "floor/SGD"]:
+    for method in [*methods, "floor"]:
         shown.add_column(method, justify="right", no_wrap=True)
     gamma_sgd = rows["gamma"] / rows["gamma_over_sgd"]
     floors = np.log(rows["gamma_floor"] / gamma_sgd).groupby(rows["checkpoint"]).mean()
@@ -106,22 +106,23 @@ def imbalance_table(table: pd.DataFrame) -> Table:
 
 
 def training_line(report: EpochReport) -> str:
-    """One line about an epoch."""
-    parts = [f"epoch {report.epoch:3d}", f"train loss {report.train_loss:.4g}"]
+    """One line about an epoch: mean losses in nats, with accuracies where there are any."""
+    line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
     if report.train_accuracy is not None:
-        parts.append(f"accuracy {report.train_accuracy:.1%}")
+        line += f" ({report.train_accuracy:.1%})"
     if report.validation_loss is not None:
-        parts.append(f"validation loss {report.validation_loss:.4g}")
+        line += f"  validation loss {report.validation_loss:.4g}"
     if report.validation_accuracy is not None:
-        parts.append(f"accuracy {report.validation_accuracy:.1%}")
-    return "  ".join(parts)
+        line += f" ({report.validation_accuracy:.1%})"
+    return line
 
 
 def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
     if method not in rows.index:
         return "–"
-    row = rows.loc[method]
-    value, low, high = (float(row[f"gamma_over_sgd_geomean{end}"]) for end in ("", "_low", "_high"))
-    if math.isnan(low) or method == "sgd":
+    value, low, high = (
+        float(rows[f"gamma_over_sgd_geomean{end}"][method]) for end in ("", "_low", "_high")
+    )
+    if math.isnan(low):
         return f"{value:.3g}"
     return f"{value:.3g}\n[dim]{low:.2g}–{high:.2g}[/dim]"

@@ -137,7 +137,7 @@ def _shared_columns(problem: Problem, damping_scale: str, seed: int) -> dict[str
     """The columns that do not depend on the method, and γ_min with its reason to be missing."""
     try:
         least, reason = gamma_min(problem), ""
-    except (NgevalError, torch.linalg.LinAlgError) as error:
+    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
         least, reason = math.nan, str(error)
     gradient_norm = float(problem.gradient().to(torch.float64).norm())
     return {
@@ -179,9 +179,12 @@ def _grade(
             "curvature": parts.curvature.tolist(),
             "update_norm": tangents.squared_norms.clamp_min(0).sqrt().tolist(),
         }
-    except (NgevalError, torch.linalg.LinAlgError, MemoryError) as error:
+    except Exception as error:  # a method may be anybody's; its failure is data
+        reason = (
+            str(error) if isinstance(error, NgevalError) else f"{type(error).__name__}: {error}"
+        )
         names = ("damping_absolute", "gamma", "decrease", "curvature", "update_norm")
-        return table.assign(**dict.fromkeys(names, math.nan), status="failed", reason=str(error))
+        return table.assign(**dict.fromkeys(names, math.nan), status="failed", reason=reason)
     table = table.assign(**columns)
     defined = np.isfinite(table["gamma"])
     return table.assign(

@@ -116,7 +116,7 @@ class ModelFunction:
         (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).
         """
         try:
-            result = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
+            result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
         except (NotImplementedError, RuntimeError) as error:
             if "forward" not in str(error).lower():
                 raise
@@ -131,7 +131,8 @@ class ModelFunction:
             pulled = torch.autograd.grad(
                 outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
             )
-            return torch.autograd.grad(pulled, dummy, [tangent[name] for name in leaves])[0]
+            along = [tangent[name] for name in leaves]
+            return torch.autograd.grad(pulled, [dummy], along, materialize_grads=True)[0]
 
     def vjp(self, cotangent: Tensor) -> Parameters:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""

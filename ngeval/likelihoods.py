@@ -45,7 +45,7 @@ class OutputDistribution(ABC):
 
     @abstractmethod
     def residual(self, targets: Tensor | None = None) -> Tensor:
-        """The residual u = ∇_z ℓ for the given targets (default: the observed ones): the logits' shape.
+        """The residual u = ∇_z ℓ for the given targets (default: the observed), like the logits.
 
         Targets may carry leading dimensions (draws), which the result then has too.
         """
@@ -64,7 +64,7 @@ class OutputDistribution(ABC):
 
     @abstractmethod
     def whitened_residual(self) -> Tensor:
-        """The whitened residual r = S⁺u for the observed targets, so that u = S r and uᵀH⁺u = ‖r‖²."""
+        """The whitened residual r = S⁺u of the observed targets: u = S r and uᵀH⁺u = ‖r‖²."""
 
     @abstractmethod
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:

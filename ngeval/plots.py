@@ -7,6 +7,7 @@ and marker in every picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -19,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ngeval.errors import InputError
 from ngeval.evaluate import summarize
 
-STYLE: dict[str, object] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
     "font.size": 9,
@@ -130,7 +131,9 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     _require(table, "checkpoint", "gradient_norm")
     rows = _with_stage(table)
     axes = _axes(ax, (4.6, 3.2))
-    quantiles = rows.groupby("x")["gradient_norm"].quantile([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+    quantiles = rows.groupby("x")["gradient_norm"].quantile(
+        np.array([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+    )
     by_stage = quantiles.unstack()
     x = by_stage.index.to_numpy(dtype=float)
     blue, orange = "#0072B2", "#D55E00"
@@ -140,8 +143,8 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         )
     axes.plot(x, by_stage[0.5], color=blue, label="median")
     for edge in (0.0, 1.0):
-        label = "min, max" if edge == 0 else None
-        axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=label)
+        text = "min, max" if edge == 0 else None
+        axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=text)
     axes.set_yscale("log")
     axes.set_xlabel(_stage_label(rows))
     axes.set_ylabel("per-sample gradient norm ‖g_n‖")

@@ -179,14 +179,14 @@ class Problem:
     def fisher(self) -> FisherOperator:
         """The exact Fisher F = Σ_n J_nᵀH_nJ_n as a linear operator."""
         # Imported here: `fisher` is built on `Problem`, this is only its front door.
-        from ngeval.fisher import FisherOperator
+        from ngeval.fisher import FisherOperator  # noqa: PLC0415
 
         return FisherOperator(self)
 
     def gamma(self, direction: Direction) -> float:
         """γ(d) = √(dᵀFd) / |dᵀg| of any update; see `ngeval.metrics.gamma`."""
         # Imported here: `metrics` is built on `Problem`, this is only its front door.
-        from ngeval.metrics import gamma
+        from ngeval.metrics import gamma  # noqa: PLC0415
 
         return gamma(self, direction)
 

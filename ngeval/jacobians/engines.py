@@ -6,12 +6,13 @@ for each parameter the rows of shape ``(samples, Q, *parameter.shape)``.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.functional import Inputs, ModelFunction, Parameters, autograd_enabled, map_inputs
 from ngeval.jacobians.layers import UnsupportedLayerError, layer_rows
 
 
@@ -36,10 +37,9 @@ def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
     """All samples at once: ``vmap`` over samples of a VJP, ``vmap``-ed over its cotangents."""
     batch = map_inputs(function.inputs, lambda t: t[samples])
 
-    def rows_of_one(sample: object, vectors: Tensor) -> Parameters:
-        outputs, pull_back = torch.func.vjp(
-            lambda p: function.single(p, sample),  # type: ignore[arg-type]
-            function.parameters,
+    def rows_of_one(sample: Inputs, vectors: Tensor) -> Parameters:
+        outputs, pull_back, *_ = torch.func.vjp(
+            lambda p: function.single(p, sample), function.parameters
         )
         rows: Parameters = torch.func.vmap(lambda v: pull_back(v.to(outputs.dtype))[0])(vectors)
         return rows
@@ -57,7 +57,7 @@ def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
     for offset, vectors in enumerate(cotangents):
         one = slice(start + offset, start + offset + 1)
         with autograd_enabled():
-            outputs = function(leaves, map_inputs(function.inputs, lambda t, one=one: t[one]))
+            outputs = function(leaves, map_inputs(function.inputs, itemgetter(one)))
             for vector in vectors:
                 gradients = torch.autograd.grad(
                     outputs,

@@ -6,8 +6,10 @@ the memory budget allows: a Gram matrix is then assembled from pairs of blocks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -144,8 +146,8 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
                 gram += capture.gram()
                 continue
             limit = max(1, source.memory // (2 * 12 * capture.row_size))
-            blocks = split_rows(*capture.cotangents.shape[:2], limit)
-            _accumulate_gram(gram, blocks, lambda block, c=capture: _flat_rows(c, block))
+            blocks = split_rows(cotangents.shape[0], cotangents.shape[1], limit)
+            _accumulate_gram(gram, blocks, partial(_flat_rows, capture))
     lower = torch.tril(gram, -1)
     return torch.diag(gram.diagonal()) + lower + lower.T
 
@@ -169,7 +171,7 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
                     sums[name] += squares.reshape(-1)
                 continue
             limit = max(1, STREAM_MEMORY // (12 * capture.row_size))
-            for block in split_rows(*capture.cotangents.shape[:2], limit):
+            for block in split_rows(cotangents.shape[0], cotangents.shape[1], limit):
                 _add_squares(sums, _flat_rows(capture, block))
     return torch.cat(list(sums.values()))
 
@@ -199,7 +201,7 @@ def _add_own_products(target: Tensor, rows: Parameters, strips: int = 4) -> None
     bounds = [size * i // strips for i in range(strips + 1)]
     for tensor in rows.values():
         wide = tensor.to(torch.float64)
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             target[start:stop, :stop].addmm_(wide[start:stop], wide[:stop].T)
 
 

@@ -1,4 +1,4 @@
-"""The methods by name: parsing of ``name:parameter`` and the table that ``ngeval methods`` shows."""
+"""The methods by name: parsing of ``name:parameter`` and the table of methods."""
 
 from __future__ import annotations
 
