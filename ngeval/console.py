@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -47,23 +46,22 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
 
 def stages_table(table: pd.DataFrame, damping: float) -> Table:
     """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
-    rows = table[table["damping"] == damping]
-    summary = summarize(rows)
+    summary = summarize(table[table["damping"] == damping])
     methods = [name for name in dict.fromkeys(summary["method"]) if name != "sgd"]
     shown = Table(
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
         caption="below 1: closer to the natural gradient than SGD; floor: the least possible",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     shown.add_column("checkpoint", no_wrap=True)
     for method in [*methods, "floor"]:
         shown.add_column(method, justify="right", no_wrap=True)
-    gamma_sgd = rows["gamma"] / rows["gamma_over_sgd"]
-    floors = np.log(rows["gamma_floor"] / gamma_sgd).groupby(rows["checkpoint"]).mean()
     for name, label in checkpoint_labels(table).items():
         part = summary[summary["checkpoint"] == name].set_index("method")
         cells = [_ratio_cell(part, method) for method in methods]
-        shown.add_row(label, *cells, f"{math.exp(floors[name]):.3g}")
+        shown.add_row(label, *cells, f"{part['floor_over_sgd'].median():.3g}")
     return shown
 
 

@@ -213,7 +213,8 @@ def summarize(
     Returns:
         One row per group in order of appearance, with ``batches`` and, for each ratio r in
         (``gamma_over_sgd``, ``gamma_over_ng``): ``r_mean, r_mean_low, r_mean_high, r_geomean,
-        r_geomean_low, r_geomean_high``. Intervals of fewer than two batches are NaN.
+        r_geomean_low, r_geomean_high``; and ``floor_over_sgd``, the geometric mean of the floor
+        over γ_SGD. Intervals of fewer than two batches are NaN.
     """
     keys = [key for key in by if key in table.columns]
     if not keys:
@@ -221,6 +222,9 @@ def summarize(
     usable = table[table["status"] == "ok"]
     grouped = usable.groupby(keys, sort=False, dropna=False)
     summary = grouped.size().rename("batches").reset_index()
+    log_floors = np.log(usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"])
+    by_group = log_floors.groupby([usable[key] for key in keys], sort=False, dropna=False)
+    summary["floor_over_sgd"] = np.exp(by_group.mean().to_numpy())
     for ratio in ("gamma_over_sgd", "gamma_over_ng"):
         values = [group.to_numpy(dtype=float) for _, group in grouped[ratio]]
         for suffix, transform, back in (

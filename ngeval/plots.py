@@ -76,7 +76,7 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
         _line_with_band(axes, part, "x", styles[method], method)
     _ratio_axis(axes)
     axes.set_xlabel(_stage_label(rows))
-    axes.set_title(f"damping λ = {damping:g} ({_scale_of(table)})")
+    axes.set_title(f"damping λ = {_number(damping)} ({_scale_of(table)})")
     axes.legend(ncols=2)
     return axes
 
@@ -109,8 +109,8 @@ def plot_damping(
     for method in _drawn_methods(summary):
         part = summary[summary["method"] == method].sort_values("damping")
         _line_with_band(axes, part, "damping", styles[method], method, markers=False)
-    floor = (rows["gamma_floor"] / (rows["gamma"] / rows["gamma_over_sgd"])).median()
-    axes.axhline(float(floor), color="#555555", linestyle="--", linewidth=1, label="floor")
+    floor = float(summary["floor_over_sgd"].median())
+    axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label="floor")
     axes.set_xscale("log")
     _ratio_axis(axes)
     axes.set_xlabel(f"damping λ ({_scale_of(table)})")
@@ -147,14 +147,14 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=text)
     axes.set_yscale("log")
     axes.set_xlabel(_stage_label(rows))
-    axes.set_ylabel("per-sample gradient norm ‖g_n‖")
+    axes.set_ylabel(r"per-sample gradient norm $\|g_n\|$ (nats)")
     right = axes.twinx()
     keys = [key for key in ("x", "batch") if key in rows]
     extremes = rows.groupby(keys)["gradient_norm"].agg(["min", "max"])
     ratio = (extremes["max"] / extremes["min"].where(extremes["min"] > 0)).groupby("x").median()
     right.plot(ratio.index, ratio, color=orange, marker="o", label="max/min")
     right.set_yscale("log")
-    right.set_ylabel("imbalance max‖g_n‖ / min‖g_n‖", color=orange)
+    right.set_ylabel(r"imbalance $\max_n\|g_n\|\,/\,\min_n\|g_n\|$", color=orange)
     right.tick_params(axis="y", colors=orange)
     right.spines["right"].set(visible=True, color=orange)
     right.grid(visible=False)
@@ -210,6 +210,14 @@ def imbalance_figure(table: pd.DataFrame) -> Figure:
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def _number(value: float) -> str:
+    """A number as it is typeset: a power of ten where it is one."""
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    if value and float(mantissa) == 1 and abs(int(exponent)) > 2:
+        return rf"$10^{{{int(exponent)}}}$"
+    return f"{value:g}"
 
 
 def _require(table: pd.DataFrame, *columns: str) -> None:
@@ -308,7 +316,7 @@ def _ratio_axis(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("γ / γ_SGD  (lower is closer to NG)")
+    axes.set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (lower: closer to NG)")
 
 
 def _legend_below(*axes: Axes) -> None:
@@ -317,4 +325,4 @@ def _legend_below(*axes: Axes) -> None:
         more_handles, more_labels = ax.get_legend_handles_labels()
         handles += more_handles
         labels += more_labels
-    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3)
