@@ -18,6 +18,7 @@ from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, get_method
 from ngeval.metrics import gamma, gamma_floor, gamma_min, gradient_norms, loss_change
 from ngeval.problem import Problem
+from ngeval.tasks import Task
 
 __version__ = _version("ngeval")
 
@@ -37,6 +38,7 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "Problem",
+    "Task",
     "TaskError",
     "evaluate",
     "gamma",

@@ -222,9 +222,9 @@ def summarize(
     usable = table[table["status"] == "ok"]
     grouped = usable.groupby(keys, sort=False, dropna=False)
     summary = grouped.size().rename("batches").reset_index()
-    log_floors = np.log(usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"])
-    by_group = log_floors.groupby([usable[key] for key in keys], sort=False, dropna=False)
-    summary["floor_over_sgd"] = np.exp(by_group.mean().to_numpy())
+    floors = usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"]
+    floor_groups = usable.assign(log_floor=np.log(floors)).groupby(keys, sort=False, dropna=False)
+    summary["floor_over_sgd"] = np.exp(floor_groups["log_floor"].mean().to_numpy())
     for ratio in ("gamma_over_sgd", "gamma_over_ng"):
         values = [group.to_numpy(dtype=float) for _, group in grouped[ratio]]
         for suffix, transform, back in (

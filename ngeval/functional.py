@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ngeval.errors import InputError, ModelError
+from ngeval.errors import InputError, ModelError, NgevalError
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Parameters = dict[str, Tensor]
@@ -169,6 +169,23 @@ def map_inputs(inputs: Inputs, function: Any) -> Inputs:
         return tuple(function(value) for value in inputs)
     result: Tensor = function(inputs)
     return result
+
+
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """Turn whatever a user's model raises into a `ModelError` that says it was the model.
+
+    Raises:
+        ModelError: something other than an ngeval error was raised inside.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model failed on its inputs: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ratio = (extremes["max"] / extremes["min"].where(extremes["min"] > 0)).groupby("x").median()
     right.plot(ratio.index, ratio, color=orange, marker="o", label="max/min")
     right.set_yscale("log")
-    right.set_ylabel(r"imbalance $\max_n\|g_n\|\,/\,\min_n\|g_n\|$", color=orange)
+    right.set_ylabel(r"imbalance $\mathrm{max}\|g_n\|\,/\,\mathrm{min}\|g_n\|$", color=orange)
     right.tick_params(axis="y", colors=orange)
     right.spines["right"].set(visible=True, color=orange)
     right.grid(visible=False)

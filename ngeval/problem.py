@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.functional import Inputs, ModelFunction
+from ngeval.functional import Inputs, ModelFunction, model_errors
 from ngeval.jacobians import DEFAULT_MEMORY, RowSource
 from ngeval.likelihoods import Likelihood, get_likelihood
 
@@ -89,7 +89,7 @@ class Problem:
         self.function = ModelFunction.of(model, inputs, dtype)
         self.likelihood = get_likelihood(likelihood)
         self._versions = {n: p._version for n, p in model.named_parameters()}
-        with torch.no_grad():
+        with torch.no_grad(), model_errors():
             raw = self.function(self.function.parameters)
         self._check_outputs(raw)
         self.outputs = raw.detach().to(torch.float64)

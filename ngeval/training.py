@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ngeval.checkpoints import save_checkpoint
 from ngeval.errors import InputError, ModelError, OutputError, nearest_name
-from ngeval.functional import Inputs, map_inputs, outputs_of
+from ngeval.functional import Inputs, map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
 from ngeval.results import check_folder
 from ngeval.tasks import Batch, Task
@@ -128,7 +128,8 @@ class Training:
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, OutputDistribution]:
         inputs, targets = batch
         inputs = map_inputs(inputs, lambda t: t.to(self.device))
-        outputs = outputs_of(call_model(model, inputs))
+        with model_errors():
+            outputs = outputs_of(call_model(model, inputs))
         if not bool(torch.isfinite(outputs).all()):
             raise ModelError(
                 "training diverged: the model's outputs are NaN or infinite; lower the learning "
