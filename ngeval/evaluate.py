@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy import stats
 
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.methods import Method, State, get_methods
@@ -248,7 +248,8 @@ def _intervals(
     low, high = np.full((2, len(groups)), math.nan)
     for length in sorted({len(group) for group in groups} - {0, 1}):
         chosen = [i for i, group in enumerate(groups) if len(group) == length]
-        result = stats.bootstrap(
+        # Through the package, so that scipy.stats (a second to import) is loaded when needed.
+        result = scipy.stats.bootstrap(
             (np.stack([groups[i] for i in chosen]),),
             np.mean,
             axis=-1,

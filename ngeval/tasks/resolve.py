@@ -64,6 +64,7 @@ def _load_file(path: Path) -> ModuleType:
         raise TaskError(f"task file {path} cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling in the file look it up there
+    _make_importable(path.resolve().parent)  # as for a script: the file imports its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises, it is the file's
@@ -74,9 +75,15 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
+    _make_importable(Path.cwd())  # as ``python -m`` does
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever a user's module raises, it is the module's
         raise TaskError(
             f"task module {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+def _make_importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

@@ -1,0 +1,56 @@
+"""The README's commands and examples are what CI runs and what a reader can paste."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ngeval.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def block_with(text: str) -> str:
+    found = [body for _, body in BLOCKS if text in body]
+    assert found, f"no code block of the README holds {text!r}"
+    return found[0]
+
+
+@pytest.mark.parametrize("command", ["&& ngeval demo", "&& python -m pytest"])
+def test_ci_runs_the_commands_of_the_readme(command):
+    line = block_with(command).strip()
+    assert line in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_example_runs(capsys):
+    exec(compile(block_with("import torch, ngeval"), "README.md", "exec"), {})
+    assert "damping" in capsys.readouterr().out
+
+
+def test_the_worked_example_runs_as_written(tmp_path):
+    (tmp_path / "my_task.py").write_text(block_with("# my_task.py"))
+    for line in block_with("ngeval train --task my_task.py").splitlines():
+        words = shlex.split(line, comments=True)
+        command = [sys.executable, "-m", *words, *(["--quiet"] if "plot" not in words else [])]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for name in ("gamma.csv", "sweep.csv", "imbalance.csv", "stages.png", "damping.pdf"):
+        assert (tmp_path / name).stat().st_size > 1000
+    reader = block_with("import pandas, ngeval")
+    done = subprocess.run(
+        [sys.executable, "-c", reader], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[24 rows x 17 columns]" in done.stdout
+
+
+def test_every_method_and_likelihood_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for name in [*METHODS, "categorical", "gaussian", "bernoulli"]:
+        assert f"| `{name}" in text
