@@ -82,12 +82,13 @@ def evaluate(
             f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
         )
     done = on_step or (lambda _: None)
-    shared = _shared_columns(problem, damping_scale, seed)
-    done("gamma_min")
     frames = []
-    for method in resolved:
-        frames.append(_grade(problem, method, lambdas, damping_scale, seed))
-        done(method.name)
+    with torch.inference_mode(False):  # tensors made here take part in backward passes
+        shared = _shared_columns(problem, damping_scale, seed)
+        done("gamma_min")
+        for method in resolved:
+            frames.append(_grade(problem, method, lambdas, damping_scale, seed))
+            done(method.name)
     return pd.concat(frames, ignore_index=True).assign(**shared)[COLUMNS]
 
 

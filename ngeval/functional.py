@@ -32,13 +32,17 @@ class ModelFunction:
         inputs: the batch; every tensor has the samples in its first dimension.
         parameters: the trainable parameters by name, detached (they share memory with the
             model's own unless a dtype was asked for).
-        constants: buffers (cloned), and frozen parameters where a dtype was asked for.
+        frozen: the other parameters, where a dtype was asked for.
+        buffers: as they were; every call works on its own copies.
+        versions: the version counter of each parameter, by which a change in place shows.
     """
 
     model: nn.Module
     inputs: Inputs
     parameters: Parameters
-    constants: Parameters
+    frozen: Parameters
+    buffers: Parameters
+    versions: dict[str, int]
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> ModelFunction:
@@ -56,13 +60,17 @@ class ModelFunction:
         _check_model(model)
         _check_inputs(inputs)
         trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        constants = {n: b.detach().clone() for n, b in model.named_buffers()}
+        buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        frozen: Parameters = {}
         if dtype is not None:
             frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-            trainable = {n: _cast(p, dtype) for n, p in trainable.items()}
-            constants = {n: _cast(t, dtype) for n, t in {**constants, **frozen}.items()}
+            trainable, frozen, buffers = (
+                {n: _cast(t, dtype) for n, t in group.items()}
+                for group in (trainable, frozen, buffers)
+            )
             inputs = map_inputs(inputs, lambda t: _cast(t, dtype))
-        return cls(model, inputs, trainable, constants)
+        versions = {n: _version(p) for n, p in model.named_parameters()}
+        return cls(model, inputs, trainable, frozen, buffers, versions)
 
     @property
     def num_samples(self) -> int:
@@ -88,10 +96,17 @@ class ModelFunction:
         return next(iter(self.parameters.values())).device
 
     def __call__(self, parameters: Parameters, inputs: Inputs | None = None) -> Tensor:
-        """Outputs ``(N, *positions, C)`` at the given parameters, on ``inputs`` or the batch."""
+        """Outputs ``(N, *positions, C)`` at the given parameters, on ``inputs`` or the batch.
+
+        Raises:
+            ModelError: the model's parameters were changed since this function was made.
+        """
+        self._check_unchanged()
         batch = self.inputs if inputs is None else inputs
-        # A clone, so that a first layer working in place does not reach the caller's tensors.
+        # Clones, so that neither a first layer working in place nor a buffer that counts calls
+        # reaches the caller's tensors or the next call.
         batch = map_inputs(batch, torch.clone)
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         args: tuple[Tensor, ...] = ()
         kwargs: dict[str, Tensor] = {}
         if isinstance(batch, dict):
@@ -101,9 +116,17 @@ class ModelFunction:
         # Forward-mode AD has no rule for fused attention, so every pass uses the plain one.
         with sdpa_kernel(SDPBackend.MATH):
             raw = torch.func.functional_call(
-                self.model, {**parameters, **self.constants}, args, kwargs
+                self.model, {**parameters, **self.frozen, **buffers}, args, kwargs
             )
         return outputs_of(raw)
+
+    def _check_unchanged(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if _version(parameter) != self.versions[name]:
+                raise ModelError(
+                    f"parameter {name!r} was modified after this Problem was made; make a new "
+                    "Problem for the new weights"
+                )
 
     def single(self, parameters: Parameters, sample: Inputs) -> Tensor:
         """Outputs ``(*positions, C)`` for one sample given without its batch dimension."""
@@ -116,11 +139,15 @@ class ModelFunction:
         (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).
         """
         try:
-            result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error).lower():
-                raise
-            result = self._jvp_by_double_backward(tangent)
+            with torch.inference_mode(False):
+                result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's word for an operation without a forward rule
+            try:
+                result = self._jvp_by_double_backward(tangent)
+            except RuntimeError:
+                raise error from None
         return result.detach()
 
     def _jvp_by_double_backward(self, tangent: Parameters) -> Tensor:
@@ -193,6 +220,11 @@ def autograd_enabled() -> Iterator[None]:
     """Record gradients whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def _version(tensor: Tensor) -> int:
+    """The counter of in-place changes; tensors made in inference mode have none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

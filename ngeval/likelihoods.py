@@ -110,7 +110,7 @@ class Categorical(Likelihood):
     def bind(self, logits: Tensor, targets: Tensor) -> CategoricalDistribution:
         """Check integer class labels of shape ``(N, *positions)`` and bind."""
         _check_targets_tensor(logits, targets)
-        if targets.dtype.is_floating_point or targets.dtype in (torch.bool, torch.complex64):
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise InputError(
                 f"targets have dtype {targets.dtype}; the categorical likelihood takes integer "
                 "class labels (convert them with targets.long())"
@@ -362,11 +362,12 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     family, _, parameter = str(likelihood).partition(":")
     if family == "gaussian":
         try:
-            return Gaussian(float(parameter)) if parameter else Gaussian()
+            variance = float(parameter or 1.0)
         except ValueError as error:
             raise InputError(
                 f"likelihood {likelihood!r}: write the variance as gaussian:0.5"
             ) from error
+        return Gaussian(variance)
     plain: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli}
     if family not in plain or parameter:
         raise InputError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.functional import Inputs, ModelFunction, model_errors
+from ngeval.functional import Inputs, ModelFunction, map_inputs, model_errors
 from ngeval.jacobians import DEFAULT_MEMORY, RowSource
 from ngeval.likelihoods import Likelihood, get_likelihood
 
@@ -64,7 +64,7 @@ class Problem:
         memory: int = DEFAULT_MEMORY,
         probes: bool = True,
     ) -> None:
-        """Run the model once (twice with probes) and check that it can be graded.
+        """Run the model and check that it can be graded.
 
         Args:
             model: an ``nn.Module`` in eval mode that returns a tensor of outputs, or an object
@@ -77,20 +77,34 @@ class Problem:
             dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
             engine: ``"vmap"``, ``"loop"``, or ``"auto"`` (vmap where it can trace the model).
             memory: bytes that per-sample Jacobian rows may take at one time.
-            probes: check that two forward passes agree, and that Σ_n g_n is the batch gradient.
+            probes: check that two forward passes agree, that a sample's outputs do not depend on
+                the others in the batch, and that Σ_n g_n is the batch gradient.
 
         Raises:
             ModelError: train mode, NaN weights, nothing trainable, random outputs.
             InputError: inputs or targets do not fit.
-            EngineError: per-sample gradients do not add up to the batch gradient.
+            EngineError: samples see each other, or per-sample gradients do not add up to the
+                batch gradient.
         """
+        with torch.inference_mode(False):  # tensors made here take part in backward passes
+            self._set_up(model, inputs, targets, likelihood, dtype, engine, memory, probes)
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        targets: Tensor,
+        likelihood: str | Likelihood,
+        dtype: torch.dtype | None,
+        engine: str,
+        memory: int,
+        probes: bool,
+    ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype must be a floating-point type, not {dtype}")
         self.function = ModelFunction.of(model, inputs, dtype)
         self.likelihood = get_likelihood(likelihood)
-        self._versions = {n: p._version for n, p in model.named_parameters()}
-        with torch.no_grad(), model_errors():
-            raw = self.function(self.function.parameters)
+        raw = self._run_model()
         self._check_outputs(raw)
         self.outputs = raw.detach().to(torch.float64)
         self.distribution = self.likelihood.bind(self.outputs, targets)
@@ -98,6 +112,7 @@ class Problem:
         self.loss = self.distribution.loss()
         if probes:
             self._check_deterministic(raw)
+            self._check_samples_independent(raw)
         self.rows = RowSource.choose(self.function, engine, memory)
         self._memory: dict[str, Any] = {}
         if probes:
@@ -150,7 +165,6 @@ class Problem:
         Raises:
             InputError: the direction does not fit the parameters or is not finite.
         """
-        self.check_unchanged()
         vector = self.as_vector(direction).to(torch.float64)
         # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
         scale = vector.abs().max()
@@ -165,7 +179,6 @@ class Problem:
         Args:
             cotangent: w of the outputs' shape.
         """
-        self.check_unchanged()
         if cotangent.shape != self.outputs.shape:
             raise InputError(
                 f"the cotangent has shape {tuple(cotangent.shape)}, the outputs have "
@@ -216,15 +229,6 @@ class Problem:
         result: T = self._memory[key]
         return result
 
-    def check_unchanged(self) -> None:
-        """Raise if the model's parameters were modified in place since the problem was made."""
-        for name, parameter in self.function.model.named_parameters():
-            if parameter._version != self._versions[name]:
-                raise ModelError(
-                    f"parameter {name!r} was modified after this Problem was made; make a new "
-                    "Problem for the new weights"
-                )
-
     def _named_vector(self, direction: Mapping[str, Tensor]) -> Tensor:
         expected = self.function.parameters
         missing = [name for name in expected if name not in direction]
@@ -252,9 +256,17 @@ class Problem:
             bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
             raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
 
+    def _run_model(self, chosen: Tensor | None = None) -> Tensor:
+        """The raw outputs of the batch, or of some of its samples."""
+        function = self.function
+        inputs = None
+        if chosen is not None:
+            inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
+        with torch.no_grad(), model_errors():
+            return function(function.parameters, inputs)
+
     def _check_deterministic(self, first: Tensor) -> None:
-        with torch.no_grad():
-            second = self.function(self.function.parameters)
+        second = self._run_model()
         tolerance = 100 * torch.finfo(first.dtype).eps
         if not torch.allclose(first, second, rtol=tolerance, atol=tolerance):
             raise ModelError(
@@ -263,8 +275,29 @@ class Problem:
                 "state: call model.eval(), or switch it off"
             )
 
+    def _check_samples_independent(self, outputs: Tensor) -> None:
+        """A shuffled half of the batch must give the same outputs as the whole."""
+        if len(outputs) < 2:
+            return
+        order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+        scale = float(outputs.abs().max())
+        tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * scale
+        for half in order.chunk(2):
+            try:
+                gap = (self._run_model(half) - outputs[half.to(outputs.device)]).abs().max()
+            except ModelError as error:
+                raise ModelError(
+                    f"the model runs on the whole batch, but not on half of it: {error}"
+                ) from error
+            if float(gap) > tolerance:
+                raise EngineError(
+                    "the samples of the batch see each other: some outputs change by up to "
+                    f"{float(gap):.2g} when a sample is batched with others (batch statistics, "
+                    "attention over the batch?), so a per-sample Fisher is not defined"
+                )
+
     def _check_gradients_add_up(self) -> None:
-        """Σ_n g_n = g: catches samples that see each other and parameters an engine misses."""
+        """Σ_n g_n = g: catches parameters that an engine misses."""
         parameters = self.function.parameters
         total = {n: torch.zeros(p.numel(), dtype=p.dtype) for n, p in parameters.items()}
         size = dict.fromkeys(parameters, 0.0)
@@ -283,6 +316,6 @@ class Problem:
         if off:
             raise EngineError(
                 "per-sample gradients do not add up to the batch gradient for "
-                f"{', '.join(off[:5])} (relative gap): the samples of the batch see each other "
-                "(batch statistics, a loss over pairs), so a per-sample Fisher is not defined"
+                f"{', '.join(off[:5])} (relative gap): the {self.engine} engine does not treat "
+                "this model rightly; try engine='loop', and report it"
             )

@@ -12,7 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngeval.functional import Inputs, ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.functional import (
+    Inputs,
+    ModelFunction,
+    Parameters,
+    autograd_enabled,
+    map_inputs,
+)
 from ngeval.jacobians.layers import UnsupportedLayerError, layer_rows
 
 
