@@ -22,14 +22,38 @@ from ngeval.demo import Demo
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.evaluate import check_dampings
 from ngeval.methods import METHODS, get_methods
-from ngeval.options import parse_bytes, parse_dampings, parse_dtype
-from ngeval.plots import damping_figure, imbalance_figure, stages_figure
+from ngeval.options import (
+    BatchSizeOption,
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    ForceOption,
+    MemoryOption,
+    MethodsOption,
+    MoreCheckpoints,
+    NumBatchesOption,
+    OutputOption,
+    PickleOption,
+    QuietOption,
+    ScaleOption,
+    SeedOption,
+    TaskOption,
+    parse_bytes,
+    parse_dampings,
+    parse_dtype,
+)
+from ngeval.plots import (
+    FIGURE_SUFFIXES,
+    damping_figure,
+    imbalance_figure,
+    save_figure,
+    stages_figure,
+)
 from ngeval.results import ResultFile, check_output, read_results
 from ngeval.runs import Run
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import OPTIMIZERS, Training
-
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Commands(typer.core.TyperGroup):
@@ -57,46 +81,6 @@ app = typer.Typer(
     help="How close is the update an optimizer makes to the exact natural gradient?",
     epilog="Start with [bold]ngeval demo[/bold]. Every command has --help with examples.",
 )
-
-TaskOption = Annotated[
-    str,
-    typer.Option(
-        "--task", "-t", help="Built-in name, path/to/file.py:name or package.module:name."
-    ),
-]
-CheckpointOption = Annotated[
-    list[str],
-    typer.Option("--checkpoint", "-c", help="File, folder or glob; repeat or list several."),
-]
-MoreCheckpoints = Annotated[
-    list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="More checkpoints.")
-]
-MethodsOption = Annotated[
-    str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` shows them.")
-]
-ScaleOption = Annotated[
-    str,
-    typer.Option(help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."),
-]
-BatchSizeOption = Annotated[int, typer.Option(help="N, samples in a graded batch.")]
-NumBatchesOption = Annotated[int, typer.Option(help="Graded batches for each checkpoint.")]
-SeedOption = Annotated[int, typer.Option(help="For batches, sampled labels and training.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
-]
-EngineOption = Annotated[str, typer.Option(help="auto, layers, vmap or loop.")]
-MemoryOption = Annotated[str, typer.Option(help="For per-sample Jacobians, e.g. 8GiB.")]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
-PickleOption = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="Run code in checkpoints; only for files you trust."),
-]
 
 
 def main() -> None:
@@ -147,11 +131,10 @@ def demo(
             bar.advance(bars[step])
 
         gammas, samples = job.run(lambda r: out.print(console.training_line(r)), advance)
-    for damping in sorted(gammas["damping"].unique())[:1]:
-        out.print(console.stages_table(gammas, damping))
+    out.print(console.stages_table(gammas, gammas["damping"].min()))
     out.print(console.imbalance_table(samples))
     written = [output / "results.parquet", output / "imbalance.parquet", *job.figures.values()]
-    out.print("written: " + ", ".join(str(path) for path in written), highlight=False)
+    _say(out, "written: " + ", ".join(str(path) for path in written))
 
 
 @app.command()
@@ -183,7 +166,7 @@ def train(
         for report in training.run():
             out.print(console.training_line(report))
             bar.advance(step)
-    out.print(f"written: {output}/epoch-*.safetensors", highlight=False)
+    _say(out, f"written: {output}/epoch-*.safetensors")
 
 
 @app.command()
@@ -309,12 +292,15 @@ def plot(
     else:
         kinds = ("stages", "damping", "imbalance")
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, kinds)}")
-    figure.savefig(output)
+    save_figure(figure, output)
 
 
 @app.command()
 def tasks() -> None:
-    """List the built-in tasks."""
+    """List the built-in tasks.
+
+    [bold]Example:[/bold] ngeval tasks
+    """
     shown = Table("task", "what it is", "parameters")
     for name in BUILTIN_TASKS:
         task = get_task(name)
@@ -325,12 +311,20 @@ def tasks() -> None:
 
 @app.command()
 def methods() -> None:
-    """List the methods, with their formulas and parameters."""
+    """List the methods, with their formulas and parameters.
+
+    [bold]Example:[/bold] ngeval methods
+    """
     shown = Table("method", "d(λ)", "labels from", "after a colon")
     for name, entry in METHODS.items():
         shown.add_row(name, entry.formula, entry.labels, entry.parameter or "–")
     Console().print(shown)
     Console().print("example: --methods sgd,ief,sf:4,diag-ef:0.5", highlight=False)
+
+
+def _say(out: Console, text: str) -> None:
+    """Print as it is: a path may hold brackets."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 _RUN_OPTIONS = (

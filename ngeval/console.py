@@ -7,6 +7,7 @@ import math
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,7 +41,8 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
     labels = {}
     for name, rows in table.groupby("checkpoint", sort=False):
         epoch = float(rows["epoch"].iloc[0])
-        labels[str(name)] = f"epoch {epoch:g}" if math.isfinite(epoch) else str(name)[-40:]
+        label = f"epoch {epoch:g}" if math.isfinite(epoch) else str(name)[-40:]
+        labels[str(name)] = escape(label)
     return labels
 
 

@@ -10,10 +10,17 @@ import numpy as np
 import pandas as pd
 
 from ngeval.checkpoints import find_checkpoints
-from ngeval.plots import damping_figure, imbalance_figure, stages_figure
-from ngeval.results import ResultFile
+from ngeval.errors import InputError
+from ngeval.plots import (
+    FIGURE_SUFFIXES,
+    damping_figure,
+    imbalance_figure,
+    save_figure,
+    stages_figure,
+)
+from ngeval.results import ResultFile, check_output
 from ngeval.runs import Run
-from ngeval.tasks import get_task
+from ngeval.tasks import Task, get_task
 from ngeval.training import EpochReport, Training
 
 METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
@@ -49,6 +56,7 @@ class Demo:
         """Do everything; returns the γ table and the table of samples, both also written."""
         task = get_task("digits-mlp")
         checkpoints = self.output / "checkpoints"
+        self._check(task)
         with (
             ResultFile(self.output / "results.parquet", force=self.force) as gammas,
             ResultFile(self.output / "imbalance.parquet", force=self.force) as samples,
@@ -80,6 +88,15 @@ class Demo:
         """Where each figure goes, by kind."""
         return {kind: self.output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")}
 
+    def _check(self, task: Task) -> None:
+        """Find out before training what would fail after it."""
+        for path in self.figures.values():
+            check_output(path, FIGURE_SUFFIXES, force=self.force)
+        if self.epochs < 0:
+            raise InputError("epochs must be ≥ 0")
+        Run(task, (), self.batch_size, self.num_batches, self.seed)
+        next(task.batches(self.batch_size, self.num_batches, self.seed))
+
     def _draw(self, gammas: pd.DataFrame, samples: pd.DataFrame) -> None:
         names = list(dict.fromkeys(gammas["checkpoint"]))
         stages = [names[0], names[len(names) // 2], names[-1]]
@@ -89,4 +106,4 @@ class Demo:
             "imbalance": imbalance_figure(samples),
         }
         for kind, figure in figures.items():
-            figure.savefig(self.figures[kind])
+            save_figure(figure, self.figures[kind])

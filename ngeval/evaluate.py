@@ -101,6 +101,10 @@ COLUMNS = [
 """The columns of `evaluate`, in order."""
 
 
+SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
+"""The columns that `summarize` needs besides ``status``."""
+
+
 def check_dampings(dampings: Iterable[float]) -> list[float]:
     """Turn dampings into a list of distinct floats.
 
@@ -211,6 +215,9 @@ def summarize(
         resamples: number of bootstrap resamples.
         seed: for the resampling.
 
+    Raises:
+        InputError: a column is missing.
+
     Returns:
         One row per group in order of appearance, with ``batches`` and, for each ratio r in
         (``gamma_over_sgd``, ``gamma_over_ng``): ``r_mean, r_mean_low, r_mean_high, r_geomean,
@@ -220,6 +227,9 @@ def summarize(
     keys = [key for key in by if key in table.columns]
     if not keys:
         raise InputError(f"none of the columns {list(by)} is in the table")
+    missing = [name for name in ("status", *SUMMARIZED) if name not in table.columns]
+    if missing:
+        raise InputError(f"the table has no column {', '.join(missing)}; is it evaluate's?")
     usable = table[table["status"] == "ok"]
     grouped = usable.groupby(keys, sort=False, dropna=False)
     summary = grouped.size().rename("batches").reset_index()

@@ -58,7 +58,7 @@ class ModelFunction:
             InputError: inputs of the wrong kind, of unequal length, empty, or not finite.
         """
         _check_model(model)
-        _check_inputs(inputs)
+        check_inputs(inputs)
         trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         frozen: Parameters = {}
@@ -256,7 +256,26 @@ def outputs_of(raw: Any) -> Tensor:
     return outputs
 
 
-def _check_inputs(inputs: Inputs) -> None:
+def check_device(device: str) -> None:
+    """Raise if there is no such device here.
+
+    Raises:
+        InputError: unknown to torch, or not available on this machine.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device {device!r} is not available here: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Raise unless the inputs are finite tensors of one length, batch first.
+
+    Raises:
+        InputError: wrong kind, unequal lengths, an empty batch, NaN or infinite values.
+    """
     if not isinstance(inputs, Tensor | tuple | dict) or (
         not isinstance(inputs, Tensor) and not inputs
     ):

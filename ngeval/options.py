@@ -1,14 +1,61 @@
-"""Parsing of what command-line options say: dampings, bytes, dtypes."""
+"""The options that commands share, and how their text is read."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 
 from ngeval.errors import InputError, nearest_name
+
+MAX_SEED = 2**32 - 1
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", "-t", help="Built-in name, path/to/file.py:name or package.module:name."
+    ),
+]
+CheckpointOption = Annotated[
+    list[str],
+    typer.Option("--checkpoint", "-c", help="File, folder or glob; repeat or list several."),
+]
+MoreCheckpoints = Annotated[
+    list[str] | None, typer.Argument(metavar="[CHECKPOINT]...", help="More checkpoints.")
+]
+MethodsOption = Annotated[
+    str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` shows them.")
+]
+ScaleOption = Annotated[
+    str,
+    typer.Option(help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."),
+]
+BatchSizeOption = Annotated[int, typer.Option(help="N, samples in a graded batch.")]
+NumBatchesOption = Annotated[int, typer.Option(help="Graded batches for each checkpoint.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="For batches, sampled labels and training.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
+]
+EngineOption = Annotated[str, typer.Option(help="auto, layers, vmap or loop.")]
+MemoryOption = Annotated[str, typer.Option(help="For per-sample Jacobians, e.g. 8GiB.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+PickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Run code in checkpoints; only for files you trust."),
+]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -7,6 +7,7 @@ and marker in every picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -17,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ngeval.errors import InputError
-from ngeval.evaluate import summarize
+from ngeval.errors import InputError, OutputError, nearest_name
+from ngeval.evaluate import SUMMARIZED, check_dampings, summarize
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -37,6 +38,9 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
 }
 """matplotlib settings that every picture of ngeval is drawn with."""
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+"""What `save_figure` writes."""
 
 _FAMILIES = {  # colour, marker
     "sgd": ("#000000", ""),
@@ -65,7 +69,7 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
     Raises:
         InputError: the table has not the columns, or nothing at that damping.
     """
-    _require(table, "checkpoint", "method", "damping", "gamma_over_sgd")
+    table = _usable(table, "checkpoint")
     damping = _chosen_damping(table, damping)
     rows = _with_stage(table[np.isclose(table["damping"], damping, rtol=1e-6, atol=0)])
     axes = _axes(ax, (4.2, 3.2))
@@ -96,14 +100,19 @@ def plot_damping(
     Raises:
         InputError: the table has not the columns, or no such checkpoint.
     """
-    _require(table, "method", "damping", "gamma_over_sgd", "gamma_floor")
+    table = _usable(table)
     if "checkpoint" in table:
-        checkpoint = str(table["checkpoint"].iloc[0]) if checkpoint is None else checkpoint
+        names = list(dict.fromkeys(table["checkpoint"].astype(str)))
+        checkpoint = names[0] if checkpoint is None else checkpoint
         table = table[table["checkpoint"] == checkpoint]
         if table.empty:
-            raise InputError(f"no rows for checkpoint {checkpoint!r}")
-    axes = _axes(ax, (4.2, 3.2))
+            raise InputError(
+                f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
+            )
     rows = table[table["damping"] > 0]
+    if rows.empty:
+        raise InputError("the only damping is 0, which has no place on a logarithmic axis")
+    axes = _axes(ax, (4.2, 3.2))
     summary = summarize(rows, ("method", "damping"))
     styles = _styles(table)
     for method in _drawn_methods(summary):
@@ -147,14 +156,14 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=text)
     axes.set_yscale("log")
     axes.set_xlabel(_stage_label(rows))
-    axes.set_ylabel(r"per-sample gradient norm $\|g_n\|$ (nats)")
+    axes.set_ylabel("per-sample gradient norm ‖gₙ‖ (nats)")
     right = axes.twinx()
     keys = [key for key in ("x", "batch") if key in rows]
     extremes = rows.groupby(keys)["gradient_norm"].agg(["min", "max"])
     ratio = (extremes["max"] / extremes["min"].where(extremes["min"] > 0)).groupby("x").median()
     right.plot(ratio.index, ratio, color=orange, marker="o", label="max/min")
     right.set_yscale("log")
-    right.set_ylabel(r"imbalance $\mathrm{max}\|g_n\|\,/\,\mathrm{min}\|g_n\|$", color=orange)
+    right.set_ylabel("imbalance max‖gₙ‖ / min‖gₙ‖", color=orange)
     right.tick_params(axis="y", colors=orange)
     right.spines["right"].set(visible=True, color=orange)
     right.grid(visible=False)
@@ -208,15 +217,30 @@ def imbalance_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure with ngeval's style and close it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        with mpl.rc_context(STYLE):
+            figure.savefig(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
+
+
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def _number(value: float) -> str:
-    """A number as it is typeset: a power of ten where it is one."""
+    """A number for a title: a power of ten where it is one, as text that can be searched."""
     mantissa, _, exponent = f"{value:e}".partition("e")
     if value and float(mantissa) == 1 and abs(int(exponent)) > 2:
-        return rf"$10^{{{int(exponent)}}}$"
+        return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{value:g}"
 
 
@@ -229,11 +253,21 @@ def _require(table: pd.DataFrame, *columns: str) -> None:
         )
 
 
+def _usable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows of a γ table that could be computed."""
+    _require(table, *columns, "method", "damping", "status", *SUMMARIZED)
+    usable = table[table["status"] == "ok"]
+    if usable.empty:
+        raise InputError("no row of the table has status 'ok', so there is nothing to draw")
+    return usable
+
+
 def _chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
     present = np.sort(table["damping"].unique())
     if damping is None:
         positive = present[present > 0]
         return float(positive[0] if len(positive) else present[0])
+    check_dampings([damping])
     nearest = float(present[np.argmin(np.abs(np.log((present + 1e-300) / (damping + 1e-300))))])
     if not np.isclose(nearest, damping, rtol=0.5, atol=0):
         raise InputError(f"no rows near damping {damping:g}; the nearest is {nearest:g}")
@@ -316,7 +350,7 @@ def _ratio_axis(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (lower: closer to NG)")
+    axes.set_ylabel("γ relative to SGD (lower: closer to NG)")
 
 
 def _legend_below(*axes: Axes) -> None:

@@ -284,16 +284,19 @@ class Problem:
         tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * scale
         for half in order.chunk(2):
             try:
-                gap = (self._run_model(half) - outputs[half.to(outputs.device)]).abs().max()
+                changes = self._run_model(half) - outputs[half.to(outputs.device)]
             except ModelError as error:
                 raise ModelError(
                     f"the model runs on the whole batch, but not on half of it: {error}"
                 ) from error
-            if float(gap) > tolerance:
+            gaps = changes.abs().flatten(1).amax(1)
+            if float(gaps.max()) > tolerance:
+                worst = int(half[int(gaps.argmax())])
                 raise EngineError(
-                    "the samples of the batch see each other: some outputs change by up to "
-                    f"{float(gap):.2g} when a sample is batched with others (batch statistics, "
-                    "attention over the batch?), so a per-sample Fisher is not defined"
+                    "the samples of the batch see each other: the outputs of sample "
+                    f"{worst} change by {float(gaps.max()):.2g} when it is batched with others "
+                    "(batch statistics, attention over the batch?), so a per-sample Fisher is "
+                    "not defined"
                 )
 
     def _check_gradients_add_up(self) -> None:

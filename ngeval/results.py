@@ -6,6 +6,8 @@ error or Ctrl-C: what a reader finds is a whole table.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 import time
@@ -17,15 +19,27 @@ import pandas as pd
 
 from ngeval.errors import OutputError
 
+
+def _write_jsonl(table: pd.DataFrame, path: Path) -> None:
+    """One JSON object a line, every digit kept (pandas keeps 15 decimals); NaN and ∞ as null."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in table.to_dict("records"):
+            plain = {
+                str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in record.items()
+            }
+            file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 _WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".csv": lambda table, path: table.to_csv(path, index=False),
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    ".jsonl": _write_jsonl,
 }
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, keep_default_na=True),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, orient="records", lines=True),
+    ".jsonl": lambda path: pd.read_json(path, orient="records", lines=True, precise_float=True),
 }
 FLUSH_SECONDS = 5.0
 
@@ -115,10 +129,16 @@ def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
         raise OutputError(
             f"output {path} has the extension {path.suffix!r}; use one of {', '.join(suffixes)}"
         )
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that the file system does not take
+        raise OutputError(f"output {path} cannot be written: {error.strerror}") from error
+    if is_folder:
         raise OutputError(f"output {path} is a folder")
-    if path.exists() and not force:
+    if exists and not force:
         raise OutputError(f"output {path} exists; pass --force to replace it")
+    if len(os.fsencode(path.name)) > 230:  # a temporary file beside it has a longer name
+        raise OutputError(f"output {path} cannot be written: File name too long")
     check_folder(path.parent)
 
 

@@ -12,7 +12,7 @@ import torch
 from ngeval.checkpoints import Checkpoint, load_checkpoint
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress, evaluate
-from ngeval.functional import map_inputs
+from ngeval.functional import check_device, map_inputs
 from ngeval.jacobians import DEFAULT_MEMORY
 from ngeval.methods import get_method
 from ngeval.metrics import gradient_norms, loss_change
@@ -45,7 +45,7 @@ class Run:
         num_batches: batches for each checkpoint.
         seed: for the choice of batches and for sampled labels.
         device: where to compute.
-        dtype: compute in this dtype; None keeps the checkpoint's.
+        dtype: compute in this dtype; None keeps the model's.
         engine: the Jacobian engine.
         memory: bytes for Jacobian rows.
         allow_pickle: unpickle checkpoints with code.
@@ -66,12 +66,7 @@ class Run:
         """Refuse sizes that make no batch, and a device that is not there."""
         if self.batch_size < 1 or self.num_batches < 1:
             raise InputError("batch size and number of batches must be at least 1")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"device {self.device!r} is not available here: {str(error).splitlines()[0]}"
-            ) from error
+        check_device(self.device)
 
     @property
     def num_units(self) -> int:
@@ -132,7 +127,8 @@ class Run:
         loss for the unit step −d(λ), in nats.
         """
         for unit in self.units():
-            yield labelled(sample_table(unit.problem, methods, damping, self.seed), unit)
+            seed = self.seed + unit.columns["batch"]
+            yield labelled(sample_table(unit.problem, methods, damping, seed), unit)
 
 
 def sample_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.checkpoints import save_checkpoint
-from ngeval.errors import InputError, ModelError, OutputError, nearest_name
-from ngeval.functional import Inputs, map_inputs, model_errors, outputs_of
+from ngeval.errors import InputError, ModelError, OutputError, TaskError, nearest_name
+from ngeval.functional import Inputs, check_device, map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
 from ngeval.results import check_folder
 from ngeval.tasks import Batch, Task
@@ -85,10 +86,12 @@ class Training:
             if not trainable:
                 raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
             optimizer = make(trainable, lr=rate)
-            yield self._save(model, 0, rate)
+            report = self._measured(model, 0)
+            self._remove_earlier()
+            yield self._save(model, report, rate)
             for epoch in range(1, self.epochs + 1):
                 self._train_epoch(model, optimizer, epoch)
-                yield self._save(model, epoch, rate)
+                yield self._save(model, self._measured(model, epoch), rate)
 
     def _check(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -97,6 +100,9 @@ class Training:
             )
         if self.epochs < 0 or self.batch_size < 1:
             raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
+        if self.num_batches is not None and self.num_batches < 1:
+            raise InputError("the number of batches must be at least 1")
+        check_device(self.device)
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise InputError(f"the learning rate must be positive, not {self.learning_rate}")
 
@@ -104,13 +110,21 @@ class Training:
         if self.output.exists() and not self.output.is_dir():
             raise OutputError(f"output {self.output} is a file; give a folder")
         check_folder(self.output)
-        earlier = sorted(self.output.glob("epoch-*.*"))
+        earlier = self._earlier()
         if earlier and not self.force:
             raise OutputError(
                 f"{self.output} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
                 "--force to replace them"
             )
-        for path in earlier:
+
+    def _earlier(self) -> list[Path]:
+        """The files of an earlier run in the folder."""
+        ours = re.compile(r"epoch-\d+\.(safetensors|json)")
+        return sorted(path for path in self.output.iterdir() if ours.fullmatch(path.name))
+
+    def _remove_earlier(self) -> None:
+        """Only once the new run has something to put in their place."""
+        for path in self._earlier():
             path.unlink()
 
     def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -138,20 +152,20 @@ class Training:
         likelihood = self.task.resolved_likelihood()
         return outputs, likelihood.bind(outputs, targets.to(self.device))
 
-    def _save(self, model: nn.Module, epoch: int, learning_rate: float) -> EpochReport:
+    def _measured(self, model: nn.Module, epoch: int) -> EpochReport:
+        """Losses and accuracies over one pass of the training and the validation data."""
         model.eval()
         train = self.task.batches(self.batch_size, self.num_batches, self.seed)
         train_loss, train_accuracy = self._measure(model, train)
         validation_loss = validation_accuracy = None
         if self.task.load_validation is not None:
-            validation = iter(self.task.load_validation())
-            validation_loss, validation_accuracy = self._measure(model, validation)
-        report = EpochReport(
-            epoch, train_loss, train_accuracy, validation_loss, validation_accuracy
-        )
+            validation_loss, validation_accuracy = self._measure(model, self.task.validation())
+        return EpochReport(epoch, train_loss, train_accuracy, validation_loss, validation_accuracy)
+
+    def _save(self, model: nn.Module, report: EpochReport, learning_rate: float) -> EpochReport:
         save_checkpoint(
             model,
-            self.output / f"epoch-{epoch:03d}.safetensors",
+            self.output / f"epoch-{report.epoch:03d}.safetensors",
             vars(report) | self._settings(learning_rate),
         )
         return report
@@ -184,6 +198,8 @@ class Training:
                 hits = distribution.logits.argmax(-1) == distribution.targets
                 right += float((hits & mask).sum())
                 positions += float(mask.sum())
+        if not samples:
+            raise TaskError(f"task {self.task.name!r}: load_validation gave no batch")
         return total / samples, right / positions if positions else None
 
 

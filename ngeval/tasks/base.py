@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ngeval.errors import TaskError
-from ngeval.functional import Inputs
+from ngeval.errors import NgevalError, TaskError
+from ngeval.functional import Inputs, check_inputs
 from ngeval.likelihoods import Likelihood, get_likelihood
 
 Batch = tuple[Inputs, Tensor]
@@ -54,9 +55,10 @@ class Task:
         """Build the network and check that it is one.
 
         Raises:
-            TaskError: ``build_model`` returned something else.
+            TaskError: ``build_model`` failed or returned something else.
         """
-        model: Any = self.build_model()
+        with self._errors("build_model"):
+            model: Any = self.build_model()
         if not isinstance(model, nn.Module):
             raise TaskError(
                 f"task {self.name!r}: build_model returned {type(model).__name__}, "
@@ -65,30 +67,65 @@ class Task:
         return model
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
-        """The task's batches, each checked to be an (inputs, targets) pair.
+        """The task's batches, each checked to be (inputs, targets) of finite tensors.
 
         Raises:
-            TaskError: a batch is something else, or there are fewer than asked for.
+            TaskError: ``load_batches`` failed, a batch is something else, or there are fewer
+                than asked for.
+            InputError: inputs of the wrong kind, empty, or not finite.
         """
         count = 0
-        for batch in self.load_batches(batch_size, num_batches, seed):
-            if not (isinstance(batch, tuple | list) and len(batch) == 2):
-                raise TaskError(
-                    f"task {self.name!r}: load_batches must yield (inputs, targets) pairs, not "
-                    f"{type(batch).__name__}"
-                )
-            if not isinstance(batch[1], Tensor):
-                raise TaskError(
-                    f"task {self.name!r}: targets are a {type(batch[1]).__name__}, not a tensor"
-                )
-            yield batch[0], batch[1]
+        with self._errors("load_batches"):
+            batches = iter(self.load_batches(batch_size, num_batches, seed))
+        for batch in self._checked(batches, "load_batches"):
+            yield batch
             count += 1
             if count == num_batches:
                 return
         if num_batches is not None or count == 0:
             raise TaskError(
-                f"task {self.name!r}: load_batches gave {count} batches of {num_batches} asked for"
+                f"task {self.name!r}: load_batches gave {count} batches"
+                + ("" if num_batches is None else f" of {num_batches} asked for")
             )
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches, checked like the others; none if the task has none."""
+        if self.load_validation is None:
+            return
+        with self._errors("load_validation"):
+            batches = iter(self.load_validation())
+        yield from self._checked(batches, "load_validation")
+
+    def _checked(self, batches: Iterator[Any], source: str) -> Iterator[Batch]:
+        while True:
+            with self._errors(source):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if not (isinstance(batch, tuple | list) and len(batch) == 2):
+                raise TaskError(
+                    f"task {self.name!r}: {source} must yield (inputs, targets) pairs, not "
+                    f"{type(batch).__name__}"
+                )
+            inputs, targets = batch
+            if not isinstance(targets, Tensor):
+                raise TaskError(
+                    f"task {self.name!r}: targets are a {type(targets).__name__}, not a tensor"
+                )
+            check_inputs(inputs)
+            yield inputs, targets
+
+    @contextlib.contextmanager
+    def _errors(self, source: str) -> Iterator[None]:
+        """Say that it was the task's own function that failed."""
+        try:
+            yield
+        except NgevalError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"task {self.name!r}: {source} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def resolved_likelihood(self) -> Likelihood:
         """The likelihood as an object."""

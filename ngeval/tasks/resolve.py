@@ -48,8 +48,11 @@ def get_task(spec: str) -> Task:
     if not isinstance(found, Task) and callable(found):
         try:
             found = found()
-        except TypeError as error:
-            raise TaskError(f"{spec}: the function failed without arguments: {error}") from error
+        except Exception as error:  # whatever a user's function raises, it is the task's
+            raise TaskError(
+                f"{spec}: the function failed when called without arguments: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if not isinstance(found, Task):
         raise TaskError(f"{spec} is a {type(found).__name__}, not an ngeval.Task")
     return found

@@ -1,0 +1,122 @@
+"""Softmax cross-entropy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import InputError
+from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_targets
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Softmax cross-entropy: p(y|z) = softmax(z)_y.
+
+    u = p − e_y, H = diag(p) − ppᵀ, S = diag(√p)(I − √p√pᵀ), uᵀH⁺u = 1/p_y − 1.
+
+    Attributes:
+        ignore_index: positions with this target (padding) do not exist: no loss, no residual,
+            no Fisher.
+    """
+
+    ignore_index: int = -100
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name that ``likelihood=`` takes."""
+        return "categorical"
+
+    def bind(self, logits: Tensor, targets: Tensor) -> CategoricalDistribution:
+        """Check integer class labels of shape ``(N, *positions)`` and bind."""
+        check_targets(logits, targets)
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise InputError(
+                f"targets have dtype {targets.dtype}; the categorical likelihood takes integer "
+                "class labels (convert them with targets.long())"
+            )
+        if targets.shape != logits.shape[:-1]:
+            raise InputError(
+                f"targets have shape {tuple(targets.shape)}, but the model's outputs of shape "
+                f"{tuple(logits.shape)} ask for {tuple(logits.shape[:-1])} "
+                "(one class label for each position; the last dimension counts the classes)"
+            )
+        if logits.shape[-1] < 2:
+            raise InputError(
+                "the model gives one output per sample, so a softmax over classes is constant; "
+                "use likelihood='bernoulli' for a single logit"
+            )
+        num_classes = logits.shape[-1]
+        outside = ((targets < 0) | (targets >= num_classes)) & (targets != self.ignore_index)
+        if bool(outside.any()):
+            index = tuple(int(i) for i in outside.nonzero()[0])
+            value = int(targets[index])
+            raise InputError(
+                f"target {value} at index {index} is outside the classes 0..{num_classes - 1} "
+                f"({int(outside.sum())} such targets; {self.ignore_index} marks padding)"
+            )
+        return CategoricalDistribution(logits, targets.detach().long(), self.ignore_index)
+
+
+class CategoricalDistribution(OutputDistribution):
+    """Softmax probabilities at given logits; see `Categorical` for the formulas."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+        """Compute the probabilities once; padded positions get probability zero throughout."""
+        super().__init__(logits, targets)
+        self.mask = (targets != ignore_index).unsqueeze(-1)
+        self.log_probabilities = torch.log_softmax(self.logits, dim=-1)
+        self.probabilities = self.log_probabilities.exp() * self.mask
+        self.root = (0.5 * self.log_probabilities).exp() * self.mask
+
+    def _labels(self, targets: Tensor | None) -> Tensor:
+        """The labels with a class dimension, padding replaced by class 0 (masked later)."""
+        labels = self.targets if targets is None else targets
+        return torch.where(self.mask.squeeze(-1), labels, 0).unsqueeze(-1)
+
+    def loss(self, targets: Tensor | None = None) -> Tensor:
+        """−log p_y = softplus(logsumexp_{c≠y}(z_c − z_y)), exact also where p_y is nearly 1."""
+        labels = self._labels(targets)
+        gaps = self.logits - self.logits.gather(-1, labels)
+        others = gaps.scatter(-1, labels, -math.inf).logsumexp(-1, keepdim=True)
+        # softplus written out: torch's own switches to the identity with a threshold.
+        losses = torch.logaddexp(others, torch.zeros_like(others)) * self.mask
+        return losses.flatten(1).sum(1)
+
+    def residual(self, targets: Tensor | None = None) -> Tensor:
+        """The residual p − e_y, its y entry as −Σ_{c≠y} p_c: no digit lost when p_y is near 1."""
+        labels = self._labels(targets)
+        shape = torch.broadcast_shapes((*labels.shape[:-1], 1), self.probabilities.shape)
+        others = self.probabilities.expand(shape).scatter(-1, labels, 0.0)
+        return others.scatter(-1, labels, -others.sum(-1, keepdim=True)) * self.mask
+
+    def fisher_product(self, tangent: Tensor) -> Tensor:
+        """H·t = p⊙t − p (pᵀt)."""
+        inner = (self.probabilities * tangent).sum(-1, keepdim=True)
+        return self.probabilities * (tangent - inner)
+
+    def factor_product(self, vector: Tensor) -> Tensor:
+        """S·s = √p ⊙ (s − √p (√pᵀs))."""
+        inner = (self.root * vector).sum(-1, keepdim=True)
+        return self.root * (vector - self.root * inner)
+
+    def factor_transpose_product(self, tangent: Tensor) -> Tensor:
+        """Sᵀ·t = √p ⊙ (t − pᵀt)."""
+        inner = (self.probabilities * tangent).sum(-1, keepdim=True)
+        return self.root * (tangent - inner)
+
+    def whitened_residual(self) -> Tensor:
+        """The whitened residual u/√p: √p_c off the label, −(1 − p_y)/√p_y on it."""
+        labels = self._labels(None)
+        on_label = self.residual().gather(-1, labels)
+        inverse_root = (-0.5 * self.log_probabilities.gather(-1, labels)).exp()
+        return self.root.scatter(-1, labels, on_label * inverse_root) * self.mask
+
+    def sample(self, draws: int, generator: torch.Generator) -> Tensor:
+        """Labels of shape ``(draws, N, *positions)``; padded positions stay class 0, masked."""
+        flat = torch.where(self.mask, self.log_probabilities.exp(), 1.0).flatten(0, -2)
+        labels = torch.multinomial(flat.cpu(), draws, replacement=True, generator=generator)
+        return labels.T.reshape(draws, *self.targets.shape).to(self.logits.device)
