@@ -234,10 +234,12 @@ def summarize(
     grouped = usable.groupby(keys, sort=False, dropna=False)
     summary = grouped.size().rename("batches").reset_index()
     floors = usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"]
-    floor_groups = usable.assign(log_floor=np.log(floors)).groupby(keys, sort=False, dropna=False)
+    with np.errstate(divide="ignore"):  # a floor of 0 (an overflowing uᵀH⁺u) has log −∞
+        usable = usable.assign(log_floor=np.log(floors))
+    floor_groups = usable.groupby(keys, sort=False, dropna=False)
     summary["floor_over_sgd"] = np.exp(floor_groups["log_floor"].mean().to_numpy())
     for ratio in ("gamma_over_sgd", "gamma_over_ng"):
-        values = [group.to_numpy(dtype=float) for _, group in grouped[ratio]]
+        values = [group.dropna().to_numpy(dtype=float) for _, group in grouped[ratio]]
         for suffix, transform, back in (
             ("mean", np.asarray, np.asarray),
             ("geomean", np.log, np.exp),
@@ -255,7 +257,7 @@ def _intervals(
     groups: list[np.ndarray], confidence: float, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and percentile bootstrap interval of every group; groups of one length together."""
-    means = np.array([group.mean() for group in groups])
+    means = np.array([group.mean() if len(group) else math.nan for group in groups])
     low, high = np.full((2, len(groups)), math.nan)
     for length in sorted({len(group) for group in groups} - {0, 1}):
         chosen = [i for i, group in enumerate(groups) if len(group) == length]

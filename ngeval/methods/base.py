@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngeval.kernel import tangents_of
+from ngeval.kernel import logit_kernel
 from ngeval.problem import Problem
 
 
@@ -86,8 +86,7 @@ class CotangentState(ABC):
     def tangents(self, dampings: Sequence[float]) -> Tangents:
         """T = Θw(λ) for every λ."""
         cotangents = self.cotangents(self._tensor(dampings))
-        values = tangents_of(self.problem, cotangents)
-        return Tangents(values, (cotangents * values).flatten(1).sum(1))
+        return Tangents(*logit_kernel(self.problem).push(cotangents))
 
     def _tensor(self, dampings: Sequence[float]) -> Tensor:
         return torch.tensor(list(dampings), dtype=torch.float64, device=self.problem.device)

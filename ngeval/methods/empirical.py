@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.kernel import Spectrum, gradient_gram
+from ngeval.kernel import gradient_spectrum
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
+from ngeval.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,11 @@ class EmpiricalFisher:
 
     def prepare(self, problem: Problem, seed: int = 0) -> EmpiricalState:
         """Factor K once."""
-        spectrum = problem.remember(
-            "gradient_spectrum", lambda: Spectrum.of(gradient_gram(problem), problem.dtype)
-        )
         squares = problem.residual.square().flatten(1).sum(1)
         return EmpiricalState(
-            problem, spectrum, squares if self.improved else torch.ones_like(squares)
+            problem,
+            gradient_spectrum(problem),
+            squares if self.improved else torch.ones_like(squares),
         )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.kernel import Spectrum, gradient_products
+from ngeval.kernel import logit_kernel
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
+from ngeval.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class SampledFisher:
         """Draw the labels and factor ĜĜᵀ once."""
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
-        residuals = problem.distribution.residual(labels)
-        spectrum = Spectrum.of(gradient_products(problem, residuals, residuals), problem.dtype)
+        residuals = problem.distribution.residual(labels).transpose(0, 1)
+        spectrum = logit_kernel(problem).spectrum(residuals)
         return SampledState(problem, spectrum, residuals)
 
 
@@ -42,14 +43,14 @@ class SampledState(CotangentState):
     """w = (u − Σ_k c_k û_k)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg."""
 
     def __init__(self, problem: Problem, spectrum: Spectrum, residuals: Tensor) -> None:
-        """Keep the factored Gram matrix and the sampled residuals ``(k, N, *positions, C)``."""
-        self.mc_samples = residuals.shape[0]
+        """Keep the factored Gram matrix and the sampled residuals ``(N, k, *positions, C)``."""
+        self.mc_samples = residuals.shape[1]
         super().__init__(problem, spectrum.largest / self.mc_samples)
         self.spectrum = spectrum
         self.residuals = residuals
-        observed = problem.residual.unsqueeze(0)
-        # Ĝg: every sampled gradient against the sum of the observed ones.
-        self.right = gradient_products(problem, residuals, observed).sum(1)
+        # Ĝg: every sampled gradient against g, as û_nkᵀ (Θu)_n.
+        tangent = logit_kernel(problem).push(problem.residual.unsqueeze(0))[0].transpose(0, 1)
+        self.right = (residuals * tangent).flatten(2).sum(2).flatten()
 
     def cotangents(self, dampings: Tensor) -> Tensor:
         """The cotangent of every λ; λ = 0 is the pseudo-inverse."""
@@ -68,6 +69,6 @@ class SampledState(CotangentState):
         return self.mc_samples * self._combine(self.spectrum.solve(once, zero))
 
     def _combine(self, coefficients: Tensor) -> Tensor:
-        """Σ_k c_kn û_kn for coefficients ``(L, kN)``: shape ``(L, N, *positions, C)``."""
+        """Σ_k c_nk û_nk for coefficients ``(L, N·k)``: shape ``(L, N, *positions, C)``."""
         shaped = coefficients.reshape(-1, *self.residuals.shape[:2])
-        return torch.einsum("lkn,kn...->ln...", shaped, self.residuals)
+        return torch.einsum("lnk,nk...->ln...", shaped, self.residuals)

@@ -1,0 +1,135 @@
+"""Factor once, solve for every λ: the spectrum of a Gram matrix A = RRᵀ of rows.
+
+Rows may differ in length by many orders of magnitude (the gradients of learnt and unlearnt
+samples do), so the rank is decided on rows scaled to unit length: a small gradient is kept with
+all its digits beside large ones, and only a row that the others span to rounding is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+
+from ngeval.errors import NumericalError
+
+GRADED_SIZE = 800
+"""Larger Gram matrices are decomposed as they are, without scaling (see `Spectrum.of_gram`)."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The range of a positive semi-definite matrix A: its eigenpairs above the cut-off.
+
+    Attributes:
+        eigenvalues: shape ``(rank,)``, positive.
+        eigenvectors: orthonormal columns, shape ``(n, rank)``.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, row_dtype: torch.dtype) -> Spectrum:
+        """Factor A = RRᵀ from R itself, by a pivoted QR of the scaled rows and an SVD.
+
+        A row is left out where less than 10·n·ε of its length remains after the rows before it
+        are projected out, ε being that of ``row_dtype``, in which the rows were computed.
+
+        Args:
+            rows: R, shape ``(n, P)``.
+            row_dtype: the dtype of the model.
+
+        Raises:
+            NumericalError: R has NaN or infinite entries.
+        """
+        _check_finite(rows)
+        scale = rows.norm(dim=1).cpu()
+        unit = (rows.cpu().double() * _inverse(scale).unsqueeze(1)).numpy()
+        upper, pivots = scipy.linalg.qr(unit.T, mode="r", pivoting=True)
+        upper = upper[: min(unit.shape)]
+        cutoff = 10 * len(unit) * torch.finfo(row_dtype).eps
+        rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+        lower = np.zeros((len(unit), rank))
+        lower[pivots] = upper[:rank].T
+        return cls._of_factor(scale, lower, rows.device)
+
+    @classmethod
+    def of_gram(cls, matrix: Tensor, row_dtype: torch.dtype) -> Spectrum:
+        """Factor A given as a Gram matrix.
+
+        Its relative cut-off is n·max(100 ε, 10 ε_row²), with ε that of float64 and ε_row that of
+        ``row_dtype``. Up to n = 800, A = D R D with unit diagonal in R, and a pivoted Cholesky
+        factor of R finds the rank. Larger matrices (SᵀΘS, as a rule) are decomposed as they are,
+        with the cut-off relative to the largest eigenvalue.
+
+        Args:
+            matrix: A, shape ``(n, n)``, float64.
+            row_dtype: the dtype of the model.
+
+        Raises:
+            NumericalError: A has NaN or infinite entries.
+        """
+        _check_finite(matrix)
+        size = matrix.shape[0]
+        epsilon = torch.finfo(torch.float64).eps
+        cutoff = size * max(100 * epsilon, 10 * torch.finfo(row_dtype).eps ** 2)
+        if size > GRADED_SIZE:
+            eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+            kept = eigenvalues > cutoff * eigenvalues.max().clamp_min(0)
+            return cls(eigenvalues[kept], eigenvectors[:, kept])
+        scale = matrix.diagonal().clamp_min(0).sqrt().cpu()
+        inverse = _inverse(scale)
+        unit = (matrix.cpu() * inverse * inverse.unsqueeze(1)).numpy()
+        factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(unit, tol=cutoff, lower=1)
+        lower = np.zeros((size, int(rank)))
+        lower[pivots - 1] = np.tril(factor)[:, : int(rank)]
+        return cls._of_factor(scale, lower, matrix.device)
+
+    @classmethod
+    def _of_factor(cls, scale: Tensor, lower: np.ndarray, device: torch.device) -> Spectrum:
+        """The spectrum of D L LᵀD, from the SVD of D L."""
+        factor = scale.unsqueeze(1) * torch.from_numpy(lower)
+        left, singular, _ = torch.linalg.svd(factor, full_matrices=False)
+        kept = singular > 0
+        return cls(singular[kept].square().to(device), left[:, kept].to(device))
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue, 0 for the zero matrix."""
+        return float(self.eigenvalues.max()) if self.eigenvalues.numel() else 0.0
+
+    def solve(self, right: Tensor, dampings: Tensor) -> Tensor:
+        """(A + λI)⁻¹b on the range of A, for every λ; λ = 0 gives the pseudo-inverse.
+
+        The part of b outside the range is left out: it belongs to combinations of rows that
+        vanish, so it never reaches an update.
+
+        Args:
+            right: b, shape ``(n,)``.
+            dampings: λ ≥ 0, shape ``(L,)``.
+
+        Returns:
+            Shape ``(L, n)``.
+        """
+        coefficients = self.eigenvectors.T @ right
+        return (coefficients / (self.eigenvalues + dampings.unsqueeze(1))) @ self.eigenvectors.T
+
+    def projected_norm(self, vector: Tensor) -> float:
+        """The norm of the projection of ``vector`` onto the range."""
+        return float((self.eigenvectors.T @ vector).norm())
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def _check_finite(tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(
+            "per-sample gradients overflow at these weights (NaN or infinite inner products); "
+            "try dtype=torch.float64"
+        )

@@ -1,0 +1,96 @@
+"""The two forms of the logit kernel agree, and spectra keep the digits of small rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import problems
+import pytest
+import torch
+
+import ngeval
+from ngeval import kernel, spectrum
+from ngeval.spectrum import Spectrum
+
+NAMES = [name for name in problems.NAMES if name.endswith("float64")]
+FORMS = {  # largest explicit J, largest scaled Gram matrix
+    "jacobian": (2**40, 2**40),
+    "gram": (0, 2**40),
+    "gram-unscaled": (0, 0),
+}
+
+
+def table_of(name, form, monkeypatch):
+    explicit, graded = FORMS[form]
+    monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", explicit)
+    monkeypatch.setattr(spectrum, "GRADED_SIZE", graded)
+    problem = problems.case(name).problem()
+    table = ngeval.evaluate(problem, ["ef", "ief", "sf:2", "ng"], [1e-2, 1.0, 100.0], seed=3)
+    expected = kernel.JacobianKernel if form == "jacobian" else kernel.GramKernel
+    assert isinstance(kernel.logit_kernel(problem), expected)
+    return table
+
+
+@pytest.mark.parametrize("form", ["gram", "gram-unscaled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_give_the_same_table(name, form, monkeypatch):
+    columns = ["gamma", "decrease", "curvature", "update_norm", "gamma_min"]
+    found = table_of(name, form, monkeypatch)
+    expected = table_of(name, "jacobian", monkeypatch)
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-8)
+
+
+@pytest.fixture
+def rows():
+    """Eight rows, not orthogonal, whose lengths span seven orders of magnitude."""
+    torch.manual_seed(0)
+    lengths = torch.logspace(-7, 0, 8, dtype=torch.float64)[torch.randperm(8)]
+    return lengths.unsqueeze(1) * torch.randn(8, 30, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("source", ["rows", "gram"])
+def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
+    ones, zero = torch.ones(8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    if source == "rows":
+        found = Spectrum.of_rows(rows, torch.float64)
+    else:
+        found = Spectrum.of_gram(rows @ rows.T, torch.float64)
+    # Scaled to unit rows, the same equations are well conditioned.
+    lengths = rows.norm(dim=1)
+    unit = rows / lengths.unsqueeze(1)
+    expected = torch.linalg.solve(unit @ unit.T, 1 / lengths) / lengths
+    torch.testing.assert_close(found.solve(ones, zero)[0], expected, rtol=1e-6, atol=0)
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    plain = vectors @ ((vectors.T @ ones) / values)
+    assert float((plain / expected - 1).abs().max()) > 1e-5  # what the scaling is for
+
+
+@pytest.mark.parametrize("source", ["rows", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
+    rows = torch.cat([rows, rows[:3], 2 * rows[4:5], rows.sum(0, keepdim=True)])
+    rows = torch.cat([rows, torch.zeros(1, 30, dtype=torch.float64)])
+    found = (
+        Spectrum.of_rows(rows, dtype)
+        if source == "rows"
+        else Spectrum.of_gram(rows @ rows.T, dtype)
+    )
+    assert len(found.eigenvalues) == 8
+    right = torch.arange(14, dtype=torch.float64)
+    damped = torch.tensor([1e-3], dtype=torch.float64)
+    exact = torch.linalg.solve(rows @ rows.T + 1e-3 * torch.eye(14, dtype=torch.float64), right)
+    torch.testing.assert_close(rows.T @ found.solve(right, damped)[0], rows.T @ exact)
+
+
+def test_the_zero_matrix_has_no_range():
+    for found in (
+        Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), torch.float64),
+        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), torch.float64),
+    ):
+        assert (found.largest, len(found.eigenvalues)) == (0.0, 0)
+        ones, zero = torch.ones(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        assert found.solve(ones, zero).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_overflow_is_named():
+    with pytest.raises(ngeval.NumericalError, match="overflow"):
+        Spectrum.of_gram(torch.full((2, 2), torch.inf, dtype=torch.float64), torch.float32)
