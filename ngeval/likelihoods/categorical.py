@@ -91,7 +91,7 @@ class CategoricalDistribution(OutputDistribution):
         labels = self._labels(targets)
         shape = torch.broadcast_shapes((*labels.shape[:-1], 1), self.probabilities.shape)
         others = self.probabilities.expand(shape).scatter(-1, labels, 0.0)
-        return others.scatter(-1, labels, -others.sum(-1, keepdim=True)) * self.mask
+        return others.scatter(-1, labels, -others.sum(-1, keepdim=True))
 
     def fisher_product(self, tangent: Tensor) -> Tensor:
         """H·t = p⊙t − p (pᵀt)."""
