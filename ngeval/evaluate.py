@@ -74,6 +74,8 @@ def evaluate(
         >>> bool((table["gamma_over_ng"] > 1 - 1e-6).all())
         True
     """
+    if not isinstance(problem, Problem):
+        raise InputError(f"evaluate takes an ngeval.Problem, not {type(problem).__name__}")
     resolved = get_methods(methods)
     lambdas = check_dampings(dampings)
     if damping_scale not in DAMPING_SCALES:
@@ -111,6 +113,8 @@ def check_dampings(dampings: Iterable[float]) -> list[float]:
     Raises:
         InputError: none given, or one is negative, NaN, infinite or no number.
     """
+    if isinstance(dampings, str):
+        raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
     try:
         values = [float(damping) for damping in dampings]
     except (TypeError, ValueError) as error:
@@ -149,7 +153,9 @@ def _shared_columns(problem: Problem, damping_scale: str, seed: int) -> dict[str
         "damping_scale": damping_scale,
         "gamma_min": least,
         "gamma_floor": gamma_floor(problem),
-        "gamma_over_ng": lambda table: table["gamma"] / least,
+        "gamma_over_ng": lambda table: (
+            table["gamma"] / (least if math.isfinite(least) else math.nan)
+        ),
         "gamma_over_sgd": lambda table: table["gamma"] / _gamma_sgd(problem),
         "cosine_sgd": lambda table: table["decrease"] / (table["update_norm"] * gradient_norm),
         "reason": lambda table: table["reason"].where(table["reason"] != "", reason),
@@ -224,6 +230,9 @@ def summarize(
         r_geomean_low, r_geomean_high``; and ``floor_over_sgd``, the geometric mean of the floor
         over γ_SGD. Intervals of fewer than two batches are NaN.
     """
+    if not (0 < confidence < 1) or resamples < 1:
+        raise InputError("confidence must lie between 0 and 1, and resamples be at least 1")
+    by = [by] if isinstance(by, str) else list(dict.fromkeys(by))
     keys = [key for key in by if key in table.columns]
     if not keys:
         raise InputError(f"none of the columns {list(by)} is in the table")

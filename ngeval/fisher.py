@@ -54,6 +54,8 @@ class FisherOperator:
         """
         if not isinstance(vector, Tensor) or vector.ndim not in (1, 2):
             raise InputError("F @ v takes a torch vector (P,) or matrix (P, k)")
+        if not vector.is_floating_point():
+            raise InputError(f"F @ v takes floating-point numbers, not {vector.dtype}")
         if vector.shape[0] != self.shape[0]:
             raise InputError(
                 f"F has shape {self.shape}, so F @ v needs {self.shape[0]} rows, not "

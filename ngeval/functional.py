@@ -8,18 +8,17 @@ hooks are the same afterwards, also after an exception.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ngeval.errors import InputError, ModelError, NgevalError
+from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
+from ngeval.errors import ModelError, NgevalError
 
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Parameters = dict[str, Tensor]
 
 
@@ -34,7 +33,10 @@ class ModelFunction:
             model's own unless a dtype was asked for).
         frozen: the other parameters, where a dtype was asked for.
         buffers: as they were; every call works on its own copies.
+        slots: every place in the model that holds a parameter or buffer, with the name under
+            which it is known here; tied weights have several.
         versions: the version counter of each parameter, by which a change in place shows.
+        forward_mode: take J d by forward-mode AD where every operation has a rule.
     """
 
     model: nn.Module
@@ -42,7 +44,9 @@ class ModelFunction:
     parameters: Parameters
     frozen: Parameters
     buffers: Parameters
+    slots: dict[str, str]
     versions: dict[str, int]
+    forward_mode: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> ModelFunction:
@@ -57,8 +61,10 @@ class ModelFunction:
             ModelError: no trainable parameter, NaN weights, active dropout or batch statistics.
             InputError: inputs of the wrong kind, of unequal length, empty, or not finite.
         """
-        _check_model(model)
+        model = _unwrapped(model)
+        check_model(model)
         check_inputs(inputs)
+        inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
         trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         frozen: Parameters = {}
@@ -70,12 +76,12 @@ class ModelFunction:
             )
             inputs = map_inputs(inputs, lambda t: _cast(t, dtype))
         versions = {n: _version(p) for n, p in model.named_parameters()}
-        return cls(model, inputs, trainable, frozen, buffers, versions)
+        return cls(model, inputs, trainable, frozen, buffers, _slots(model), versions)
 
     @property
     def num_samples(self) -> int:
         """N, the length of every input's first dimension."""
-        return int(next(_tensors(self.inputs))[1].shape[0])
+        return int(next(named_tensors(self.inputs))[1].shape[0])
 
     @property
     def num_parameters(self) -> int:
@@ -113,16 +119,18 @@ class ModelFunction:
             kwargs = batch
         else:
             args = batch if isinstance(batch, tuple) else (batch,)
-        # Forward-mode AD has no rule for fused attention, so every pass uses the plain one.
-        with sdpa_kernel(SDPBackend.MATH):
-            raw = torch.func.functional_call(
-                self.model, {**parameters, **self.frozen, **buffers}, args, kwargs
-            )
+        tensors = {**parameters, **self.frozen, **buffers}
+        placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
+        # torch's own tying would swap a module that is registered twice two times, and not
+        # restore it; the slots name every place once.
+        with _plain_attention():
+            raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw)
 
     def _check_unchanged(self) -> None:
+        check_mode(self.model)
         for name, parameter in self.model.named_parameters():
-            if _version(parameter) != self.versions[name]:
+            if _version(parameter) != self.versions.get(name):
                 raise ModelError(
                     f"parameter {name!r} was modified after this Problem was made; make a new "
                     "Problem for the new weights"
@@ -138,6 +146,8 @@ class ModelFunction:
         Forward mode where every operation has a rule for it; otherwise two reverse passes
         (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).
         """
+        if not self.forward_mode:
+            return self._jvp_by_double_backward(tangent).detach()
         try:
             with torch.inference_mode(False):
                 result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
@@ -172,7 +182,8 @@ class ModelFunction:
                 cotangent.to(outputs.dtype),
                 materialize_grads=True,
             )
-        return dict(zip(leaves, gradients, strict=True))
+        dense = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
+        return dict(zip(leaves, dense, strict=True))
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's own order."""
@@ -222,6 +233,42 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s or ``DataParallel``'s wrapper."""
+    if isinstance(model, nn.DataParallel):
+        return cast(nn.Module, model.module)
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _slots(model: nn.Module) -> dict[str, str]:
+    """Each place that holds a parameter or buffer, with the first name of what it holds."""
+    slots: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                slot = f"{prefix}.{name}" if prefix else name
+                slots[slot] = first.setdefault(id(tensor), slot)
+    return slots
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by its definition.
+
+    Forward-mode AD has no rule for fused kernels, and the fast path of ``nn.TransformerEncoder``
+    (taken where no gradient is recorded) is another function of padding.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _version(tensor: Tensor) -> int:
     """The counter of in-place changes; tensors made in inference mode have none."""
     return -1 if tensor.is_inference() else tensor._version
@@ -229,16 +276,6 @@ def _version(tensor: Tensor) -> int:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """The input tensors, each with a name for messages."""
-    if isinstance(inputs, dict):
-        yield from ((f"inputs[{key!r}]", value) for key, value in inputs.items())
-    elif isinstance(inputs, tuple):
-        yield from ((f"inputs[{i}]", value) for i, value in enumerate(inputs))
-    else:
-        yield "inputs", inputs
 
 
 def outputs_of(raw: Any) -> Tensor:
@@ -254,95 +291,3 @@ def outputs_of(raw: Any) -> Tensor:
             "object with a .logits tensor (wrap the model in a module that picks one)"
         )
     return outputs
-
-
-def check_device(device: str) -> None:
-    """Raise if there is no such device here.
-
-    Raises:
-        InputError: unknown to torch, or not available on this machine.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device {device!r} is not available here: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def check_inputs(inputs: Inputs) -> None:
-    """Raise unless the inputs are finite tensors of one length, batch first.
-
-    Raises:
-        InputError: wrong kind, unequal lengths, an empty batch, NaN or infinite values.
-    """
-    if not isinstance(inputs, Tensor | tuple | dict) or (
-        not isinstance(inputs, Tensor) and not inputs
-    ):
-        raise InputError(
-            "inputs must be a tensor, a non-empty tuple of tensors or a dict of tensors, not "
-            f"{type(inputs).__name__}"
-        )
-    lengths: dict[str, int] = {}
-    for name, tensor in _tensors(inputs):
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} is a {type(tensor).__name__}, not a tensor")
-        if tensor.ndim == 0:
-            raise InputError(f"{name} has no batch dimension (it is a scalar)")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            first = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-            raise InputError(f"{name} holds NaN or infinite values, first at index {first}")
-        lengths[name] = tensor.shape[0]
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise InputError(f"the inputs' first dimensions (samples) differ: {listed}")
-    if 0 in lengths.values():
-        raise InputError("the batch is empty; give at least one sample")
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(
-            "the model has no trainable parameter; set requires_grad_(True) on those to grade"
-        )
-    for kind, named in (
-        ("parameter", model.named_parameters()),
-        ("buffer", model.named_buffers()),
-    ):
-        for name, tensor in named:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                # Buffers hold masks of −inf by design; a NaN is never one.
-                if kind == "buffer" and not bool(torch.isnan(tensor).any()):
-                    continue
-                raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
-    _check_mode(model)
-
-
-def _check_mode(model: nn.Module) -> None:
-    """Refuse modules whose train mode makes the output random or ties samples together."""
-    active = [
-        f"{name or 'the model itself'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module.training and _differs_in_train_mode(module)
-    ]
-    if active:
-        listed = ", ".join(active[:5]) + (", …" if len(active) > 5 else "")
-        raise ModelError(
-            f"{len(active)} module(s) in train mode would change the outputs: {listed}; "
-            "call model.eval() first"
-        )
-
-
-def _differs_in_train_mode(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return module.track_running_stats
-    if isinstance(module, nn.RReLU):
-        return True
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    rate = getattr(module, "dropout", 0.0)  # MultiheadAttention and the recurrent layers
-    return isinstance(rate, float | int) and not math.isclose(float(rate), 0.0)

@@ -50,12 +50,13 @@ class LogitKernel(ABC):
         """
 
     @abstractmethod
-    def spectrum(self, cotangents: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
         """The spectrum of the Gram matrix of rows J_nᵀv_nq, row n·Q + q.
 
         Args:
             cotangents: v, shape ``(N, Q, *positions, C)``. v = u gives that of K, the columns of
                 S that of SᵀΘS.
+            right: the vector that it will be solved for, shape ``(N·Q,)``.
         """
 
 
@@ -79,7 +80,7 @@ class JacobianKernel(LogitKernel):
         tangents = (directions @ self.jacobian.T).reshape(fields.shape)
         return tangents, directions.square().sum(1)
 
-    def spectrum(self, cotangents: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
         """From the rows themselves."""
         samples, outputs = self.shape
         vectors = cotangents.reshape(samples, -1, outputs)
@@ -105,7 +106,7 @@ class GramKernel(LogitKernel):
         tangents = (fields.flatten(1) @ self.theta).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
-    def spectrum(self, cotangents: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
         """From the Gram matrix v_nqᵀ Θ_nm v_mp."""
         samples, outputs = self.shape
         vectors = cotangents.reshape(samples, -1, outputs)
@@ -113,7 +114,7 @@ class GramKernel(LogitKernel):
         half = torch.einsum("nqc,ncmd->nqmd", vectors, theta)
         gram = torch.einsum("nqmd,mpd->nqmp", half, vectors)
         size = samples * vectors.shape[1]
-        return Spectrum.of_gram(gram.reshape(size, size), self.row_dtype)
+        return Spectrum.of_gram(gram.reshape(size, size), self.row_dtype, right)
 
 
 def logit_kernel(problem: Problem) -> LogitKernel:
@@ -148,12 +149,17 @@ def gradient_spectrum(problem: Problem) -> Spectrum:
     """The spectrum of K_nm = g_n·g_m = u_nᵀΘ_nm u_m, computed once per problem."""
     return problem.remember(
         "gradient_spectrum",
-        lambda: logit_kernel(problem).spectrum(problem.residual.unsqueeze(1)),
+        lambda: logit_kernel(problem).spectrum(
+            problem.residual.unsqueeze(1), torch.ones_like(problem.loss)
+        ),
     )
 
 
 def fisher_spectrum(problem: Problem) -> Spectrum:
     """The spectrum of SᵀΘS, whose eigenvalues are those of F, computed once per problem."""
     return problem.remember(
-        "fisher_spectrum", lambda: logit_kernel(problem).spectrum(factor_columns(problem))
+        "fisher_spectrum",
+        lambda: logit_kernel(problem).spectrum(
+            factor_columns(problem), problem.distribution.whitened_residual().flatten()
+        ),
     )

@@ -26,31 +26,31 @@ class Quadratics(NamedTuple):
     Attributes:
         curvature: dᵀFd, in nats per squared step.
         decrease: dᵀg, the first-order loss decrease per unit step of −d, in nats.
-        resolution: the size of rounding in ``decrease``.
+        gammas: γ, NaN where dᵀg is nothing but rounding.
     """
 
     curvature: Tensor
     decrease: Tensor
-    resolution: Tensor
-
-    @property
-    def gammas(self) -> Tensor:
-        """γ of each update; NaN where dᵀg is nothing but rounding."""
-        values = self.curvature.sqrt() / self.decrease.abs()
-        return torch.where(self.decrease.abs() > self.resolution, values, math.nan)
+    gammas: Tensor
 
 
 def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
-    """dᵀFd and dᵀg from logit tangents.
+    """dᵀFd, dᵀg and γ from logit tangents.
 
     Args:
         problem: the problem whose Fisher and gradient grade.
         tangents: t = J d, shape ``(L, N, *positions, C)``.
     """
-    curvature = problem.distribution.factor_transpose_product(tangents).square()
-    terms = problem.residual * tangents
-    rounding = torch.finfo(torch.float64).eps * terms.abs().flatten(1).sum(1)
-    return Quadratics(curvature.flatten(1).sum(1), terms.flatten(1).sum(1), rounding)
+    # At unit size, so that neither a tiny nor a huge update under- or overflows when squared.
+    size = tangents.abs().flatten(1).amax(1)
+    shape = (-1, *[1] * (tangents.ndim - 1))
+    unit = tangents / torch.where(size > 0, size, 1.0).reshape(shape)
+    curvature = problem.distribution.factor_transpose_product(unit).square().flatten(1).sum(1)
+    terms = (problem.residual * unit).flatten(1)
+    decrease = terms.sum(1)
+    rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
+    gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
+    return Quadratics(curvature * size.square(), decrease * size, gammas)
 
 
 def gamma(problem: Problem, direction: Direction) -> float:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ngeval.checks import Inputs
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.functional import Inputs, ModelFunction, map_inputs, model_errors
-from ngeval.jacobians import DEFAULT_MEMORY, RowSource
+from ngeval.functional import ModelFunction, map_inputs, model_errors
+from ngeval.jacobians import DEFAULT_MEMORY, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Problem:
         memory: int,
         probes: bool,
     ) -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating-point type, not {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
         self.function = ModelFunction.of(model, inputs, dtype)
         self.likelihood = get_likelihood(likelihood)
         raw = self._run_model()
@@ -113,7 +114,8 @@ class Problem:
         if probes:
             self._check_deterministic(raw)
             self._check_samples_independent(raw)
-        self.rows = RowSource.choose(self.function, engine, memory)
+        self.rows = choose_rows(self.function, engine, memory, check=probes)
+        self.function = self.rows.function
         self._memory: dict[str, Any] = {}
         if probes:
             self._check_gradients_add_up()
@@ -171,7 +173,8 @@ class Problem:
         if scale == 0:
             return torch.zeros_like(self.outputs)
         tangent = self.function.unflatten(vector / scale)
-        return self.function.jvp(tangent).to(torch.float64) * scale
+        with model_errors():
+            return self.function.jvp(tangent).to(torch.float64) * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
@@ -187,7 +190,9 @@ class Problem:
         scale = cotangent.abs().max()
         if scale == 0:
             return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        return self.function.flatten(self.function.vjp(cotangent / scale)) * scale.to(self.dtype)
+        with model_errors():
+            gradients = self.function.vjp(cotangent / scale)
+        return self.function.flatten(gradients) * scale.to(self.dtype)
 
     def fisher(self) -> FisherOperator:
         """The exact Fisher F = Σ_n J_nᵀH_nJ_n as a linear operator."""
@@ -216,8 +221,13 @@ class Problem:
                     f"({self.num_parameters},), one entry for each trainable scalar"
                 )
             vector = direction.detach()
-        else:
+        elif isinstance(direction, Mapping):
             vector = self._named_vector(direction)
+        else:
+            raise InputError(
+                "a direction is a torch vector or a dict of tensors by parameter name, not "
+                f"{type(direction).__name__}"
+            )
         if not bool(torch.isfinite(vector).all()):
             raise InputError("the direction holds NaN or infinite values")
         return vector.to(self.device)
@@ -239,6 +249,8 @@ class Problem:
                 f"unknown {unknown}"
             )
         for name, parameter in expected.items():
+            if not isinstance(direction[name], Tensor):
+                raise InputError(f"the direction's {name!r} is not a tensor")
             if direction[name].shape != parameter.shape:
                 raise InputError(
                     f"the direction's {name!r} has shape {tuple(direction[name].shape)}, the "
@@ -247,6 +259,8 @@ class Problem:
         return torch.cat([direction[name].detach().reshape(-1) for name in expected])
 
     def _check_outputs(self, outputs: Tensor) -> None:
+        if not outputs.is_floating_point():
+            raise ModelError(f"the model's outputs are {outputs.dtype}, not floating-point numbers")
         if outputs.ndim < 2 or outputs.shape[0] != self.function.num_samples:
             raise ModelError(
                 f"the model's outputs have shape {tuple(outputs.shape)}; expected "
@@ -284,12 +298,18 @@ class Problem:
         tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * scale
         for half in order.chunk(2):
             try:
-                changes = self._run_model(half) - outputs[half.to(outputs.device)]
+                found, expected = self._run_model(half), outputs[half.to(outputs.device)]
             except ModelError as error:
                 raise ModelError(
                     f"the model runs on the whole batch, but not on half of it: {error}"
                 ) from error
-            gaps = changes.abs().flatten(1).amax(1)
+            if found.shape != expected.shape:
+                raise EngineError(
+                    f"half of the batch gives outputs of shape {tuple(found.shape)} in place of "
+                    f"{tuple(expected.shape)}: a sample's outputs depend on the batch (trimmed "
+                    "padding?)"
+                )
+            gaps = (found - expected).abs().flatten(1).amax(1)
             if float(gaps.max()) > tolerance:
                 worst = int(half[int(gaps.argmax())])
                 raise EngineError(

@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 
 from ngeval.checkpoints import Checkpoint, load_checkpoint
+from ngeval.checks import check_device
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress, evaluate
-from ngeval.functional import check_device, map_inputs
+from ngeval.functional import map_inputs
 from ngeval.jacobians import DEFAULT_MEMORY
 from ngeval.methods import get_method
 from ngeval.metrics import gradient_norms, loss_change

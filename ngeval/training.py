@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.checkpoints import save_checkpoint
+from ngeval.checks import Inputs, check_device
 from ngeval.errors import InputError, ModelError, OutputError, TaskError, nearest_name
-from ngeval.functional import Inputs, check_device, map_inputs, model_errors, outputs_of
+from ngeval.functional import map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
 from ngeval.results import check_folder
 from ngeval.tasks import Batch, Task

@@ -253,6 +253,6 @@ def test_hooks_are_gone_afterwards_also_after_an_exception():
     problem = ngeval.Problem(
         model, torch.randn(5, 4), torch.zeros(5, dtype=torch.long), "categorical"
     )
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ngeval.ModelError):
         squared_column_sums(problem.rows, torch.zeros(5, 1, 7))
     assert all(not module._forward_hooks for module in model.modules())

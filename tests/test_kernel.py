@@ -53,7 +53,7 @@ def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
     if source == "rows":
         found = Spectrum.of_rows(rows, torch.float64)
     else:
-        found = Spectrum.of_gram(rows @ rows.T, torch.float64)
+        found = Spectrum.of_gram(rows @ rows.T, torch.float64, ones)
     # Scaled to unit rows, the same equations are well conditioned.
     lengths = rows.norm(dim=1)
     unit = rows / lengths.unsqueeze(1)
@@ -72,7 +72,7 @@ def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
     found = (
         Spectrum.of_rows(rows, dtype)
         if source == "rows"
-        else Spectrum.of_gram(rows @ rows.T, dtype)
+        else Spectrum.of_gram(rows @ rows.T, dtype, torch.ones(14, dtype=torch.float64))
     )
     assert len(found.eigenvalues) == 8
     right = torch.arange(14, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
 def test_the_zero_matrix_has_no_range():
     for found in (
         Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), torch.float64),
-        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), torch.float64),
+        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), torch.float64, torch.ones(3)),
     ):
         assert (found.largest, len(found.eigenvalues)) == (0.0, 0)
         ones, zero = torch.ones(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -93,4 +93,6 @@ def test_the_zero_matrix_has_no_range():
 
 def test_overflow_is_named():
     with pytest.raises(ngeval.NumericalError, match="overflow"):
-        Spectrum.of_gram(torch.full((2, 2), torch.inf, dtype=torch.float64), torch.float32)
+        Spectrum.of_gram(
+            torch.full((2, 2), torch.inf, dtype=torch.float64), torch.float32, torch.ones(2)
+        )

@@ -5,6 +5,7 @@ sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jac
 columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
 """
 
+from ngeval.jacobians.choose import choose_rows
 from ngeval.jacobians.rows import DEFAULT_MEMORY, RowSource, gram_matrix, squared_column_sums
 
-__all__ = ["DEFAULT_MEMORY", "RowSource", "gram_matrix", "squared_column_sums"]
+__all__ = ["DEFAULT_MEMORY", "RowSource", "choose_rows", "gram_matrix", "squared_column_sums"]

@@ -12,14 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngeval.functional import (
-    Inputs,
-    ModelFunction,
-    Parameters,
-    autograd_enabled,
-    map_inputs,
-)
-from ngeval.jacobians.layers import UnsupportedLayerError, layer_rows
+from ngeval.checks import Inputs
+from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.jacobians.layers import layer_rows
 
 
 class Engine(Protocol):
@@ -73,7 +68,7 @@ def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
                     materialize_grads=True,
                 )
                 for name, gradient in zip(leaves, gradients, strict=True):
-                    rows[name].append(gradient)
+                    rows[name].append(gradient.to_dense() if gradient.is_sparse else gradient)
     lead = cotangents.shape[:2]
     return {
         name: torch.stack(stacked).reshape(*lead, *leaves[name].shape)
@@ -82,43 +77,3 @@ def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
 
 
 ENGINES: dict[str, Engine] = {"layers": layer_rows, "vmap": vmap_rows, "loop": loop_rows}
-
-# What torch raises on models that an engine cannot trace: data-dependent control flow, an
-# operation without a batching rule, a saved tensor that was changed in place.
-_CANNOT = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
-
-
-def choose_engine(function: ModelFunction) -> str:
-    """The fastest engine that is right for a model.
-
-    An engine is tried on the whole batch with one cotangent, and its rows for the first and the
-    last sample are compared with the loop's: a layer that sees samples in another order would
-    give the right sum and the wrong rows.
-    """
-    with torch.no_grad():
-        outputs = function(function.parameters)
-    generator = torch.Generator().manual_seed(0)
-    cotangents = torch.randn(outputs.unsqueeze(1).shape, generator=generator).to(outputs)
-    last = len(outputs) - 1
-    truth = [loop_rows(function, slice(n, n + 1), cotangents[n : n + 1]) for n in sorted({0, last})]
-    for name, engine, samples in (
-        ("layers", layer_rows, [slice(0, last + 1)]),
-        ("vmap", vmap_rows, [slice(n, n + 1) for n in sorted({0, last})]),
-    ):
-        try:
-            rows = [engine(function, part, cotangents[part]) for part in samples]
-        except (UnsupportedLayerError, *_CANNOT):
-            continue
-        ends = [rows[0], rows[-1]] if last else rows
-        if all(
-            _close(found[key][-1 if index else 0], expected[key][0])
-            for index, (found, expected) in enumerate(zip(ends, truth, strict=True))
-            for key in expected
-        ):
-            return name
-    return "loop"
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    return bool((found - expected).norm() <= tolerance * (expected.norm() + tolerance))

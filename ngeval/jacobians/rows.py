@@ -14,15 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError, InputError, nearest_name
-from ngeval.functional import ModelFunction, Parameters
-from ngeval.jacobians.engines import ENGINES, Engine, choose_engine
-from ngeval.jacobians.layers import (
-    AffineCapture,
-    UnsupportedLayerError,
-    affine_owners,
-    capture_layers,
-)
+from ngeval.errors import EngineError
+from ngeval.functional import ModelFunction, Parameters, model_errors
+from ngeval.jacobians.engines import ENGINES, Engine
+from ngeval.jacobians.layers import AffineCapture, capture_layers
 
 DEFAULT_MEMORY = 4 * 2**30
 """Bytes that rows of the Jacobian may take at one time, unless the caller says otherwise."""
@@ -54,29 +49,6 @@ class RowSource:
     engine_name: str
     memory: int = DEFAULT_MEMORY
 
-    @classmethod
-    def choose(cls, function: ModelFunction, engine: str, memory: int) -> RowSource:
-        """Resolve ``engine="auto"`` to the fastest engine that is right for the model.
-
-        Raises:
-            InputError: no such engine, or the memory budget is not positive.
-            EngineError: the engine asked for cannot treat this model.
-        """
-        if engine not in ("auto", *ENGINES):
-            raise InputError(f"unknown engine {engine!r}; {nearest_name(engine, ENGINES)}")
-        if memory <= 0:
-            raise InputError(f"memory must be a positive number of bytes, not {memory}")
-        if engine == "auto":
-            engine = choose_engine(function)
-        elif engine == "layers":
-            try:
-                affine_owners(function)
-            except UnsupportedLayerError as error:
-                raise EngineError(
-                    f"engine 'layers' cannot treat this model ({error}); use engine='auto'"
-                ) from error
-        return cls(function, engine, memory)
-
     @property
     def engine(self) -> Engine:
         """The engine itself."""
@@ -107,7 +79,8 @@ class RowSource:
     def compute(self, cotangents: Tensor, block: Block) -> Parameters:
         """The rows of one block, by parameter, each of shape ``(rows, parameter.numel())``."""
         chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
-        rows = self.engine(self.function, block.samples, chosen)
+        with model_errors():
+            rows = self.engine(self.function, block.samples, chosen)
         count = block.rows.stop - block.rows.start
         return {name: tensor.reshape(count, -1) for name, tensor in rows.items()}
 
@@ -213,7 +186,8 @@ def _add_cross_products(target: Tensor, left: Parameters, right: Parameters) -> 
 def _captured(source: RowSource, cotangents: Tensor) -> list[AffineCapture]:
     """The layers' inputs and output gradients for the whole batch."""
     whole = slice(0, cotangents.shape[0])
-    return capture_layers(source.function, whole, cotangents)
+    with model_errors():
+        return capture_layers(source.function, whole, cotangents)
 
 
 def _flat_rows(capture: AffineCapture, block: Block) -> Parameters:

@@ -34,7 +34,7 @@ class Bernoulli(Likelihood):
                 f"target {float(targets[index])} at index {index} is outside [0, 1] "
                 f"({int(outside.sum())} such targets)"
             )
-        return BernoulliDistribution(logits, targets.detach().to(torch.float64))
+        return BernoulliDistribution(logits, targets.detach().to(torch.float64).clone())
 
 
 class BernoulliDistribution(OutputDistribution):

@@ -58,7 +58,7 @@ class Categorical(Likelihood):
                 f"target {value} at index {index} is outside the classes 0..{num_classes - 1} "
                 f"({int(outside.sum())} such targets; {self.ignore_index} marks padding)"
             )
-        return CategoricalDistribution(logits, targets.detach().long(), self.ignore_index)
+        return CategoricalDistribution(logits, targets.detach().long().clone(), self.ignore_index)
 
 
 class CategoricalDistribution(OutputDistribution):
@@ -71,6 +71,8 @@ class CategoricalDistribution(OutputDistribution):
         self.log_probabilities = torch.log_softmax(self.logits, dim=-1)
         self.probabilities = self.log_probabilities.exp() * self.mask
         self.root = (0.5 * self.log_probabilities).exp() * self.mask
+        # The most likely class: where its p is nearly 1, differences to it keep the digits.
+        self.top = self.logits.argmax(-1, keepdim=True)
 
     def _labels(self, targets: Tensor | None) -> Tensor:
         """The labels with a class dimension, padding replaced by class 0 (masked later)."""
@@ -93,20 +95,29 @@ class CategoricalDistribution(OutputDistribution):
         others = self.probabilities.expand(shape).scatter(-1, labels, 0.0)
         return others.scatter(-1, labels, -others.sum(-1, keepdim=True))
 
+    def _centred(self, tangent: Tensor) -> Tensor:
+        """The tangent less its mean pᵀt, by differences to the most likely class."""
+        index = self.top.expand(*tangent.shape[:-1], 1)
+        relative = tangent - tangent.gather(-1, index)
+        return relative - (self.probabilities * relative).sum(-1, keepdim=True)
+
     def fisher_product(self, tangent: Tensor) -> Tensor:
         """H·t = p⊙t − p (pᵀt)."""
-        inner = (self.probabilities * tangent).sum(-1, keepdim=True)
-        return self.probabilities * (tangent - inner)
+        return self.probabilities * self._centred(tangent)
 
     def factor_product(self, vector: Tensor) -> Tensor:
-        """S·s = √p ⊙ (s − √p (√pᵀs))."""
-        inner = (self.root * vector).sum(-1, keepdim=True)
-        return self.root * (vector - self.root * inner)
+        """S·s = √p ⊙ (s − √p (√pᵀs)); the top entry as s(1 − p) − √p Σ_others √p s."""
+        index = self.top.expand(*vector.shape[:-1], 1)
+        others = self.root.scatter(-1, self.top, 0.0)
+        inner = (others * vector).sum(-1, keepdim=True)
+        top_root, top = self.root.gather(-1, self.top), vector.gather(-1, index)
+        result = vector - self.root * (top_root * top + inner)
+        top = top * others.square().sum(-1, keepdim=True) - top_root * inner
+        return self.root * result.scatter(-1, index, top)
 
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
         """Sᵀ·t = √p ⊙ (t − pᵀt)."""
-        inner = (self.probabilities * tangent).sum(-1, keepdim=True)
-        return self.root * (tangent - inner)
+        return self.root * self._centred(tangent)
 
     def whitened_residual(self) -> Tensor:
         """The whitened residual u/√p: √p_c off the label, −(1 − p_y)/√p_y on it."""

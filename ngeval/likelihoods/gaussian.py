@@ -40,7 +40,9 @@ class Gaussian(Likelihood):
     def bind(self, logits: Tensor, targets: Tensor) -> GaussianDistribution:
         """Check floating-point targets of the outputs' shape and bind."""
         check_real_targets(logits, targets, "gaussian")
-        return GaussianDistribution(logits, targets.detach().to(torch.float64), self.variance)
+        return GaussianDistribution(
+            logits, targets.detach().to(torch.float64).clone(), self.variance
+        )
 
 
 class GaussianDistribution(OutputDistribution):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.errors import EngineError
 from ngeval.kernel import logit_kernel
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
@@ -32,25 +33,34 @@ class SampledFisher:
 
     def prepare(self, problem: Problem, seed: int = 0) -> SampledState:
         """Draw the labels and factor ĜĜᵀ once."""
+        rows = self.mc_samples * problem.num_samples
+        if 5 * 8 * rows**2 > problem.rows.memory:
+            raise EngineError(
+                f"{self.name} has {rows} sampled gradients, whose Gram matrix does not fit in the "
+                f"memory budget of {problem.rows.memory / 2**30:.1f} GiB; take fewer draws"
+            )
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
         residuals = problem.distribution.residual(labels).transpose(0, 1)
-        spectrum = logit_kernel(problem).spectrum(residuals)
-        return SampledState(problem, spectrum, residuals)
+        kernel = logit_kernel(problem)
+        # Ĝg: every sampled gradient against g, as û_nkᵀ (Θu)_n.
+        tangent = kernel.push(problem.residual.unsqueeze(0))[0].transpose(0, 1)
+        right = (residuals * tangent).flatten(2).sum(2).flatten()
+        return SampledState(problem, kernel.spectrum(residuals, right), residuals, right)
 
 
 class SampledState(CotangentState):
     """w = (u − Σ_k c_k û_k)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg."""
 
-    def __init__(self, problem: Problem, spectrum: Spectrum, residuals: Tensor) -> None:
-        """Keep the factored Gram matrix and the sampled residuals ``(N, k, *positions, C)``."""
+    def __init__(
+        self, problem: Problem, spectrum: Spectrum, residuals: Tensor, right: Tensor
+    ) -> None:
+        """Keep the factored ĜĜᵀ, the sampled residuals ``(N, k, *positions, C)`` and Ĝg."""
         self.mc_samples = residuals.shape[1]
         super().__init__(problem, spectrum.largest / self.mc_samples)
         self.spectrum = spectrum
         self.residuals = residuals
-        # Ĝg: every sampled gradient against g, as û_nkᵀ (Θu)_n.
-        tangent = logit_kernel(problem).push(problem.residual.unsqueeze(0))[0].transpose(0, 1)
-        self.right = (residuals * tangent).flatten(2).sum(2).flatten()
+        self.right = right
 
     def cotangents(self, dampings: Tensor) -> Tensor:
         """The cotangent of every λ; λ = 0 is the pseudo-inverse."""

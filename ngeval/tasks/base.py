@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ngeval.checks import Inputs, check_inputs
 from ngeval.errors import NgevalError, TaskError
-from ngeval.functional import Inputs, check_inputs
 from ngeval.likelihoods import Likelihood, get_likelihood
 
 Batch = tuple[Inputs, Tensor]
