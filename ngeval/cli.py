@@ -69,7 +69,9 @@ class Commands(typer.core.TyperGroup):
             )
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            Console(stderr=True).print("ngeval: interrupted; what was finished is saved")
+            Console(stderr=True).print(
+                "ngeval: interrupted; finished rows are in the output file, if one was asked for"
+            )
             raise typer.Exit(130) from None
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ngeval.evaluate import summarize
+from ngeval.metrics import imbalance
 from ngeval.training import EpochReport
 
 
@@ -94,13 +95,15 @@ def sweep_table(table: pd.DataFrame) -> Table:
 
 def imbalance_table(table: pd.DataFrame) -> Table:
     """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
-    shown = Table(title="per-sample gradient norms ‖g_n‖ (sum-reduced loss, nats)")
+    shown = Table(
+        title="per-sample gradient norms ‖g_n‖ (nats)", caption="max/min: median over batches"
+    )
     for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
         shown.add_column(column, justify="left" if column == "checkpoint" else "right")
     for name, label in checkpoint_labels(table).items():
-        norms = table.loc[table["checkpoint"] == name, "gradient_norm"]
-        quantiles = norms.quantile([0, 0.05, 0.5, 0.95, 1])
-        ratio = norms.max() / norms.min() if norms.min() > 0 else math.inf
+        rows = table[table["checkpoint"] == name]
+        quantiles = rows["gradient_norm"].quantile([0, 0.05, 0.5, 0.95, 1])
+        ratio = rows.groupby("batch")["gradient_norm"].apply(imbalance).median()
         shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
     return shown
 

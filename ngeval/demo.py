@@ -46,7 +46,7 @@ class Demo:
     output: Path
     epochs: int = 12
     batch_size: int = 160
-    num_batches: int = 3
+    num_batches: int = 4
     seed: int = 0
     force: bool = False
 

@@ -19,7 +19,7 @@ from ngeval.errors import EngineError
 from ngeval.fisher import factor_columns, unit_cotangents
 from ngeval.jacobians import gram_matrix
 from ngeval.problem import Problem
-from ngeval.spectrum import Spectrum
+from ngeval.spectrum import UNSEEN, Spectrum
 
 EXPLICIT_ENTRIES = 2**22
 """Up to this many entries J is kept itself (32 MiB in float64)."""
@@ -50,13 +50,14 @@ class LogitKernel(ABC):
         """
 
     @abstractmethod
-    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """The spectrum of the Gram matrix of rows J_nᵀv_nq, row n·Q + q.
 
         Args:
             cotangents: v, shape ``(N, Q, *positions, C)``. v = u gives that of K, the columns of
                 S that of SᵀΘS.
             right: the vector that it will be solved for, shape ``(N·Q,)``.
+            unseen: what part of it may be lost; see `Spectrum.of_gram`.
         """
 
 
@@ -80,7 +81,7 @@ class JacobianKernel(LogitKernel):
         tangents = (directions @ self.jacobian.T).reshape(fields.shape)
         return tangents, directions.square().sum(1)
 
-    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """From the rows themselves."""
         samples, outputs = self.shape
         vectors = cotangents.reshape(samples, -1, outputs)
@@ -106,7 +107,7 @@ class GramKernel(LogitKernel):
         tangents = (fields.flatten(1) @ self.theta).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
-    def spectrum(self, cotangents: Tensor, right: Tensor) -> Spectrum:
+    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """From the Gram matrix v_nqᵀ Θ_nm v_mp."""
         samples, outputs = self.shape
         vectors = cotangents.reshape(samples, -1, outputs)
@@ -114,7 +115,7 @@ class GramKernel(LogitKernel):
         half = torch.einsum("nqc,ncmd->nqmd", vectors, theta)
         gram = torch.einsum("nqmd,mpd->nqmp", half, vectors)
         size = samples * vectors.shape[1]
-        return Spectrum.of_gram(gram.reshape(size, size), self.row_dtype, right)
+        return Spectrum.of_gram(gram.reshape(size, size), self.row_dtype, right, unseen)
 
 
 def logit_kernel(problem: Problem) -> LogitKernel:
@@ -156,10 +157,14 @@ def gradient_spectrum(problem: Problem) -> Spectrum:
 
 
 def fisher_spectrum(problem: Problem) -> Spectrum:
-    """The spectrum of SᵀΘS, whose eigenvalues are those of F, computed once per problem."""
+    """The spectrum of SᵀΘS, whose eigenvalues are those of F, computed once per problem.
+
+    dᵀFd and dᵀg of the natural gradient, and γ_min, are sums of squares of r's coefficients, so
+    that a lost part of 10⁻⁴ changes them by 10⁻⁸.
+    """
     return problem.remember(
         "fisher_spectrum",
         lambda: logit_kernel(problem).spectrum(
-            factor_columns(problem), problem.distribution.whitened_residual().flatten()
+            factor_columns(problem), problem.distribution.whitened_residual().flatten(), 1e-4
         ),
     )

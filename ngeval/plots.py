@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ngeval.errors import InputError, OutputError, nearest_name
 from ngeval.evaluate import SUMMARIZED, check_dampings, summarize
@@ -79,6 +79,7 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
         part = summary[summary["method"] == method].sort_values("x")
         _line_with_band(axes, part, "x", styles[method], method)
     _ratio_axis(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(_stage_label(rows))
     axes.set_title(f"damping λ = {_number(damping)} ({_scale_of(table)})")
     axes.legend(ncols=2)
@@ -117,7 +118,8 @@ def plot_damping(
     styles = _styles(table)
     for method in _drawn_methods(summary):
         part = summary[summary["method"] == method].sort_values("damping")
-        _line_with_band(axes, part, "damping", styles[method], method, markers=False)
+        single = len(part) == 1  # a line through one point would not be seen
+        _line_with_band(axes, part, "damping", styles[method], method, markers=single)
     floor = float(summary["floor_over_sgd"].median())
     axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label="floor")
     axes.set_xscale("log")
@@ -155,6 +157,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         text = "min, max" if edge == 0 else None
         axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=text)
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(_stage_label(rows))
     axes.set_ylabel("per-sample gradient norm ‖gₙ‖ (nats)")
     right = axes.twinx()
@@ -205,7 +208,9 @@ def damping_figure(table: pd.DataFrame, checkpoints: Sequence[str] | None = None
                 ax.set_title(_checkpoint_title(table, name))
             if index:
                 ax.set_ylabel("")
-                ax.get_legend().remove()
+            ax.get_legend().remove()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -347,7 +352,10 @@ def _ratio_axis(axes: Axes) -> None:
     axes.axhline(1, color="black", linewidth=1, label="sgd")
     low, high = axes.get_ylim()
     if high / low < 30:  # under a decade and a half, plain numbers read better than powers
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        close = high / low < 5
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if close else (1.0, 2.0, 5.0))
+        )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("γ relative to SGD (lower: closer to NG)")

@@ -76,7 +76,8 @@ class Problem:
             likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``) or a
                 `Likelihood`.
             dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
-            engine: ``"vmap"``, ``"loop"``, or ``"auto"`` (vmap where it can trace the model).
+            engine: ``"layers"`` (linear and convolutional layers), ``"vmap"``, ``"loop"``, or
+                ``"auto"``: the first of these that is found right for the model.
             memory: bytes that per-sample Jacobian rows may take at one time.
             probes: check that two forward passes agree, that a sample's outputs do not depend on
                 the others in the batch, and that Σ_n g_n is the batch gradient.
@@ -137,7 +138,7 @@ class Problem:
 
     @property
     def engine(self) -> str:
-        """The engine in use: ``"vmap"`` or ``"loop"``."""
+        """The engine in use: ``"layers"``, ``"vmap"`` or ``"loop"``."""
         return self.rows.engine_name
 
     @property

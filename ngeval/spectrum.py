@@ -23,7 +23,7 @@ MOST_CUT = 1e-2
 """The largest relative cut-off; bfloat16 rows would give one above 1."""
 
 UNSEEN = 1e-8
-"""What part of the right-hand side may lie outside the range before rows are scaled after all."""
+"""What part of the right-hand side may be lost before rows are scaled after all."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,22 @@ class Spectrum:
         return cls._of_factor(scale, lower, rows.device)
 
     @classmethod
-    def of_gram(cls, matrix: Tensor, row_dtype: torch.dtype, right: Tensor) -> Spectrum:
+    def of_gram(
+        cls, matrix: Tensor, row_dtype: torch.dtype, right: Tensor, unseen: float = UNSEEN
+    ) -> Spectrum:
         """Factor A given as a Gram matrix.
 
         Its relative cut-off is n·max(100 ε, 10 ε_row²), with ε that of float64 and ε_row that of
         ``row_dtype``. A = D R D with unit diagonal in R, and a pivoted Cholesky factor of R finds
         the rank. Above n = 800 an eigendecomposition of A as it is, four times as fast, is tried
-        first, and kept if its range holds all of ``right`` but a part of 10⁻⁸.
+        first, with the cut-off 10·n·ε of the largest eigenvalue, and kept if its range holds all
+        of ``right`` but a part of ``unseen``.
 
         Args:
             matrix: A, shape ``(n, n)``, float64.
             row_dtype: the dtype of the model.
             right: the b of (A + λI)⁻¹b that the spectrum is for, shape ``(n,)``.
+            unseen: relative to the length of b.
 
         Raises:
             NumericalError: A has NaN or infinite entries.
@@ -87,10 +91,10 @@ class Spectrum:
         cutoff = min(cutoff, MOST_CUT)
         if size > GRADED_SIZE:
             eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-            kept = eigenvalues > cutoff * eigenvalues.max().clamp_min(0)
+            kept = eigenvalues > 10 * size * epsilon * eigenvalues.max().clamp_min(0)
             found = cls(eigenvalues[kept], eigenvectors[:, kept])
             outside = right - found.eigenvectors @ (found.eigenvectors.T @ right)
-            if float(outside.norm()) <= UNSEEN * float(right.norm()):
+            if float(outside.norm()) <= unseen * float(right.norm()):
                 return found
         scale = matrix.diagonal().clamp_min(0).sqrt().cpu()
         inverse = _inverse(scale)
