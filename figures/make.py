@@ -1,4 +1,4 @@
-"""Make the pictures that the README shows: ``python figures/make.py`` (a minute and a half on two cores)."""
+"""Make the pictures and the table of the README: ``python figures/make.py`` (90 s, 2 cores)."""
 
 from __future__ import annotations
 
