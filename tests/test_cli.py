@@ -797,7 +797,7 @@ class TestInterruption:
         )
         assert result.returncode == 130, result.stderr
         assert "Traceback" not in result.stderr
-        assert "ngeval: interrupted; what was finished is saved" in result.stderr
+        assert "ngeval: interrupted; finished rows are in the output file" in result.stderr
         table = pd.read_csv(tmp_path / "g.csv")
         assert set(table["batch"]) == {0}
         assert len(table) == 4
