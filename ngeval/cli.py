@@ -19,7 +19,7 @@ import ngeval
 from ngeval import console
 from ngeval.checkpoints import find_checkpoints
 from ngeval.demo import Demo
-from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.errors import InputError, nearest_name
 from ngeval.evaluate import check_dampings
 from ngeval.methods import METHODS, get_methods
 from ngeval.options import (
@@ -55,28 +55,8 @@ from ngeval.runs import Run
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import OPTIMIZERS, Training
 
-
-class Commands(typer.core.TyperGroup):
-    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into code 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except NgevalError as error:
-            Console(stderr=True).print(
-                f"ngeval: {error}", markup=False, highlight=False, soft_wrap=True
-            )
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            Console(stderr=True).print(
-                "ngeval: interrupted; finished rows are in the output file, if one was asked for"
-            )
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=Commands,
+    cls=console.Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -1,10 +1,12 @@
-"""What the command line shows: progress with time left, and summary tables."""
+"""What the command line shows: errors in one message, progress with time left, tables."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,10 +19,31 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer.core import TyperGroup
 
+from ngeval.errors import NgevalError
 from ngeval.evaluate import summarize
 from ngeval.metrics import imbalance
 from ngeval.training import EpochReport
+
+
+class Commands(TyperGroup):
+    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except NgevalError as error:
+            Console(stderr=True).print(
+                f"ngeval: {error}", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            Console(stderr=True).print(
+                "ngeval: interrupted; finished rows are in the output file, if one was asked for"
+            )
+            raise typer.Exit(130) from None
 
 
 def progress_bar(quiet: bool) -> Progress:
