@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
 
 
-class UnsupportedLayerError(Exception):
+class UnsupportedLayerError(EngineError):
     """The model is not made of affine layers that are each called once, batch first."""
 
 
