@@ -15,9 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.errors import ModelError, NgevalError
+from ngeval.memory import is_out_of_memory
 
 Parameters = dict[str, Tensor]
 
@@ -123,7 +125,7 @@ class ModelFunction:
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
         # torch's own tying would swap a module that is registered twice two times, and not
         # restore it; the slots name every place once.
-        with _plain_attention():
+        with plain_operations():
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw)
 
@@ -151,9 +153,9 @@ class ModelFunction:
         try:
             with torch.inference_mode(False):
                 result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # torch's word for an operation without a forward rule
+            if is_out_of_memory(error):
+                raise
             try:
                 result = self._jvp_by_double_backward(tangent)
             except RuntimeError:
@@ -214,13 +216,15 @@ def model_errors() -> Iterator[None]:
     """Turn whatever a user's model raises into a `ModelError` that says it was the model.
 
     Raises:
-        ModelError: something other than an ngeval error was raised inside.
+        ModelError: something other than an ngeval or out-of-memory error was raised inside.
     """
     try:
         yield
     except NgevalError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"the model failed on its inputs: {type(error).__name__}: {error}"
         ) from error
@@ -254,19 +258,48 @@ def _slots(model: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention by its definition.
+def plain_operations() -> Iterator[None]:
+    """Attention by its definition, and no activation checkpointing.
 
-    Forward-mode AD has no rule for fused kernels, and the fast path of ``nn.TransformerEncoder``
-    (taken where no gradient is recorded) is another function of padding.
+    Forward-mode AD has no rule for fused attention, and the fast path of
+    ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
+    Checkpointing runs parts of the model again in the backward pass, which neither transforms of
+    functions nor recorded calls allow; its values and derivatives are those of the plain call.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _without_checkpointing():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _PlainCall:
+    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``."""
+
+    @staticmethod
+    def apply(function: Any, _preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _no_recording(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands in for the generator around a non-reentrant checkpoint's call."""
+    yield
+
+
+@contextlib.contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    kept = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
+    for name, stand_in in zip(names, (_PlainCall, _no_recording), strict=True):
+        if name in kept:
+            setattr(checkpoint, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
 
 
 def _version(tensor: Tensor) -> int:

@@ -46,7 +46,9 @@ DtypeOption = Annotated[
     typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
 ]
 EngineOption = Annotated[str, typer.Option(help="auto, layers, vmap or loop.")]
-MemoryOption = Annotated[str, typer.Option(help="For per-sample Jacobians, e.g. 8GiB.")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="To work in, e.g. 8GiB; default: four fifths of what is free.")
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
 ]
@@ -85,8 +87,8 @@ def parse_dampings(text: str) -> list[float]:
     return [float(f"{value:.12g}") for value in np.geomspace(*ends, number)]
 
 
-def parse_bytes(text: str) -> int:
-    """Read an amount of memory such as ``8GiB``, ``500MB`` or ``1000000``.
+def parse_bytes(text: str | None) -> int | None:
+    """Read an amount of memory such as ``8GiB``, ``500MB`` or ``1000000``; None stays None.
 
     Raises:
         InputError: no such amount.
@@ -94,6 +96,8 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("2GiB")
     2147483648
     """
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise InputError(f"memory {text!r}: write an amount like 8GiB or 500MB")

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ngeval.checks import Inputs
 from ngeval.errors import EngineError, InputError, ModelError
 from ngeval.functional import ModelFunction, map_inputs, model_errors
-from ngeval.jacobians import DEFAULT_MEMORY, choose_rows
+from ngeval.jacobians import choose_rows
+from ngeval.jacobians.products import row_products
 from ngeval.likelihoods import Likelihood, get_likelihood
+from ngeval.memory import free_memory
 
 if TYPE_CHECKING:
     from ngeval.fisher import FisherOperator
@@ -62,7 +64,7 @@ class Problem:
         *,
         dtype: torch.dtype | None = None,
         engine: str = "auto",
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
         probes: bool = True,
     ) -> None:
         """Run the model and check that it can be graded.
@@ -76,9 +78,10 @@ class Problem:
             likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``) or a
                 `Likelihood`.
             dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
-            engine: ``"layers"`` (linear and convolutional layers), ``"vmap"``, ``"loop"``, or
+            engine: ``"layers"`` (layer by layer), ``"vmap"`` (of the whole model), ``"loop"``, or
                 ``"auto"``: the first of these that is found right for the model.
-            memory: bytes that per-sample Jacobian rows may take at one time.
+            memory: bytes to work in besides the model and one forward and backward pass; default:
+                four fifths of what is free. Chunks are cut to it.
             probes: check that two forward passes agree, that a sample's outputs do not depend on
                 the others in the batch, and that Σ_n g_n is the batch gradient.
 
@@ -99,7 +102,7 @@ class Problem:
         likelihood: str | Likelihood,
         dtype: torch.dtype | None,
         engine: str,
-        memory: int,
+        memory: int | None,
         probes: bool,
     ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -115,6 +118,10 @@ class Problem:
         if probes:
             self._check_deterministic(raw)
             self._check_samples_independent(raw)
+        if memory is None:
+            memory = free_memory(self.function.device)
+        if not isinstance(memory, int) or memory <= 0:
+            raise InputError(f"memory must be a positive number of bytes, not {memory!r}")
         self.rows = choose_rows(self.function, engine, memory, check=probes)
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
@@ -321,20 +328,26 @@ class Problem:
                 )
 
     def _check_gradients_add_up(self) -> None:
-        """Σ_n g_n = g: catches parameters that an engine misses."""
-        parameters = self.function.parameters
-        total = {n: torch.zeros(p.numel(), dtype=p.dtype) for n, p in parameters.items()}
-        size = dict.fromkeys(parameters, 0.0)
-        for _, rows in self.rows.iterate(self.residual.unsqueeze(1)):
-            for name, gradients in rows.items():
-                total[name] = total[name].to(gradients.device) + gradients.sum(0)
-                size[name] += float(gradients.norm(dim=1).sum())
+        """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses."""
+        generator = torch.Generator().manual_seed(1)
+        direction = {
+            name: torch.randn(p.shape, generator=generator).to(p)
+            for name, p in self.function.parameters.items()
+        }
+        residual = self.residual.unsqueeze(1)
+        total, size = dict.fromkeys(direction, 0.0), dict.fromkeys(direction, 0.0)
+        for block in self.rows.blocks(residual):
+            terms = self.rows.capture(residual, block)
+            for name, products in row_products(terms, direction).items():
+                total[name] += float(products.sum())
+                size[name] += float(products.abs().sum())
         batch = self.function.unflatten(self.gradient())
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
         largest = max(size.values())
         off = []
-        for name, gradient in batch.items():
-            gap = float((total[name] - gradient.reshape(-1)).norm())
-            tolerance = float(torch.finfo(gradient.dtype).eps) ** 0.5
+        for name, along in direction.items():
+            expected = float((batch[name].double() * along.double()).sum())
+            gap = abs(total[name] - expected)
             if gap > tolerance * max(size[name], tolerance * largest):
                 off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
         if off:

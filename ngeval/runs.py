@@ -14,7 +14,6 @@ from ngeval.checks import check_device
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress, evaluate
 from ngeval.functional import map_inputs
-from ngeval.jacobians import DEFAULT_MEMORY
 from ngeval.methods import get_method
 from ngeval.metrics import gradient_norms, loss_change
 from ngeval.problem import Problem
@@ -48,7 +47,7 @@ class Run:
         device: where to compute.
         dtype: compute in this dtype; None keeps the model's.
         engine: the Jacobian engine.
-        memory: bytes for Jacobian rows.
+        memory: bytes to work in; None: four fifths of what is free.
         allow_pickle: unpickle checkpoints with code.
     """
 
@@ -60,7 +59,7 @@ class Run:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     engine: str = "auto"
-    memory: int = DEFAULT_MEMORY
+    memory: int | None = None
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:

@@ -6,6 +6,19 @@ columns of S the square root of the Fisher, v = sampled residuals the sampled gr
 """
 
 from ngeval.jacobians.choose import choose_rows
-from ngeval.jacobians.rows import DEFAULT_MEMORY, RowSource, gram_matrix, squared_column_sums
+from ngeval.jacobians.rows import (
+    RowSource,
+    column_sums,
+    cross_gram,
+    gram_matrix,
+    squared_column_sums,
+)
 
-__all__ = ["DEFAULT_MEMORY", "RowSource", "choose_rows", "gram_matrix", "squared_column_sums"]
+__all__ = [
+    "RowSource",
+    "choose_rows",
+    "column_sums",
+    "cross_gram",
+    "gram_matrix",
+    "squared_column_sums",
+]

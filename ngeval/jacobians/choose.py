@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ngeval.errors import EngineError, InputError, ModelError, nearest_name
 from ngeval.functional import ModelFunction, Parameters, model_errors
-from ngeval.jacobians.engines import ENGINES, loop_rows
-from ngeval.jacobians.rows import RowSource
+from ngeval.jacobians.engines import loop_rows
+from ngeval.jacobians.plan import Planner
+from ngeval.jacobians.products import row_products
+from ngeval.jacobians.rows import ENGINES, RowSource
+from ngeval.memory import is_out_of_memory
 
 
 def choose_rows(
@@ -21,12 +24,13 @@ def choose_rows(
     For random w and v, (J_nᵀw_n)·v must equal w_n·(Jv)_n for every sample n, with the rows from
     the engine and Jv from forward mode or, where that takes the model for another function (a
     ``no_grad`` in its forward, a padding index), from two backward passes. The first and the last
-    sample are also compared with plain autograd on that sample alone.
+    sample are also compared with plain autograd on that sample alone, parameter by parameter:
+    where the layer engine is wrong about one, another way of seeing that one is taken.
 
     Args:
         function: the model at θ on its batch.
         engine: an engine's name, or ``"auto"`` for the first that passes.
-        memory: bytes for rows.
+        memory: bytes for captures and rows.
         check: compare; otherwise the first engine that runs is taken as it is.
 
     Raises:
@@ -36,29 +40,49 @@ def choose_rows(
     """
     if engine not in ("auto", *ENGINES):
         raise InputError(f"unknown engine {engine!r}; {nearest_name(str(engine), ENGINES)}")
-    if not isinstance(memory, int) or memory <= 0:
-        raise InputError(f"memory must be a positive number of bytes, not {memory!r}")
     probe = _Probe(function)
     reasons = []
     for name in ENGINES if engine == "auto" else [engine]:
-        source = RowSource(function, name, max(memory, 4 * RowSource(function, name).row_bytes))
         try:
+            source = _source(function, name, memory, probe if check else None)
             products = probe.row_products(source)
         except Exception as error:  # an engine may fail on a model in any way
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{name}: {_first_line(error)}")
             continue
         if not check:
-            return RowSource(function, name, memory)
-        if not probe.agrees_with_single_samples(products):
-            reasons.append(f"{name}: wrong per-sample gradients")
+            return source
+        if wrong := probe.wrong_parameters(products):
+            reasons.append(f"{name}: wrong per-sample gradients of {', '.join(sorted(wrong)[:3])}")
             continue
         for forward_mode in (True, False):
             if probe.agrees_with_tangent(products, forward_mode):
                 chosen = replace(function, forward_mode=forward_mode)
-                return RowSource(chosen, name, memory)
-        reasons.append(f"{name}: forward and backward derivatives differ")
+                return replace(source, function=chosen)
+        reasons.append(
+            f"{name}: forward and backward derivatives differ{probe.unseen(products)}"
+        )
     hint = "" if engine == "auto" else "; use engine='auto'"
     raise EngineError(f"engine {engine!r} cannot treat this model ({'; '.join(reasons)}){hint}")
+
+
+def _source(
+    function: ModelFunction, name: str, memory: int, probe: _Probe | None
+) -> RowSource:
+    """The source of an engine; the layer engine's plan is mended until the probe finds no fault."""
+    if name != "layers":
+        return RowSource(function, name, memory)
+    with model_errors():
+        planner = Planner(function)
+        while True:
+            plan = planner.plan()
+            source = RowSource(function, name, memory, plan, planner.sample_bytes)
+            if probe is None:
+                return source
+            wrong = probe.wrong_parameters(probe.row_products(source))
+            if not wrong or not planner.demote(wrong):
+                return source
 
 
 class _Probe:
@@ -79,44 +103,72 @@ class _Probe:
         self.tolerance = 4 * max(epsilon, torch.finfo(function.dtype).eps) ** 0.5
         self.ends = sorted({0, len(outputs) - 1})
         with model_errors():
-            self.end_products = torch.stack([self._single(n) for n in self.ends])
+            singles = [self._single(n) for n in self.ends]
+        self.end_products = {n: torch.stack([s[n] for s in singles]) for n in self.direction}
         self._tangents: dict[bool, Tensor | None] = {}
 
-    def row_products(self, source: RowSource) -> Tensor:
-        """(J_nᵀw_n)·v for every sample, float64."""
-        products = torch.zeros(len(self.cotangents), dtype=torch.float64)
-        for block, rows in source.iterate(self.cotangents.unsqueeze(1)):
-            for name, tensor in rows.items():
-                along = tensor.double() @ self.direction[name].double().reshape(-1)
-                products[block.rows] += along.cpu()
+    def row_products(self, source: RowSource) -> Parameters:
+        """(J_nᵀw_n)·v for every sample, by parameter, float64."""
+        zero = torch.zeros(len(self.cotangents), dtype=torch.float64)
+        products = {name: zero.clone() for name in self.direction}
+        cotangents = self.cotangents.unsqueeze(1)
+        # Without the memory for a row there is no probe: the errors that say so come later.
+        enough = max(source.memory, source.captured_bytes + source.sample_bytes)
+        for block in replace(source, memory=enough).blocks(cotangents):
+            terms = source.capture(cotangents, block)
+            for name, found in row_products(terms, self.direction).items():
+                products[name][block.samples] += found[:, 0].cpu()
         return products
 
-    def agrees_with_single_samples(self, products: Tensor) -> bool:
-        return self._close(products[self.ends], self.end_products)
+    def wrong_parameters(self, products: Parameters) -> set[str]:
+        """The parameters whose rows differ from autograd's at the first or the last sample."""
+        largest = max(float(expected.abs().max()) for expected in self.end_products.values())
+        return {
+            name
+            for name, expected in self.end_products.items()
+            if not self._close(products[name][self.ends], expected, 1e-3 * largest)
+        }
 
-    def agrees_with_tangent(self, products: Tensor, forward_mode: bool) -> bool:
+    def agrees_with_tangent(self, products: Parameters, forward_mode: bool) -> bool:
+        """Whether all samples' products are those of the tangent."""
         if forward_mode not in self._tangents:
-            function = replace(self.function, forward_mode=forward_mode)
-            try:
-                with model_errors():
-                    tangent = function.jvp(self.direction).double()
-                terms = self.cotangents.double() * tangent
-                self._tangents[forward_mode] = terms.flatten(1).sum(1).cpu()
-            except ModelError:  # the other mode may do
-                self._tangents[forward_mode] = None
+            self._tangents[forward_mode] = self._along(self.direction, forward_mode)
         tangents = self._tangents[forward_mode]
-        return tangents is not None and self._close(products, tangents)
+        total = torch.stack(list(products.values())).sum(0)
+        return tangents is not None and self._close(total, tangents)
 
-    def _single(self, n: int) -> Tensor:
-        """The product for one sample, run alone through plain autograd."""
+    def unseen(self, products: Parameters) -> str:
+        """Which parameters' forward derivatives are not those of their rows, for a message."""
+        names = []
+        for name, value in self.direction.items():
+            only = {n: torch.zeros_like(v) for n, v in self.direction.items()} | {name: value}
+            tangents = self._along(only, forward_mode=True)
+            if tangents is not None and not self._close(products[name], tangents):
+                names.append(name)
+        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        return f" for {listed} (detached, or under no_grad, in forward?)" if names else ""
+
+    def _along(self, direction: Parameters, forward_mode: bool) -> Tensor | None:
+        """w_n·(Jv)_n for every sample; None where this mode does not work."""
+        function = replace(self.function, forward_mode=forward_mode)
+        try:
+            with model_errors():
+                tangent = function.jvp(direction).double()
+        except ModelError:  # the other mode may do
+            return None
+        return (self.cotangents.double() * tangent).flatten(1).sum(1).cpu()
+
+    def _single(self, n: int) -> Parameters:
+        """The products for one sample, run alone through plain autograd."""
         one = slice(n, n + 1)
         rows = loop_rows(self.function, one, self.cotangents[one].unsqueeze(1))
-        return torch.stack(
-            [(rows[name].double() * v.double()).sum().cpu() for name, v in self.direction.items()]
-        ).sum()
+        return {
+            name: (rows[name].double() * v.double()).sum().cpu()
+            for name, v in self.direction.items()
+        }
 
-    def _close(self, found: Tensor, expected: Tensor) -> bool:
-        scale = expected.abs() + 0.01 * expected.abs().max()
+    def _close(self, found: Tensor, expected: Tensor, floor: float = 0.0) -> bool:
+        scale = expected.abs() + 0.01 * expected.abs().max() + floor
         return bool(((found - expected).abs() <= self.tolerance * scale + 1e-300).all())
 
 

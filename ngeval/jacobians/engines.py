@@ -1,37 +1,19 @@
-"""The engines that compute rows J_nᵀv: layer by layer, whole-model ``vmap``, a loop over samples.
+"""Whole-model rows J_nᵀv: ``vmap`` over samples, and a loop that works for any model.
 
-An engine takes a model function, some of its samples and Q cotangents for each, and returns
-for each parameter the rows of shape ``(samples, Q, *parameter.shape)``.
+Both take a model function, some of its samples and Q cotangents for each, and return for each
+parameter the rows of shape ``(samples, Q, *parameter.shape)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import itemgetter
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ngeval.checks import Inputs
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
-from ngeval.jacobians.layers import layer_rows
-
-
-class Engine(Protocol):
-    """Rows of the Jacobian for a slice of the samples."""
-
-    def __call__(self, function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
-        """Compute J_nᵀv_nq.
-
-        Args:
-            function: the model at θ on its batch.
-            samples: which samples of the batch.
-            cotangents: v of shape ``(samples, Q, *positions, C)``.
-
-        Returns:
-            By parameter name, rows of shape ``(samples, Q, *parameter.shape)``.
-        """
-        ...
 
 
 def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
@@ -50,15 +32,28 @@ def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
     return result
 
 
-def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
-    """One sample, one cotangent at a time by plain autograd: slow, and works for any model."""
-    leaves = {n: p.detach().requires_grad_() for n, p in function.parameters.items()}
+def loop_rows(
+    function: ModelFunction,
+    samples: slice,
+    cotangents: Tensor,
+    names: Iterable[str] | None = None,
+) -> Parameters:
+    """One sample, one cotangent at a time by plain autograd: slow, and works for any model.
+
+    Args:
+        function: the model at θ on its batch.
+        samples: which samples of the batch.
+        cotangents: v of shape ``(samples, Q, *positions, C)``.
+        names: the parameters whose rows are wanted; default: all.
+    """
+    wanted = list(function.parameters) if names is None else list(names)
+    leaves = {n: function.parameters[n].detach().requires_grad_() for n in wanted}
     rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
     start = samples.start or 0
     for offset, vectors in enumerate(cotangents):
         one = slice(start + offset, start + offset + 1)
         with autograd_enabled():
-            outputs = function(leaves, map_inputs(function.inputs, itemgetter(one)))
+            outputs = function({**function.parameters, **leaves}, map_inputs(function.inputs, itemgetter(one)))
             for vector in vectors:
                 gradients = torch.autograd.grad(
                     outputs,
@@ -74,6 +69,3 @@ def loop_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
         name: torch.stack(stacked).reshape(*lead, *leaves[name].shape)
         for name, stacked in rows.items()
     }
-
-
-ENGINES: dict[str, Engine] = {"layers": layer_rows, "vmap": vmap_rows, "loop": loop_rows}

@@ -1,29 +1,29 @@
-"""Blocks of Jacobian rows in bounded memory, and the two reductions made of them.
+"""Rows of the Jacobian in bounded memory, and the reductions made of them.
 
-Rows are numbered n·Q + q for sample n and its cotangent q. No more rows exist at one time than
-the memory budget allows: a Gram matrix is then assembled from pairs of blocks.
+Rows are numbered n·Q + q for sample n and its cotangent q. The batch is captured in blocks that
+fit the memory budget; a Gram matrix is then assembled from pairs of blocks.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, model_errors
-from ngeval.jacobians.engines import ENGINES, Engine
-from ngeval.jacobians.layers import AffineCapture, capture_layers
-
-DEFAULT_MEMORY = 4 * 2**30
-"""Bytes that rows of the Jacobian may take at one time, unless the caller says otherwise."""
+from ngeval.jacobians.capture import Plan, capture
+from ngeval.jacobians.engines import loop_rows, vmap_rows
+from ngeval.jacobians.products import add_column_sums, add_inner_products, rows_of
+from ngeval.jacobians.terms import RowsTerm, Term
+from ngeval.memory import describe_bytes, halving
 
 STREAM_MEMORY = 2**26
 """Bytes of rows that are only passed over: more is slower, since it misses every cache."""
+
+ENGINES = ("layers", "vmap", "loop")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Block:
     vectors: slice
     rows: slice
 
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return int(self.rows.stop - self.rows.start)
+
 
 @dataclass(frozen=True)
 class RowSource:
@@ -42,64 +47,102 @@ class RowSource:
     Attributes:
         function: the model at θ on its batch.
         engine_name: ``"layers"``, ``"vmap"`` or ``"loop"``.
-        memory: bytes for the rows that are held at one time.
+        memory: bytes that captures and rows may take at one time.
+        plan: of the layer engine.
+        sample_bytes: what a sample's activations take in a forward pass.
     """
 
     function: ModelFunction
     engine_name: str
-    memory: int = DEFAULT_MEMORY
-
-    @property
-    def engine(self) -> Engine:
-        """The engine itself."""
-        return ENGINES[self.engine_name]
+    memory: int
+    plan: Plan | None = None
+    sample_bytes: int = 0
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in the model's dtype and of its float64 copy, made for products."""
+        """Bytes of a whole row in the model's dtype and of its float64 copy."""
         return self.function.num_parameters * (self.function.dtype.itemsize + 8)
 
-    def paired_blocks(self, cotangents: Tensor) -> list[Block]:
-        """One block if all N·Q rows fit in memory, else blocks of which two fit together.
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of what stands for a row between its capture and its use."""
+        return self.row_bytes if self.plan is None else self.plan.captured_bytes(self.function)
 
-        Raises:
-            EngineError: not even two single rows fit.
+    def capture(self, cotangents: Tensor, block: Block) -> list[Term]:
+        """The terms of the rows of one block.
+
+        Args:
+            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+            block: which of them.
         """
-        count = cotangents.shape[0] * cotangents.shape[1]
-        limit = self.memory // self.row_bytes
-        if count > limit:
-            limit //= 2
-        if limit < 1:
-            raise EngineError(
-                f"one row of the Jacobian takes {self.row_bytes / 2**20:.0f} MiB and two are "
-                f"needed, but the memory budget is {self.memory / 2**20:.0f} MiB; raise memory="
-            )
-        return split_rows(cotangents.shape[0], cotangents.shape[1], limit)
-
-    def compute(self, cotangents: Tensor, block: Block) -> Parameters:
-        """The rows of one block, by parameter, each of shape ``(rows, parameter.numel())``."""
         chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
         with model_errors():
-            rows = self.engine(self.function, block.samples, chosen)
-        count = block.rows.stop - block.rows.start
-        return {name: tensor.reshape(count, -1) for name, tensor in rows.items()}
+            if self.plan is not None:
+                return capture(self.function, self.plan, block.samples, chosen)
+            return [self._whole_model(block.samples, chosen)]
+
+    def _whole_model(self, samples: slice, cotangents: Tensor) -> Term:
+        compute = vmap_rows if self.engine_name == "vmap" else loop_rows
+
+        def rows(chosen: slice, vectors: slice) -> Parameters:
+            first, last, _ = chosen.indices(len(cotangents))
+            inside = slice(samples.start + first, samples.start + last)
+            return compute(self.function, inside, cotangents[chosen, vectors])
+
+        shapes = {name: p.shape for name, p in self.function.parameters.items()}
+        return RowsTerm(cotangents.shape[0], cotangents.shape[1], shapes, rows)
+
+    def blocks(self, cotangents: Tensor, share: float = 1.0) -> list[Block]:
+        """Blocks of which each takes no more than a share of the memory; one if all fit.
+
+        Raises:
+            EngineError: not even a single row fits.
+        """
+        count, vectors = cotangents.shape[:2]
+        single = self.captured_bytes + self.sample_bytes
+        budget = int(self.memory * share)
+        if single > budget:
+            raise EngineError(
+                f"one row of the Jacobian takes {describe_bytes(single)}, and the memory budget "
+                f"of {describe_bytes(self.memory)} leaves {describe_bytes(budget)} for it: not "
+                f"even one sample fits; raise memory= to {describe_bytes(single / share * 1.1)}"
+            )
+        whole = vectors * self.captured_bytes + self.sample_bytes
+        if whole <= budget:
+            limit = budget // whole * vectors
+        else:
+            limit = (budget - self.sample_bytes) // self.captured_bytes
+        return split_rows(count, vectors, max(1, limit))
 
     def iterate(self, cotangents: Tensor) -> Iterator[tuple[Block, Parameters]]:
-        """All rows J_nᵀv_nq, block by block.
+        """All rows J_nᵀv_nq, block by block, by parameter, each of shape ``(rows, numel)``.
 
         Args:
             cotangents: v of shape ``(N, Q, *positions, C)``.
         """
         limit = max(1, min(self.memory, STREAM_MEMORY) // self.row_bytes)
         for block in split_rows(cotangents.shape[0], cotangents.shape[1], limit):
-            yield block, self.compute(cotangents, block)
+            rows = self.rows(cotangents, block)
+            yield block, {name: rows[name].reshape(block.size, -1) for name in rows}
+
+    def rows(self, cotangents: Tensor, block: Block) -> Parameters:
+        """Rows of every parameter, shape ``(samples, Q, *parameter.shape)``."""
+        terms = self.capture(cotangents, block)
+        every = slice(None)
+        with model_errors():
+            found = rows_of(terms, every, every)
+        lead = (block.samples.stop - block.samples.start, block.vectors.stop - block.vectors.start)
+        return {
+            name: found[name] if name in found else p.new_zeros(*lead, *p.shape)
+            for name, p in self.function.parameters.items()
+        }
 
 
 def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     """Inner products of all rows: entry (n·Q+q, m·Q+p) is (J_nᵀv_nq)·(J_mᵀv_mp).
 
-    Accumulated in float64, one parameter at a time: the matrix of gradients reaches condition
-    numbers beyond what float32 sums resolve.
+    Accumulated in float64, layer by layer: the matrix of gradients reaches condition numbers
+    beyond what float32 sums resolve, and no more rows exist at one time than a layer has.
 
     Args:
         source: the model, engine and memory budget.
@@ -107,22 +150,73 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
 
     Returns:
         A symmetric float64 matrix of shape ``(N·Q, N·Q)``.
+
+    Raises:
+        EngineError: not even two single rows fit in the memory budget.
     """
     size = cotangents.shape[0] * cotangents.shape[1]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
-    if source.engine_name != "layers":
-        blocks = source.paired_blocks(cotangents)
-        _accumulate_gram(gram, blocks, lambda block: source.compute(cotangents, block))
-    else:
-        for capture in _captured(source, cotangents):
-            if capture.positions == 1:
-                gram += capture.gram()
-                continue
-            limit = max(1, source.memory // (2 * 12 * capture.row_size))
-            blocks = split_rows(cotangents.shape[0], cotangents.shape[1], limit)
-            _accumulate_gram(gram, blocks, partial(_flat_rows, capture))
+
+    def attempt(limited: RowSource) -> Tensor:
+        gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
+        blocks = limited.blocks(cotangents)
+        if len(blocks) > 1:
+            blocks = limited.blocks(cotangents, share=0.5)
+        for i, block in enumerate(blocks):
+            terms = limited.capture(cotangents, block)
+            with model_errors():
+                add_inner_products(gram[block.rows, block.rows], terms, terms, symmetric=True)
+            for other in blocks[i + 1 :]:
+                others = limited.capture(cotangents, other)
+                with model_errors():
+                    add_inner_products(gram[other.rows, block.rows], others, terms)
+        return gram
+
+    gram = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
     lower = torch.tril(gram, -1)
     return torch.diag(gram.diagonal()) + lower + lower.T
+
+
+def cross_gram(source: RowSource, left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of the rows of two sets of cotangents of the same batch.
+
+    Args:
+        source: the model, engine and memory budget.
+        left: v of shape ``(N, Q, *positions, C)``, many: captured block by block.
+        right: w of shape ``(N, R, *positions, C)``, few.
+
+    Returns:
+        Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
+    """
+    rows, columns = (part.shape[0] * part.shape[1] for part in (left, right))
+
+    def attempt(limited: RowSource) -> Tensor:
+        out = torch.zeros(rows, columns, dtype=torch.float64, device=source.function.device)
+        for block in limited.blocks(right, share=0.5):
+            terms = limited.capture(right, block)
+            for other in limited.blocks(left, share=0.5):
+                others = limited.capture(left, other)
+                with model_errors():
+                    add_inner_products(out[other.rows, block.rows], others, terms)
+        return out
+
+    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+
+
+def column_sums(source: RowSource, cotangents: Tensor, *, squared: bool = False) -> Tensor:
+    """Σ_{n,q} J_nᵀv_nq, or of its entrywise squares: a float64 vector of length P."""
+
+    def attempt(limited: RowSource) -> Tensor:
+        sums = {
+            name: torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
+            for name, p in source.function.parameters.items()
+        }
+        for block in limited.blocks(cotangents):
+            terms = limited.capture(cotangents, block)
+            with model_errors():
+                add_column_sums(sums, terms, squared=squared)
+        return torch.cat(list(sums.values()))
+
+    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 
 
 def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
@@ -130,23 +224,7 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
 
     With v the columns of S this is diag F; with v = u it is the diagonal of the empirical Fisher.
     """
-    sums = {
-        name: torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
-        for name, p in source.function.parameters.items()
-    }
-    if source.engine_name != "layers":
-        for _, rows in source.iterate(cotangents):
-            _add_squares(sums, rows)
-    else:
-        for capture in _captured(source, cotangents):
-            if capture.positions == 1:
-                for name, squares in capture.squared_sums().items():
-                    sums[name] += squares.reshape(-1)
-                continue
-            limit = max(1, STREAM_MEMORY // (12 * capture.row_size))
-            for block in split_rows(cotangents.shape[0], cotangents.shape[1], limit):
-                _add_squares(sums, _flat_rows(capture, block))
-    return torch.cat(list(sums.values()))
+    return column_sums(source, cotangents, squared=True)
 
 
 def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
@@ -166,46 +244,3 @@ def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
             rows = slice(n * num_vectors + q, (last - 1) * num_vectors + stop)
             blocks.append(Block(slice(n, last), slice(q, stop), rows))
     return blocks
-
-
-def _add_own_products(target: Tensor, rows: Parameters, strips: int = 4) -> None:
-    """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is not computed."""
-    size = target.shape[0]
-    bounds = [size * i // strips for i in range(strips + 1)]
-    for tensor in rows.values():
-        wide = tensor.to(torch.float64)
-        for start, stop in itertools.pairwise(bounds):
-            target[start:stop, :stop].addmm_(wide[start:stop], wide[:stop].T)
-
-
-def _add_cross_products(target: Tensor, left: Parameters, right: Parameters) -> None:
-    for name, tensor in left.items():
-        target.addmm_(tensor.to(torch.float64), right[name].to(torch.float64).T)
-
-
-def _captured(source: RowSource, cotangents: Tensor) -> list[AffineCapture]:
-    """The layers' inputs and output gradients for the whole batch."""
-    whole = slice(0, cotangents.shape[0])
-    with model_errors():
-        return capture_layers(source.function, whole, cotangents)
-
-
-def _flat_rows(capture: AffineCapture, block: Block) -> Parameters:
-    rows = capture.rows(block.samples, block.vectors)
-    return {name: tensor.flatten(0, 1).flatten(1) for name, tensor in rows.items()}
-
-
-def _add_squares(sums: Parameters, rows: Parameters) -> None:
-    for name, tensor in rows.items():
-        sums[name] += tensor.to(torch.float64).square().sum(0)
-
-
-def _accumulate_gram(
-    gram: Tensor, blocks: list[Block], compute: Callable[[Block], Parameters]
-) -> None:
-    """Add R Rᵀ to the lower triangle of ``gram``, from pairs of blocks of rows."""
-    for i, block in enumerate(blocks):
-        rows = compute(block)
-        _add_own_products(gram[block.rows, block.rows], rows)
-        for other in blocks[i + 1 :]:
-            _add_cross_products(gram[other.rows, block.rows], compute(other), rows)

@@ -1,0 +1,168 @@
+"""Where a tensor inside a model keeps its samples: found by running it, not by guessing from sizes.
+
+The model is run on two and on three samples. The dimension of a tensor that grows from 2k to 3k
+is that of the samples, k entries for each (k > 1 where the model folds positions into the batch);
+a tensor that does not grow is the same for all samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+
+TRIAL_SIZES = (2, 3)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The samples of a tensor: dimension ``dim`` holds ``repeats`` entries for each."""
+
+    dim: int
+    repeats: int
+
+    def chunks(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
+
+        Args:
+            tensor: with ``leading`` dimensions in front of those that the layout speaks of.
+            leading: how many.
+        """
+        dim = self.dim + leading
+        count = tensor.shape[dim] // self.repeats
+        return tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The layouts of a call's tensors, None where a leaf is no tensor or not of the batch.
+
+    Attributes:
+        inputs: of the leaves of ``(args, kwargs)``.
+        outputs: of the leaves of what it returned.
+        shapes: of the outputs' tensors in the smaller trial, None for other leaves.
+        in_place: an output was modified after it was returned.
+    """
+
+    inputs: tuple[Layout | None, ...]
+    outputs: tuple[Layout | None, ...]
+    shapes: tuple[torch.Size | None, ...]
+    in_place: bool
+
+    @property
+    def output_scalars(self) -> int:
+        """Scalars that the call gives for one sample."""
+        return sum(
+            shape.numel() // (TRIAL_SIZES[0] if layout else 1)
+            for shape, layout in zip(self.shapes, self.outputs, strict=True)
+            if shape is not None
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Shapes of one call in one trial."""
+
+    inputs: list[torch.Size | None]
+    outputs: list[torch.Size | None]
+    tensors: list[tuple[Tensor, int]]
+
+
+def trial_batch(function: ModelFunction, size: int) -> Any:
+    """The batch's first samples, repeated if there are fewer."""
+    indices = torch.arange(size) % function.num_samples
+    return map_inputs(function.inputs, lambda t: t[indices.to(t.device)])
+
+
+def call_layouts(function: ModelFunction) -> tuple[dict[int, list[CallLayout]], int]:
+    """Every module's calls, and what a sample takes.
+
+    Returns:
+        The calls by ``id`` of the module, without those that cannot be matched; and the bytes
+        that autograd keeps for one sample more.
+    """
+    (small, fewer), (large, more) = (
+        _watch(function, trial_batch(function, size)) for size in TRIAL_SIZES
+    )
+    found: dict[int, list[CallLayout]] = {}
+    for key, calls in small.items():
+        others = large.get(key, [])
+        if len(calls) == len(others):
+            pairs = [_compare(a, b) for a, b in zip(calls, others, strict=True)]
+            if all(pair is not None for pair in pairs):
+                found[key] = [pair for pair in pairs if pair is not None]
+    return found, max(0, more - fewer)
+
+
+def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]], int]:
+    seen: dict[int, list[_Seen]] = {}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        outputs = tree_leaves(output)
+        seen.setdefault(id(module), []).append(
+            _Seen(
+                _shapes(tree_leaves((args, kwargs))),
+                _shapes(outputs),
+                [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
+            )
+        )
+
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in function.model.modules()
+    ]
+    try:
+        with autograd_enabled(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            leaves: Parameters = {
+                name: p.detach().requires_grad_() for name, p in function.parameters.items()
+            }
+            function(leaves, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, sum(saved.values())
+
+
+def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _compare(small: _Seen, large: _Seen) -> CallLayout | None:
+    if len(small.inputs) != len(large.inputs) or len(small.outputs) != len(large.outputs):
+        return None
+    try:
+        inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
+        outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
+    except ValueError:
+        return None
+    modified = any(tensor._version != version for tensor, version in small.tensors)
+    return CallLayout(tuple(inputs), tuple(outputs), tuple(small.outputs), modified)
+
+
+def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None:
+    """The layout of a tensor of these two shapes.
+
+    Raises:
+        ValueError: they do not differ as a batch of two and one of three do.
+    """
+    if small is None or large is None or small == large:
+        return None
+    if len(small) != len(large):
+        raise ValueError
+    grown = [i for i, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    first, second = TRIAL_SIZES
+    dim = grown[0]
+    if len(grown) > 1 or small[dim] % first or small[dim] // first * second != large[dim]:
+        raise ValueError
+    return Layout(dim, small[dim] // first)

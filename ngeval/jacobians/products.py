@@ -1,0 +1,288 @@
+"""Inner products of rows, by whichever form takes fewer operations.
+
+For two affine terms of one weight, the inner product of rows Σ_t b_t a_tᵀ and Σ_s b′_s a′_sᵀ is
+Σ_ts (a_t·a′_s)(b_t·b′_s): no row is made, at the price of T·S products. The other form makes the
+rows, a slice of the layer's outputs at a time, and multiplies them. Sums are in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ngeval.functional import Parameters
+from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
+
+PIECE_ENTRIES = 2**23
+"""Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""
+
+ALL = slice(None)
+
+
+def add_inner_products(
+    out: Tensor, left: list[Term], right: list[Term], *, symmetric: bool = False
+) -> None:
+    """Add the inner products of all rows of one capture with those of another.
+
+    Args:
+        out: float64, shape ``(N·Q, M·R)``; row n·Q + q belongs to cotangent q of sample n.
+        left: terms of N samples with Q cotangents.
+        right: terms of M samples with R cotangents, of the same model.
+        symmetric: both are the same capture; only the lower triangle need be right.
+    """
+    for i, first in enumerate(left):
+        for j, second in enumerate(right):
+            shared = first.shapes.keys() & second.shapes.keys()
+            if not shared or (symmetric and j > i):
+                continue
+            if symmetric and j < i:
+                both = torch.zeros_like(out)
+                _add_pair(both, first, second, shared, symmetric=False)
+                out += both + both.T
+            else:
+                _add_pair(out, first, second, shared, symmetric=symmetric)
+
+
+def _add_pair(
+    out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool
+) -> None:
+    if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
+        if _sequence_is_cheaper(left, right, left.num_units, symmetric):
+            return _add_table_table(out, left, right)
+    elif isinstance(left, AffineTerm) and isinstance(right, AffineTerm):
+        if left.groups == 1 and _sequence_is_cheaper(left, right, left.num_units, symmetric):
+            return _add_affine_affine(out, left, right, shared, symmetric=symmetric)
+    elif isinstance(left, EmbeddingTerm) and isinstance(right, AffineTerm):
+        return _add_table_affine(out, left, right)
+    elif isinstance(left, AffineTerm) and isinstance(right, EmbeddingTerm):
+        transposed = torch.zeros_like(out.T)
+        _add_table_affine(transposed, right, left)
+        out += transposed.T
+        return None
+    return _add_rows(out, left, right, shared, symmetric=symmetric)
+
+
+def _sequence_is_cheaper(
+    left: AffineTerm | EmbeddingTerm,
+    right: AffineTerm | EmbeddingTerm,
+    outputs: int,
+    symmetric: bool,
+) -> bool:
+    """Compare counted multiplications; those in float32 count half."""
+    inputs = left.weight_shape[1:].numel()
+    one, other = (term.num_samples * term.positions for term in (left, right))
+    vectors = left.num_vectors * right.num_vectors
+    count = left.num_samples * right.num_samples * vectors
+    # Of the two inner products, and of what joins them (memory-bound, so it weighs more).
+    sequence = one * other * (inputs + vectors * (outputs + 8 * (left.positions > 1)))
+    single = 0.5 if left.cotangents.dtype.itemsize < 8 else 1.0
+    made = one * left.num_vectors + (0 if symmetric else other * right.num_vectors)
+    rows = outputs * inputs * (single * made + count * (0.5 if symmetric else 1.0))
+    return sequence <= rows
+
+
+def _add_affine_affine(
+    out: Tensor, left: AffineTerm, right: AffineTerm, shared: set[str], *, symmetric: bool
+) -> None:
+    """Σ_ts (a_t·a′_s + 1)(b_t·b′_s), in strips of left samples."""
+    count, vectors, positions = left.cotangents.shape[:3]
+    others, other_vectors, other_positions = right.cotangents.shape[:3]
+    width = vectors * positions * others * other_vectors * other_positions
+    step = max(1, min(PIECE_ENTRIES // max(width, 1), -(-count // 8)))
+    right_b = right.cotangents.to(torch.float64).flatten(0, 2).flatten(1)
+    right_a = _flat_inputs(right) if left.weight in shared else None
+    left_a = right_a if symmetric else (None if right_a is None else _flat_inputs(left))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        last = stop if symmetric else others  # the lower triangle is enough
+        columns = last * other_vectors * other_positions
+        strip = left.cotangents[start:stop].to(torch.float64).flatten(0, 2).flatten(1)
+        backward = strip @ right_b[:columns].T
+        shape = (stop - start, vectors, positions, last, other_vectors, other_positions)
+        forward = torch.zeros(
+            (stop - start) * positions, last * other_positions, dtype=out.dtype, device=out.device
+        )
+        if left_a is not None and right_a is not None:
+            rows = slice(start * positions, stop * positions)
+            forward = left_a[rows] @ right_a[: last * other_positions].T
+        if left.bias is not None and left.bias in shared:
+            forward += 1
+        factor = forward.reshape(stop - start, 1, positions, last, 1, other_positions)
+        target = out[start * vectors : stop * vectors, : last * other_vectors]
+        if positions == other_positions == 1:
+            view = target.unflatten(0, (-1, vectors)).unflatten(2, (-1, other_vectors))
+            view.addcmul_(backward.reshape(shape).squeeze(5).squeeze(2), factor[:, :, 0, :, :, 0])
+        else:
+            products = backward.reshape(shape).mul_(factor).sum((2, 5))
+            target += products.reshape(target.shape)
+
+
+def _flat_inputs(term: AffineTerm) -> Tensor:
+    return term.inputs(ALL).to(torch.float64).flatten(0, 1).flatten(1)
+
+
+def _add_table_table(out: Tensor, left: EmbeddingTerm, right: EmbeddingTerm) -> None:
+    """Σ_ts [index_t = index′_s] b_t·b′_s."""
+    right_b = right.cotangents.to(torch.float64).flatten(0, 2)
+    vectors, positions = left.num_vectors, left.positions
+    other = (right.num_samples, right.num_vectors, right.positions)
+    step = max(1, PIECE_ENTRIES // (vectors * positions * len(right_b)))
+    for start in range(0, left.num_samples, step):
+        chosen = slice(start, start + step)
+        indices = left.indices[chosen]
+        equal = indices.reshape(-1, 1) == right.indices.reshape(1, -1)
+        equal &= (indices >= 0).reshape(-1, 1)
+        strip = left.cotangents[chosen].to(torch.float64)
+        products = (strip.flatten(0, 2) @ right_b.T).reshape(*strip.shape[:3], *other)
+        products *= equal.reshape(len(strip), 1, positions, other[0], 1, other[2])
+        target = out[start * vectors : (start + len(strip)) * vectors]
+        target += products.sum((2, 5)).reshape(target.shape)
+
+
+def _add_table_affine(out: Tensor, left: EmbeddingTerm, right: AffineTerm) -> None:
+    """Σ_ts (b′_s)_{index t} (b_t·a′_s): a table that is also the weight of a linear layer."""
+    inputs = _flat_inputs(right)
+    vectors, positions = left.num_vectors, left.positions
+    other = (right.num_samples, right.num_vectors, right.positions)
+    looked_up = right.cotangents.flatten(0, 2).flatten(1)
+    step = max(1, PIECE_ENTRIES // (vectors * positions * len(looked_up)))
+    for start in range(0, left.num_samples, step):
+        indices = left.indices[start : start + step]
+        strip = left.cotangents[start : start + step].to(torch.float64)
+        along = (strip.flatten(0, 2) @ inputs.T).reshape(
+            *strip.shape[:3], other[0], 1, other[2]
+        )
+        entries = looked_up[:, indices.clamp_min(0).reshape(-1)].to(torch.float64)
+        entries = entries.T * (indices >= 0).reshape(-1, 1)
+        products = along * entries.reshape(len(strip), 1, positions, *other)
+        target = out[start * vectors : (start + len(strip)) * vectors]
+        target += products.sum((2, 5)).reshape(target.shape)
+
+
+def pieces(term: Term, num_rows: int) -> Iterator[slice]:
+    """Slices of the units for which that many rows are no larger than a temporary may be."""
+    units = term.num_units
+    if units == 1:
+        yield ALL
+        return
+    step = max(1, PIECE_ENTRIES * units // (num_rows * max(term.row_size, 1)))
+    for start in range(0, units, step):
+        yield slice(start, min(start + step, units))
+
+
+def _add_rows(
+    out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool
+) -> None:
+    cut = left if left.num_units == right.num_units else None
+    for units in pieces(cut, sum(out.shape)) if cut else [ALL]:
+        rows = left.rows(ALL, ALL, units)
+        others = rows if symmetric else right.rows(ALL, ALL, units)
+        for name in shared:
+            wide = _wide(rows[name])
+            if symmetric:
+                _add_own_products(out, wide)
+            else:
+                out.addmm_(wide, _wide(others[name]).T)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows.flatten(0, 1).flatten(1).to(torch.float64)
+
+
+def _add_own_products(target: Tensor, rows: Tensor, strips: int = 4) -> None:
+    """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is not computed."""
+    size = target.shape[0]
+    bounds = sorted({size * i // strips for i in range(strips + 1)})
+    for start, stop in itertools.pairwise(bounds):
+        target[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
+
+
+def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> None:
+    """Add Σ_{n,q} of the rows, or of their squares, to flat float64 vectors by parameter."""
+    for group in _groups(terms):
+        only = group[0]
+        if len(group) == 1 and squared and isinstance(only, AffineTerm) and only.positions == 1:
+            if only.groups == 1:
+                _add_affine_squares(sums, only)
+                continue
+        cut = only if len({term.num_units for term in group}) == 1 else None
+        total = sum(term.row_size for term in group)
+        step = max(1, PIECE_ENTRIES // max(total, 1))
+        for samples, vectors in _row_blocks(only.num_samples, only.num_vectors, step):
+            count = (samples.stop - samples.start) * (vectors.stop - vectors.start)
+            for units in pieces(cut, count) if cut else [ALL]:
+                for name, rows in rows_of(group, samples, vectors, units).items():
+                    wide = rows.flatten(0, 1).flatten(1).to(torch.float64)
+                    per_unit = sums[name].numel() // only.num_units if cut else 0
+                    start = (units.start or 0) * per_unit
+                    added = wide.square().sum(0) if squared else wide.sum(0)
+                    sums[name][start : start + added.numel()] += added
+
+
+def _add_affine_squares(sums: Parameters, term: AffineTerm) -> None:
+    """Σ (b aᵀ)² = Σ b² (a²)ᵀ where the layer is applied once to a sample."""
+    inputs = _flat_inputs(term).square()
+    cotangents = term.cotangents.to(torch.float64).square().sum(1).flatten(1)
+    if term.weight:
+        sums[term.weight] += (cotangents.T @ inputs).reshape(-1)
+    if term.bias:
+        sums[term.bias] += cotangents.sum(0)
+
+
+def _groups(terms: list[Term]) -> list[list[Term]]:
+    """Terms that share a parameter, together: their rows have to be added before squaring."""
+    groups: list[list[Term]] = []
+    for term in terms:
+        linked = [g for g in groups if any(other.shapes.keys() & term.shapes.keys() for other in g)]
+        groups = [g for g in groups if g not in linked]
+        groups.append([*itertools.chain.from_iterable(linked), term])
+    return groups
+
+
+def _row_blocks(samples: int, vectors: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    step = max(1, limit // vectors)
+    width = min(vectors, limit)
+    for n in range(0, samples, step):
+        for q in range(0, vectors, width):
+            yield slice(n, min(n + step, samples)), slice(q, min(q + width, vectors))
+
+
+def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = ALL) -> Parameters:
+    """The rows of some terms, those of a parameter added up."""
+    total: Parameters = {}
+    for term in terms:
+        for name, rows in term.rows(samples, vectors, units).items():
+            total[name] = total[name] + rows if name in total else rows
+    return total
+
+
+def row_products(terms: list[Term], direction: Parameters) -> dict[str, Tensor]:
+    """(J_nᵀv_nq)·d for every row, by parameter: float64, shape ``(N, Q)``."""
+    found: dict[str, Tensor] = {}
+    for term in terms:
+        for name, product in _products(term, direction):
+            found[name] = found[name] + product if name in found else product
+    return found
+
+
+def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(term, AffineTerm):
+        # Σ_t b_t·(D a_t): no row is made.
+        wide = term.cotangents.to(torch.float64)
+        if term.weight:
+            along = direction[term.weight].to(torch.float64).reshape(term.groups, -1, term.fan_in)
+            moved = torch.einsum("ntgi,goi->ntgo", term.inputs(ALL).to(torch.float64), along)
+            yield term.weight, torch.einsum("nqtgo,ntgo->nq", wide, moved)
+        if term.bias:
+            along = direction[term.bias].to(torch.float64).reshape(term.groups, -1)
+            yield term.bias, torch.einsum("nqtgo,go->nq", wide, along)
+        return
+    for units in pieces(term, term.num_samples * term.num_vectors):
+        for name, rows in term.rows(ALL, ALL, units).items():
+            along = direction[name]
+            if rows.shape[2:] != along.shape:
+                along = along[units]
+            yield name, rows.flatten(2).to(torch.float64) @ along.reshape(-1).to(torch.float64)

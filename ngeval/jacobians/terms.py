@@ -1,0 +1,247 @@
+"""What the rows J_nᵀv of a parameter are made of, by kind of layer.
+
+A layer that is called once contributes one term to the rows of its parameters; a tied weight, or
+a layer called twice, several. A term knows its rows for any slice of the weight's first dimension
+(so that they never have to exist all at once) and, where they are outer products, its factors.
+
+Letters: n samples, q cotangents of a sample, t positions (tokens, pixels) at which the layer is
+applied to a sample, g groups, o and i the layer's outputs and inputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.functional import Parameters
+
+
+class Term(ABC):
+    """One additive part of the rows of some parameters, for B samples with Q cotangents each.
+
+    Attributes:
+        num_samples: B.
+        num_vectors: Q.
+    """
+
+    num_samples: int
+    num_vectors: int
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, torch.Size]:
+        """The parameters that it is a part of, with their shapes."""
+
+    @abstractmethod
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        """Rows for some samples and cotangents, and some of the weight's first dimension.
+
+        Returns:
+            By parameter name, shape ``(samples, Q, *parameter.shape)``, the first dimension of the
+            parameter restricted to ``units`` (all of it where `num_units` is 1).
+        """
+
+    @property
+    def num_units(self) -> int:
+        """Into how many pieces the rows can be cut."""
+        return 1
+
+    @property
+    def row_size(self) -> int:
+        """Scalars in one row."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class RowsTerm(Term):
+    """Rows that are simply computed: norms, a module's own VJP under ``vmap``, a loop.
+
+    Attributes:
+        compute: from slices of samples and cotangents to rows ``(samples, Q, *parameter.shape)``.
+    """
+
+    num_samples: int
+    num_vectors: int
+    parameter_shapes: dict[str, torch.Size]
+    compute: Callable[[slice, slice], Parameters]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """As given."""
+        return self.parameter_shapes
+
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        """Every unit, whatever is asked: there is one piece."""
+        return self.compute(samples, vectors)
+
+
+@dataclass(frozen=True)
+class AffineTerm(Term):
+    """A layer z_t = W a_t + b: the row of W is Σ_t b_t a_tᵀ, that of the bias Σ_t b_t.
+
+    Here b_t is the gradient of vᵀz at the layer's output. A convolution is the layer applied to
+    the patch of every output pixel, in each of G groups.
+    Source: Goodfellow, "Efficient per-example gradient computations" (arXiv 1510.01799).
+
+    Attributes:
+        weight: the weight's parameter name, None if it is frozen.
+        bias: the bias's, None if it is frozen or absent.
+        weight_shape: as the layer holds it.
+        inputs: gives a for a slice of the samples, shape ``(n, t, g, i)``; patches are made only
+            when they are wanted.
+        cotangents: b, shape ``(n, q, t, g, o)``.
+    """
+
+    weight: str | None
+    bias: str | None
+    weight_shape: torch.Size
+    inputs: Callable[[slice], Tensor]
+    cotangents: Tensor
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """B."""
+        return int(self.cotangents.shape[0])
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]
+        """Q."""
+        return int(self.cotangents.shape[1])
+
+    @property
+    def positions(self) -> int:
+        """T, how often the layer is applied to a sample."""
+        return int(self.cotangents.shape[2])
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return int(self.cotangents.shape[3])
+
+    @property
+    def num_units(self) -> int:
+        """Outputs of the layer; groups are not cut."""
+        return int(self.cotangents.shape[4]) if self.groups == 1 else 1
+
+    @property
+    def fan_in(self) -> int:
+        """Length of a, per group."""
+        return self.weight_shape[1:].numel()
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the trainable ones among weight and bias."""
+        shapes = {}
+        if self.weight:
+            shapes[self.weight] = self.weight_shape
+        if self.bias:
+            shapes[self.bias] = self.weight_shape[:1]
+        return shapes
+
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        """Σ_t b_t a_tᵀ and Σ_t b_t."""
+        cotangents = self.cotangents[samples, vectors]
+        if self.groups == 1:
+            cotangents = cotangents[..., units]
+        count, vectors_count, _, groups, outputs = cotangents.shape
+        rows = {}
+        if self.weight:
+            left = cotangents.permute(0, 3, 1, 4, 2).reshape(
+                count * groups, vectors_count * outputs, -1
+            )
+            right = self.inputs(samples).transpose(1, 2).flatten(0, 1)
+            products = torch.bmm(left, right).reshape(
+                count, groups, vectors_count, outputs, self.fan_in
+            )
+            shape = (groups * outputs, *self.weight_shape[1:])
+            rows[self.weight] = products.transpose(1, 2).reshape(count, vectors_count, *shape)
+        if self.bias:
+            rows[self.bias] = cotangents.sum(2).flatten(2)
+        return rows
+
+
+@dataclass(frozen=True)
+class EmbeddingTerm(Term):
+    """A table looked up at T indices: the row is Σ_t e_{index t} b_tᵀ.
+
+    Attributes:
+        weight: the table's parameter name.
+        weight_shape: ``(V, d)``.
+        indices: shape ``(n, t)``; −1 where nothing flows back (padding).
+        cotangents: b, shape ``(n, q, t, d)``.
+    """
+
+    weight: str
+    weight_shape: torch.Size
+    indices: Tensor
+    cotangents: Tensor
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """B."""
+        return int(self.cotangents.shape[0])
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]
+        """Q."""
+        return int(self.cotangents.shape[1])
+
+    @property
+    def num_units(self) -> int:
+        """V."""
+        return int(self.weight_shape[0])
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return int(self.indices.shape[1])
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The table's."""
+        return {self.weight: self.weight_shape}
+
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        """The gradients of equal indices, summed."""
+        first, last, _ = units.indices(self.num_units)
+        cotangents, indices = self.cotangents[samples, vectors], self.indices[samples]
+        count, vectors_count, _, width = cotangents.shape
+        rows = cotangents.new_zeros(count, vectors_count, last - first, width)
+        sample, position = ((indices >= first) & (indices < last)).nonzero(as_tuple=True)
+        where = (sample, slice(None), indices[sample, position] - first)
+        # Advanced indices around a slice put the looked-up dimension first: (entries, q, d).
+        rows.index_put_(
+            (where[0].unsqueeze(1), torch.arange(vectors_count, device=rows.device), where[2].unsqueeze(1)),
+            cotangents[sample, :, position],
+            accumulate=True,
+        )
+        return {self.weight: rows}
+
+
+def merged(terms: list[Term]) -> list[Term]:
+    """Calls of one affine layer as a single term with the positions of all of them."""
+    calls: dict[tuple[str | None, str | None], list[AffineTerm]] = {}
+    others: list[Term] = []
+    for term in terms:
+        if isinstance(term, AffineTerm):
+            calls.setdefault((term.weight, term.bias), []).append(term)
+        else:
+            others.append(term)
+    return others + [_joined(group) for group in calls.values()]
+
+
+def _joined(calls: list[AffineTerm]) -> AffineTerm:
+    if len(calls) == 1:
+        return calls[0]
+    first = calls[0]
+    return AffineTerm(
+        first.weight,
+        first.bias,
+        first.weight_shape,
+        lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
+        torch.cat([call.cotangents for call in calls], 2),
+    )
