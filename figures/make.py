@@ -10,7 +10,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from ngeval.demo import Demo
-from ngeval.evaluate import summarize
+from ngeval.summary import summarize
 
 
 def stages_text(results: Path) -> str:

@@ -12,12 +12,15 @@ from ngeval.errors import (
     OutputError,
     TaskError,
 )
-from ngeval.evaluate import evaluate, summarize
+from ngeval.evaluate import evaluate
 from ngeval.fisher import FisherOperator
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, get_method
-from ngeval.metrics import gamma, gamma_floor, gamma_min, gradient_norms, loss_change
+from ngeval.metric import Metric
+from ngeval.metrics import gamma, gamma_floor, gradient_norms, loss_change
+from ngeval.natural import gamma_min
 from ngeval.problem import Problem
+from ngeval.summary import summarize
 from ngeval.tasks import Task
 
 __version__ = _version("ngeval")
@@ -33,6 +36,7 @@ __all__ = [
     "InputError",
     "Likelihood",
     "Method",
+    "Metric",
     "ModelError",
     "NgevalError",
     "NumericalError",

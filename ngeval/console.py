@@ -22,8 +22,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ngeval.errors import NgevalError
-from ngeval.evaluate import summarize
 from ngeval.metrics import imbalance
+from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
 

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy
 import torch
 
 from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.grading import Grades, families, grade
+from ngeval.kernel import PushingKernel, logit_kernel
+from ngeval.krylov import GAP, MAX_ITERATIONS
 from ngeval.methods import Method, State, get_methods
 from ngeval.methods.gradient import Sgd
-from ngeval.metrics import gamma_floor, gamma_min, quadratics
+from ngeval.methods.natural import NaturalGradient
+from ngeval.metric import Metric
+from ngeval.metrics import gamma_floor
+from ngeval.natural import natural_solver
 from ngeval.problem import Problem
+from ngeval.updates import Updates
 
 DEFAULT_METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 DAMPING_SCALES = ("absolute", "mean", "relative")
@@ -34,12 +41,15 @@ def evaluate(
     *,
     damping_scale: str = "absolute",
     seed: int = 0,
+    metric: Metric | None = None,
+    natural: bool = True,
+    gap: float = GAP,
+    max_iterations: int = MAX_ITERATIONS,
     on_step: Progress | None = None,
 ) -> pd.DataFrame:
     """Grade updates by γ at every damping.
 
-    The model is passed through once for the logit kernel (and the diagonal methods'
-    preparation); every damping is then a rescaling.
+    The model is passed through once for each factorisation; every damping is then a rescaling.
 
     Args:
         problem: the model, batch and likelihood.
@@ -49,7 +59,14 @@ def evaluate(
             ``"mean"``: λ of a mean-reduced loss and Fisher, λ_abs = Nλ. ``"relative"``: times the
             largest eigenvalue of each method's own curvature.
         seed: for sampled labels.
-        on_step: called with a method's name (or ``"gamma_min"``) when it is done.
+        metric: the batch whose Fisher and gradient grade, where it is not the problem's own: see
+            `Metric`. Updates are still made from the problem's batch.
+        natural: also γ_min and the bounds on the exact natural gradient's γ, the dear part of a
+            large problem. Not for another metric.
+        gap: where the logit kernel is out of reach: the relative gap between those bounds at which
+            the Krylov run stops.
+        max_iterations: and where it stops at the latest (a JVP and a VJP for each).
+        on_step: called with the names of methods (or ``"gamma_min"``) that are done.
 
     Returns:
         One row per (method, damping), with columns
@@ -57,11 +74,14 @@ def evaluate(
         - ``method, damping, damping_absolute, damping_scale``: λ as given, and as used;
         - ``gamma``; ``gamma_over_sgd``; ``gamma_over_ng`` (≥ 1, over γ_min); ``gamma_min``;
           ``gamma_floor`` (the closed-form bound, ≤ γ_min);
+        - ``gamma_ng_lower, gamma_ng_upper``: bounds on the γ of the exact (F + λI)⁻¹g at the row's
+          λ; ``iterations`` of the Krylov run behind them, 0 for a factorisation;
         - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``cosine_sgd``, the cosine
           between d and g;
-        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``) and ``reason``;
-        - ``num_samples, num_parameters, loss`` (mean ℓ_n, nats), ``likelihood, dtype, engine,
-          seed``.
+        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``) and ``reason``, which also holds
+          what is to be known of a row that is ok;
+        - ``num_samples, metric_samples, num_parameters, loss`` (mean ℓ_n, nats), ``likelihood,
+          dtype, engine, seed``.
 
     Raises:
         InputError: unknown method or scale, or a damping that is negative or not a number.
@@ -83,28 +103,47 @@ def evaluate(
             f"unknown damping scale {damping_scale!r}; "
             f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
         )
+    if not (gap > 0 and max_iterations > 0):
+        raise InputError("gap and max_iterations must be positive")
     done = on_step or (lambda _: None)
-    frames = []
+    exact = natural and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
-        shared = _shared_columns(problem, damping_scale, seed)
-        done("gamma_min")
-        for method in resolved:
-            frames.append(_grade(problem, method, lambdas, damping_scale, seed))
-            done(method.name)
-    return pd.concat(frames, ignore_index=True).assign(**shared)[COLUMNS]
+        logit_kernel(problem, exact=exact)
+        rated = [_Rated(method, lambdas) for method in resolved]
+        for one in rated:
+            one.prepare(problem, damping_scale, seed, (gap, max_iterations))
+        for group in _groups(problem, rated, metric):
+            _grade(problem, group, metric)
+            for one in group:
+                done(one.method.name)
+        table = pd.concat([one.table() for one in rated], ignore_index=True)
+        shared = _shared_columns(problem, metric, damping_scale, seed)
+        table = _with_ratios(table.assign(**shared), problem, metric)
+        if exact:
+            table = _with_natural(table, problem, gap, max_iterations)
+            done("gamma_min")
+        elif metric is not None:
+            table = _noted(table, "γ_min is not computed for another metric batch")
+    return table.reindex(columns=COLUMNS)
 
 
 COLUMNS = [
     *("method", "damping", "damping_absolute", "damping_scale"),
     *("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_min", "gamma_floor"),
+    *("gamma_ng_lower", "gamma_ng_upper", "iterations"),
     *("decrease", "curvature", "update_norm", "cosine_sgd", "status", "reason"),
-    *("num_samples", "num_parameters", "loss", "likelihood", "dtype", "engine", "seed"),
+    *(
+        "num_samples",
+        "metric_samples",
+        "num_parameters",
+        "loss",
+        "likelihood",
+        "dtype",
+        "engine",
+        "seed",
+    ),
 ]
 """The columns of `evaluate`, in order."""
-
-
-SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
-"""The columns that `summarize` needs besides ``status``."""
 
 
 def check_dampings(dampings: Iterable[float]) -> list[float]:
@@ -142,24 +181,91 @@ def absolute_dampings(
     return [factor * damping for damping in dampings]
 
 
-def _shared_columns(problem: Problem, damping_scale: str, seed: int) -> dict[str, Any]:
-    """The columns that do not depend on the method, and γ_min with its reason to be missing."""
+class _Rated:
+    """A method on its way to its rows."""
+
+    def __init__(self, method: Method, dampings: list[float]) -> None:
+        self.method = method
+        self.dampings = dampings
+        self.absolute = [math.nan] * len(dampings)
+        self.updates: Updates | None = None
+        self.grades: Grades | None = None
+        self.reason = ""
+
+    def prepare(self, problem: Problem, scale: str, seed: int, limits: tuple[float, int]) -> None:
+        """The method's updates, or the reason why there are none."""
+        method = self.method
+        if isinstance(method, NaturalGradient):
+            method = replace(method, gap=limits[0], max_iterations=limits[1])
+        try:
+            state = method.prepare(problem, seed)
+            self.absolute = absolute_dampings(problem, state, self.dampings, scale)
+            self.updates = state.updates([0.0 if math.isnan(v) else v for v in self.absolute])
+        except Exception as error:  # a method may be anybody's; its failure is data
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Keep the reason."""
+        self.updates = None
+        self.absolute = [math.nan] * len(self.dampings)
+        self.reason = (
+            str(error) if isinstance(error, NgevalError) else f"{type(error).__name__}: {error}"
+        )
+
+    def table(self) -> pd.DataFrame:
+        """The columns that depend on the method."""
+        table = pd.DataFrame(
+            {
+                "method": self.method.name,
+                "damping": self.dampings,
+                "damping_absolute": self.absolute,
+            }
+        )
+        names = ("gamma", "decrease", "curvature", "update_norm")
+        if self.grades is None:
+            failed = dict.fromkeys(names, math.nan)
+            return table.assign(**failed, status="failed", reason=self.reason)
+        parts = self.grades.quadratics
+        norms = self.grades.squared_norms.clamp_min(0).sqrt()
+        for name, column in zip(
+            names, (parts.gammas, parts.decrease, parts.curvature, norms), strict=True
+        ):
+            table[name] = column.expand(len(table)).tolist()
+        defined = np.isfinite(table["gamma"])
+        return table.assign(
+            status=np.where(defined, "ok", "undefined"),
+            reason=np.where(defined, "", "dᵀg = 0 to rounding, or not finite"),
+        )
+
+
+def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:
+    """What is graded in one go: alone where Θ is kept, else with all that is made of its rows."""
+    left = [one for one in rated if one.updates is not None]
+    if metric is None and isinstance(logit_kernel(problem), PushingKernel):
+        return [[one] for one in left]
+    kinds = families([one.updates for one in left if one.updates is not None])
+    return [[left[i] for i in kind] for kind in kinds]
+
+
+def _grade(problem: Problem, group: Sequence[_Rated], metric: Metric | None) -> None:
     try:
-        least, reason = gamma_min(problem), ""
-    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
-        least, reason = math.nan, str(error)
-    gradient_norm = float(problem.gradient().to(torch.float64).norm())
+        updates = [one.updates for one in group if one.updates is not None]
+        for one, grades in zip(group, grade(problem, updates, metric), strict=True):
+            one.grades = grades
+    except Exception as error:  # a method may be anybody's; its failure is data
+        for one in group:
+            one.fail(error)
+
+
+def _shared_columns(
+    problem: Problem, metric: Metric | None, damping_scale: str, seed: int
+) -> dict[str, Any]:
+    """The columns that depend on neither method nor damping."""
     return {
         "damping_scale": damping_scale,
-        "gamma_min": least,
-        "gamma_floor": gamma_floor(problem),
-        "gamma_over_ng": lambda table: (
-            table["gamma"] / (least if math.isfinite(least) else math.nan)
-        ),
-        "gamma_over_sgd": lambda table: table["gamma"] / _gamma_sgd(problem),
-        "cosine_sgd": lambda table: table["decrease"] / (table["update_norm"] * gradient_norm),
-        "reason": lambda table: table["reason"].where(table["reason"] != "", reason),
+        "gamma_floor": gamma_floor(problem) if metric is None else metric.totals.floor,
         "num_samples": problem.num_samples,
+        "metric_samples": problem.num_samples if metric is None else metric.totals.num_samples,
         "num_parameters": problem.num_parameters,
         "loss": float(problem.loss.mean()),
         "likelihood": problem.likelihood.name,
@@ -169,118 +275,43 @@ def _shared_columns(problem: Problem, damping_scale: str, seed: int) -> dict[str
     }
 
 
-def _gamma_sgd(problem: Problem) -> float:
-    return float(quadratics(problem, Sgd().prepare(problem).tangents([0.0]).values).gammas[0])
-
-
-def _grade(
-    problem: Problem, method: Method, dampings: list[float], scale: str, seed: int
-) -> pd.DataFrame:
-    """The columns of one method that depend on it."""
-    table = pd.DataFrame({"method": method.name, "damping": dampings})
-    try:
-        state = method.prepare(problem, seed)
-        absolute = absolute_dampings(problem, state, dampings, scale)
-        tangents = state.tangents([0.0 if math.isnan(value) else value for value in absolute])
-        parts = quadratics(problem, tangents.values)
-        columns = {
-            "damping_absolute": absolute,
-            "gamma": parts.gammas.tolist(),
-            "decrease": parts.decrease.tolist(),
-            "curvature": parts.curvature.tolist(),
-            "update_norm": tangents.squared_norms.clamp_min(0).sqrt().tolist(),
-        }
-    except Exception as error:  # a method may be anybody's; its failure is data
-        reason = (
-            str(error) if isinstance(error, NgevalError) else f"{type(error).__name__}: {error}"
-        )
-        names = ("damping_absolute", "gamma", "decrease", "curvature", "update_norm")
-        return table.assign(**dict.fromkeys(names, math.nan), status="failed", reason=reason)
-    table = table.assign(**columns)
-    defined = np.isfinite(table["gamma"])
+def _with_ratios(table: pd.DataFrame, problem: Problem, metric: Metric | None) -> pd.DataFrame:
+    """γ/γ_SGD and the cosine with g."""
+    gradient = problem.gradient().to(torch.float64)
+    norm = float(gradient.norm()) if metric is None else metric.totals.gradient_norm
+    plain = grade(problem, [Sgd().prepare(problem).updates([0.0])], metric)[0]
     return table.assign(
-        status=np.where(defined, "ok", "undefined"),
-        reason=np.where(defined, "", "dᵀg = 0 to rounding, or not finite"),
+        gamma_over_sgd=table["gamma"] / float(plain.quadratics.gammas[0]),
+        cosine_sgd=table["decrease"] / (table["update_norm"] * norm),
     )
 
 
-def summarize(
-    table: pd.DataFrame,
-    by: Sequence[str] = ("checkpoint", "method", "damping"),
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+def _with_natural(
+    table: pd.DataFrame, problem: Problem, gap: float, max_iterations: int
 ) -> pd.DataFrame:
-    """Mean and geometric mean of the γ ratios over batches, with bootstrap intervals.
-
-    Args:
-        table: rows of `evaluate` for several batches; only rows with ``status == "ok"`` count.
-        by: the columns that define a group; those absent from the table are left out.
-        confidence: coverage of the percentile bootstrap intervals.
-        resamples: number of bootstrap resamples.
-        seed: for the resampling.
-
-    Raises:
-        InputError: a column is missing.
-
-    Returns:
-        One row per group in order of appearance, with ``batches`` and, for each ratio r in
-        (``gamma_over_sgd``, ``gamma_over_ng``): ``r_mean, r_mean_low, r_mean_high, r_geomean,
-        r_geomean_low, r_geomean_high``; and ``floor_over_sgd``, the geometric mean of the floor
-        over γ_SGD. Intervals of fewer than two batches are NaN.
-    """
-    if not (0 < confidence < 1) or resamples < 1:
-        raise InputError("confidence must lie between 0 and 1, and resamples be at least 1")
-    by = [by] if isinstance(by, str) else list(dict.fromkeys(by))
-    keys = [key for key in by if key in table.columns]
-    if not keys:
-        raise InputError(f"none of the columns {list(by)} is in the table")
-    missing = [name for name in ("status", *SUMMARIZED) if name not in table.columns]
-    if missing:
-        raise InputError(f"the table has no column {', '.join(missing)}; is it evaluate's?")
-    usable = table[table["status"] == "ok"]
-    grouped = usable.groupby(keys, sort=False, dropna=False)
-    summary = grouped.size().rename("batches").reset_index()
-    floors = usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"]
-    with np.errstate(divide="ignore"):  # a floor of 0 (an overflowing uᵀH⁺u) has log −∞
-        usable = usable.assign(log_floor=np.log(floors))
-    floor_groups = usable.groupby(keys, sort=False, dropna=False)
-    summary["floor_over_sgd"] = np.exp(floor_groups["log_floor"].mean().to_numpy())
-    for ratio in ("gamma_over_sgd", "gamma_over_ng"):
-        values = [group.dropna().to_numpy(dtype=float) for _, group in grouped[ratio]]
-        for suffix, transform, back in (
-            ("mean", np.asarray, np.asarray),
-            ("geomean", np.log, np.exp),
-        ):
-            means, low, high = _intervals(
-                [transform(v) for v in values], confidence, resamples, seed
-            )
-            name = f"{ratio}_{suffix}"
-            summary[name] = back(means)
-            summary[f"{name}_low"], summary[f"{name}_high"] = back(low), back(high)
-    return summary
+    """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
+    try:
+        solver = natural_solver(problem, gap, max_iterations)
+        dampings = sorted(table["damping_absolute"].dropna().unique())
+        solver.updates(dampings)
+        found = solver.bounds(dampings)
+        least = solver.gamma_min()
+    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
+        missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
+        return _noted(table.assign(**missing), str(error))
+    table = table.assign(
+        gamma_min=least,
+        gamma_over_ng=table["gamma"] / (least if math.isfinite(least) else math.nan),
+        gamma_ng_lower=table["damping_absolute"].map(dict(zip(dampings, found.lower, strict=True))),
+        gamma_ng_upper=table["damping_absolute"].map(dict(zip(dampings, found.upper, strict=True))),
+        iterations=solver.iterations,
+    )
+    if solver.iterations and found.gap > gap:
+        note = f"bounds on γ_NG are {found.gap:.1e} apart after {solver.iterations} iterations"
+        table = _noted(table, f"{note} (asked for {gap:.1e}; γ_min is the upper one)")
+    return table
 
 
-def _intervals(
-    groups: list[np.ndarray], confidence: float, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and percentile bootstrap interval of every group; groups of one length together."""
-    means = np.array([group.mean() if len(group) else math.nan for group in groups])
-    low, high = np.full((2, len(groups)), math.nan)
-    for length in sorted({len(group) for group in groups} - {0, 1}):
-        chosen = [i for i, group in enumerate(groups) if len(group) == length]
-        # Through the package, so that scipy.stats (a second to import) is loaded when needed.
-        result = scipy.stats.bootstrap(
-            (np.stack([groups[i] for i in chosen]),),
-            np.mean,
-            axis=-1,
-            confidence_level=confidence,
-            n_resamples=resamples,
-            method="percentile",
-            vectorized=True,
-            batch=100,
-            rng=np.random.default_rng(seed),
-        )
-        low[chosen], high[chosen] = result.confidence_interval
-    return means, low, high
+def _noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
+    """Put a note where there is no reason yet."""
+    return table.assign(reason=table["reason"].where(table["reason"] != "", note))

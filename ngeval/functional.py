@@ -38,6 +38,7 @@ class ModelFunction:
         slots: every place in the model that holds a parameter or buffer, with the name under
             which it is known here; tied weights have several.
         versions: the version counter of each parameter, by which a change in place shows.
+        cast: the dtype that was asked for; None where the model keeps its own.
         forward_mode: take J d by forward-mode AD where every operation has a rule.
     """
 
@@ -48,6 +49,7 @@ class ModelFunction:
     buffers: Parameters
     slots: dict[str, str]
     versions: dict[str, int]
+    cast: torch.dtype | None = None
     forward_mode: bool = True
 
     @classmethod
@@ -76,9 +78,9 @@ class ModelFunction:
                 {n: _cast(t, dtype) for n, t in group.items()}
                 for group in (trainable, frozen, buffers)
             )
-            inputs = map_inputs(inputs, lambda t: _cast(t, dtype))
+            inputs = cast_inputs(inputs, dtype)
         versions = {n: _version(p) for n, p in model.named_parameters()}
-        return cls(model, inputs, trainable, frozen, buffers, _slots(model), versions)
+        return cls(model, inputs, trainable, frozen, buffers, _slots(model), versions, dtype)
 
     @property
     def num_samples(self) -> int:
@@ -209,6 +211,11 @@ def map_inputs(inputs: Inputs, function: Any) -> Inputs:
         return tuple(function(value) for value in inputs)
     result: Tensor = function(inputs)
     return result
+
+
+def cast_inputs(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """Inputs with their floating-point tensors in a dtype; None leaves them as they are."""
+    return inputs if dtype is None else map_inputs(inputs, lambda t: _cast(t, dtype))
 
 
 @contextlib.contextmanager

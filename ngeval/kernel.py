@@ -1,11 +1,15 @@
-"""The logit kernel Θ = JJᵀ, and one factorisation for every λ.
+"""The logit kernel Θ = JJᵀ, in the form that a problem's sizes ask for.
 
 Every update of the form d = Jᵀw (sgd, ef, ief, sf, ng) has the logit tangent t = Θw, so once Θ
 is there, no method and no damping needs another pass through the model. Θ is the empirical
 neural tangent kernel of Jacot et al. (arXiv 1806.07572).
 
-A small problem keeps J itself: products of J resolve singular values down to ε of the largest, a
-Gram matrix only down to √ε. Larger ones keep Θ, N·C × N·C, whatever the number of parameters.
+- A small problem keeps J itself: products of J resolve singular values down to ε of the largest, a
+  Gram matrix only down to √ε.
+- Where the exact natural gradient is wanted, Θ is kept, N·C × N·C, if that is within reach.
+- Otherwise only Θ's products with the vectors that updates are made of (N·C × N·Q).
+- With large outputs (sequences over a vocabulary) nothing of size N·C is kept but single fields:
+  `MatrixFreeKernel` has the Gram matrices of rows alone, and updates are pushed through the model.
 """
 
 from __future__ import annotations
@@ -17,29 +21,69 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.fisher import factor_columns, unit_cotangents
-from ngeval.jacobians import gram_matrix
+from ngeval.jacobians import cross_gram, gram_matrix
+from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 from ngeval.spectrum import UNSEEN, Spectrum
 
 EXPLICIT_ENTRIES = 2**22
 """Up to this many entries J is kept itself (32 MiB in float64)."""
 
+DENSE_SIZE = 6000
+"""Up to this N·C the natural gradient is exact, by an eigendecomposition."""
+
+STRIP_OUTPUTS = 256
+"""Up to this many outputs of a sample, products of Θ come from as many backward passes."""
+
 
 class LogitKernel(ABC):
-    """Θ of a problem as a product, and the spectra of Gram matrices made from it."""
+    """What of Θ a problem keeps."""
 
     def __init__(self, problem: Problem) -> None:
         """Keep the sizes and the dtype that the rows are computed in."""
         self.shape = (problem.num_samples, problem.num_outputs)
         self.row_dtype = problem.dtype
 
-    @property
     @abstractmethod
-    def matrix(self) -> Tensor:
-        """Θ, float64, shape ``(NC, NC)``; row n·C + c belongs to output c of sample n."""
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Inner products of the rows J_nᵀv_nq, row n·Q + q: float64, shape ``(N·Q, N·Q)``.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``. v = u gives K, the columns of S SᵀΘS.
+        """
+
+    def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
+        """The spectrum of the Gram matrix of rows J_nᵀv_nq.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            right: the vector that it will be solved for, shape ``(N·Q,)``.
+            unseen: what part of it may be lost; see `Spectrum.of_gram`.
+        """
+        return Spectrum.of_gram(self.gram(vectors), self.row_dtype, right, unseen)
+
+
+class PushingKernel(LogitKernel):
+    """A kernel that has the tangents of updates."""
 
     @abstractmethod
-    def push(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """The tangents and lengths of updates d = Σ_nq c_nq J_nᵀv_nq.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            coefficients: c, shape ``(L, N, Q)``.
+
+        Returns:
+            t = J d, shape ``(L, N, *positions, C)``, and ‖d‖², shape ``(L,)``.
+        """
+
+
+class DenseKernel(PushingKernel):
+    """A kernel that has all of Θ."""
+
+    @abstractmethod
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
         """The tangents and lengths of updates d = Jᵀw.
 
         Args:
@@ -49,19 +93,17 @@ class LogitKernel(ABC):
             t = Θw, the same shape, and ‖d‖² = wᵀΘw, shape ``(L,)``.
         """
 
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields are made, and pushed."""
+        return self.push_fields(combine(vectors, coefficients))
+
+    @property
     @abstractmethod
-    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
-        """The spectrum of the Gram matrix of rows J_nᵀv_nq, row n·Q + q.
-
-        Args:
-            cotangents: v, shape ``(N, Q, *positions, C)``. v = u gives that of K, the columns of
-                S that of SᵀΘS.
-            right: the vector that it will be solved for, shape ``(N·Q,)``.
-            unseen: what part of it may be lost; see `Spectrum.of_gram`.
-        """
+    def matrix(self) -> Tensor:
+        """Θ, float64, shape ``(NC, NC)``; row n·C + c belongs to output c of sample n."""
 
 
-class JacobianKernel(LogitKernel):
+class JacobianKernel(DenseKernel):
     """Θ as the product of J, shape ``(NC, P)``, and its transpose."""
 
     def __init__(self, problem: Problem) -> None:
@@ -75,21 +117,28 @@ class JacobianKernel(LogitKernel):
         """J Jᵀ."""
         return self.jacobian @ self.jacobian.T
 
-    def push(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
         """Through parameter space: d = Jᵀw, t = J d."""
         directions = fields.flatten(1) @ self.jacobian
         tangents = (directions @ self.jacobian.T).reshape(fields.shape)
         return tangents, directions.square().sum(1)
 
-    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
+    def gram(self, vectors: Tensor) -> Tensor:
+        """The rows' products."""
+        rows = self._rows(vectors)
+        return rows @ rows.T
+
+    def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """From the rows themselves."""
+        return Spectrum.of_rows(self._rows(vectors), self.row_dtype)
+
+    def _rows(self, vectors: Tensor) -> Tensor:
         samples, outputs = self.shape
-        vectors = cotangents.reshape(samples, -1, outputs)
-        rows = torch.bmm(vectors, self.jacobian.reshape(samples, outputs, -1))
-        return Spectrum.of_rows(rows.flatten(0, 1), self.row_dtype)
+        flat = vectors.reshape(samples, -1, outputs)
+        return torch.bmm(flat, self.jacobian.reshape(samples, outputs, -1)).flatten(0, 1)
 
 
-class GramKernel(LogitKernel):
+class GramKernel(DenseKernel):
     """Θ itself, shape ``(NC, NC)``."""
 
     def __init__(self, problem: Problem) -> None:
@@ -102,48 +151,128 @@ class GramKernel(LogitKernel):
         """Θ as it is kept."""
         return self.theta
 
-    def push(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
         """T = Θw, ‖d‖² = w·t."""
         tangents = (fields.flatten(1) @ self.theta).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
-    def spectrum(self, cotangents: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
-        """From the Gram matrix v_nqᵀ Θ_nm v_mp."""
+    def gram(self, vectors: Tensor) -> Tensor:
+        """v_nqᵀ Θ_nm v_mp."""
         samples, outputs = self.shape
-        vectors = cotangents.reshape(samples, -1, outputs)
-        theta = self.theta.reshape(samples, outputs, samples, outputs)
-        half = torch.einsum("nqc,ncmd->nqmd", vectors, theta)
-        gram = torch.einsum("nqmd,mpd->nqmp", half, vectors)
-        size = samples * vectors.shape[1]
-        return Spectrum.of_gram(gram.reshape(size, size), self.row_dtype, right, unseen)
+        flat = vectors.reshape(samples, -1, outputs)
+        theta = self.theta.reshape(samples, outputs, -1)
+        half = torch.bmm(flat, theta).reshape(-1, samples, outputs).transpose(0, 1)
+        return torch.bmm(half, flat.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def logit_kernel(problem: Problem) -> LogitKernel:
-    """Θ = JJᵀ of a problem, computed once.
+class StripKernel(PushingKernel):
+    """Products of Θ with the vectors that updates are made of, one strip for each set of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Nothing is computed before it is asked for."""
+        super().__init__(problem)
+        self.rows = problem.rows
+        self.unit = unit_cotangents(problem)
+        self._strips: list[tuple[Tensor, Tensor]] = []
+
+    def _strip(self, vectors: Tensor) -> Tensor:
+        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, NQ)``; remembered by the vectors' identity."""
+        for known, strip in self._strips:
+            if known is vectors:
+                return strip
+        self._strips.append((vectors, cross_gram(self.rows, self.unit, vectors)))
+        return self._strips[-1][1]
+
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """T = (Θv)c, ‖d‖² = w·t."""
+        fields = combine(vectors, coefficients)
+        tangents = (coefficients.flatten(1) @ self._strip(vectors).T).reshape(fields.shape)
+        return tangents, (fields * tangents).flatten(1).sum(1)
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """vᵀ(Θv)."""
+        samples, outputs = self.shape
+        flat = vectors.reshape(samples, -1, outputs)
+        strip = self._strip(vectors).reshape(samples, outputs, -1)
+        gram = torch.bmm(flat, strip).flatten(0, 1)
+        return (gram + gram.T) / 2
+
+
+class MatrixFreeKernel(LogitKernel):
+    """Gram matrices of rows, each from one capture; tangents are left to forward mode."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Nothing is computed before it is asked for."""
+        super().__init__(problem)
+        self.rows = problem.rows
+        self._grams: list[tuple[Tensor, Tensor]] = []
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Layer by layer; remembered by the vectors' identity."""
+        for known, gram in self._grams:
+            if known is vectors:
+                return gram
+        self._grams.append((vectors, gram_matrix(self.rows, vectors)))
+        return self._grams[-1][1]
+
+
+def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """The fields w_n = Σ_q c_nq v_nq, shape ``(L, N, *positions, C)``."""
+    return torch.einsum("lnq,nq...->ln...", coefficients, vectors)
+
+
+def logit_kernel(problem: Problem, *, exact: bool | None = None) -> LogitKernel:
+    """What of Θ to keep for a problem; computed once.
+
+    Args:
+        problem: the model on its batch.
+        exact: all of Θ is wanted (for the exact natural gradient); None takes what is there, or
+            all of it.
 
     Raises:
-        EngineError: Θ and its factorisation would not fit in the problem's memory budget.
+        EngineError: not even the Gram matrix of the batch would fit in the memory budget.
     """
+    dense: LogitKernel | None = problem.recall("dense_kernel")
+    strip: LogitKernel | None = problem.recall("strip_kernel")
+    if dense is not None:
+        return dense
+    if exact is None and strip is not None:
+        return strip
     size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
     entries = size * problem.num_parameters
     # J, its scaled copy and the workspace of their factorisation.
     if entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
-        return problem.remember("logit_kernel", lambda: JacobianKernel(problem))
-    # Θ, SᵀΘS, its eigenvectors and LAPACK's workspace of the same size.
-    needed = 5 * 8 * size**2
-    if needed > budget:
-        fits = int((budget / 40) ** 0.5 / problem.num_outputs)
-        advice = (
-            f"at most {fits} samples fit"
-            if fits
-            else f"not even one sample of {problem.num_outputs} outputs fits"
-        )
+        return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
+    if exact is not False and dense_is_feasible(problem):
+        return problem.remember("dense_kernel", lambda: GramKernel(problem))
+    return problem.remember("strip_kernel", lambda: _strip_kernel(problem))
+
+
+def _strip_kernel(problem: Problem) -> LogitKernel:
+    size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
+    # Strips for the residual and for a few draws, and the tangents of some fifty updates.
+    if problem.num_outputs <= STRIP_OUTPUTS and 8 * size * (4 * problem.num_samples + 100) < budget:
+        return StripKernel(problem)
+    if 5 * 8 * problem.num_samples**2 > budget:
+        fits = int((budget / 40) ** 0.5)
         raise EngineError(
-            f"the logit kernel of {problem.num_samples} samples × {problem.num_outputs} outputs "
-            f"needs {needed / 2**30:.1f} GiB, over the memory budget of "
-            f"{budget / 2**30:.1f} GiB: {advice}; use a smaller batch or raise memory="
+            f"the Gram matrix of {problem.num_samples} samples needs "
+            f"{describe_bytes(40 * problem.num_samples**2)}, over the memory budget of "
+            f"{describe_bytes(budget)}: at most {fits} samples fit; use a smaller batch or raise "
+            "memory="
         )
-    return problem.remember("logit_kernel", lambda: GramKernel(problem))
+    return MatrixFreeKernel(problem)
+
+
+def dense_is_feasible(problem: Problem) -> bool:
+    """Whether Θ, SᵀΘS, its eigenvectors and LAPACK's workspace fit, and are worth their time."""
+    size = problem.num_samples * problem.num_outputs
+    return size <= DENSE_SIZE and 5 * 8 * size**2 <= problem.rows.memory
+
+
+def residual_vectors(problem: Problem) -> Tensor:
+    """The residuals u as vectors ``(N, 1, *positions, C)``: one tensor, for kernels to know it."""
+    return problem.remember("residual_vectors", lambda: problem.residual.unsqueeze(1))
 
 
 def gradient_spectrum(problem: Problem) -> Spectrum:
@@ -151,7 +280,7 @@ def gradient_spectrum(problem: Problem) -> Spectrum:
     return problem.remember(
         "gradient_spectrum",
         lambda: logit_kernel(problem).spectrum(
-            problem.residual.unsqueeze(1), torch.ones_like(problem.loss)
+            residual_vectors(problem), torch.ones_like(problem.loss)
         ),
     )
 
@@ -164,7 +293,7 @@ def fisher_spectrum(problem: Problem) -> Spectrum:
     """
     return problem.remember(
         "fisher_spectrum",
-        lambda: logit_kernel(problem).spectrum(
+        lambda: logit_kernel(problem, exact=True).spectrum(
             factor_columns(problem), problem.distribution.whitened_residual().flatten(), 1e-4
         ),
     )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import NumericalError
-from ngeval.kernel import fisher_spectrum
 from ngeval.problem import Direction, Problem
 
 
@@ -49,8 +48,14 @@ def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
     terms = (problem.residual * unit).flatten(1)
     decrease = terms.sum(1)
     rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
-    gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
+    gammas = gammas_of(curvature, decrease, rounding).gammas
     return Quadratics(curvature * size.square(), decrease * size, gammas)
+
+
+def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor) -> Quadratics:
+    """γ = √(dᵀFd) / |dᵀg| where dᵀg is more than its rounding."""
+    gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
+    return Quadratics(curvature, decrease, gammas)
 
 
 def gamma(problem: Problem, direction: Direction) -> float:
@@ -79,26 +84,6 @@ def gamma_floor(problem: Problem) -> float:
     """
     total = float(problem.distribution.floor_terms().sum())
     return total**-0.5 if total > 0 else math.inf
-
-
-def gamma_min(problem: Problem) -> float:
-    """γ_min = (gᵀF⁺g)^(−1/2), the least γ that any update has: that of the natural gradient.
-
-    With r = S⁺u, gᵀF⁺g is the squared norm of the projection of r on the range of SᵀJ.
-    Returns ∞ where g = 0.
-
-    Raises:
-        EngineError: the logit kernel does not fit in memory.
-        NumericalError: a label's probability underflows, so r is infinite.
-    """
-    whitened = problem.distribution.whitened_residual().flatten()
-    if not bool(torch.isfinite(whitened).all()):
-        raise NumericalError(
-            "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
-        )
-    # The projection cannot be longer than r itself; rounding can make it so.
-    norm = min(fisher_spectrum(problem).projected_norm(whitened), float(whitened.norm()))
-    return 1 / norm if norm > 0 else math.inf
 
 
 def loss_change(problem: Problem, direction: Direction) -> Tensor:

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ngeval.errors import InputError, OutputError, nearest_name
-from ngeval.evaluate import SUMMARIZED, check_dampings, summarize
+from ngeval.evaluate import check_dampings
+from ngeval.summary import SUMMARIZED, summarize
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,

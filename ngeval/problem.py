@@ -247,6 +247,10 @@ class Problem:
         result: T = self._memory[key]
         return result
 
+    def recall(self, key: str) -> Any:
+        """What was remembered under a key, or None."""
+        return self._memory.get(key)
+
     def _named_vector(self, direction: Mapping[str, Tensor]) -> Tensor:
         expected = self.function.parameters
         missing = [name for name in expected if name not in direction]

@@ -11,6 +11,7 @@ from ngeval.jacobians.rows import (
     column_sums,
     cross_gram,
     gram_matrix,
+    row_combinations,
     squared_column_sums,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "column_sums",
     "cross_gram",
     "gram_matrix",
+    "row_combinations",
     "squared_column_sums",
 ]

@@ -64,9 +64,7 @@ class Plan:
         return 2 * size * (gradients + copies) + (size + 8) * max(wholes) + 1
 
 
-def capture(
-    function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor
-) -> list[Term]:
+def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor) -> list[Term]:
     """Run some samples forward once and pull Q cotangents of each back to every watched output.
 
     Args:

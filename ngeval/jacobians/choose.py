@@ -60,16 +60,12 @@ def choose_rows(
             if probe.agrees_with_tangent(products, forward_mode):
                 chosen = replace(function, forward_mode=forward_mode)
                 return replace(source, function=chosen)
-        reasons.append(
-            f"{name}: forward and backward derivatives differ{probe.unseen(products)}"
-        )
+        reasons.append(f"{name}: forward and backward derivatives differ{probe.unseen(products)}")
     hint = "" if engine == "auto" else "; use engine='auto'"
     raise EngineError(f"engine {engine!r} cannot treat this model ({'; '.join(reasons)}){hint}")
 
 
-def _source(
-    function: ModelFunction, name: str, memory: int, probe: _Probe | None
-) -> RowSource:
+def _source(function: ModelFunction, name: str, memory: int, probe: _Probe | None) -> RowSource:
     """The source of an engine; the layer engine's plan is mended until the probe finds no fault."""
     if name != "layers":
         return RowSource(function, name, memory)

@@ -53,7 +53,9 @@ def loop_rows(
     for offset, vectors in enumerate(cotangents):
         one = slice(start + offset, start + offset + 1)
         with autograd_enabled():
-            outputs = function({**function.parameters, **leaves}, map_inputs(function.inputs, itemgetter(one)))
+            outputs = function(
+                {**function.parameters, **leaves}, map_inputs(function.inputs, itemgetter(one))
+            )
             for vector in vectors:
                 gradients = torch.autograd.grad(
                     outputs,

@@ -36,7 +36,8 @@ class Layout:
         """
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
-        return tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
+        chunks: Tensor = tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
+        return chunks
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]],
         )
 
     handles = [
-        module.register_forward_hook(hook, with_kwargs=True)
-        for module in function.model.modules()
+        module.register_forward_hook(hook, with_kwargs=True) for module in function.model.modules()
     ]
     try:
         with autograd_enabled(), saved_tensors_hooks(keep, lambda tensor: tensor):

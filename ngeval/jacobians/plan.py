@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ngeval.functional import ModelFunction
 from ngeval.jacobians.capture import Plan, capture, forward
@@ -154,8 +154,10 @@ def _runs(trial: ModelFunction, plan: Plan, expected: Tensor) -> bool:
         if is_out_of_memory(error):
             raise
         return False
-    tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(expected.abs().max())}
-    return outputs.shape == expected.shape and torch.allclose(outputs, expected, **tolerance)
+    scale = float(expected.abs().max())
+    return outputs.shape == expected.shape and torch.allclose(
+        outputs, expected, rtol=1e-3, atol=1e-3 * scale
+    )
 
 
 def _replicable(call: CallLayout) -> bool:

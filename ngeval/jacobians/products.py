@@ -46,9 +46,7 @@ def add_inner_products(
                 _add_pair(out, first, second, shared, symmetric=symmetric)
 
 
-def _add_pair(
-    out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool
-) -> None:
+def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
     if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
         if _sequence_is_cheaper(left, right, left.num_units, symmetric):
             return _add_table_table(out, left, right)
@@ -152,9 +150,7 @@ def _add_table_affine(out: Tensor, left: EmbeddingTerm, right: AffineTerm) -> No
     for start in range(0, left.num_samples, step):
         indices = left.indices[start : start + step]
         strip = left.cotangents[start : start + step].to(torch.float64)
-        along = (strip.flatten(0, 2) @ inputs.T).reshape(
-            *strip.shape[:3], other[0], 1, other[2]
-        )
+        along = (strip.flatten(0, 2) @ inputs.T).reshape(*strip.shape[:3], other[0], 1, other[2])
         entries = looked_up[:, indices.clamp_min(0).reshape(-1)].to(torch.float64)
         entries = entries.T * (indices >= 0).reshape(-1, 1)
         products = along * entries.reshape(len(strip), 1, positions, *other)
@@ -173,9 +169,7 @@ def pieces(term: Term, num_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + step, units))
 
 
-def _add_rows(
-    out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool
-) -> None:
+def _add_rows(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
     cut = left if left.num_units == right.num_units else None
     for units in pieces(cut, sum(out.shape)) if cut else [ALL]:
         rows = left.rows(ALL, ALL, units)
@@ -204,10 +198,9 @@ def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> No
     """Add Σ_{n,q} of the rows, or of their squares, to flat float64 vectors by parameter."""
     for group in _groups(terms):
         only = group[0]
-        if len(group) == 1 and squared and isinstance(only, AffineTerm) and only.positions == 1:
-            if only.groups == 1:
-                _add_affine_squares(sums, only)
-                continue
+        if squared and len(group) == 1 and isinstance(only, AffineTerm) and only.applied_once:
+            _add_affine_squares(sums, only)
+            continue
         cut = only if len({term.num_units for term in group}) == 1 else None
         total = sum(term.row_size for term in group)
         step = max(1, PIECE_ENTRIES // max(total, 1))
@@ -220,6 +213,26 @@ def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> No
                     start = (units.start or 0) * per_unit
                     added = wide.square().sum(0) if squared else wide.sum(0)
                     sums[name][start : start + added.numel()] += added
+
+
+def add_row_combinations(
+    out: Tensor, starts: dict[str, int], terms: list[Term], weights: Tensor
+) -> None:
+    """Add W R for the rows R of a capture, a slice of the parameters at a time.
+
+    Args:
+        out: shape ``(k, P)``.
+        starts: where a parameter begins in a flat vector, by name.
+        terms: of B samples with Q cotangents.
+        weights: W in float64, shape ``(k, B·Q)``.
+    """
+    for term in terms:
+        for units in pieces(term, term.num_samples * term.num_vectors + len(weights)):
+            for name, rows in term.rows(ALL, ALL, units).items():
+                per_unit = term.shapes[name].numel() // term.num_units
+                start = starts[name] + (units.start or 0) * per_unit
+                combined = weights @ _wide(rows)
+                out[:, start : start + combined.shape[1]] += combined.to(out.dtype)
 
 
 def _add_affine_squares(sums: Parameters, term: AffineTerm) -> None:

@@ -16,7 +16,12 @@ from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, model_errors
 from ngeval.jacobians.capture import Plan, capture
 from ngeval.jacobians.engines import loop_rows, vmap_rows
-from ngeval.jacobians.products import add_column_sums, add_inner_products, rows_of
+from ngeval.jacobians.products import (
+    add_column_sums,
+    add_inner_products,
+    add_row_combinations,
+    rows_of,
+)
 from ngeval.jacobians.terms import RowsTerm, Term
 from ngeval.memory import describe_bytes, halving
 
@@ -129,8 +134,7 @@ class RowSource:
         """Rows of every parameter, shape ``(samples, Q, *parameter.shape)``."""
         terms = self.capture(cotangents, block)
         every = slice(None)
-        with model_errors():
-            found = rows_of(terms, every, every)
+        found = rows_of(terms, every, every)
         lead = (block.samples.stop - block.samples.start, block.vectors.stop - block.vectors.start)
         return {
             name: found[name] if name in found else p.new_zeros(*lead, *p.shape)
@@ -163,12 +167,10 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
             blocks = limited.blocks(cotangents, share=0.5)
         for i, block in enumerate(blocks):
             terms = limited.capture(cotangents, block)
-            with model_errors():
-                add_inner_products(gram[block.rows, block.rows], terms, terms, symmetric=True)
+            add_inner_products(gram[block.rows, block.rows], terms, terms, symmetric=True)
             for other in blocks[i + 1 :]:
                 others = limited.capture(cotangents, other)
-                with model_errors():
-                    add_inner_products(gram[other.rows, block.rows], others, terms)
+                add_inner_products(gram[other.rows, block.rows], others, terms)
         return gram
 
     gram = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
@@ -195,8 +197,32 @@ def cross_gram(source: RowSource, left: Tensor, right: Tensor) -> Tensor:
             terms = limited.capture(right, block)
             for other in limited.blocks(left, share=0.5):
                 others = limited.capture(left, other)
-                with model_errors():
-                    add_inner_products(out[other.rows, block.rows], others, terms)
+                add_inner_products(out[other.rows, block.rows], others, terms)
+        return out
+
+    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+
+
+def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:
+    """Σ_{n,q} w_{i,nq} J_nᵀv_nq for k sets of weights: shape ``(k, P)``, the model's dtype.
+
+    Args:
+        source: the model, engine and memory budget.
+        cotangents: v of shape ``(N, Q, *positions, C)``.
+        weights: w in float64, shape ``(k, N·Q)``.
+    """
+    parameters = source.function.parameters
+    starts, total = {}, 0
+    for name, parameter in parameters.items():
+        starts[name], total = total, total + parameter.numel()
+
+    def attempt(limited: RowSource) -> Tensor:
+        out = torch.zeros(
+            len(weights), total, dtype=source.function.dtype, device=source.function.device
+        )
+        for block in limited.blocks(cotangents):
+            terms = limited.capture(cotangents, block)
+            add_row_combinations(out, starts, terms, weights[:, block.rows])
         return out
 
     return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
@@ -212,8 +238,7 @@ def column_sums(source: RowSource, cotangents: Tensor, *, squared: bool = False)
         }
         for block in limited.blocks(cotangents):
             terms = limited.capture(cotangents, block)
-            with model_errors():
-                add_column_sums(sums, terms, squared=squared)
+            add_column_sums(sums, terms, squared=squared)
         return torch.cat(list(sums.values()))
 
     return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)

@@ -92,11 +92,10 @@ def rule_for(module: nn.Module) -> Rule | None:
     return RULES.get(type(module))
 
 
-def _affine(
-    call: Call, inputs: Callable[[slice], Tensor], cotangents: Tensor
-) -> AffineTerm:
+def _affine(call: Call, inputs: Callable[[slice], Tensor], cotangents: Tensor) -> AffineTerm:
     """The term with whichever of weight and bias is trainable."""
-    names, module = call.owner.parameters, call.owner.module
+    names = call.owner.parameters
+    module: Any = call.owner.module
     return AffineTerm(
         names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents
     )
@@ -126,8 +125,7 @@ def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:
 def _conv_term(_: ModelFunction, call: Call) -> Term:
     layer: Any = call.owner.module
     gradient = call.gradients[0]  # (n, q, k, O, *pixels)
-    count, vectors = gradient.shape[:2]
-    chunks = call.input_chunks(0, count)
+    chunks = call.input_chunks(0, gradient.shape[0])
     wide = gradient.unflatten(3, (layer.groups, -1)).flatten(5)
     cotangents = wide.permute(0, 1, 2, 5, 3, 4).flatten(2, 3)
     return _affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents)
@@ -155,9 +153,10 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
     for d in range(dims):
         reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
         inputs = inputs.unfold(2 + d, reach, layer.stride[d])[..., :: layer.dilation[d]]
-    # (n·k, channels, *pixels, *kernel) to (n·k, *pixels, groups, channels of a group, *kernel)
+    # (n·k, channels, *pixels, *kernel) to (n·k, *pixels, groups, channels in a group, *kernel)
     inputs = inputs.movedim(1, 1 + dims).unflatten(1 + dims, (layer.groups, -1))
-    patches = inputs.reshape(count, repeats * math.prod(inputs.shape[1 : 1 + dims]), layer.groups, -1)
+    positions = repeats * math.prod(inputs.shape[1 : 1 + dims])
+    patches: Tensor = inputs.reshape(count, positions, layer.groups, -1)
     return patches
 
 
@@ -219,7 +218,7 @@ def _norm_term(function: ModelFunction, call: Call, *, channels_first: bool) -> 
             rows[bias] = flat.sum(2).unflatten(2, shape)
         return rows
 
-    names = {name: shape for name in owner.parameters.values()}
+    names = dict.fromkeys(owner.parameters.values(), shape)
     return RowsTerm(count, vectors, names, compute)
 
 
@@ -228,9 +227,7 @@ def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
     shape = layout.shapes[0]
     given, made = layout.inputs[0], layout.outputs[0]
     last = len(shape or ()) - len(norm.normalized_shape)
-    return shape is not None and all(
-        part is None or part.dim < last for part in (given, made)
-    )
+    return shape is not None and all(part is None or part.dim < last for part in (given, made))
 
 
 def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.functional import Parameters
+from ngeval.functional import Parameters, model_errors
 
 
 class Term(ABC):
@@ -76,7 +76,8 @@ class RowsTerm(Term):
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """Every unit, whatever is asked: there is one piece."""
-        return self.compute(samples, vectors)
+        with model_errors():
+            return self.compute(samples, vectors)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class AffineTerm(Term):
     def positions(self) -> int:
         """T, how often the layer is applied to a sample."""
         return int(self.cotangents.shape[2])
+
+    @property
+    def applied_once(self) -> bool:
+        """Whether a row is a single outer product."""
+        return self.positions == 1 and self.groups == 1
 
     @property
     def groups(self) -> int:
@@ -212,13 +218,9 @@ class EmbeddingTerm(Term):
         count, vectors_count, _, width = cotangents.shape
         rows = cotangents.new_zeros(count, vectors_count, last - first, width)
         sample, position = ((indices >= first) & (indices < last)).nonzero(as_tuple=True)
-        where = (sample, slice(None), indices[sample, position] - first)
-        # Advanced indices around a slice put the looked-up dimension first: (entries, q, d).
-        rows.index_put_(
-            (where[0].unsqueeze(1), torch.arange(vectors_count, device=rows.device), where[2].unsqueeze(1)),
-            cotangents[sample, :, position],
-            accumulate=True,
-        )
+        which = torch.arange(vectors_count, device=rows.device)
+        where = (sample.unsqueeze(1), which, indices[sample, position].unsqueeze(1) - first)
+        rows.index_put_(where, cotangents[sample, :, position], accumulate=True)
         return {self.weight: rows}
 
 

@@ -12,7 +12,6 @@ from ngeval.methods.base import (
     Method,
     ParameterState,
     State,
-    Tangents,
 )
 from ngeval.methods.diagonal import Diagonal, DiagonalEmpirical
 from ngeval.methods.empirical import EmpiricalFisher
@@ -27,7 +26,6 @@ __all__ = [
     "MethodEntry",
     "ParameterState",
     "State",
-    "Tangents",
     "get_method",
     "get_methods",
 ]

@@ -8,27 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ngeval.kernel import logit_kernel
 from ngeval.problem import Problem
-
-
-@dataclass(frozen=True)
-class Tangents:
-    """What γ needs of updates at L dampings.
-
-    Attributes:
-        values: t = J d in float64, shape ``(L, N, *positions, C)``.
-        squared_norms: ‖d‖² in float64, shape ``(L,)``.
-    """
-
-    values: Tensor
-    squared_norms: Tensor
+from ngeval.updates import CotangentUpdates, DirectionUpdates, Updates
 
 
 class State(Protocol):
@@ -39,14 +25,20 @@ class State(Protocol):
             ``damping_scale="relative"`` multiplies λ by; NaN for a method without one.
     """
 
-    largest_curvature: float
+    @property
+    def largest_curvature(self) -> float:
+        """See the attribute."""
+        ...
 
     def direction(self, damping: float) -> Tensor:
         """The update d(λ), shape ``(P,)``; the step is −η d. λ is absolute."""
         ...
 
-    def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """The logit tangents of d(λ) for every λ (absolute)."""
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The updates of every λ (absolute), in a form that can be graded.
+
+        One update for all λ may stand for a method that λ does not enter.
+        """
         ...
 
 
@@ -68,28 +60,26 @@ class Method(Protocol):
 
 
 class CotangentState(ABC):
-    """A state whose update is d = Jᵀw: tangents are Θw and ‖d‖² = wᵀΘw, with no model pass."""
+    """A state whose update is made of rows, d = Σ_nq c_nq J_nᵀv_nq: no λ needs a model pass."""
 
-    def __init__(self, problem: Problem, largest_curvature: float) -> None:
-        """Keep the problem and the scale of the method's curvature."""
+    def __init__(self, problem: Problem, vectors: Tensor, largest_curvature: float) -> None:
+        """Keep the problem, the vectors v and the scale of the method's curvature."""
         self.problem = problem
+        self.vectors = vectors
         self.largest_curvature = largest_curvature
 
     @abstractmethod
-    def cotangents(self, dampings: Tensor) -> Tensor:
-        """W for every λ: shape ``(L, N, *positions, C)``, float64."""
+    def coefficients(self, dampings: Tensor) -> Tensor:
+        """The c of every λ: shape ``(L, N, Q)``, float64."""
 
     def direction(self, damping: float) -> Tensor:
-        """The update d = Jᵀw(λ), one backward pass."""
-        return self.problem.vjp(self.cotangents(self._tensor([damping]))[0])
+        """The update d(λ), by one backward pass."""
+        return self.updates([damping]).direction(0)
 
-    def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """T = Θw(λ) for every λ."""
-        cotangents = self.cotangents(self._tensor(dampings))
-        return Tangents(*logit_kernel(self.problem).push(cotangents))
-
-    def _tensor(self, dampings: Sequence[float]) -> Tensor:
-        return torch.tensor(list(dampings), dtype=torch.float64, device=self.problem.device)
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The coefficients of every λ."""
+        coefficients = self.coefficients(as_tensor(self.problem, dampings))
+        return CotangentUpdates(self.problem, self.vectors, coefficients)
 
 
 class ParameterState(ABC):
@@ -104,11 +94,11 @@ class ParameterState(ABC):
     def direction(self, damping: float) -> Tensor:
         """The update d(λ), shape ``(P,)``."""
 
-    def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """T = J d(λ) for every λ."""
-        values, norms = [], []
-        for damping in dampings:
-            direction = self.direction(damping)
-            values.append(self.problem.jvp(direction))
-            norms.append(direction.to(torch.float64).square().sum())
-        return Tangents(torch.stack(values), torch.stack(norms))
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The directions, made when they are wanted."""
+        return DirectionUpdates(len(dampings), lambda i: self.direction(dampings[i]))
+
+
+def as_tensor(problem: Problem, dampings: Sequence[float]) -> Tensor:
+    """Dampings as a float64 vector on the problem's device."""
+    return torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)

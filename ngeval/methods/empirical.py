@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.kernel import gradient_spectrum
+from ngeval.kernel import gradient_spectrum, residual_vectors
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
@@ -38,17 +38,14 @@ class EmpiricalFisher:
 
 
 class EmpiricalState(CotangentState):
-    """w_n = c_n u_n with c = (K + λI)⁻¹b."""
+    """Rows g_n = J_nᵀu_n with coefficients c = (K + λI)⁻¹b."""
 
     def __init__(self, problem: Problem, spectrum: Spectrum, right: Tensor) -> None:
         """Keep the factored K and the right-hand side b."""
-        super().__init__(problem, spectrum.largest)
+        super().__init__(problem, residual_vectors(problem), spectrum.largest)
         self.spectrum = spectrum
         self.right = right
 
-    def cotangents(self, dampings: Tensor) -> Tensor:
-        """c_n(λ) u_n for every λ."""
-        coefficients = self.spectrum.solve(self.right, dampings)
-        residual = self.problem.residual
-        shape = (*coefficients.shape, *[1] * (residual.ndim - 1))
-        return coefficients.reshape(shape) * residual
+    def coefficients(self, dampings: Tensor) -> Tensor:
+        """The c_n(λ) of every λ."""
+        return self.spectrum.solve(self.right, dampings).unsqueeze(2)

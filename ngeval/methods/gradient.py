@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ngeval.methods.base import Tangents
 from ngeval.problem import Problem
+from ngeval.updates import DirectionUpdates, Updates
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,6 @@ class SgdState:
         """The batch gradient."""
         return self.problem.gradient()
 
-    def tangents(self, dampings: Sequence[float]) -> Tangents:
-        """T = J g, the same for every λ."""
-        gradient = self.problem.gradient()
-        tangent = self.problem.jvp(gradient)
-        squared_norm = gradient.to(torch.float64).square().sum()
-        count = len(dampings)
-        return Tangents(tangent.expand(count, *tangent.shape), squared_norm.expand(count))
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """One update, the same for every λ."""
+        return DirectionUpdates(1, lambda _: self.problem.gradient())

@@ -1,37 +1,57 @@
 """``ng``: the exact damped natural gradient.
 
 With r = S⁺u and g = JᵀS r, (F + λI)⁻¹g = JᵀS (SᵀΘS + λI)⁻¹ r: exact, by one eigendecomposition
-in logit space. Source: Amari, "Natural gradient works efficiently in learning" (1998).
+in logit space where that is within reach, and otherwise by one Krylov run with two-sided bounds on
+its γ. Source: Amari, "Natural gradient works efficiently in learning" (1998).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngeval.kernel import fisher_spectrum
-from ngeval.methods.base import CotangentState
+from ngeval.krylov import GAP, MAX_ITERATIONS
+from ngeval.natural import NaturalGradientSolver, natural_solver
 from ngeval.problem import Problem
+from ngeval.updates import Updates
 
 
 @dataclass(frozen=True)
 class NaturalGradient:
-    """d(λ) = (F + λI)⁻¹g; F⁺g at λ = 0."""
+    """d(λ) = (F + λI)⁻¹g; F⁺g at λ = 0.
+
+    Attributes:
+        gap: where Θ is out of reach: the relative gap between the bounds on γ to reach.
+        max_iterations: and where to stop at the latest.
+    """
 
     name: str = "ng"
+    gap: float = GAP
+    max_iterations: int = MAX_ITERATIONS
 
     def prepare(self, problem: Problem, seed: int = 0) -> NaturalState:
-        """Factor SᵀΘS once."""
-        return NaturalState(problem, fisher_spectrum(problem).largest)
+        """Factor SᵀΘS once, or start the run."""
+        return NaturalState(natural_solver(problem, self.gap, self.max_iterations))
 
 
-class NaturalState(CotangentState):
-    """w = S (SᵀΘS + λI)⁻¹ r."""
+class NaturalState:
+    """The solver's updates."""
 
-    def cotangents(self, dampings: Tensor) -> Tensor:
-        """The cotangent of every λ."""
-        whitened = self.problem.distribution.whitened_residual().flatten()
-        solved = fisher_spectrum(self.problem).solve(whitened, dampings)
-        fields = solved.reshape(len(dampings), *self.problem.outputs.shape)
-        return self.problem.distribution.factor_product(fields)
+    def __init__(self, solver: NaturalGradientSolver) -> None:
+        """Keep the solver."""
+        self.solver = solver
+
+    @property
+    def largest_curvature(self) -> float:
+        """The largest eigenvalue of F."""
+        return self.solver.largest
+
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ), shape ``(P,)``."""
+        return self.updates([damping]).direction(0)
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """Those of every λ."""
+        return self.solver.updates(dampings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
-from ngeval.kernel import logit_kernel
+from ngeval.kernel import DenseKernel, logit_kernel
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
@@ -41,44 +41,42 @@ class SampledFisher:
             )
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
-        residuals = problem.distribution.residual(labels).transpose(0, 1)
-        kernel = logit_kernel(problem)
-        # Ĝg: every sampled gradient against g, as û_nkᵀ (Θu)_n.
-        tangent = kernel.push(problem.residual.unsqueeze(0))[0].transpose(0, 1)
-        right = (residuals * tangent).flatten(2).sum(2).flatten()
-        return SampledState(problem, kernel.spectrum(residuals, right), residuals, right)
+        sampled = problem.distribution.residual(labels).transpose(0, 1)
+        return SampledState(problem, torch.cat([problem.residual.unsqueeze(1), sampled], 1))
 
 
 class SampledState(CotangentState):
-    """w = (u − Σ_k c_k û_k)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg."""
+    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk."""
 
-    def __init__(
-        self, problem: Problem, spectrum: Spectrum, residuals: Tensor, right: Tensor
-    ) -> None:
-        """Keep the factored ĜĜᵀ, the sampled residuals ``(N, k, *positions, C)`` and Ĝg."""
-        self.mc_samples = residuals.shape[1]
-        super().__init__(problem, spectrum.largest / self.mc_samples)
-        self.spectrum = spectrum
-        self.residuals = residuals
-        self.right = right
+    def __init__(self, problem: Problem, vectors: Tensor) -> None:
+        """Factor ĜĜᵀ; the vectors are u and the k sampled residuals: ``(N, 1 + k, …)``."""
+        self.mc_samples = vectors.shape[1] - 1
+        kernel = logit_kernel(problem)
+        gram = kernel.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
+        # Ĝg: every sampled gradient against the sum of the true ones.
+        against = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2)
+        self.right = against.flatten()
+        if isinstance(kernel, DenseKernel):
+            self.spectrum = kernel.spectrum(vectors[:, 1:], self.right)
+        else:
+            own = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
+            square = own.flatten(2).flatten(0, 1)
+            self.spectrum = Spectrum.of_gram(square, problem.dtype, self.right)
+        super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
 
-    def cotangents(self, dampings: Tensor) -> Tensor:
-        """The cotangent of every λ; λ = 0 is the pseudo-inverse."""
+    def coefficients(self, dampings: Tensor) -> Tensor:
+        """Those of g_n and of ĝ_nk for every λ; λ = 0 is the pseudo-inverse."""
         draws = self.mc_samples
-        damped = self._combine(self.spectrum.solve(self.right, draws * dampings))
-        scale = dampings.reshape(-1, *[1] * self.problem.residual.ndim)
-        fields = (self.problem.residual - damped) / torch.where(scale > 0, scale, 1.0)
-        if bool((dampings == 0).any()):
-            fields = torch.where(scale > 0, fields, self._pseudo_inverse())
-        return fields
+        zero = dampings == 0
+        scale = torch.where(zero, 1.0, dampings).reshape(-1, 1, 1)
+        solved = self.spectrum.solve(self.right, draws * dampings).unflatten(1, (-1, draws))
+        own = torch.ones_like(solved[..., :1])
+        damped = torch.cat([own, -solved], 2) / scale
+        return torch.where(zero.reshape(-1, 1, 1), self._pseudo_inverse(), damped)
 
     def _pseudo_inverse(self) -> Tensor:
-        """F̂⁺g = k Ĝᵀ(ĜĜᵀ)⁺²Ĝg."""
-        zero = torch.zeros(1, dtype=torch.float64, device=self.right.device)
-        once = self.spectrum.solve(self.right, zero)[0]
-        return self.mc_samples * self._combine(self.spectrum.solve(once, zero))
-
-    def _combine(self, coefficients: Tensor) -> Tensor:
-        """Σ_k c_nk û_nk for coefficients ``(L, N·k)``: shape ``(L, N, *positions, C)``."""
-        shaped = coefficients.reshape(-1, *self.residuals.shape[:2])
-        return torch.einsum("lnk,nk...->ln...", shaped, self.residuals)
+        """The coefficients of F̂⁺g = k Ĝᵀ(ĜĜᵀ)⁺²Ĝg."""
+        at_zero = torch.zeros(1, dtype=torch.float64, device=self.right.device)
+        once = self.spectrum.solve(self.right, at_zero)[0]
+        twice = self.spectrum.solve(once, at_zero).unflatten(1, (-1, self.mc_samples))
+        return self.mc_samples * torch.cat([torch.zeros_like(twice[..., :1]), twice], 2)

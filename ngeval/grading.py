@@ -1,0 +1,198 @@
+"""γ of many updates: by Θ where it is kept, by the tangents of a common basis where it is not.
+
+All that γ needs of updates d_l = Σ_j a_lj b_j in a basis b are the k × k numbers bᵢᵀF bⱼ and the
+k numbers bⱼᵀg, which are sums over samples: the basis is pushed through the model chunk by chunk,
+and every λ is rebuilt from those sums. The batch that grades may then be any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError
+from ngeval.jacobians import row_combinations
+from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, logit_kernel
+from ngeval.memory import describe_bytes
+from ngeval.metric import Metric
+from ngeval.metrics import Quadratics, gammas_of, quadratics
+from ngeval.problem import Problem
+from ngeval.spectrum import Spectrum
+from ngeval.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Updates
+
+COMPRESSION = 1e-12
+"""What part of an update's length may be lost where updates are written in a common basis."""
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What L updates are worth.
+
+    Attributes:
+        quadratics: dᵀFd, dᵀg and γ.
+        squared_norms: ‖d‖², shape ``(L,)``.
+    """
+
+    quadratics: Quadratics
+    squared_norms: Tensor
+
+
+def grade(
+    problem: Problem, updates: Sequence[Updates], metric: Metric | None = None
+) -> list[Grades]:
+    """Grade several methods' updates.
+
+    Args:
+        problem: the batch that the updates were made from.
+        updates: of each method.
+        metric: the batch that grades; None for the problem's own.
+
+    Raises:
+        EngineError: the common basis would not fit in the memory budget.
+    """
+    if metric is None:
+        kernel = logit_kernel(problem)
+        graded = [_grade_by_kernel(problem, kernel, one) for one in updates]
+        loose = [i for i, grades in enumerate(graded) if grades is None]
+        if loose:
+            common = _grade_by_forms(Metric(problem), [updates[i] for i in loose])
+            for i, grades in zip(loose, common, strict=True):
+                graded[i] = grades
+        return [grades for grades in graded if grades is not None]
+    return _grade_by_forms(metric, updates)
+
+
+def families(updates: Sequence[Updates]) -> list[list[int]]:
+    """Which updates are made of the same rows, and so share a basis; by their places."""
+    found: list[list[int]] = []
+    for i, one in enumerate(updates):
+        for family in found:
+            first = updates[family[0]]
+            if (
+                isinstance(one, CotangentUpdates)
+                and isinstance(first, CotangentUpdates)
+                and one.vectors is first.vectors
+            ):
+                family.append(i)
+                break
+        else:
+            found.append([i])
+    return found
+
+
+def _grade_by_kernel(problem: Problem, kernel: LogitKernel, updates: Updates) -> Grades | None:
+    """By tangents Θw, singly, or as it came; None where Θ would be needed and is not there."""
+    if isinstance(updates, SolvedUpdates):
+        parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
+        return Grades(parts, updates.squared_norms)
+    if isinstance(updates, FieldUpdates) and isinstance(kernel, DenseKernel):
+        tangents, norms = kernel.push_fields(updates.fields)
+    elif isinstance(updates, CotangentUpdates) and isinstance(kernel, PushingKernel):
+        tangents, norms = kernel.push(updates.vectors, updates.coefficients)
+    elif isinstance(updates, CotangentUpdates):
+        return None
+    else:
+        return _grade_singly(problem, updates)
+    return Grades(quadratics(problem, tangents), norms)
+
+
+def _grade_singly(problem: Problem, updates: Updates) -> Grades:
+    """One JVP for each update."""
+    parts, norms = [], []
+    for i in range(updates.count):
+        direction = updates.direction(i)
+        parts.append(quadratics(problem, problem.jvp(direction).unsqueeze(0)))
+        norms.append(direction.to(torch.float64).square().sum())
+    joined = Quadratics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Grades(joined, torch.stack(norms))
+
+
+def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
+    graded: list[Grades | None] = [None] * len(updates)
+    for family in families(updates):
+        members = [updates[i] for i in family]
+        cotangent = [one for one in members if isinstance(one, CotangentUpdates)]
+        basis = _row_basis(cotangent) if cotangent else _own_basis(metric.problem, members[0])
+        forms = metric.forms(basis.directions)
+        parts_of = zip(family, basis.coefficients, basis.lengths, strict=True)
+        for i, coefficients, lengths in parts_of:
+            curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
+            terms = coefficients * forms.decrease
+            rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
+            parts = gammas_of(curvature, terms.sum(1), rounding)
+            scaled = Quadratics(
+                parts.curvature * lengths.square(), parts.decrease * lengths, parts.gammas
+            )
+            graded[i] = Grades(scaled, lengths.square())
+    return [grades for grades in graded if grades is not None]
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """Updates d_l = ‖d_l‖ Σ_j a_lj b_j.
+
+    Attributes:
+        directions: b in the model's dtype, shape ``(k, P)``.
+        coefficients: a of every member, float64, shape ``(L, k)``.
+        lengths: ‖d_l‖ of every member, float64, shape ``(L,)``.
+    """
+
+    directions: Tensor
+    coefficients: list[Tensor]
+    lengths: list[Tensor]
+
+
+def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
+    """An orthonormal basis of updates made of the same rows R, as few vectors as they need.
+
+    With RRᵀ = VΣVᵀ, d = Rᵀc = (RᵀVΣ^(−1/2)) y for y = Σ^(1/2)Vᵀc, and ‖d‖ = ‖y‖. A family in λ
+    has a small numerical rank: the singular vectors of all y at unit length above `COMPRESSION`
+    are the basis.
+    """
+    problem, vectors = members[0].problem, members[0].vectors
+    gram = logit_kernel(problem).gram(vectors)
+    everything = torch.cat([one.coefficients.flatten(1) for one in members])
+    spectrum = Spectrum.of_gram(gram, problem.dtype, everything.norm(dim=0))
+    root = spectrum.eigenvalues.sqrt()
+    images = (everything @ spectrum.eigenvectors) * root
+    lengths = images.norm(dim=1)
+    unit = images / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
+    _, singular, right_vectors = torch.linalg.svd(unit, full_matrices=False)
+    kept = singular > COMPRESSION * singular.max().clamp_min(1e-300)
+    basis = right_vectors[kept]
+    weights = (basis / root) @ spectrum.eigenvectors.T
+    sizes = [one.count for one in members]
+    _check_room(problem, len(weights))
+    return _Basis(
+        row_combinations(problem.rows, vectors, weights),
+        list((unit @ basis.T).split(sizes)),
+        list(lengths.split(sizes)),
+    )
+
+
+def _own_basis(problem: Problem, updates: Updates) -> _Basis:
+    """The updates themselves."""
+    _check_room(problem, updates.count)
+    first = updates.direction(0)
+    lengths, rows = [], []
+    for i in range(updates.count):
+        direction = first if i == 0 else updates.direction(i)
+        wide = direction.to(torch.float64)
+        length = wide.norm()
+        lengths.append(length)
+        rows.append((wide / length.clamp_min(1e-300)).to(problem.dtype))
+    eye = torch.eye(len(rows), dtype=torch.float64, device=first.device)
+    return _Basis(torch.stack(rows), [eye], [torch.stack(lengths)])
+
+
+def _check_room(problem: Problem, count: int) -> None:
+    needed = count * problem.num_parameters * problem.dtype.itemsize
+    if needed > problem.rows.memory:
+        raise EngineError(
+            f"the {count} directions that these updates are made of take {describe_bytes(needed)}, "
+            f"over the memory budget of {describe_bytes(problem.rows.memory)}; ask for fewer "
+            "dampings at a time or raise memory="
+        )

@@ -1,0 +1,180 @@
+"""The batch that grades, where it is not the batch that updates are made from.
+
+An update made from N samples is graded under the Fisher and the gradient of M ≫ N others, up to
+the whole data set. Those are passed in chunks: the memory does not grow with M.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ngeval.checks import Inputs, check_inputs
+from ngeval.errors import InputError
+from ngeval.forward import chunk_sizes, push_directions, slices
+from ngeval.functional import ModelFunction, cast_inputs, map_inputs, model_errors
+from ngeval.likelihoods import OutputDistribution
+from ngeval.memory import halving
+from ngeval.problem import Problem
+
+Batches = Iterable[tuple[Inputs, Tensor]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples with their outputs.
+
+    Attributes:
+        function: the model at θ on them.
+        distribution: p(·|z) with their targets.
+        residual: u = ∇_z ℓ, float64.
+    """
+
+    function: ModelFunction
+    distribution: OutputDistribution
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Sums over all samples, for k directions bⱼ.
+
+    Attributes:
+        curvature: bᵢᵀF bⱼ, float64, shape ``(k, k)``.
+        decrease: bⱼᵀg, float64, shape ``(k,)``.
+    """
+
+    curvature: Tensor
+    decrease: Tensor
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is known of a metric batch without a direction.
+
+    Attributes:
+        num_samples: M.
+        floor: the closed-form bound (Σ uᵀH⁺u)^(−1/2) on every γ.
+        gradient_norm: ‖g‖.
+        loss: mean ℓ, nats.
+    """
+
+    num_samples: int
+    floor: float
+    gradient_norm: float
+    loss: float
+
+
+class Metric:
+    """What grades updates: the Fisher and the gradient of a batch, of any length.
+
+    By default the batch of a problem itself.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.eye(3), torch.tensor([0, 1, 1])
+        >>> problem = ngeval.Problem(model, x, y, "categorical")
+        >>> metric = ngeval.Metric(problem, [(x, y), (x + 1, y)])
+        >>> metric.totals.num_samples
+        6
+    """
+
+    def __init__(
+        self, problem: Problem, batches: Batches | Callable[[], Batches] | None = None
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            problem: the model at θ, the likelihood and the memory budget.
+            batches: ``(inputs, targets)`` pairs that can be gone through more than once: a list, a
+                ``DataLoader``, or a function that returns an iterable; None for the problem's own.
+
+        Raises:
+            InputError: an iterator, which can be gone through only once.
+        """
+        if isinstance(batches, Iterator):
+            raise InputError(
+                "the metric's batches are an iterator, which can be gone through only once; give a "
+                "list, a DataLoader, or a function that returns an iterable of batches"
+            )
+        self.problem = problem
+        self.batches = batches
+
+    @cached_property
+    def totals(self) -> Totals:
+        """One forward and backward pass over all samples."""
+        count, floor, loss = 0, 0.0, 0.0
+        gradient = torch.zeros(self.problem.num_parameters, dtype=torch.float64)
+        for chunk in self.chunks(1):
+            count += chunk.function.num_samples
+            floor += float(chunk.distribution.floor_terms().sum())
+            loss += float(chunk.distribution.loss().sum())
+            with model_errors():
+                part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
+            gradient += part.to(torch.float64).cpu()
+        if count == 0:
+            raise InputError("the metric has no batch")
+        bound = floor**-0.5 if floor > 0 else math.inf
+        return Totals(count, bound, float(gradient.norm()), loss / count)
+
+    def forms(self, directions: Tensor) -> Forms:
+        """The Fisher's and the gradient's products with k directions.
+
+        Args:
+            directions: B in the model's dtype, shape ``(k, P)``.
+        """
+        return halving(lambda memory: self._forms(directions, memory), self.problem.rows.memory)
+
+    def _forms(self, directions: Tensor, memory: int) -> Forms:
+        count, device = len(directions), directions.device
+        curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
+        decrease = torch.zeros(count, dtype=torch.float64, device=device)
+        step = chunk_sizes(1, count, self.problem.rows.sample_bytes, memory)[1]
+        for chunk in self.chunks(count, memory):
+            parts = []
+            for chosen in slices(count, step):
+                tangents = push_directions(chunk.function, directions[chosen])
+                decrease[chosen] += (chunk.residual * tangents).flatten(1).sum(1)
+                whitened = chunk.distribution.factor_transpose_product(tangents)
+                parts.append(whitened.flatten(1))
+            whole = torch.cat(parts)
+            curvature += whole @ whole.T
+        return Forms(curvature, decrease)
+
+    def chunks(self, num_directions: int, memory: int | None = None) -> Iterator[Chunk]:
+        """The samples, as many at a time as that many tangents leave room for."""
+        problem = self.problem
+        budget = problem.rows.memory if memory is None else memory
+        # A tangent, its whitened copy and the activations that it passes through.
+        sample = problem.rows.sample_bytes + 24 * num_directions * problem.num_outputs
+        for function, targets in self._sources():
+            step = chunk_sizes(function.num_samples, num_directions, sample, budget)[0]
+            for samples in slices(function.num_samples, step):
+                yield self._chunk(function, targets, samples)
+
+    def _sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
+        problem = self.problem
+        if self.batches is None:
+            yield problem.function, problem.distribution.targets
+            return
+        batches = self.batches() if callable(self.batches) else self.batches
+        for inputs, targets in batches:
+            check_inputs(inputs)
+            function = problem.function
+            cast = cast_inputs(inputs, function.cast)
+            moved = map_inputs(cast, lambda t: t.to(problem.device))
+            yield replace(function, inputs=moved), targets.to(problem.device)
+
+    def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
+        part = replace(function, inputs=map_inputs(function.inputs, lambda t: t[samples]))
+        with torch.no_grad(), model_errors():
+            outputs = part(part.parameters)
+        if not bool(torch.isfinite(outputs).all()):
+            raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
+        distribution = self.problem.likelihood.bind(outputs, targets[samples])
+        return Chunk(part, distribution, distribution.residual())

@@ -1,0 +1,174 @@
+"""What is known of the exact natural gradient of a problem: exactly, or between two bounds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ngeval.errors import NumericalError
+from ngeval.kernel import dense_is_feasible, fisher_spectrum
+from ngeval.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
+from ngeval.problem import Problem
+from ngeval.updates import FieldUpdates, SolvedUpdates, Updates
+
+
+class NaturalGradientSolver(ABC):
+    """(F + λI)⁻¹g for every λ, with bounds on its γ."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """The largest eigenvalue of F."""
+
+    @property
+    @abstractmethod
+    def iterations(self) -> int:
+        """Krylov iterations so far; 0 for a factorisation."""
+
+    @abstractmethod
+    def gamma_min(self) -> float:
+        """γ_min = (gᵀF⁺g)^(−1/2), from above where it is not exact; ∞ where g = 0."""
+
+    @abstractmethod
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Bounds on γ(λ) for every λ, by what has been computed so far."""
+
+    @abstractmethod
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The updates of every λ."""
+
+
+class DenseSolver(NaturalGradientSolver):
+    """By the eigendecomposition of SᵀΘS: (F + λI)⁻¹g = JᵀS (SᵀΘS + λI)⁻¹ r with r = S⁺u."""
+
+    iterations = 0
+
+    def __init__(self, problem: Problem) -> None:
+        """Factor once."""
+        self.problem = problem
+        self.right = problem.distribution.whitened_residual().flatten()
+        _check_residual(problem)
+        self.spectrum = fisher_spectrum(problem)
+
+    @property
+    def largest(self) -> float:
+        """Exactly."""
+        return self.spectrum.largest
+
+    def gamma_min(self) -> float:
+        """The projection of r on the range; not longer than r, whatever rounding says."""
+        norm = min(self.spectrum.projected_norm(self.right), float(self.right.norm()))
+        return 1 / norm if norm > 0 else float("inf")
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Sums over eigenvalues; what rounding hides of r could lie at the smallest of them."""
+        lambdas = (
+            torch.as_tensor(np.asarray(dampings, dtype=np.float64)).to(self.right).unsqueeze(1)
+        )
+        spectrum = self.spectrum
+        squares = (spectrum.eigenvectors.T @ self.right).square()
+        shares = spectrum.eigenvalues / (spectrum.eigenvalues + lambdas)
+        decrease, curvature = (squares * shares).sum(1), (squares * shares**2).sum(1)
+        norms = (squares * shares**2 / spectrum.eigenvalues).sum(1)
+        hidden = (self.right.square().sum() - squares.sum()).clamp_min(0)
+        smallest = spectrum.eigenvalues.min() if len(squares) else hidden * 0
+        share = (smallest / (smallest + lambdas[:, 0])).nan_to_num()
+        low = curvature.sqrt() / (decrease + hidden * share)
+        high = (curvature + hidden * share.square()).sqrt() / decrease
+        return Bounds(*(part.cpu().numpy() for part in (low, high, curvature, decrease, norms)))
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The fields w = S (SᵀΘS + λI)⁻¹ r."""
+        problem = self.problem
+        solved = self.spectrum.solve(self.right, torch.as_tensor(dampings).to(self.right))
+        fields = solved.reshape(len(dampings), *problem.outputs.shape)
+        return FieldUpdates(problem, problem.distribution.factor_product(fields))
+
+
+@dataclass
+class KrylovSolver(NaturalGradientSolver):
+    """By one Krylov run, which goes on until the bounds are as close as they are asked to be.
+
+    Attributes:
+        problem: the model on its batch.
+        gap: relative, between the bounds.
+        max_iterations: where to stop at the latest.
+    """
+
+    problem: Problem
+    gap: float = GAP
+    max_iterations: int = MAX_ITERATIONS
+
+    def __post_init__(self) -> None:
+        """Check r; the run starts when something is asked."""
+        _check_residual(self.problem)
+        self.run = self.problem.remember("krylov_run", lambda: KrylovRun(self.problem))
+
+    @property
+    def largest(self) -> float:
+        """The largest Ritz value of some iterations."""
+        while not self.run.exhausted and self.run.iterations < min(20, self.max_iterations):
+            self.run.step()
+        return self.run.largest()
+
+    @property
+    def iterations(self) -> int:
+        """Of the run."""
+        return self.run.iterations
+
+    def gamma_min(self) -> float:
+        """That of the update with λ = 0 of the run: γ_min lies between the floor and it."""
+        _ = self.largest
+        return float(self.run.bounds([0.0]).upper[0])
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """By the quadrature rules."""
+        return self.run.bounds(dampings)
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """Those of the Krylov space, when the bounds are close enough."""
+        self.run.run(dampings, self.gap, self.max_iterations)
+        found = self.run.bounds(dampings)
+        as_tensor = [
+            torch.from_numpy(part).to(self.problem.device)
+            for part in (found.curvature, found.decrease, found.squared_norms)
+        ]
+        chosen = list(dampings)
+        return SolvedUpdates(len(chosen), lambda i: self.run.direction(chosen[i]), *as_tensor)
+
+
+def natural_solver(
+    problem: Problem, gap: float = GAP, max_iterations: int = MAX_ITERATIONS
+) -> NaturalGradientSolver:
+    """The exact solver where Θ is within reach, a Krylov run otherwise; what they find is kept.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    if dense_is_feasible(problem):
+        return problem.remember("dense_solver", lambda: DenseSolver(problem))
+    return KrylovSolver(problem, gap, max_iterations)
+
+
+def gamma_min(problem: Problem) -> float:
+    """γ_min = (gᵀF⁺g)^(−1/2), the least γ that any update has: that of the natural gradient.
+
+    With r = S⁺u, gᵀF⁺g is the squared norm of the projection of r on the range of SᵀJ. Where the
+    logit kernel is out of reach, the γ of an update that a Krylov run found: γ_min lies between
+    `gamma_floor` and it. Returns ∞ where g = 0.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    return natural_solver(problem).gamma_min()
+
+
+def _check_residual(problem: Problem) -> None:
+    if not bool(torch.isfinite(problem.distribution.whitened_residual()).all()):
+        raise NumericalError(
+            "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
+        )
