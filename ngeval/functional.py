@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -71,16 +72,29 @@ class ModelFunction:
         inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
         trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        frozen: Parameters = {}
-        if dtype is not None:
-            frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-            trainable, frozen, buffers = (
-                {n: _cast(t, dtype) for n, t in group.items()}
-                for group in (trainable, frozen, buffers)
-            )
-            inputs = cast_inputs(inputs, dtype)
         versions = {n: _version(p) for n, p in model.named_parameters()}
-        return cls(model, inputs, trainable, frozen, buffers, _slots(model), versions, dtype)
+        function = cls(model, inputs, trainable, {}, buffers, _slots(model), versions)
+        return function if dtype is None else function.converted(dtype)
+
+    def converted(self, dtype: torch.dtype) -> ModelFunction:
+        """The same function with everything in another floating-point type."""
+        parameters, buffers = (
+            {name: _cast(tensor, dtype) for name, tensor in group.items()}
+            for group in (self.parameters, self.buffers)
+        )
+        frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
+        return replace(
+            self,
+            inputs=cast_inputs(self.inputs, dtype),
+            parameters=parameters,
+            frozen={name: _cast(tensor, dtype) for name, tensor in frozen.items()},
+            buffers=buffers,
+            cast=dtype,
+        )
+
+    def on(self, samples: slice) -> ModelFunction:
+        """The same function on some samples of its batch."""
+        return replace(self, inputs=map_inputs(self.inputs, itemgetter(samples)))
 
     @property
     def num_samples(self) -> int:

@@ -171,7 +171,7 @@ class Metric:
             yield replace(function, inputs=moved), targets.to(problem.device)
 
     def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
-        part = replace(function, inputs=map_inputs(function.inputs, lambda t: t[samples]))
+        part = function.on(samples)
         with torch.no_grad(), model_errors():
             outputs = part(part.parameters)
         if not bool(torch.isfinite(outputs).all()):

@@ -84,7 +84,8 @@ class DenseSolver(NaturalGradientSolver):
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The fields w = S (SᵀΘS + λI)⁻¹ r."""
         problem = self.problem
-        solved = self.spectrum.solve(self.right, torch.as_tensor(dampings).to(self.right))
+        lambdas = torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)
+        solved = self.spectrum.solve(self.right, lambdas)
         fields = solved.reshape(len(dampings), *problem.outputs.shape)
         return FieldUpdates(problem, problem.distribution.factor_product(fields))
 

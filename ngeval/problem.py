@@ -7,7 +7,7 @@ have the model's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -182,7 +182,8 @@ class Problem:
             return torch.zeros_like(self.outputs)
         tangent = self.function.unflatten(vector / scale)
         with model_errors():
-            return self.function.jvp(tangent).to(torch.float64) * scale
+            parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
+        return torch.cat(parts) * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
@@ -199,8 +200,23 @@ class Problem:
         if scale == 0:
             return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
         with model_errors():
-            gradients = self.function.vjp(cotangent / scale)
-        return self.function.flatten(gradients) * scale.to(self.dtype)
+            parts = self._parts()
+            samples, part = next(parts)
+            total = part.flatten(part.vjp(cotangent[samples] / scale))
+            for samples, part in parts:
+                total += part.flatten(part.vjp(cotangent[samples] / scale))
+        return total * scale.to(self.dtype)
+
+    def _parts(self) -> Iterator[tuple[slice, ModelFunction]]:
+        """The batch in as few parts as the memory budget has room for a pass over."""
+        # Activations, and gradients or tangents of the same size beside them.
+        limit = max(1, self.rows.memory // max(1, 3 * self.rows.sample_bytes))
+        if limit >= self.num_samples:
+            yield slice(0, self.num_samples), self.function
+            return
+        for start in range(0, self.num_samples, limit):
+            samples = slice(start, min(start + limit, self.num_samples))
+            yield samples, self.function.on(samples)
 
     def fisher(self) -> FisherOperator:
         """The exact Fisher F = Σ_n J_nᵀH_nJ_n as a linear operator."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -40,9 +42,29 @@ def choose_rows(
     """
     if engine not in ("auto", *ENGINES):
         raise InputError(f"unknown engine {engine!r}; {nearest_name(str(engine), ENGINES)}")
+    names = ENGINES if engine == "auto" else (engine,)
+    chosen, reasons = _first_right(function, names, memory, check)
+    if chosen is None and check and function.dtype.itemsize < 8:
+        # Rounding can flip a ReLU between two ways of computing: ask again in float64.
+        with contextlib.suppress(ModelError):
+            wide, again = _first_right(function.converted(torch.float64), names, memory, check)
+            if wide is not None:
+                mode = wide.function.forward_mode
+                return replace(wide, function=replace(function, forward_mode=mode))
+            reasons = again
+    if chosen is None:
+        hint = "" if engine == "auto" else "; use engine='auto'"
+        raise EngineError(f"engine {engine!r} cannot treat this model ({'; '.join(reasons)}){hint}")
+    return chosen
+
+
+def _first_right(
+    function: ModelFunction, names: Iterable[str], memory: int, check: bool
+) -> tuple[RowSource | None, list[str]]:
+    """The first of some engines that is right, or why none is."""
     probe = _Probe(function)
     reasons = []
-    for name in ENGINES if engine == "auto" else [engine]:
+    for name in names:
         try:
             source = _source(function, name, memory, probe if check else None)
             products = probe.row_products(source)
@@ -52,17 +74,15 @@ def choose_rows(
             reasons.append(f"{name}: {_first_line(error)}")
             continue
         if not check:
-            return source
+            return source, []
         if wrong := probe.wrong_parameters(products):
             reasons.append(f"{name}: wrong per-sample gradients of {', '.join(sorted(wrong)[:3])}")
             continue
         for forward_mode in (True, False):
             if probe.agrees_with_tangent(products, forward_mode):
-                chosen = replace(function, forward_mode=forward_mode)
-                return replace(source, function=chosen)
+                return replace(source, function=replace(function, forward_mode=forward_mode)), []
         reasons.append(f"{name}: forward and backward derivatives differ{probe.unseen(products)}")
-    hint = "" if engine == "auto" else "; use engine='auto'"
-    raise EngineError(f"engine {engine!r} cannot treat this model ({'; '.join(reasons)}){hint}")
+    return None, reasons
 
 
 def _source(function: ModelFunction, name: str, memory: int, probe: _Probe | None) -> RowSource:
