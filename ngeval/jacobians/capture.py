@@ -21,6 +21,7 @@ from ngeval.checks import named_tensors
 from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
 from ngeval.jacobians.engines import loop_rows
+from ngeval.jacobians.layouts import one_for_each
 from ngeval.jacobians.rules import Call, Owner
 from ngeval.jacobians.terms import RowsTerm, Term, merged
 from ngeval.jacobians.units import unit_term
@@ -86,10 +87,8 @@ def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Ten
         for call in calls:
             for index in call.outputs:
                 layout = call.layout.outputs[index]
-                gradient = next(gradients)
-                call.gradients[index] = (
-                    layout.chunks(gradient, 1) if layout else gradient.movedim(1, 0)
-                )
+                if layout is not None:
+                    call.gradients[index] = layout.chunks(next(gradients), 1)
             rule = call.owner.rule
             terms.append(rule.term(function, call) if rule else unit_term(function, call))
         for name, gradient in zip(copies, gradients, strict=True):
@@ -106,9 +105,7 @@ def forward(
     count = next(named_tensors(batch))[1].shape[0]
     with autograd_enabled():
         leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
-        copies = {
-            name: leaves[name].expand(count, *leaves[name].shape[1:]) for name in plan.replicated
-        }
+        copies = {name: one_for_each(leaves[name], count) for name in plan.replicated}
         with _recorded(plan.owners, count) as calls:
             outputs = function({**leaves, **copies}, batch)
     for owner in plan.owners:
@@ -133,14 +130,11 @@ def _recorded(owners: list[Owner], count: int) -> Iterator[list[Call]]:
             leaves, spec = tree_flatten((args, kwargs))
             made, made_spec = tree_flatten(output)
             if owner.replicate:
-                shape = made[0].shape
-                made = [made[0].expand(count, *(shape[1:] if shape[0] == 1 else shape))]
+                made = [one_for_each(made[0], count)]
             made_by_leaf = {
                 i: leaf
                 for i, leaf in enumerate(made)
-                if isinstance(leaf, Tensor)
-                and leaf.requires_grad
-                and (layout.outputs[i] is not None or owner.replicate)
+                if isinstance(leaf, Tensor) and leaf.requires_grad and layout.outputs[i] is not None
             }
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             calls.append(Call(owner, layout, spec, detached, made_by_leaf))

@@ -7,6 +7,7 @@ a tensor that does not grow is the same for all samples.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +82,34 @@ def trial_batch(function: ModelFunction, size: int) -> Any:
     return map_inputs(function.inputs, lambda t: t[indices.to(t.device)])
 
 
-def call_layouts(function: ModelFunction) -> tuple[dict[int, list[CallLayout]], int]:
-    """Every module's calls, and what a sample takes.
+@dataclass(frozen=True)
+class Trial:
+    """What the two trials of a model showed.
 
-    Returns:
-        The calls by ``id`` of the module, without those that cannot be matched; and the bytes
-        that autograd keeps for one sample more.
+    Attributes:
+        calls: by ``id`` of the module, in the order of their first call, without modules whose
+            calls cannot be matched.
+        outputs: of the smaller trial.
+        sample_bytes: what autograd keeps for one sample more.
     """
-    (small, fewer), (large, more) = (
-        _watch(function, trial_batch(function, size)) for size in TRIAL_SIZES
+
+    calls: dict[int, list[CallLayout]]
+    outputs: Tensor
+    sample_bytes: int
+
+
+def call_layouts(
+    function: ModelFunction, expanded: Collection[int] = (), copies: Sequence[str] = ()
+) -> Trial:
+    """Run the model on two and on three samples.
+
+    Args:
+        function: the model at θ.
+        expanded: modules, by ``id``, whose output is to be expanded to one for each sample.
+        copies: parameters that are to be.
+    """
+    (small, outputs, fewer), (large, _, more) = (
+        _watch(function, size, expanded, copies) for size in TRIAL_SIZES
     )
     found: dict[int, list[CallLayout]] = {}
     for key, calls in small.items():
@@ -98,10 +118,18 @@ def call_layouts(function: ModelFunction) -> tuple[dict[int, list[CallLayout]], 
             pairs = [_compare(a, b) for a, b in zip(calls, others, strict=True)]
             if all(pair is not None for pair in pairs):
                 found[key] = [pair for pair in pairs if pair is not None]
-    return found, max(0, more - fewer)
+    return Trial(found, outputs, max(0, more - fewer))
 
 
-def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]], int]:
+def one_for_each(tensor: Tensor, count: int) -> Tensor:
+    """Expand what is the same for all samples: (1, …) or (…) to ``(count, …)``."""
+    shape = tensor.shape
+    return tensor.expand(count, *(shape[1:] if shape[:1] == (1,) else shape))
+
+
+def _watch(
+    function: ModelFunction, size: int, expanded: Collection[int], copies: Sequence[str]
+) -> tuple[dict[int, list[_Seen]], Tensor, int]:
     seen: dict[int, list[_Seen]] = {}
     saved: dict[int, int] = {}
 
@@ -109,7 +137,9 @@ def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]],
         saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if id(module) in expanded:
+            output = one_for_each(output, size)
         outputs = tree_leaves(output)
         seen.setdefault(id(module), []).append(
             _Seen(
@@ -118,6 +148,7 @@ def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]],
                 [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
             )
         )
+        return output if id(module) in expanded else None
 
     handles = [
         module.register_forward_hook(hook, with_kwargs=True) for module in function.model.modules()
@@ -127,11 +158,12 @@ def _watch(function: ModelFunction, batch: Any) -> tuple[dict[int, list[_Seen]],
             leaves: Parameters = {
                 name: p.detach().requires_grad_() for name, p in function.parameters.items()
             }
-            function(leaves, batch)
+            placed = {name: one_for_each(leaves[name], size) for name in copies}
+            outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     finally:
         for handle in handles:
             handle.remove()
-    return seen, sum(saved.values())
+    return seen, outputs, sum(saved.values())
 
 
 def _shapes(leaves: list[Any]) -> list[torch.Size | None]:

@@ -41,9 +41,45 @@ class Planner:
     def __init__(self, function: ModelFunction) -> None:
         """Run the model on two and on three samples."""
         self.function = function
-        self.layouts, self.sample_bytes = call_layouts(function)
         self.modules = dict(function.model.named_modules(remove_duplicate=False))
+        self.expanded: set[int] = set()
+        self.copies: list[str] = []
+        self.trial = call_layouts(function)
+        self._expand()
         self.ways = {slot: self._ways(slot) for slot in self._places()}
+
+    @property
+    def sample_bytes(self) -> int:
+        """What autograd keeps for one sample more."""
+        return self.trial.sample_bytes
+
+    def _expand(self) -> None:
+        """Make one for each sample of what is the same for all, where the model bears it.
+
+        A layer after an expanded one sees samples, so each is tried with those before it.
+        """
+        for slot in self._places():
+            path, _, _ = slot.rpartition(".")
+            name = self.function.slots[slot]
+            shape = self.function.parameters[name].shape
+            if shape[:1] == (1,) and any(True for _ in self.modules[path].children()):
+                self._try(self.expanded, [*self.copies, name])
+        owners = {id(self.modules[slot.rpartition(".")[0]]) for slot in self._places()}
+        for module in list(self.trial.calls):
+            calls = self.trial.calls.get(module, [])
+            if module in owners and calls and all(_same_for_all(call) for call in calls):
+                self._try(self.expanded | {module}, self.copies)
+
+    def _try(self, expanded: set[int], copies: list[str]) -> None:
+        """Keep these expansions if the outputs stay what they are."""
+        try:
+            trial = call_layouts(self.function, expanded, copies)
+        except Exception as error:  # whatever a user's module says of such tensors
+            if is_out_of_memory(error):
+                raise
+            return
+        if _equal(trial.outputs, self.trial.outputs):
+            self.trial, self.expanded, self.copies = trial, expanded, copies
 
     def _places(self) -> list[str]:
         """The slots of trainable parameters; a module registered twice counts once."""
@@ -60,13 +96,16 @@ class Planner:
     def _ways(self, slot: str) -> list[_Way]:
         path, _, _ = slot.rpartition(".")
         module = self.modules[path]
-        calls = self.layouts.get(id(module), [])
+        calls = self.trial.calls.get(id(module), [])
         ways = []
-        shape = self.function.parameters[self.function.slots[slot]].shape
-        if any(True for _ in module.children()) and shape[:1] == (1,):
+        if self.function.slots[slot] in self.copies:
             ways.append(_Way(REPLICATE))
         rule = rule_for(module)
-        if rule and calls and all(rule.applies(module, call) for call in calls):
+        if (
+            rule
+            and calls
+            and all(call.outputs[0] is not None and rule.applies(module, call) for call in calls)
+        ):
             ways.append(_Way("rule", path))
         while True:
             if self._is_unit(path):
@@ -76,10 +115,9 @@ class Planner:
             path = path.rpartition(".")[0]
 
     def _is_unit(self, path: str) -> bool:
-        calls = self.layouts.get(id(self.modules[path]), [])
+        calls = self.trial.calls.get(id(self.modules[path]), [])
         return bool(calls) and all(
-            any(layout is not None for layout in call.outputs) or _replicable(call)
-            for call in calls
+            any(layout is not None for layout in call.outputs) for call in calls
         )
 
     def plan(self) -> Plan:
@@ -121,9 +159,9 @@ class Planner:
 
     def _owner(self, way: _Way) -> Owner:
         module = self.modules[way.module]
-        calls = self.layouts[id(module)]
+        calls = self.trial.calls[id(module)]
         rule = rule_for(module) if way.kind == "rule" else None
-        return Owner(way.module, module, {}, calls, rule, replicate=_replicable(calls[0]))
+        return Owner(way.module, module, {}, calls, rule, replicate=id(module) in self.expanded)
 
     def _broken(self, plan: Plan) -> set[str] | None:
         """The parameters of the first owner or copy with which the model does not run, if any."""
@@ -154,12 +192,17 @@ def _runs(trial: ModelFunction, plan: Plan, expected: Tensor) -> bool:
         if is_out_of_memory(error):
             raise
         return False
+    return _equal(outputs, expected)
+
+
+def _equal(outputs: Tensor, expected: Tensor) -> bool:
+    """But for rounding."""
     scale = float(expected.abs().max())
     return outputs.shape == expected.shape and torch.allclose(
         outputs, expected, rtol=1e-3, atol=1e-3 * scale
     )
 
 
-def _replicable(call: CallLayout) -> bool:
-    """Whether the call gives one tensor that is the same for all samples."""
+def _same_for_all(call: CallLayout) -> bool:
+    """Whether the call gives one tensor, which is the same for all samples."""
     return len(call.outputs) == 1 and call.outputs[0] is None and call.shapes[0] is not None

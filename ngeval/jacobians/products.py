@@ -183,7 +183,8 @@ def _add_rows(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetr
 
 
 def _wide(rows: Tensor) -> Tensor:
-    return rows.flatten(0, 1).flatten(1).to(torch.float64)
+    """Rows as a float64 matrix; a scalar parameter has one column."""
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1).to(torch.float64)
 
 
 def _add_own_products(target: Tensor, rows: Tensor, strips: int = 4) -> None:
@@ -208,7 +209,7 @@ def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> No
             count = (samples.stop - samples.start) * (vectors.stop - vectors.start)
             for units in pieces(cut, count) if cut else [ALL]:
                 for name, rows in rows_of(group, samples, vectors, units).items():
-                    wide = rows.flatten(0, 1).flatten(1).to(torch.float64)
+                    wide = _wide(rows)
                     per_unit = sums[name].numel() // only.num_units if cut else 0
                     start = (units.start or 0) * per_unit
                     added = wide.square().sum(0) if squared else wide.sum(0)
@@ -298,4 +299,5 @@ def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]
             along = direction[name]
             if rows.shape[2:] != along.shape:
                 along = along[units]
-            yield name, rows.flatten(2).to(torch.float64) @ along.reshape(-1).to(torch.float64)
+            flat = _wide(rows) @ along.reshape(-1).to(torch.float64)
+            yield name, flat.reshape(rows.shape[:2])
