@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import resource
 import statistics
@@ -52,10 +55,8 @@ def memory(workload: Workload, settings: Settings) -> Measured:
 
 
 def _note(peaks: dict[str, dict[str, float]], device: str, processes: int) -> str:
-    if device == "cuda":
-        kind = "most memory allocated"
-    else:
-        kind = "peak RSS less that after the imports"
+    on_gpu = device == "cuda"
+    kind = "most memory allocated" if on_gpu else "peak RSS less that after the imports"
     added, loaded = (
         " over ".join(f"{peaks[what][key] / 2**20:.0f}" for what in ("gram", "plain"))
         for key in ("added", "loaded")
@@ -104,6 +105,7 @@ def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> 
     """Run one thing once, and say what it took above the imports and in all."""
     if loaded:
         _work(build(name, device, quick=True, trained=False), what)
+        _give_back_heap()
     base = resident(peak=False)
     # Without the brief training: its own peak would count.
     workload = build(name, device, quick=quick, trained=False)
@@ -115,6 +117,14 @@ def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> 
         return {"added": peak, "whole": peak}
     highest = resident(peak=True)
     return {"added": highest - base, "whole": highest}
+
+
+def _give_back_heap() -> None:
+    """What the toy has freed must not serve the measured run unseen."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _work(workload: Workload, what: str) -> None:

@@ -139,10 +139,10 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def number(value: float, unit: str) -> str:
-    """Three digits and the unit."""
+    """Three digits, but no more than three decimals, and the unit."""
     if not math.isfinite(value):
         return str(value)
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    digits = min(3, max(0, 2 - math.floor(math.log10(abs(value))))) if value else 0
     text = f"{value:,.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return f"{text}{'' if unit in ('×', '') else ' '}{unit}"
