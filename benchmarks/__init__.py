@@ -1,0 +1,1 @@
+"""Measured claims about ngeval's speed and memory: ``python -m benchmarks``."""

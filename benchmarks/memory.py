@@ -1,0 +1,150 @@
+"""Peak memory of K over that of a plain gradient, each in a process of its own.
+
+``python -m benchmarks.memory MODEL plain|gram`` prints what one such process measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import ngeval  # noqa: F401  (its import must not count)
+from benchmarks.claims import Claim, Measured
+from benchmarks.models import BUILDERS, Workload, build
+from benchmarks.pipeline import problem_of
+from benchmarks.products import gradient_gram
+from benchmarks.timing import Settings, plain_gradient
+
+GIB = 2**30
+MOST_PROCESSES = 3
+
+
+def memory(workload: Workload, settings: Settings) -> Measured:
+    """The ratio of peaks; the workload is built again in each process."""
+    processes = min(settings.repeats, 1 if workload.name in ("gpt", "t5") else MOST_PROCESSES)
+    peaks: dict[str, dict[str, float]] = {}
+    for what in ("plain", "gram"):
+        settings.on_step(f"{what} in a process of its own")
+        runs = [_in_process(workload.name, what, settings) for _ in range(processes)]
+        peaks[what] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    ratios = {key: peaks["gram"][key] / peaks["plain"][key] for key in ("added", "loaded")}
+    title = "peak memory of K over a gradient's"
+    claims = [
+        Claim(title, ratios["added"], "×", "≤", 1.5),
+        Claim(f"{title}, torch's lazy parts loaded before", ratios["loaded"], "×"),
+    ]
+    if workload.name == "gpt":
+        total = peaks["gram"]["whole"] / GIB
+        claims.append(Claim("peak memory of K, whole process", total, "GiB", "≤", 8.0))
+    details = {
+        f"{what}, {key}, MiB": value / 2**20
+        for what, peak in peaks.items()
+        for key, value in peak.items()
+    }
+    return Measured(claims, {}, details, [_note(peaks, settings.device, processes)])
+
+
+def _note(peaks: dict[str, dict[str, float]], device: str, processes: int) -> str:
+    on_gpu = device == "cuda"
+    kind = "most memory allocated" if on_gpu else "peak RSS less that after the imports"
+    added, loaded = (
+        " over ".join(f"{peaks[what][key] / 2**20:.0f}" for what in ("gram", "plain"))
+        for key in ("added", "loaded")
+    )
+    return (
+        f"{kind}, the model and (for K) the making of the Problem included: {added} MiB; {loaded} "
+        "MiB where a toy of the same kind has run before the measurement, so that what torch loads "
+        f"at first use does not count; median of {processes} process(es)"
+    )
+
+
+def _in_process(name: str, what: str, settings: Settings) -> dict[str, float]:
+    """``added`` to the imports, ``whole``, and ``loaded``: added with lazy parts in place."""
+    found = _run(name, what, settings)
+    return {**found, "loaded": _run(name, what, settings, "--loaded")["added"]}
+
+
+def _run(name: str, what: str, settings: Settings, *flags: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", name, what, "--device", settings.device]
+    if settings.quick:
+        command.append("--quick")
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, cwd=root)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{what} ended with {done.returncode}: {last}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def resident(*, peak: bool) -> int:
+    """Bytes of memory that this process has now, or had at most.
+
+    Linux hands the parent's peak on to ``getrusage`` of a child, so there the process's own
+    high-water mark is read.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> dict[str, float]:
+    """Run one thing once, and say what it took above the imports and in all."""
+    if loaded:
+        _work(build(name, device, quick=True, trained=False), what)
+        _give_back_heap()
+    base = resident(peak=False)
+    # Without the brief training: its own peak would count.
+    workload = build(name, device, quick=quick, trained=False)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    _work(workload, what)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        return {"added": peak, "whole": peak}
+    highest = resident(peak=True)
+    return {"added": highest - base, "whole": highest}
+
+
+def _give_back_heap() -> None:
+    """What the toy has freed must not serve the measured run unseen."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _work(workload: Workload, what: str) -> None:
+    if what == "plain":
+        plain_gradient(workload)
+    else:
+        gradient_gram(problem_of(workload))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=BUILDERS)
+    parser.add_argument("what", choices=("plain", "gram"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--loaded", action="store_true")
+    given = parser.parse_args()
+    found = measure(given.name, given.what, given.device, quick=given.quick, loaded=given.loaded)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
