@@ -236,9 +236,9 @@ add("vit-lora", lambda: attention.Vit(lora=True), floats(1, 4, 6))
 add(
     "t5",
     attention.T5,
-    {"input_ids": integers(6, 4), "decoder_input_ids": integers(6, 3, seed=2)},
+    {"input_ids": integers(4, 4), "decoder_input_ids": integers(4, 3, seed=2)},
     3,
-    classes=6,
+    classes=4,
 )
 MASKED = {"input_ids": padded(7, 4), "mask": padded(7, 4) > 0}
 add("bert", attention.Bert, MASKED)

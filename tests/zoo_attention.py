@@ -171,10 +171,10 @@ class T5(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared = nn.Embedding(6, WIDTH)
+        self.shared = nn.Embedding(4, WIDTH)
         self.encoder = nn.ModuleList([T5Block(True, False), T5Block(False, False)])
         self.decoder = nn.ModuleList([T5Block(True, True)])
-        self.norm, self.head = RootMeanSquare(), nn.Linear(WIDTH, 6, bias=False)
+        self.norm, self.head = RootMeanSquare(), nn.Linear(WIDTH, 4, bias=False)
         self.head.weight = self.shared.weight
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> SimpleNamespace:
