@@ -25,6 +25,7 @@ from ngeval.jacobians.layouts import one_for_each
 from ngeval.jacobians.rules import Call, Owner
 from ngeval.jacobians.terms import RowsTerm, Term, merged
 from ngeval.jacobians.units import unit_term
+from ngeval.memory import is_out_of_memory
 
 
 class UnsupportedLayerError(EngineError):
@@ -169,16 +170,13 @@ def _pull_back(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> li
         single = torch.autograd.grad(outputs, targets, vectors[0], allow_unused=True)
         found = [None if g is None else g.unsqueeze(0) for g in single]
     else:
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            # An operation without a rule for vmap raises.
-            found = list(
-                torch.autograd.grad(
-                    *(outputs, targets, vectors),
-                    is_grads_batched=True,
-                    allow_unused=True,
-                    retain_graph=True,
-                )
-            )
+        try:
+            options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
+            found = list(torch.autograd.grad(outputs, targets, vectors, **options))
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            # An operation has no rule for vmap.
     if found is None:
         found = _pull_back_singly(outputs, targets, vectors)
     return [

@@ -66,7 +66,7 @@ def _first_right(
     reasons = []
     for name in names:
         try:
-            source = _source(function, name, memory, probe if check else None)
+            source = _source(function, name, memory, probe)
             products = probe.row_products(source)
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
@@ -94,8 +94,6 @@ def _source(function: ModelFunction, name: str, memory: int, probe: _Probe | Non
         while True:
             plan = planner.plan()
             source = RowSource(function, name, memory, plan, planner.sample_bytes)
-            if probe is None:
-                return source
             wrong = probe.wrong_parameters(probe.row_products(source))
             if not wrong or not planner.demote(wrong):
                 return source

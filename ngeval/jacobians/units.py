@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, plain_operations
 from ngeval.jacobians.rules import Call
 from ngeval.jacobians.terms import RowsTerm, Term
+from ngeval.memory import is_out_of_memory
 
 
 def unit_term(function: ModelFunction, call: Call) -> Term:
@@ -34,7 +35,9 @@ def unit_term(function: ModelFunction, call: Call) -> Term:
         if not owner.looped:
             try:
                 return own.vectorised(inputs, gradients)
-            except (RuntimeError, ValueError, NotImplementedError):
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise
                 owner.looped.append(True)  # an operation without a rule for vmap
         return own.looped(inputs, gradients)
 
