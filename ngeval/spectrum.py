@@ -7,10 +7,13 @@ all its digits beside large ones, and only a row that the others span to roundin
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import scipy
+import threadpoolctl
 import torch
 from torch import Tensor
 
@@ -55,7 +58,8 @@ class Spectrum:
         _check_finite(rows)
         scale = rows.norm(dim=1).cpu()
         unit = (rows.cpu().double() * _inverse(scale).unsqueeze(1)).numpy()
-        upper, pivots = scipy.linalg.qr(unit.T, mode="r", pivoting=True)
+        with _one_thread():
+            upper, pivots = scipy.linalg.qr(unit.T, mode="r", pivoting=True)
         upper = upper[: min(unit.shape)]
         cutoff = min(10 * len(unit) * torch.finfo(row_dtype).eps, MOST_CUT**0.5)
         rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
@@ -99,7 +103,8 @@ class Spectrum:
         scale = matrix.diagonal().clamp_min(0).sqrt().cpu()
         inverse = _inverse(scale)
         unit = (matrix.cpu() * inverse * inverse.unsqueeze(1)).numpy()
-        factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(unit, tol=cutoff, lower=1)
+        with _one_thread():
+            factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(unit, tol=cutoff, lower=1)
         lower = np.zeros((size, int(rank)))
         lower[pivots - 1] = np.tril(factor)[:, : int(rank)]
         return cls._of_factor(scale, lower, matrix.device)
@@ -136,6 +141,17 @@ class Spectrum:
     def projected_norm(self, vector: Tensor) -> float:
         """The norm of the projection of ``vector`` onto the range."""
         return float((self.eigenvectors.T @ vector).norm())
+
+
+@functools.cache
+def _scipy_pools() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Scipy's threads go on spinning after a call, on the cores that torch's next one needs."""
+    limit: AbstractContextManager[object] = _scipy_pools().limit(limits=1)
+    return limit
 
 
 def _inverse(scale: Tensor) -> Tensor:

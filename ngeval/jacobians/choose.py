@@ -85,7 +85,7 @@ def _first_right(
     return None, reasons
 
 
-def _source(function: ModelFunction, name: str, memory: int, probe: _Probe | None) -> RowSource:
+def _source(function: ModelFunction, name: str, memory: int, probe: _Probe) -> RowSource:
     """The source of an engine; the layer engine's plan is mended until the probe finds no fault."""
     if name != "layers":
         return RowSource(function, name, memory)

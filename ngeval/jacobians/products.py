@@ -19,6 +19,9 @@ from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
 PIECE_ENTRIES = 2**23
 """Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""
 
+TRIANGLE_SIZE = 512
+"""From this many rows on, leaving out half of a symmetric matrix is worth its strips."""
+
 ALL = slice(None)
 
 
@@ -86,36 +89,66 @@ def _add_affine_affine(
     out: Tensor, left: AffineTerm, right: AffineTerm, shared: set[str], *, symmetric: bool
 ) -> None:
     """Σ_ts (a_t·a′_s + 1)(b_t·b′_s), in strips of left samples."""
-    count, vectors, positions = left.cotangents.shape[:3]
-    others, other_vectors, other_positions = right.cotangents.shape[:3]
-    width = vectors * positions * others * other_vectors * other_positions
-    step = max(1, min(PIECE_ENTRIES // max(width, 1), -(-count // 8)))
-    right_b = right.cotangents.to(torch.float64).flatten(0, 2).flatten(1)
-    right_a = _flat_inputs(right) if left.weight in shared else None
-    left_a = right_a if symmetric else (None if right_a is None else _flat_inputs(left))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        last = stop if symmetric else others  # the lower triangle is enough
-        columns = last * other_vectors * other_positions
-        strip = left.cotangents[start:stop].to(torch.float64).flatten(0, 2).flatten(1)
-        backward = strip @ right_b[:columns].T
-        shape = (stop - start, vectors, positions, last, other_vectors, other_positions)
-        forward = torch.zeros(
-            (stop - start) * positions, last * other_positions, dtype=out.dtype, device=out.device
-        )
+    weighted = left.weight in shared
+    constant = float(left.bias is not None and left.bias in shared)
+    right_b = _flat_cotangents(right, ALL)
+    right_a = _flat_inputs(right) if weighted else None
+    left_a = right_a if symmetric or not weighted else _flat_inputs(left)
+    size, other = left.num_vectors * left.positions, right.num_vectors * right.positions
+    for samples in _strips(left.num_samples, size, len(right_b), symmetric=symmetric):
+        last = samples.stop if symmetric else right.num_samples  # the lower triangle is enough
+        own = right_b[samples.start * size : samples.stop * size] if symmetric else None
+        strip = _flat_cotangents(left, samples) if own is None else own
+        backward = strip @ right_b[: last * other].T
+        factor = None
         if left_a is not None and right_a is not None:
-            rows = slice(start * positions, stop * positions)
-            forward = left_a[rows] @ right_a[: last * other_positions].T
-        if left.bias is not None and left.bias in shared:
-            forward += 1
-        factor = forward.reshape(stop - start, 1, positions, last, 1, other_positions)
-        target = out[start * vectors : stop * vectors, : last * other_vectors]
-        if positions == other_positions == 1:
-            view = target.unflatten(0, (-1, vectors)).unflatten(2, (-1, other_vectors))
-            view.addcmul_(backward.reshape(shape).squeeze(5).squeeze(2), factor[:, :, 0, :, :, 0])
-        else:
-            products = backward.reshape(shape).mul_(factor).sum((2, 5))
-            target += products.reshape(target.shape)
+            rows = slice(samples.start * left.positions, samples.stop * left.positions)
+            factor = left_a[rows] @ right_a[: last * right.positions].T
+            if constant:
+                factor += constant
+        target = out[
+            samples.start * left.num_vectors : samples.stop * left.num_vectors,
+            : last * right.num_vectors,
+        ]
+        _add_joined(target, backward, factor, left, right)
+
+
+def _add_joined(
+    target: Tensor, backward: Tensor, factor: Tensor | None, left: AffineTerm, right: AffineTerm
+) -> None:
+    """Add backward ⊙ factor, summed over both positions; no factor stands for ones."""
+    once = left.positions == right.positions == 1
+    if once and factor is None:
+        target += backward
+        return
+    if once and factor is not None and left.num_vectors == right.num_vectors == 1:
+        target.addcmul_(backward, factor)
+        return
+    lead = (-1, left.num_vectors, left.positions)
+    trail = (-1, right.num_vectors, right.positions)
+    view = backward.unflatten(0, lead).unflatten(3, trail)
+    if factor is not None:
+        own, other = (-1, 1, left.positions), (-1, 1, right.positions)
+        wide = factor.unflatten(0, own).unflatten(3, other)
+        if once:
+            into = target.unflatten(0, lead[:2]).unflatten(2, trail[:2])
+            into.addcmul_(view[:, :, 0, :, :, 0], wide[:, :, 0, :, :, 0])
+            return
+        view = view * wide
+    target += view.sum((2, 5)).flatten(0, 1).flatten(1)
+
+
+def _strips(count: int, size: int, columns: int, *, symmetric: bool) -> Iterator[slice]:
+    """Slices of the left samples: to bound a temporary matrix, and to leave out a triangle."""
+    step = max(1, PIECE_ENTRIES // max(size * columns, 1))
+    if symmetric and count * size >= TRIANGLE_SIZE:
+        step = min(step, -(-count // 8))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _flat_cotangents(term: AffineTerm, samples: slice) -> Tensor:
+    return term.cotangents[samples].to(torch.float64).flatten(0, 2).flatten(1)
 
 
 def _flat_inputs(term: AffineTerm) -> Tensor:
