@@ -108,7 +108,7 @@ def evaluate(
     done = on_step or (lambda _: None)
     exact = natural and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
-        logit_kernel(problem, exact=exact)
+        logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
         for one in rated:
             one.prepare(problem, damping_scale, seed, (gap, max_iterations))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.fisher import factor_columns, unit_cotangents
-from ngeval.jacobians import cross_gram, gram_matrix
+from ngeval.jacobians import CapturedRows, gram_matrix
 from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 from ngeval.spectrum import UNSEEN, Spectrum
@@ -166,27 +166,35 @@ class GramKernel(DenseKernel):
 
 
 class StripKernel(PushingKernel):
-    """Products of Θ with the vectors that updates are made of, one strip for each set of them."""
+    """Products of Θ with the vectors that updates are made of, one strip for each of them."""
 
     def __init__(self, problem: Problem) -> None:
         """Nothing is computed before it is asked for."""
         super().__init__(problem)
-        self.rows = problem.rows
-        self.unit = unit_cotangents(problem)
+        self.jacobian = CapturedRows(problem.rows, unit_cotangents(problem))
         self._strips: list[tuple[Tensor, Tensor]] = []
 
     def _strip(self, vectors: Tensor) -> Tensor:
-        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, NQ)``; remembered by the vectors' identity."""
+        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; one made before is not made again."""
+        missing = [q for q in range(vectors.shape[1]) if self._known(vectors[:, q]) is None]
+        if missing:
+            made = self.jacobian.products(vectors[:, missing])
+            for i, q in enumerate(missing):
+                self._strips.append((vectors[:, q], made.unflatten(1, (-1, len(missing)))[..., i]))
+        columns = [self._known(vectors[:, q]) for q in range(vectors.shape[1])]
+        return torch.stack([column for column in columns if column is not None], 2)
+
+    def _known(self, vector: Tensor) -> Tensor | None:
         for known, strip in self._strips:
-            if known is vectors:
+            if torch.equal(known, vector):
                 return strip
-        self._strips.append((vectors, cross_gram(self.rows, self.unit, vectors)))
-        return self._strips[-1][1]
+        return None
 
     def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """T = (Θv)c, ‖d‖² = w·t."""
         fields = combine(vectors, coefficients)
-        tangents = (coefficients.flatten(1) @ self._strip(vectors).T).reshape(fields.shape)
+        strip = self._strip(vectors).flatten(1)
+        tangents = (coefficients.flatten(1) @ strip.T).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
@@ -221,13 +229,17 @@ def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:
     return torch.einsum("lnq,nq...->ln...", coefficients, vectors)
 
 
-def logit_kernel(problem: Problem, *, exact: bool | None = None) -> LogitKernel:
+def logit_kernel(
+    problem: Problem, *, exact: bool | None = None, pushes: int | None = None
+) -> LogitKernel:
     """What of Θ to keep for a problem; computed once.
 
     Args:
         problem: the model on its batch.
         exact: all of Θ is wanted (for the exact natural gradient); None takes what is there, or
             all of it.
+        pushes: how many updates will be pushed, if that is known: a few are pushed through the
+            model for less than the C backward passes that products of Θ begin with.
 
     Raises:
         EngineError: not even the Gram matrix of the batch would fit in the memory budget.
@@ -245,21 +257,23 @@ def logit_kernel(problem: Problem, *, exact: bool | None = None) -> LogitKernel:
         return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
     if exact is not False and dense_is_feasible(problem):
         return problem.remember("dense_kernel", lambda: GramKernel(problem))
-    return problem.remember("strip_kernel", lambda: _strip_kernel(problem))
+    return problem.remember("strip_kernel", lambda: _strip_kernel(problem, pushes))
 
 
-def _strip_kernel(problem: Problem) -> LogitKernel:
-    size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
+def _strip_kernel(problem: Problem, pushes: int | None) -> LogitKernel:
+    samples, outputs, budget = problem.num_samples, problem.num_outputs, problem.rows.memory
+    # A tangent costs about as much as a backward pass; updates have a small common basis.
+    needed = outputs if pushes is None else min(pushes, 40 + 2 * samples)
     # Strips for the residual and for a few draws, and the tangents of some fifty updates.
-    if problem.num_outputs <= STRIP_OUTPUTS and 8 * size * (4 * problem.num_samples + 100) < budget:
+    fits = 8 * samples * outputs * (4 * samples + 100) < budget
+    if outputs <= min(STRIP_OUTPUTS, 2 * needed) and fits:
         return StripKernel(problem)
-    if 5 * 8 * problem.num_samples**2 > budget:
-        fits = int((budget / 40) ** 0.5)
+    if 5 * 8 * samples**2 > budget:
+        most = int((budget / 40) ** 0.5)
         raise EngineError(
-            f"the Gram matrix of {problem.num_samples} samples needs "
-            f"{describe_bytes(40 * problem.num_samples**2)}, over the memory budget of "
-            f"{describe_bytes(budget)}: at most {fits} samples fit; use a smaller batch or raise "
-            "memory="
+            f"the Gram matrix of {samples} samples needs {describe_bytes(40 * samples**2)}, over "
+            f"the memory budget of {describe_bytes(budget)}: at most {most} samples fit; use a "
+            "smaller batch or raise memory="
         )
     return MatrixFreeKernel(problem)
 

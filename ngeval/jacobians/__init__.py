@@ -7,19 +7,19 @@ columns of S the square root of the Fisher, v = sampled residuals the sampled gr
 
 from ngeval.jacobians.choose import choose_rows
 from ngeval.jacobians.rows import (
+    CapturedRows,
     RowSource,
     column_sums,
-    cross_gram,
     gram_matrix,
     row_combinations,
     squared_column_sums,
 )
 
 __all__ = [
+    "CapturedRows",
     "RowSource",
     "choose_rows",
     "column_sums",
-    "cross_gram",
     "gram_matrix",
     "row_combinations",
     "squared_column_sums",

@@ -27,6 +27,10 @@ from ngeval.jacobians.terms import RowsTerm, Term, merged
 from ngeval.jacobians.units import unit_term
 from ngeval.memory import is_out_of_memory
 
+BATCHED_ENTRIES = 2**22
+"""Up to this many entries of gradients, cotangents are pulled back together; passes over larger
+ones are faster one by one."""
+
 
 class UnsupportedLayerError(EngineError):
     """The model was not called as it was when the plan was made."""
@@ -166,10 +170,7 @@ def _pull_back(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> li
     found: list[Tensor | None] | None = None
     if not outputs.requires_grad:
         found = [None] * len(targets)
-    elif count == 1:
-        single = torch.autograd.grad(outputs, targets, vectors[0], allow_unused=True)
-        found = [None if g is None else g.unsqueeze(0) for g in single]
-    else:
+    elif count > 1 and count * sum(t.numel() for t in targets) < BATCHED_ENTRIES:
         try:
             options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
             found = list(torch.autograd.grad(outputs, targets, vectors, **options))
@@ -189,14 +190,23 @@ def _pull_back_singly(
     outputs: Tensor, targets: list[Tensor], vectors: Tensor
 ) -> list[Tensor | None]:
     """One backward pass for each cotangent."""
-    single = [
-        torch.autograd.grad(outputs, targets, v, retain_graph=True, allow_unused=True)
-        for v in vectors
-    ]
-    return [
-        None if parts[0] is None else torch.stack([p for p in parts if p is not None])
-        for parts in zip(*single, strict=True)
-    ]
+    found: list[Tensor | None] = [None] * len(targets)
+    last = len(vectors) - 1
+    for q, vector in enumerate(vectors):
+        single = torch.autograd.grad(
+            outputs, targets, vector, retain_graph=q < last, allow_unused=True
+        )
+        for i, gradient in enumerate(single):
+            if gradient is None:
+                continue
+            if last == 0:
+                found[i] = gradient.unsqueeze(0)
+                continue
+            kept = found[i]
+            if kept is None:
+                kept = found[i] = gradient.new_zeros(last + 1, *gradient.shape)
+            kept[q] = gradient
+    return found
 
 
 def _copy_term(name: str, rows: Tensor) -> Term:

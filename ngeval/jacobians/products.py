@@ -220,9 +220,10 @@ def _wide(rows: Tensor) -> Tensor:
     return rows.reshape(rows.shape[0] * rows.shape[1], -1).to(torch.float64)
 
 
-def _add_own_products(target: Tensor, rows: Tensor, strips: int = 4) -> None:
+def _add_own_products(target: Tensor, rows: Tensor) -> None:
     """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is not computed."""
     size = target.shape[0]
+    strips = 4 if size >= TRIANGLE_SIZE else 1
     bounds = sorted({size * i // strips for i in range(strips + 1)})
     for start, stop in itertools.pairwise(bounds):
         target[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
@@ -316,16 +317,14 @@ def row_products(terms: list[Term], direction: Parameters) -> dict[str, Tensor]:
 
 
 def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(term, AffineTerm):
-        # Σ_t b_t·(D a_t): no row is made.
-        wide = term.cotangents.to(torch.float64)
+    if isinstance(term, AffineTerm) and term.applied_once:
+        # b·(D a): no row is made.
+        wide = term.cotangents[:, :, 0, 0].to(torch.float64)
         if term.weight:
-            along = direction[term.weight].to(torch.float64).reshape(term.groups, -1, term.fan_in)
-            moved = torch.einsum("ntgi,goi->ntgo", term.inputs(ALL).to(torch.float64), along)
-            yield term.weight, torch.einsum("nqtgo,ntgo->nq", wide, moved)
+            along = direction[term.weight].to(torch.float64).reshape(-1, term.fan_in)
+            yield term.weight, torch.einsum("nqo,no->nq", wide, _flat_inputs(term) @ along.T)
         if term.bias:
-            along = direction[term.bias].to(torch.float64).reshape(term.groups, -1)
-            yield term.bias, torch.einsum("nqtgo,go->nq", wide, along)
+            yield term.bias, wide @ direction[term.bias].to(torch.float64)
         return
     for units in pieces(term, term.num_samples * term.num_vectors):
         for name, rows in term.rows(ALL, ALL, units).items():

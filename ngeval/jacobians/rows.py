@@ -178,29 +178,59 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     return torch.diag(gram.diagonal()) + lower + lower.T
 
 
-def cross_gram(source: RowSource, left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of the rows of two sets of cotangents of the same batch.
+class CapturedRows:
+    """Many rows whose inner products with others are wanted again and again.
 
-    Args:
-        source: the model, engine and memory budget.
-        left: v of shape ``(N, Q, *positions, C)``, many: captured block by block.
-        right: w of shape ``(N, R, *positions, C)``, few.
-
-    Returns:
-        Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
+    Their captures are kept where they fit in a quarter of the memory, and made anew otherwise.
     """
-    rows, columns = (part.shape[0] * part.shape[1] for part in (left, right))
 
-    def attempt(limited: RowSource) -> Tensor:
-        out = torch.zeros(rows, columns, dtype=torch.float64, device=source.function.device)
-        for block in limited.blocks(right, share=0.5):
-            terms = limited.capture(right, block)
-            for other in limited.blocks(left, share=0.5):
-                others = limited.capture(left, other)
-                add_inner_products(out[other.rows, block.rows], others, terms)
-        return out
+    def __init__(self, source: RowSource, cotangents: Tensor) -> None:
+        """Nothing is computed yet.
 
-    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+        Args:
+            source: the model, engine and memory budget.
+            cotangents: v of shape ``(N, Q, *positions, C)``.
+        """
+        self.source = source
+        self.cotangents = cotangents
+        self._kept: list[tuple[Block, list[Term]]] | None = None
+
+    def products(self, others: Tensor) -> Tensor:
+        """Inner products with the rows of other cotangents of the same batch.
+
+        Args:
+            others: w of shape ``(N, R, *positions, C)``.
+
+        Returns:
+            Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
+        """
+        rows, columns = (part.shape[0] * part.shape[1] for part in (self.cotangents, others))
+
+        def attempt(limited: RowSource) -> Tensor:
+            device = limited.function.device
+            out = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+            for block in limited.blocks(others, share=0.25):
+                terms = limited.capture(others, block)
+                for other, captured in self._captures(limited):
+                    add_inner_products(out[other.rows, block.rows], captured, terms)
+            return out
+
+        source = self.source
+        return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+
+    def _captures(self, source: RowSource) -> Iterator[tuple[Block, list[Term]]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        # A first layer's share of the rows is made beside what is kept of all.
+        blocks = source.blocks(self.cotangents, share=0.25)
+        kept = []
+        for block in blocks:
+            terms = source.capture(self.cotangents, block)
+            if len(blocks) == 1:
+                kept.append((block, terms))
+            yield block, terms
+        self._kept = kept or None
 
 
 def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:

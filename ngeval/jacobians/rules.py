@@ -6,7 +6,6 @@ anything else is a *unit*, whose own function is differentiated (see `ngeval.jac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,11 +152,13 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
     for d in range(dims):
         reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
         inputs = inputs.unfold(2 + d, reach, layer.stride[d])[..., :: layer.dilation[d]]
-    # (n·k, channels, *pixels, *kernel) to (n·k, *pixels, groups, channels in a group, *kernel)
-    inputs = inputs.movedim(1, 1 + dims).unflatten(1 + dims, (layer.groups, -1))
-    positions = repeats * math.prod(inputs.shape[1 : 1 + dims])
-    patches: Tensor = inputs.reshape(count, positions, layer.groups, -1)
-    return patches
+    # Pixels last: whole rows of the image are copied at once.
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    patches = inputs.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
+    patches = patches.unflatten(1, (layer.groups, -1)).unflatten(0, (count, repeats))
+    # (n, k, g, i, pixels) to (n, k·pixels, g, i), a view where k = 1
+    moved: Tensor = patches.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return moved
 
 
 def _embedding_term(_: ModelFunction, call: Call) -> Term:

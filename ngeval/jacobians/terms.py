@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ngeval.functional import Parameters, model_errors
 
+PATCH_ENTRIES = 2**21
+"""Entries of the patches that a convolution's rows are made of at one time."""
+
 
 class Term(ABC):
     """One additive part of the rows of some parameters, for B samples with Q cotangents each.
@@ -153,18 +156,21 @@ class AffineTerm(Term):
         cotangents = self.cotangents[samples, vectors]
         if self.groups == 1:
             cotangents = cotangents[..., units]
-        count, vectors_count, _, groups, outputs = cotangents.shape
+        count, num_vectors, positions, groups, outputs = cotangents.shape
         rows = {}
         if self.weight:
-            left = cotangents.permute(0, 3, 1, 4, 2).reshape(
-                count * groups, vectors_count * outputs, -1
-            )
-            right = self.inputs(samples).transpose(1, 2).flatten(0, 1)
-            products = torch.bmm(left, right).reshape(
-                count, groups, vectors_count, outputs, self.fan_in
-            )
+            left = cotangents.permute(0, 3, 1, 4, 2).reshape(count, groups, -1, positions)
+            products = left.new_empty(count, groups, num_vectors * outputs, self.fan_in)
+            first = samples.start or 0
+            # Patches of a few samples at a time stay in the cache, and in memory held already.
+            step = max(1, PATCH_ENTRIES // max(1, positions * groups * self.fan_in))
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                right = self.inputs(slice(first + start, first + stop)).transpose(1, 2)
+                torch.matmul(left[start:stop], right, out=products[start:stop])
+            split = products.unflatten(2, (num_vectors, outputs)).transpose(1, 2)
             shape = (groups * outputs, *self.weight_shape[1:])
-            rows[self.weight] = products.transpose(1, 2).reshape(count, vectors_count, *shape)
+            rows[self.weight] = split.reshape(count, num_vectors, *shape)
         if self.bias:
             rows[self.bias] = cotangents.sum(2).flatten(2)
         return rows
