@@ -21,6 +21,7 @@ from ngeval.checkpoints import find_checkpoints
 from ngeval.demo import Demo
 from ngeval.errors import InputError, nearest_name
 from ngeval.evaluate import check_dampings
+from ngeval.krylov import GAP
 from ngeval.methods import METHODS, get_methods
 from ngeval.options import (
     BatchSizeOption,
@@ -29,9 +30,12 @@ from ngeval.options import (
     DtypeOption,
     EngineOption,
     ForceOption,
+    GapOption,
     MemoryOption,
     MethodsOption,
+    MetricOption,
     MoreCheckpoints,
+    NaturalOption,
     NumBatchesOption,
     OutputOption,
     PickleOption,
@@ -42,6 +46,7 @@ from ngeval.options import (
     parse_bytes,
     parse_dampings,
     parse_dtype,
+    parse_metric,
 )
 from ngeval.plots import (
     FIGURE_SUFFIXES,
@@ -51,7 +56,7 @@ from ngeval.plots import (
     stages_figure,
 )
 from ngeval.results import ResultFile, check_output, read_results
-from ngeval.runs import Run
+from ngeval.runs import Grading, Run
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import OPTIMIZERS, Training
 
@@ -166,6 +171,9 @@ def gamma(
     dtype: DtypeOption = None,
     engine: EngineOption = "auto",
     memory: MemoryOption = None,
+    metric_batches: MetricOption = None,
+    natural: NaturalOption = True,
+    gap: GapOption = GAP,
     output: OutputOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -201,6 +209,9 @@ def sweep(
     dtype: DtypeOption = None,
     engine: EngineOption = "auto",
     memory: MemoryOption = None,
+    metric_batches: MetricOption = None,
+    natural: NaturalOption = True,
+    gap: GapOption = GAP,
     output: OutputOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -340,13 +351,17 @@ def _grade(
     output: Path | None,
     force: bool,
     quiet: bool,
+    metric_batches: str | None,
+    natural: bool,
+    gap: float,
     **options: Any,
 ) -> pd.DataFrame:
     """What ``gamma`` and ``sweep`` share; returns the table of all rows."""
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
     run = _run(**{key: value for key, value in options.items() if key in _RUN_OPTIONS})
-    tables = run.gammas(names, values, damping_scale)
+    grading = Grading(parse_metric(metric_batches), natural, gap)
+    tables = run.gammas(names, values, damping_scale, grading)
     table = _collect(run, tables, "grading updates", output, force, quiet)
     failed = table[table["status"] != "ok"]
     if len(failed):

@@ -124,6 +124,7 @@ def evaluate(
             done("gamma_min")
         elif metric is not None:
             table = _noted(table, "γ_min is not computed for another metric batch")
+        table = _noted(table, "; ".join(problem.notes))
     return table.reindex(columns=COLUMNS)
 
 
@@ -173,11 +174,10 @@ def absolute_dampings(
 
     A method without curvature (sgd) has no relative scale: NaN, and λ does not enter it.
     """
-    factor = {
-        "absolute": 1.0,
-        "mean": float(problem.num_samples),
-        "relative": state.largest_curvature,
-    }[scale]
+    if scale == "relative":  # asked for only then: it may have to be computed
+        factor = state.largest_curvature
+    else:
+        factor = float(problem.num_samples) if scale == "mean" else 1.0
     return [factor * damping for damping in dampings]
 
 

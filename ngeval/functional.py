@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
@@ -41,6 +42,7 @@ class ModelFunction:
         versions: the version counter of each parameter, by which a change in place shows.
         cast: the dtype that was asked for; None where the model keeps its own.
         forward_mode: take J d by forward-mode AD where every operation has a rule.
+        notes: what had to be worked around.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class ModelFunction:
     versions: dict[str, int]
     cast: torch.dtype | None = None
     forward_mode: bool = True
+    notes: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> ModelFunction:
@@ -141,7 +144,7 @@ class ModelFunction:
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
         # torch's own tying would swap a module that is registered twice two times, and not
         # restore it; the slots name every place once.
-        with plain_operations():
+        with plain_operations(self.notes):
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw)
 
@@ -279,8 +282,11 @@ def _slots(model: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def plain_operations() -> Iterator[None]:
+def plain_operations(notes: set[str] | None = None) -> Iterator[None]:
     """Attention by its definition, and no activation checkpointing.
+
+    Args:
+        notes: gets a line if there was checkpointing.
 
     Forward-mode AD has no rule for fused attention, and the fast path of
     ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
@@ -290,37 +296,56 @@ def plain_operations() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _without_checkpointing():
+        with sdpa_kernel(SDPBackend.MATH), _without_checkpointing(notes):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _PlainCall:
-    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``."""
-
-    @staticmethod
-    def apply(function: Any, _preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-def _no_recording(*_: Any, **__: Any) -> Iterator[None]:
-    """Stands in for the generator around a non-reentrant checkpoint's call."""
-    yield
-
-
 @contextlib.contextmanager
-def _without_checkpointing() -> Iterator[None]:
-    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-    kept = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
-    for name, stand_in in zip(names, (_PlainCall, _no_recording), strict=True):
-        if name in kept:
-            setattr(checkpoint, name, stand_in)
+def _without_checkpointing(notes: set[str] | None) -> Iterator[None]:
+    def note() -> None:
+        if notes is not None:
+            notes.add("activation checkpointing was switched off")
+
+    class PlainCall:
+        @staticmethod
+        def apply(function: Any, _preserve_rng_state: bool, *args: Any) -> Any:
+            note()
+            return function(*args)
+
+    def no_recording(*_: Any, **__: Any) -> Iterator[None]:
+        note()
+        yield
+
+    stand_ins = {
+        "CheckpointFunction": PlainCall,
+        "_checkpoint_without_reentrant_generator": no_recording,
+    }
+    kept = {name: getattr(checkpoint, name) for name in stand_ins if hasattr(checkpoint, name)}
+    for name in kept:
+        setattr(checkpoint, name, stand_ins[name])
     try:
         yield
     finally:
         for name, value in kept.items():
             setattr(checkpoint, name, value)
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Notes whether a model uses fused attention."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on."""
+        self.seen |= func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def _version(tensor: Tensor) -> int:

@@ -32,6 +32,10 @@ MAX_ITERATIONS = 300
 """Where a run stops at the latest: each iteration costs a JVP and a VJP."""
 
 
+RANK_CUTOFF = 10 * np.finfo(np.float64).eps
+"""Singular values of L below this, times k, of the largest are taken for 0."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Bounds on the natural gradient's γ(λ), and what a computed update has.
@@ -155,6 +159,8 @@ class KrylovRun:
             return Bounds(nothing + np.inf, nothing + np.inf, nothing, nothing, nothing)
         factor = self.factor()
         nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
+        # A node that is nothing but rounding belongs to the one at 0.
+        weights = np.where(nodes > (RANK_CUTOFF * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
         ratio = _ratio(nodes, lambdas)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -184,7 +190,8 @@ class KrylovRun:
         """Y with d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
         left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scaled = np.where(singular > 0, singular / (singular**2 + damping), 0.0)
+            kept = singular > RANK_CUTOFF * len(singular) * singular.max()
+            scaled = np.where(kept, singular / (singular**2 + damping), 0.0)
         solved: np.ndarray = right.T @ (scaled * left[0]) * self.mass**0.5
         return solved
 

@@ -123,7 +123,8 @@ class KrylovSolver(NaturalGradientSolver):
 
     def gamma_min(self) -> float:
         """That of the update with λ = 0 of the run: γ_min lies between the floor and it."""
-        _ = self.largest
+        if not self.run.iterations:
+            self.run.run([0.0], self.gap, self.max_iterations)
         return float(self.run.bounds([0.0]).upper[0])
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:

@@ -53,6 +53,16 @@ OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(help="Grade by these many batches (or all of an epoch), not by the update's own."),
+]
+NaturalOption = Annotated[
+    bool, typer.Option(help="Also γ_min and bounds on the exact natural gradient's γ.")
+]
+GapOption = Annotated[
+    float, typer.Option(help="Relative gap of those bounds where a Krylov run finds them.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 PickleOption = Annotated[
     bool,
@@ -102,6 +112,19 @@ def parse_bytes(text: str | None) -> int | None:
     if not match or match[2].upper() not in _UNITS:
         raise InputError(f"memory {text!r}: write an amount like 8GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_metric(text: str | None) -> int | str | None:
+    """Read a number of batches, or ``all``; None stays None.
+
+    Raises:
+        InputError: neither.
+    """
+    if text is None or text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"metric batches {text!r}: write a number of batches, or all")
+    return int(text)
 
 
 def parse_dtype(text: str | None) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ngeval.checks import Inputs
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.functional import ModelFunction, map_inputs, model_errors
+from ngeval.functional import AttentionWatch, ModelFunction, map_inputs, model_errors
 from ngeval.jacobians import choose_rows
 from ngeval.jacobians.products import row_products
 from ngeval.likelihoods import Likelihood, get_likelihood
@@ -109,7 +109,9 @@ class Problem:
             raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
         self.function = ModelFunction.of(model, inputs, dtype)
         self.likelihood = get_likelihood(likelihood)
-        raw = self._run_model()
+        with AttentionWatch() as attention:
+            raw = self._run_model()
+        self._attention = attention.seen
         self._check_outputs(raw)
         self.outputs = raw.detach().to(torch.float64)
         self.distribution = self.likelihood.bind(self.outputs, targets)
@@ -147,6 +149,19 @@ class Problem:
     def engine(self) -> str:
         """The engine in use: ``"layers"``, ``"vmap"`` or ``"loop"``."""
         return self.rows.engine_name
+
+    @property
+    def notes(self) -> list[str]:
+        """What had to be worked around in this model, for a reader of its numbers."""
+        found = sorted(self.function.notes)
+        if self._attention:
+            found.append("fused attention was replaced by its definition")
+        if not self.function.forward_mode:
+            found.append("tangents by two backward passes (forward mode is missing or differs)")
+        if self.rows.plan is not None and self.rows.plan.looped:
+            names = ", ".join(self.rows.plan.looped[:3])
+            found.append(f"per-sample gradients of {names} by a loop over samples")
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

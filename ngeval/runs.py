@@ -14,7 +14,9 @@ from ngeval.checks import check_device
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress, evaluate
 from ngeval.functional import map_inputs
+from ngeval.krylov import GAP
 from ngeval.methods import get_method
+from ngeval.metric import Metric
 from ngeval.metrics import gradient_norms, loss_change
 from ngeval.problem import Problem
 from ngeval.tasks import Task
@@ -32,6 +34,22 @@ class Unit:
 
     problem: Problem
     columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How updates are graded.
+
+    Attributes:
+        metric_batches: by the Fisher and gradient of that many batches of the task, or of
+            ``"all"`` of an epoch; None: by those of the batch that they were made from.
+        natural: also γ_min and bounds on the exact natural gradient's γ.
+        gap: the relative gap of those bounds.
+    """
+
+    metric_batches: int | str | None = None
+    natural: bool = True
+    gap: float = GAP
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,7 @@ class Run:
         methods: Sequence[str],
         dampings: Sequence[float],
         damping_scale: str = "absolute",
+        grading: Grading = Grading(),
         on_step: Progress | None = None,
     ) -> Iterator[pd.DataFrame]:
         """`ngeval.evaluate` on every unit: one table for each, with the unit's columns first."""
@@ -116,9 +135,20 @@ class Run:
                 damping_scale=damping_scale,
                 # Another draw of labels for every batch, the same for every checkpoint.
                 seed=self.seed + unit.columns["batch"],
+                metric=self._metric(unit.problem, grading),
+                natural=grading.natural,
+                gap=grading.gap,
                 on_step=on_step,
             )
             yield labelled(table, unit)
+
+    def _metric(self, problem: Problem, grading: Grading) -> Metric | None:
+        """The metric's batches: the same for every checkpoint and every batch of updates."""
+        wanted = grading.metric_batches
+        if wanted is None:
+            return None
+        count = None if isinstance(wanted, str) else wanted
+        return Metric(problem, lambda: self.task.batches(self.batch_size, count, self.seed))
 
     def imbalances(self, methods: Sequence[str], damping: float) -> Iterator[pd.DataFrame]:
         """`ngeval.gradient_norms` on every unit, one row for each sample.

@@ -1,0 +1,132 @@
+"""The Krylov run and its bounds, against dense matrices."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import problems
+import pytest
+import reference
+import torch
+from torch import nn
+
+import ngeval
+from ngeval import krylov, natural
+from ngeval.krylov import KrylovRun
+
+DAMPINGS = [0.0, 1e-8, 1e-4, 1e-2, 1.0, 1e2, 1e6, 1e10]
+CASES = ["categorical-mlp-float64", "gaussian-sequence-float64", "bernoulli-conv-float64"]
+
+
+def exact(dense: reference.Dense, damping: float) -> tuple[float, float, float]:
+    """γ(λ), dᵀg and ‖d‖² of the natural gradient."""
+    direction = reference.update(dense, "ng", damping, None)
+    return (
+        reference.gamma(dense, direction),
+        float(direction @ reference.gradient(dense)),
+        float(direction @ direction),
+    )
+
+
+@pytest.fixture(params=CASES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=["parameters", "logits"])
+def run(name, request):
+    """A run that keeps vectors of either space."""
+    problem = problems.case(name).problem()
+    found = KrylovRun(problem)
+    if found.in_parameters != (request.param == "parameters"):
+        found.in_parameters = not found.in_parameters
+        found.basis = [found.right] if found.in_parameters else [found.left]
+    return found
+
+
+def test_the_bounds_enclose_the_truth_at_every_iteration(run, name):
+    dense = problems.reference_of(name)
+    truth = np.array([exact(dense, damping)[0] for damping in DAMPINGS])
+    gaps = []
+    while not run.exhausted and run.iterations < 60:
+        run.step()
+        bounds = run.bounds(DAMPINGS)
+        assert (bounds.lower <= truth * (1 + 1e-8)).all(), (run.iterations, bounds.lower / truth)
+        assert (bounds.upper >= truth * (1 - 1e-8)).all(), (run.iterations, bounds.upper / truth)
+        gaps.append(bounds.gap)
+    assert gaps[-1] < 1e-6
+    assert gaps[1] > 1e-3
+
+
+def test_a_finished_run_is_the_natural_gradient(run, name):
+    dense = problems.reference_of(name)
+    while not run.exhausted and run.iterations < 60:
+        run.step()
+    bounds = run.bounds(DAMPINGS)
+    for i, damping in enumerate(DAMPINGS[2:], start=2):
+        gamma, decrease, norm = exact(dense, damping)
+        assert bounds.decrease[i] == pytest.approx(decrease, rel=1e-8)
+        assert bounds.squared_norms[i] == pytest.approx(norm, rel=1e-6)
+        assert math.sqrt(bounds.curvature[i]) / decrease == pytest.approx(gamma, rel=1e-8)
+        direction = run.direction(damping)
+        assert reference.gamma(dense, direction) == pytest.approx(gamma, rel=1e-6)
+    assert run.largest() == pytest.approx(
+        float(torch.linalg.eigvalsh(reference.fisher(dense))[-1]), rel=1e-8
+    )
+
+
+def test_an_unfinished_run_has_the_gamma_of_the_update_it_gives(name):
+    problem, dense = problems.case(name).problem(), problems.reference_of(name)
+    found = KrylovRun(problem)
+    for _ in range(4):
+        found.step()
+    bounds = found.bounds(DAMPINGS)
+    for i, damping in enumerate(DAMPINGS):
+        expected = math.sqrt(bounds.curvature[i]) / bounds.decrease[i]
+        assert reference.gamma(dense, found.direction(damping)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_stops_at_the_gap_asked_for_and_says_when_it_could_not(monkeypatch):
+    monkeypatch.setattr(natural, "dense_is_feasible", lambda _: False)
+    case = problems.case("categorical-sequence-float64")
+    dampings = [0.3, 1.0]
+    wide = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=0.1)
+    close = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10)
+    for table, gap in ((wide, 0.1), (close, 1e-10)):
+        assert (table["gamma_ng_upper"] / table["gamma_ng_lower"] - 1).max() <= gap
+        assert (table["reason"] == "").all()
+    assert 0 < wide["iterations"].iloc[0] < close["iterations"].iloc[0]
+    short = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10, max_iterations=2)
+    assert (short["iterations"] == 2).all()
+    assert short["reason"].str.contains("apart after 2 iterations").all()
+    truth = ngeval.evaluate(case.problem(), ["ng"], dampings)
+    for i, damping in enumerate(dampings):
+        rows = short[short["damping"] == damping]
+        assert (rows["gamma_ng_lower"] <= truth["gamma"][i] * (1 + 1e-9)).all()
+        assert (rows["gamma_ng_upper"] >= truth["gamma"][i] * (1 - 1e-9)).all()
+
+
+def test_relative_damping_without_the_kernel(monkeypatch):
+    case = problems.case("gaussian-mlp-float64")
+    expected = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
+    monkeypatch.setattr(natural, "dense_is_feasible", lambda _: False)
+    found = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
+    for column in ("damping_absolute", "gamma"):
+        assert found[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-6)
+
+
+def test_zero_residual_and_zero_gradient():
+    model = nn.Linear(2, 2).double()
+    inputs = torch.eye(2, dtype=torch.float64)
+    with torch.no_grad():
+        targets = model(inputs)
+    flat = KrylovRun(ngeval.Problem(model, inputs, targets, "gaussian"))
+    assert flat.exhausted
+    assert (flat.bounds([1.0]).lower == np.inf).all()
+    with torch.no_grad():
+        same = torch.tensor([[0.3, 0.7], [0.3, 0.7]]).double()
+        cancelled = model(same) + torch.tensor([[1.0], [-1.0]]).double()
+    run = KrylovRun(ngeval.Problem(model, same, cancelled, "gaussian"))
+    run.run([1.0], 1e-4, krylov.MAX_ITERATIONS)
+    assert run.bounds([1.0]).lower[0] > 1e6
