@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -170,8 +171,12 @@ class ModelFunction:
         if not self.forward_mode:
             return self._jvp_by_double_backward(tangent).detach()
         try:
-            with torch.inference_mode(False):
-                result: Tensor = torch.func.jvp(self, (self.parameters,), (tangent,))[1]
+            # Bare dual numbers: a fifth faster than `torch.func.jvp`, which can be nested.
+            with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
+                dual = {n: forward_ad.make_dual(p, tangent[n]) for n, p in self.parameters.items()}
+                outputs = self(dual)
+                found: Tensor | None = forward_ad.unpack_dual(outputs).tangent
+                result = torch.zeros_like(outputs) if found is None else found.clone()
         except RuntimeError as error:  # torch's word for an operation without a forward rule
             if is_out_of_memory(error):
                 raise

@@ -190,7 +190,9 @@ class Problem:
         Raises:
             InputError: the direction does not fit the parameters or is not finite.
         """
-        vector = self.as_vector(direction).to(torch.float64)
+        vector = self.as_vector(direction)
+        if not vector.is_floating_point():
+            vector = vector.to(torch.float64)
         # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
         scale = vector.abs().max()
         if scale == 0:
@@ -198,7 +200,8 @@ class Problem:
         tangent = self.function.unflatten(vector / scale)
         with model_errors():
             parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
-        return torch.cat(parts) * scale
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole * scale.to(torch.float64)
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
