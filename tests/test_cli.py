@@ -367,18 +367,33 @@ class TestGamma:
             assert word in result.stdout
 
     def test_rows_that_cannot_be_computed_are_counted_and_kept(self, cnn, tmp_path):
-        # 15,338 parameters: two rows of 8 bytes and more fit in 1 MiB, the NC × NC kernel not.
+        # 40 × 100 sampled gradients have a Gram matrix of more than 1 MiB.
         args = (*CNN, "-c", cnn.folder / "epoch-001.safetensors", "--batch-size", "40")
-        args = (*args, "--num-batches", "1", "-m", "sgd,ng", "--memory", "1MiB", "--damping", "1")
+        args = (*args, "--num-batches", "1", "-m", "sgd,sf:100,ng", "--memory", "1MiB", "--damping", "1")
         result = run("gamma", *args, "--quiet", "-o", tmp_path / "g.csv")
         assert result.stderr.count("ngeval:") == 1
-        assert "1 of 2 rows could not be computed" in result.stderr
+        assert "1 of 3 rows could not be computed" in result.stderr
         assert "memory" in result.stderr
         table = read(tmp_path / "g.csv")
-        assert table["status"].tolist() == ["ok", "failed"]
-        assert np.isfinite(table["gamma"][0])
+        assert table["status"].tolist() == ["ok", "failed", "ok"]
+        assert np.isfinite(table["gamma"][[0, 2]]).all()
         assert np.isnan(table["gamma"][1])
         assert "memory" in table["reason"][1]
+        # Nor does the kernel of 400 outputs fit: the natural gradient is from a Krylov run.
+        assert (table["iterations"] > 0).all()
+        assert (table["gamma_ng_upper"] < 1.001 * table["gamma_ng_lower"])[[0, 2]].all()
+
+    def test_another_batch_grades(self, cnn, tmp_path):
+        args = (*CNN, "-c", cnn.folder / "epoch-001.safetensors", *SMALL, "-m", "sgd,ief")
+        table = gamma(tmp_path / "m.csv", *args, "--metric-batches", "3")
+        size = table["num_samples"].iloc[0]
+        assert (table["metric_samples"] == 3 * size).all()
+        assert table["gamma_min"].isna().all()
+        own = gamma(tmp_path / "o.csv", *args, "--no-natural")
+        assert own["gamma_min"].isna().all()
+        assert (own["gamma"] != table["gamma"]).all()
+        result = run("gamma", *args, "--metric-batches", "none", code=2)
+        assert "a number of batches, or all" in result.stderr
 
     def test_force_replaces_the_result(self, cnn, tmp_path):
         output = tmp_path / "g.csv"
