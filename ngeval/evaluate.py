@@ -22,6 +22,7 @@ from ngeval.krylov import GAP, MAX_ITERATIONS
 from ngeval.methods import Method, State, get_methods
 from ngeval.methods.gradient import Sgd
 from ngeval.methods.natural import NaturalGradient
+from ngeval.methods.sampled import SampledFisher
 from ngeval.metric import Metric
 from ngeval.metrics import gamma_floor
 from ngeval.natural import natural_solver
@@ -110,7 +111,8 @@ def evaluate(
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
-        for one in rated:
+        # Sampled vectors include the residual, which then need not be captured again.
+        for one in sorted(rated, key=lambda one: not isinstance(one.method, SampledFisher)):
             one.prepare(problem, damping_scale, seed, (gap, max_iterations))
         for group in _groups(problem, rated, metric):
             _grade(problem, group, metric)
