@@ -6,6 +6,7 @@ Nothing here stops a run: a method that cannot be computed becomes rows with
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.errors import EngineError, InputError, NgevalError, nearest_name
 from ngeval.grading import Grades, families, grade
 from ngeval.kernel import PushingKernel, logit_kernel
 from ngeval.krylov import GAP, MAX_ITERATIONS
@@ -109,7 +110,8 @@ def evaluate(
     done = on_step or (lambda _: None)
     exact = natural and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
-        logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
+        with contextlib.suppress(EngineError):  # the methods that need it will say so
+            logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
         # Sampled vectors include the residual, which then need not be captured again.
         for one in sorted(rated, key=lambda one: not isinstance(one.method, SampledFisher)):
@@ -243,7 +245,7 @@ class _Rated:
 def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:
     """What is graded in one go: alone where Θ is kept, else with all that is made of its rows."""
     left = [one for one in rated if one.updates is not None]
-    if metric is None and isinstance(logit_kernel(problem), PushingKernel):
+    if metric is None and isinstance(problem.recall("dense_kernel"), PushingKernel):
         return [[one] for one in left]
     kinds = families([one.updates for one in left if one.updates is not None])
     return [[left[i] for i in kind] for kind in kinds]

@@ -54,7 +54,8 @@ def grade(
         EngineError: the common basis would not fit in the memory budget.
     """
     if metric is None:
-        kernel = logit_kernel(problem)
+        of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
+        kernel = logit_kernel(problem) if of_rows else None
         graded = [_grade_by_kernel(problem, kernel, one) for one in updates]
         loose = [i for i, grades in enumerate(graded) if grades is None]
         if loose:
@@ -83,7 +84,9 @@ def families(updates: Sequence[Updates]) -> list[list[int]]:
     return found
 
 
-def _grade_by_kernel(problem: Problem, kernel: LogitKernel, updates: Updates) -> Grades | None:
+def _grade_by_kernel(
+    problem: Problem, kernel: LogitKernel | None, updates: Updates
+) -> Grades | None:
     """By tangents Θw, singly, or as it came; None where Θ would be needed and is not there."""
     if isinstance(updates, SolvedUpdates):
         parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
