@@ -20,6 +20,7 @@ from ngeval.errors import EngineError, InputError, NgevalError, nearest_name
 from ngeval.grading import Grades, families, grade
 from ngeval.kernel import PushingKernel, logit_kernel
 from ngeval.krylov import GAP, MAX_ITERATIONS
+from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
 from ngeval.methods import Method, State, get_methods
 from ngeval.methods.gradient import Sgd
 from ngeval.methods.natural import NaturalGradient
@@ -105,12 +106,12 @@ def evaluate(
             f"unknown damping scale {damping_scale!r}; "
             f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
         )
-    if not (gap > 0 and max_iterations > 0):
-        raise InputError("gap and max_iterations must be positive")
+    _check_options(problem, metric, gap, max_iterations)
     done = on_step or (lambda _: None)
     exact = natural and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
-        with contextlib.suppress(EngineError):  # the methods that need it will say so
+        # The methods that need it will say so.
+        with contextlib.suppress(EngineError, RuntimeError, MemoryError):
             logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
         # Sampled vectors include the residual, which then need not be captured again.
@@ -130,6 +131,21 @@ def evaluate(
             table = _noted(table, "γ_min is not computed for another metric batch")
         table = _noted(table, "; ".join(problem.notes))
     return table.reindex(columns=COLUMNS)
+
+
+def _check_options(
+    problem: Problem, metric: Metric | None, gap: float, max_iterations: int
+) -> None:
+    if not (isinstance(gap, int | float) and gap > 0):
+        raise InputError(f"gap must be a positive number, not {gap!r}")
+    if not (isinstance(max_iterations, int) and max_iterations > 0):
+        raise InputError(f"max_iterations must be a positive whole number, not {max_iterations!r}")
+    if metric is not None and not isinstance(metric, Metric):
+        raise InputError(
+            f"metric must be an ngeval.Metric(problem, batches), not {type(metric).__name__}"
+        )
+    if metric is not None and metric.problem is not problem:
+        raise InputError("the metric was made for another problem; make one for this one")
 
 
 COLUMNS = [
@@ -212,9 +228,11 @@ class _Rated:
         """Keep the reason."""
         self.updates = None
         self.absolute = [math.nan] * len(self.dampings)
-        self.reason = (
-            str(error) if isinstance(error, NgevalError) else f"{type(error).__name__}: {error}"
-        )
+        self.reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, NgevalError):
+            self.reason = str(error)
+        elif is_out_of_memory(error):
+            self.reason = f"{OUT_OF_MEMORY} ({str(error).splitlines()[0][:100]})"
 
     def table(self) -> pd.DataFrame:
         """The columns that depend on the method."""

@@ -119,6 +119,11 @@ class ModelFunction:
         return dtype
 
     @property
+    def epsilon(self) -> float:
+        """The coarsest rounding among the trainable parameters."""
+        return max(torch.finfo(p.dtype).eps for p in self.parameters.values())
+
+    @property
     def device(self) -> torch.device:
         """Where θ lives."""
         return next(iter(self.parameters.values())).device

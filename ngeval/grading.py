@@ -17,7 +17,7 @@ from ngeval.errors import EngineError
 from ngeval.jacobians import row_combinations
 from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, logit_kernel
 from ngeval.memory import describe_bytes
-from ngeval.metric import Metric
+from ngeval.metric import Forms, Metric
 from ngeval.metrics import Quadratics, gammas_of, quadratics
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
@@ -25,6 +25,10 @@ from ngeval.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Update
 
 COMPRESSION = 1e-12
 """What part of an update's length may be lost where updates are written in a common basis."""
+
+
+NO_FORMS = Forms(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+"""Of no direction: all updates vanish."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def grade(
         if loose:
             common = _grade_by_forms(Metric(problem), [updates[i] for i in loose])
             for i, grades in zip(loose, common, strict=True):
-                graded[i] = grades
+                graded[i] = _with_known(grades, updates[i])
         return [grades for grades in graded if grades is not None]
     return _grade_by_forms(metric, updates)
 
@@ -99,7 +103,15 @@ def _grade_by_kernel(
         return None
     else:
         return _grade_singly(problem, updates)
-    return Grades(quadratics(problem, tangents), norms)
+    return _with_known(Grades(quadratics(problem, tangents), norms), updates)
+
+
+def _with_known(grades: Grades, updates: Updates) -> Grades:
+    """With the dᵀg that a method has more exactly than from tangents."""
+    known = updates.decrease if isinstance(updates, CotangentUpdates) else None
+    if known is None:
+        return grades
+    return Grades(gammas_of(grades.quadratics.curvature, known, 0 * known), grades.squared_norms)
 
 
 def _grade_singly(problem: Problem, updates: Updates) -> Grades:
@@ -119,7 +131,7 @@ def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
         members = [updates[i] for i in family]
         cotangent = [one for one in members if isinstance(one, CotangentUpdates)]
         basis = _row_basis(cotangent) if cotangent else _own_basis(metric.problem, members[0])
-        forms = metric.forms(basis.directions)
+        forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
         parts_of = zip(family, basis.coefficients, basis.lengths, strict=True)
         for i, coefficients, lengths in parts_of:
             curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
@@ -164,7 +176,7 @@ def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
     lengths = images.norm(dim=1)
     unit = images / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
     _, singular, right_vectors = torch.linalg.svd(unit, full_matrices=False)
-    kept = singular > COMPRESSION * singular.max().clamp_min(1e-300)
+    kept = singular > COMPRESSION * singular.amax() if singular.numel() else singular > 0
     basis = right_vectors[kept]
     weights = (basis / root) @ spectrum.eigenvectors.T
     sizes = [one.count for one in members]

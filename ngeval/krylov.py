@@ -32,8 +32,12 @@ MAX_ITERATIONS = 300
 """Where a run stops at the latest: each iteration costs a JVP and a VJP."""
 
 
-RANK_CUTOFF = 10 * np.finfo(np.float64).eps
-"""Singular values of L below this, times k, of the largest are taken for 0."""
+ROUNDING = 10
+"""Entries of L below this many ε of the model's dtype, relative to the largest, are rounding, and
+end the run; so are singular values below k times that."""
+
+LARGE = 1e-3
+"""From this damping on, relative to the largest node, the rules of x² dμ are used as well."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Bounds:
     def gap(self) -> float:
         """The largest upper/lower − 1."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return float(np.nanmax(self.upper / self.lower - 1, initial=0.0))
+            ratio = np.where(np.isinf(self.lower), 1.0, self.upper / self.lower)
+        return float(np.nan_to_num(ratio - 1, nan=np.inf).max(initial=0.0))
 
 
 class KrylovRun:
@@ -69,6 +74,7 @@ class KrylovRun:
         self.problem = problem
         right = problem.distribution.whitened_residual()
         self.mass = float(right.square().sum())
+        self.rounding = ROUNDING * torch.finfo(problem.dtype).eps
         self.diagonal: list[float] = []
         self.below: list[float] = []
         self.exhausted = self.mass == 0
@@ -109,7 +115,7 @@ class KrylovRun:
             made = self._orthogonal(made)
         beta = float(made.norm())
         self.below.append(beta)
-        if beta <= 1e-14 * alpha:
+        if beta <= self.rounding * max(self.diagonal):
             self.exhausted = True
             return
         self.left = made / beta
@@ -124,7 +130,7 @@ class KrylovRun:
         if self.in_parameters:
             made = self._orthogonal(made)
         alpha = float(made.norm())
-        if alpha <= 1e-14 * max(self.diagonal, default=0.0) or alpha == 0:
+        if alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0:
             self.exhausted = True
             return
         self.diagonal.append(alpha)
@@ -159,18 +165,23 @@ class KrylovRun:
             return Bounds(nothing + np.inf, nothing + np.inf, nothing, nothing, nothing)
         factor = self.factor()
         nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
-        # A node that is nothing but rounding belongs to the one at 0.
-        weights = np.where(nodes > (RANK_CUTOFF * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
         ratio = _ratio(nodes, lambdas)
+        whole = weights
+        # A node that is nothing but rounding may belong to the one at 0, and does at λ = 0:
+        # that is what the pseudo-inverse with a cut-off means.
+        weights = np.where(nodes > (self.rounding * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
+        whole = np.where(lambdas > 0, whole, weights)
+        everything = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
             norms = np.where(nodes + lambdas > 0, weights * nodes / (nodes + lambdas) ** 2, 0.0)
-            high, energy = (decrease, curvature), np.zeros(len(lambdas))
+            high, energy = everything, np.zeros(len(lambdas))
             if not self.exhausted:
                 high, energy = self._upper(factor, lambdas, weights, ratio)
             energy_low, energy_high = _energy_bounds(factor, self.mass, lambdas)
-            lowest = np.maximum(curvature - energy, energy_low)
-            highest = np.minimum(high[1] + energy, energy_high)
+            large = lambdas[:, 0] >= LARGE * nodes.max()
+            lowest = np.maximum(curvature - energy, np.where(large, energy_low, 0.0))
+            highest = np.minimum(high[1] + energy, np.where(large, energy_high, np.inf))
             lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], self.mass**-0.5)
             upper = np.minimum(np.sqrt(highest) / decrease, decrease**-0.5)
         return Bounds(lower, np.maximum(upper, lower), curvature, decrease, norms.sum(1))
@@ -190,7 +201,7 @@ class KrylovRun:
         """Y with d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
         left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
         with np.errstate(divide="ignore", invalid="ignore"):
-            kept = singular > RANK_CUTOFF * len(singular) * singular.max()
+            kept = singular > self.rounding * len(singular) * singular.max(initial=0.0)
             scaled = np.where(kept, singular / (singular**2 + damping), 0.0)
         solved: np.ndarray = right.T @ (scaled * left[0]) * self.mass**0.5
         return solved

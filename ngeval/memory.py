@@ -8,7 +8,11 @@ from typing import TypeVar
 import psutil
 import torch
 
+from ngeval.errors import EngineError
+
 T = TypeVar("T")
+
+OUT_OF_MEMORY = "out of memory; use a smaller batch, or a smaller memory= for smaller blocks"
 
 SHARE_OF_FREE = 0.8
 """What part of free memory is taken where nothing is asked for: others live here too."""
@@ -43,8 +47,10 @@ def halving(attempt: Callable[[int], T], memory: int) -> T:
         try:
             return attempt(memory)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or memory < LEAST:
+            if not is_out_of_memory(error):
                 raise
+            if memory < LEAST:
+                raise EngineError(OUT_OF_MEMORY) from error
         # Outside the handler, so that the traceback no longer holds what the attempt had made.
         memory //= 2
         if torch.cuda.is_available():

@@ -102,6 +102,11 @@ class Metric:
                 "the metric's batches are an iterator, which can be gone through only once; give a "
                 "list, a DataLoader, or a function that returns an iterable of batches"
             )
+        if not (batches is None or callable(batches) or isinstance(batches, Iterable)):
+            raise InputError(
+                "the metric's batches are a list of (inputs, targets), a DataLoader or a function "
+                f"that returns one, not {type(batches).__name__}"
+            )
         self.problem = problem
         self.batches = batches
 
@@ -163,12 +168,19 @@ class Metric:
             yield problem.function, problem.distribution.targets
             return
         batches = self.batches() if callable(self.batches) else self.batches
-        for inputs, targets in batches:
+        for batch in batches:
+            inputs, targets = _pair(batch)
             check_inputs(inputs)
             function = problem.function
             cast = cast_inputs(inputs, function.cast)
             moved = map_inputs(cast, lambda t: t.to(problem.device))
-            yield replace(function, inputs=moved), targets.to(problem.device)
+            part = replace(function, inputs=moved)
+            if targets.ndim == 0 or len(targets) != part.num_samples:
+                raise InputError(
+                    f"a batch of the metric has {part.num_samples} inputs and targets of shape "
+                    f"{tuple(targets.shape)}"
+                )
+            yield part, targets.to(problem.device)
 
     def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
         part = function.on(samples)
@@ -178,3 +190,12 @@ class Metric:
             raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
         distribution = self.problem.likelihood.bind(outputs, targets[samples])
         return Chunk(part, distribution, distribution.residual())
+
+
+def _pair(batch: object) -> tuple[Inputs, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise InputError(
+            "each batch of the metric is a pair (inputs, targets), with targets a tensor; got "
+            f"{type(batch).__name__}"
+        )
+    return batch[0], batch[1]

@@ -65,7 +65,10 @@ class DenseSolver(NaturalGradientSolver):
         return 1 / norm if norm > 0 else float("inf")
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """Sums over eigenvalues; what rounding hides of r could lie at the smallest of them."""
+        """Sums over eigenvalues; the part of r outside them could lie just below the cut-off.
+
+        At λ = 0 it does not count: that is what the pseudo-inverse with a cut-off means.
+        """
         lambdas = (
             torch.as_tensor(np.asarray(dampings, dtype=np.float64)).to(self.right).unsqueeze(1)
         )
@@ -75,10 +78,13 @@ class DenseSolver(NaturalGradientSolver):
         decrease, curvature = (squares * shares).sum(1), (squares * shares**2).sum(1)
         norms = (squares * shares**2 / spectrum.eigenvalues).sum(1)
         hidden = (self.right.square().sum() - squares.sum()).clamp_min(0)
-        smallest = spectrum.eigenvalues.min() if len(squares) else hidden * 0
-        share = (smallest / (smallest + lambdas[:, 0])).nan_to_num()
+        share = torch.where(
+            lambdas[:, 0] > 0, spectrum.cutoff / (spectrum.cutoff + lambdas[:, 0]), 0.0
+        )
         low = curvature.sqrt() / (decrease + hidden * share)
+        low = torch.maximum(low, self.right.norm().clamp_min(1e-300) ** -1)
         high = (curvature + hidden * share.square()).sqrt() / decrease
+        high = torch.maximum(high, low)
         return Bounds(*(part.cpu().numpy() for part in (low, high, curvature, decrease, norms)))
 
     def updates(self, dampings: Sequence[float]) -> Updates:

@@ -380,7 +380,7 @@ class Problem:
                 total[name] += float(products.sum())
                 size[name] += float(products.abs().sum())
         batch = self.function.unflatten(self.gradient())
-        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        tolerance = self.function.epsilon**0.5
         largest = max(size.values())
         off = []
         for name, along in direction.items():

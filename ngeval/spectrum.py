@@ -36,10 +36,12 @@ class Spectrum:
     Attributes:
         eigenvalues: shape ``(rank,)``, positive.
         eigenvectors: orthonormal columns, shape ``(n, rank)``.
+        cutoff: eigenvalues that were left out are below about this.
     """
 
     eigenvalues: Tensor
     eigenvectors: Tensor
+    cutoff: float = 0.0
 
     @classmethod
     def of_rows(cls, rows: Tensor, row_dtype: torch.dtype) -> Spectrum:
@@ -65,7 +67,7 @@ class Spectrum:
         rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
         lower = np.zeros((len(unit), rank))
         lower[pivots] = upper[:rank].T
-        return cls._of_factor(scale, lower, rows.device)
+        return cls._of_factor(scale, lower, rows.device, cutoff**2)
 
     @classmethod
     def of_gram(
@@ -96,7 +98,8 @@ class Spectrum:
         if size > GRADED_SIZE:
             eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
             kept = eigenvalues > 10 * size * epsilon * eigenvalues.max().clamp_min(0)
-            found = cls(eigenvalues[kept], eigenvectors[:, kept])
+            least = 10 * size * epsilon * float(eigenvalues.max().clamp_min(0))
+            found = cls(eigenvalues[kept], eigenvectors[:, kept], least)
             outside = right - found.eigenvectors @ (found.eigenvectors.T @ right)
             if float(outside.norm()) <= unseen * float(right.norm()):
                 return found
@@ -107,15 +110,18 @@ class Spectrum:
             factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(unit, tol=cutoff, lower=1)
         lower = np.zeros((size, int(rank)))
         lower[pivots - 1] = np.tril(factor)[:, : int(rank)]
-        return cls._of_factor(scale, lower, matrix.device)
+        return cls._of_factor(scale, lower, matrix.device, cutoff)
 
     @classmethod
-    def _of_factor(cls, scale: Tensor, lower: np.ndarray, device: torch.device) -> Spectrum:
-        """The spectrum of D L LᵀD, from the SVD of D L."""
+    def _of_factor(
+        cls, scale: Tensor, lower: np.ndarray, device: torch.device, cutoff: float
+    ) -> Spectrum:
+        """The spectrum of D L LᵀD, from the SVD of D L; the cut-off is that of L Lᵀ."""
         factor = scale.unsqueeze(1) * torch.from_numpy(lower)
         left, singular, _ = torch.linalg.svd(factor, full_matrices=False)
         kept = singular > 0
-        return cls(singular[kept].square().to(device), left[:, kept].to(device))
+        largest = float(singular.square().max()) if singular.numel() else 0.0
+        return cls(singular[kept].square().to(device), left[:, kept].to(device), cutoff * largest)
 
     @property
     def largest(self) -> float:
@@ -137,6 +143,11 @@ class Spectrum:
         """
         coefficients = self.eigenvectors.T @ right
         return (coefficients / (self.eigenvalues + dampings.unsqueeze(1))) @ self.eigenvectors.T
+
+    def image(self, right: Tensor, dampings: Tensor) -> Tensor:
+        """A(A + λI)⁻¹b for every λ, shape ``(L, n)``: nothing is lost where A is badly scaled."""
+        shares = self.eigenvalues / (self.eigenvalues + dampings.unsqueeze(1))
+        return ((self.eigenvectors.T @ right) * shares) @ self.eigenvectors.T
 
     def projected_norm(self, vector: Tensor) -> float:
         """The norm of the projection of ``vector`` onto the range."""

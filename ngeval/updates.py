@@ -37,11 +37,14 @@ class CotangentUpdates(Updates):
         problem: whose J.
         vectors: v in float64, shape ``(N, Q, *positions, C)``.
         coefficients: c in float64, shape ``(L, N, Q)``.
+        decrease: dᵀg on the problem's own batch, shape ``(L,)``, where a method has it without the
+            cancellation in uᵀt.
     """
 
     problem: Problem
     vectors: Tensor
     coefficients: Tensor
+    decrease: Tensor | None = None
 
     @property
     def count(self) -> int:

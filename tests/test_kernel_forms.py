@@ -96,7 +96,7 @@ class TestMetric:
         problem = case.problem()
         expected = ngeval.evaluate(problem, METHODS, DAMPINGS, seed=3, natural=False)
         metric = ngeval.Metric(problem, self.halves(case))
-        found = ngeval.evaluate(case.problem(), METHODS, DAMPINGS, seed=3, metric=metric)
+        found = ngeval.evaluate(problem, METHODS, DAMPINGS, seed=3, metric=metric)
         for column in [*COLUMNS, "gamma_floor"]:
             values = found[column].to_numpy(float)
             assert values == pytest.approx(expected[column].to_numpy(float), rel=1e-6), column

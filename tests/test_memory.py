@@ -47,7 +47,7 @@ def test_other_errors_and_hopeless_ones_are_passed_on():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         halving(broken, 2**30)
-    with pytest.raises(RuntimeError, match="can't allocate"):
+    with pytest.raises(ngeval.EngineError, match="out of memory; use a smaller batch"):
         halving(never, 4 * LEAST)
 
 
@@ -79,5 +79,9 @@ def test_grades_do_not_depend_on_the_budget(memory):
     good = found["status"] == "ok"
     assert set(found["method"][good]) >= {"sgd", "diag", "ng"}
     assert found["reason"][~good].str.contains("memory").all()
+    # Without room for more vectors a Krylov run ends early, and says so.
+    short = (found["method"] == "ng") & found["reason"].str.contains("apart after")
+    assert memory == 4_000 or not short.any()
+    good &= ~short
     values = found["gamma"][good].to_numpy()
     assert values == pytest.approx(expected["gamma"][good].to_numpy(), rel=1e-7)

@@ -114,7 +114,7 @@ class _Probe:
         self.cotangents = random(outputs)
         self.direction: Parameters = {n: random(p) for n, p in function.parameters.items()}
         epsilon = torch.finfo(outputs.dtype).eps
-        self.tolerance = 4 * max(epsilon, torch.finfo(function.dtype).eps) ** 0.5
+        self.tolerance = 4 * max(epsilon, function.epsilon) ** 0.5
         self.ends = sorted({0, len(outputs) - 1})
         with model_errors():
             singles = [self._single(n) for n in self.ends]

@@ -9,15 +9,17 @@ Source: Wu et al., "An improved empirical Fisher approximation for natural gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ngeval.kernel import gradient_spectrum, residual_vectors
-from ngeval.methods.base import CotangentState
+from ngeval.methods.base import CotangentState, as_tensor
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
+from ngeval.updates import CotangentUpdates, Updates
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class EmpiricalState(CotangentState):
         super().__init__(problem, residual_vectors(problem), spectrum.largest)
         self.spectrum = spectrum
         self.right = right
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The coefficients of every λ, and dᵀg = 1ᵀK(K + λI)⁻¹b.
+
+        Late in training, samples that are learnt have huge coefficients: from the tangent, dᵀg
+        would be a difference of numbers many orders larger.
+        """
+        lambdas = as_tensor(self.problem, dampings)
+        decrease = self.spectrum.image(self.right, lambdas).sum(1)
+        return CotangentUpdates(self.problem, self.vectors, self.coefficients(lambdas), decrease)
 
     def coefficients(self, dampings: Tensor) -> Tensor:
         """The c_n(λ) of every λ."""

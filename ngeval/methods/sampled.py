@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.kernel import DenseKernel, logit_kernel
+from ngeval.memory import describe_bytes
 from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
@@ -37,7 +38,7 @@ class SampledFisher:
         if 5 * 8 * rows**2 > problem.rows.memory:
             raise EngineError(
                 f"{self.name} has {rows} sampled gradients, whose Gram matrix does not fit in the "
-                f"memory budget of {problem.rows.memory / 2**30:.1f} GiB; take fewer draws"
+                f"memory budget of {describe_bytes(problem.rows.memory)}; take fewer draws"
             )
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
