@@ -17,7 +17,7 @@ import ngeval
 from benchmarks.models import Workload, sum_loss
 from benchmarks.pipeline import problem_of
 
-SLOW_SECONDS = 60.0
+SLOW_SECONDS = 15.0
 SLOW_REPEATS = 2
 """A job that takes longer than `SLOW_SECONDS` is repeated this often only."""
 
