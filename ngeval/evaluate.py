@@ -78,13 +78,14 @@ def evaluate(
         - ``gamma``; ``gamma_over_sgd``; ``gamma_over_ng`` (≥ 1, over γ_min); ``gamma_min``;
           ``gamma_floor`` (the closed-form bound, ≤ γ_min);
         - ``gamma_ng_lower, gamma_ng_upper``: bounds on the γ of the exact (F + λI)⁻¹g at the row's
-          λ; ``iterations`` of the Krylov run behind them, 0 for a factorisation;
+          λ (the γ of ``ng`` itself is that of the update that was found, within the gap of them);
+          ``iterations`` of the Krylov run behind them, 0 for a factorisation;
         - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``cosine_sgd``, the cosine
-          between d and g;
+          between d and g: g and F are the metric's;
         - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``) and ``reason``, which also holds
           what is to be known of a row that is ok;
-        - ``num_samples, metric_samples, num_parameters, loss`` (mean ℓ_n, nats), ``likelihood,
-          dtype, engine, seed``.
+        - ``num_samples, metric_samples, num_parameters, loss`` (mean ℓ_n of the problem's batch,
+          nats), ``likelihood, dtype, engine, seed``.
 
     Raises:
         InputError: unknown method or scale, or a damping that is negative or not a number.
@@ -108,7 +109,8 @@ def evaluate(
         )
     _check_options(problem, metric, gap, max_iterations)
     done = on_step or (lambda _: None)
-    exact = natural and metric is None
+    asked = any(isinstance(method, NaturalGradient) for method in resolved)
+    exact = (natural or asked) and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         # The methods that need it will say so.
         with contextlib.suppress(EngineError, RuntimeError, MemoryError):
@@ -221,6 +223,7 @@ class _Rated:
             state = method.prepare(problem, seed)
             self.absolute = absolute_dampings(problem, state, self.dampings, scale)
             self.updates = state.updates([0.0 if math.isnan(v) else v for v in self.absolute])
+            _check_scaled(method, self.absolute, self.updates)
         except Exception as error:  # a method may be anybody's; its failure is data
             self.fail(error)
 
@@ -314,7 +317,8 @@ def _with_natural(
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
     try:
         solver = natural_solver(problem, gap, max_iterations)
-        dampings = sorted(table["damping_absolute"].dropna().unique())
+        # γ_min belongs to λ = 0, whatever is asked for.
+        dampings = sorted({0.0, *table["damping_absolute"].dropna()})
         solver.updates(dampings)
         found = solver.bounds(dampings)
         least = solver.gamma_min()
@@ -328,12 +332,22 @@ def _with_natural(
         gamma_ng_upper=table["damping_absolute"].map(dict(zip(dampings, found.upper, strict=True))),
         iterations=solver.iterations,
     )
-    if solver.iterations and found.gap > gap:
-        note = f"bounds on γ_NG are {found.gap:.1e} apart after {solver.iterations} iterations"
-        table = _noted(table, f"{note} (asked for {gap:.1e}; γ_min is the upper one)")
+    after = f"after {solver.iterations} iterations (asked for {gap:.1e}; see max_iterations)"
+    apart = table["gamma_ng_upper"] / table["gamma_ng_lower"] - 1
+    for value in apart[apart > gap].unique():
+        note = f"bounds on γ_NG are {value:.1e} apart {after}"
+        table = _noted(table, note, apart == value)
+    open_end = found.upper[0] / found.lower[0] - 1
+    if solver.iterations and open_end > gap:
+        table = _noted(table, f"γ_min is up to {open_end:.1e} less {after}")
     return table
 
 
-def _noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
-    """Put a note where there is no reason yet."""
-    return table.assign(reason=table["reason"].where(table["reason"] != "", note))
+def _noted(table: pd.DataFrame, note: str, where: pd.Series[bool] | bool = True) -> pd.DataFrame:
+    """Add a note to rows that are not failures with a reason of their own."""
+    if not note:
+        return table
+    known = table["reason"].to_numpy()
+    free = (table["status"] == "ok") | (table["reason"] == "")
+    joined = [f"{reason}; {note}" if reason else note for reason in known]
+    return table.assign(reason=np.where(free & where, joined, known))

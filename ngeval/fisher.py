@@ -12,9 +12,13 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from ngeval.errors import InputError
+from ngeval.errors import EngineError, InputError
 from ngeval.jacobians import squared_column_sums
+from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
+
+SMALL = 2**26
+"""Bytes that the columns of S may always take."""
 
 
 class FisherOperator:
@@ -98,7 +102,19 @@ class FisherOperator:
 
 
 def factor_columns(problem: Problem) -> Tensor:
-    """The columns of S_n as cotangents, shape ``(N, C, *positions, C)``: J_nᵀS_n by rows."""
+    """The columns of S_n as cotangents, shape ``(N, C, *positions, C)``: J_nᵀS_n by rows.
+
+    Raises:
+        EngineError: they do not fit in the memory budget; nor would C backward passes be in reach.
+    """
+    needed = 4 * 8 * problem.num_samples * problem.num_outputs**2
+    if needed > max(problem.rows.memory, SMALL):
+        raise EngineError(
+            f"the exact Fisher of {problem.num_samples} samples by its rows takes "
+            f"{problem.num_outputs} backward passes and {describe_bytes(needed)}, over the memory "
+            f"budget of {describe_bytes(problem.rows.memory)}; use fewer samples or positions, "
+            "raise memory=, or take diag-ef in place of diag"
+        )
     unit = unit_cotangents(problem)
     columns = problem.distribution.factor_product(unit.transpose(0, 1))
     return columns.transpose(0, 1)

@@ -55,7 +55,7 @@ OutputOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
 MetricOption = Annotated[
     str | None,
-    typer.Option(help="Grade by these many batches (or all of an epoch), not by the update's own."),
+    typer.Option(help="Grade by the task's first K batches, or all of an epoch; default: the own."),
 ]
 NaturalOption = Annotated[
     bool, typer.Option(help="Also γ_min and bounds on the exact natural gradient's γ.")

@@ -41,7 +41,9 @@ def choose_rows(
         ModelError: the model fails on a single sample.
     """
     if engine not in ("auto", *ENGINES):
-        raise InputError(f"unknown engine {engine!r}; {nearest_name(str(engine), ENGINES)}")
+        raise InputError(
+            f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
+        )
     names = ENGINES if engine == "auto" else (engine,)
     chosen, reasons = _first_right(function, names, memory, check)
     if chosen is None and check and function.dtype.itemsize < 8:
