@@ -263,6 +263,12 @@ class _Rated:
         )
 
 
+def _check_scaled(method: Method, absolute: Sequence[float], updates: Updates) -> None:
+    """A relative damping of a method without curvature means nothing, unless λ is not used."""
+    if math.isnan(absolute[0]) and updates.count > 1:
+        raise InputError(f"{method.name} has no curvature for a relative damping to scale")
+
+
 def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:
     """What is graded in one go: alone where Θ is kept, else with all that is made of its rows."""
     left = [one for one in rated if one.updates is not None]
