@@ -91,12 +91,12 @@ def test_a_run_stops_at_the_gap_asked_for_and_says_when_it_could_not(monkeypatch
     monkeypatch.setattr(natural, "dense_is_feasible", lambda _: False)
     case = problems.case("categorical-sequence-float64")
     dampings = [0.3, 1.0]
-    wide = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=0.1)
+    wide = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=10.0)
     close = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10)
-    for table, gap in ((wide, 0.1), (close, 1e-10)):
+    for table, gap in ((wide, 10.0), (close, 1e-10)):
         assert (table["gamma_ng_upper"] / table["gamma_ng_lower"] - 1).max() <= gap
         assert (table["reason"] == "").all()
-    assert 0 < wide["iterations"].iloc[0] <= close["iterations"].iloc[0]
+    assert 0 < wide["iterations"].iloc[0] < close["iterations"].iloc[0]
     short = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10, max_iterations=2)
     assert (short["iterations"] == 2).all()
     assert short["reason"].str.contains("less after 2 iterations").all()

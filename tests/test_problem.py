@@ -627,13 +627,17 @@ class TestEnginesAndMemory:
         np.testing.assert_allclose(*(t[columns].to_numpy() for t in tables), rtol=1e-10)
 
     @pytest.mark.parametrize("engine", ["vmap", "loop", "layers"])
-    @pytest.mark.parametrize("rows", [3, 4, 7, 20])
+    @pytest.mark.parametrize("rows", [2, 3, 7, 20])
     def test_a_small_memory_gives_the_same_gram_matrix_and_diagonal(self, engine, rows):
         name = "categorical-sequence-float64"
         whole = loop_problem(name)
         memory = rows * whole.num_parameters * 16
         problem = problems.case(name).problem(engine=engine, memory=memory)
         vectors = torch.randn(7, 4, 3, 3, dtype=torch.float64)
+        if engine == "layers" and rows == 2:  # it counts the activations as well
+            with pytest.raises(ngeval.EngineError, match="raise memory"):
+                gram_matrix(problem.rows, vectors)
+            return
         expected = gram_matrix(whole.rows, vectors)
         assert relative_gap(gram_matrix(problem.rows, vectors), expected) < 1e-12
         diagonal = problem.fisher().diagonal()
