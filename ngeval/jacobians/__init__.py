@@ -9,7 +9,6 @@ from ngeval.jacobians.choose import choose_rows
 from ngeval.jacobians.rows import (
     CapturedRows,
     RowSource,
-    column_sums,
     gram_matrix,
     row_combinations,
     squared_column_sums,
@@ -19,7 +18,6 @@ __all__ = [
     "CapturedRows",
     "RowSource",
     "choose_rows",
-    "column_sums",
     "gram_matrix",
     "row_combinations",
     "squared_column_sums",

@@ -229,11 +229,11 @@ def _add_own_products(target: Tensor, rows: Tensor) -> None:
         target[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
 
 
-def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> None:
-    """Add Σ_{n,q} of the rows, or of their squares, to flat float64 vectors by parameter."""
+def add_squared_column_sums(sums: Parameters, terms: list[Term]) -> None:
+    """Add Σ_{n,q} of the rows' squares to flat float64 vectors by parameter."""
     for group in _groups(terms):
         only = group[0]
-        if squared and len(group) == 1 and isinstance(only, AffineTerm) and only.applied_once:
+        if len(group) == 1 and isinstance(only, AffineTerm) and only.applied_once:
             _add_affine_squares(sums, only)
             continue
         cut = only if len({term.num_units for term in group}) == 1 else None
@@ -246,7 +246,7 @@ def add_column_sums(sums: Parameters, terms: list[Term], *, squared: bool) -> No
                     wide = _wide(rows)
                     per_unit = sums[name].numel() // only.num_units if cut else 0
                     start = (units.start or 0) * per_unit
-                    added = wide.square().sum(0) if squared else wide.sum(0)
+                    added = wide.square().sum(0)
                     sums[name][start : start + added.numel()] += added
 
 

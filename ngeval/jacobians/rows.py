@@ -17,9 +17,9 @@ from ngeval.functional import ModelFunction, Parameters, model_errors
 from ngeval.jacobians.capture import Plan, capture
 from ngeval.jacobians.engines import loop_rows, vmap_rows
 from ngeval.jacobians.products import (
-    add_column_sums,
     add_inner_products,
     add_row_combinations,
+    add_squared_column_sums,
     rows_of,
 )
 from ngeval.jacobians.terms import RowsTerm, Term
@@ -258,8 +258,11 @@ def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> 
     return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 
 
-def column_sums(source: RowSource, cotangents: Tensor, *, squared: bool = False) -> Tensor:
-    """Σ_{n,q} J_nᵀv_nq, or of its entrywise squares: a float64 vector of length P."""
+def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
+    """Σ_{n,q} (J_nᵀv_nq)² entrywise: a float64 vector of length P.
+
+    With v the columns of S this is diag F; with v = u it is the diagonal of the empirical Fisher.
+    """
 
     def attempt(limited: RowSource) -> Tensor:
         sums = {
@@ -267,19 +270,10 @@ def column_sums(source: RowSource, cotangents: Tensor, *, squared: bool = False)
             for name, p in source.function.parameters.items()
         }
         for block in limited.blocks(cotangents):
-            terms = limited.capture(cotangents, block)
-            add_column_sums(sums, terms, squared=squared)
+            add_squared_column_sums(sums, limited.capture(cotangents, block))
         return torch.cat(list(sums.values()))
 
     return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
-
-
-def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
-    """Σ_{n,q} (J_nᵀv_nq)² entrywise: a float64 vector of length P.
-
-    With v the columns of S this is diag F; with v = u it is the diagonal of the empirical Fisher.
-    """
-    return column_sums(source, cotangents, squared=True)
 
 
 def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
