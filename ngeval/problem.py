@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ngeval.checks import Inputs
 from ngeval.errors import EngineError, InputError, ModelError
 from ngeval.functional import AttentionWatch, ModelFunction, map_inputs, model_errors
-from ngeval.jacobians import choose_rows
-from ngeval.jacobians.products import row_products
+from ngeval.jacobians import Choice, choose_rows
+from ngeval.jacobians.products import inner_product
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
 
@@ -124,11 +124,13 @@ class Problem:
             memory = free_memory(self.function.device)
         if not isinstance(memory, int) or memory <= 0:
             raise InputError(f"memory must be a positive number of bytes, not {memory!r}")
-        self.rows = choose_rows(self.function, engine, memory, check=probes)
+        choice = choose_rows(self.function, engine, memory, self.residual, check=probes)
+        self.rows = choice.rows
+        self.rows.blocks(self.residual.unsqueeze(1))  # a budget below a row is an error now
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
         if probes:
-            self._check_gradients_add_up()
+            self._check_gradients_add_up(choice)
 
     @property
     def num_samples(self) -> int:
@@ -365,27 +367,16 @@ class Problem:
                     "not defined"
                 )
 
-    def _check_gradients_add_up(self) -> None:
+    def _check_gradients_add_up(self, choice: Choice) -> None:
         """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses."""
-        generator = torch.Generator().manual_seed(1)
-        direction = {
-            name: torch.randn(p.shape, generator=generator).to(p)
-            for name, p in self.function.parameters.items()
-        }
-        residual = self.residual.unsqueeze(1)
-        total, size = dict.fromkeys(direction, 0.0), dict.fromkeys(direction, 0.0)
-        for block in self.rows.blocks(residual):
-            terms = self.rows.capture(residual, block)
-            for name, products in row_products(terms, direction).items():
-                total[name] += float(products.sum())
-                size[name] += float(products.abs().sum())
         batch = self.function.unflatten(self.gradient())
+        size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
         tolerance = self.function.epsilon**0.5
         largest = max(size.values())
         off = []
-        for name, along in direction.items():
-            expected = float((batch[name].double() * along.double()).sum())
-            gap = abs(total[name] - expected)
+        for name, products in choice.products.items():
+            expected = float(inner_product(batch[name], choice.direction[name]))
+            gap = abs(float(products.sum()) - expected)
             # A gradient that is zero but for rounding is as good as rounding allows.
             if gap > tolerance * (size[name] + 1000 * tolerance * largest):
                 off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")

@@ -5,7 +5,7 @@ sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jac
 columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
 """
 
-from ngeval.jacobians.choose import choose_rows
+from ngeval.jacobians.choose import Choice, choose_rows
 from ngeval.jacobians.rows import (
     CapturedRows,
     RowSource,
@@ -16,6 +16,7 @@ from ngeval.jacobians.rows import (
 
 __all__ = [
     "CapturedRows",
+    "Choice",
     "RowSource",
     "choose_rows",
     "gram_matrix",

@@ -8,8 +8,10 @@ parameter is ever made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -26,6 +28,9 @@ from ngeval.jacobians.rules import Call, Owner
 from ngeval.jacobians.terms import RowsTerm, Term, merged
 from ngeval.jacobians.units import unit_term
 from ngeval.memory import is_out_of_memory
+
+Use = Callable[..., None]
+"""Takes ``(terms, vectors=slice)``."""
 
 BATCHED_ENTRIES = 2**22
 """Up to this many entries of gradients, cotangents are pulled back together; passes over larger
@@ -50,6 +55,18 @@ class Plan:
     owners: list[Owner]
     replicated: list[str] = field(default_factory=list)
     looped: list[str] = field(default_factory=list)
+
+    def streamed(self) -> set[str]:
+        """The owners whose terms are complete as soon as the backward pass has come by them."""
+        uses = Counter(name for owner in self.owners for name in set(owner.parameters.values()))
+        uses.update(self.replicated)
+        return {
+            owner.name
+            for owner in self.owners
+            if owner.rule is not None
+            and len(owner.calls) == 1
+            and all(uses[name] == 1 for name in owner.parameters.values())
+        }
 
     def captured_bytes(self, function: ModelFunction) -> int:
         """Bytes that a capture keeps for one cotangent of one sample: gradients, and whole rows.
@@ -84,34 +101,57 @@ def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Ten
     """
     batch = map_inputs(function.inputs, itemgetter(samples))
     calls, copies, outputs = forward(function, plan, batch)
-    watched = [tensor for call in calls for tensor in call.outputs.values()]
-    targets = [*watched, *copies.values()]
+    targets = _watched(calls, copies)
     terms: list[Term] = []
     if targets:
-        gradients = iter(_pull_back(outputs, targets, cotangents))
-        for call in calls:
-            for index in call.outputs:
-                layout = call.layout.outputs[index]
-                if layout is not None:
-                    call.gradients[index] = layout.chunks(next(gradients), 1)
-            rule = call.owner.rule
-            terms.append(rule.term(function, call) if rule else unit_term(function, call))
-        for name, gradient in zip(copies, gradients, strict=True):
-            terms.append(_copy_term(name, gradient.transpose(0, 1).unsqueeze(2)))
+        terms = _terms(function, calls, copies, _pull_back(outputs, targets, cotangents))
     if plan.looped:
         terms.append(_loop_term(function, plan.looped, samples, cotangents))
     return merged(terms)
 
 
+def stream(
+    function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor, use: Use
+) -> None:
+    """Like `capture`, but a layer's term is used, and let go, when the backward pass comes by.
+
+    Beside what any backward pass holds, only one layer's gradient exists at a time. Cotangents
+    are pulled back one by one.
+
+    Args:
+        function: the model at θ on its batch.
+        plan: for this model.
+        samples: which samples of the batch.
+        cotangents: v of shape ``(samples, Q, *positions, C)``.
+        use: called with terms and the slice of the cotangents that they belong to; all terms of a
+            parameter come in one call for each cotangent.
+    """
+    batch = map_inputs(function.inputs, itemgetter(samples))
+    taps = _Taps(function, plan.streamed())
+    calls, copies, outputs = forward(function, plan, batch, taps)
+    kept = [call for call in calls if call.owner.name not in taps.owners]
+    del calls
+    targets = [taps.source, *_watched(kept, copies)]
+    last = cotangents.shape[1] - 1
+    for q in range(last + 1):
+        part = slice(q, q + 1)
+        taps.use, taps.last = partial(use, vectors=part), q == last
+        found = _pull_back_singly(outputs, targets, cotangents[:, part], retain=q < last)[1:]
+        terms = _terms(function, kept, copies, found)
+        if plan.looped:
+            terms.append(_loop_term(function, plan.looped, samples, cotangents[:, part]))
+        use(merged(terms), vectors=part)
+
+
 def forward(
-    function: ModelFunction, plan: Plan, batch: Any
+    function: ModelFunction, plan: Plan, batch: Any, taps: _Taps | None = None
 ) -> tuple[list[Call], Parameters, Tensor]:
     """The outputs with their graph, the recorded calls, and the copies of replicated parameters."""
     count = next(named_tensors(batch))[1].shape[0]
     with autograd_enabled():
         leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
         copies = {name: one_for_each(leaves[name], count) for name in plan.replicated}
-        with _recorded(plan.owners, count) as calls:
+        with _recorded(plan.owners, count, taps) as calls:
             outputs = function({**leaves, **copies}, batch)
     for owner in plan.owners:
         found = sum(call.owner is owner for call in calls)
@@ -120,8 +160,76 @@ def forward(
     return calls, copies, outputs
 
 
+class _Taps:
+    """Identities after the streamed owners' outputs, which show the gradients that pass.
+
+    A gradient at `source`, which every tap names as an input, makes autograd pass by all of them,
+    and makes no gradient of a parameter.
+    """
+
+    def __init__(self, function: ModelFunction, owners: set[str]) -> None:
+        self.function = function
+        self.owners = owners
+        self.source = torch.zeros((), device=function.device, requires_grad=True)
+        self.use: Callable[[list[Term]], None] = lambda _: None
+        self.last = False
+
+    def tap(self, call: Call, made: list[Any]) -> None:
+        """Put a tap after the output of a recorded call."""
+        index = next(iter(call.outputs))
+        call.outputs.clear()
+        made[index] = _Tap.apply(  # type: ignore[no-untyped-call]
+            made[index], self.source, partial(self._passed, call, index)
+        )
+
+    def _passed(self, call: Call, index: int, gradient: Tensor) -> None:
+        layout, rule = call.layout.outputs[index], call.owner.rule
+        if layout is None or rule is None:
+            return
+        call.gradients[index] = layout.chunks(gradient.unsqueeze(0), 1)
+        self.use([rule.term(self.function, call)])
+        call.gradients.clear()
+        if self.last:
+            call.leaves.clear()
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, _source: Tensor, passed: Callable[..., None]) -> Tensor:
+        ctx.passed = passed
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.passed(gradient)
+        return gradient, gradient.new_zeros(()), None
+
+
+def _watched(calls: list[Call], copies: Parameters) -> list[Tensor]:
+    """Where gradients are wanted, in the order in which `_terms` takes them."""
+    return [*(tensor for call in calls for tensor in call.outputs.values()), *copies.values()]
+
+
+def _terms(
+    function: ModelFunction, calls: list[Call], copies: Parameters, found: list[Tensor]
+) -> list[Term]:
+    """The terms of recorded calls and copies, given the gradients there."""
+    gradients = iter(found)
+    terms: list[Term] = []
+    for call in calls:
+        for index in call.outputs:
+            layout = call.layout.outputs[index]
+            if layout is not None:
+                call.gradients[index] = layout.chunks(next(gradients), 1)
+        rule = call.owner.rule
+        terms.append(rule.term(function, call) if rule else unit_term(function, call))
+    for name, gradient in zip(copies, gradients, strict=True):
+        terms.append(_copy_term(name, gradient.transpose(0, 1).unsqueeze(2)))
+    return terms
+
+
 @contextlib.contextmanager
-def _recorded(owners: list[Owner], count: int) -> Iterator[list[Call]]:
+def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[list[Call]]:
     """Record the owners' calls while inside; all hooks are gone afterwards."""
     calls: list[Call] = []
 
@@ -142,11 +250,15 @@ def _recorded(owners: list[Owner], count: int) -> Iterator[list[Call]]:
                 if isinstance(leaf, Tensor) and leaf.requires_grad and layout.outputs[i] is not None
             }
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            calls.append(Call(owner, layout, spec, detached, made_by_leaf))
+            call = Call(owner, layout, spec, detached, made_by_leaf)
+            calls.append(call)
+            tapped = taps is not None and owner.name in taps.owners and bool(made_by_leaf)
+            if taps is not None and tapped:
+                taps.tap(call, made)
             if layout.in_place:
                 # The model goes on with a copy, and what was recorded stays as it was.
                 made = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in made]
-            elif not owner.replicate:
+            elif not owner.replicate and not tapped:
                 return None
             return tree_unflatten(made, made_spec)
 
@@ -165,21 +277,25 @@ def _recorded(owners: list[Owner], count: int) -> Iterator[list[Call]]:
 
 def _pull_back(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> list[Tensor]:
     """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
-    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
-    count = len(vectors)
-    found: list[Tensor | None] | None = None
-    if not outputs.requires_grad:
-        found = [None] * len(targets)
-    elif count > 1 and count * sum(t.numel() for t in targets) < BATCHED_ENTRIES:
+    count = cotangents.shape[1]
+    if (
+        outputs.requires_grad
+        and count > 1
+        and count * sum(t.numel() for t in targets) < BATCHED_ENTRIES
+    ):
+        vectors = cotangents.transpose(0, 1).to(outputs.dtype)
         try:
             options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
-            found = list(torch.autograd.grad(outputs, targets, vectors, **options))
+            found = torch.autograd.grad(outputs, targets, vectors, **options)
+            return _with_zeros(found, targets, count)
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
             # An operation has no rule for vmap.
-    if found is None:
-        found = _pull_back_singly(outputs, targets, vectors)
+    return _pull_back_singly(outputs, targets, cotangents)
+
+
+def _with_zeros(found: Sequence[Tensor | None], targets: list[Tensor], count: int) -> list[Tensor]:
     return [
         t.new_zeros(()).expand(count, *t.shape) if g is None else g
         for t, g in zip(targets, found, strict=True)
@@ -187,14 +303,17 @@ def _pull_back(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> li
 
 
 def _pull_back_singly(
-    outputs: Tensor, targets: list[Tensor], vectors: Tensor
-) -> list[Tensor | None]:
+    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, *, retain: bool = False
+) -> list[Tensor]:
     """One backward pass for each cotangent."""
+    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
     found: list[Tensor | None] = [None] * len(targets)
     last = len(vectors) - 1
+    if not outputs.requires_grad:
+        return _with_zeros(found, targets, last + 1)
     for q, vector in enumerate(vectors):
         single = torch.autograd.grad(
-            outputs, targets, vector, retain_graph=q < last, allow_unused=True
+            outputs, targets, vector, retain_graph=retain or q < last, allow_unused=True
         )
         for i, gradient in enumerate(single):
             if gradient is None:
@@ -206,7 +325,7 @@ def _pull_back_singly(
             if kept is None:
                 kept = found[i] = gradient.new_zeros(last + 1, *gradient.shape)
             kept[q] = gradient
-    return found
+    return _with_zeros(found, targets, last + 1)
 
 
 def _copy_term(name: str, rows: Tensor) -> Term:

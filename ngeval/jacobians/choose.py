@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,14 +13,30 @@ from ngeval.errors import EngineError, InputError, ModelError, nearest_name
 from ngeval.functional import ModelFunction, Parameters, model_errors
 from ngeval.jacobians.engines import loop_rows
 from ngeval.jacobians.plan import Planner
-from ngeval.jacobians.products import row_products
-from ngeval.jacobians.rows import ENGINES, RowSource
+from ngeval.jacobians.products import inner_product, row_products
+from ngeval.jacobians.rows import ENGINES, Block, RowSource
+from ngeval.jacobians.terms import Term
 from ngeval.memory import is_out_of_memory
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and what it gave when it was tried.
+
+    Attributes:
+        rows: the source of rows.
+        direction: v, a random direction in parameter space.
+        products: (J_nᵀu_n)·v for every sample, by parameter: float64, shape ``(N,)``.
+    """
+
+    rows: RowSource
+    direction: Parameters
+    products: Parameters
+
+
 def choose_rows(
-    function: ModelFunction, engine: str, memory: int, *, check: bool = True
-) -> RowSource:
+    function: ModelFunction, engine: str, memory: int, residual: Tensor, *, check: bool = True
+) -> Choice:
     """The fastest source of rows that is right for a model.
 
     For random w and v, (J_nᵀw_n)·v must equal w_n·(Jv)_n for every sample n, with the rows from
@@ -33,6 +49,7 @@ def choose_rows(
         function: the model at θ on its batch.
         engine: an engine's name, or ``"auto"`` for the first that passes.
         memory: bytes for captures and rows.
+        residual: u, whose rows are tried beside random ones.
         check: compare; otherwise the first engine that runs is taken as it is.
 
     Raises:
@@ -45,14 +62,16 @@ def choose_rows(
             f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
         )
     names = ENGINES if engine == "auto" else (engine,)
-    chosen, reasons = _first_right(function, names, memory, check)
+    chosen, reasons = _first_right(function, names, memory, residual, check)
     if chosen is None and check and function.dtype.itemsize < 8:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
-            wide, again = _first_right(function.converted(torch.float64), names, memory, check)
+            double = function.converted(torch.float64)
+            wide, again = _first_right(double, names, memory, residual, check)
             if wide is not None:
-                mode = wide.function.forward_mode
-                return replace(wide, function=replace(function, forward_mode=mode))
+                mode = wide.rows.function.forward_mode
+                rows = replace(wide.rows, function=replace(function, forward_mode=mode))
+                return replace(wide, rows=rows)
             reasons = again
     if chosen is None:
         hint = "" if engine == "auto" else "; use engine='auto'"
@@ -61,51 +80,61 @@ def choose_rows(
 
 
 def _first_right(
-    function: ModelFunction, names: Iterable[str], memory: int, check: bool
-) -> tuple[RowSource | None, list[str]]:
+    function: ModelFunction, names: Iterable[str], memory: int, residual: Tensor, check: bool
+) -> tuple[Choice | None, list[str]]:
     """The first of some engines that is right, or why none is."""
-    probe = _Probe(function)
+    probe = _Probe(function, residual)
     reasons = []
     for name in names:
         try:
-            source = _source(function, name, memory, probe)
-            products = probe.row_products(source)
+            source, both = _source(function, name, memory, probe)
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
                 raise
             reasons.append(f"{name}: {_first_line(error)}")
             continue
+        products, own = ({n: part[:, i] for n, part in both.items()} for i in (0, 1))
+        choice = Choice(source, probe.direction, own)
         if not check:
-            return source, []
+            return choice, []
         if wrong := probe.wrong_parameters(products):
             reasons.append(f"{name}: wrong per-sample gradients of {', '.join(sorted(wrong)[:3])}")
             continue
         for forward_mode in (True, False):
             if probe.agrees_with_tangent(products, forward_mode):
-                return replace(source, function=replace(function, forward_mode=forward_mode)), []
+                rows = replace(source, function=replace(function, forward_mode=forward_mode))
+                return replace(choice, rows=rows), []
         reasons.append(f"{name}: forward and backward derivatives differ{probe.unseen(products)}")
     return None, reasons
 
 
-def _source(function: ModelFunction, name: str, memory: int, probe: _Probe) -> RowSource:
-    """The source of an engine; the layer engine's plan is mended until the probe finds no fault."""
+def _source(
+    function: ModelFunction, name: str, memory: int, probe: _Probe
+) -> tuple[RowSource, Parameters]:
+    """The source of an engine, and the probe's products of its rows.
+
+    The layer engine's plan is mended until the probe finds no fault.
+    """
     if name != "layers":
-        return RowSource(function, name, memory)
+        source = RowSource(function, name, memory)
+        return source, probe.row_products(source)
     with model_errors():
         planner = Planner(function)
         while True:
             plan = planner.plan()
             source = RowSource(function, name, memory, plan, planner.sample_bytes)
-            wrong = probe.wrong_parameters(probe.row_products(source))
+            products = probe.row_products(source)
+            wrong = probe.wrong_parameters({n: part[:, 0] for n, part in products.items()})
             if not wrong or not planner.demote(wrong):
-                return source
+                return source, products
 
 
 class _Probe:
     """Random cotangents w and a random direction v, and what they must give."""
 
-    def __init__(self, function: ModelFunction) -> None:
+    def __init__(self, function: ModelFunction, residual: Tensor) -> None:
         self.function = function
+        self.residual = residual
         with torch.no_grad(), model_errors():
             outputs = function(function.parameters)
         generator = torch.Generator().manual_seed(0)
@@ -124,16 +153,20 @@ class _Probe:
         self._tangents: dict[bool, Tensor | None] = {}
 
     def row_products(self, source: RowSource) -> Parameters:
-        """(J_nᵀw_n)·v for every sample, by parameter, float64."""
-        zero = torch.zeros(len(self.cotangents), dtype=torch.float64)
+        """(J_nᵀw_n)·v and (J_nᵀu_n)·v for every sample n, by parameter: float64, ``(N, 2)``."""
+        zero = torch.zeros(len(self.cotangents), 2, dtype=torch.float64)
         products = {name: zero.clone() for name in self.direction}
-        cotangents = self.cotangents.unsqueeze(1)
+        cotangents = torch.stack([self.cotangents, self.residual.to(self.cotangents)], 1)
         # Without the memory for a row there is no probe: the errors that say so come later.
         enough = max(source.memory, source.captured_bytes + source.sample_bytes)
         for block in replace(source, memory=enough).blocks(cotangents):
-            terms = source.capture(cotangents, block)
-            for name, found in row_products(terms, self.direction).items():
-                products[name][block.samples] += found[:, 0].cpu()
+
+            def use(terms: list[Term], vectors: slice, block: Block = block) -> None:
+                for name, found in row_products(terms, self.direction).items():
+                    part = products[name][block.samples, block.vectors]
+                    part[:, vectors] += found.cpu()
+
+            source.stream(cotangents, block, use)
         return products
 
     def wrong_parameters(self, products: Parameters) -> set[str]:
@@ -178,10 +211,7 @@ class _Probe:
         """The products for one sample, run alone through plain autograd."""
         one = slice(n, n + 1)
         rows = loop_rows(self.function, one, self.cotangents[one].unsqueeze(1))
-        return {
-            name: (rows[name].double() * v.double()).sum().cpu()
-            for name, v in self.direction.items()
-        }
+        return {name: inner_product(rows[name], v).cpu() for name, v in self.direction.items()}
 
     def _close(self, found: Tensor, expected: Tensor, floor: float = 0.0) -> bool:
         scale = expected.abs() + 0.01 * expected.abs().max() + floor

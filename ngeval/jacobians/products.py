@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from ngeval.functional import Parameters
-from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
+from ngeval.jacobians.terms import PATCH_ENTRIES, AffineTerm, EmbeddingTerm, Term
 
 PIECE_ENTRIES = 2**23
 """Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""
 
 TRIANGLE_SIZE = 512
 """From this many rows on, leaving out half of a symmetric matrix is worth its strips."""
+
+TRAFFIC = 32
+"""Multiplications in the time in which an entry of a row is made and brought to float64."""
 
 ALL = slice(None)
 
@@ -72,16 +75,25 @@ def _sequence_is_cheaper(
     outputs: int,
     symmetric: bool,
 ) -> bool:
-    """Compare counted multiplications; those in float32 count half."""
+    """Compare counted multiplications; those in float32 count half.
+
+    Entries that are written, read and converted once bind at the memory's rate: a row's weighs
+    `TRAFFIC` multiplications, a joined product's 8.
+    """
     inputs = left.weight_shape[1:].numel()
     one, other = (term.num_samples * term.positions for term in (left, right))
     vectors = left.num_vectors * right.num_vectors
     count = left.num_samples * right.num_samples * vectors
     # Of the two inner products, and of what joins them (memory-bound, so it weighs more).
     sequence = one * other * (inputs + vectors * (outputs + 8 * (left.positions > 1)))
+    if symmetric and one * left.num_vectors >= TRIANGLE_SIZE:
+        sequence //= 2
     single = 0.5 if left.cotangents.dtype.itemsize < 8 else 1.0
     made = one * left.num_vectors + (0 if symmetric else other * right.num_vectors)
-    rows = outputs * inputs * (single * made + count * (0.5 if symmetric else 1.0))
+    kept = left.num_samples * left.num_vectors
+    kept += 0 if symmetric else right.num_samples * right.num_vectors
+    half = 0.5 if symmetric else 1.0
+    rows = outputs * inputs * (single * made + count * half + TRAFFIC * kept)
     return sequence <= rows
 
 
@@ -317,19 +329,42 @@ def row_products(terms: list[Term], direction: Parameters) -> dict[str, Tensor]:
 
 
 def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(term, AffineTerm) and term.applied_once:
-        # b·(D a): no row is made.
-        wide = term.cotangents[:, :, 0, 0].to(torch.float64)
+    """No row is made of what is an outer product."""
+    if isinstance(term, AffineTerm):
         if term.weight:
-            along = direction[term.weight].to(torch.float64).reshape(-1, term.fan_in)
-            yield term.weight, torch.einsum("nqo,no->nq", wide, _flat_inputs(term) @ along.T)
+            yield term.weight, _affine_products(term, direction[term.weight])
         if term.bias:
-            yield term.bias, wide @ direction[term.bias].to(torch.float64)
-        return
-    for units in pieces(term, term.num_samples * term.num_vectors):
-        for name, rows in term.rows(ALL, ALL, units).items():
-            along = direction[name]
-            if rows.shape[2:] != along.shape:
-                along = along[units]
-            flat = _wide(rows) @ along.reshape(-1).to(torch.float64)
-            yield name, flat.reshape(rows.shape[:2])
+            along = direction[term.bias].unflatten(0, (term.groups, -1))
+            yield term.bias, _contracted(term.cotangents, along.expand(term.num_samples, 1, -1, -1))
+    elif isinstance(term, EmbeddingTerm):
+        along = direction[term.weight][term.indices.clamp_min(0)]
+        yield term.weight, _contracted(term.cotangents, along * (term.indices >= 0).unsqueeze(2))
+    else:
+        for name, rows in term.rows(ALL, ALL, ALL).items():
+            yield name, (_wide(rows) @ direction[name].reshape(-1).double()).reshape(rows.shape[:2])
+
+
+def _affine_products(term: AffineTerm, direction: Tensor) -> Tensor:
+    """Σ_t b_t·(D a_t) in the model's dtype, patches of a few samples at a time."""
+    weight = direction.reshape(term.groups, -1, term.fan_in).transpose(1, 2)
+    step = max(1, PATCH_ENTRIES // max(1, term.positions * term.groups * term.fan_in))
+    found = []
+    for start in range(0, term.num_samples, step):
+        samples = slice(start, min(start + step, term.num_samples))
+        inputs = term.inputs(samples).flatten(0, 1).transpose(0, 1)
+        along = (inputs @ weight).transpose(0, 1).unflatten(0, (-1, term.positions))
+        found.append(_contracted(term.cotangents[samples], along))
+    return torch.cat(found)
+
+
+def _contracted(cotangents: Tensor, along: Tensor) -> Tensor:
+    """Σ b ⊙ along for each sample and cotangent: ``(n, q, …)`` and ``(n, …)`` to ``(n, q)``."""
+    wide = along.expand(len(cotangents), *cotangents.shape[2:]).flatten(1).unsqueeze(2)
+    found: Tensor = torch.bmm(cotangents.flatten(2), wide.to(cotangents.dtype))
+    return found.squeeze(2).to(torch.float64)
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Of two tensors of one shape, in float64 without a float64 copy of large ones."""
+    pieces = (tensor.flatten().split(PIECE_ENTRIES) for tensor in (left, right))
+    return torch.stack([a.double() @ b.double() for a, b in zip(*pieces, strict=True)]).sum()

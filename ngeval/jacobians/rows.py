@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, model_errors
-from ngeval.jacobians.capture import Plan, capture
+from ngeval.jacobians.capture import Plan, Use, capture, stream
 from ngeval.jacobians.engines import loop_rows, vmap_rows
 from ngeval.jacobians.products import (
     add_inner_products,
@@ -85,6 +85,21 @@ class RowSource:
             if self.plan is not None:
                 return capture(self.function, self.plan, block.samples, chosen)
             return [self._whole_model(block.samples, chosen)]
+
+    def stream(self, cotangents: Tensor, block: Block, use: Use) -> None:
+        """Use the terms of one block's rows as soon as they are there; see `capture.stream`.
+
+        Args:
+            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+            block: which of them.
+            use: called with terms and the slice of the block's cotangents that they belong to.
+        """
+        chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
+        with model_errors():
+            if self.plan is not None:
+                stream(self.function, self.plan, block.samples, chosen, use)
+            else:
+                use([self._whole_model(block.samples, chosen)], vectors=slice(None))
 
     def _whole_model(self, samples: slice, cotangents: Tensor) -> Term:
         compute = vmap_rows if self.engine_name == "vmap" else loop_rows
@@ -163,6 +178,13 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     def attempt(limited: RowSource) -> Tensor:
         gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
         blocks = limited.blocks(cotangents)
+        if len(blocks) == 1 and cotangents.shape[1] == 1:
+            limited.stream(
+                cotangents,
+                blocks[0],
+                lambda terms, vectors: add_inner_products(gram, terms, terms, symmetric=True),
+            )
+            return gram
         if len(blocks) > 1:
             blocks = limited.blocks(cotangents, share=0.5)
         for i, block in enumerate(blocks):

@@ -34,11 +34,16 @@ def unit_term(function: ModelFunction, call: Call) -> Term:
         gradients = {i: g[samples, vectors] for i, g in call.gradients.items()}
         if not owner.looped:
             try:
-                return own.vectorised(inputs, gradients)
+                rows = own.vectorised(inputs, gradients)
+                lead = next(iter(gradients.values())).shape[:2]
+                if all(rows[name].shape == (*lead, *shape) for name, shape in shapes.items()):
+                    return rows
+                # torch's rule for prelu under two vmaps mixes their dimensions up.
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 if is_out_of_memory(error):
                     raise
-                owner.looped.append(True)  # an operation without a rule for vmap
+                # An operation has no rule for vmap.
+            owner.looped.append(True)
         return own.looped(inputs, gradients)
 
     shapes = {name: function.parameters[name].shape for name in owner.parameters.values()}
