@@ -116,16 +116,19 @@ def evaluate(
         with contextlib.suppress(EngineError, RuntimeError, MemoryError):
             logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
+        plain = next((one for one in rated if isinstance(one.method, Sgd)), _Rated(Sgd(), lambdas))
+        everyone = rated if plain in rated else [*rated, plain]
         # Sampled vectors include the residual, which then need not be captured again.
-        for one in sorted(rated, key=lambda one: not isinstance(one.method, SampledFisher)):
+        for one in sorted(everyone, key=lambda one: not isinstance(one.method, SampledFisher)):
             one.prepare(problem, damping_scale, seed, (gap, max_iterations))
-        for group in _groups(problem, rated, metric):
+        for group in _groups(problem, everyone, metric):
             _grade(problem, group, metric)
             for one in group:
-                done(one.method.name)
+                if one in rated:
+                    done(one.method.name)
         table = pd.concat([one.table() for one in rated], ignore_index=True)
         shared = _shared_columns(problem, metric, damping_scale, seed)
-        table = _with_ratios(table.assign(**shared), problem, metric)
+        table = _with_ratios(table.assign(**shared), plain, problem, metric)
         if exact:
             table = _with_natural(table, problem, gap, max_iterations)
             done("gamma_min")
@@ -306,13 +309,15 @@ def _shared_columns(
     }
 
 
-def _with_ratios(table: pd.DataFrame, problem: Problem, metric: Metric | None) -> pd.DataFrame:
+def _with_ratios(
+    table: pd.DataFrame, plain: _Rated, problem: Problem, metric: Metric | None
+) -> pd.DataFrame:
     """γ/γ_SGD and the cosine with g."""
-    gradient = problem.gradient().to(torch.float64)
-    norm = float(gradient.norm()) if metric is None else metric.totals.gradient_norm
-    plain = grade(problem, [Sgd().prepare(problem).updates([0.0])], metric)[0]
+    norm = float(torch.linalg.vector_norm(problem.gradient(), dtype=torch.float64))
+    norm = norm if metric is None else metric.totals.gradient_norm
+    gamma = float(plain.grades.quadratics.gammas[0]) if plain.grades else math.nan
     return table.assign(
-        gamma_over_sgd=table["gamma"] / float(plain.quadratics.gammas[0]),
+        gamma_over_sgd=table["gamma"] / gamma,
         cosine_sgd=table["decrease"] / (table["update_norm"] * norm),
     )
 

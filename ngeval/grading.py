@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
-from ngeval.jacobians import row_combinations
-from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, logit_kernel
+from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, columns_in, logit_kernel
 from ngeval.memory import describe_bytes
 from ngeval.metric import Forms, Metric
 from ngeval.metrics import Quadratics, gammas_of, quadratics
@@ -59,7 +58,7 @@ def grade(
     """
     if metric is None:
         of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
-        kernel = logit_kernel(problem) if of_rows else None
+        kernel = _kernel(problem) if of_rows else None
         graded = [_grade_by_kernel(problem, kernel, one) for one in updates]
         loose = [i for i, grades in enumerate(graded) if grades is None]
         if loose:
@@ -70,22 +69,29 @@ def grade(
     return _grade_by_forms(metric, updates)
 
 
+def _kernel(problem: Problem) -> LogitKernel | None:
+    """What of Θ there is; None, and one JVP for each update, where there is no room for any."""
+    try:
+        return logit_kernel(problem)
+    except EngineError:
+        return None
+
+
 def families(updates: Sequence[Updates]) -> list[list[int]]:
-    """Which updates are made of the same rows, and so share a basis; by their places."""
+    """Which updates are made of the same rows, and so share a basis; by their places.
+
+    The first of a family has the rows of all.
+    """
     found: list[list[int]] = []
-    for i, one in enumerate(updates):
+    vectors = {i: one.vectors for i, one in enumerate(updates) if isinstance(one, CotangentUpdates)}
+    for i in sorted(vectors, key=lambda i: -vectors[i].shape[1]):
         for family in found:
-            first = updates[family[0]]
-            if (
-                isinstance(one, CotangentUpdates)
-                and isinstance(first, CotangentUpdates)
-                and one.vectors is first.vectors
-            ):
+            if columns_in(vectors[family[0]], vectors[i]) is not None:
                 family.append(i)
                 break
         else:
             found.append([i])
-    return found
+    return found + [[i] for i in range(len(updates)) if i not in vectors]
 
 
 def _grade_by_kernel(
@@ -99,7 +105,7 @@ def _grade_by_kernel(
         tangents, norms = kernel.push_fields(updates.fields)
     elif isinstance(updates, CotangentUpdates) and isinstance(kernel, PushingKernel):
         tangents, norms = kernel.push(updates.vectors, updates.coefficients)
-    elif isinstance(updates, CotangentUpdates):
+    elif isinstance(updates, CotangentUpdates) and kernel is not None:
         return None
     else:
         return _grade_singly(problem, updates)
@@ -130,7 +136,11 @@ def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
     for family in families(updates):
         members = [updates[i] for i in family]
         cotangent = [one for one in members if isinstance(one, CotangentUpdates)]
-        basis = _row_basis(cotangent) if cotangent else _own_basis(metric.problem, members[0])
+        single = len(members) == 1 and members[0].count == 1
+        if cotangent and not single:
+            basis = _row_basis(cotangent)
+        else:
+            basis = _own_basis(metric.problem, members[0])
         forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
         parts_of = zip(family, basis.coefficients, basis.lengths, strict=True)
         for i, coefficients, lengths in parts_of:
@@ -161,31 +171,43 @@ class _Basis:
 
 
 def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
-    """An orthonormal basis of updates made of the same rows R, as few vectors as they need.
+    """An orthonormal basis of updates made of the first one's rows R, as few as they need.
 
     With RRᵀ = VΣVᵀ, d = Rᵀc = (RᵀVΣ^(−1/2)) y for y = Σ^(1/2)Vᵀc, and ‖d‖ = ‖y‖. A family in λ
     has a small numerical rank: the singular vectors of all y at unit length above `COMPRESSION`
-    are the basis.
+    are the basis; in a coarser dtype, those above a hundredth of its rounding.
     """
     problem, vectors = members[0].problem, members[0].vectors
-    gram = logit_kernel(problem).gram(vectors)
-    everything = torch.cat([one.coefficients.flatten(1) for one in members])
+    kernel = logit_kernel(problem)
+    gram = kernel.gram(vectors)
+    everything = torch.cat([_coefficients(one, vectors).flatten(1) for one in members])
     spectrum = Spectrum.of_gram(gram, problem.dtype, everything.norm(dim=0))
     root = spectrum.eigenvalues.sqrt()
     images = (everything @ spectrum.eigenvectors) * root
     lengths = images.norm(dim=1)
     unit = images / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
     _, singular, right_vectors = torch.linalg.svd(unit, full_matrices=False)
-    kept = singular > COMPRESSION * singular.amax() if singular.numel() else singular > 0
+    part = max(COMPRESSION, 0.01 * problem.function.epsilon)
+    kept = singular > part * singular.amax() if singular.numel() else singular > 0
     basis = right_vectors[kept]
     weights = (basis / root) @ spectrum.eigenvectors.T
     sizes = [one.count for one in members]
     _check_room(problem, len(weights))
     return _Basis(
-        row_combinations(problem.rows, vectors, weights),
+        kernel.combinations(vectors, weights),
         list((unit @ basis.T).split(sizes)),
         list(lengths.split(sizes)),
     )
+
+
+def _coefficients(updates: CotangentUpdates, vectors: Tensor) -> Tensor:
+    """Of rows J_nᵀv_nq for more vectors v than those of the updates: 0 for the others."""
+    columns = columns_in(vectors, updates.vectors)
+    if columns is None or vectors is updates.vectors:
+        return updates.coefficients
+    wide = updates.coefficients.new_zeros(updates.count, *vectors.shape[:2])
+    wide[..., columns] = updates.coefficients
+    return wide
 
 
 def _own_basis(problem: Problem, updates: Updates) -> _Basis:

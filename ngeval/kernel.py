@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.fisher import factor_columns, unit_cotangents
-from ngeval.jacobians import CapturedRows, gram_matrix
+from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
 from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 from ngeval.spectrum import UNSEEN, Spectrum
@@ -43,6 +43,7 @@ class LogitKernel(ABC):
         """Keep the sizes and the dtype that the rows are computed in."""
         self.shape = (problem.num_samples, problem.num_outputs)
         self.row_dtype = problem.dtype
+        self.rows = problem.rows
 
     @abstractmethod
     def gram(self, vectors: Tensor) -> Tensor:
@@ -51,6 +52,15 @@ class LogitKernel(ABC):
         Args:
             vectors: v, shape ``(N, Q, *positions, C)``. v = u gives K, the columns of S SᵀΘS.
         """
+
+    def combinations(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Σ_nq w_i,nq J_nᵀv_nq in the model's dtype, shape ``(k, P)``.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            weights: w in float64, shape ``(k, N·Q)``.
+        """
+        return row_combinations(self.rows, vectors, weights)
 
     def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """The spectrum of the Gram matrix of rows J_nᵀv_nq.
@@ -212,16 +222,39 @@ class MatrixFreeKernel(LogitKernel):
     def __init__(self, problem: Problem) -> None:
         """Nothing is computed before it is asked for."""
         super().__init__(problem)
-        self.rows = problem.rows
         self._grams: list[tuple[Tensor, Tensor]] = []
+        self._captured: CapturedRows | None = None
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """Layer by layer; remembered by the vectors' identity."""
+        """Layer by layer; remembered, as is every part of it."""
         for known, gram in self._grams:
-            if known is vectors:
-                return gram
-        self._grams.append((vectors, gram_matrix(self.rows, vectors)))
+            columns = columns_in(known, vectors)
+            if columns is not None:
+                wide = gram.unflatten(0, (-1, known.shape[1])).unflatten(2, (-1, known.shape[1]))
+                part: Tensor = wide[:, columns][..., columns].flatten(2).flatten(0, 1)
+                return part
+        self._captured = CapturedRows(self.rows, vectors)
+        self._grams.append((vectors, self._captured.gram()))
         return self._grams[-1][1]
+
+    def combinations(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """From the capture that the Gram matrix was made of, if it was kept."""
+        captured = self._captured
+        if captured is None or captured.cotangents is not vectors:
+            captured = CapturedRows(self.rows, vectors)
+        self._captured = None
+        return captured.combinations(weights)
+
+
+def columns_in(known: Tensor, vectors: Tensor) -> list[int] | None:
+    """Which of the Q known vectors of each sample these are, None if they are not among them."""
+    if vectors is known:
+        return list(range(known.shape[1]))
+    found = []
+    for vector in vectors.unbind(1):
+        same = (q for q, other in enumerate(known.unbind(1)) if torch.equal(other, vector))
+        found.append(next(same, -1))
+    return None if -1 in found else found
 
 
 def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from ngeval.likelihoods import OutputDistribution
 from ngeval.memory import halving
 from ngeval.problem import Problem
 
+TANGENT_BYTES = 2**29
+"""Bytes of tangents that are passed through a model together; more is slower, not faster."""
+
 Batches = Iterable[tuple[Inputs, Tensor]]
 
 
@@ -141,6 +144,8 @@ class Metric:
         decrease = torch.zeros(count, dtype=torch.float64, device=device)
         step = chunk_sizes(1, count, self.problem.rows.sample_bytes, memory)[1]
         for chunk in self.chunks(count, memory):
+            passed = chunk.function.num_samples * self.problem.rows.sample_bytes
+            step = min(step, max(1, TANGENT_BYTES // max(1, passed)))
             parts = []
             for chosen in slices(count, step):
                 tangents = push_directions(chunk.function, directions[chosen])
@@ -183,6 +188,8 @@ class Metric:
             yield part, targets.to(problem.device)
 
     def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
+        if function is self.problem.function and samples == slice(0, function.num_samples):
+            return Chunk(function, self.problem.distribution, self.problem.residual)
         part = function.on(samples)
         with torch.no_grad(), model_errors():
             outputs = part(part.parameters)

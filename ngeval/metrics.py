@@ -41,13 +41,14 @@ def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
         tangents: t = J d, shape ``(L, N, *positions, C)``.
     """
     # At unit size, so that neither a tiny nor a huge update under- or overflows when squared.
-    size = tangents.abs().flatten(1).amax(1)
+    size = torch.linalg.vector_norm(tangents.flatten(1), math.inf, dim=1)
     shape = (-1, *[1] * (tangents.ndim - 1))
     unit = tangents / torch.where(size > 0, size, 1.0).reshape(shape)
-    curvature = problem.distribution.factor_transpose_product(unit).square().flatten(1).sum(1)
+    whitened = problem.distribution.factor_transpose_product(unit).flatten(1)
+    curvature = torch.linalg.vector_norm(whitened, dim=1).square()
     terms = (problem.residual * unit).flatten(1)
     decrease = terms.sum(1)
-    rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
+    rounding = torch.finfo(torch.float64).eps * torch.linalg.vector_norm(terms, 1, dim=1)
     gammas = gammas_of(curvature, decrease, rounding).gammas
     return Quadratics(curvature * size.square(), decrease * size, gammas)
 

@@ -7,6 +7,7 @@ have the model's own dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.checks import Inputs
-from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.functional import AttentionWatch, ModelFunction, map_inputs, model_errors
-from ngeval.jacobians import Choice, choose_rows
-from ngeval.jacobians.products import inner_product
+from ngeval.errors import InputError
+from ngeval.functional import AttentionWatch, ModelFunction, model_errors
+from ngeval.jacobians import choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
+from ngeval.probes import check_gradients_add_up, check_outputs, check_repeatable, run_model
 
 if TYPE_CHECKING:
     from ngeval.fisher import FisherOperator
+
+UNIT_SIZES = (1e-3, 1e3)
+"""A direction whose largest entry is between these is not rescaled."""
 
 Direction = Tensor | Mapping[str, Tensor]
 T = TypeVar("T")
@@ -110,16 +114,15 @@ class Problem:
         self.function = ModelFunction.of(model, inputs, dtype)
         self.likelihood = get_likelihood(likelihood)
         with AttentionWatch() as attention:
-            raw = self._run_model()
+            raw = run_model(self.function)
         self._attention = attention.seen
-        self._check_outputs(raw)
+        check_outputs(self.function, raw)
         self.outputs = raw.detach().to(torch.float64)
         self.distribution = self.likelihood.bind(self.outputs, targets)
         self.residual = self.distribution.residual()
         self.loss = self.distribution.loss()
         if probes:
-            self._check_deterministic(raw)
-            self._check_samples_independent(raw)
+            check_repeatable(self.function, raw)
         if memory is None:
             memory = free_memory(self.function.device)
         if not isinstance(memory, int) or memory <= 0:
@@ -130,7 +133,7 @@ class Problem:
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
         if probes:
-            self._check_gradients_add_up(choice)
+            check_gradients_add_up(choice, self.function.unflatten(self.gradient()))
 
     @property
     def num_samples(self) -> int:
@@ -195,15 +198,17 @@ class Problem:
         vector = self.as_vector(direction)
         if not vector.is_floating_point():
             vector = vector.to(torch.float64)
-        # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
-        scale = vector.abs().max()
+        # Near unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
+        scale = _largest(vector)
         if scale == 0:
             return torch.zeros_like(self.outputs)
-        tangent = self.function.unflatten(vector / scale)
+        if UNIT_SIZES[0] < scale < UNIT_SIZES[1]:
+            scale = 1.0
+        tangent = self.function.unflatten(vector if scale == 1 else vector / scale)
         with model_errors():
             parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole * scale.to(torch.float64)
+        return whole if scale == 1 else whole * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
@@ -225,7 +230,7 @@ class Problem:
             total = part.flatten(part.vjp(cotangent[samples] / scale))
             for samples, part in parts:
                 total += part.flatten(part.vjp(cotangent[samples] / scale))
-        return total * scale.to(self.dtype)
+        return total.mul_(scale.to(self.dtype))
 
     def _parts(self) -> Iterator[tuple[slice, ModelFunction]]:
         """The batch in as few parts as the memory budget has room for a pass over."""
@@ -272,7 +277,7 @@ class Problem:
                 "a direction is a torch vector or a dict of tensors by parameter name, not "
                 f"{type(direction).__name__}"
             )
-        if not bool(torch.isfinite(vector).all()):
+        if not math.isfinite(_largest(vector)):
             raise InputError("the direction holds NaN or infinite values")
         return vector.to(self.device)
 
@@ -306,83 +311,8 @@ class Problem:
                 )
         return torch.cat([direction[name].detach().reshape(-1) for name in expected])
 
-    def _check_outputs(self, outputs: Tensor) -> None:
-        if not outputs.is_floating_point():
-            raise ModelError(f"the model's outputs are {outputs.dtype}, not floating-point numbers")
-        if outputs.ndim < 2 or outputs.shape[0] != self.function.num_samples:
-            raise ModelError(
-                f"the model's outputs have shape {tuple(outputs.shape)}; expected "
-                f"({self.function.num_samples}, …, outputs per sample), batch first"
-            )
-        if not bool(torch.isfinite(outputs).all()):
-            bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
 
-    def _run_model(self, chosen: Tensor | None = None) -> Tensor:
-        """The raw outputs of the batch, or of some of its samples."""
-        function = self.function
-        inputs = None
-        if chosen is not None:
-            inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
-        with torch.no_grad(), model_errors():
-            return function(function.parameters, inputs)
-
-    def _check_deterministic(self, first: Tensor) -> None:
-        second = self._run_model()
-        tolerance = 100 * torch.finfo(first.dtype).eps
-        if not torch.allclose(first, second, rtol=tolerance, atol=tolerance):
-            raise ModelError(
-                "the model gave two different outputs for the same batch (largest difference "
-                f"{float((first - second).abs().max()):.3g}); something in it is random or keeps "
-                "state: call model.eval(), or switch it off"
-            )
-
-    def _check_samples_independent(self, outputs: Tensor) -> None:
-        """A shuffled half of the batch must give the same outputs as the whole."""
-        if len(outputs) < 2:
-            return
-        order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
-        scale = float(outputs.abs().max())
-        tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * scale
-        for half in order.chunk(2):
-            try:
-                found, expected = self._run_model(half), outputs[half.to(outputs.device)]
-            except ModelError as error:
-                raise ModelError(
-                    f"the model runs on the whole batch, but not on half of it: {error}"
-                ) from error
-            if found.shape != expected.shape:
-                raise EngineError(
-                    f"half of the batch gives outputs of shape {tuple(found.shape)} in place of "
-                    f"{tuple(expected.shape)}: a sample's outputs depend on the batch (trimmed "
-                    "padding?)"
-                )
-            gaps = (found - expected).abs().flatten(1).amax(1)
-            if float(gaps.max()) > tolerance:
-                worst = int(half[int(gaps.argmax())])
-                raise EngineError(
-                    "the samples of the batch see each other: the outputs of sample "
-                    f"{worst} change by {float(gaps.max()):.2g} when it is batched with others "
-                    "(batch statistics, attention over the batch?), so a per-sample Fisher is "
-                    "not defined"
-                )
-
-    def _check_gradients_add_up(self, choice: Choice) -> None:
-        """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses."""
-        batch = self.function.unflatten(self.gradient())
-        size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
-        tolerance = self.function.epsilon**0.5
-        largest = max(size.values())
-        off = []
-        for name, products in choice.products.items():
-            expected = float(inner_product(batch[name], choice.direction[name]))
-            gap = abs(float(products.sum()) - expected)
-            # A gradient that is zero but for rounding is as good as rounding allows.
-            if gap > tolerance * (size[name] + 1000 * tolerance * largest):
-                off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
-        if off:
-            raise EngineError(
-                "per-sample gradients do not add up to the batch gradient for "
-                f"{', '.join(off[:5])} (relative gap): the {self.engine} engine does not treat "
-                "this model rightly; try engine='loop', and report it"
-            )
+def _largest(vector: Tensor) -> float:
+    """Max |v|, NaN if v has one: one pass, no copy."""
+    wide = vector if vector.is_floating_point() else vector.to(torch.float64)
+    return float(torch.linalg.vector_norm(wide, math.inf)) if wide.numel() else 0.0

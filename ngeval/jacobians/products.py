@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ngeval.functional import Parameters
-from ngeval.jacobians.terms import PATCH_ENTRIES, AffineTerm, EmbeddingTerm, Term
+from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
 
 PIECE_ENTRIES = 2**23
 """Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""
@@ -332,7 +332,7 @@ def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]
     """No row is made of what is an outer product."""
     if isinstance(term, AffineTerm):
         if term.weight:
-            yield term.weight, _affine_products(term, direction[term.weight])
+            yield term.weight, _contracted(term.cotangents, term.applied(direction[term.weight]))
         if term.bias:
             along = direction[term.bias].unflatten(0, (term.groups, -1))
             yield term.bias, _contracted(term.cotangents, along.expand(term.num_samples, 1, -1, -1))
@@ -342,19 +342,6 @@ def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]
     else:
         for name, rows in term.rows(ALL, ALL, ALL).items():
             yield name, (_wide(rows) @ direction[name].reshape(-1).double()).reshape(rows.shape[:2])
-
-
-def _affine_products(term: AffineTerm, direction: Tensor) -> Tensor:
-    """Σ_t b_t·(D a_t) in the model's dtype, patches of a few samples at a time."""
-    weight = direction.reshape(term.groups, -1, term.fan_in).transpose(1, 2)
-    step = max(1, PATCH_ENTRIES // max(1, term.positions * term.groups * term.fan_in))
-    found = []
-    for start in range(0, term.num_samples, step):
-        samples = slice(start, min(start + step, term.num_samples))
-        inputs = term.inputs(samples).flatten(0, 1).transpose(0, 1)
-        along = (inputs @ weight).transpose(0, 1).unflatten(0, (-1, term.positions))
-        found.append(_contracted(term.cotangents[samples], along))
-    return torch.cat(found)
 
 
 def _contracted(cotangents: Tensor, along: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ fit the memory budget; a Gram matrix is then assembled from pairs of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -196,12 +196,17 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
         return gram
 
     gram = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
-    lower = torch.tril(gram, -1)
-    return torch.diag(gram.diagonal()) + lower + lower.T
+    return _from_lower(gram)
+
+
+def _from_lower(matrix: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    lower = torch.tril(matrix, -1)
+    return torch.diag(matrix.diagonal()) + lower + lower.T
 
 
 class CapturedRows:
-    """Many rows whose inner products with others are wanted again and again.
+    """Rows that several things are wanted of.
 
     Their captures are kept where they fit in a quarter of the memory, and made anew otherwise.
     """
@@ -240,6 +245,26 @@ class CapturedRows:
         source = self.source
         return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 
+    def gram(self) -> Tensor:
+        """Inner products of all rows with each other; see `gram_matrix`."""
+        source = self.source
+        if len(source.blocks(self.cotangents, share=0.25)) > 1:
+            return gram_matrix(source, self.cotangents)
+        size = self.cotangents.shape[0] * self.cotangents.shape[1]
+        gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
+        for _, terms in self._captures(source):
+            add_inner_products(gram, terms, terms, symmetric=True)
+        return _from_lower(gram)
+
+    def combinations(self, weights: Tensor) -> Tensor:
+        """Sums of rows with weights; see `row_combinations`."""
+
+        def attempt(limited: RowSource) -> Tensor:
+            return _combined(limited.function, self._captures(limited), weights)
+
+        source = self.source
+        return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+
     def _captures(self, source: RowSource) -> Iterator[tuple[Block, list[Term]]]:
         if self._kept is not None:
             yield from self._kept
@@ -263,21 +288,19 @@ def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> 
         cotangents: v of shape ``(N, Q, *positions, C)``.
         weights: w in float64, shape ``(k, N·Q)``.
     """
-    parameters = source.function.parameters
+    return CapturedRows(source, cotangents).combinations(weights)
+
+
+def _combined(
+    function: ModelFunction, captures: Iterable[tuple[Block, list[Term]]], weights: Tensor
+) -> Tensor:
     starts, total = {}, 0
-    for name, parameter in parameters.items():
+    for name, parameter in function.parameters.items():
         starts[name], total = total, total + parameter.numel()
-
-    def attempt(limited: RowSource) -> Tensor:
-        out = torch.zeros(
-            len(weights), total, dtype=source.function.dtype, device=source.function.device
-        )
-        for block in limited.blocks(cotangents):
-            terms = limited.capture(cotangents, block)
-            add_row_combinations(out, starts, terms, weights[:, block.rows])
-        return out
-
-    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    out = torch.zeros(len(weights), total, dtype=function.dtype, device=function.device)
+    for block, terms in captures:
+        add_row_combinations(out, starts, terms, weights[:, block.rows])
+    return out
 
 
 def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:

@@ -91,12 +91,17 @@ def rule_for(module: nn.Module) -> Rule | None:
     return RULES.get(type(module))
 
 
-def _affine(call: Call, inputs: Callable[[slice], Tensor], cotangents: Tensor) -> AffineTerm:
+def _affine(
+    call: Call,
+    inputs: Callable[[slice], Tensor],
+    cotangents: Tensor,
+    apply: Callable[[Tensor], Tensor] | None = None,
+) -> AffineTerm:
     """The term with whichever of weight and bias is trainable."""
     names = call.owner.parameters
     module: Any = call.owner.module
     return AffineTerm(
-        names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents
+        names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents, apply
     )
 
 
@@ -125,9 +130,19 @@ def _conv_term(_: ModelFunction, call: Call) -> Term:
     layer: Any = call.owner.module
     gradient = call.gradients[0]  # (n, q, k, O, *pixels)
     chunks = call.input_chunks(0, gradient.shape[0])
-    wide = gradient.unflatten(3, (layer.groups, -1)).flatten(5)
-    cotangents = wide.permute(0, 1, 2, 5, 3, 4).flatten(2, 3)
-    return _affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents)
+
+    def positions_first(maps: Tensor, lead: int) -> Tensor:
+        """(…, k, O, *pixels) to (…, k·pixels, g, o)."""
+        wide = maps.unflatten(lead + 1, (layer.groups, -1)).flatten(lead + 3)
+        moved: Tensor = wide.movedim(-1, lead + 1).flatten(lead, lead + 1)
+        return moved
+
+    def apply(direction: Tensor) -> Tensor:
+        maps = layer._conv_forward(chunks.flatten(0, 1), direction, None)
+        return positions_first(maps.unflatten(0, chunks.shape[:2]), 1)
+
+    cotangents = positions_first(gradient, 2)
+    return _affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents, apply)
 
 
 def _conv_applies(layer: Any, layout: CallLayout) -> bool:

@@ -98,6 +98,8 @@ class AffineTerm(Term):
         inputs: gives a for a slice of the samples, shape ``(n, t, g, i)``; patches are made only
             when they are wanted.
         cotangents: b, shape ``(n, q, t, g, o)``.
+        apply: gives D a for another weight D, shape ``(n, t, g, o)``; None where that is a product
+            with a.
     """
 
     weight: str | None
@@ -105,6 +107,7 @@ class AffineTerm(Term):
     weight_shape: torch.Size
     inputs: Callable[[slice], Tensor]
     cotangents: Tensor
+    apply: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
@@ -150,6 +153,16 @@ class AffineTerm(Term):
         if self.bias:
             shapes[self.bias] = self.weight_shape[:1]
         return shapes
+
+    def applied(self, direction: Tensor) -> Tensor:
+        """D a at every position, in the model's dtype: shape ``(n, t, g, o)``."""
+        if self.apply is not None:
+            return self.apply(direction)
+        weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
+        inputs = self.inputs(slice(None))
+        moved = inputs.flatten(0, 1).transpose(0, 1) @ weight
+        result: Tensor = moved.transpose(0, 1).unflatten(0, inputs.shape[:2])
+        return result
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """Σ_t b_t a_tᵀ and Σ_t b_t."""
@@ -252,4 +265,5 @@ def _joined(calls: list[AffineTerm]) -> AffineTerm:
         first.weight_shape,
         lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
         torch.cat([call.cotangents for call in calls], 2),
+        lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
     )

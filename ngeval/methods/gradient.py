@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ngeval.kernel import residual_vectors
+from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
-from ngeval.updates import DirectionUpdates, Updates
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,17 @@ class Sgd:
         return SgdState(problem)
 
 
-class SgdState:
-    """The gradient, whatever the damping; one JVP serves all, and no kernel is needed."""
-
-    largest_curvature = math.nan
+class SgdState(CotangentState):
+    """The rows g_n, each once, whatever the damping."""
 
     def __init__(self, problem: Problem) -> None:
-        """Keep the problem."""
-        self.problem = problem
+        """Keep the problem; a gradient has no curvature."""
+        super().__init__(problem, residual_vectors(problem), math.nan)
 
     def direction(self, damping: float) -> Tensor:
         """The batch gradient."""
         return self.problem.gradient()
 
-    def updates(self, dampings: Sequence[float]) -> Updates:
+    def coefficients(self, dampings: Tensor) -> Tensor:
         """One update, the same for every λ."""
-        return DirectionUpdates(1, lambda _: self.problem.gradient())
+        return torch.ones_like(self.problem.loss).reshape(1, -1, 1)

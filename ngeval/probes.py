@@ -1,0 +1,124 @@
+"""What a model must show before it is graded: tried on the batch itself, not believed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError, ModelError
+from ngeval.functional import ModelFunction, Parameters, map_inputs, model_errors
+from ngeval.jacobians import Choice
+from ngeval.jacobians.products import inner_product
+
+
+def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
+    """The raw outputs of the batch, or of some of its samples."""
+    inputs = None
+    if chosen is not None:
+        inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
+    with torch.no_grad(), model_errors():
+        return function(function.parameters, inputs)
+
+
+def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
+    """Finite floating-point numbers, batch first.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if not outputs.is_floating_point():
+        raise ModelError(f"the model's outputs are {outputs.dtype}, not floating-point numbers")
+    if outputs.ndim < 2 or outputs.shape[0] != function.num_samples:
+        raise ModelError(
+            f"the model's outputs have shape {tuple(outputs.shape)}; expected "
+            f"({function.num_samples}, …, outputs per sample), batch first"
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
+
+
+def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
+    """A second run gives the same outputs, and so do the halves of a shuffled batch.
+
+    Raises:
+        ModelError: two runs differ, or the model does not run on half of the batch.
+        EngineError: a sample's outputs depend on the others.
+    """
+    order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+    halves = list(order.chunk(2)) if len(outputs) > 1 else []
+    again = [_run_half(function, half) for half in halves]
+    expected = [outputs[half.to(outputs.device)] for half in halves]
+    # Halves that repeat the outputs to the last digits are a second run themselves.
+    if not halves or not all(map(_equal, again, expected)):
+        _check_deterministic(function, outputs)
+    scale = float(outputs.abs().max())
+    for half, found, whole in zip(halves, again, expected, strict=True):
+        _check_independent(half, found, whole, scale)
+
+
+def _run_half(function: ModelFunction, half: Tensor) -> Tensor:
+    try:
+        return run_model(function, half)
+    except ModelError as error:
+        raise ModelError(
+            f"the model runs on the whole batch, but not on half of it: {error}"
+        ) from error
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """But for a hundred roundings."""
+    tolerance = 100 * torch.finfo(expected.dtype).eps
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance
+    )
+
+
+def _check_deterministic(function: ModelFunction, first: Tensor) -> None:
+    second = run_model(function)
+    if not _equal(second, first):
+        raise ModelError(
+            "the model gave two different outputs for the same batch (largest difference "
+            f"{float((first - second).abs().max()):.3g}); something in it is random or keeps "
+            "state: call model.eval(), or switch it off"
+        )
+
+
+def _check_independent(half: Tensor, found: Tensor, expected: Tensor, scale: float) -> None:
+    if found.shape != expected.shape:
+        raise EngineError(
+            f"half of the batch gives outputs of shape {tuple(found.shape)} in place of "
+            f"{tuple(expected.shape)}: a sample's outputs depend on the batch (trimmed padding?)"
+        )
+    gaps = (found - expected).abs().flatten(1).amax(1)
+    if float(gaps.max()) > torch.finfo(expected.dtype).eps ** 0.5 * scale:
+        worst = int(half[int(gaps.argmax())])
+        raise EngineError(
+            "the samples of the batch see each other: the outputs of sample "
+            f"{worst} change by {float(gaps.max()):.2g} when it is batched with others (batch "
+            "statistics, attention over the batch?), so a per-sample Fisher is not defined"
+        )
+
+
+def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
+    """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses.
+
+    Raises:
+        EngineError: they do not add up.
+    """
+    size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
+    tolerance = choice.rows.function.epsilon**0.5
+    largest = max(size.values())
+    off = []
+    for name, products in choice.products.items():
+        expected = float(inner_product(gradient[name], choice.direction[name]))
+        gap = abs(float(products.sum()) - expected)
+        # A gradient that is zero but for rounding is as good as rounding allows.
+        if gap > tolerance * (size[name] + 1000 * tolerance * largest):
+            off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
+    if off:
+        raise EngineError(
+            "per-sample gradients do not add up to the batch gradient for "
+            f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
+            "treat this model rightly; try engine='loop', and report it"
+        )
