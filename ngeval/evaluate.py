@@ -89,6 +89,7 @@ def evaluate(
 
     Raises:
         InputError: unknown method or scale, or a damping that is negative or not a number.
+        ModelError: the model was changed since the problem was made.
 
     Example:
         >>> import torch, ngeval
@@ -108,6 +109,7 @@ def evaluate(
             f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
         )
     _check_options(problem, metric, gap, max_iterations)
+    problem.function.check_unchanged()  # what is graded from memory would not notice
     done = on_step or (lambda _: None)
     asked = any(isinstance(method, NaturalGradient) for method in resolved)
     exact = (natural or asked) and metric is None

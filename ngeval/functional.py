@@ -134,7 +134,7 @@ class ModelFunction:
         Raises:
             ModelError: the model's parameters were changed since this function was made.
         """
-        self._check_unchanged()
+        self.check_unchanged()
         batch = self.inputs if inputs is None else inputs
         # Clones, so that neither a first layer working in place nor a buffer that counts calls
         # reaches the caller's tensors or the next call.
@@ -154,7 +154,12 @@ class ModelFunction:
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw)
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """The model is still in eval mode, and at θ.
+
+        Raises:
+            ModelError: it is not.
+        """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
             if _version(parameter) != self.versions.get(name):

@@ -161,6 +161,9 @@ def test_families_share_rows():
     problem = problems.case("categorical-mlp-float64").problem()
     states = [ngeval.get_method(name).prepare(problem) for name in ("ef", "sf", "ief", "diag")]
     updates = [state.updates([1.0, 2.0]) for state in states]
-    assert families(updates) == [[0, 2], [1], [3]]
+    # Those of ef and ief are the first of sf's, which leads.
+    assert families(updates) == [[1, 0, 2], [3]]
+    others = ngeval.get_method("sf").prepare(problem, seed=1).updates([1.0])
+    assert families([updates[1], others, updates[0]]) == [[0, 2], [1]]
     grades = grade(problem, updates, ngeval.Metric(problem))
     assert all(math.isfinite(float(value)) for one in grades for value in one.quadratics.gammas)
