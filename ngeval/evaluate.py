@@ -128,9 +128,11 @@ def evaluate(
             for one in group:
                 if one in rated:
                     done(one.method.name)
-        table = pd.concat([one.table() for one in rated], ignore_index=True)
+        own = [one.columns() for one in rated]
+        columns = {name: np.concatenate([part[name] for part in own]) for name in own[0]}
         shared = _shared_columns(problem, metric, damping_scale, seed)
-        table = _with_ratios(table.assign(**shared), plain, problem, metric)
+        # Made at once: a column added to a frame costs as much as an update.
+        table = pd.DataFrame({**_with_ratios(columns, plain, problem, metric), **shared})
         if exact:
             table = _with_natural(table, problem, gap, max_iterations)
             done("gamma_min")
@@ -242,30 +244,30 @@ class _Rated:
         elif is_out_of_memory(error):
             self.reason = f"{OUT_OF_MEMORY} ({str(error).splitlines()[0][:100]})"
 
-    def table(self) -> pd.DataFrame:
+    def columns(self) -> dict[str, np.ndarray]:
         """The columns that depend on the method."""
-        table = pd.DataFrame(
-            {
-                "method": self.method.name,
-                "damping": self.dampings,
-                "damping_absolute": self.absolute,
-            }
-        )
+        count = len(self.dampings)
         names = ("gamma", "decrease", "curvature", "update_norm")
         if self.grades is None:
-            failed = dict.fromkeys(names, math.nan)
-            return table.assign(**failed, status="failed", reason=self.reason)
-        parts = self.grades.quadratics
-        norms = self.grades.squared_norms.clamp_min(0).sqrt()
-        for name, column in zip(
-            names, (parts.gammas, parts.decrease, parts.curvature, norms), strict=True
-        ):
-            table[name] = column.expand(len(table)).tolist()
-        defined = np.isfinite(table["gamma"])
-        return table.assign(
-            status=np.where(defined, "ok", "undefined"),
-            reason=np.where(defined, "", "dᵀg = 0 to rounding, or not finite"),
-        )
+            numbers = [np.full(count, math.nan)] * len(names)
+            status, reason = np.full(count, "failed", object), np.full(count, self.reason, object)
+        else:
+            parts = self.grades.quadratics
+            norms = self.grades.squared_norms.clamp_min(0).sqrt()
+            tensors = (parts.gammas, parts.decrease, parts.curvature, norms)
+            numbers = [column.expand(count).cpu().numpy() for column in tensors]
+            defined = np.isfinite(numbers[0])
+            status = np.where(defined, "ok", "undefined").astype(object)
+            undefined = "dᵀg = 0 to rounding, or not finite"
+            reason = np.where(defined, "", undefined).astype(object)
+        return {
+            "method": np.full(count, self.method.name, object),
+            "damping": np.array(self.dampings),
+            "damping_absolute": np.array(self.absolute),
+            **dict(zip(names, numbers, strict=True)),
+            "status": status,
+            "reason": reason,
+        }
 
 
 def _check_scaled(method: Method, absolute: Sequence[float], updates: Updates) -> None:
@@ -312,16 +314,18 @@ def _shared_columns(
 
 
 def _with_ratios(
-    table: pd.DataFrame, plain: _Rated, problem: Problem, metric: Metric | None
-) -> pd.DataFrame:
+    columns: dict[str, np.ndarray], plain: _Rated, problem: Problem, metric: Metric | None
+) -> dict[str, np.ndarray]:
     """γ/γ_SGD and the cosine with g."""
     norm = float(torch.linalg.vector_norm(problem.gradient(), dtype=torch.float64))
     norm = norm if metric is None else metric.totals.gradient_norm
-    gamma = float(plain.grades.quadratics.gammas[0]) if plain.grades else math.nan
-    return table.assign(
-        gamma_over_sgd=table["gamma"] / gamma,
-        cosine_sgd=table["decrease"] / (table["update_norm"] * norm),
-    )
+    gamma = np.float64(plain.grades.quadratics.gammas[0] if plain.grades else math.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of updates that vanish
+        return {
+            **columns,
+            "gamma_over_sgd": columns["gamma"] / gamma,
+            "cosine_sgd": columns["decrease"] / (columns["update_norm"] * norm),
+        }
 
 
 def _with_natural(
