@@ -120,11 +120,13 @@ def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> 
 
 
 def _give_back_heap() -> None:
-    """What the toy has freed must not serve the measured run unseen."""
+    """What the toy has freed must not serve the measured run unseen, nor its peak count."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
 
 def _work(workload: Workload, what: str) -> None:

@@ -128,8 +128,16 @@ class ModelFunction:
         """Where θ lives."""
         return next(iter(self.parameters.values())).device
 
-    def __call__(self, parameters: Parameters, inputs: Inputs | None = None) -> Tensor:
+    def __call__(
+        self, parameters: Parameters, inputs: Inputs | None = None, *, fused: bool = False
+    ) -> Tensor:
         """Outputs ``(N, *positions, C)`` at the given parameters, on ``inputs`` or the batch.
+
+        Args:
+            parameters: θ, by name.
+            inputs: another batch.
+            fused: allow fused attention, which has backward passes one by one, and no other
+                derivatives.
 
         Raises:
             ModelError: the model's parameters were changed since this function was made.
@@ -150,7 +158,7 @@ class ModelFunction:
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
         # torch's own tying would swap a module that is registered twice two times, and not
         # restore it; the slots name every place once.
-        with plain_operations(self.notes):
+        with plain_operations(self.notes, fused=fused):
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw)
 
@@ -211,7 +219,7 @@ class ModelFunction:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
         with autograd_enabled():
             leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-            outputs = self(leaves)
+            outputs = self(leaves, fused=True)
             gradients = torch.autograd.grad(
                 outputs,
                 list(leaves.values()),
@@ -297,11 +305,12 @@ def _slots(model: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def plain_operations(notes: set[str] | None = None) -> Iterator[None]:
+def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> Iterator[None]:
     """Attention by its definition, and no activation checkpointing.
 
     Args:
         notes: gets a line if there was checkpointing.
+        fused: leave attention as it is.
 
     Forward-mode AD has no rule for fused attention, and the fast path of
     ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
@@ -311,7 +320,8 @@ def plain_operations(notes: set[str] | None = None) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _without_checkpointing(notes):
+        attention = contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+        with attention, _without_checkpointing(notes):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

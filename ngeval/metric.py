@@ -192,7 +192,7 @@ class Metric:
             return Chunk(function, self.problem.distribution, self.problem.residual)
         part = function.on(samples)
         with torch.no_grad(), model_errors():
-            outputs = part(part.parameters)
+            outputs = part(part.parameters, fused=True)
         if not bool(torch.isfinite(outputs).all()):
             raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
         distribution = self.problem.likelihood.bind(outputs, targets[samples])

@@ -17,7 +17,7 @@ def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
     if chosen is not None:
         inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
     with torch.no_grad(), model_errors():
-        return function(function.parameters, inputs)
+        return function(function.parameters, inputs, fused=True)
 
 
 def check_outputs(function: ModelFunction, outputs: Tensor) -> None:

@@ -127,7 +127,7 @@ class Problem:
             memory = free_memory(self.function.device)
         if not isinstance(memory, int) or memory <= 0:
             raise InputError(f"memory must be a positive number of bytes, not {memory!r}")
-        choice = choose_rows(self.function, engine, memory, self.residual, check=probes)
+        choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self.rows = choice.rows
         self.rows.blocks(self.residual.unsqueeze(1))  # a budget below a row is an error now
         self.function = self.rows.function

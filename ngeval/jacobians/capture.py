@@ -68,6 +68,11 @@ class Plan:
             and all(uses[name] == 1 for name in owner.parameters.values())
         }
 
+    def watched_scalars(self, function: ModelFunction) -> int:
+        """Scalars of a sample at which a cotangent's gradients are taken."""
+        outputs = sum(call.output_scalars for owner in self.owners for call in owner.calls)
+        return outputs + sum(function.parameters[name].numel() for name in self.replicated)
+
     def captured_bytes(self, function: ModelFunction) -> int:
         """Bytes that a capture keeps for one cotangent of one sample: gradients, and whole rows.
 
@@ -75,7 +80,6 @@ class Plan:
         of one unit, or of all looped parameters, exist at one time, with their float64 copy.
         """
         size = function.dtype.itemsize
-        gradients = sum(call.output_scalars for owner in self.owners for call in owner.calls)
         wholes = [
             sum(function.parameters[name].numel() for name in names)
             for names in (
@@ -83,8 +87,7 @@ class Plan:
                 *(owner.parameters.values() for owner in self.owners if owner.rule is None),
             )
         ]
-        copies = sum(function.parameters[name].numel() for name in self.replicated)
-        return 2 * size * (gradients + copies) + (size + 8) * max(wholes) + 1
+        return 2 * size * self.watched_scalars(function) + (size + 8) * max(wholes) + 1
 
 
 def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor) -> list[Term]:
@@ -100,11 +103,14 @@ def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Ten
         UnsupportedLayerError: a module was called another number of times than in the plan.
     """
     batch = map_inputs(function.inputs, itemgetter(samples))
-    calls, copies, outputs = forward(function, plan, batch)
+    count, vectors = cotangents.shape[:2]
+    together = vectors > 1 and count * vectors * plan.watched_scalars(function) < BATCHED_ENTRIES
+    calls, copies, outputs = forward(function, plan, batch, fused=not together)
     targets = _watched(calls, copies)
     terms: list[Term] = []
     if targets:
-        terms = _terms(function, calls, copies, _pull_back(outputs, targets, cotangents))
+        pull_back = _pull_back_together if together else _pull_back_singly
+        terms = _terms(function, calls, copies, pull_back(outputs, targets, cotangents))
     if plan.looped:
         terms.append(_loop_term(function, plan.looped, samples, cotangents))
     return merged(terms)
@@ -128,7 +134,7 @@ def stream(
     """
     batch = map_inputs(function.inputs, itemgetter(samples))
     taps = _Taps(function, plan.streamed())
-    calls, copies, outputs = forward(function, plan, batch, taps)
+    calls, copies, outputs = forward(function, plan, batch, taps=taps, fused=True)
     kept = [call for call in calls if call.owner.name not in taps.owners]
     del calls
     targets = [taps.source, *_watched(kept, copies)]
@@ -144,7 +150,12 @@ def stream(
 
 
 def forward(
-    function: ModelFunction, plan: Plan, batch: Any, taps: _Taps | None = None
+    function: ModelFunction,
+    plan: Plan,
+    batch: Any,
+    *,
+    taps: _Taps | None = None,
+    fused: bool = False,
 ) -> tuple[list[Call], Parameters, Tensor]:
     """The outputs with their graph, the recorded calls, and the copies of replicated parameters."""
     count = next(named_tensors(batch))[1].shape[0]
@@ -152,7 +163,7 @@ def forward(
         leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
         copies = {name: one_for_each(leaves[name], count) for name in plan.replicated}
         with _recorded(plan.owners, count, taps) as calls:
-            outputs = function({**leaves, **copies}, batch)
+            outputs = function({**leaves, **copies}, batch, fused=fused)
     for owner in plan.owners:
         found = sum(call.owner is owner for call in calls)
         if found != len(owner.calls):
@@ -275,19 +286,14 @@ def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[l
             handle.remove()
 
 
-def _pull_back(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> list[Tensor]:
+def _pull_back_together(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> list[Tensor]:
     """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
-    count = cotangents.shape[1]
-    if (
-        outputs.requires_grad
-        and count > 1
-        and count * sum(t.numel() for t in targets) < BATCHED_ENTRIES
-    ):
+    if outputs.requires_grad:
         vectors = cotangents.transpose(0, 1).to(outputs.dtype)
         try:
             options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
             found = torch.autograd.grad(outputs, targets, vectors, **options)
-            return _with_zeros(found, targets, count)
+            return _with_zeros(found, targets, cotangents.shape[1])
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise

@@ -35,7 +35,13 @@ class Choice:
 
 
 def choose_rows(
-    function: ModelFunction, engine: str, memory: int, residual: Tensor, *, check: bool = True
+    function: ModelFunction,
+    engine: str,
+    memory: int,
+    outputs: Tensor,
+    residual: Tensor,
+    *,
+    check: bool = True,
 ) -> Choice:
     """The fastest source of rows that is right for a model.
 
@@ -49,6 +55,7 @@ def choose_rows(
         function: the model at θ on its batch.
         engine: an engine's name, or ``"auto"`` for the first that passes.
         memory: bytes for captures and rows.
+        outputs: of the model on the batch, in its own dtype.
         residual: u, whose rows are tried beside random ones.
         check: compare; otherwise the first engine that runs is taken as it is.
 
@@ -62,12 +69,12 @@ def choose_rows(
             f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
         )
     names = ENGINES if engine == "auto" else (engine,)
-    chosen, reasons = _first_right(function, names, memory, residual, check)
+    chosen, reasons = _first_right(names, memory, check, _Probe(function, outputs, residual))
     if chosen is None and check and function.dtype.itemsize < 8:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
-            double = function.converted(torch.float64)
-            wide, again = _first_right(double, names, memory, residual, check)
+            double = _Probe(function.converted(torch.float64), outputs.double(), residual)
+            wide, again = _first_right(names, memory, check, double)
             if wide is not None:
                 mode = wide.rows.function.forward_mode
                 rows = replace(wide.rows, function=replace(function, forward_mode=mode))
@@ -80,14 +87,13 @@ def choose_rows(
 
 
 def _first_right(
-    function: ModelFunction, names: Iterable[str], memory: int, residual: Tensor, check: bool
+    names: Iterable[str], memory: int, check: bool, probe: _Probe
 ) -> tuple[Choice | None, list[str]]:
     """The first of some engines that is right, or why none is."""
-    probe = _Probe(function, residual)
-    reasons = []
+    function, reasons = probe.function, []
     for name in names:
         try:
-            source, both = _source(function, name, memory, probe)
+            source, both = _source(name, memory, probe)
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
                 raise
@@ -108,13 +114,12 @@ def _first_right(
     return None, reasons
 
 
-def _source(
-    function: ModelFunction, name: str, memory: int, probe: _Probe
-) -> tuple[RowSource, Parameters]:
+def _source(name: str, memory: int, probe: _Probe) -> tuple[RowSource, Parameters]:
     """The source of an engine, and the probe's products of its rows.
 
     The layer engine's plan is mended until the probe finds no fault.
     """
+    function = probe.function
     if name != "layers":
         source = RowSource(function, name, memory)
         return source, probe.row_products(source)
@@ -132,11 +137,9 @@ def _source(
 class _Probe:
     """Random cotangents w and a random direction v, and what they must give."""
 
-    def __init__(self, function: ModelFunction, residual: Tensor) -> None:
+    def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
         self.function = function
         self.residual = residual
-        with torch.no_grad(), model_errors():
-            outputs = function(function.parameters)
         generator = torch.Generator().manual_seed(0)
 
         def random(like: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def loop_rows(
         one = slice(start + offset, start + offset + 1)
         with autograd_enabled():
             outputs = function(
-                {**function.parameters, **leaves}, map_inputs(function.inputs, itemgetter(one))
+                {**function.parameters, **leaves},
+                map_inputs(function.inputs, itemgetter(one)),
+                fused=True,
             )
             for vector in vectors:
                 gradients = torch.autograd.grad(
@@ -68,6 +70,10 @@ def loop_rows(
                     rows[name].append(gradient.to_dense() if gradient.is_sparse else gradient)
     lead = cotangents.shape[:2]
     return {
-        name: torch.stack(stacked).reshape(*lead, *leaves[name].shape)
-        for name, stacked in rows.items()
+        name: _stacked(found).reshape(*lead, *leaves[name].shape) for name, found in rows.items()
     }
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Without a copy where there is one row, which may be as large as the model."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
