@@ -1,4 +1,7 @@
-"""Single products: γ of one update, the Gram matrix of gradients, the dense logit kernel."""
+"""Single products: γ of one update, the Gram matrix of gradients, the dense logit kernel.
+
+None of them is remembered, so one `Problem` serves all repeats.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,11 @@ from torch import Tensor, nn
 import ngeval
 from benchmarks.claims import Claim, Measured
 from benchmarks.models import Workload
-from benchmarks.pipeline import Pipeline
+from benchmarks.pipeline import Pipeline, problem_of
 from benchmarks.timing import (
     Job,
     Settings,
     Timings,
-    fresh_problem,
     gradient_job,
     interleave,
     product_job,
@@ -31,9 +33,10 @@ def indicator(workload: Workload, settings: Settings) -> Measured:
     """γ of one given update."""
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(workload.num_parameters, generator=generator).to(workload.device)
+    problem = problem_of(workload)
     jobs = {
         "gradient": gradient_job(workload),
-        "gamma": Job(lambda p: p.gamma(direction), lambda: fresh_problem(workload)),
+        "gamma": Job(lambda _: problem.gamma(direction)),
     }
     timings = interleave(jobs, settings)
     ratio = timings["gamma"] / timings["gradient"]
@@ -47,9 +50,10 @@ def indicator(workload: Workload, settings: Settings) -> Measured:
 
 def gram(workload: Workload, settings: Settings) -> Measured:
     """The Gram matrix of per-sample gradients; on mlp also against ``vmap(grad)``."""
+    problem = problem_of(workload)
     jobs = {
         "gradient": gradient_job(workload),
-        "gram": Job(gradient_gram, lambda: fresh_problem(workload)),
+        "gram": Job(lambda _: gradient_gram(problem)),
     }
     if workload.name == "mlp":
         pipeline = Pipeline(workload, workload.targets)
@@ -75,11 +79,10 @@ def _product(rows: Tensor) -> Tensor:
 def theta(workload: Workload, settings: Settings) -> Measured:
     """The flop rate of the dense logit kernel, as a share of that of a float64 product."""
     size = 256 if settings.quick else 2048
+    problem = problem_of(workload)
     jobs = {
         "float64 product": product_job(size, settings.device, torch.float64),
-        "theta": Job(
-            lambda p: gram_matrix(p.rows, unit_cotangents(p)), lambda: fresh_problem(workload)
-        ),
+        "theta": Job(lambda _: gram_matrix(problem.rows, unit_cotangents(problem))),
     }
     timings = interleave(jobs, settings)
     rate = 2 * size**3 / timings["float64 product"]

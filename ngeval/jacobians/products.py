@@ -133,20 +133,19 @@ def _add_joined(
     if once and factor is None:
         target += backward
         return
-    if once and factor is not None and left.num_vectors == right.num_vectors == 1:
-        target.addcmul_(backward, factor)
+    if once and factor is not None:
+        # The innermost dimension is long: all samples with their cotangents.
+        wide = factor if right.num_vectors == 1 else factor.repeat_interleave(right.num_vectors, 1)
+        split = (-1, left.num_vectors)
+        into = target.unflatten(0, split)
+        into.addcmul_(backward.unflatten(0, split), wide.unsqueeze(1))
         return
     lead = (-1, left.num_vectors, left.positions)
     trail = (-1, right.num_vectors, right.positions)
     view = backward.unflatten(0, lead).unflatten(3, trail)
     if factor is not None:
         own, other = (-1, 1, left.positions), (-1, 1, right.positions)
-        wide = factor.unflatten(0, own).unflatten(3, other)
-        if once:
-            into = target.unflatten(0, lead[:2]).unflatten(2, trail[:2])
-            into.addcmul_(view[:, :, 0, :, :, 0], wide[:, :, 0, :, :, 0])
-            return
-        view = view * wide
+        view = view * factor.unflatten(0, own).unflatten(3, other)
     target += view.sum((2, 5)).flatten(0, 1).flatten(1)
 
 

@@ -28,6 +28,9 @@ from ngeval.memory import describe_bytes, halving
 STREAM_MEMORY = 2**26
 """Bytes of rows that are only passed over: more is slower, since it misses every cache."""
 
+TILE = 256
+"""Rows and columns of a matrix that are transposed at one time."""
+
 ENGINES = ("layers", "vmap", "loop")
 
 
@@ -200,9 +203,16 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
 
 
 def _from_lower(matrix: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle."""
-    lower = torch.tril(matrix, -1)
-    return torch.diag(matrix.diagonal()) + lower + lower.T
+    """The symmetric matrix with this lower triangle; it takes the place of the other."""
+    size = len(matrix)
+    # By tiles, since a transposed matrix is read against the grain of memory.
+    tiles = [slice(i, min(i + TILE, size)) for i in range(0, size, TILE)]
+    for i, rows in enumerate(tiles):
+        own = torch.tril(matrix[rows, rows])
+        matrix[rows, rows] = own + torch.tril(own, -1).T
+        for columns in tiles[:i]:
+            matrix[columns, rows] = matrix[rows, columns].T
+    return matrix
 
 
 class CapturedRows:
