@@ -25,9 +25,6 @@ from ngeval.probes import check_gradients_add_up, check_outputs, check_repeatabl
 if TYPE_CHECKING:
     from ngeval.fisher import FisherOperator
 
-UNIT_SIZES = (1e-3, 1e3)
-"""A direction whose largest entry is between these is not rescaled."""
-
 Direction = Tensor | Mapping[str, Tensor]
 T = TypeVar("T")
 
@@ -198,17 +195,15 @@ class Problem:
         vector = self.as_vector(direction)
         if not vector.is_floating_point():
             vector = vector.to(torch.float64)
-        # Near unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
+        # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
         scale = _largest(vector)
         if scale == 0:
             return torch.zeros_like(self.outputs)
-        if UNIT_SIZES[0] < scale < UNIT_SIZES[1]:
-            scale = 1.0
-        tangent = self.function.unflatten(vector if scale == 1 else vector / scale)
+        tangent = self.function.unflatten(vector / scale)
         with model_errors():
             parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole if scale == 1 else whole * scale
+        return whole * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.

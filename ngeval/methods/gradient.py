@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ngeval.kernel import residual_vectors
-from ngeval.methods.base import CotangentState
 from ngeval.problem import Problem
+from ngeval.updates import DirectionUpdates, Updates
 
 
 @dataclass(frozen=True)
@@ -24,17 +23,19 @@ class Sgd:
         return SgdState(problem)
 
 
-class SgdState(CotangentState):
-    """The rows g_n, each once, whatever the damping."""
+class SgdState:
+    """The gradient, whatever the damping; one JVP serves all, and no kernel is needed."""
+
+    largest_curvature = math.nan
 
     def __init__(self, problem: Problem) -> None:
-        """Keep the problem; a gradient has no curvature."""
-        super().__init__(problem, residual_vectors(problem), math.nan)
+        """Keep the problem."""
+        self.problem = problem
 
     def direction(self, damping: float) -> Tensor:
         """The batch gradient."""
         return self.problem.gradient()
 
-    def coefficients(self, dampings: Tensor) -> Tensor:
+    def updates(self, dampings: Sequence[float]) -> Updates:
         """One update, the same for every λ."""
-        return torch.ones_like(self.problem.loss).reshape(1, -1, 1)
+        return DirectionUpdates(1, lambda _: self.problem.gradient())
