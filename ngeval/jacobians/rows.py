@@ -235,21 +235,27 @@ class CapturedRows:
         self.cotangents = cotangents
         self._kept: list[tuple[Block, list[Term]]] | None = None
 
-    def products(self, others: Tensor) -> Tensor:
-        """Inner products with the rows of other cotangents of the same batch.
+    def products(self, weights: Tensor) -> Tensor:
+        """Inner products with the rows of combinations w_nr = Σ_q c_nrq v_nq of these cotangents.
 
         Args:
-            others: w of shape ``(N, R, *positions, C)``.
+            weights: c of shape ``(N, R, Q)``.
 
         Returns:
             Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
         """
-        rows, columns = (part.shape[0] * part.shape[1] for part in (self.cotangents, others))
+        (count, vectors), width = self.cotangents.shape[:2], weights.shape[1]
 
         def attempt(limited: RowSource) -> Tensor:
             device = limited.function.device
-            out = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-            for block in limited.blocks(others, share=0.25):
+            out = torch.zeros(count * vectors, count * width, dtype=torch.float64, device=device)
+            if self._can_be_kept(limited):
+                for block, captured in self._captures(limited):
+                    terms = [term.combined(weights[block.samples]) for term in captured]
+                    add_inner_products(out, captured, terms)
+                return out
+            others = torch.einsum("nrq,nq...->nr...", weights, self.cotangents)
+            for block in limited.blocks(others, share=KEPT_SHARE):
                 terms = limited.capture(others, block)
                 for other, captured in self._captures(limited):
                     add_inner_products(out[other.rows, block.rows], captured, terms)
