@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import memory, products, sweeps
+from benchmarks import memory, products, profiles, sweeps
 from benchmarks.claims import Measured
 from benchmarks.models import build
 from benchmarks.timing import Settings
@@ -40,6 +40,9 @@ FIGURES: dict[str, Figure] = {
     "gram": Figure(products.gram, EVERY, "the Gram matrix K of per-sample gradients"),
     "memory": Figure(memory.memory, EVERY, "peak memory of K over that of a plain gradient"),
     "theta": Figure(products.theta, ("mlp",), "flop rate of the dense logit kernel Θ"),
+    "profile": Figure(
+        profiles.profiled, ("mlp", "cnn", "vit", "gpt"), "where the time goes, by operator"
+    ),
     "growth": Figure(sweeps.growth, ("mlp",), "time of 6 dampings against P and against N"),
 }
 

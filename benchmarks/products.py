@@ -29,10 +29,15 @@ def gradient_gram(problem: ngeval.Problem) -> Tensor:
     return gram_matrix(problem.rows, problem.residual.unsqueeze(1))
 
 
+def random_direction(workload: Workload) -> Tensor:
+    """A seeded vector of length P."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(workload.num_parameters, generator=generator).to(workload.device)
+
+
 def indicator(workload: Workload, settings: Settings) -> Measured:
     """γ of one given update."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(workload.num_parameters, generator=generator).to(workload.device)
+    direction = random_direction(workload)
     problem = problem_of(workload)
     jobs = {
         "gradient": gradient_job(workload),

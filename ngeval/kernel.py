@@ -188,7 +188,8 @@ class StripKernel(PushingKernel):
         """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; one made before is not made again."""
         missing = [q for q in range(vectors.shape[1]) if self._known(vectors[:, q]) is None]
         if missing:
-            made = self.jacobian.products(vectors[:, missing])
+            # The vectors are their own coefficients of unit vectors.
+            made = self.jacobian.products(vectors[:, missing].flatten(2))
             for i, q in enumerate(missing):
                 self._strips.append((vectors[:, q], made.unflatten(1, (-1, len(missing)))[..., i]))
         columns = [self._known(vectors[:, q]) for q in range(vectors.shape[1])]

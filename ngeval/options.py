@@ -70,7 +70,12 @@ PickleOption = Annotated[
 ]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {
+    f"{letter}{end}": 2**power
+    for letter, power in zip("KMG", (10, 20, 30), strict=True)
+    for end in ("", "IB")
+}
 
 
 def parse_dampings(text: str) -> list[float]:
@@ -98,7 +103,7 @@ def parse_dampings(text: str) -> list[float]:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """Read an amount of memory such as ``8GiB``, ``500MB`` or ``1000000``; None stays None.
+    """Read an amount of memory such as ``8GiB``, ``8G`` or ``500MB``; None stays None.
 
     Raises:
         InputError: no such amount.

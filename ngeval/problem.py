@@ -157,7 +157,7 @@ class Problem:
         """What had to be worked around in this model, for a reader of its numbers."""
         found = sorted(self.function.notes)
         if self._attention:
-            found.append("fused attention was replaced by its definition")
+            found.append("fused attention is replaced by its definition for tangents")
         if not self.function.forward_mode:
             found.append("tangents by two backward passes (forward mode is missing or differs)")
         if self.rows.plan is not None and self.rows.plan.looped:

@@ -194,3 +194,196 @@ class TestSaveAndLoad:
             found = read_state(tmp_path / f"w.{suffix}")
             assert found.keys() == state.keys()
             assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def save_sharded(model, folder, *, shards=2, config=True):
+    """Two safetensors shards and their index, as transformers writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    places = {}
+    for i, name in enumerate(state):
+        file = f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+        places[name] = file
+    for file in set(places.values()):
+        part = {name: state[name].clone() for name, place in places.items() if place == file}
+        safetensors.torch.save_file(part, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    if config:
+        (folder / "config.json").write_text("{}")
+    return folder
+
+
+def loaded(path, **options):
+    """A fresh model with the weights of the one checkpoint at a path."""
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    (checkpoint,) = find_checkpoints([str(path)])
+    load_checkpoint(model, checkpoint, **options)
+    return model
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+class TestFolders:
+    def test_a_trainer_run_by_steps(self, tmp_path):
+        for step in (1000, 500, 20):
+            folder = save_sharded(make_model(), tmp_path / f"checkpoint-{step}")
+            state = {"epoch": step / 500, "global_step": step, "log_history": []}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+            touch(folder, "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+        save_sharded(make_model(), tmp_path)  # the last step's weights again
+        found = find_checkpoints([str(tmp_path)])
+        assert [(c.path.name, c.step, c.epoch) for c in found] == [
+            ("checkpoint-20", 20, 0.04),
+            ("checkpoint-500", 500, 1),
+            ("checkpoint-1000", 1000, 2),
+        ]
+        assert all(c.optimizer == c.path / "optimizer.pt" for c in found)
+        assert find_checkpoints([f"{tmp_path}/checkpoint-*"]) == found
+        assert find_checkpoints([f"{tmp_path}/checkpoint-*/**"]) == found
+        assert find_checkpoints([str(tmp_path / "checkpoint-500")]) == found[1:2]
+
+    def test_a_folder_of_adapters(self, tmp_path):
+        for epoch in (10, 9):
+            folder = tmp_path / f"epoch-{epoch}"
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text("{}")
+            touch(folder, "adapter_model.safetensors")
+        found = find_checkpoints([str(tmp_path)])
+        assert names(found) == ["epoch-9", "epoch-10"]
+        assert all(c.is_adapter and c.optimizer is None for c in found)
+        with pytest.raises(CheckpointError, match="PEFT adapter"):
+            load_checkpoint(make_model(), found[0])
+
+    def test_files_of_a_run_that_are_no_weights(self, tmp_path):
+        touch(tmp_path, "epoch-1.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth")
+        assert names(find_checkpoints([str(tmp_path)])) == ["epoch-1.pt"]
+
+    def test_names_tell_epoch_and_step(self, tmp_path):
+        touch(tmp_path, "epoch=3-step=400.ckpt")
+        (found,) = find_checkpoints([str(tmp_path)])
+        assert (found.epoch, found.step) == (3, 400)
+
+    def test_save_pretrained(self, tmp_path):
+        model = make_model()
+        (tmp_path / "config.json").write_text("{}")
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        assert names(find_checkpoints([str(tmp_path)])) == [tmp_path.name]
+        assert same(loaded(tmp_path), model)
+
+    def test_sharded(self, tmp_path):
+        model = make_model()
+        assert same(loaded(save_sharded(model, tmp_path / "run")), model)
+        assert same(loaded(tmp_path / "run" / "model.safetensors.index.json"), model)
+
+    def test_sharded_pickles(self, tmp_path):
+        model = make_model()
+        state = model.state_dict()
+        first = dict(list(state.items())[:3])
+        rest = {name: tensor for name, tensor in state.items() if name not in first}
+        torch.save(first, tmp_path / "a.bin")
+        torch.save(rest, tmp_path / "b.bin")
+        places = dict.fromkeys(first, "a.bin") | dict.fromkeys(rest, "b.bin")
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+        assert same(loaded(tmp_path), model)
+
+    def test_a_missing_shard(self, tmp_path):
+        folder = save_sharded(make_model(), tmp_path / "run")
+        (folder / "model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"2 shards.*model-00002-of-00002.* is not"):
+            loaded(folder)
+
+    def test_a_shard_without_what_the_index_names(self, tmp_path):
+        folder = save_sharded(make_model(), tmp_path / "run")
+        safetensors.torch.save_file(
+            {"other": torch.ones(1)}, folder / "model-00002-of-00002.safetensors"
+        )
+        with pytest.raises(CheckpointError, match="lack"):
+            loaded(folder)
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+    def test_a_broken_index(self, tmp_path, content):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(CheckpointError, match="index of a sharded checkpoint"):
+            loaded(tmp_path)
+
+
+class TestNames:
+    @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
+    def test_wrapped_state_dicts(self, tmp_path, wrapper):
+        model = make_model()
+        torch.save(
+            {wrapper: model.state_dict(), "epoch": 3, "args": {"lr": 0.1}}, tmp_path / "a.pt"
+        )
+        assert same(loaded(tmp_path / "a.pt"), model)
+
+    def test_lightning(self, tmp_path):
+        model = make_model()
+        content = {
+            "epoch": 3,
+            "global_step": 400,
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()},
+            "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+        }
+        torch.save(content, tmp_path / "epoch=3-step=400.ckpt")
+        assert same(loaded(tmp_path / "epoch=3-step=400.ckpt"), model)
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.net."])
+    def test_prefixes(self, tmp_path, prefix):
+        model = make_model()
+        state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save(state, tmp_path / "a.pt")
+        assert same(loaded(tmp_path / "a.pt"), model)
+
+    def test_compiled_parts_on_either_side(self, tmp_path):
+        model = make_model()
+        state = {
+            name.replace("0.", "0._orig_mod."): tensor
+            for name, tensor in model.state_dict().items()
+        }
+        torch.save(state, tmp_path / "a.pt")
+        assert same(loaded(tmp_path / "a.pt"), model)
+        compiled = nn.Module()
+        compiled._orig_mod = make_model()
+        load_checkpoint(compiled, Checkpoint(tmp_path / "a.pt", {}))
+        assert same(compiled._orig_mod, model)
+
+    def test_a_model_whose_own_names_begin_so(self, tmp_path):
+        class Wrapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module = make_model()
+
+        model, other = Wrapped(), Wrapped()
+        torch.save(model.state_dict(), tmp_path / "a.pt")
+        load_checkpoint(other, Checkpoint(tmp_path / "a.pt", {}))
+        assert same(other, model)
+
+    def test_one_name_of_tied_weights_is_enough(self, tmp_path):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+                self.head.weight = self.words.weight
+
+        model, other = Tied(), Tied()
+        state = model.state_dict()
+        del state["head.weight"]
+        safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+        load_checkpoint(other, Checkpoint(tmp_path / "a.safetensors", {}))
+        assert torch.equal(other.head.weight, model.words.weight)
+        assert other.head.weight is other.words.weight
+
+    def test_something_beside_the_model_is_unexpected(self, tmp_path):
+        model = make_model()
+        state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"state_dict": state | {"metric.total": torch.ones(1)}}, tmp_path / "a.ckpt")
+        with pytest.raises(CheckpointError, match=r"unexpected: net\..*metric\.total|missing"):
+            loaded(tmp_path / "a.ckpt")

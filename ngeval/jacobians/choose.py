@@ -69,7 +69,8 @@ def choose_rows(
             f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
         )
     names = ENGINES if engine == "auto" else (engine,)
-    chosen, reasons = _first_right(names, memory, check, _Probe(function, outputs, residual))
+    probe = _Probe(function, outputs, residual)
+    chosen, reasons = _first_right(names, memory, check, probe)
     if chosen is None and check and function.dtype.itemsize < 8:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
@@ -78,7 +79,8 @@ def choose_rows(
             if wide is not None:
                 mode = wide.rows.function.forward_mode
                 rows = replace(wide.rows, function=replace(function, forward_mode=mode))
-                return replace(wide, rows=rows)
+                own = {n: part[:, 1] for n, part in probe.row_products(rows).items()}
+                return Choice(rows, probe.direction, own)
             reasons = again
     if chosen is None:
         hint = "" if engine == "auto" else "; use engine='auto'"

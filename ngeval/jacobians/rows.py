@@ -31,6 +31,9 @@ STREAM_MEMORY = 2**26
 TILE = 256
 """Rows and columns of a matrix that are transposed at one time."""
 
+KEPT_SHARE = 0.25
+"""The part of the memory that captures may keep: rows are made beside them."""
+
 ENGINES = ("layers", "vmap", "loop")
 
 
@@ -218,7 +221,7 @@ def _from_lower(matrix: Tensor) -> Tensor:
 class CapturedRows:
     """Rows that several things are wanted of.
 
-    Their captures are kept where they fit in a quarter of the memory, and made anew otherwise.
+    Their captures are kept where they fit in `KEPT_SHARE` of the memory, and made anew otherwise.
     """
 
     def __init__(self, source: RowSource, cotangents: Tensor) -> None:
@@ -232,21 +235,27 @@ class CapturedRows:
         self.cotangents = cotangents
         self._kept: list[tuple[Block, list[Term]]] | None = None
 
-    def products(self, others: Tensor) -> Tensor:
-        """Inner products with the rows of other cotangents of the same batch.
+    def products(self, weights: Tensor) -> Tensor:
+        """Inner products with the rows of combinations w_nr = Σ_q c_nrq v_nq of these cotangents.
 
         Args:
-            others: w of shape ``(N, R, *positions, C)``.
+            weights: c of shape ``(N, R, Q)``.
 
         Returns:
             Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
         """
-        rows, columns = (part.shape[0] * part.shape[1] for part in (self.cotangents, others))
+        (count, vectors), width = self.cotangents.shape[:2], weights.shape[1]
 
         def attempt(limited: RowSource) -> Tensor:
             device = limited.function.device
-            out = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-            for block in limited.blocks(others, share=0.25):
+            out = torch.zeros(count * vectors, count * width, dtype=torch.float64, device=device)
+            if self._can_be_kept(limited):
+                for block, captured in self._captures(limited):
+                    terms = [term.combined(weights[block.samples]) for term in captured]
+                    add_inner_products(out, captured, terms)
+                return out
+            others = torch.einsum("nrq,nq...->nr...", weights, self.cotangents)
+            for block in limited.blocks(others, share=KEPT_SHARE):
                 terms = limited.capture(others, block)
                 for other, captured in self._captures(limited):
                     add_inner_products(out[other.rows, block.rows], captured, terms)
@@ -257,37 +266,47 @@ class CapturedRows:
 
     def gram(self) -> Tensor:
         """Inner products of all rows with each other; see `gram_matrix`."""
-        source = self.source
-        if len(source.blocks(self.cotangents, share=0.25)) > 1:
-            return gram_matrix(source, self.cotangents)
         size = self.cotangents.shape[0] * self.cotangents.shape[1]
-        gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
-        for _, terms in self._captures(source):
-            add_inner_products(gram, terms, terms, symmetric=True)
-        return _from_lower(gram)
+
+        def attempt(limited: RowSource) -> Tensor:
+            if not self._can_be_kept(limited):
+                return gram_matrix(limited, self.cotangents)
+            gram = torch.zeros(size, size, dtype=torch.float64, device=limited.function.device)
+            for _, terms in self._captures(limited):
+                add_inner_products(gram, terms, terms, symmetric=True)
+            return _from_lower(gram)
+
+        source = self.source
+        return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 
     def combinations(self, weights: Tensor) -> Tensor:
         """Sums of rows with weights; see `row_combinations`."""
 
         def attempt(limited: RowSource) -> Tensor:
-            return _combined(limited.function, self._captures(limited), weights)
+            return _combined(limited.function, self._captures(limited, share=1.0), weights)
 
         source = self.source
         return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 
-    def _captures(self, source: RowSource) -> Iterator[tuple[Block, list[Term]]]:
+    def _can_be_kept(self, source: RowSource) -> bool:
+        count, vectors = self.cotangents.shape[:2]
+        whole = count * (vectors * source.captured_bytes + source.sample_bytes)
+        return whole <= KEPT_SHARE * source.memory
+
+    def _captures(
+        self, source: RowSource, share: float = KEPT_SHARE
+    ) -> Iterator[tuple[Block, list[Term]]]:
+        """All rows, in one block if they can be kept, else in blocks of a share of the memory."""
         if self._kept is not None:
             yield from self._kept
             return
-        # A first layer's share of the rows is made beside what is kept of all.
-        blocks = source.blocks(self.cotangents, share=0.25)
-        kept = []
+        blocks = source.blocks(self.cotangents, share)
+        keep = len(blocks) == 1 and self._can_be_kept(source)
         for block in blocks:
             terms = source.capture(self.cotangents, block)
-            if len(blocks) == 1:
-                kept.append((block, terms))
+            if keep:
+                self._kept = [(block, terms)]
             yield block, terms
-        self._kept = kept or None
 
 
 def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,14 @@ class Term(ABC):
             parameter restricted to ``units`` (all of it where `num_units` is 1).
         """
 
+    @abstractmethod
+    def combined(self, weights: Tensor) -> Term:
+        """The term of other cotangents, Σ_q w_nrq v_nq: of the same capture, linear as it is.
+
+        Args:
+            weights: w, shape ``(B, R, Q)``.
+        """
+
     @property
     def num_units(self) -> int:
         """Into how many pieces the rows can be cut."""
@@ -81,6 +89,16 @@ class RowsTerm(Term):
         """Every unit, whatever is asked: there is one piece."""
         with model_errors():
             return self.compute(samples, vectors)
+
+    def combined(self, weights: Tensor) -> RowsTerm:
+        """All rows are made, and combined."""
+
+        def compute(samples: slice, vectors: slice) -> Parameters:
+            rows = self.rows(samples, slice(None), slice(None))
+            chosen = weights[samples, vectors]
+            return {name: _mixed(chosen, value) for name, value in rows.items()}
+
+        return RowsTerm(self.num_samples, weights.shape[1], self.parameter_shapes, compute)
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,10 @@ class AffineTerm(Term):
         if self.bias:
             shapes[self.bias] = self.weight_shape[:1]
         return shapes
+
+    def combined(self, weights: Tensor) -> AffineTerm:
+        """With other gradients at the layer's output."""
+        return replace(self, cotangents=_mixed(weights, self.cotangents))
 
     def applied(self, direction: Tensor) -> Tensor:
         """D a at every position, in the model's dtype: shape ``(n, t, g, o)``."""
@@ -230,6 +252,10 @@ class EmbeddingTerm(Term):
         """The table's."""
         return {self.weight: self.weight_shape}
 
+    def combined(self, weights: Tensor) -> EmbeddingTerm:
+        """With other gradients at the table's output."""
+        return replace(self, cotangents=_mixed(weights, self.cotangents))
+
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """The gradients of equal indices, summed."""
         first, last, _ = units.indices(self.num_units)
@@ -241,6 +267,13 @@ class EmbeddingTerm(Term):
         where = (sample.unsqueeze(1), which, indices[sample, position].unsqueeze(1) - first)
         rows.index_put_(where, cotangents[sample, :, position], accumulate=True)
         return {self.weight: rows}
+
+
+def _mixed(weights: Tensor, values: Tensor) -> Tensor:
+    """Σ_q w_nrq x_nq…: ``(n, r, q)`` and ``(n, q, …)`` to ``(n, r, …)``."""
+    mixed = torch.bmm(weights.to(values.dtype), values.flatten(2))
+    result: Tensor = mixed.unflatten(2, values.shape[2:])
+    return result
 
 
 def merged(terms: list[Term]) -> list[Term]:

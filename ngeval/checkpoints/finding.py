@@ -1,0 +1,189 @@
+"""Checkpoints on disk: which files and folders are one, and in what order they were made."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ngeval.errors import CheckpointError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What ``save_pretrained`` writes, in the order in which they are looked for."""
+
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT writes, beside ``adapter_config.json``."""
+
+NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
+"""Files of a training run that have a checkpoint's suffix and are none."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint: a file, or a folder of ``save_pretrained`` or of a PEFT adapter.
+
+    Attributes:
+        path: the file or folder.
+        metadata: what is told beside it (epoch, step, losses, …); empty where nothing is.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name in result tables: the path as it was found."""
+        return str(self.path)
+
+    @property
+    def epoch(self) -> float | None:
+        """The training epoch, where the metadata or the file's name tell it."""
+        return self._number("epoch")
+
+    @property
+    def step(self) -> float | None:
+        """The training step, likewise."""
+        return self._number("step")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter, which needs its base model."""
+        return is_adapter(self.path)
+
+    @property
+    def optimizer(self) -> Path | None:
+        """The optimizer's state beside the weights, as a Trainer keeps it."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        kept = folder / "optimizer.pt"
+        return kept if kept.is_file() else None
+
+    def _number(self, name: str) -> float | None:
+        value = self.metadata.get(name)
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if known else None  # type: ignore[arg-type]
+
+
+def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
+    """Expand files, folders and globs into checkpoints.
+
+    A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter), or a Trainer's run with
+    ``checkpoint-500/`` and others inside, or holds checkpoint files or such folders. What a folder
+    or a glob holds comes in natural order (``epoch-2`` before ``epoch-10``).
+
+    Raises:
+        CheckpointError: a pattern matches nothing, or a JSON file beside a checkpoint is broken.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = _in_folder(path)
+        else:
+            matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+            found = [match for match in matches if _is_one(match)]
+        if not found:
+            kinds = ", ".join(SUFFIXES)
+            raise CheckpointError(
+                f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
+                "save_pretrained's or a PEFT adapter's files), or a glob in quotes"
+            )
+        paths += sorted(_without_insides(found), key=_natural_key)
+    return [Checkpoint(path, read_metadata(path)) for path in dict.fromkeys(paths)]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (path / "adapter_config.json").is_file()
+
+
+def weights_file(folder: Path) -> Path:
+    """The file that a checkpoint folder's weights are read from.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    names = ADAPTER if is_adapter(folder) else WEIGHTS
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} has none of the files {', '.join(names)}")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What is known of a checkpoint without opening it.
+
+    From a Trainer's ``trainer_state.json``, from the JSON of the same name beside a file, or from
+    a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
+    """
+    told: dict[str, Any] = {}
+    for word, number in re.findall(r"(epoch|step)=(\d+)", path.name):
+        told[word] = int(number)
+    if numbered := re.fullmatch(r"checkpoint-(\d+)", path.name):
+        told["step"] = int(numbered[1])
+    state = path / "trainer_state.json"
+    if state.is_file():
+        content = _read_json(state)
+        told |= {
+            name: content[key]
+            for name, key in (("epoch", "epoch"), ("step", "global_step"))
+            if key in content
+        }
+    beside = path.with_suffix(".json")
+    if path.is_file() and beside.is_file() and not path.name.endswith(".index.json"):
+        told |= _read_json(beside)
+    return told
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    inside = list(folder.iterdir())
+    steps = [path for path in inside if re.fullmatch(r"checkpoint-\d+", path.name)]
+    steps = [path for path in steps if _is_folder_checkpoint(path)]
+    if steps:  # the weights beside them are those of the last step again
+        return steps
+    return [folder] if _is_folder_checkpoint(folder) else [path for path in inside if _is_one(path)]
+
+
+def _is_one(path: Path) -> bool:
+    if path.is_dir():
+        return _is_folder_checkpoint(path)
+    return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
+
+
+def _is_folder_checkpoint(path: Path) -> bool:
+    if is_adapter(path):
+        return True
+    sharded = any((path / name).is_file() for name in WEIGHTS if name.endswith(".json"))
+    single = any((path / name).is_file() for name in WEIGHTS)
+    return path.is_dir() and (sharded or (single and (path / "config.json").is_file()))
+
+
+def _without_insides(paths: list[Path]) -> list[Path]:
+    """Without files of folders that are checkpoints themselves."""
+    folders = {path for path in paths if path.is_dir()}
+    return [path for path in paths if path.parent not in folders or path.is_dir()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -1,0 +1,103 @@
+"""Weights into a model, strictly, under whatever prefix a training program gave their names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ngeval.checkpoints.finding import Checkpoint
+from ngeval.checkpoints.reading import listed, read_state
+from ngeval.errors import CheckpointError
+
+COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts into names."""
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint: Checkpoint, *, allow_pickle: bool = False
+) -> None:
+    """Load weights into the model, strictly: every name and every shape must agree.
+
+    A prefix that all names share and the model's do not (``module.`` of data parallelism,
+    ``model.`` of a Lightning module) is left out, as is ``_orig_mod.`` of ``torch.compile``. Of
+    tied weights one name is enough.
+
+    Raises:
+        CheckpointError: unreadable, NaN weights, or missing, unexpected or wrongly shaped keys,
+            all listed. The model is unchanged then.
+    """
+    if checkpoint.is_adapter:
+        raise CheckpointError(
+            f"{checkpoint.path} is a PEFT adapter, and the task's model has no place for one"
+        )
+    state = read_state(checkpoint.path, allow_pickle=allow_pickle)
+    own = model.state_dict(keep_vars=True)
+    state = _renamed(state, list(own))
+    names_of: dict[int, list[str]] = {}
+    for key, tensor in own.items():
+        names_of.setdefault(id(tensor), []).append(key)
+    missing = [
+        key
+        for key, tensor in own.items()
+        if not any(name in state for name in names_of[id(tensor)])
+    ]
+    problems = [
+        f"missing: {listed(missing)}",
+        f"unexpected: {listed([key for key in state if key not in own])}",
+        "wrong shape: "
+        + listed(
+            [
+                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ]
+        ),
+    ]
+    problems = [line for line in problems if not line.endswith(": ")]
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in state.items():
+        # Buffers may hold −∞ (attention masks); a NaN is never meant.
+        bad = ~torch.isfinite(tensor) if key in parameters else torch.isnan(tensor)
+        if bool(bad.any()):
+            raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN or infinite values")
+    model.load_state_dict(state, strict=False)
+
+
+def _renamed(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:
+    """The state with the model's names, as far as prefixes tell them apart."""
+    plain = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
+    if len(plain) < len(state):
+        return state
+    prefix = _shared_prefix(list(plain), [key.replace(COMPILED, "") for key in own])
+    plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
+    named = {key.replace(COMPILED, ""): key for key in own}
+    return {named.get(key, key): tensor for key, tensor in plain.items()}
+
+
+def _shared_prefix(names: list[str], own: list[str]) -> str:
+    """The leading components that all names share, and of which the model knows nothing."""
+    prefix = ""
+    while names and not set(names) & set(own):
+        first = f"{names[0].split('.')[0]}."
+        if not all(name.startswith(first) for name in names):
+            return ""
+        prefix += first
+        names = [name.removeprefix(first) for name in names]
+    return prefix
+
+
+def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors checkpoint, and its metadata as JSON beside it."""
+    state = {
+        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
+    }
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(dict(metadata), indent=2) + "\n")

@@ -1,0 +1,148 @@
+"""State dicts from files, in every layout that training programs leave, without running code."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ngeval.checkpoints.finding import weights_file
+from ngeval.errors import CheckpointError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+"""Under which of these a training program may keep the weights beside other things."""
+
+
+def read_state(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Read a state dict without running code.
+
+    Args:
+        path: a ``.safetensors`` file, what ``torch.save`` wrote (a state dict, or one inside
+            ``{"state_dict": …}`` or ``{"model": …}``, as of Lightning), the index of a sharded
+            checkpoint, or a folder of ``save_pretrained``.
+        allow_pickle: unpickle with code; only for files that you trust.
+
+    Raises:
+        CheckpointError: unreadable, truncated, a shard is missing, holds something other than
+            tensors by name, or asks for code to be run.
+    """
+    if path.is_dir():
+        path = weights_file(path)
+    if path.name.endswith(".index.json"):
+        return _sharded(path, allow_pickle)
+    return _single(path, allow_pickle)
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first of some names, and how many there are."""
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
+            state = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except Exception as error:  # a broken file, or an allowed pickle, may raise anything
+        if not allow_pickle and _asks_for_code(path):
+            raise CheckpointError(
+                f"{path} is a pickle that asks to run code on loading, which was refused; save "
+                "model.state_dict() instead, or pass --allow-pickle if you trust its source"
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint (truncated, or of another format?): "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return _checked(path, _unwrapped(state))
+
+
+def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """All shards that an index names."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+        shards = [index.parent / Path(file).name for file in files]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read as the index of a sharded checkpoint: {error!r}"
+        ) from error
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(shards)} shards, of which {listed(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it"
+        )
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= _single(shard, allow_pickle)
+    lost = [name for name in places if name not in state]
+    if lost:
+        raise CheckpointError(f"the shards of {index} lack {listed(lost)}, which it names")
+    return state
+
+
+def _unwrapped(state: Any) -> Any:
+    """The weights among what a training program saved together with them."""
+    if not isinstance(state, Mapping) or not state:
+        return state
+    if all(isinstance(value, Tensor) for value in state.values()):
+        return state
+    for name in WRAPPERS:
+        inner = state.get(name)
+        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+            return inner
+    return state
+
+
+def _checked(path: Path, state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__}, not a state dict of tensors by name"
+        )
+    odd = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if odd or not state:
+        what = f"entries that are no tensors: {listed(odd)}" if odd else "nothing"
+        raise CheckpointError(
+            f"{path} holds {what}; ngeval reads a state dict of tensors by name, also inside "
+            f"{', '.join(WRAPPERS)}"
+        )
+    return dict(state)
+
+
+def _asks_for_code(path: Path) -> bool:
+    """Whether the pickle in a file names functions or classes; it is parsed, never run."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                data = archive.read(names[0]) if names else b""
+        else:
+            data = path.read_bytes()
+        calls = {"GLOBAL", "STACK_GLOBAL", "INST"}
+        return any(opcode.name in calls for opcode, _, _ in _readable_opcodes(data))
+    except (OSError, zipfile.BadZipFile, RuntimeError):
+        return False
+
+
+def _readable_opcodes(data: bytes) -> list[Any]:
+    """The opcodes of a pickle that ends as a pickle does; none if the bytes are something else."""
+    try:
+        return list(pickletools.genops(data))
+    except Exception:  # arbitrary bytes make the parser raise anything
+        return []
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
