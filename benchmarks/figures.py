@@ -40,9 +40,7 @@ FIGURES: dict[str, Figure] = {
     "gram": Figure(products.gram, EVERY, "the Gram matrix K of per-sample gradients"),
     "memory": Figure(memory.memory, EVERY, "peak memory of K over that of a plain gradient"),
     "theta": Figure(products.theta, ("mlp",), "flop rate of the dense logit kernel Θ"),
-    "profile": Figure(
-        profiles.profiled, ("mlp", "cnn", "vit", "gpt"), "where the time goes, by operator"
-    ),
+    "profile": Figure(profiles.profiled, ("mlp", "cnn", "vit"), "where the time goes, by operator"),
     "growth": Figure(sweeps.growth, ("mlp",), "time of 6 dampings against P and against N"),
 }
 

@@ -33,8 +33,7 @@ def profiled(workload: Workload, settings: Settings) -> Measured:
         "K": lambda: gradient_gram(problem),
         "Problem": lambda: problem_of(workload),
     }
-    if workload.name != "gpt":
-        tasks["evaluate, 6 dampings"] = lambda: grade(fresh_problem(workload), METHODS, 6)
+    tasks["evaluate, 6 dampings"] = lambda: grade(fresh_problem(workload), METHODS, 6)
     if workload.name in ("mlp", "cnn"):
         methods = (*METHODS, "ng")
         tasks["evaluate with ng, 6 dampings"] = lambda: grade(fresh_problem(workload), methods, 6)

@@ -153,7 +153,7 @@ def _strips(count: int, size: int, columns: int, *, symmetric: bool) -> Iterator
     """Slices of the left samples: to bound a temporary matrix, and to leave out a triangle."""
     step = max(1, PIECE_ENTRIES // max(size * columns, 1))
     if symmetric and count * size >= TRIANGLE_SIZE:
-        step = min(step, -(-count // 12))
+        step = min(step, -(-count // 8))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 

@@ -271,8 +271,12 @@ class EmbeddingTerm(Term):
 
 def _mixed(weights: Tensor, values: Tensor) -> Tensor:
     """Σ_q w_nrq x_nq…: ``(n, r, q)`` and ``(n, q, …)`` to ``(n, r, …)``."""
-    mixed = torch.bmm(weights.to(values.dtype), values.flatten(2))
-    result: Tensor = mixed.unflatten(2, values.shape[2:])
+    # In the order of memory, in which the trailing dimensions are one without a copy.
+    order = sorted(range(2, values.ndim), key=values.stride, reverse=True)
+    flat = values.permute(0, 1, *order).flatten(2)
+    mixed = torch.bmm(weights.to(values.dtype), flat)
+    split = mixed.unflatten(2, [values.shape[dim] for dim in order])
+    result: Tensor = split.permute(0, 1, *(2 + order.index(d) for d in range(2, values.ndim)))
     return result
 
 
