@@ -95,6 +95,10 @@ def run_all(
             found = measure(figure, model, replace(settings, on_step=tell))
             if settings.quick:
                 found["notes"].append("toy sizes, one repeat: says nothing of speed")
+                # What is to be reached is meant for the whole sizes.
+                found["claims"] = [
+                    {**claim, "reach": None, "met": None} for claim in found["claims"]
+                ]
             store.add(results, (settings.device, figure, model), found, run)
             if folder:
                 store.save(results, folder)
@@ -102,6 +106,11 @@ def run_all(
                 progress.console.print(
                     "  ".join(row[:6]).replace("*", ""), highlight=False, markup=False
                 )
+            if not found["claims"]:
+                for note in found["notes"]:
+                    progress.console.print(
+                        f"{figure}  {model}  {note}", highlight=False, markup=False
+                    )
             progress.advance(task)
 
 

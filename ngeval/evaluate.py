@@ -354,9 +354,9 @@ def _with_natural(
     for value in apart[apart > gap].unique():
         note = f"bounds on γ_NG are {value:.1e} apart {after}"
         table = _noted(table, note, apart == value)
-    open_end = found.upper[0] / found.lower[0] - 1
-    if solver.iterations and open_end > gap:
-        table = _noted(table, f"γ_min is up to {open_end:.1e} less {after}")
+    low, high = found.lower[0], found.upper[0]
+    if solver.iterations and high / low - 1 > gap:
+        table = _noted(table, f"γ_min is known to lie between {low:.4g} and {high:.4g} {after}")
     return table
 
 

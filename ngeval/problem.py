@@ -123,7 +123,9 @@ class Problem:
         if memory is None:
             memory = free_memory(self.function.device)
         if not isinstance(memory, int) or memory <= 0:
-            raise InputError(f"memory must be a positive number of bytes, not {memory!r}")
+            raise InputError(
+                f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
+            )
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self.rows = choice.rows
         self.rows.blocks(self.residual.unsqueeze(1))  # a budget below a row is an error now

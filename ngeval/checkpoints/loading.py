@@ -60,6 +60,11 @@ def load_checkpoint(
         ),
     ]
     problems = [line for line in problems if not line.endswith(": ")]
+    endings = (key.removesuffix(name) for name in missing for key in state if _inside(key, name))
+    prefix = next(endings, "")
+    others = [key for key in state if not key.startswith(prefix)]
+    if others:
+        problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
     if problems:
         raise CheckpointError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -69,6 +74,11 @@ def load_checkpoint(
         if bool(bad.any()):
             raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN or infinite values")
     model.load_state_dict(state, strict=False)
+
+
+def _inside(key: str, name: str) -> bool:
+    """Whether a key is a name with a prefix."""
+    return key.endswith(f".{name}")
 
 
 def _renamed(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:
