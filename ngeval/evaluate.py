@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ngeval.errors import EngineError, InputError, NgevalError, nearest_name
+from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.grading import Grades, families, grade
 from ngeval.kernel import PushingKernel, logit_kernel
 from ngeval.krylov import GAP, MAX_ITERATIONS
@@ -115,7 +115,7 @@ def evaluate(
     exact = (natural or asked) and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         # The methods that need it will say so.
-        with contextlib.suppress(EngineError, RuntimeError, MemoryError):
+        with contextlib.suppress(NgevalError, RuntimeError, MemoryError):
             logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
         rated = [_Rated(method, lambdas) for method in resolved]
         plain = next((one for one in rated if isinstance(one.method, Sgd)), _Rated(Sgd(), lambdas))

@@ -160,6 +160,8 @@ class Problem:
         found = sorted(self.function.notes)
         if self._attention:
             found.append("fused attention is replaced by its definition for tangents")
+        if self.function.dtype.itemsize < 4:
+            found.append("directions that rows of this dtype span only to rounding are left out")
         if not self.function.forward_mode:
             found.append("tangents by two backward passes (forward mode is missing or differs)")
         if self.rows.plan is not None and self.rows.plan.looped:

@@ -387,3 +387,70 @@ class TestNames:
         torch.save({"state_dict": state | {"metric.total": torch.ones(1)}}, tmp_path / "a.ckpt")
         with pytest.raises(CheckpointError, match=r"begin with 'net\.', but for metric\.total"):
             loaded(tmp_path / "a.ckpt")
+
+
+class TestHostile:
+    def test_the_index_says_which_shard_a_weight_is_from(self, tmp_path):
+        model = make_model()
+        folder = save_sharded(model, tmp_path / "run")
+        second = folder / "model-00002-of-00002.safetensors"
+        kept = safetensors.torch.load_file(second)
+        zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(zeros | kept, second)
+        assert same(loaded(folder), model)
+
+    @pytest.mark.parametrize(
+        "value",
+        [torch.ones(2).to_sparse(), torch.ones(2, device="meta")],
+    )
+    def test_tensors_that_are_no_plain_ones(self, tmp_path, value):
+        torch.save({"weight": value}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError):
+            read_state(tmp_path / "a.pt")
+
+    def test_names_that_are_no_text(self, tmp_path):
+        torch.save({0: torch.zeros(2)}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match="no plain tensors by name: 0"):
+            read_state(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+    def test_another_kind_of_numbers(self, tmp_path, dtype):
+        model = nn.Linear(2, 2)
+        torch.save({k: v.to(dtype) for k, v in model.state_dict().items()}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"wrong kind: weight .* instead of floating"):
+            load_checkpoint(model, Checkpoint(tmp_path / "a.pt", {}))
+
+    def test_weights_that_overflow_in_the_models_dtype(self, tmp_path):
+        model = nn.Linear(2, 2)
+        state = {k: v.double() * 1e300 for k, v in model.state_dict().items()}
+        torch.save(state, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match="NaN or infinite"):
+            load_checkpoint(model, Checkpoint(tmp_path / "a.pt", {}))
+        assert torch.isfinite(model.weight).all()
+
+    def test_deep_json_and_long_names(self, tmp_path):
+        touch(tmp_path, "a.pt")
+        (tmp_path / "a.json").write_text("[" * 100_000)
+        with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+            find_checkpoints([str(tmp_path)])
+        with pytest.raises(CheckpointError, match="cannot be looked up"):
+            find_checkpoints(["x" * 5000])
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+        with pytest.raises(CheckpointError, match="index of a sharded checkpoint"):
+            read_state(index)
+
+    @pytest.mark.parametrize("epoch", ["1" * 4000, "NaN", "1e999", "true"])
+    def test_numbers_that_are_no_epochs(self, tmp_path, epoch):
+        touch(tmp_path, "a.pt")
+        (tmp_path / "a.json").write_text(f'{{"epoch": {epoch}}}')
+        assert find_checkpoints([str(tmp_path)])[0].epoch is None
+
+    def test_code_in_the_old_format_is_named(self, tmp_path):
+        class Call:
+            def __reduce__(self):
+                return print, ("run",)
+
+        torch.save({"a": Call()}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+        with pytest.raises(CheckpointError, match="asks to run code"):
+            read_state(tmp_path / "a.pt")

@@ -111,3 +111,33 @@ def test_nothing_is_kept_of_a_layer_once_it_was_used():
         vectors, block, lambda terms, vectors: order.append([set(term.shapes) for term in terms])
     )
     assert order == [[{"2.weight", "2.bias"}], [{"0.weight", "0.bias"}], []]
+
+
+class UnderNoGrad(nn.Module):
+    """A layer whose output carries no gradient has rows of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.inner(self.norm(x))
+        return self.outer(x) + hidden
+
+
+def test_a_layer_under_no_grad_has_rows_of_zeros():
+    torch.manual_seed(0)
+    model = UnderNoGrad().double()
+    inputs, targets = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    tables = []
+    for engine in ("layers", "loop"):
+        problem = ngeval.Problem(model, inputs, targets, "categorical", engine=engine)
+        tables.append(ngeval.evaluate(problem, ["sgd", "ef", "ief", "ng", "diag"], [1e-3]))
+        norms = ngeval.gradient_norms(problem)["gradient_norm"]
+        tables[-1].attrs["norms"] = norms.tolist()
+    layers, loop = tables
+    assert (layers["status"] == "ok").all()
+    assert layers["gamma"].tolist() == pytest.approx(loop["gamma"].tolist(), rel=1e-9)
+    assert layers.attrs["norms"] == pytest.approx(loop.attrs["norms"], rel=1e-12)

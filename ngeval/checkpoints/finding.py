@@ -25,6 +25,9 @@ WEIGHTS = (
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT writes, beside ``adapter_config.json``."""
 
+LARGEST = 2.0**63
+"""Beyond this a number is no epoch; NaN is not below it either."""
+
 NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
 """Files of a training run that have a checkpoint's suffix and are none."""
 
@@ -70,8 +73,9 @@ class Checkpoint:
 
     def _number(self, name: str) -> float | None:
         value = self.metadata.get(name)
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if known else None  # type: ignore[arg-type]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        return float(value) if abs(value) < LARGEST else None
 
 
 def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
@@ -86,14 +90,12 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
     """
     paths: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = _in_folder(path)
-        else:
-            matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-            found = [match for match in matches if _is_one(match)]
+        try:
+            found = _matches(pattern)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {pattern[:80]!r} cannot be looked up: {error.strerror}"
+            ) from error
         if not found:
             kinds = ", ".join(SUFFIXES)
             raise CheckpointError(
@@ -102,6 +104,15 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
             )
         paths += sorted(_without_insides(found), key=_natural_key)
     return [Checkpoint(path, read_metadata(path)) for path in dict.fromkeys(paths)]
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _in_folder(path)
+    return [Path(match) for match in glob.glob(pattern, recursive=True) if _is_one(Path(match))]
 
 
 def is_adapter(path: Path) -> bool:
@@ -179,7 +190,7 @@ def _without_insides(paths: list[Path]) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 

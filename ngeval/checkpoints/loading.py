@@ -59,6 +59,12 @@ def load_checkpoint(
             ]
         ),
     ]
+    other_kind = [
+        f"{key} {_kind(state[key])} instead of {_kind(own[key])}"
+        for key in own
+        if key in state and _kind(state[key]) != _kind(own[key])
+    ]
+    problems.append(f"wrong kind: {listed(other_kind)}")
     problems = [line for line in problems if not line.endswith(": ")]
     endings = (key.removesuffix(name) for name in missing for key in state if _inside(key, name))
     prefix = next(endings, "")
@@ -69,11 +75,19 @@ def load_checkpoint(
         raise CheckpointError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in state.items():
-        # Buffers may hold −∞ (attention masks); a NaN is never meant.
-        bad = ~torch.isfinite(tensor) if key in parameters else torch.isnan(tensor)
+        # As the model will hold it: a large number may overflow there. Buffers may hold −∞
+        # (attention masks); a NaN is never meant.
+        held = tensor.to(own[key].dtype)
+        bad = ~torch.isfinite(held) if key in parameters else torch.isnan(held)
         if bool(bad.any()):
             raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN or infinite values")
     model.load_state_dict(state, strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex numbers"
+    return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
 
 
 def _inside(key: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickletools
 import warnings
@@ -74,19 +75,22 @@ def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
         shards = [index.parent / Path(file).name for file in files]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = [shard.name for shard in shards if not shard.is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{index} cannot be read as the index of a sharded checkpoint: {error!r}"
+            f"{index} cannot be read as the index of a sharded checkpoint: {repr(error)[:200]}"
         ) from error
-    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(
             f"{index} names {len(shards)} shards, of which {listed(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not beside it"
         )
     state: dict[str, Tensor] = {}
-    for shard in shards:
-        state |= _single(shard, allow_pickle)
+    for file, shard in zip(files, shards, strict=True):
+        part = _single(shard, allow_pickle)
+        state |= {
+            name: part[name] for name, place in places.items() if place == file and name in part
+        }
     lost = [name for name in places if name not in state]
     if lost:
         raise CheckpointError(f"the shards of {index} lack {listed(lost)}, which it names")
@@ -111,14 +115,24 @@ def _checked(path: Path, state: Any) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds a {type(state).__name__}, not a state dict of tensors by name"
         )
-    odd = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    odd = [
+        str(key)
+        for key, value in state.items()
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not _is_plain(value)
+    ]
     if odd or not state:
-        what = f"entries that are no tensors: {listed(odd)}" if odd else "nothing"
+        what = f"entries that are no plain tensors by name: {listed(odd)}" if odd else "nothing"
         raise CheckpointError(
             f"{path} holds {what}; ngeval reads a state dict of tensors by name, also inside "
             f"{', '.join(WRAPPERS)}"
         )
     return dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Not sparse, quantized, nested or without data."""
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return strided and not tensor.is_quantized and not tensor.is_meta
 
 
 def _asks_for_code(path: Path) -> bool:
@@ -137,11 +151,17 @@ def _asks_for_code(path: Path) -> bool:
 
 
 def _readable_opcodes(data: bytes) -> list[Any]:
-    """The opcodes of a pickle that ends as a pickle does; none if the bytes are something else."""
-    try:
-        return list(pickletools.genops(data))
-    except Exception:  # arbitrary bytes make the parser raise anything
-        return []
+    """The opcodes of all pickles that a file begins with; none if the bytes are something else.
+
+    torch's old format is a few pickles in a row, and then raw numbers.
+    """
+    stream, found = io.BytesIO(data), []
+    while stream.tell() < len(data):
+        try:
+            found += list(pickletools.genops(stream))
+        except Exception:  # arbitrary bytes make the parser raise anything
+            break
+    return found
 
 
 def _first_line(error: BaseException) -> str:

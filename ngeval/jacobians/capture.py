@@ -228,6 +228,8 @@ def _terms(
     gradients = iter(found)
     terms: list[Term] = []
     for call in calls:
+        if not call.outputs:  # under no_grad: its rows are zero
+            continue
         for index in call.outputs:
             layout = call.layout.outputs[index]
             if layout is not None:
