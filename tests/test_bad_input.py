@@ -222,7 +222,8 @@ def place(tmp_path_factory):
     infinite["weight"][1, 2] = float("inf")
     save(nan, place / "nan.safetensors")
     save(infinite, place / "infinite.safetensors")
-    save(prefixed("model"), place / "prefixed.safetensors")
+    beside = {"criterion.weight": torch.zeros(1)}
+    save(prefixed("model") | beside, place / "prefixed.safetensors")
     wrong = {"weight": torch.zeros(3, 5), "scale": torch.zeros(2), "shift": torch.zeros(1)}
     save(wrong, place / "wrong.safetensors")
     whole = (place / "good.safetensors").read_bytes()
@@ -238,7 +239,7 @@ def place(tmp_path_factory):
     (place / "bytes.pt").write_bytes(bytes(range(256)) * 4)
     torch.save([STATE["weight"], STATE["bias"]], place / "list.pt")
     torch.save({"epoch": 3, "step": 12}, place / "numbers.pt")
-    torch.save({"state_dict": STATE, "epoch": 3}, place / "nested.pt")
+    torch.save({"my_weights": STATE, "epoch": 3}, place / "nested.pt")
     torch.save({}, place / "no_tensors.pt")
     torch.save(STATE["weight"], place / "tensor.pt")
     torch.save(RunsCode(place / "the-code-ran"), place / "code.pt")
@@ -399,7 +400,7 @@ CHECKPOINTS = [
     checkpoint_case("infinite", "'weight'", "infinite", "infinite.safetensors"),
     checkpoint_case(
         "prefixed",
-        *("missing: weight, bias", "unexpected: model.", "model.weight", "model.bias"),
+        *("missing: weight, bias", "model.weight", "model.bias", "but for criterion.weight"),
     ),
     checkpoint_case(
         "wrong",
@@ -416,8 +417,10 @@ CHECKPOINTS = [
     checkpoint_case("bytes", "bytes.pt", "format", suffix=".pt"),
     checkpoint_case("list", "list.pt", "holds a list", "state dict", suffix=".pt"),
     checkpoint_case("tensor", "tensor.pt", "holds a Tensor", "state dict", suffix=".pt"),
-    checkpoint_case("numbers", "no tensors: epoch, step", "state dict", suffix=".pt"),
-    checkpoint_case("nested", "no tensors: state_dict, epoch", "state dict", suffix=".pt"),
+    checkpoint_case("numbers", "no plain tensors by name: epoch, step", "state dict", suffix=".pt"),
+    checkpoint_case(
+        "nested", "no plain tensors by name: my_weights, epoch", "state dict", suffix=".pt"
+    ),
     checkpoint_case("no_tensors", "holds nothing", "state dict", suffix=".pt"),
     checkpoint_case("module", "module.pt", "run code", "--allow-pickle", suffix=".pt"),
     checkpoint_case("bad_json", "bad_json.json", "JSON"),

@@ -12,6 +12,11 @@ import ngeval
 from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations, rows
 from ngeval.jacobians.products import rows_of
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning"),
+]
+
 EVERY = slice(None)
 
 
@@ -55,7 +60,8 @@ def test_streamed_terms_are_the_captured_ones(problem):
 def test_kept_captures_serve_everything(problem):
     vectors = cotangents_of(problem)
     (block,) = problem.rows.blocks(vectors)
-    every = torch.cat([r.flatten(2) for r in problem.rows.rows(vectors, block).values()], 2)
+    lead = vectors.shape[:2]
+    every = torch.cat([r.reshape(*lead, -1) for r in problem.rows.rows(vectors, block).values()], 2)
     flat = every.flatten(0, 1)
     kept = CapturedRows(problem.rows, vectors)
     scale = float((flat @ flat.T).abs().max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def load_checkpoint(
     ]
     problems.append(f"wrong kind: {listed(other_kind)}")
     problems = [line for line in problems if not line.endswith(": ")]
-    endings = (key.removesuffix(name) for name in missing for key in state if _inside(key, name))
-    prefix = next(endings, "")
+    prefixes = Counter(
+        key.removesuffix(name) for name in missing for key in state if key.endswith(f".{name}")
+    )
+    prefix = max(prefixes, key=lambda found: prefixes[found], default="")
     others = [key for key in state if not key.startswith(prefix)]
     if others:
         problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
@@ -88,11 +91,6 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex numbers"
     return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
-
-
-def _inside(key: str, name: str) -> bool:
-    """Whether a key is a name with a prefix."""
-    return key.endswith(f".{name}")
 
 
 def _renamed(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:

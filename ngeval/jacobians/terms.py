@@ -271,6 +271,9 @@ class EmbeddingTerm(Term):
 
 def _mixed(weights: Tensor, values: Tensor) -> Tensor:
     """Σ_q w_nrq x_nq…: ``(n, r, q)`` and ``(n, q, …)`` to ``(n, r, …)``."""
+    if values.ndim == 2:  # of a scalar parameter
+        values = values.unsqueeze(2)
+        return _mixed(weights, values).squeeze(2)
     # In the order of memory, in which the trailing dimensions are one without a copy.
     order = sorted(range(2, values.ndim), key=values.stride, reverse=True)
     flat = values.permute(0, 1, *order).flatten(2)
