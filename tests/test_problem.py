@@ -863,4 +863,4 @@ class TestMessages:
         self.expect(ngeval.InputError, "floating-point", dtype=torch.int64)
         self.expect(ngeval.InputError, "did you mean 'vmap'", engine="vmpa")
         for memory in (0, -1):
-            self.expect(ngeval.InputError, "positive number of bytes", memory=memory)
+            self.expect(ngeval.InputError, "positive whole number of bytes", memory=memory)
