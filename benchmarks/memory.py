@@ -64,8 +64,8 @@ def _note(peaks: dict[str, dict[str, float]], device: str, processes: int) -> st
     return (
         f"{kind}, the model and (for K) the making of the Problem included: {added} MiB; {loaded} "
         "MiB where a toy of the same kind has run before the measurement, so that what torch loads "
-        "at first use does not count (33 MiB of sympy, imported by autograd.grad with a cotangent, "
-        f"and 10 MiB of rules for forward mode); median of {processes} process(es)"
+        "at first use does not count (sympy, imported by autograd.grad with a cotangent, and rules "
+        f"for forward mode); median of {processes} process(es)"
     )
 
 

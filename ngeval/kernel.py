@@ -33,8 +33,8 @@ DENSE_SIZE = 6000
 """Up to this N·C the natural gradient is exact, by an eigendecomposition."""
 
 COMMON_RANK = 48
-"""About as many vectors span the updates of several methods over twelve decades of λ: 23 for the
-benchmarks' vision transformer (N = 32), 45 for their convolutional network (N = 64)."""
+"""An estimate of how many vectors span the updates of several methods over twelve decades of λ; it
+decides what is tried, not what comes out."""
 
 STRIP_OUTPUTS = 256
 """Up to this many outputs of a sample, products of Θ come from as many backward passes."""
