@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from ngeval.errors import (
     CheckpointError,
+    DependencyError,
     EngineError,
     InputError,
     ModelError,
@@ -30,6 +31,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CheckpointError",
+    "DependencyError",
     "EngineError",
     "FisherOperator",
     "Gaussian",

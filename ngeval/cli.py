@@ -4,49 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
 import pandas as pd
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import ngeval
 from ngeval import console
-from ngeval.checkpoints import find_checkpoints
+from ngeval.checkpoints import Checkpoint
 from ngeval.demo import Demo
 from ngeval.errors import InputError, nearest_name
 from ngeval.evaluate import check_dampings
-from ngeval.krylov import GAP
 from ngeval.methods import METHODS, get_methods
 from ngeval.options import (
-    BatchSizeOption,
-    CheckpointOption,
     DeviceOption,
-    DtypeOption,
-    EngineOption,
     ForceOption,
-    GapOption,
-    MemoryOption,
+    GradingOptions,
+    HubOptions,
     MethodsOption,
-    MetricOption,
-    MoreCheckpoints,
-    NaturalOption,
-    NumBatchesOption,
-    OutputOption,
-    PickleOption,
+    OutputOptions,
     QuietOption,
-    ScaleOption,
+    RunOptions,
     SeedOption,
-    TaskOption,
-    parse_bytes,
     parse_dampings,
-    parse_dtype,
     parse_metric,
+    takes_options,
 )
 from ngeval.plots import (
     FIGURE_SUFFIXES,
@@ -57,6 +46,7 @@ from ngeval.plots import (
 )
 from ngeval.results import ResultFile, check_output, read_results
 from ngeval.runs import Grading, Run
+from ngeval.setup import make_run
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import OPTIMIZERS, Training
 
@@ -95,8 +85,12 @@ def _root(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("ngeval-demo"),
     epochs: Annotated[int, typer.Option(help="Training epochs.")] = Demo.epochs,
-    batch_size: BatchSizeOption = Demo.batch_size,
-    num_batches: NumBatchesOption = Demo.num_batches,
+    batch_size: Annotated[
+        int, typer.Option(help="N, samples in a graded batch.")
+    ] = Demo.batch_size,
+    num_batches: Annotated[
+        int, typer.Option(help="Graded batches for each checkpoint.")
+    ] = Demo.num_batches,
     seed: SeedOption = 0,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -126,7 +120,12 @@ def demo(
 
 @app.command()
 def train(
-    task: TaskOption,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task", "-t", help="Built-in name, path/to/file.py:name or package.module:name."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints.")],
     optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "adamw",
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 10,
@@ -157,27 +156,14 @@ def train(
 
 
 @app.command()
+@takes_options
 def gamma(
-    task: TaskOption,
-    checkpoint: CheckpointOption,
-    more: MoreCheckpoints = None,
+    run: RunOptions,
+    hub: HubOptions,
+    grading: GradingOptions,
+    out: OutputOptions,
     methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
     damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-6,1e-3",
-    damping_scale: ScaleOption = "absolute",
-    batch_size: BatchSizeOption = 160,
-    num_batches: NumBatchesOption = 5,
-    seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
-    memory: MemoryOption = None,
-    metric_batches: MetricOption = None,
-    natural: NaturalOption = True,
-    gap: GapOption = GAP,
-    output: OutputOption = None,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-    allow_pickle: PickleOption = False,
 ) -> None:
     """Grade update rules at every checkpoint: γ against the exact natural gradient.
 
@@ -186,65 +172,44 @@ def gamma(
     ngeval gamma --task digits-mlp --checkpoint runs/mlp --output gamma.csv
 
     ngeval gamma --task my.py:task -c a.safetensors b.safetensors --methods sgd,ief,sf:4
+
+    ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
     """
-    table = _grade(**locals(), dampings=damping)
+    table = _grade(run, hub, grading, out, methods, damping)
     for value in list(dict.fromkeys(table["damping"]))[:3]:
-        Console(quiet=quiet).print(console.stages_table(table, value))
+        Console(quiet=out.quiet).print(console.stages_table(table, value))
 
 
 @app.command()
+@takes_options
 def sweep(
-    task: TaskOption,
-    checkpoint: CheckpointOption,
-    more: MoreCheckpoints = None,
+    run: RunOptions,
+    hub: HubOptions,
+    grading: GradingOptions,
+    out: OutputOptions,
     methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
     dampings: Annotated[
         str, typer.Option(help="λ: log-spaced low:high:count, or a comma list.")
     ] = "1e-8:1e4:50",
-    damping_scale: ScaleOption = "absolute",
-    batch_size: BatchSizeOption = 160,
-    num_batches: NumBatchesOption = 5,
-    seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
-    memory: MemoryOption = None,
-    metric_batches: MetricOption = None,
-    natural: NaturalOption = True,
-    gap: GapOption = GAP,
-    output: OutputOption = None,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-    allow_pickle: PickleOption = False,
 ) -> None:
     """Grade update rules over a range of dampings; one factorisation serves them all.
 
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
-    table = _grade(**locals())
-    Console(quiet=quiet).print(console.sweep_table(table))
+    table = _grade(run, hub, grading, out, methods, dampings)
+    Console(quiet=out.quiet).print(console.sweep_table(table))
 
 
 @app.command()
+@takes_options
 def imbalance(
-    task: TaskOption,
-    checkpoint: CheckpointOption,
-    more: MoreCheckpoints = None,
+    run: RunOptions,
+    hub: HubOptions,
+    out: OutputOptions,
     methods: Annotated[
         str, typer.Option("--methods", "-m", help="Also each one's loss change per sample.")
     ] = "",
     damping: Annotated[float, typer.Option(help="λ of those updates, absolute.")] = 0.0,
-    batch_size: BatchSizeOption = 160,
-    num_batches: NumBatchesOption = 5,
-    seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
-    memory: MemoryOption = None,
-    output: OutputOption = None,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-    allow_pickle: PickleOption = False,
 ) -> None:
     """Per-sample gradient norms at every checkpoint: one row for each sample.
 
@@ -252,9 +217,9 @@ def imbalance(
     """
     names = [method.name for method in get_methods(methods)] if methods else []
     check_dampings([damping])
-    run = _run(**{key: value for key, value in locals().items() if key in _RUN_OPTIONS})
-    table = _collect(run, run.imbalances(names, damping), "gradient norms", output, force, quiet)
-    Console(quiet=quiet).print(console.imbalance_table(table))
+    job = make_run(run, hub)
+    table = _collect(job, lambda job: job.imbalances(names, damping), "gradient norms", out)
+    Console(quiet=out.quiet).print(console.imbalance_table(table))
 
 
 @app.command()
@@ -320,49 +285,24 @@ def _say(out: Console, text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-_RUN_OPTIONS = (
-    *("task", "checkpoint", "more", "batch_size", "num_batches", "seed", "device", "dtype"),
-    *("engine", "memory", "allow_pickle"),
-)
-
-
-def _run(
-    task: str,
-    checkpoint: list[str],
-    more: list[str] | None,
-    dtype: str | None,
-    memory: str | None,
-    **options: Any,
-) -> Run:
-    torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
-    return Run(
-        get_task(task),
-        find_checkpoints([*checkpoint, *(more or [])]),
-        dtype=parse_dtype(dtype),
-        memory=parse_bytes(memory),
-        **options,
-    )
-
-
 def _grade(
+    run: RunOptions,
+    hub: HubOptions,
+    grading: GradingOptions,
+    out: OutputOptions,
     methods: str,
     dampings: str,
-    damping_scale: str,
-    output: Path | None,
-    force: bool,
-    quiet: bool,
-    metric_batches: str | None,
-    natural: bool,
-    gap: float,
-    **options: Any,
 ) -> pd.DataFrame:
     """What ``gamma`` and ``sweep`` share; returns the table of all rows."""
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
-    run = _run(**{key: value for key, value in options.items() if key in _RUN_OPTIONS})
-    grading = Grading(parse_metric(metric_batches), natural, gap)
-    tables = run.gammas(names, values, damping_scale, grading)
-    table = _collect(run, tables, "grading updates", output, force, quiet)
+    how = Grading(parse_metric(grading.metric_batches), grading.natural, grading.gap)
+    job = make_run(run, hub)
+
+    def tables(job: Run) -> Iterator[pd.DataFrame]:
+        return job.gammas(names, values, grading.damping_scale, how)
+
+    table = _collect(job, tables, "grading updates", out)
     failed = table[table["status"] != "ok"]
     if len(failed):
         reasons = "; ".join(dict.fromkeys(failed["reason"]))
@@ -374,23 +314,26 @@ def _grade(
 
 
 def _collect(
-    run: Run,
-    tables: Iterator[pd.DataFrame],
+    job: Run,
+    tables: Callable[[Run], Iterator[pd.DataFrame]],
     description: str,
-    output: Path | None,
-    force: bool,
-    quiet: bool,
+    out: OutputOptions,
 ) -> pd.DataFrame:
     """Run through the units with a progress bar; what is finished reaches the output file."""
-    target = ResultFile(output, force=force) if output is not None else None
+    target = ResultFile(out.output, force=out.force) if out.output is not None else None
     frames = []
-    with console.progress_bar(quiet) as bar, target or contextlib.nullcontext():
-        step = bar.add_task(description, total=run.num_units)
-        for table in tables:
+    with console.progress_bar(out.quiet) as bar, target or contextlib.nullcontext():
+        step = bar.add_task(description, total=job.num_units)
+
+        def say(checkpoint: Checkpoint, model: nn.Module) -> None:
+            if checkpoint.is_adapter:
+                _say(bar.console, f"{checkpoint.name}: {console.trainable_line(model)}")
+
+        for table in tables(replace(job, on_model=say)):
             frames.append(table)
             if target is not None:
                 target.append(table)
             bar.advance(step)
-    if target is not None and not quiet:
+    if target is not None and not out.quiet:
         print(f"written: {target.path} ({target.rows} rows)", file=sys.stderr)
     return pd.concat(frames, ignore_index=True)

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch import nn
 from typer.core import TyperGroup
 
 from ngeval.errors import NgevalError
@@ -44,6 +45,13 @@ class Commands(TyperGroup):
                 "ngeval: interrupted; finished rows are in the output file, if one was asked for"
             )
             raise typer.Exit(130) from None
+
+
+def trainable_line(model: nn.Module) -> str:
+    """How many parameters an adapter makes trainable."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, wanted in sizes if wanted)
+    return f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters trainable"
 
 
 def progress_bar(quiet: bool) -> Progress:

@@ -37,6 +37,10 @@ class TaskError(NgevalError):
     """A task cannot be found or does not keep its contract."""
 
 
+class DependencyError(NgevalError, ImportError):
+    """An optional package is needed and not installed."""
+
+
 class OutputError(NgevalError):
     """A result cannot be written where it was asked for, or read back."""
 

@@ -8,7 +8,7 @@ hooks are the same afterwards, also after an exception.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, cast
@@ -16,15 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.errors import ModelError, NgevalError
 from ngeval.memory import is_out_of_memory
+from ngeval.operations import plain_operations
 
 Parameters = dict[str, Tensor]
+Output = str | int | Callable[[Any], Tensor] | None
+"""Which of a model's outputs is z: a name, an index, a function of what the model returns."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ModelFunction:
             which it is known here; tied weights have several.
         versions: the version counter of each parameter, by which a change in place shows.
         cast: the dtype that was asked for; None where the model keeps its own.
+        output: which of the model's outputs is z.
+        inner_epsilon: the coarsest rounding to which the model's own code narrows anything.
         forward_mode: take J d by forward-mode AD where every operation has a rule.
         notes: what had to be worked around.
     """
@@ -54,17 +56,22 @@ class ModelFunction:
     slots: dict[str, str]
     versions: dict[str, int]
     cast: torch.dtype | None = None
+    output: Output = None
+    inner_epsilon: float = 0.0
     forward_mode: bool = True
     notes: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> ModelFunction:
+    def of(
+        cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None, output: Output = None
+    ) -> ModelFunction:
         """Check the model and the inputs, and take θ as it is now.
 
         Args:
             model: in eval mode; its parameters with ``requires_grad`` are θ.
             inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
             dtype: compute in this floating-point type; None keeps the model's own.
+            output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
 
         Raises:
             ModelError: no trainable parameter, NaN weights, active dropout or batch statistics.
@@ -77,7 +84,9 @@ class ModelFunction:
         trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         versions = {n: _version(p) for n, p in model.named_parameters()}
-        function = cls(model, inputs, trainable, {}, buffers, _slots(model), versions)
+        function = cls(
+            model, inputs, trainable, {}, buffers, _slots(model), versions, output=output
+        )
         return function if dtype is None else function.converted(dtype)
 
     def converted(self, dtype: torch.dtype) -> ModelFunction:
@@ -120,8 +129,14 @@ class ModelFunction:
 
     @property
     def epsilon(self) -> float:
-        """The coarsest rounding among the trainable parameters."""
-        return max(torch.finfo(p.dtype).eps for p in self.parameters.values())
+        """The coarsest rounding among the trainable parameters and inside the model."""
+        own = (torch.finfo(p.dtype).eps for p in self.parameters.values())
+        return max(self.inner_epsilon, *own)
+
+    @property
+    def row_epsilon(self) -> float:
+        """The rounding of rows in parameter space."""
+        return max(self.inner_epsilon, torch.finfo(self.dtype).eps)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +175,7 @@ class ModelFunction:
         # restore it; the slots name every place once.
         with plain_operations(self.notes, fused=fused):
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
-        return outputs_of(raw)
+        return outputs_of(raw, self.output)
 
     def check_unchanged(self) -> None:
         """The model is still in eval mode, and at θ.
@@ -304,75 +319,6 @@ def _slots(model: nn.Module) -> dict[str, str]:
     return slots
 
 
-@contextlib.contextmanager
-def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> Iterator[None]:
-    """Attention by its definition, and no activation checkpointing.
-
-    Args:
-        notes: gets a line if there was checkpointing.
-        fused: leave attention as it is.
-
-    Forward-mode AD has no rule for fused attention, and the fast path of
-    ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
-    Checkpointing runs parts of the model again in the backward pass, which neither transforms of
-    functions nor recorded calls allow; its values and derivatives are those of the plain call.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        attention = contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
-        with attention, _without_checkpointing(notes):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _without_checkpointing(notes: set[str] | None) -> Iterator[None]:
-    def note() -> None:
-        if notes is not None:
-            notes.add("activation checkpointing was switched off")
-
-    class PlainCall:
-        @staticmethod
-        def apply(function: Any, _preserve_rng_state: bool, *args: Any) -> Any:
-            note()
-            return function(*args)
-
-    def no_recording(*_: Any, **__: Any) -> Iterator[None]:
-        note()
-        yield
-
-    stand_ins = {
-        "CheckpointFunction": PlainCall,
-        "_checkpoint_without_reentrant_generator": no_recording,
-    }
-    kept = {name: getattr(checkpoint, name) for name in stand_ins if hasattr(checkpoint, name)}
-    for name in kept:
-        setattr(checkpoint, name, stand_ins[name])
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(checkpoint, name, value)
-
-
-class AttentionWatch(TorchFunctionMode):
-    """Notes whether a model uses fused attention."""
-
-    def __init__(self) -> None:
-        """Nothing seen yet."""
-        super().__init__()
-        self.seen = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Pass everything on."""
-        self.seen |= func is nn.functional.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
-
-
 def _version(tensor: Tensor) -> int:
     """The counter of in-place changes; tensors made in inference mode have none."""
     return -1 if tensor.is_inference() else tensor._version
@@ -382,16 +328,42 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def outputs_of(raw: Any) -> Tensor:
+def outputs_of(raw: Any, output: Output = None) -> Tensor:
     """The outputs z in a model's return value.
 
+    Args:
+        raw: what the model returned.
+        output: a key or attribute, an index, or a function of ``raw``; None: ``raw`` itself where
+            it is a tensor, else its ``logits``.
+
     Raises:
-        ModelError: it is neither a tensor nor an object with a ``.logits`` tensor.
+        ModelError: there is no such tensor.
     """
-    outputs = raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
+    try:
+        if callable(output):
+            outputs: Any = output(raw)
+        elif isinstance(output, int):
+            outputs = raw[output]
+        elif output is None and isinstance(raw, Tensor):
+            outputs = raw
+        else:
+            name = output or "logits"
+            outputs = raw[name] if isinstance(raw, Mapping) else getattr(raw, name)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        outputs = None
     if not isinstance(outputs, Tensor):
         raise ModelError(
-            f"the model returned {type(raw).__name__}; ngeval needs a tensor of outputs or an "
-            "object with a .logits tensor (wrap the model in a module that picks one)"
+            f"the model returned {_described(raw)}; ngeval needs a tensor of outputs or an object "
+            f"with a tensor in .logits{'' if output is None else f', or in output={output!r}'} "
+            "(output= takes a name, an index, or a function of what the model returns)"
         )
     return outputs
+
+
+def _described(raw: Any) -> str:
+    """A return value in a few words."""
+    if isinstance(raw, Mapping):
+        return f"a {type(raw).__name__} with {', '.join(repr(key) for key in list(raw)[:8])}"
+    if isinstance(raw, tuple | list):
+        return f"a {type(raw).__name__} of {len(raw)}"
+    return f"a {type(raw).__name__}"

@@ -181,7 +181,7 @@ def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
     kernel = logit_kernel(problem)
     gram = kernel.gram(vectors)
     everything = torch.cat([_coefficients(one, vectors).flatten(1) for one in members])
-    spectrum = Spectrum.of_gram(gram, problem.dtype, everything.norm(dim=0))
+    spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, everything.norm(dim=0))
     root = spectrum.eigenvalues.sqrt()
     images = (everything @ spectrum.eigenvectors) * root
     lengths = images.norm(dim=1)

@@ -46,7 +46,7 @@ class LogitKernel(ABC):
     def __init__(self, problem: Problem) -> None:
         """Keep the sizes and the dtype that the rows are computed in."""
         self.shape = (problem.num_samples, problem.num_outputs)
-        self.row_dtype = problem.dtype
+        self.row_epsilon = problem.function.row_epsilon
         self.rows = problem.rows
 
     @abstractmethod
@@ -74,7 +74,7 @@ class LogitKernel(ABC):
             right: the vector that it will be solved for, shape ``(N·Q,)``.
             unseen: what part of it may be lost; see `Spectrum.of_gram`.
         """
-        return Spectrum.of_gram(self.gram(vectors), self.row_dtype, right, unseen)
+        return Spectrum.of_gram(self.gram(vectors), self.row_epsilon, right, unseen)
 
 
 class PushingKernel(LogitKernel):
@@ -144,7 +144,7 @@ class JacobianKernel(DenseKernel):
 
     def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """From the rows themselves."""
-        return Spectrum.of_rows(self._rows(vectors), self.row_dtype)
+        return Spectrum.of_rows(self._rows(vectors), self.row_epsilon)
 
     def _rows(self, vectors: Tensor) -> Tensor:
         samples, outputs = self.shape
@@ -291,7 +291,8 @@ def logit_kernel(
     size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
     entries = size * problem.num_parameters
     # J, its scaled copy and the workspace of their factorisation.
-    if entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
+    # More outputs than that are more backward passes than a Krylov run takes steps.
+    if size <= DENSE_SIZE and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
         return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
     if exact is not False and dense_is_feasible(problem):
         return problem.remember("dense_kernel", lambda: GramKernel(problem))

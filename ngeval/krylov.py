@@ -74,7 +74,7 @@ class KrylovRun:
         self.problem = problem
         right = problem.distribution.whitened_residual()
         self.mass = float(right.square().sum())
-        self.rounding = ROUNDING * torch.finfo(problem.dtype).eps
+        self.rounding = ROUNDING * problem.function.row_epsilon
         self.diagonal: list[float] = []
         self.below: list[float] = []
         self.exhausted = self.mass == 0

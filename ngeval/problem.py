@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from ngeval.checks import Inputs
 from ngeval.errors import InputError
-from ngeval.functional import AttentionWatch, ModelFunction, model_errors
+from ngeval.functional import ModelFunction, Output, model_errors
 from ngeval.jacobians import choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
+from ngeval.operations import OperationWatch
 from ngeval.probes import check_gradients_add_up, check_outputs, check_repeatable, run_model
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Problem:
         targets: Tensor,
         likelihood: str | Likelihood,
         *,
+        output: Output = None,
         dtype: torch.dtype | None = None,
         engine: str = "auto",
         memory: int | None = None,
@@ -78,6 +81,8 @@ class Problem:
             targets: labels; shape and dtype as the likelihood asks.
             likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``) or a
                 `Likelihood`.
+            output: which of the model's outputs is z, if it returns several: a key or attribute
+                (``"logits"``), an index, or a function of what the model returns.
             dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
             engine: ``"layers"`` (layer by layer), ``"vmap"`` (of the whole model), ``"loop"``, or
                 ``"auto"``: the first of these that is found right for the model.
@@ -93,7 +98,7 @@ class Problem:
                 batch gradient.
         """
         with torch.inference_mode(False):  # tensors made here take part in backward passes
-            self._set_up(model, inputs, targets, likelihood, dtype, engine, memory, probes)
+            self._set_up(model, inputs, targets, likelihood, output, dtype, engine, memory, probes)
 
     def _set_up(
         self,
@@ -101,6 +106,7 @@ class Problem:
         inputs: Inputs,
         targets: Tensor,
         likelihood: str | Likelihood,
+        output: Output,
         dtype: torch.dtype | None,
         engine: str,
         memory: int | None,
@@ -108,11 +114,12 @@ class Problem:
     ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
-        self.function = ModelFunction.of(model, inputs, dtype)
+        self.function = ModelFunction.of(model, inputs, dtype, output)
         self.likelihood = get_likelihood(likelihood)
-        with AttentionWatch() as attention:
+        with OperationWatch() as watch:
             raw = run_model(self.function)
-        self._attention = attention.seen
+        self._attention = watch.attention
+        self.function = replace(self.function, inner_epsilon=watch.epsilon)
         check_outputs(self.function, raw)
         self.outputs = raw.detach().to(torch.float64)
         self.distribution = self.likelihood.bind(self.outputs, targets)
@@ -160,6 +167,9 @@ class Problem:
         found = sorted(self.function.notes)
         if self._attention:
             found.append("fused attention is replaced by its definition for tangents")
+        inner = self.function.inner_epsilon
+        if inner > torch.finfo(self.function.dtype).eps:
+            found.append(f"the model's own code rounds to {inner:.1e}, coarser than its weights")
         if self.function.dtype.itemsize < 4:
             found.append("directions that rows of this dtype span only to rounding are left out")
         if not self.function.forward_mode:

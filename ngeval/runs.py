@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
-from ngeval.checkpoints import Checkpoint, load_checkpoint
+from ngeval.checkpoints import Checkpoint, CheckpointLoader
 from ngeval.checks import check_device
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress, evaluate
@@ -67,6 +68,7 @@ class Run:
         engine: the Jacobian engine.
         memory: bytes to work in; None: four fifths of what is free.
         allow_pickle: unpickle checkpoints with code.
+        on_model: called with each checkpoint and the model that it makes.
     """
 
     task: Task
@@ -79,6 +81,7 @@ class Run:
     engine: str = "auto"
     memory: int | None = None
     allow_pickle: bool = False
+    on_model: Callable[[Checkpoint, nn.Module], None] = lambda *_: None
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no batch, and a device that is not there."""
@@ -93,9 +96,11 @@ class Run:
 
     def units(self) -> Iterator[Unit]:
         """Load each checkpoint once and go through the batches."""
-        model = self.task.model().to(self.device).eval()
+        base = self.task.model().to(self.device).eval()
+        loader = CheckpointLoader(base, allow_pickle=self.allow_pickle)
         for stage, checkpoint in enumerate(self.checkpoints):
-            load_checkpoint(model, checkpoint, allow_pickle=self.allow_pickle)
+            model = loader.load(checkpoint).to(self.device).eval()
+            self.on_model(checkpoint, model)
             batches = self.task.batches(self.batch_size, self.num_batches, self.seed)
             for index, (inputs, targets) in enumerate(batches):
                 problem = Problem(
@@ -103,6 +108,7 @@ class Run:
                     map_inputs(inputs, lambda t: t.to(self.device)),
                     targets.to(self.device),
                     self.task.resolved_likelihood(),
+                    output=self.task.output,
                     dtype=self.dtype,
                     engine=self.engine,
                     memory=self.memory,

@@ -44,15 +44,15 @@ class Spectrum:
     cutoff: float = 0.0
 
     @classmethod
-    def of_rows(cls, rows: Tensor, row_dtype: torch.dtype) -> Spectrum:
+    def of_rows(cls, rows: Tensor, row_epsilon: float) -> Spectrum:
         """Factor A = RRᵀ from R itself, by a pivoted QR of the scaled rows and an SVD.
 
         A row is left out where less than 10·n·ε of its length remains after the rows before it
-        are projected out, ε being that of ``row_dtype``, in which the rows were computed.
+        are projected out, ε being that of the rows, ``row_epsilon``.
 
         Args:
             rows: R, shape ``(n, P)``.
-            row_dtype: the dtype of the model.
+            row_epsilon: the rounding of rows, `ModelFunction.row_epsilon`.
 
         Raises:
             NumericalError: R has NaN or infinite entries.
@@ -63,7 +63,7 @@ class Spectrum:
         with _one_thread():
             upper, pivots = scipy.linalg.qr(unit.T, mode="r", pivoting=True)
         upper = upper[: min(unit.shape)]
-        cutoff = min(10 * len(unit) * torch.finfo(row_dtype).eps, MOST_CUT**0.5)
+        cutoff = min(10 * len(unit) * row_epsilon, MOST_CUT**0.5)
         rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
         lower = np.zeros((len(unit), rank))
         lower[pivots] = upper[:rank].T
@@ -71,19 +71,19 @@ class Spectrum:
 
     @classmethod
     def of_gram(
-        cls, matrix: Tensor, row_dtype: torch.dtype, right: Tensor, unseen: float = UNSEEN
+        cls, matrix: Tensor, row_epsilon: float, right: Tensor, unseen: float = UNSEEN
     ) -> Spectrum:
         """Factor A given as a Gram matrix.
 
         Its relative cut-off is n·max(100 ε, 10 ε_row²), with ε that of float64 and ε_row that of
-        ``row_dtype``. A = D R D with unit diagonal in R, and a pivoted Cholesky factor of R finds
-        the rank. Above n = 800 an eigendecomposition of A as it is, four times as fast, is tried
-        first, with the cut-off 10·n·ε of the largest eigenvalue, and kept if its range holds all
-        of ``right`` but a part of ``unseen``.
+        rows, ``row_epsilon``. A = D R D with unit diagonal in R, and a pivoted Cholesky factor of
+        R finds the rank. Above n = 800 an eigendecomposition of A as it is, four times as fast, is
+        tried first, with the cut-off 10·n·ε of the largest eigenvalue, and kept if its range holds
+        all of ``right`` but a part of ``unseen``.
 
         Args:
             matrix: A, shape ``(n, n)``, float64.
-            row_dtype: the dtype of the model.
+            row_epsilon: the rounding of rows, `ModelFunction.row_epsilon`.
             right: the b of (A + λI)⁻¹b that the spectrum is for, shape ``(n,)``.
             unseen: relative to the length of b.
 
@@ -93,7 +93,7 @@ class Spectrum:
         _check_finite(matrix)
         size = matrix.shape[0]
         epsilon = torch.finfo(torch.float64).eps
-        cutoff = size * max(100 * epsilon, 10 * torch.finfo(row_dtype).eps ** 2)
+        cutoff = size * max(100 * epsilon, 10 * row_epsilon**2)
         cutoff = min(cutoff, MOST_CUT)
         if size > GRADED_SIZE:
             eigenvalues, eigenvectors = torch.linalg.eigh(matrix)

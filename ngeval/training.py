@@ -144,7 +144,7 @@ class Training:
         inputs, targets = batch
         inputs = map_inputs(inputs, lambda t: t.to(self.device))
         with model_errors():
-            outputs = outputs_of(call_model(model, inputs))
+            outputs = outputs_of(call_model(model, inputs), self.task.output)
         if not bool(torch.isfinite(outputs).all()):
             raise ModelError(
                 "training diverged: the model's outputs are NaN or infinite; lower the learning "

@@ -11,6 +11,7 @@ import ngeval
 from ngeval import kernel, spectrum
 from ngeval.spectrum import Spectrum
 
+EPSILON = torch.finfo(torch.float64).eps
 NAMES = [name for name in problems.NAMES if name.endswith("float64")]
 FORMS = {  # largest explicit J, largest scaled Gram matrix
     "jacobian": (2**40, 2**40),
@@ -51,9 +52,9 @@ def rows():
 def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
     ones, zero = torch.ones(8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     if source == "rows":
-        found = Spectrum.of_rows(rows, torch.float64)
+        found = Spectrum.of_rows(rows, EPSILON)
     else:
-        found = Spectrum.of_gram(rows @ rows.T, torch.float64, ones)
+        found = Spectrum.of_gram(rows @ rows.T, EPSILON, ones)
     # Scaled to unit rows, the same equations are well conditioned.
     lengths = rows.norm(dim=1)
     unit = rows / lengths.unsqueeze(1)
@@ -70,9 +71,11 @@ def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
     rows = torch.cat([rows, rows[:3], 2 * rows[4:5], rows.sum(0, keepdim=True)])
     rows = torch.cat([rows, torch.zeros(1, 30, dtype=torch.float64)])
     found = (
-        Spectrum.of_rows(rows, dtype)
+        Spectrum.of_rows(rows, torch.finfo(dtype).eps)
         if source == "rows"
-        else Spectrum.of_gram(rows @ rows.T, dtype, torch.ones(14, dtype=torch.float64))
+        else Spectrum.of_gram(
+            rows @ rows.T, torch.finfo(dtype).eps, torch.ones(14, dtype=torch.float64)
+        )
     )
     assert len(found.eigenvalues) == 8
     right = torch.arange(14, dtype=torch.float64)
@@ -83,8 +86,8 @@ def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
 
 def test_the_zero_matrix_has_no_range():
     for found in (
-        Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), torch.float64),
-        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), torch.float64, torch.ones(3)),
+        Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), EPSILON),
+        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), EPSILON, torch.ones(3)),
     ):
         assert (found.largest, len(found.eigenvalues)) == (0.0, 0)
         ones, zero = torch.ones(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -93,6 +96,4 @@ def test_the_zero_matrix_has_no_range():
 
 def test_overflow_is_named():
     with pytest.raises(ngeval.NumericalError, match="overflow"):
-        Spectrum.of_gram(
-            torch.full((2, 2), torch.inf, dtype=torch.float64), torch.float32, torch.ones(2)
-        )
+        Spectrum.of_gram(torch.full((2, 2), torch.inf, dtype=torch.float64), EPSILON, torch.ones(2))

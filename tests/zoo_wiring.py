@@ -48,6 +48,38 @@ class TiedWeight(Headed):
         return self.out(torch.tanh(self.other(torch.tanh(self.inner(x)))))
 
 
+class TiedThirdName(TiedWeight):
+    """The tied weight is also kept by modules that are never called, as T5 keeps its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.unused = nn.Linear(WIDTH, WIDTH, bias=False), nn.Embedding(3, 2)
+        self.shared.weight = self.inner.weight
+        self.unused_too = nn.Embedding(3, 2)
+        self.unused_too.weight = self.unused.weight
+
+
+class NestedOutputs(Headed):
+    """A module's second output is made from its first; both are used."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first = torch.tanh(x * self.scale)
+            return first, first.square() + self.scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.pair(self.inner(x))
+        return self.out(first * second)
+
+
 class TiedKinds(nn.Module):
     """One tensor held by modules of two kinds: a norm and a custom module."""
 

@@ -1,7 +1,14 @@
 """Checkpoint files: finding them in order, reading them without running code, loading strictly."""
 
 from ngeval.checkpoints.finding import Checkpoint, find_checkpoints
-from ngeval.checkpoints.loading import load_checkpoint, save_checkpoint
+from ngeval.checkpoints.loading import CheckpointLoader, load_checkpoint, save_checkpoint
 from ngeval.checkpoints.reading import read_state
 
-__all__ = ["Checkpoint", "find_checkpoints", "load_checkpoint", "read_state", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointLoader",
+    "find_checkpoints",
+    "load_checkpoint",
+    "read_state",
+    "save_checkpoint",
+]

@@ -39,10 +39,12 @@ class Checkpoint:
     Attributes:
         path: the file or folder.
         metadata: what is told beside it (epoch, step, losses, …); empty where nothing is.
+        as_built: it is the model as the task builds it, and nothing is loaded.
     """
 
     path: Path
     metadata: dict[str, Any]
+    as_built: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ class Checkpoint:
     @property
     def is_adapter(self) -> bool:
         """Whether it is a PEFT adapter, which needs its base model."""
-        return is_adapter(self.path)
+        return not self.as_built and is_adapter(self.path)
 
     @property
     def optimizer(self) -> Path | None:

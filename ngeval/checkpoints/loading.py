@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,54 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.checkpoints.finding import Checkpoint
 from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError
 
 COMPILED = "_orig_mod."
 """What ``torch.compile`` puts into names."""
+
+
+class CheckpointLoader:
+    """Checkpoints, one after the other, into one model: whole ones, or adapters on a base."""
+
+    def __init__(self, model: nn.Module, *, allow_pickle: bool = False) -> None:
+        """Keep the model that is loaded into.
+
+        Args:
+            model: as the task builds it; for adapters, the base.
+            allow_pickle: unpickle with code; only for files that you trust.
+        """
+        self.model = model
+        self.allow_pickle = allow_pickle
+        self._adapters: AdapterLoader | None = None
+        self._loaded = False
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model with a checkpoint's weights; the next call may change it.
+
+        Raises:
+            CheckpointError: see `load_checkpoint` and `AdapterLoader.load`; or adapters and whole
+                models are mixed.
+        """
+        if checkpoint.is_adapter:
+            if self._loaded:
+                raise CheckpointError(
+                    f"{checkpoint.path} is a PEFT adapter after checkpoints of the whole model, "
+                    "which its base would be; grade them in separate runs"
+                )
+            self._adapters = self._adapters or AdapterLoader(self.model)
+            return self._adapters.load(checkpoint.path, allow_pickle=self.allow_pickle)
+        if self._adapters is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} is no PEFT adapter as those before it; grade them in separate "
+                "runs"
+            )
+        if not checkpoint.as_built:
+            self._loaded = True
+            load_checkpoint(self.model, checkpoint, allow_pickle=self.allow_pickle)
+        return self.model
 
 
 def load_checkpoint(
@@ -27,17 +70,47 @@ def load_checkpoint(
 
     A prefix that all names share and the model's do not (``module.`` of data parallelism,
     ``model.`` of a Lightning module) is left out, as is ``_orig_mod.`` of ``torch.compile``. Of
-    tied weights one name is enough.
+    tied weights one name is enough. A folder of transformers is read by the model's own
+    ``from_pretrained`` where its names differ from the model's.
 
     Raises:
         CheckpointError: unreadable, NaN weights, or missing, unexpected or wrongly shaped keys,
             all listed. The model is unchanged then.
     """
-    if checkpoint.is_adapter:
-        raise CheckpointError(
-            f"{checkpoint.path} is a PEFT adapter, and the task's model has no place for one"
-        )
-    state = read_state(checkpoint.path, allow_pickle=allow_pickle)
+    try:
+        _load_state(model, checkpoint, read_state(checkpoint.path, allow_pickle=allow_pickle))
+    except MisfitError:
+        state = _translated(model, checkpoint.path)
+        if state is None:
+            raise
+        _load_state(model, checkpoint, state)
+
+
+class MisfitError(CheckpointError):
+    """Names, shapes or kinds of a checkpoint are not the model's."""
+
+
+def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """A folder's weights by the names of today's transformers, which renames some on loading.
+
+    None where that does not make them fit.
+    """
+    read = getattr(type(model), "from_pretrained", None)
+    if read is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, report = read(folder, output_loading_info=True, local_files_only=True)
+    except Exception:  # whatever transformers raises; the plain misfit says enough
+        return None
+    if any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return None
+    state: dict[str, Tensor] = found.state_dict()
+    return state
+
+
+def _load_state(model: nn.Module, checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
     state = _renamed(state, list(own))
     names_of: dict[int, list[str]] = {}
@@ -75,7 +148,7 @@ def load_checkpoint(
     if others:
         problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
     if problems:
-        raise CheckpointError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
+        raise MisfitError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in state.items():
         # As the model will hold it: a large number may overflow there. Buffers may hold −∞

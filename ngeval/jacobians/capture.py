@@ -257,6 +257,10 @@ def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[l
             made, made_spec = tree_flatten(output)
             if owner.replicate:
                 made = [one_for_each(made[0], count)]
+            # An output may be made from another one inside: only what leaves counts.
+            apart = owner.rule is None and len(made) > 1
+            if apart:
+                made = [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in made]
             made_by_leaf = {
                 i: leaf
                 for i, leaf in enumerate(made)
@@ -271,7 +275,7 @@ def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[l
             if layout.in_place:
                 # The model goes on with a copy, and what was recorded stays as it was.
                 made = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in made]
-            elif not owner.replicate and not tapped:
+            elif not (owner.replicate or tapped or apart):
                 return None
             return tree_unflatten(made, made_spec)
 

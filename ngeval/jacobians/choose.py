@@ -17,6 +17,7 @@ from ngeval.jacobians.products import inner_product, row_products
 from ngeval.jacobians.rows import ENGINES, Block, RowSource
 from ngeval.jacobians.terms import Term
 from ngeval.memory import is_out_of_memory
+from ngeval.operations import OperationWatch
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def choose_rows(
     if chosen is None and check and function.dtype.itemsize < 8:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
-            double = _Probe(function.converted(torch.float64), outputs.double(), residual)
+            double = _Probe(_watched(function.converted(torch.float64)), outputs.double(), residual)
             wide, again = _first_right(names, memory, check, double)
             if wide is not None:
                 mode = wide.rows.function.forward_mode
@@ -221,6 +222,13 @@ class _Probe:
     def _close(self, found: Tensor, expected: Tensor, floor: float = 0.0) -> bool:
         scale = expected.abs() + 0.01 * expected.abs().max() + floor
         return bool(((found - expected).abs() <= self.tolerance * scale + 1e-300).all())
+
+
+def _watched(function: ModelFunction) -> ModelFunction:
+    """The function, knowing how its own code rounds."""
+    with OperationWatch() as watch, torch.no_grad(), model_errors():
+        function.on(slice(0, 2))(function.parameters)
+    return replace(function, inner_epsilon=watch.epsilon)
 
 
 def _first_line(error: Exception) -> str:

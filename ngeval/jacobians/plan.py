@@ -2,6 +2,8 @@
 
 Every trainable parameter gets the cheapest way of seeing it that works, in this order:
 
+0. nowhere, at a place whose module is never called, if it has other places (a tied embedding that
+   is kept under a third name);
 1. its module's rule (closed forms), or its module as a unit;
 2. expanded to one copy for each sample, if its first dimension is 1 and its module has others
    inside (class tokens, position embeddings);
@@ -24,7 +26,7 @@ from ngeval.jacobians.products import pieces
 from ngeval.jacobians.rules import Owner, rule_for
 from ngeval.memory import is_out_of_memory
 
-REPLICATE, LOOP = "replicate", "loop"
+REPLICATE, LOOP, NOWHERE = "replicate", "loop", "nowhere"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class Planner:
         module = self.modules[path]
         calls = self.trial.calls.get(id(module), [])
         ways = []
-        if self.function.slots[slot] in self.copies:
+        name = self.function.slots[slot]
+        if not calls and sum(other == name for other in self.function.slots.values()) > 1:
+            ways.append(_Way(NOWHERE))
+        if name in self.copies:
             ways.append(_Way(REPLICATE))
         rule = rule_for(module)
         if (
@@ -146,7 +151,7 @@ class Planner:
         replicated = []
         for slot, ways in self.ways.items():
             name, way = self.function.slots[slot], ways[0]
-            if name in looped:  # a loop sees all places of a parameter
+            if name in looped or way.kind == NOWHERE:  # a loop sees all places of a parameter
                 continue
             if way.kind == REPLICATE:
                 replicated.append(name)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from ngeval.functional import ModelFunction, Parameters, autograd_enabled, plain_operations
+from ngeval.functional import ModelFunction, Parameters, autograd_enabled
 from ngeval.jacobians.rules import Call
 from ngeval.jacobians.terms import RowsTerm, Term
 from ngeval.memory import is_out_of_memory
+from ngeval.operations import plain_operations
 
 
 def unit_term(function: ModelFunction, call: Call) -> Term:

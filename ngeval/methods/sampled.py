@@ -62,7 +62,7 @@ class SampledState(CotangentState):
         else:
             own = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
             square = own.flatten(2).flatten(0, 1)
-            self.spectrum = Spectrum.of_gram(square, problem.dtype, self.right)
+            self.spectrum = Spectrum.of_gram(square, problem.function.row_epsilon, self.right)
         super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
 
     def coefficients(self, dampings: Tensor) -> Tensor:

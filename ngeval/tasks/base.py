@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ngeval.checks import Inputs, check_inputs
 from ngeval.errors import NgevalError, TaskError
+from ngeval.functional import Output
 from ngeval.likelihoods import Likelihood, get_likelihood
 
 Batch = tuple[Inputs, Tensor]
@@ -31,6 +32,7 @@ class Task:
         load_validation: optional; ``() -> iterable of (inputs, targets)`` of held-out data, for
             the validation figures that ``ngeval train`` reports.
         description: one line for ``ngeval tasks``.
+        output: which of the model's outputs is z, as in `ngeval.Problem`.
 
     Example:
         >>> import torch, ngeval
@@ -50,6 +52,7 @@ class Task:
     likelihood: str | Likelihood
     load_validation: Callable[[], Iterable[Batch]] | None = None
     description: str = ""
+    output: Output = None
 
     def model(self) -> nn.Module:
         """Build the network and check that it is one.

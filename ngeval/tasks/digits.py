@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ngeval.errors import TaskError
 from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.sampling import shuffled_batches
 
 SPLIT_SEED = 0
 HELD_OUT = 360
@@ -36,19 +36,7 @@ class Split:
 
         ``num_batches=None`` is one whole pass, its last batch possibly smaller.
         """
-        size = len(self.train_targets)
-        if not 1 <= batch_size <= size:
-            raise TaskError(f"batch size {batch_size} is outside 1..{size}, the training images")
-        generator = torch.Generator().manual_seed(seed)
-        if num_batches is None:
-            for chosen in torch.randperm(size, generator=generator).split(batch_size):
-                yield self.train_inputs[chosen], self.train_targets[chosen]
-            return
-        order = torch.empty(0, dtype=torch.long)
-        for _ in range(num_batches):
-            if len(order) < batch_size:
-                order = torch.randperm(size, generator=generator)
-            chosen, order = order[:batch_size], order[batch_size:]
+        for chosen in shuffled_batches(len(self.train_targets), batch_size, num_batches, seed):
             yield self.train_inputs[chosen], self.train_targets[chosen]
 
     def validation(self) -> Iterator[Batch]:

@@ -1,0 +1,151 @@
+"""PEFT adapters on a base model that is loaded once: made trainable, strictly, base untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngeval.checkpoints.reading import listed, read_state
+from ngeval.errors import CheckpointError, NgevalError
+from ngeval.optional import optional_module
+
+
+class AlignedOutputs(nn.Module):
+    """A PEFT model without the outputs at its virtual tokens: one for each token of the input.
+
+    Prompt tuning puts virtual tokens before those that it is given, and returns logits for both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap a PEFT model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits ``(N, T, C)`` for T tokens, or ``(N, C)``."""
+        logits: Tensor = self.model(**inputs).logits
+        tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        if logits.ndim != 3 or tokens is None:
+            return logits
+        return logits[:, -tokens.shape[1] :]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What ``adapter_config.json`` says.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no PEFT configuration.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise CheckpointError(f"{path} has no peft_type, so it is no PEFT adapter's configuration")
+    return content
+
+
+class AdapterLoader:
+    """Adapters, one after the other, on one base model."""
+
+    def __init__(self, base: nn.Module) -> None:
+        """Keep the base model, whose weights are shared and never changed."""
+        self.base = base
+        self._model: nn.Module | None = None
+        self._made_for: Any = None
+
+    def load(self, folder: Path, *, allow_pickle: bool = False) -> nn.Module:
+        """The base model with an adapter, whose parameters alone are trainable.
+
+        Adapters of one configuration (the checkpoints of a run) are the same module, filled anew.
+
+        Args:
+            folder: what PEFT's ``save_pretrained`` wrote.
+            allow_pickle: unpickle ``adapter_model.bin`` with code; only for files that you trust.
+
+        Raises:
+            CheckpointError: unreadable, NaN weights, the adapter and the base do not fit, or it
+                has nothing trainable.
+            DependencyError: peft is not installed.
+        """
+        state = read_state(folder, allow_pickle=allow_pickle)
+        for name, tensor in state.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
+        key = (read_adapter_config(folder), sorted(state))
+        with _peft_errors(folder):
+            if self._model is None or key != self._made_for:
+                self._model, self._made_for = _adapted(self.base, folder, state), key
+            _fill(self._model, state, folder)
+        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise CheckpointError(f"{folder} has nothing trainable: there is no update to grade")
+        return AlignedOutputs(self._model) if _is_prompt(self._model) else self._model
+
+
+def _adapted(base: nn.Module, folder: Path, state: dict[str, Tensor]) -> nn.Module:
+    """A model of the adapter's configuration over the base's weights."""
+    peft = optional_module("peft")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    if hasattr(config, "prompt_tuning_init"):  # else it asks for a tokenizer
+        config.prompt_tuning_init = "RANDOM"
+    model: nn.Module = peft.get_peft_model(_sharing(base), config)
+    # Memory of its own for what is trained in place (biases) or was saved with the adapter.
+    of_base = {parameter.data_ptr() for parameter in base.parameters()}
+    for name, parameter in model.named_parameters():
+        if (parameter.requires_grad or name in state) and parameter.data_ptr() in of_base:
+            parameter.data = parameter.detach().clone()
+    return model
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Load an adapter's weights; every trainable parameter must get its own."""
+    found = optional_module("peft").set_peft_model_state_dict(model, state)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    missing = [] if _is_prompt(model) else [n for n in found.missing_keys if n in trainable]
+    unexpected = [] if _is_prompt(model) else list(found.unexpected_keys)
+    problems = {"missing": missing, "unexpected": unexpected}
+    listed_problems = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if listed_problems:
+        raise CheckpointError(
+            f"{folder} does not fit the base model; " + "; ".join(listed_problems)
+        )
+
+
+def _is_prompt(model: nn.Module) -> bool:
+    config: Any = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _sharing(base: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the parameters' and buffers' memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in base.parameters()
+    }
+    memo |= {id(buffer): buffer for buffer in base.buffers()}
+    return copy.deepcopy(base, memo)
+
+
+@contextlib.contextmanager
+def _peft_errors(folder: Path) -> Iterator[None]:
+    """Say which adapter it was that PEFT could not bring together with the base model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice to those who train
+            yield
+    except NgevalError:
+        raise
+    except Exception as error:  # whatever PEFT raises on a configuration or a state
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CheckpointError(
+            f"{folder} does not fit the base model: {type(error).__name__}: {text}"
+        ) from error

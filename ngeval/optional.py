@@ -1,0 +1,28 @@
+"""Packages that only some commands need."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from ngeval.errors import DependencyError
+
+
+def optional_module(name: str) -> Any:
+    """Import ``transformers``, ``peft`` or ``datasets``.
+
+    Raises:
+        DependencyError: it is not installed, or fails on import.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise DependencyError(
+            f"{name} is needed for this and cannot be imported ({error}); "
+            'pip install "ngeval[hf]" (or ".[hf]" in a clone) installs it'
+        ) from error
+    if name == "transformers":
+        # What it says of loading is said by ngeval's own errors.
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    return module

@@ -1,0 +1,89 @@
+"""The nine GLUE tasks: their columns, their text form for language models, their label words.
+
+The text forms are those of T5's multi-task mixture (Raffel et al. 2020, arXiv 1910.10683,
+appendix D), which checkpoints tuned from T5 know. GLUE is Wang et al. 2019, arXiv 1804.07461.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How a row of a table becomes a prompt and an answer.
+
+    Attributes:
+        template: with the columns' names in braces.
+        words: the answer for each class; empty where the label itself is the answer.
+        label: the label's column.
+        header: for GLUE's original ``.tsv`` files: the columns' names there, by name here, where
+            these differ.
+    """
+
+    template: str
+    words: tuple[str, ...] = ()
+    label: str = "label"
+    header: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the template names, in its order."""
+        return [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+
+    def answer(self, label: object) -> str:
+        """The text that a language model is to give for a label.
+
+        Numbers, as STS-B's scores, are given to the nearest 0.2.
+        """
+        if self.words and isinstance(label, int):
+            return self.words[label]
+        return f"{round(5 * label) / 5:.1f}" if isinstance(label, float) else str(label)
+
+
+GLUE: dict[str, TextForm] = {
+    "cola": TextForm(
+        "cola sentence: {sentence}",
+        ("unacceptable", "acceptable"),
+        header={"sentence": "3", "label": "1"},  # the file has no names
+    ),
+    "sst2": TextForm("sst2 sentence: {sentence}", ("negative", "positive")),
+    "mrpc": TextForm(
+        "mrpc sentence1: {sentence1} sentence2: {sentence2}",
+        ("not_equivalent", "equivalent"),
+        header={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ),
+    "stsb": TextForm(
+        "stsb sentence1: {sentence1} sentence2: {sentence2}", header={"label": "score"}
+    ),
+    "qqp": TextForm(
+        "qqp question1: {question1} question2: {question2}",
+        ("not_duplicate", "duplicate"),
+        header={"label": "is_duplicate"},
+    ),
+    "mnli": TextForm(
+        "mnli hypothesis: {hypothesis} premise: {premise}",
+        ("entailment", "neutral", "contradiction"),
+        header={"hypothesis": "sentence2", "premise": "sentence1", "label": "gold_label"},
+    ),
+    "qnli": TextForm(
+        "qnli question: {question} sentence: {sentence}", ("entailment", "not_entailment")
+    ),
+    "rte": TextForm(
+        "rte sentence1: {sentence1} sentence2: {sentence2}", ("entailment", "not_entailment")
+    ),
+    "wnli": TextForm(
+        "wnli sentence1: {sentence1} sentence2: {sentence2}", ("not_entailment", "entailment")
+    ),
+}
+"""The tasks by the names of the ``glue`` data set on the hub."""
+
+REGRESSION = "stsb"
+"""The one task with real labels."""
+
+FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
+"""Original folders whose names are not the task's in capitals."""
+
+PAIR_COLUMNS = {"mnli": ["premise", "hypothesis"]}
+"""The order of a pair for a classifier, where it is not the template's."""

@@ -1,0 +1,101 @@
+"""Names of models and adapters: a folder here, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ngeval.errors import NgevalError, TaskError
+from ngeval.optional import optional_module
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_name(name: str, what: str) -> dict[str, Any]:
+    """Where ``from_pretrained`` is to look, as its arguments.
+
+    Args:
+        name: a folder, or a name on the hub.
+        what: for messages, such as ``"model"``.
+
+    Raises:
+        TaskError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if path.exists():
+        raise TaskError(f"{what} {name!r} is a file; give the folder that holds it")
+    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise TaskError(f"{what} {name!r}: there is no such folder, and the hub has no such names")
+    return {"pretrained_model_name_or_path": name, "local_files_only": not hub_is_reachable()}
+
+
+@contextlib.contextmanager
+def loading(name: str, what: str) -> Iterator[None]:
+    """Say what could not be loaded, from where, and what to do.
+
+    Raises:
+        TaskError: in place of whatever the Hugging Face libraries raise.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:
+        raise TaskError(_advice(name, what, error)) from error
+
+
+def _advice(name: str, what: str, error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "trust_remote_code" in str(error):
+        return (
+            f"{what} {name!r} asks to run Python code from its repository, which was refused; pass "
+            "--trust-remote-code (trust_remote_code=True) if you trust its source"
+        )
+    if Path(name).expanduser().exists():
+        return f"{what} in {name!r} cannot be loaded: {type(error).__name__}: {text}"
+    if not hub_is_reachable():
+        return (
+            f"{what} {name!r} is no folder here and not in the local cache, and the hub cannot be "
+            f"reached (no network?); download it where there is one (hf download {name} "
+            "--local-dir FOLDER) and give that folder"
+        )
+    return f"{what} {name!r} cannot be loaded from the hub: {type(error).__name__}: {text}"
+
+
+def adapter_folder(name: str) -> str:
+    """A folder or glob as it is; a name on the hub as the folder that it is downloaded to.
+
+    Raises:
+        TaskError: it cannot be had.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    with loading(name, "adapter"):
+        found: str = optional_module("huggingface_hub").snapshot_download(
+            name, allow_patterns=["adapter_*"], local_files_only=not hub_is_reachable()
+        )
+    return found
+
+
+@cache
+def hub_is_reachable() -> bool:
+    """Whether the hub's name resolves; asked once: without a network its client waits long."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if any(os.environ.get(f"{word}_proxy") for word in ("https", "HTTPS", "all", "ALL")):
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""Hugging Face models, tokenizers and image processors, loaded strictly and without their code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ngeval.checkpoints.adapters import read_adapter_config
+from ngeval.checkpoints.finding import is_adapter
+from ngeval.checkpoints.reading import listed
+from ngeval.errors import TaskError, nearest_name
+from ngeval.optional import optional_module
+from ngeval.tasks.hf.hub import loading, resolve_name
+
+OBJECTIVES = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "image": "AutoModelForImageClassification",
+}
+"""What a model is trained for, and the class of transformers that loads it."""
+
+ENDINGS = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "image",
+    "ForConditionalGeneration": "seq2seq",
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+}
+TASK_TYPES = {"SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
+PROMPT_LEARNING = {"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}
+HEADS = ("classifier", "score")
+"""What PEFT saves whole with an adapter for sequence classification."""
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Where a model comes from, and what it is for.
+
+    Attributes:
+        name: a folder or a name on the hub.
+        config: of transformers.
+        objective: a key of `OBJECTIVES`.
+        adapters: what ``adapter_config.json`` says, for each adapter that will be put on it.
+        attention: ``eager``, ``sdpa``, …; None leaves it to transformers.
+        trust_remote_code: run the repository's code.
+    """
+
+    name: str
+    config: Any
+    objective: str
+    adapters: Sequence[dict[str, Any]]
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        adapters: Sequence[str],
+        objective: str | None,
+        attention: str | None,
+        trust_remote_code: bool,
+    ) -> HubModel:
+        """Read the configurations of the model and of its adapters.
+
+        Raises:
+            TaskError: the model is neither here nor on the hub, or its objective is not known.
+            CheckpointError: an adapter's configuration cannot be read.
+        """
+        transformers = optional_module("transformers")
+        with loading(name, "model"):
+            config = transformers.AutoConfig.from_pretrained(
+                **resolve_name(name, "model"), trust_remote_code=trust_remote_code
+            )
+        told = [read_adapter_config(Path(a)) for a in adapters if is_adapter(Path(a))]
+        found = objective or _objective(config, told)
+        if found not in OBJECTIVES:
+            raise TaskError(
+                f"unknown objective {found!r}; {nearest_name(found, OBJECTIVES)}"
+                if found
+                else f"what the model {name!r} ({', '.join(config.architectures or ['?'])}) is for "
+                f"is not known; say it with --objective (objective=): {', '.join(OBJECTIVES)}"
+            )
+        return cls(name, config, found, told, attention, trust_remote_code)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether an adapter puts virtual tokens before the text."""
+        return any(told["peft_type"] in PROMPT_LEARNING for told in self.adapters)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model's own weights include a classifier."""
+        return any(
+            name.endswith(("ForSequenceClassification", "ForImageClassification"))
+            for name in self.config.architectures or []
+        )
+
+    def build(self, num_labels: int | None) -> nn.Module:
+        """The model with its weights, all of them trainable, in eval mode.
+
+        Args:
+            num_labels: classes of a head that an adapter brings along.
+
+        Raises:
+            TaskError: it cannot be loaded, or lacks weights that no adapter has.
+        """
+        transformers = optional_module("transformers")
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attention is not None:
+            options["attn_implementation"] = self.attention
+        if num_labels is not None and not self.has_head:
+            options["num_labels"] = num_labels
+        with loading(self.name, "model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            auto = getattr(transformers, OBJECTIVES[self.objective])
+            model, report = auto.from_pretrained(
+                **resolve_name(self.name, "model"), output_loading_info=True, **options
+            )
+        brought = {name for told in self.adapters for name in told.get("modules_to_save") or ()}
+        if any(told.get("task_type") == "SEQ_CLS" for told in self.adapters):
+            brought.update(HEADS)
+        lost = [key for key in report["missing_keys"] if not brought & set(key.split("."))]
+        if lost:
+            raise TaskError(
+                f"model {self.name!r} has no weights for {listed(sorted(lost))}, as "
+                f"{type(model).__name__} needs; give a model that was trained for "
+                f"{self.objective}, or an adapter that brings them (modules_to_save)"
+            )
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = False  # for generation; here it only costs memory
+        built: nn.Module = model.eval()
+        return built
+
+    def processor(self, place: str | None, kind: str) -> Any:
+        """The tokenizer or image processor.
+
+        Args:
+            place: a folder or a name on the hub; None: the model's.
+            kind: ``"AutoTokenizer"`` or ``"AutoImageProcessor"``.
+
+        Raises:
+            TaskError: there is none.
+        """
+        name = place or self.name
+        what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
+        transformers = optional_module("transformers")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return getattr(transformers, kind).from_pretrained(
+                    **resolve_name(name, what), trust_remote_code=self.trust_remote_code
+                )
+            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+                text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise TaskError(
+                    f"no {what} in {name!r} ({text}); save it there with its save_pretrained, or "
+                    "say where it is with --processor (processor=)"
+                ) from error
+
+
+def _objective(config: Any, adapters: Sequence[dict[str, Any]]) -> str | None:
+    """What adapters and configuration say that the model is for."""
+    for told in adapters:
+        if told.get("task_type") in TASK_TYPES:
+            return TASK_TYPES[told["task_type"]]
+    for architecture in config.architectures or []:
+        for ending, objective in ENDINGS.items():
+            if architecture.endswith(ending):
+                return objective
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    return "image" if hasattr(config, "image_size") else None

@@ -1,0 +1,34 @@
+"""Which samples make up a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import TaskError
+
+
+def shuffled_batches(
+    size: int, batch_size: int, num_batches: int | None, seed: int
+) -> Iterator[Tensor]:
+    """Indices of batches, without replacement within a pass over the shuffled samples.
+
+    ``num_batches=None`` is one whole pass, its last batch possibly smaller.
+
+    Raises:
+        TaskError: a batch is larger than the data.
+    """
+    if not 1 <= batch_size <= size:
+        raise TaskError(f"batch size {batch_size} is outside 1..{size}, the samples there are")
+    generator = torch.Generator().manual_seed(seed)
+    if num_batches is None:
+        yield from torch.randperm(size, generator=generator).split(batch_size)
+        return
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(num_batches):
+        if len(order) < batch_size:
+            order = torch.randperm(size, generator=generator)
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield chosen
