@@ -39,6 +39,11 @@ FIGURES: dict[str, Figure] = {
     "gamma": Figure(products.indicator, EVERY, "γ of one given update"),
     "gram": Figure(products.gram, EVERY, "the Gram matrix K of per-sample gradients"),
     "memory": Figure(memory.memory, EVERY, "peak memory of K over that of a plain gradient"),
+    "grading": Figure(
+        memory.grading,
+        ("gpt", "t5-small"),
+        "peak memory of a process that grades ef, ief and sf at three dampings",
+    ),
     "theta": Figure(products.theta, ("mlp",), "flop rate of the dense logit kernel Θ"),
     "profile": Figure(profiles.profiled, ("mlp", "cnn", "vit"), "where the time goes, by operator"),
     "growth": Figure(sweeps.growth, ("mlp",), "time of 6 dampings against P and against N"),

@@ -1,6 +1,6 @@
 """Peak memory of K over that of a plain gradient, each in a process of its own.
 
-``python -m benchmarks.memory MODEL plain|gram`` prints what one such process measured.
+``python -m benchmarks.memory MODEL plain|gram|grade`` prints what one such process measured.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-import ngeval  # noqa: F401  (its import must not count)
+import ngeval
 from benchmarks.claims import Claim, Measured
 from benchmarks.models import BUILDERS, Workload, build
 from benchmarks.pipeline import problem_of
 from benchmarks.products import gradient_gram
-from benchmarks.timing import Settings, plain_gradient
+from benchmarks.timing import Job, Settings, interleave, plain_gradient
 
 GIB = 2**30
 MOST_PROCESSES = 3
+GRADING_MEMORY = 3 * GIB
+"""What `grading` gives ngeval to work in, beside the model, its outputs and one backward pass."""
 
 
 def memory(workload: Workload, settings: Settings) -> Measured:
@@ -52,6 +55,32 @@ def memory(workload: Workload, settings: Settings) -> Measured:
         for key, value in peak.items()
     }
     return Measured(claims, {}, details, [_note(peaks, settings.device, processes)])
+
+
+def grading(workload: Workload, settings: Settings) -> Measured:
+    """Peak memory of a whole process that grades ef, ief and sf at three dampings, and its time."""
+    settings.on_step("grading in a process of its own")
+    found = _run(workload.name, "grade", settings)
+    claims = [
+        Claim(
+            "peak memory of a process that grades ef, ief and sf at 3 dampings",
+            found["whole"] / GIB,
+            "GiB",
+            "≤",
+            8.0,
+        ),
+        Claim("its time (Problem included)", found["seconds"] / found["gradient"], "GE"),
+    ]
+    outputs = workload.targets.numel()
+    note = (
+        f"{outputs} positions with {workload.num_parameters:,} trainable parameters; γ at λ = "
+        "1e-6, 1e-3, 1 without the exact natural gradient, memory=3 GiB; "
+        f"{found['added'] / 2**20:.0f} MiB above "
+        "the imports, the model included"
+    )
+    return Measured(
+        claims, {"grading": found["seconds"], "gradient": found["gradient"]}, {}, [note]
+    )
 
 
 def _note(peaks: dict[str, dict[str, float]], device: str, processes: int) -> str:
@@ -112,12 +141,20 @@ def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> 
     workload = build(name, device, quick=quick, trained=False)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
     _work(workload, what)
+    seconds = time.perf_counter() - started
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-        return {"added": peak, "whole": peak}
-    highest = resident(peak=True)
-    return {"added": highest - base, "whole": highest}
+        highest, base = peak, 0
+    else:
+        highest = resident(peak=True)
+    found = {"added": highest - base, "whole": highest}
+    if what == "grade":  # a gradient after the peak was read
+        yardstick = {"gradient": Job(lambda _: plain_gradient(workload))}
+        timings = interleave(yardstick, Settings(device, repeats=3, quick=True))
+        found |= {"seconds": seconds, "gradient": timings["gradient"]}
+    return found
 
 
 def _give_back_heap() -> None:
@@ -133,14 +170,17 @@ def _give_back_heap() -> None:
 def _work(workload: Workload, what: str) -> None:
     if what == "plain":
         plain_gradient(workload)
-    else:
+    elif what == "gram":
         gradient_gram(problem_of(workload))
+    else:
+        problem = problem_of(workload, GRADING_MEMORY)
+        ngeval.evaluate(problem, ["sgd", "ef", "ief", "sf"], [1e-6, 1e-3, 1.0], natural=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=BUILDERS)
-    parser.add_argument("what", choices=("plain", "gram"))
+    parser.add_argument("what", choices=("plain", "gram", "grade"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--loaded", action="store_true")

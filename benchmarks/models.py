@@ -340,10 +340,46 @@ def _build_t5(quick: bool, trained: bool) -> Workload:
     return Workload("t5", model, (source, shifted), targets)
 
 
+class HubT5(nn.Module):
+    """An unmodified T5 of transformers with LoRA of peft on its queries and values."""
+
+    def __init__(self, config: dict[str, int]) -> None:
+        super().__init__()
+        import peft  # noqa: PLC0415  (the "hf" extra is needed for this model alone)
+        import transformers  # noqa: PLC0415
+
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(decoder_start_token_id=0, use_cache=False, **config)
+        )
+        lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=8, target_modules=["q", "v"])
+        self.model = peft.get_peft_model(model, lora)
+        for name, parameter in self.named_parameters():
+            if "lora_B" in name:  # begins at zero, where half of the gradients vanish
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, source: Tensor, shifted: Tensor) -> Tensor:
+        return self.model(input_ids=source, decoder_input_ids=shifted).logits
+
+
+def _build_t5_small(quick: bool, trained: bool) -> Workload:
+    """T5-small's sizes; two label tokens for each sample, 160 in all."""
+    samples, length, targets = (3, 5, 2) if quick else (80, 64, 2)
+    sizes = (
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        if quick
+        else {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_heads": 8}
+    )
+    source = torch.randint(1, sizes["vocab_size"], (samples, length))
+    labels = torch.randint(1, sizes["vocab_size"], (samples, targets))
+    shifted = functional.pad(labels[:, :-1], (1, 0))
+    return Workload("t5-small", HubT5(sizes), (source, shifted), labels)
+
+
 BUILDERS: dict[str, Callable[[bool, bool], Workload]] = {
     "mlp": _build_mlp,
     "cnn": _build_cnn,
     "vit": _build_vit,
     "gpt": _build_gpt,
     "t5": _build_t5,
+    "t5-small": _build_t5_small,
 }

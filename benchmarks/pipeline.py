@@ -105,8 +105,10 @@ def sampled_labels(problem: ngeval.Problem) -> Tensor:
     return problem.distribution.sample(1, torch.Generator().manual_seed(0))[0]
 
 
-def problem_of(workload: Workload) -> ngeval.Problem:
-    return ngeval.Problem(workload.model, workload.inputs, workload.targets, workload.likelihood)
+def problem_of(workload: Workload, memory: int | None = None) -> ngeval.Problem:
+    return ngeval.Problem(
+        workload.model, workload.inputs, workload.targets, workload.likelihood, memory=memory
+    )
 
 
 def check(workload: Workload, dampings: Iterable[float] = CHECK_DAMPINGS) -> float:

@@ -7,18 +7,24 @@ Source: Martens, "New insights and perspectives on the natural gradient method"
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from ngeval.errors import EngineError, InputError
+from ngeval.forward import push_directions, slices
 from ngeval.jacobians import squared_column_sums
 from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 
 SMALL = 2**26
 """Bytes that the columns of S may always take."""
+
+MOST_COLUMNS = 64
+"""Tangents are pushed at most so many at a time: more together are not faster."""
 
 
 class FisherOperator:
@@ -78,12 +84,10 @@ class FisherOperator:
     def diagonal(self) -> Tensor:
         """Diag F, exactly: Σ_n Σ_c ((S_nᵀJ_n)_c)² entrywise, float64, shape ``(P,)``.
 
-        Costs C backward passes per sample, in bounded memory; computed once per problem.
+        Costs C backward passes per sample, or P tangents of the batch where P < C, in bounded
+        memory; computed once per problem.
         """
-        return self.problem.remember(
-            "fisher_diagonal",
-            lambda: squared_column_sums(self.problem.rows, factor_columns(self.problem)),
-        )
+        return self.problem.remember("fisher_diagonal", lambda: _diagonal(self.problem))
 
     def to_scipy(self) -> LinearOperator:
         """F as a float64 `scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg``, …."""
@@ -99,6 +103,38 @@ class FisherOperator:
             rmatvec=lambda v: matvec(v.reshape(-1)),
             matmat=matvec,
         )
+
+
+def _diagonal(problem: Problem) -> Tensor:
+    if not has_few_parameters(problem):
+        return squared_column_sums(problem.rows, factor_columns(problem))
+    distribution = problem.distribution
+    parts = [
+        distribution.factor_transpose_product(columns).square().flatten(1).sum(1)
+        for columns in jacobian_columns(problem)
+    ]
+    return torch.cat(parts)
+
+
+def has_few_parameters(problem: Problem) -> bool:
+    """Whether J has fewer columns (tangents) than a sample has rows (backward passes)."""
+    return problem.num_parameters < problem.num_outputs
+
+
+def jacobian_columns(problem: Problem) -> Iterator[Tensor]:
+    """J's columns J e_p, some at a time: float64, shape ``(k, N, *positions, C)``."""
+    # A tangent beside the activations, and its copies in float64.
+    size = problem.num_samples * (problem.rows.sample_bytes + 4 * 8 * problem.num_outputs)
+    step = max(1, min(MOST_COLUMNS, problem.rows.memory // max(1, size)))
+    for chosen in slices(problem.num_parameters, step):
+        unit = torch.zeros(
+            chosen.stop - chosen.start,
+            problem.num_parameters,
+            dtype=problem.dtype,
+            device=problem.device,
+        )
+        unit[:, chosen].fill_diagonal_(1)
+        yield push_directions(problem.function, unit)
 
 
 def factor_columns(problem: Problem) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,28 +17,39 @@ def push_directions(function: ModelFunction, directions: Tensor) -> Tensor:
 
     Args:
         function: the model at θ on its batch.
-        directions: D, shape ``(k, P)``; each is taken at unit size in the model's dtype.
+        directions: D, shape ``(k, P)``. Where an entry is so large or so small that products
+            could leave the dtype's range, all are brought to unit size first.
 
     Returns:
         J d for each, float64, shape ``(k, N, *positions, C)``.
     """
-    scale = directions.abs().amax(1).to(torch.float64)
-    unit = directions / torch.where(scale > 0, scale, 1.0).unsqueeze(1).to(directions.dtype)
+    scale = torch.linalg.vector_norm(directions, math.inf, dim=1).to(torch.float64)
+    range_of = torch.finfo(function.dtype)
+    low, high = range_of.tiny**0.25, range_of.max**0.25
+    in_range = (scale > low) & (scale < high)
+    if bool(in_range.all()):
+        scale, unit = torch.ones_like(scale), directions  # a copy may be gigabytes
+    else:
+        unit = directions / torch.where(scale > 0, scale, 1.0).unsqueeze(1).to(directions.dtype)
     with model_errors(), torch.inference_mode(False):
         tangents = _batched(function, unit)
         if tangents is None:
             tangents = torch.stack([function.jvp(function.unflatten(d)) for d in unit])
     shape = (-1, *[1] * (tangents.ndim - 1))
-    return tangents.to(torch.float64) * scale.reshape(shape)
+    scaled: Tensor = tangents.to(torch.float64) * scale.reshape(shape)
+    return scaled
 
 
 def _batched(function: ModelFunction, directions: Tensor) -> Tensor | None:
     """One forward pass for all directions; None where an operation has no rule for it."""
     if not function.forward_mode or len(directions) == 1:
         return None
-    names = list(function.parameters)
-    rows = [function.unflatten(direction) for direction in directions]
-    stacked = {name: torch.stack([row[name] for row in rows]) for name in names}
+    sizes = [p.numel() for p in function.parameters.values()]
+    parts = directions.split(sizes, dim=1)
+    stacked = {
+        name: part.reshape(len(part), *p.shape).to(p.dtype)
+        for (name, p), part in zip(function.parameters.items(), parts, strict=True)
+    }
 
     def along(tangent: Parameters) -> Tensor:
         result: Tensor = torch.func.jvp(function, (function.parameters,), (tangent,))[1]

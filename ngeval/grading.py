@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, columns_in, logit_kernel
-from ngeval.memory import describe_bytes
 from ngeval.metric import Forms, Metric
 from ngeval.metrics import Quadratics, gammas_of, quadratics
 from ngeval.problem import Problem
@@ -53,8 +52,6 @@ def grade(
         updates: of each method.
         metric: the batch that grades; None for the problem's own.
 
-    Raises:
-        EngineError: the common basis would not fit in the memory budget.
     """
     if metric is None:
         of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
@@ -137,22 +134,47 @@ def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
         members = [updates[i] for i in family]
         cotangent = [one for one in members if isinstance(one, CotangentUpdates)]
         single = len(members) == 1 and members[0].count == 1
+        basis = None
         if cotangent and not single:
             basis = _row_basis(cotangent)
+        elif _has_room(metric.problem, members[0].count):
+            basis = _own_basis(metric.problem, members[0], range(members[0].count))
+        if basis is None:
+            found = [_grade_one_by_one(metric, one) for one in members]
         else:
-            basis = _own_basis(metric.problem, members[0])
-        forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
-        parts_of = zip(family, basis.coefficients, basis.lengths, strict=True)
-        for i, coefficients, lengths in parts_of:
-            curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
-            terms = coefficients * forms.decrease
-            rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
-            parts = gammas_of(curvature, terms.sum(1), rounding)
-            scaled = Quadratics(
-                parts.curvature * lengths.square(), parts.decrease * lengths, parts.gammas
-            )
-            graded[i] = Grades(scaled, lengths.square())
+            found = _grade_in(basis, metric)
+        for i, grades in zip(family, found, strict=True):
+            graded[i] = grades
     return [grades for grades in graded if grades is not None]
+
+
+def _grade_in(basis: _Basis, metric: Metric) -> list[Grades]:
+    """The grades of all updates that a basis is for."""
+    forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
+    found = []
+    for coefficients, lengths in zip(basis.coefficients, basis.lengths, strict=True):
+        curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
+        terms = coefficients * forms.decrease
+        rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
+        parts = gammas_of(curvature, terms.sum(1), rounding)
+        scaled = Quadratics(
+            parts.curvature * lengths.square(), parts.decrease * lengths, parts.gammas
+        )
+        found.append(Grades(scaled, lengths.square()))
+    return found
+
+
+def _grade_one_by_one(metric: Metric, updates: Updates) -> Grades:
+    """With one direction in memory at a time: more passes, and the same grades."""
+    found = [
+        _grade_in(_own_basis(metric.problem, updates, [i]), metric)[0] for i in range(updates.count)
+    ]
+    parts = zip(
+        *((g.quadratics.curvature, g.quadratics.decrease, g.quadratics.gammas) for g in found),
+        strict=True,
+    )
+    joined = Quadratics(*(torch.cat(part) for part in parts))
+    return Grades(joined, torch.cat([grades.squared_norms for grades in found]))
 
 
 @dataclass(frozen=True)
@@ -170,8 +192,10 @@ class _Basis:
     lengths: list[Tensor]
 
 
-def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
+def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis | None:
     """An orthonormal basis of updates made of the first one's rows R, as few as they need.
+
+    None where not even these fit in the memory budget.
 
     With RRᵀ = VΣVᵀ, d = Rᵀc = (RᵀVΣ^(−1/2)) y for y = Σ^(1/2)Vᵀc, and ‖d‖ = ‖y‖. A family in λ
     has a small numerical rank: the singular vectors of all y at unit length above `COMPRESSION`
@@ -192,7 +216,8 @@ def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis:
     basis = right_vectors[kept]
     weights = (basis / root) @ spectrum.eigenvectors.T
     sizes = [one.count for one in members]
-    _check_room(problem, len(weights))
+    if not _has_room(problem, len(weights)):
+        return None
     return _Basis(
         kernel.combinations(vectors, weights),
         list((unit @ basis.T).split(sizes)),
@@ -210,26 +235,19 @@ def _coefficients(updates: CotangentUpdates, vectors: Tensor) -> Tensor:
     return wide
 
 
-def _own_basis(problem: Problem, updates: Updates) -> _Basis:
-    """The updates themselves."""
-    _check_room(problem, updates.count)
-    first = updates.direction(0)
+def _own_basis(problem: Problem, updates: Updates, chosen: Sequence[int]) -> _Basis:
+    """Some of the updates themselves."""
     lengths, rows = [], []
-    for i in range(updates.count):
-        direction = first if i == 0 else updates.direction(i)
+    for i in chosen:
+        direction = updates.direction(i)
         wide = direction.to(torch.float64)
         length = wide.norm()
         lengths.append(length)
         rows.append((wide / length.clamp_min(1e-300)).to(problem.dtype))
-    eye = torch.eye(len(rows), dtype=torch.float64, device=first.device)
+    eye = torch.eye(len(rows), dtype=torch.float64, device=problem.device)
     return _Basis(torch.stack(rows), [eye], [torch.stack(lengths)])
 
 
-def _check_room(problem: Problem, count: int) -> None:
-    needed = count * problem.num_parameters * problem.dtype.itemsize
-    if needed > problem.rows.memory:
-        raise EngineError(
-            f"the {count} directions that these updates are made of take {describe_bytes(needed)}, "
-            f"over the memory budget of {describe_bytes(problem.rows.memory)}; ask for fewer "
-            "dampings at a time or raise memory="
-        )
+def _has_room(problem: Problem, count: int) -> bool:
+    """Whether that many directions fit in the memory budget."""
+    return count * problem.num_parameters * problem.dtype.itemsize <= problem.rows.memory

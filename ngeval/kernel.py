@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
-from ngeval.fisher import factor_columns, unit_cotangents
+from ngeval.fisher import (
+    factor_columns,
+    has_few_parameters,
+    jacobian_columns,
+    unit_cotangents,
+)
 from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
 from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
@@ -121,8 +126,12 @@ class JacobianKernel(DenseKernel):
     """Θ as the product of J, shape ``(NC, P)``, and its transpose."""
 
     def __init__(self, problem: Problem) -> None:
-        """Compute all rows of J, in float64."""
+        """Compute all rows of J, or all columns where these are fewer, in float64."""
         super().__init__(problem)
+        if has_few_parameters(problem):
+            columns = [part.flatten(1) for part in jacobian_columns(problem)]
+            self.jacobian = torch.cat(columns).T.contiguous()
+            return
         blocks = [part for _, part in problem.rows.iterate(unit_cotangents(problem))]
         self.jacobian = torch.cat([torch.cat(list(part.values()), 1).double() for part in blocks])
 
@@ -291,8 +300,9 @@ def logit_kernel(
     size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
     entries = size * problem.num_parameters
     # J, its scaled copy and the workspace of their factorisation.
-    # More outputs than that are more backward passes than a Krylov run takes steps.
-    if size <= DENSE_SIZE and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
+    # More rows than that are more backward passes than a Krylov run takes steps.
+    in_reach = size <= DENSE_SIZE or has_few_parameters(problem)
+    if in_reach and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
         return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
     if exact is not False and dense_is_feasible(problem):
         return problem.remember("dense_kernel", lambda: GramKernel(problem))

@@ -143,9 +143,12 @@ class Metric:
         curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
         decrease = torch.zeros(count, dtype=torch.float64, device=device)
         step = chunk_sizes(1, count, self.problem.rows.sample_bytes, memory)[1]
+        weights = self.problem.num_parameters * self.problem.dtype.itemsize
         for chunk in self.chunks(count, memory):
             passed = chunk.function.num_samples * self.problem.rows.sample_bytes
             step = min(step, max(1, TANGENT_BYTES // max(1, passed)))
+            if weights > passed:  # together, weights' tangents would be copied again and again
+                step = 1
             parts = []
             for chosen in slices(count, step):
                 tangents = push_directions(chunk.function, directions[chosen])

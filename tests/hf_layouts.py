@@ -47,7 +47,9 @@ def tokenizer(kind: str = "t5") -> Any:
     )
     model.train_from_iterator(WORDS, trainer)
     if kind == "t5":
-        model.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        model.post_processor = processors.TemplateProcessing(
+            "$A </s>", special_tokens=[("</s>", 1)]
+        )
     if kind == "bert":
         model.post_processor = processors.TemplateProcessing(
             "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", special_tokens=[("</s>", 1), ("<s>", 2)]
