@@ -326,7 +326,7 @@ def _collect(
         step = bar.add_task(description, total=job.num_units)
 
         def say(checkpoint: Checkpoint, model: nn.Module) -> None:
-            if checkpoint.is_adapter:
+            if checkpoint.is_adapter and not out.quiet:
                 _say(bar.console, f"{checkpoint.name}: {console.trainable_line(model)}")
 
         for table in tables(replace(job, on_model=say)):

@@ -23,6 +23,9 @@ def optional_module(name: str) -> Any:
             'pip install "ngeval[hf]" (or ".[hf]" in a clone) installs it'
         ) from error
     if name == "transformers":
-        # What it says of loading is said by ngeval's own errors.
+        # ngeval has errors and a progress bar of its own.
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        module.utils.logging.disable_progress_bar()
+    if name == "datasets":
+        module.disable_progress_bars()
     return module

@@ -55,16 +55,15 @@ def tokenizer(kind: str = "t5") -> Any:
             "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", special_tokens=[("</s>", 1), ("<s>", 2)]
         )
     pad = {} if kind == "gpt" else {"pad_token": "<pad>"}
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="</s>", bos_token="<s>", **pad
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="</s>", bos_token="<s>", model_input_names=names, **pad
     )
-    if kind == "bert":
-        wrapped.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    return wrapped
 
 
 def build(family: str, attention: str = "sdpa", labels: int = 2, vocabulary: int = 320) -> Any:
     """A tiny model of a family, with random weights that are none of them zero."""
+    torch.manual_seed(0)
     options: dict[str, Any] = {"attn_implementation": attention}
     if family == "t5":
         config = transformers.T5Config(
@@ -132,6 +131,7 @@ def adapted(base: nn.Module, config: Any, seed: int = 1) -> Any:
     """The base with a new adapter, away from its initial values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
         return stirred(peft.get_peft_model(base, config), seed).eval()
 
 

@@ -104,7 +104,7 @@ class Encoder:
         plain = {"add_special_tokens": False}
         answered = [list(self.tokenizer(f" {answer}", **plain)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)
-        room = [max(1, self.max_length - len(ids)) for ids in answered]
+        room = [max(1, self.max_length - len(ids)) for ids in answered]  # for the prompt
         prompted = [self.ids(prompt)[:most] for prompt, most in zip(prompts, room, strict=True)]
         sequences = [front + back for front, back in zip(prompted, answered, strict=True)]
         return sequences, [max(1, len(front)) for front in prompted]

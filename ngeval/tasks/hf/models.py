@@ -150,6 +150,10 @@ class HubModel:
         """
         name = place or self.name
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
+        folder = Path(name).expanduser()
+        if kind == "AutoTokenizer" and folder.is_dir() and not _has_tokenizer(folder):
+            # transformers would make one without a vocabulary.
+            raise TaskError(_no_processor(what, name, "no file of one is there"))
         transformers = optional_module("transformers")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -159,10 +163,19 @@ class HubModel:
                 )
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
                 text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise TaskError(
-                    f"no {what} in {name!r} ({text}); save it there with its save_pretrained, or "
-                    "say where it is with --processor (processor=)"
-                ) from error
+                raise TaskError(_no_processor(what, name, text)) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "added_tokens.json")
+    return any(next(folder.glob(name), None) is not None for name in names)
+
+
+def _no_processor(what: str, name: str, why: str) -> str:
+    return (
+        f"no {what} in {name!r} ({why}); save it there with its save_pretrained, or say where it "
+        "is with --processor (processor=)"
+    )
 
 
 def _objective(config: Any, adapters: Sequence[dict[str, Any]]) -> str | None:

@@ -321,6 +321,11 @@ def _column(
 
 def _side(source: HubModel, asked: str, samples: str) -> str:
     """Where padding goes."""
+    if source.objective == "classification" and asked == "left":
+        raise TaskError(
+            "classifiers of texts may read the class off the first token, so padding goes to the "
+            "right (padding never counts: the results are the same)"
+        )
     if source.objective != "causal":
         return asked
     if source.has_prompt and (asked == "left" or samples == "token"):
