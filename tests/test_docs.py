@@ -1,0 +1,106 @@
+"""The pages of docs/ can be pasted: their code runs as it is written there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ngeval.cli import app
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each code block."""
+    return re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def in_folder(folder: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def shell_lines(text: str) -> list[list[str]]:
+    """The commands of a block, with ngeval as a module."""
+    joined = text.replace("\\\n", " ").strip().splitlines()
+    parts = [shlex.split(line) for line in joined]
+    return [["-m", *p] if p[0] == "ngeval" else p[1:] for p in parts]
+
+
+class TestYourOwnModel:
+    def test_ten_lines(self):
+        first = blocks("your-own-model.md")[0][1]
+        assert len([line for line in first.splitlines() if line.strip()]) <= 10
+
+    def test_every_block_as_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        names: dict[str, object] = {}
+        files = {}
+        for language, text in blocks("your-own-model.md"):
+            if language == "python" and text.startswith("# "):
+                files[text.split()[1]] = text
+            elif language == "python":
+                exec(compile(text, "your-own-model.md", "exec"), names)
+        assert "gamma_over_sgd" in capsys.readouterr().out
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        self.save_lightning(tmp_path / "checkpoints")
+        for language, text in blocks("your-own-model.md"):
+            for command in shell_lines(text) if language == "bash" else []:
+                in_folder(tmp_path, [*command, "--quiet"])
+        table = pd.read_csv(tmp_path / "gamma.csv")
+        assert table["epoch"].unique().tolist() == [1.0, 2.0]
+        assert (table["status"] == "ok").all()
+
+    def save_lightning(self, folder: Path) -> None:
+        """Lightning's layout: weights beside the state of loops, optimizers and callbacks."""
+        folder.mkdir()
+        for epoch in (1, 2):
+            torch.manual_seed(epoch)
+            net = torch.nn.Sequential(
+                torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+            )
+            state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+            content = {
+                "epoch": epoch,
+                "global_step": 10 * epoch,
+                "pytorch-lightning_version": "2.5.0",
+                "state_dict": state,
+                "loops": {"fit_loop": {"state_dict": {}}},
+                "callbacks": {},
+                "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}}],
+                "lr_schedulers": [],
+                "hyper_parameters": {"lr": 0.1, "name": "x"},
+            }
+            torch.save(content, folder / f"epoch={epoch}-step={10 * epoch}.ckpt")
+
+
+class TestHuggingFace:
+    def test_the_run_that_needs_no_download(self, tmp_path: Path):
+        page = blocks("hugging-face.md")
+        script = next(text for _, text in page if text.startswith("# make_vit.py"))
+        (tmp_path / "make_vit.py").write_text(script)
+        commands = next(text for _, text in page if "make_vit.py\nngeval" in text)
+        for command in shell_lines(commands):
+            in_folder(tmp_path, command)
+        table = pd.read_csv(tmp_path / "vit.csv")
+        assert table["checkpoint"].unique().tolist() == [
+            f"vit-lora/checkpoint-{step}" for step in (0, 40, 80, 120)
+        ]
+        assert (table["status"] == "ok").all()
+        assert (tmp_path / "vit.png").stat().st_size > 1000
+
+    def test_the_options_of_the_page_are_there(self):
+        text = (DOCS / "hugging-face.md").read_text()
+        help_text = CliRunner().invoke(app, ["gamma", "--help"], env={"COLUMNS": "200"}).output
+        for option in set(re.findall(r"--[a-z][a-z-]+", text)) - {"--kind"}:
+            assert option in help_text, option
