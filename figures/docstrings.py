@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,32 +20,32 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import peft
-import tokenizers
 import torch
 import transformers
 import typer
-from torch import Tensor, nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ngeval.plots import STYLE, plot_stages, save_figure
 from ngeval.summary import summarize
-from ngeval.tasks.base import Task
+from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf import hub_task
 
 AREAS = {
     "asyncio": ("asyncio", "selectors.py", "concurrent"),
     "email": ("email", "mailbox.py", "imaplib.py", "smtplib.py", "poplib.py"),
     "http": ("http", "urllib", "wsgiref", "xmlrpc", "socketserver.py", "ftplib.py"),
-    "decimal": ("_pydecimal.py", "fractions.py", "statistics.py", "random.py", "datetime.py")
-    + ("_pydatetime.py",),  # from 3.12 on the Python code of datetime is here
+    "decimal": ("_pydecimal.py", "fractions.py", "statistics.py", "datetime.py", "_pydatetime.py"),
 }
 """The classes by their label words, and which parts of the library belong to each."""
 
+KIND = "SEQ_2_SEQ_LM"
 TEMPLATE = "package of: {text}"
 TRAINED, HELD_OUT = 280, 60
-BATCH, EPOCHS, SEED = 32, 10, 0
-HOLES = 8
-"""Sentinel tokens, so how many spans of a sentence can be missing at most."""
+BATCH, NUM_BATCHES, EPOCHS, SEED = 32, 3, 10, 0
+HOLE = 2
+"""The token that stands for what is missing."""
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
@@ -96,90 +96,61 @@ def write_data(folder: Path) -> list[str]:
 
 
 def make_tokenizer(sentences: list[str]) -> Any:
-    """A byte-level BPE of these sentences with T5's special tokens."""
-    special = ["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(HOLES))]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        sentences,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
+    """A byte-level BPE of these sentences."""
+    special = ["<pad>", "</s>", "<extra_id_0>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+    bpe.train_from_iterator(sentences, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>"
-    )
+    names = {"pad_token": special[0], "eos_token": special[1]}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
-def with_holes(ids: list[int], first_hole: int, draw: torch.Generator) -> tuple[list[int], ...]:
-    """A sentence with some spans taken out, and what is missing, as T5 was trained.
+def pretrain(sentences: list[str], folder: Path, steps: int = 1800) -> None:
+    """Train the base model to say what is missing in a sentence, and save it.
 
-    Spans are 1 to 3 tokens, and there is one for about every 8 tokens.
+    One span of 1 to 3 tokens is missing, so that answers are as short as the label words are.
     """
-    source: list[int] = []
-    missing: list[int] = []
-    at = 0
-    body, end = ids[:-1], ids[-1]
-    starts = sorted(torch.randperm(len(body), generator=draw)[: 1 + len(body) // 8].tolist())
-    for hole, start in enumerate(starts[:HOLES]):
-        stop = min(len(body), max(start, at) + int(torch.randint(1, 4, (), generator=draw)))
-        if start < at:  # the span before it has taken this one already
-            continue
-        source += [*body[at:start], first_hole + hole]
-        missing += [first_hole + hole, *body[start:stop]]
-        at = stop
-    return [*source, *body[at:], end], [*missing, end]
-
-
-def padded(rows: list[list[int]], value: int) -> Tensor:
-    """Rows of unequal length as one matrix."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-
-def pretrain(sentences: list[str], folder: Path, steps: int = 2400) -> None:
-    """Train the base model to fill holes, and save it with its tokenizer."""
     tokenizer = make_tokenizer(sentences)
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer),
-        d_model=96,
-        d_kv=24,
-        num_heads=4,
-        d_ff=384,
-        num_layers=2,
-        num_decoder_layers=2,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-    )
+    shape = {"d_model": 96, "d_kv": 24, "num_heads": 4, "d_ff": 384, "num_layers": 2}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = transformers.T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape, **ends)
     model = transformers.T5ForConditionalGeneration(config).train()
-    count = sum(parameter.numel() for parameter in model.parameters())
-    encoded = sorted((list(tokenizer(text)["input_ids"]) for text in sentences), key=len)
-    starts = range(0, len(encoded), 64)  # neighbours in length, so there is little padding
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    draw = torch.Generator().manual_seed(SEED)
-    recent = 0.0
+    encoded = sorted((list(tokenizer(text)["input_ids"]) for text in sentences), key=len)
+    choices = torch.Generator().manual_seed(SEED)
+    losses = []
     for step in range(steps):
-        start = starts[int(torch.randint(len(starts), (), generator=draw))]
-        pairs = [with_holes(ids, 2, draw) for ids in encoded[start : start + 64]]
-        source = padded([pair[0] for pair in pairs], 0)
-        labels = padded([pair[1] for pair in pairs], -100)
-        loss = model(input_ids=source, attention_mask=source.ne(0), labels=labels).loss
+        # Neighbours in length, so that there is little padding.
+        start = int(torch.randint(len(encoded) - 48, (), generator=choices))
+        source, answers = [], []
+        for ids in encoded[start : start + 48]:
+            first = int(torch.randint(len(ids) - 1, (), generator=choices))
+            last = min(first + int(torch.randint(1, 4, (), generator=choices)), len(ids) - 1)
+            source.append(torch.tensor([*ids[:first], HOLE, *ids[last:]]))
+            answers.append(torch.tensor([*ids[first:last], ids[-1]]))
+        inputs = nn.utils.rnn.pad_sequence(source, True, 0)
+        labels = nn.utils.rnn.pad_sequence(answers, True, -100)
+        loss = model(input_ids=inputs, attention_mask=inputs.ne(0).long(), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        recent += 0.01 * (float(loss.detach()) - recent) if step else float(loss.detach())
-        if step % 400 == 399:
-            print(f"base, step {step + 1}: loss {recent:.3f}")
-    print(f"base: {count} parameters, {len(tokenizer)} tokens, {len(sentences)} sentences")
+        losses.append(float(loss.detach()))
+        if step % 300 == 299:
+            print(f"base, step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}", flush=True)
+    print(
+        f"base: {sum(p.numel() for p in model.parameters())} parameters, {len(encoded)} sentences"
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -197,72 +168,59 @@ def make_task(folder: Path, split: str) -> Task:
     )
 
 
-def score(model: nn.Module, task: Task) -> tuple[float, float]:
-    """Loss for each sentence, and how many have all their target tokens right."""
+def score(model: nn.Module, batches: Iterable[Batch]) -> str:
+    """Loss of a sentence, and how many have all their target tokens right."""
     losses, right, count = 0.0, 0, 0
     with torch.no_grad():
-        for inputs, targets in task.batches(128, None, SEED):
+        for inputs, targets in batches:
             logits = model(**inputs).logits
             losses += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
             hits = logits.argmax(-1).eq(targets) | targets.eq(-100)
             right, count = right + int(hits.all(1).sum()), count + len(targets)
-    return losses / count, right / count
+    return f"loss {losses / count:.3f}, right {right / count:.3f}"
 
 
-def tune(folder: Path, name: str, config: Any, lr: float, decay: Callable[[int], float]) -> None:
+def tune(folder: Path, name: str, config: Any, lr: float) -> None:
     """Train one adapter and save it at the start and after every epoch."""
     torch.manual_seed(SEED)
-    train, validation = make_task(folder, "train"), make_task(folder, "validation")
-    model = peft.get_peft_model(train.model(), config)
+    task, held_out = make_task(folder, "train"), make_task(folder, "validation")
+    model = peft.get_peft_model(task.model(), config)
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     print(f"{name}: {sum(parameter.numel() for parameter in chosen)} parameters")
     step = 0
     for epoch in range(EPOCHS + 1):
-        for inputs, targets in train.batches(BATCH, None, SEED + epoch) if epoch else ():
-            # Dropout is 0 everywhere, so eval mode is also the mode to train in.
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - epoch / (EPOCHS + 2))
+        # Dropout is 0 everywhere, so eval mode is the mode to train in too.
+        for inputs, targets in task.batches(16, None, SEED + epoch) if epoch else ():
             logits = model(**inputs).logits
             loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
-        rate.step()
         place = folder / name / f"epoch-{epoch:03d}"
         model.save_pretrained(place)
         state = json.dumps({"epoch": epoch, "global_step": step})
         (place / "trainer_state.json").write_text(state, encoding="utf-8")
-        shown = (*score(model, train), *score(model, validation))
-        print(
-            "{} {:2d}: loss {:.3f}, right {:.3f}; held out {:.3f}, {:.3f}".format(
-                name, epoch, *shown
-            )
-        )
+        graded = score(model, task.batches(BATCH, NUM_BATCHES, SEED))
+        others = score(model, held_out.batches(60, None, SEED))
+        print(f"{name}, epoch {epoch}: {graded}; held out: {others}", flush=True)
 
 
 def grade(folder: Path, name: str) -> pd.DataFrame:
     """Run ``ngeval gamma`` on all epochs of an adapter."""
     output = folder / f"{name}.parquet"
-    options = {
-        "hf-model": folder / "base",
-        "adapter": folder / name,
-        "dataset": folder / "data",
-        "objective": "seq2seq",
-        "columns": "text",
-        "template": TEMPLATE,
-        "label-words": ",".join(AREAS),
-        "batch-size": BATCH,
-        "num-batches": 3,
-        "methods": "sgd,ef,ief,sf",
-        "damping": "1e-8,1e-4,1e-1",
-        "output": output,
-    }
-    given = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    subprocess.run(  # noqa: S603  # the arguments are those above
-        [sys.executable, "-m", "ngeval", "gamma", *given, "--no-natural", "--force", "--quiet"],
-        check=True,
-    )
+    options = [
+        *("--hf-model", folder / "base", "--adapter", folder / name, "--dataset", folder / "data"),
+        *("--objective", "seq2seq", "--columns", "text", "--template", TEMPLATE),
+        *("--label-words", ",".join(AREAS), "--batch-size", BATCH, "--num-batches", NUM_BATCHES),
+        *("--methods", "sgd,ef,ief,sf", "--damping", "1e-8,1e-4,1e-1", "--no-natural"),
+        *("--output", output, "--force", "--quiet"),
+    ]
+    command = [sys.executable, "-m", "ngeval", "gamma", *map(str, options)]
+    subprocess.run(command, check=True)  # noqa: S603  # the arguments are those above
     return pd.read_parquet(output)
 
 
@@ -283,6 +241,7 @@ def main(
     ),
 ) -> None:
     """Make the data, the models, the results and the figure."""
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEED)
     clock = time.perf_counter()
 
@@ -292,12 +251,12 @@ def main(
     pretrain(write_data(output / "data"), output / "base")
     lap("base model trained")
     lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=8, lora_alpha=16, target_modules=["q", "v"])
-    prompt = peft.PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=20, num_transformer_submodules=1
+    prompt = peft.PromptTuningConfig(  # for the encoder alone
+        task_type=KIND, num_virtual_tokens=20, num_transformer_submodules=1
     )
-    tune(output, "lora", lora, 5e-3, lambda epoch: 1 - epoch / (EPOCHS + 2))
+    tune(output, "lora", lora, 5e-3)
     lap("LoRA trained")
-    tune(output, "prompt", prompt, 0.1, lambda epoch: 1 - epoch / (EPOCHS + 2))
+    tune(output, "prompt", prompt, 0.1)
     lap("prompt trained")
     tables = {}
     for name, title in (("lora", "LoRA"), ("prompt", "prompt tuning")):

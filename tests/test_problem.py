@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import problems
@@ -769,6 +770,36 @@ class Returns(nn.Linear):
         return self.function(super().forward(x))
 
 
+class TestOutputs:
+    """Which of several outputs is z."""
+
+    @pytest.mark.parametrize(
+        ("function", "output"),
+        [
+            (lambda z: z, None),
+            (lambda z: SimpleNamespace(logits=z, other=2 * z), None),
+            (lambda z: {"logits": z, "other": 2 * z}, None),
+            (lambda z: {"other": 2 * z, "topic": z}, "topic"),
+            (lambda z: SimpleNamespace(topic=z), "topic"),
+            (lambda z: (2 * z, z), 1),
+            (lambda z: [2 * z, z], -1),
+            (lambda z: {"deep": (2 * z, {"z": z})}, lambda raw: raw["deep"][1]["z"]),
+        ],
+    )
+    def test_each_way_of_saying_it(self, function, output):
+        torch.manual_seed(0)
+        model, x, y = Returns(function), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+        problem = ngeval.Problem(model, x, y, "categorical", output=output)
+        plain = nn.Linear(4, 3)
+        plain.load_state_dict(model.state_dict())
+        expected = ngeval.Problem(plain, x, y, "categorical")
+        assert torch.equal(problem.outputs, expected.outputs)
+        assert problem.gamma(problem.gradient()) == expected.gamma(expected.gradient())
+        metric = ngeval.Metric(problem, [(x, y), (x + 1, y)])
+        other = ngeval.Metric(expected, [(x, y), (x + 1, y)])
+        assert metric.totals == other.totals
+
+
 class TestMessages:
     inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 1, 2, 1, 0])
@@ -824,8 +855,12 @@ class TestMessages:
 
     def test_outputs(self):
         error = ngeval.ModelError
-        self.expect(error, r"returned tuple.*\.logits", Returns(lambda z: (z, z)))
-        self.expect(error, r"returned dict.*\.logits", Returns(lambda z: {"logits": z}))
+        self.expect(error, r"returned a tuple of 2; .*\.logits", Returns(lambda z: (z, z)))
+        self.expect(error, r"a dict with 'z', 'a'; .*\.logits", Returns(lambda z: {"z": z, "a": z}))
+        self.expect(error, r"output='b'", Returns(lambda z: {"z": z}), output="b")
+        self.expect(error, r"a tuple of 2; .*output=2", Returns(lambda z: (z, z)), output=2)
+        self.expect(error, "NoneType", Returns(lambda z: None))
+        self.expect(error, "ZeroDivisionError", Returns(lambda z: z), output=lambda z: 1 / 0)
         self.expect(error, r"\(5,\).*batch first", Returns(lambda z: z.sum(1)))
         self.expect(error, r"\(3, 5\).*batch first", Returns(lambda z: z.T))
         self.expect(error, "NaN or infinite", Returns(lambda z: z / 0))

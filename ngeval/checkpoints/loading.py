@@ -77,6 +77,11 @@ def load_checkpoint(
         CheckpointError: unreadable, NaN weights, or missing, unexpected or wrongly shaped keys,
             all listed. The model is unchanged then.
     """
+    if checkpoint.is_adapter:
+        raise CheckpointError(
+            f"{checkpoint.path} is a PEFT adapter, not a whole model; `CheckpointLoader` puts it "
+            "on its base"
+        )
     try:
         _load_state(model, checkpoint, read_state(checkpoint.path, allow_pickle=allow_pickle))
     except MisfitError:
