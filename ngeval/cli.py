@@ -102,7 +102,7 @@ def demo(
     [bold]Example:[/bold] ngeval demo --output ngeval-demo
     """
     job = Demo(output, epochs, batch_size, num_batches, seed, force)
-    out = Console(quiet=quiet)
+    out = console.table_console(quiet)
     with console.progress_bar(quiet) as bar:
         bars: dict[str, Any] = {}
 
@@ -177,7 +177,7 @@ def gamma(
     """
     table = _grade(run, hub, grading, out, methods, damping)
     for value in list(dict.fromkeys(table["damping"]))[:3]:
-        Console(quiet=out.quiet).print(console.stages_table(table, value))
+        console.table_console(out.quiet).print(console.stages_table(table, value))
 
 
 @app.command()
@@ -197,7 +197,7 @@ def sweep(
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
     table = _grade(run, hub, grading, out, methods, dampings)
-    Console(quiet=out.quiet).print(console.sweep_table(table))
+    console.table_console(out.quiet).print(console.sweep_table(table))
 
 
 @app.command()
@@ -217,9 +217,10 @@ def imbalance(
     """
     names = [method.name for method in get_methods(methods)] if methods else []
     check_dampings([damping])
+    _check_output(out)
     job = make_run(run, hub)
     table = _collect(job, lambda job: job.imbalances(names, damping), "gradient norms", out)
-    Console(quiet=out.quiet).print(console.imbalance_table(table))
+    console.table_console(out.quiet).print(console.imbalance_table(table))
 
 
 @app.command()
@@ -264,7 +265,7 @@ def tasks() -> None:
         task = get_task(name)
         count = sum(parameter.numel() for parameter in task.model().parameters())
         shown.add_row(name, task.description, f"{count:,}")
-    Console().print(shown)
+    console.table_console().print(shown)
 
 
 @app.command()
@@ -276,7 +277,7 @@ def methods() -> None:
     shown = Table("method", "d(λ)", "labels from", "after a colon")
     for name, entry in METHODS.items():
         shown.add_row(name, entry.formula, entry.labels, entry.parameter or "–")
-    Console().print(shown)
+    console.table_console().print(shown)
     Console().print("example: --methods sgd,ief,sf:4,diag-ef:0.5", highlight=False)
 
 
@@ -296,6 +297,7 @@ def _grade(
     """What ``gamma`` and ``sweep`` share; returns the table of all rows."""
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
+    _check_output(out)
     how = Grading(parse_metric(grading.metric_batches), grading.natural, grading.gap)
     job = make_run(run, hub)
 
@@ -311,6 +313,12 @@ def _grade(
             raise InputError(message)
         print(f"ngeval: {message}", file=sys.stderr)
     return table
+
+
+def _check_output(out: OutputOptions) -> None:
+    """Before any work."""
+    if out.output is not None:
+        ResultFile(out.output, force=out.force)
 
 
 def _collect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,9 @@ from ngeval.errors import NgevalError
 from ngeval.metrics import imbalance
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
+
+WIDE = 160
+"""Characters in a line of a file or pipe."""
 
 
 class Commands(TyperGroup):
@@ -54,6 +58,14 @@ def trainable_line(model: nn.Module) -> str:
     return f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters trainable"
 
 
+def table_console(quiet: bool = False) -> Console:
+    """Standard output; where it is no terminal, wide enough for any table."""
+    out = Console(quiet=quiet)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = max(out.width, WIDE)
+    return out
+
+
 def progress_bar(quiet: bool) -> Progress:
     """A progress bar on standard error, with the time gone and the time left."""
     return Progress(
@@ -69,11 +81,13 @@ def progress_bar(quiet: bool) -> Progress:
 
 
 def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
-    """A short label for each checkpoint: its epoch where known, else the end of its path."""
+    """A short label for each checkpoint: its epoch or step where known, else its path's end."""
     labels = {}
     for name, rows in table.groupby("checkpoint", sort=False):
-        epoch = float(rows["epoch"].iloc[0])
-        label = f"epoch {epoch:g}" if math.isfinite(epoch) else str(name)[-40:]
+        label = str(name)[-40:]
+        for told in ("step", "epoch"):
+            if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
+                label = f"{told} {value:g}"
         labels[str(name)] = escape(label)
     return labels
 
@@ -84,14 +98,14 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
     methods = [name for name in dict.fromkeys(summary["method"]) if name != "sgd"]
     shown = Table(
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
-        caption="below 1: closer to the natural gradient than SGD; floor: the least possible",
+        caption="below 1: closer to the natural gradient than SGD; floor: no update is below it",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    shown.add_column("checkpoint", no_wrap=True)
+    shown.add_column("checkpoint", overflow="fold")
     for method in [*methods, "floor"]:
-        shown.add_column(method, justify="right", no_wrap=True)
+        shown.add_column(method, justify="right", overflow="fold")
     for name, label in checkpoint_labels(table).items():
         part = summary[summary["checkpoint"] == name].set_index("method")
         cells = [_ratio_cell(part, method) for method in methods]

@@ -281,23 +281,28 @@ def _chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
 
 
 def _with_stage(table: pd.DataFrame) -> pd.DataFrame:
-    """Add ``x``: the epoch where every checkpoint tells it, else its place in the list."""
-    if "epoch" in table and bool(table["epoch"].notna().all()):
-        return table.assign(x=table["epoch"])
+    """Add ``x``: the epoch or step, where every checkpoint tells it, else its place in the list."""
+    if (told := _told(table)) is not None:
+        return table.assign(x=table[told])
     order = {name: i for i, name in enumerate(dict.fromkeys(table["checkpoint"]))}
     return table.assign(x=table["checkpoint"].map(order))
 
 
 def _stage_label(rows: pd.DataFrame) -> str:
-    told = "epoch" in rows and bool(rows["epoch"].notna().all())
-    return "training epoch" if told else "checkpoint (in order)"
+    told = _told(rows)
+    return "checkpoint (in order)" if told is None else f"training {told}"
+
+
+def _told(rows: pd.DataFrame) -> str | None:
+    """Whether all rows tell the epoch, or else the step."""
+    columns = (name for name in ("epoch", "step") if name in rows)
+    return next((name for name in columns if bool(rows[name].notna().all())), None)
 
 
 def _checkpoint_title(table: pd.DataFrame, name: str) -> str:
-    epochs = table.loc[table["checkpoint"] == name, "epoch"] if "epoch" in table else pd.Series()
-    if len(epochs) and bool(epochs.notna().all()):
-        return f"epoch {epochs.iloc[0]:g}"
-    return str(name)
+    rows = table[table["checkpoint"] == name]
+    told = _told(rows)
+    return str(name) if told is None or rows.empty else f"{told} {rows[told].iloc[0]:g}"
 
 
 def _scale_of(table: pd.DataFrame) -> str:

@@ -30,7 +30,8 @@ class Unit:
     Attributes:
         problem: the model with that checkpoint's weights on that batch.
         columns: what identifies the unit in a table: ``task, checkpoint, stage`` (its place in
-            the list), ``epoch`` (where the checkpoint tells it), ``batch``.
+            the list), ``epoch`` and ``step`` (where the checkpoint tells them, else NaN),
+            ``batch``.
     """
 
     problem: Problem
@@ -119,7 +120,8 @@ class Run:
                         "task": self.task.name,
                         "checkpoint": checkpoint.name,
                         "stage": stage,
-                        "epoch": float("nan") if checkpoint.epoch is None else checkpoint.epoch,
+                        "epoch": _number(checkpoint.epoch),
+                        "step": _number(checkpoint.step),
                         "batch": index,
                     },
                 )
@@ -165,6 +167,10 @@ class Run:
         for unit in self.units():
             seed = self.seed + unit.columns["batch"]
             yield labelled(sample_table(unit.problem, methods, damping, seed), unit)
+
+
+def _number(told: float | None) -> float:
+    return float("nan") if told is None else told
 
 
 def sample_table(

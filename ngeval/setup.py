@@ -26,6 +26,7 @@ def make_run(options: RunOptions, hub: HubOptions) -> Run:
             `find_checkpoints`.
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
+    dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
     if (options.task is None) == (hub.hf_model is None):
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])
@@ -45,9 +46,9 @@ def make_run(options: RunOptions, hub: HubOptions) -> Run:
         num_batches=options.num_batches,
         seed=options.seed,
         device=options.device,
-        dtype=parse_dtype(options.dtype),
+        dtype=dtype,
         engine=options.engine,
-        memory=parse_bytes(options.memory),
+        memory=memory,
         allow_pickle=options.allow_pickle,
     )
 

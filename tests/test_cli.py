@@ -310,7 +310,7 @@ class TestGamma:
                 frames.append(ngeval.evaluate(problem, methods, dampings, seed=11 + batch))
         expected = pd.concat(frames, ignore_index=True)
         assert list(found.columns) == [
-            *("task", "checkpoint", "stage", "epoch", "batch"),
+            *("task", "checkpoint", "stage", "epoch", "step", "batch"),
             *expected.columns,
         ]
         assert_frame_equal(found[expected.columns], expected, rtol=1e-9)

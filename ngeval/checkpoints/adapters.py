@@ -17,6 +17,9 @@ from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError, NgevalError
 from ngeval.optional import optional_module
 
+PROMPTS_BY_ENCODER = ("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
+"""Virtual tokens that are not themselves the trained parameters, or not plainly so."""
+
 
 class AlignedOutputs(nn.Module):
     """A PEFT model without the outputs at its virtual tokens: one for each token of the input.
@@ -49,9 +52,29 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
         raise CheckpointError(f"{path} has no peft_type, so it is no PEFT adapter's configuration")
+    saved, task_type = content.get("modules_to_save"), content.get("task_type")
+    names = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
+    if not (saved is None or names) or not isinstance(task_type, str | None):
+        raise CheckpointError(f"{path}: modules_to_save or task_type is not what PEFT writes there")
+    if reason := _unsupported(content):
+        raise CheckpointError(f"{path}: {reason}")
     return content
+
+
+def _unsupported(content: dict[str, Any]) -> str:
+    """Why an adapter of this configuration cannot be graded; empty if it can."""
+    kind = content["peft_type"]
+    if kind in PROMPTS_BY_ENCODER or content.get("prefix_projection"):
+        return (
+            f"{kind}{' with prefix_projection' if content.get('prefix_projection') else ''} trains "
+            "an encoder of virtual tokens whose weights PEFT does not save, so its update cannot "
+            "be graded; prompt tuning and plain prefix tuning can"
+        )
+    if content.get("target_parameters"):
+        return "target_parameters (LoRA on bare parameters) is not supported; use target_modules"
+    return ""
 
 
 class AdapterLoader:
@@ -94,11 +117,17 @@ class AdapterLoader:
 def _adapted(base: nn.Module, folder: Path, state: dict[str, Tensor]) -> nn.Module:
     """A model of the adapter's configuration over the base's weights."""
     peft = optional_module("peft")
+    kind = read_adapter_config(folder)["peft_type"]
+    if kind not in peft.PeftType.__members__:
+        raise CheckpointError(f"{folder}: this version of peft knows no adapters of type {kind!r}")
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     if hasattr(config, "prompt_tuning_init"):  # else it asks for a tokenizer
         config.prompt_tuning_init = "RANDOM"
-    model: nn.Module = peft.get_peft_model(_sharing(base), config)
+    # Initialisations with a name (pissa, olora, …) take something off the base's weights.
+    in_place = isinstance(getattr(config, "init_lora_weights", None), str)
+    copied = copy.deepcopy(base) if in_place else _sharing(base)
+    model: nn.Module = peft.get_peft_model(copied, config)
     # Memory of its own for what is trained in place (biases) or was saved with the adapter.
     of_base = {parameter.data_ptr() for parameter in base.parameters()}
     for name, parameter in model.named_parameters():
@@ -112,7 +141,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     found = optional_module("peft").set_peft_model_state_dict(model, state)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     missing = [] if _is_prompt(model) else [n for n in found.missing_keys if n in trainable]
-    unexpected = [] if _is_prompt(model) else list(found.unexpected_keys)
+    # With bias="all" PEFT saves a saved head's bias once more under its inner name.
+    unknown = [n for n in found.unexpected_keys if ".modules_to_save." not in n]
+    unexpected = [] if _is_prompt(model) else unknown
     problems = {"missing": missing, "unexpected": unexpected}
     listed_problems = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if listed_problems:
@@ -145,7 +176,7 @@ def _peft_errors(folder: Path) -> Iterator[None]:
     except NgevalError:
         raise
     except Exception as error:  # whatever PEFT raises on a configuration or a state
-        text = (str(error).strip().splitlines() or [""])[0][:300]
+        text = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} does not fit the base model: {type(error).__name__}: {text}"
         ) from error

@@ -166,6 +166,8 @@ def _in_folder(folder: Path) -> list[Path]:
     steps = [path for path in steps if _is_folder_checkpoint(path)]
     if steps:  # the weights beside them are those of the last step again
         return steps
+    if is_adapter(folder):  # PEFT puts adapters with other names into folders inside
+        return [folder, *(path for path in inside if is_adapter(path))]
     return [folder] if _is_folder_checkpoint(folder) else [path for path in inside if _is_one(path)]
 
 

@@ -81,10 +81,15 @@ class _UnitFunction:
         }
 
     def _named(self, rows: Parameters) -> Parameters:
-        """Rows by canonical name; a weight under two paths of the unit has one row."""
+        """Rows by canonical name; a weight under two paths of the unit has one row.
+
+        Detached: a module that is given another module as an argument (DoRA) uses that one's own
+        parameters, and would record their gradients.
+        """
         named: Parameters = {}
         for path, name in self.call.owner.parameters.items():
-            named[name] = named[name] + rows[path] if name in named else rows[path]
+            row = rows[path].detach()
+            named[name] = named[name] + row if name in named else row
         return named
 
     def vectorised(self, inputs: list[Any], gradients: dict[int, Tensor]) -> Parameters:

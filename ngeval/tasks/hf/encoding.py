@@ -25,12 +25,15 @@ class Encoder:
         max_length: tokens of a text at most; what is beyond is cut off.
         side: where padding goes, ``"left"`` or ``"right"``.
         positions: the model takes ``position_ids``, which left padding needs.
+        pad: the token that pads, by the model's configuration: classifiers on decoders find a
+            text's end by it. None: the tokenizer's.
     """
 
     tokenizer: Any
     max_length: int
     side: str = "right"
     positions: bool = False
+    pad: int | None = None
 
     def ids(self, text: str, **options: Any) -> list[int]:
         """Token ids of one text, cut to ``max_length``."""
@@ -38,12 +41,16 @@ class Encoder:
         found: list[int] = list(encoded["input_ids"])
         return found
 
+    @property
+    def padding(self) -> int:
+        """The token that pads; masked, so any will do where neither model nor tokenizer has one."""
+        known = self.tokenizer.pad_token_id if self.pad is None else self.pad
+        return 0 if known is None else int(known)
+
     def inputs(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, and ``position_ids`` where they are needed."""
-        # Padding is masked: any token will do where the tokenizer has none for it.
-        pad = self.tokenizer.pad_token_id
         made = {
-            "input_ids": padded(sequences, 0 if pad is None else pad, self.side),
+            "input_ids": padded(sequences, self.padding, self.side),
             "attention_mask": padded([[1] * len(ids) for ids in sequences], 0, self.side),
         }
         if self.positions and self.side == "left":
@@ -51,9 +58,9 @@ class Encoder:
         return made
 
     def classification(
-        self, texts: Sequence[Sequence[str]], labels: Sequence[Any], regression: bool
+        self, texts: Sequence[Sequence[str]], labels: Sequence[Any], real: bool
     ) -> Batch:
-        """One text or a pair of them for each sample, and one label."""
+        """One text or a pair of them for each sample, and its class or its real labels."""
         encoded = [
             self.tokenizer(*parts, truncation=True, max_length=self.max_length) for parts in texts
         ]
@@ -62,7 +69,9 @@ class Encoder:
             types = [list(one["token_type_ids"]) for one in encoded]
             inputs["token_type_ids"] = padded(types, 0, self.side)
         targets = torch.tensor(labels)
-        return inputs, targets.float().unsqueeze(1) if regression else targets
+        if not real:
+            return inputs, targets
+        return inputs, (targets.unsqueeze(1) if targets.ndim == 1 else targets).float()
 
     def seq2seq(
         self, prompts: Sequence[str], answers: Sequence[str], start: int, limit: int
@@ -81,9 +90,8 @@ class Encoder:
         answered = [list(self.tokenizer(text_target=answer)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)
         targets = padded(answered, IGNORED, "right")
-        pad = self.tokenizer.pad_token_id or 0
-        started = torch.full((len(answered), 1), start)
-        decoder = torch.cat([started, targets[:, :-1].masked_fill(targets[:, :-1] < 0, pad)], 1)
+        started, before = torch.full((len(answered), 1), start), targets[:, :-1]
+        decoder = torch.cat([started, before.masked_fill(before < 0, self.padding)], 1)
         inputs = self.inputs([self.ids(prompt) for prompt in prompts])
         return inputs | {"decoder_input_ids": decoder}, targets
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass, field
+from typing import Any
+
+from ngeval.errors import TaskError
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,31 @@ class TextForm:
     @property
     def columns(self) -> list[str]:
         """The columns that the template names, in its order."""
-        return [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        return [name for _, name in self._parts() if name]
+
+    def prompt(self, row: dict[str, Any]) -> str:
+        """The template with a row's values; a name in braces is a column's as it stands."""
+        return "".join(text + (str(row[name]) if name else "") for text, name in self._parts())
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Text and the column after it.
+
+        Raises:
+            TaskError: something other than names is in braces, or nothing is.
+        """
+        try:
+            parsed = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise TaskError(f"template {self.template!r}: {error}") from error
+        for _, name, form, conversion in parsed:
+            if name == "" or form or conversion:
+                raise TaskError(
+                    f"template {self.template!r}: braces hold a column's name and nothing else "
+                    "({{ and }} are braces themselves)"
+                )
+        if not any(name for _, name, _, _ in parsed):
+            raise TaskError(f"template {self.template!r} names no column; write one as {{text}}")
+        return [(text, name or "") for text, name, _, _ in parsed]
 
     def answer(self, label: object) -> str:
         """The text that a language model is to give for a label.

@@ -62,6 +62,10 @@ def _advice(name: str, what: str, error: Exception) -> str:
         )
     if Path(name).expanduser().exists():
         return f"{what} in {name!r} cannot be loaded: {type(error).__name__}: {text}"
+    near = Path(name).parent
+    if near != Path() and near.is_dir():  # more likely a folder's name with a slip
+        held = ", ".join(sorted(path.name for path in near.iterdir())[:8])
+        return f"{what} {name!r} does not exist; {near} holds {held or 'nothing'}"
     if not hub_is_reachable():
         return (
             f"{what} {name!r} is no folder here and not in the local cache, and the hub cannot be "

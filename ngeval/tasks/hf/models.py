@@ -34,6 +34,9 @@ ENDINGS = {
 }
 TASK_TYPES = {"SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
 PROMPT_LEARNING = {"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}
+MOST_POSITIONS = 2**31
+"""Without absolute positions there is no limit."""
+
 HEADS = ("classifier", "score")
 """What PEFT saves whole with an adapter for sequence classification."""
 
@@ -74,6 +77,12 @@ class HubModel:
             CheckpointError: an adapter's configuration cannot be read.
         """
         transformers = optional_module("transformers")
+        if is_adapter(Path(name)) and not (Path(name) / "config.json").is_file():
+            base = read_adapter_config(Path(name)).get("base_model_name_or_path") or "its base"
+            raise TaskError(
+                f"model {name!r} is a PEFT adapter; give its base with --hf-model (its "
+                f"configuration says {base}) and it with --adapter"
+            )
         with loading(name, "model"):
             config = transformers.AutoConfig.from_pretrained(
                 **resolve_name(name, "model"), trust_remote_code=trust_remote_code
@@ -87,12 +96,25 @@ class HubModel:
                 else f"what the model {name!r} ({', '.join(config.architectures or ['?'])}) is for "
                 f"is not known; say it with --objective (objective=): {', '.join(OBJECTIVES)}"
             )
+        auto = getattr(transformers, OBJECTIVES[found])
+        if type(config) not in auto._model_mapping and not getattr(config, "auto_map", None):
+            by = "" if objective or not told else f", which {adapters[0]} is for"
+            raise TaskError(
+                f"model {name!r} ({config.model_type}) has no form for {found}{by}; give another "
+                "model, or another --objective"
+            )
         return cls(name, config, found, told, attention, trust_remote_code)
 
     @property
     def has_prompt(self) -> bool:
         """Whether an adapter puts virtual tokens before the text."""
         return any(told["peft_type"] in PROMPT_LEARNING for told in self.adapters)
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model has an embedding for, as far as its configuration says."""
+        known = getattr(self.config, "max_position_embeddings", None)
+        return known if isinstance(known, int) and known > 0 else MOST_POSITIONS
 
     @property
     def has_head(self) -> bool:

@@ -98,9 +98,10 @@ def hub_task(
     else:
         form = _form(source, rows, dataset, subset, columns, template, label_words, label_column)
         side = _side(source, padding_side, samples)
-        encoder = Encoder(
-            source.processor(processor, "AutoTokenizer"), max_length, side, _takes_positions(source)
-        )
+        tokenizer = source.processor(processor, "AutoTokenizer")
+        length = min(max_length, tokenizer.model_max_length, source.positions)
+        pad = getattr(source.config, "pad_token_id", None)
+        encoder = Encoder(tokenizer, length, side, _takes_positions(source), pad)
         pair = PAIR_COLUMNS.get(subset or "", form.columns) if dataset == "glue" else form.columns
         is_regression = dataset == "glue" and subset == REGRESSION
         data = _Texts(
@@ -141,6 +142,8 @@ class _Data:
     @property
     def num_labels(self) -> int | None:
         """The classes of the data, if it says how many."""
+        if self.source.has_head:  # which knows for itself
+            return None
         names = getattr(getattr(self.rows, "features", {}).get(self.label), "names", None)
         if names:
             return len(names)
@@ -156,9 +159,27 @@ class _Data:
         """
         label = row[self.label]
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+            hint = (
+                "an empty cell of a .csv makes its column text; " if isinstance(label, str) else ""
+            )
             raise TaskError(
                 f"label {label!r} in column {self.label!r} of {self.place} is not the number of a "
-                "class (−1 marks a test split without labels)"
+                f"class ({hint}−1 marks a test split without labels)"
+            )
+        return label
+
+    def real_labels(self, row: dict[str, Any]) -> Any:
+        """A row's label for a regression or several labels: a number, or a list of them.
+
+        Raises:
+            TaskError: it is neither.
+        """
+        label = row[self.label]
+        numbers = label if isinstance(label, list) else [label]
+        if not numbers or not all(isinstance(number, int | float) for number in numbers):
+            raise TaskError(
+                f"label {label!r} in column {self.label!r} of {self.place} is no number and no "
+                f"list of numbers, as {self.source.config.problem_type or 'regression'} needs"
             )
         return label
 
@@ -194,7 +215,9 @@ class _Texts(_Data):
 
     @property
     def num_labels(self) -> int | None:
-        return 1 if self.kind == "regression" else super().num_labels
+        if self.kind is not None and not self.source.has_head:
+            return 1  # STS-B; others have a head that says so
+        return super().num_labels
 
     def usable(self) -> Sequence[int]:
         if self.form.label:
@@ -207,13 +230,10 @@ class _Texts(_Data):
         objective, encoder = self.source.objective, self.encoder
         if objective == "classification":
             texts = [[str(row[name]) for name in self.pair] for row in rows]
-            real = self.kind is not None
-            labels = [row[self.label] if real else self.class_of(row) for row in rows]
-            return encoder.classification(texts, labels, self.kind == "regression")
-        prompts = [
-            self.form.template.format(**{name: row[name] for name in self.form.columns})
-            for row in rows
-        ]
+            real = self.kind in ("regression", "multi_label_classification")
+            labels = [self.real_labels(row) if real else self.class_of(row) for row in rows]
+            return encoder.classification(texts, labels, real)
+        prompts = [self.form.prompt(row) for row in rows]
         answers = [self._answer(row) for row in rows] if self.form.label else None
         limit = self.max_target_tokens
         if objective == "seq2seq":
@@ -285,15 +305,12 @@ def _form(
         template = known.template if known else f"{{{fallback}}}"
     label = label_column or (known.label if known else "label")
     plain_text = source.objective == "causal" and not (known or words or label_column)
-    try:
-        form = TextForm(
-            template, tuple(words) or (known.words if known else ()), "" if plain_text else label
-        )
-        wanted = form.columns
-    except ValueError as error:
-        raise TaskError(f"template {template!r}: {error}") from error
-    if not wanted:
-        raise TaskError(f"template {template!r} names no column; write one in braces: {{text}}")
+    if len(set(words)) < len(words) or not all(words):
+        raise TaskError(f"label words {', '.join(map(repr, words))}: each class needs its own")
+    form = TextForm(
+        template, tuple(words) or (known.words if known else ()), "" if plain_text else label
+    )
+    wanted = form.columns
     for name in wanted if plain_text else [*wanted, label]:
         option = "--label-column" if name == label else "--columns or --template"
         _column(place, rows.column_names, (name,), option)
