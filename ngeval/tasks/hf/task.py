@@ -208,6 +208,11 @@ class _Texts(_Data):
             self.kind = "regression"
 
     @property
+    def is_real(self) -> bool:
+        """Whether labels are numbers or lists of them, not classes."""
+        return self.kind in ("regression", "multi_label_classification")
+
+    @property
     def likelihood(self) -> str:
         """What the model's loss is."""
         kinds = {"regression": REGRESSION_LIKELIHOOD, "multi_label_classification": "bernoulli"}
@@ -215,8 +220,9 @@ class _Texts(_Data):
 
     @property
     def num_labels(self) -> int | None:
-        if self.kind is not None and not self.source.has_head:
-            return 1  # STS-B; others have a head that says so
+        if self.is_real and not self.source.has_head:
+            first = self.real_labels(self.rows[0])
+            return len(first) if isinstance(first, list) else 1
         return super().num_labels
 
     def usable(self) -> Sequence[int]:
@@ -230,9 +236,8 @@ class _Texts(_Data):
         objective, encoder = self.source.objective, self.encoder
         if objective == "classification":
             texts = [[str(row[name]) for name in self.pair] for row in rows]
-            real = self.kind in ("regression", "multi_label_classification")
-            labels = [self.real_labels(row) if real else self.class_of(row) for row in rows]
-            return encoder.classification(texts, labels, real)
+            read = self.real_labels if self.is_real else self.class_of
+            return encoder.classification(texts, [read(row) for row in rows], self.is_real)
         prompts = [self.form.prompt(row) for row in rows]
         answers = [self._answer(row) for row in rows] if self.form.label else None
         limit = self.max_target_tokens
