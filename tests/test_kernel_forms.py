@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval import kernel, natural
+from ngeval import grading, kernel, natural
+from ngeval.forward import push_directions
 from ngeval.grading import families, grade
 
 METHODS = ["sgd", "ef", "ief", "sf", "sf:3", "diag", "ng"]
@@ -51,6 +52,38 @@ def test_every_form_gives_the_same_grades(monkeypatch, name, form):
             expected[column][damped].to_numpy(), rel=1e-6
         ), column
     assert (found["status"] == "ok").all()
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_no_room_for_a_basis_changes_nothing(monkeypatch, metric):
+    monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", 0)
+    force(monkeypatch, "free")
+    tables = []
+    for room in (True, False):
+        monkeypatch.setattr(grading, "_has_room", lambda *_, room=room: room)
+        case = problems.case("categorical-sequence-float64")
+        problem = case.problem()
+        other = ngeval.Metric(problem, [(case.inputs, case.targets)] * 2) if metric else None
+        tables.append(
+            ngeval.evaluate(
+                problem, ["sgd", "ef", "ief", "sf:2", "diag"], [1e-2, 1.0], metric=other,
+                natural=False,
+            )
+        )  # fmt: skip
+    for column in COLUMNS:
+        values = [table[column].to_numpy() for table in tables]
+        assert values[0] == pytest.approx(values[1], rel=1e-8), column
+    assert (tables[1]["status"] == "ok").all()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_directions_of_any_size_are_pushed(scale):
+    problem = problems.case("categorical-sequence-float64").problem()
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, problem.num_parameters, generator=generator, dtype=torch.float64)
+    found = push_directions(problem.function, directions * scale)
+    expected = torch.stack([problem.jvp(direction) for direction in directions])
+    assert torch.allclose(found / scale, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_few_updates_are_pushed_and_many_are_not(monkeypatch):
