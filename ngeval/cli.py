@@ -18,6 +18,7 @@ from torch import nn
 
 import ngeval
 from ngeval import console
+from ngeval.assemble import make_run
 from ngeval.checkpoints import Checkpoint
 from ngeval.demo import Demo
 from ngeval.errors import InputError, nearest_name
@@ -46,7 +47,6 @@ from ngeval.plots import (
 )
 from ngeval.results import ResultFile, check_output, read_results
 from ngeval.runs import Grading, Run
-from ngeval.setup import make_run
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import OPTIMIZERS, Training
 

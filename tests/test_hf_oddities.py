@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import ngeval
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints
 from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.errors import CheckpointError, TaskError
-from ngeval.tasks.hf import hub_task
+from ngeval.optional import optional_module
+from ngeval.tasks.hf import hub, hub_task
 from ngeval.tasks.hf.glue import TextForm
 
 
@@ -236,3 +238,46 @@ def test_tied_weights_of_a_loader_s_base_stay_tied(home: Path):
     loader = CheckpointLoader(base)
     assert loader.load(find_checkpoints([str(home / "t5")])[0]) is base
     assert base.lm_head.weight is base.shared.weight
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def fresh(self, monkeypatch: pytest.MonkeyPatch):
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        hub.hub_is_reachable.cache_clear()
+        yield
+        hub.hub_is_reachable.cache_clear()
+
+    def test_whether_it_is_reachable(self, monkeypatch: pytest.MonkeyPatch):
+        asked = []
+        monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *place: asked.append(place))
+        assert hub.hub_is_reachable()
+        assert hub.hub_is_reachable()
+        assert asked == [("huggingface.co", 443)]
+        hub.hub_is_reachable.cache_clear()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not hub.hub_is_reachable()
+
+    def test_a_proxy_resolves_names(self, monkeypatch: pytest.MonkeyPatch):
+        def fail(*_: object) -> None:
+            raise OSError
+
+        monkeypatch.setattr(hub.socket, "getaddrinfo", fail)
+        assert not hub.hub_is_reachable()
+        hub.hub_is_reachable.cache_clear()
+        monkeypatch.setenv("https_proxy", "http://proxy:3128")
+        assert hub.hub_is_reachable()
+
+    def test_an_adapter_on_it(self, home: Path, monkeypatch: pytest.MonkeyPatch):
+        assert hub.adapter_folder(str(home / "t5")) == str(home / "t5")
+        assert hub.adapter_folder("runs/*") == "runs/*"
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(TaskError, match="adapter 'acme/lora' is no folder here"):
+            hub.adapter_folder("acme/lora")
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ngeval.DependencyError, match=r"peft is needed .*ngeval\[hf\]"):
+        optional_module("peft")
