@@ -89,6 +89,8 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
             if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
                 label = f"{told} {value:g}"
         labels[str(name)] = escape(label)
+    if len(set(labels.values())) < len(labels):  # several runs
+        return {name: escape(name[-40:]) for name in labels}
     return labels
 
 

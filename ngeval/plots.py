@@ -294,9 +294,13 @@ def _stage_label(rows: pd.DataFrame) -> str:
 
 
 def _told(rows: pd.DataFrame) -> str | None:
-    """Whether all rows tell the epoch, or else the step."""
+    """Whether all checkpoints tell the epoch, or else the step, each its own (as one run's do)."""
+    single = rows.drop_duplicates("checkpoint")
     columns = (name for name in ("epoch", "step") if name in rows)
-    return next((name for name in columns if bool(rows[name].notna().all())), None)
+    return next(
+        (name for name in columns if bool(single[name].notna().all() and single[name].is_unique)),
+        None,
+    )
 
 
 def _checkpoint_title(table: pd.DataFrame, name: str) -> str:

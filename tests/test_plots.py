@@ -1,5 +1,6 @@
 """The structure of pictures: labels, lines, legends, and colours that stay."""
 
+import math
 import warnings
 
 import matplotlib as mpl
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ngeval import InputError
+from ngeval import InputError, console, plots
 from ngeval.plots import (
     damping_figure,
     imbalance_figure,
@@ -303,3 +304,22 @@ class TestStyle:
 def test_another_table_is_refused_by_column(draw):
     with pytest.raises(InputError, match="no column"):
         draw(pd.DataFrame({"a": [1.0]}))
+
+
+def test_checkpoints_of_several_runs_keep_their_names():
+    rows = [
+        {"checkpoint": f"{run}/{epoch}", "epoch": float(epoch), "step": 10.0 * epoch}
+        for run in "ab"
+        for epoch in (1, 2)
+    ]
+    table = pd.DataFrame(rows)
+    assert plots._stage_label(table) == "checkpoint (in order)"
+    assert plots._with_stage(table)["x"].tolist() == [0, 1, 2, 3]
+    assert list(console.checkpoint_labels(table).values()) == ["a/1", "a/2", "b/1", "b/2"]
+    first = table[:2]
+    assert plots._stage_label(first) == "training epoch"
+    assert list(console.checkpoint_labels(first).values()) == ["epoch 1", "epoch 2"]
+    steps = first.assign(epoch=math.nan)
+    assert plots._stage_label(steps) == "training step"
+    assert plots._with_stage(steps)["x"].tolist() == [10.0, 20.0]
+    assert list(console.checkpoint_labels(steps).values()) == ["step 10", "step 20"]
