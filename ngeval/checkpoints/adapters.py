@@ -104,22 +104,26 @@ class AdapterLoader:
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
-        key = (read_adapter_config(folder), sorted(state))
+        told = read_adapter_config(folder)
+        key = (told, sorted(state))
         with _peft_errors(folder):
             if self._model is None or key != self._made_for:
-                self._model, self._made_for = _adapted(self.base, folder, state), key
+                self._model, self._made_for = _adapted(self.base, folder, told, state), key
             _fill(self._model, state, folder)
         if not any(parameter.requires_grad for parameter in self._model.parameters()):
             raise CheckpointError(f"{folder} has nothing trainable: there is no update to grade")
         return AlignedOutputs(self._model) if _is_prompt(self._model) else self._model
 
 
-def _adapted(base: nn.Module, folder: Path, state: dict[str, Tensor]) -> nn.Module:
+def _adapted(
+    base: nn.Module, folder: Path, told: dict[str, Any], state: dict[str, Tensor]
+) -> nn.Module:
     """A model of the adapter's configuration over the base's weights."""
     peft = optional_module("peft")
-    kind = read_adapter_config(folder)["peft_type"]
-    if kind not in peft.PeftType.__members__:
-        raise CheckpointError(f"{folder}: this version of peft knows no adapters of type {kind!r}")
+    if told["peft_type"] not in peft.PeftType.__members__:
+        raise CheckpointError(
+            f"{folder}: this version of peft knows no adapters of type {told['peft_type']!r}"
+        )
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     if hasattr(config, "prompt_tuning_init"):  # else it asks for a tokenizer

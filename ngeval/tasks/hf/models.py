@@ -33,7 +33,6 @@ ENDINGS = {
     "LMHeadModel": "causal",
 }
 TASK_TYPES = {"SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
-PROMPT_LEARNING = {"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}
 MOST_POSITIONS = 2**31
 """Without absolute positions there is no limit."""
 
@@ -108,7 +107,7 @@ class HubModel:
     @property
     def has_prompt(self) -> bool:
         """Whether an adapter puts virtual tokens before the text."""
-        return any(told["peft_type"] in PROMPT_LEARNING for told in self.adapters)
+        return any(told["peft_type"] == "PROMPT_TUNING" for told in self.adapters)
 
     @property
     def positions(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def hub_task(
     )
 
 
-class _Data:
+class _Data(ABC):
     """Batches drawn from rows."""
 
     def __init__(self, source: HubModel, rows: Rows, place: str, label: str) -> None:
@@ -135,9 +136,9 @@ class _Data:
         """The rows that make samples."""
         return range(len(self.rows))
 
+    @abstractmethod
     def batch(self, rows: list[dict[str, Any]], generator: torch.Generator) -> Batch:
         """The tensors of some rows."""
-        raise NotImplementedError
 
     @property
     def num_labels(self) -> int | None:
