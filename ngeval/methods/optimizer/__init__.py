@@ -1,0 +1,14 @@
+"""Optimizers as methods: the step that a ``torch.optim.Optimizer`` would take now."""
+
+from ngeval.methods.optimizer.entries import OPTIMIZERS, OptimizerEntry, optimizer_entry
+from ngeval.methods.optimizer.named import NamedOptimizer
+from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
+
+__all__ = [
+    "OPTIMIZERS",
+    "NamedOptimizer",
+    "OptimizerEntry",
+    "OptimizerState",
+    "OptimizerStep",
+    "optimizer_entry",
+]
