@@ -15,6 +15,7 @@ from ngeval.errors import (
 )
 from ngeval.evaluate import evaluate
 from ngeval.fisher import FisherOperator
+from ngeval.layers import layer_table
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, get_method
 from ngeval.metric import Metric
@@ -52,6 +53,7 @@ __all__ = [
     "gamma_min",
     "get_method",
     "gradient_norms",
+    "layer_table",
     "loss_change",
     "summarize",
 ]

@@ -1,0 +1,404 @@
+"""What each layer of an update is worth: where does an optimizer lose its quality?
+
+An update d falls into the parts d_l of its layers, with every other layer's entries set to 0.
+Each part has a γ of its own, and since d = Σ_l d_l, what the whole update buys and spends are sums
+over layers: dᵀg = Σ_l d_lᵀg and dᵀFd = Σ_l d_lᵀFd. A layer whose share of dᵀFd is greater than its
+share of dᵀg spends more than it buys. For the natural gradient, Fd = g, the two are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.evaluate import DAMPING_SCALES, Progress, absolute_dampings, check_dampings
+from ngeval.forward import slices
+from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
+from ngeval.methods import Method, get_methods
+from ngeval.metric import Metric
+from ngeval.problem import Problem
+from ngeval.updates import Updates
+
+Groups = str | int | Mapping[str, Iterable[str]] | Callable[[str], str]
+"""How parameters are put together; see `layer_table`."""
+
+ROOT = "(model)"
+"""The layer of parameters that the model itself owns."""
+
+REST = "(rest)"
+"""The group of parameters that a mapping does not name."""
+
+COLUMNS = [
+    *("method", "damping", "damping_absolute", "damping_scale", "layer", "num_parameters"),
+    *("gamma", "gamma_over_sgd", "decrease", "decrease_share", "curvature", "curvature_share"),
+    *("excess", "own_curvature", "update_norm", "gamma_total", "status", "reason"),
+    *("num_samples", "metric_samples", "likelihood", "dtype", "engine", "seed"),
+]
+"""The columns of `layer_table`, in order."""
+
+NUMBERS = COLUMNS[6:16]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the parameters.
+
+    Attributes:
+        name: in the table's column ``layer``.
+        places: where they are in a flat vector.
+    """
+
+    name: str
+    places: tuple[slice, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many scalars."""
+        return sum(place.stop - place.start for place in self.places)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the parts of one update are worth: float64, shape ``(groups,)``.
+
+    Attributes:
+        decrease: d_lᵀg.
+        curvature: d_lᵀFd, the part's share of dᵀFd with all cross terms.
+        own_curvature: d_lᵀFd_l.
+        norms: ‖d_l‖.
+        gammas: γ(d_l), NaN where d_lᵀg = 0.
+        gamma_total: γ(d).
+    """
+
+    decrease: np.ndarray
+    curvature: np.ndarray
+    own_curvature: np.ndarray
+    norms: np.ndarray
+    gammas: np.ndarray
+    gamma_total: float
+
+
+def layer_table(
+    problem: Problem,
+    methods: Iterable[str | Method],
+    dampings: Iterable[float] = (1e-3,),
+    *,
+    groups: Groups = "layer",
+    damping_scale: str = "absolute",
+    seed: int = 0,
+    metric: Metric | None = None,
+    on_step: Progress | None = None,
+) -> pd.DataFrame:
+    """What each layer's part of each update buys and spends.
+
+    A JVP for every layer, method and damping.
+
+    Args:
+        problem: the model, batch and likelihood.
+        methods: names or objects, as in `ngeval.evaluate`.
+        dampings: λ ≥ 0.
+        groups: ``"layer"``: parameters of one module together; ``"parameter"``: each by itself; a
+            whole number k: those whose names agree in the first k components (2 puts
+            ``encoder.3.attention.weight`` into ``encoder.3``); a mapping from group to parameter
+            names (the others are in ``(rest)``); or a function from name to group.
+        damping_scale: what λ multiplies, as in `ngeval.evaluate`.
+        seed: for sampled labels.
+        metric: the batch whose F and g grade; None for the problem's own.
+        on_step: called with the names of methods that are done.
+
+    Returns:
+        One row per (method, damping, layer), layers in the model's order, with columns
+
+        - ``method, damping, damping_absolute, damping_scale, layer, num_parameters``;
+        - ``gamma``: γ(d_l) of the update restricted to the layer; ``gamma_over_sgd``: over the γ
+          of the gradient restricted to it;
+        - ``decrease`` d_lᵀg and ``decrease_share``, which adds up to 1 over layers;
+        - ``curvature`` d_lᵀFd, with cross terms, so that it adds up to dᵀFd (it is negative where
+          other layers undo what this one does), and ``curvature_share``, which adds up to 1;
+        - ``excess``: curvature_share − decrease_share = ∂ log γ / ∂ log η_l for a learning rate η_l
+          of that layer alone: where it is positive, a smaller step in that layer would lower γ. It
+          is 0 in every layer for the natural gradient;
+        - ``own_curvature`` d_lᵀFd_l; ``update_norm`` ‖d_l‖; ``gamma_total``: γ of the whole update;
+        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``), ``reason``;
+        - ``num_samples, metric_samples, likelihood, dtype, engine, seed``.
+
+    Raises:
+        InputError: unknown method, scale or parameter, a parameter in two groups, or a damping
+            that is negative or not a number.
+        ModelError: the model was changed since the problem was made.
+
+    Example:
+        >>> import torch, ngeval
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> problem = ngeval.Problem(model, torch.eye(3), torch.tensor([0, 1, 1]), "categorical")
+        >>> table = ngeval.layer_table(problem, ["sgd", "ief"], [1e-3])
+        >>> table["layer"].unique().tolist()
+        ['0', '2']
+        >>> [round(float(share), 4) for share in table.groupby("method")["decrease_share"].sum()]
+        [1.0, 1.0]
+    """
+    if not isinstance(problem, Problem):
+        raise InputError(f"layer_table takes an ngeval.Problem, not {type(problem).__name__}")
+    resolved = get_methods(methods)
+    lambdas = check_dampings(dampings)
+    if damping_scale not in DAMPING_SCALES:
+        raise InputError(
+            f"unknown damping scale {damping_scale!r}; "
+            f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
+        )
+    if metric is not None and metric.problem is not problem:
+        raise InputError("the metric was made for another problem; make one for this one")
+    chosen = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
+    problem.function.check_unchanged()
+    done = on_step or (lambda _: None)
+    with torch.inference_mode(False):  # tensors made here take part in backward passes
+        graded = Metric(problem) if metric is None else metric
+        plain = parts_of(graded, problem.gradient(), chosen).gammas
+        tables = []
+        for method in resolved:
+            rows = _method_rows(graded, method, lambdas, chosen, (damping_scale, seed))
+            for row in rows:
+                table = pd.DataFrame(row)
+                tables.append(table.assign(gamma_over_sgd=table["gamma"] / plain))
+            done(method.name)
+        samples = problem.num_samples if metric is None else metric.totals.num_samples
+    table = pd.concat(tables, ignore_index=True).assign(
+        damping_scale=damping_scale,
+        num_samples=problem.num_samples,
+        metric_samples=samples,
+        likelihood=problem.likelihood.name,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        engine=problem.engine,
+        seed=seed,
+    )
+    return table.reindex(columns=COLUMNS)
+
+
+def make_groups(sizes: Mapping[str, int], groups: Groups) -> list[Group]:
+    """Put parameters together.
+
+    Args:
+        sizes: the trainable parameters with their numbers of scalars, in order.
+        groups: as in `layer_table`.
+
+    Raises:
+        InputError: no such way to group, an unknown name, a name in two groups, an empty group.
+
+    >>> [group.name for group in make_groups({"a.b.weight": 4, "a.b.bias": 2, "c": 1}, 1)]
+    ['a', 'c']
+    """
+    of_name = _naming(list(sizes), groups)
+    places: dict[str, list[slice]] = {}
+    start = 0
+    for name, size in sizes.items():
+        group = of_name(name)
+        if not isinstance(group, str):
+            raise InputError(f"groups gave {group!r} for parameter {name!r}; it must be a text")
+        places.setdefault(group, []).append(slice(start, start + size))
+        start += size
+    return [Group(name, tuple(of_group)) for name, of_group in places.items()]
+
+
+def _naming(names: Sequence[str], groups: Groups) -> Callable[[str], str]:
+    """The function from a parameter's name to its group's."""
+    if isinstance(groups, Mapping):
+        return _named_groups(names, groups)
+    if callable(groups):
+        return groups
+    if groups == "layer":
+        return lambda name: name.rpartition(".")[0] or ROOT
+    if groups == "parameter":
+        return lambda name: name
+    if isinstance(groups, int) and not isinstance(groups, bool) and groups >= 1:
+        return lambda name: ".".join(name.split(".")[:groups])
+    raise InputError(
+        f"groups must be 'layer', 'parameter', a number of name components ≥ 1, a mapping from "
+        f"group to parameter names or a function of the name, not {groups!r}"
+    )
+
+
+def _named_groups(
+    names: Sequence[str], groups: Mapping[str, Iterable[str]]
+) -> Callable[[str], str]:
+    found: dict[str, str] = {}
+    for group, members in groups.items():
+        listed = [members] if isinstance(members, str) else list(members)
+        if not listed:
+            raise InputError(f"group {group!r} has no parameter")
+        for name in listed:
+            if name not in names:
+                raise InputError(
+                    f"group {group!r}: no trainable parameter {name!r}; "
+                    f"{nearest_name(str(name), names)}"
+                )
+            if name in found:
+                raise InputError(
+                    f"parameter {name!r} is in two groups, {found[name]!r} and {group!r}"
+                )
+            found[name] = group
+    return lambda name: found.get(name, REST)
+
+
+def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Parts:
+    """What the parts of an update are worth.
+
+    They go through the model at unit length, as many at a time as there is room for, each time
+    with the whole update beside them.
+
+    Args:
+        metric: whose F and g.
+        direction: d, shape ``(P,)``.
+        groups: that d falls into.
+
+    Raises:
+        InputError: the direction does not fit or is not finite.
+    """
+    wide = metric.problem.as_vector(direction).to(torch.float64)
+    # Before anything is squared: d(λ) grows as 1/λ.
+    size = torch.linalg.vector_norm(wide, math.inf).clamp_min(1e-300)
+    wide = wide / size
+    norms = torch.stack([torch.cat([wide[p] for p in group.places]).norm() for group in groups])
+    own, cross, decrease = (torch.zeros_like(norms) for _ in range(3))
+    total = math.nan
+    for chosen in _chunks(metric.problem, len(groups)):
+        forms = metric.forms(_unit_rows(metric.problem, wide, groups[chosen], norms[chosen]))
+        own[chosen] = forms.curvature.diagonal()[1:].clamp_min(0)
+        cross[chosen] = forms.curvature[0, 1:]
+        decrease[chosen] = forms.decrease[1:]
+        total = float(_gammas(forms.curvature[0, 0].clamp_min(0), forms.decrease[0]))
+    part, whole = norms * size, wide.norm() * size
+    return Parts(
+        decrease=_numbers(decrease * part),
+        curvature=_numbers(cross * part * whole),
+        own_curvature=_numbers(own * part.square()),
+        norms=_numbers(part),
+        gammas=_numbers(_gammas(own, decrease)),
+        gamma_total=total,
+    )
+
+
+def _numbers(column: Tensor) -> np.ndarray:
+    return column.cpu().numpy()
+
+
+def _gammas(curvature: Tensor, decrease: Tensor) -> Tensor:
+    """√(dᵀFd) / |dᵀg|, NaN where dᵀg = 0."""
+    return torch.where(decrease != 0, curvature.sqrt() / decrease.abs(), math.nan)
+
+
+def _chunks(problem: Problem, count: int) -> Iterator[slice]:
+    """As many parts as fit in the memory budget beside the whole."""
+    room = problem.rows.memory // (problem.num_parameters * problem.dtype.itemsize)
+    return slices(count, max(1, room - 1))
+
+
+def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: Tensor) -> Tensor:
+    """The update and its parts at unit length, in the model's dtype: shape ``(1 + groups, P)``."""
+    rows = torch.zeros(1 + len(groups), len(wide), dtype=problem.dtype, device=wide.device)
+    rows[0] = wide / wide.norm().clamp_min(1e-300)
+    for row, group, norm in zip(rows[1:], groups, norms, strict=True):
+        for place in group.places:
+            row[place] = wide[place] / norm.clamp_min(1e-300)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A method's updates with what there is to say of them.
+
+    Attributes:
+        absolute: λ as it is added to the curvature.
+        updates: of every λ, or one for all.
+        notes: of the method.
+    """
+
+    absolute: list[float]
+    updates: Updates
+    notes: str
+
+
+def _method_rows(
+    metric: Metric,
+    method: Method,
+    dampings: Sequence[float],
+    groups: Sequence[Group],
+    options: tuple[str, int],
+) -> list[dict[str, Any]]:
+    """The columns of every λ; a method that cannot be computed is data too."""
+    scale, seed = options
+    common = {
+        "method": method.name,
+        "layer": [group.name for group in groups],
+        "num_parameters": [group.num_parameters for group in groups],
+    }
+    absolute = [math.nan] * len(dampings)
+    try:
+        made = _made(metric.problem, method, dampings, scale, seed)
+        absolute = made.absolute
+        found = [
+            _part_columns(parts_of(metric, made.updates.direction(i), groups), made.notes)
+            for i in range(made.updates.count)
+        ]
+    except Exception as error:  # a method may be anybody's; its failure is data
+        missing = dict.fromkeys(NUMBERS, math.nan)
+        found = [{**missing, "status": "failed", "reason": _reason(error)}]
+    if len(found) == 1:
+        found *= len(dampings)
+    return [
+        {**common, "damping": damping, "damping_absolute": used, **columns}
+        for damping, used, columns in zip(dampings, absolute, found, strict=True)
+    ]
+
+
+def _made(
+    problem: Problem, method: Method, dampings: Sequence[float], scale: str, seed: int
+) -> _Made:
+    state = method.prepare(problem, seed)
+    absolute = absolute_dampings(problem, state, dampings, scale)
+    updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
+    if math.isnan(absolute[0]) and updates.count > 1:
+        raise InputError(f"{method.name} has no curvature for a relative damping to scale")
+    return _Made(absolute, updates, "; ".join(getattr(state, "notes", ())))
+
+
+def _part_columns(parts: Parts, notes: str) -> dict[str, Any]:
+    """The columns of one update."""
+    decrease_share, curvature_share = _shares(parts.decrease), _shares(parts.curvature)
+    defined = np.isfinite(parts.gammas)
+    nothing = np.where(parts.norms > 0, "d_lᵀg = 0", "the update is 0 in this layer")
+    return {
+        "gamma": parts.gammas,
+        "decrease": parts.decrease,
+        "decrease_share": decrease_share,
+        "curvature": parts.curvature,
+        "curvature_share": curvature_share,
+        "excess": curvature_share - decrease_share,
+        "own_curvature": parts.own_curvature,
+        "update_norm": parts.norms,
+        "gamma_total": parts.gamma_total,
+        "status": np.where(defined, "ok", "undefined").astype(object),
+        "reason": np.where(defined, notes, nothing).astype(object),
+    }
+
+
+def _shares(parts: np.ndarray) -> np.ndarray:
+    """Parts of a sum that is not 0, NaN otherwise."""
+    total = parts.sum()
+    return parts / (total if total != 0 else math.nan)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NgevalError):
+        return str(error)
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {error}"
