@@ -9,6 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ngeval.checks import Inputs
+from ngeval.errors import InputError, nearest_name
+
+REDUCTIONS = ("mean", "token-mean", "sum")
+"""How a training loss can be reduced."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class OptimizerOptions:
     reduction: str = "mean"
     weight_decay: bool = True
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a reduction that is none."""
+        check_reduction(self.reduction)
 
 
 @dataclass(frozen=True)
@@ -47,3 +55,16 @@ class Stage:
     optimizer: str | None
     batches: Callable[[int], Iterable[tuple[Inputs, Tensor]]]
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless a training loss can be reduced like this.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if reduction not in REDUCTIONS:
+        raise InputError(
+            f"unknown reduction {reduction!r} of the training loss; "
+            f"{nearest_name(str(reduction), REDUCTIONS)}"
+        )

@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from ngeval.checks import Inputs
+from ngeval.errors import InputError, NgevalError, NumericalError
+from ngeval.memory import is_out_of_memory
 from ngeval.methods.base import ParameterState
+from ngeval.methods.optimizer.clone import Clones, clone_optimizers, unwrapped
+from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
+from ngeval.methods.stage import check_reduction
 from ngeval.problem import Problem
+from ngeval.updates import DirectionUpdates, Updates
 
-Batches = Iterable[tuple[Inputs, Tensor]]
+FALLBACK_RATE = 1e-3
+"""Taken where every learning rate is 0 and none is known from before."""
 
 
 class OptimizerState(ParameterState):
-    """d = θ − θ′ of one step; λ does not enter."""
+    """One step of an optimizer, whatever the damping.
 
-    coverage: float
-    notes: tuple[str, ...]
+    Attributes:
+        coverage: percent of the trainable scalars that the optimizer holds.
+        notes: what a reader of the numbers has to know.
+    """
+
+    def __init__(
+        self, problem: Problem, step: Tensor, coverage: float, notes: tuple[str, ...]
+    ) -> None:
+        """Keep d."""
+        super().__init__(problem, math.nan)
+        self.step = step
+        self.coverage = coverage
+        self.notes = notes
+
+    def direction(self, damping: float) -> Tensor:
+        """The step θ − θ′ in float64, shape ``(P,)``."""
+        return self.step
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """One update, the same for every λ."""
+        return DirectionUpdates(1, lambda _: self.step)
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizerStep:
-    """The step that an optimizer would take now, d = θ − θ′."""
+    """The step that an optimizer would take now, d = θ − θ′, with the state that it has.
+
+    The step is taken by copies of the optimizer and of its parameters, on the gradient of the
+    problem's batch. The parameters, their ``.grad``, the optimizer's state and groups and torch's
+    random numbers stay as they are, bit for bit. The copies are float64, so that d is exact where
+    a step is a millionth of θ; an optimizer that cannot step in float64 does in the parameters'
+    own dtype, and a note says so. The damping λ does not enter.
+
+    Attributes:
+        optimizer: built on the problem's model; or several that share its parameters out.
+        reduction: how the training loss was reduced, which the state depends on: ``"mean"`` over
+            samples, ``"token-mean"`` over unmasked positions, or ``"sum"``.
+        weight_decay: with the optimizer's weight decay, which is not a part of the loss's
+            gradient.
+        warmup: batches ``(inputs, targets)``, or a function that gives them: before the graded
+            step the copies take a step on each, and θ is put back after each, so that momentum
+            and second moments are those accumulated at this θ.
+        name: in tables; default: the classes' names.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model = torch.nn.Linear(3, 2)
+        >>> problem = ngeval.Problem(model, torch.eye(3), torch.tensor([0, 1, 1]), "categorical")
+        >>> adam = torch.optim.Adam(model.parameters())
+        >>> OptimizerStep(adam).prepare(problem).direction(0.0).abs().max() < 1.001e-3
+        tensor(True)
+    """
 
     optimizer: Optimizer | Sequence[Optimizer]
     reduction: str = "mean"
@@ -32,6 +88,194 @@ class OptimizerStep:
     warmup: Batches | Callable[[], Batches] | None = None
     name: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no optimizer, and batches that can be gone through only once.
+
+        Raises:
+            InputError: it says what to give instead.
+        """
+        check_reduction(self.reduction)
+        if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
+            raise InputError(
+                "optimizer must be a torch.optim.Optimizer or a list of them, not "
+                f"{type(self.optimizer).__name__}"
+            )
+        for optimizer in self.optimizers:
+            _check_closure(optimizer)
+        if isinstance(self.warmup, Iterator):
+            raise InputError(
+                "warmup is an iterator, which can be gone through only once; give a list, a "
+                "DataLoader, or a function that returns an iterable of batches"
+            )
+        if not self.name:
+            names = [type(optimizer).__name__.lower() for optimizer in self.optimizers]
+            object.__setattr__(self, "name", "+".join(names))
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers, without wrappers that only pass a step on."""
+        given = self.optimizer
+        several = [given] if isinstance(given, Optimizer) or not _is_several(given) else given
+        return [unwrapped(o) if isinstance(o, Optimizer) else o for o in several]
+
     def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
-        """Take the step on clones."""
-        raise NotImplementedError
+        """Take the step on copies.
+
+        Args:
+            problem: the model that the optimizer was built on, and the batch.
+            seed: for the random numbers of an optimizer that draws some.
+
+        Raises:
+            InputError: the optimizer holds none of the model's parameters, or cannot step on a
+                gradient alone.
+            NumericalError: the step is NaN or infinite.
+        """
+        names = _names_of(problem, self.optimizers)
+        missing = [name for name in problem.function.parameters if name not in names.values()]
+        with torch.inference_mode(False):
+            steps, notes = self._steps(problem, names, seed)
+        parts = []
+        for name, parameter in problem.function.parameters.items():
+            part = steps.get(name, torch.zeros_like(parameter, dtype=torch.float64))
+            if not bool(torch.isfinite(part).all()):
+                raise NumericalError(
+                    f"{self.name}: the step of {name!r} is NaN or infinite (is its state?)"
+                )
+            parts.append(part.reshape(-1))
+        if missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            notes.append(f"no optimizer holds {shown}: their update is 0")
+        left = sum(problem.function.parameters[name].numel() for name in missing)
+        coverage = 100.0 * (1.0 - left / problem.num_parameters)
+        step = torch.cat(parts)
+        if not bool(step.any()):
+            notes.append("the step is 0 (some optimizers only set up their state in the first)")
+        return OptimizerState(problem, step, coverage, tuple(notes))
+
+    def _steps(
+        self, problem: Problem, names: dict[int, str], seed: int
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """By parameter name, and notes; in float64, or else in the parameters' own dtype."""
+        try:
+            return self._steps_in(torch.float64, problem, names, seed)
+        except NgevalError:
+            raise
+        except Exception as error:  # a step may be anybody's code
+            if is_out_of_memory(error):
+                raise
+            first = error
+        try:
+            steps, notes = self._steps_in(None, problem, names, seed)
+        except NgevalError:
+            raise
+        except Exception as error:  # see above
+            if is_out_of_memory(error):
+                raise
+            hint = "; a step that evaluates the loss itself (a closure) cannot be graded"
+            raise InputError(
+                f"{self.name}: step() failed with {_told(error)}"
+                f"{hint if 'closure' in str(error).lower() else ''}"
+            ) from error
+        note = f"stepped in the parameters' own dtype, and d is rounded there ({_told(first)})"
+        return steps, [*notes, note]
+
+    def _steps_in(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        clones = clone_optimizers(self.optimizers, dtype)
+        notes = [f"step hooks of {name} are left out" for name in clones.hooked]
+        notes += _with_a_rate(clones)
+        if not self.weight_decay:
+            for group in clones.groups():
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0
+        with _seeded(problem.device, seed):
+            if self.warmup is not None:
+                for gradients in batch_gradients(problem, self.warmup, self.reduction):
+                    _take(clones, gradients, names)
+                    clones.put_back()
+            _take(clones, batch_gradient(problem, self.reduction), names)
+        steps = {
+            names[key]: original.detach().to(torch.float64) - clone.detach().to(torch.float64)
+            for key, (original, clone) in clones.parameters.items()
+            if key in names
+        }
+        return steps, notes
+
+
+def _is_several(given: object) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, Iterator | str)
+
+
+def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
+    """The trainable parameters that the optimizers hold: name by the parameter's ``id``.
+
+    Raises:
+        InputError: there is none.
+    """
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    graded = problem.function.parameters
+    names = {id(p): n for n, p in problem.function.model.named_parameters() if n in graded}
+    found = {key: name for key, name in names.items() if key in held}
+    if not found:
+        raise InputError(
+            "the optimizer holds none of the problem's trainable parameters; build it on "
+            "model.parameters() of the very model that the problem was made of (a copy, or a "
+            "model that was moved or wrapped later, has others)"
+        )
+    return found
+
+
+def _check_closure(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step evaluates the loss itself.
+
+    Raises:
+        InputError: it does.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    needed = closure is not None and closure.default is inspect.Parameter.empty
+    if isinstance(optimizer, LBFGS) or needed:
+        raise InputError(
+            f"{type(optimizer).__name__} evaluates the loss within its step (a closure), so its "
+            "step does not follow from one gradient and cannot be graded; give the direction that "
+            "you want graded to problem.gamma"
+        )
+
+
+def _with_a_rate(clones: Clones) -> list[str]:
+    """Where every learning rate is 0 (the end of a schedule), take the first ones instead."""
+    groups = [group for group in clones.groups() if "lr" in group]
+    if not groups or any(float(group["lr"]) for group in groups):
+        return []
+    for group in groups:
+        group["lr"] = float(group.get("initial_lr", 0.0)) or FALLBACK_RATE
+    taken = ", ".join(sorted({f"{group['lr']:g}" for group in groups}))
+    return [f"every learning rate is 0 here (a schedule's end or start); stepped with {taken}"]
+
+
+def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
+    """One step of the copies on a gradient; parameters that are not graded have none."""
+    for key, (_, clone) in clones.parameters.items():
+        # A copy: some optimizers work in place on gradients.
+        clone.grad = gradients[names[key]].to(clone.dtype, copy=True) if key in names else None
+    for optimizer in clones.optimizers:
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from a seed; the generators are afterwards as they were."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # Not torch.manual_seed, which reaches devices that are not put back.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _told(error: BaseException) -> str:
+    """An exception in a line."""
+    text: Any = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}"

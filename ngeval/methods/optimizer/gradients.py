@@ -1,0 +1,87 @@
+"""The gradient that an optimizer is given: of the training loss, as it was reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ngeval.checks import Inputs
+from ngeval.errors import InputError
+from ngeval.functional import model_errors
+from ngeval.likelihoods import OutputDistribution
+from ngeval.methods.stage import check_reduction
+from ngeval.metric import Metric
+from ngeval.problem import Problem
+
+Batches = Iterable[tuple[Inputs, Tensor]]
+Gradients = dict[str, Tensor]
+"""Float64, by parameter name, in the parameters' shapes."""
+
+
+def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
+    """What the sum Σ_n ℓ_n is divided by.
+
+    Args:
+        distribution: of a batch.
+        reduction: ``"mean"`` (N samples), ``"token-mean"`` (unmasked positions) or ``"sum"`` (1).
+
+    Raises:
+        InputError: no such reduction, or every position is masked.
+    """
+    check_reduction(reduction)
+    if reduction == "sum":
+        return 1.0
+    if reduction == "mean":
+        return float(len(distribution.logits))
+    mask: Tensor | None = getattr(distribution, "mask", None)
+    positions = distribution.logits[..., 0].numel() if mask is None else float(mask.sum())
+    if positions == 0:
+        raise InputError("every position of a batch is masked: its mean over tokens is undefined")
+    return float(positions)
+
+
+def batch_gradient(problem: Problem, reduction: str) -> Gradients:
+    """The gradient of the reduced loss on the problem's own batch."""
+    vector = problem.gradient().to(torch.float64)
+    return split(problem, vector / loss_terms(problem.distribution, reduction))
+
+
+def batch_gradients(
+    problem: Problem, batches: Batches | Callable[[], Batches], reduction: str
+) -> Iterator[Gradients]:
+    """The gradients of the reduced loss on other batches, at the problem's θ.
+
+    Args:
+        problem: the model at θ, the likelihood and the memory budget.
+        batches: ``(inputs, targets)`` pairs, or a function that gives them.
+        reduction: see `loss_terms`.
+
+    Raises:
+        InputError: no batch, or one does not fit the model.
+    """
+    number = 0
+    for batch in batches() if callable(batches) else batches:
+        number += 1
+        terms = 0.0
+        total = torch.zeros(problem.num_parameters, dtype=torch.float64, device=problem.device)
+        for chunk in Metric(problem, [batch]).chunks(1):
+            with model_errors():
+                part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
+            total += part.to(torch.float64)
+            found = loss_terms(chunk.distribution, reduction)
+            terms = 1.0 if reduction == "sum" else terms + found
+        yield split(problem, total / terms)
+    if number == 0:
+        raise InputError("warmup holds no batch to accumulate the optimizer's state over")
+
+
+def split(problem: Problem, vector: Tensor) -> Gradients:
+    """A vector of length P by parameter name, in its own dtype."""
+    parameters = problem.function.parameters
+    parts = vector.split([parameter.numel() for parameter in parameters.values()])
+    return {
+        name: part.reshape(parameter.shape)
+        for (name, parameter), part in zip(parameters.items(), parts, strict=True)
+    }
