@@ -82,6 +82,8 @@ def evaluate(
           ``iterations`` of the Krylov run behind them, 0 for a factorisation;
         - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``cosine_sgd``, the cosine
           between d and g: g and F are the metric's;
+        - ``coverage``: the part of the parameters that the method's own curvature or optimizer
+          covers, in %; ``reason`` says what becomes of the rest;
         - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``) and ``reason``, which also holds
           what is to be known of a row that is ok;
         - ``num_samples, metric_samples, num_parameters, loss`` (mean ℓ_n of the problem's batch,
@@ -161,7 +163,7 @@ COLUMNS = [
     *("method", "damping", "damping_absolute", "damping_scale"),
     *("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_min", "gamma_floor"),
     *("gamma_ng_lower", "gamma_ng_upper", "iterations"),
-    *("decrease", "curvature", "update_norm", "cosine_sgd", "status", "reason"),
+    *("decrease", "curvature", "update_norm", "cosine_sgd", "coverage", "status", "reason"),
     *(
         "num_samples",
         "metric_samples",
@@ -220,6 +222,7 @@ class _Rated:
         self.updates: Updates | None = None
         self.grades: Grades | None = None
         self.reason = ""
+        self.coverage = 100.0
 
     def prepare(self, problem: Problem, scale: str, seed: int, limits: tuple[float, int]) -> None:
         """The method's updates, or the reason why there are none."""
@@ -231,6 +234,8 @@ class _Rated:
             self.absolute = absolute_dampings(problem, state, self.dampings, scale)
             self.updates = state.updates([0.0 if math.isnan(v) else v for v in self.absolute])
             _check_scaled(method, self.absolute, self.updates)
+            self.coverage = float(getattr(state, "coverage", 100.0))
+            self.reason = "; ".join(getattr(state, "notes", ()))
         except Exception as error:  # a method may be anybody's; its failure is data
             self.fail(error)
 
@@ -259,12 +264,13 @@ class _Rated:
             defined = np.isfinite(numbers[0])
             status = np.where(defined, "ok", "undefined").astype(object)
             undefined = "dᵀg = 0 to rounding, or not finite"
-            reason = np.where(defined, "", undefined).astype(object)
+            reason = np.where(defined, self.reason, undefined).astype(object)
         return {
             "method": np.full(count, self.method.name, object),
             "damping": np.array(self.dampings),
             "damping_absolute": np.array(self.absolute),
             **dict(zip(names, numbers, strict=True)),
+            "coverage": np.full(count, self.coverage),
             "status": status,
             "reason": reason,
         }

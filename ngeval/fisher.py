@@ -149,7 +149,8 @@ def factor_columns(problem: Problem) -> Tensor:
             f"the exact Fisher of {problem.num_samples} samples by its rows takes "
             f"{problem.num_outputs} backward passes and {describe_bytes(needed)}, over the memory "
             f"budget of {describe_bytes(problem.rows.memory)}; use fewer samples or positions, "
-            "raise memory=, or take diag-ef in place of diag"
+            "raise memory=, or take labels of the data or the model in place of the expectation "
+            "(diag-ef for diag, kfac-sf for kfac)"
         )
     unit = unit_cotangents(problem)
     columns = problem.distribution.factor_product(unit.transpose(0, 1))

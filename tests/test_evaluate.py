@@ -240,7 +240,7 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("methods", "words"),
         [
-            ([], "no method given; known: diag"),
+            ([], "no method given; known: block-ng, diag"),
             (["sgd", "kfca"], "unknown method 'kfca'"),
             (["sgdd"], "did you mean 'sgd'"),
             (["sgd", "sgd"], "named twice: sgd"),

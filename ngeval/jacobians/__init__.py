@@ -12,6 +12,7 @@ from ngeval.jacobians.rows import (
     gram_matrix,
     row_combinations,
     squared_column_sums,
+    squared_sums,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "gram_matrix",
     "row_combinations",
     "squared_column_sums",
+    "squared_sums",
 ]

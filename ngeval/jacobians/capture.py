@@ -56,10 +56,15 @@ class Plan:
     replicated: list[str] = field(default_factory=list)
     looped: list[str] = field(default_factory=list)
 
-    def streamed(self) -> set[str]:
-        """The owners whose terms are complete as soon as the backward pass has come by them."""
+    def uses(self) -> Counter[str]:
+        """In how many places each parameter is seen."""
         uses = Counter(name for owner in self.owners for name in set(owner.parameters.values()))
         uses.update(self.replicated)
+        return uses
+
+    def streamed(self) -> set[str]:
+        """The owners whose terms are complete as soon as the backward pass has come by them."""
+        uses = self.uses()
         return {
             owner.name
             for owner in self.owners

@@ -6,7 +6,7 @@ fit the memory budget; a Gram matrix is then assembled from pairs of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -191,21 +191,32 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
                 lambda terms, vectors: add_inner_products(gram, terms, terms, symmetric=True),
             )
             return gram
-        if len(blocks) > 1:
-            blocks = limited.blocks(cotangents, share=0.5)
-        for i, block in enumerate(blocks):
-            terms = limited.capture(cotangents, block)
-            add_inner_products(gram[block.rows, block.rows], terms, terms, symmetric=True)
-            for other in blocks[i + 1 :]:
-                others = limited.capture(cotangents, other)
-                add_inner_products(gram[other.rows, block.rows], others, terms)
+        for rows, columns, left, right in pairs(limited, cotangents):
+            add_inner_products(gram[rows, columns], left, right, symmetric=left is right)
         return gram
 
     gram = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
-    return _from_lower(gram)
+    return from_lower(gram)
 
 
-def _from_lower(matrix: Tensor) -> Tensor:
+def pairs(
+    source: RowSource, cotangents: Tensor
+) -> Iterator[tuple[slice, slice, list[Term], list[Term]]]:
+    """All that the lower triangle of a Gram matrix is made of: its rows, its columns, their terms.
+
+    On the diagonal both lists of terms are the same one.
+    """
+    blocks = source.blocks(cotangents)
+    if len(blocks) > 1:
+        blocks = source.blocks(cotangents, share=0.5)
+    for i, block in enumerate(blocks):
+        terms = source.capture(cotangents, block)
+        yield block.rows, block.rows, terms, terms
+        for other in blocks[i + 1 :]:
+            yield other.rows, block.rows, source.capture(cotangents, other), terms
+
+
+def from_lower(matrix: Tensor) -> Tensor:
     """The symmetric matrix with this lower triangle; it takes the place of the other."""
     size = len(matrix)
     # By tiles, since a transposed matrix is read against the grain of memory.
@@ -274,7 +285,7 @@ class CapturedRows:
             gram = torch.zeros(size, size, dtype=torch.float64, device=limited.function.device)
             for _, terms in self._captures(limited):
                 add_inner_products(gram, terms, terms, symmetric=True)
-            return _from_lower(gram)
+            return from_lower(gram)
 
         source = self.source
         return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
@@ -287,6 +298,10 @@ class CapturedRows:
 
         source = self.source
         return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+
+    def captures(self) -> Iterator[tuple[Block, list[Term]]]:
+        """The terms of all rows, block by block."""
+        yield from self._captures(self.source)
 
     def _can_be_kept(self, source: RowSource) -> bool:
         count, vectors = self.cotangents.shape[:2]
@@ -337,15 +352,31 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
 
     With v the columns of S this is diag F; with v = u it is the diagonal of the empirical Fisher.
     """
+    sums = squared_sums(source, cotangents, list(source.function.parameters))
+    return torch.cat(list(sums.values()))
 
-    def attempt(limited: RowSource) -> Tensor:
+
+def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) -> Parameters:
+    """Σ_{n,q} (J_nᵀv_nq)² of some parameters: flat float64 vectors by name.
+
+    Args:
+        source: the model, engine and memory budget.
+        cotangents: v of shape ``(N, Q, *positions, C)``.
+        names: which parameters; with one of a layer's, all of that layer's.
+    """
+
+    def attempt(limited: RowSource) -> Parameters:
+        parameters = source.function.parameters
         sums = {
-            name: torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
-            for name, p in source.function.parameters.items()
+            name: torch.zeros(
+                parameters[name].numel(), dtype=torch.float64, device=parameters[name].device
+            )
+            for name in names
         }
         for block in limited.blocks(cotangents):
-            add_squared_column_sums(sums, limited.capture(cotangents, block))
-        return torch.cat(list(sums.values()))
+            terms = limited.capture(cotangents, block)
+            add_squared_column_sums(sums, [t for t in terms if t.shapes.keys() <= sums.keys()])
+        return sums
 
     return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
 

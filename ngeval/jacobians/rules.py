@@ -76,10 +76,12 @@ class Rule:
     Attributes:
         applies: whether a call with these layouts can be.
         term: the term of a call.
+        affine: the term is an `AffineTerm`.
     """
 
     applies: Callable[[Any, CallLayout], bool]
     term: Callable[[ModelFunction, Call], Term]
+    affine: bool = False
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -251,12 +253,12 @@ def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
     return given is not None and made is not None and given.dim == made.dim == 0
 
 
-_CONVOLUTION = Rule(_conv_applies, _conv_term)
+_CONVOLUTION = Rule(_conv_applies, _conv_term, affine=True)
 _LAST_NORM = Rule(_layer_norm_applies, partial(_norm_term, channels_first=False))
 _CHANNEL_NORM = Rule(_channel_norm_applies, partial(_norm_term, channels_first=True))
 
 RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(_linear_applies, _linear_term),
+    nn.Linear: Rule(_linear_applies, _linear_term, affine=True),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,

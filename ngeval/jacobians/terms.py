@@ -11,7 +11,7 @@ applied to a sample, g groups, o and i the layer's outputs and inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,10 @@ class Term(ABC):
             weights: w, shape ``(B, R, Q)``.
         """
 
+    @abstractmethod
+    def restricted(self, names: Collection[str]) -> Term | None:
+        """The term of some of its parameters alone, None if it has none of them."""
+
     @property
     def num_units(self) -> int:
         """Into how many pieces the rows can be cut."""
@@ -99,6 +103,18 @@ class RowsTerm(Term):
             return {name: _mixed(chosen, value) for name, value in rows.items()}
 
         return RowsTerm(self.num_samples, weights.shape[1], self.parameter_shapes, compute)
+
+    def restricted(self, names: Collection[str]) -> RowsTerm | None:
+        """All rows are made, and those of other parameters let go."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        if len(shapes) == len(self.shapes):
+            return self
+
+        def compute(samples: slice, vectors: slice) -> Parameters:
+            rows = self.compute(samples, vectors)
+            return {name: rows[name] for name in shapes}
+
+        return replace(self, parameter_shapes=shapes, compute=compute) if shapes else None
 
 
 @dataclass(frozen=True)
@@ -175,6 +191,13 @@ class AffineTerm(Term):
     def combined(self, weights: Tensor) -> AffineTerm:
         """With other gradients at the layer's output."""
         return replace(self, cotangents=_mixed(weights, self.cotangents))
+
+    def restricted(self, names: Collection[str]) -> AffineTerm | None:
+        """Without the weight, or without the bias."""
+        weight, bias = (
+            name if name and name in names else None for name in (self.weight, self.bias)
+        )
+        return replace(self, weight=weight, bias=bias) if weight or bias else None
 
     def applied(self, direction: Tensor) -> Tensor:
         """D a at every position, in the model's dtype: shape ``(n, t, g, o)``."""
@@ -255,6 +278,10 @@ class EmbeddingTerm(Term):
     def combined(self, weights: Tensor) -> EmbeddingTerm:
         """With other gradients at the table's output."""
         return replace(self, cotangents=_mixed(weights, self.cotangents))
+
+    def restricted(self, names: Collection[str]) -> EmbeddingTerm | None:
+        """All of it or nothing."""
+        return self if self.weight in names else None
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """The gradients of equal indices, summed."""

@@ -23,6 +23,9 @@ class State(Protocol):
     Attributes:
         largest_curvature: the largest eigenvalue of the method's own curvature, which
             ``damping_scale="relative"`` multiplies λ by; NaN for a method without one.
+
+    A state may also have ``coverage``, the part of the parameters that it treats, in percent (100
+    if it has not), and ``notes``, a tuple of remarks that belong beside its results.
     """
 
     @property

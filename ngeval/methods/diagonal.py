@@ -1,51 +1,51 @@
-"""``diag`` and ``diag-ef``: diagonal preconditioners.
+"""``diag``, ``diag-sf``, ``diag-ef``, ``diag-ief``: diagonal preconditioners.
 
-``diag`` divides by the exact diagonal of the Fisher, ``diag-ef`` by that of the empirical Fisher
-Σ_n g_n², raised to an exponent ρ: ρ = ½ is the square root in Adam's and FAdam's update
+d(λ) = g / (f + λ)^ρ with f the diagonal of Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ, where v says whose labels it
+is made of (see `ngeval.methods.labels`). ρ = ½ is the square root in Adam's and FAdam's update
 (Hwang, arXiv 2405.12807, §3.4.1).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ngeval.jacobians import squared_column_sums
 from ngeval.methods.base import ParameterState
+from ngeval.methods.labels import EXACT, Labels
 from ngeval.problem import Problem
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """d(λ) = g / (diag F + λ), with the exact diagonal."""
-
-    name: str = "diag"
-
-    def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
-        """Compute diag F: C backward passes for each sample."""
-        return DiagonalState(problem, problem.fisher().diagonal(), 1.0)
-
-
-@dataclass(frozen=True)
-class DiagonalEmpirical:
-    """d(λ) = g / (Σ_n g_n² + λ)^ρ.
+    """d(λ) = g / (f + λ)^ρ.
 
     Attributes:
+        name: as it is asked for.
+        labels: whose labels f is made of.
         exponent: ρ.
     """
 
-    name: str
-    exponent: float
+    name: str = "diag"
+    labels: Labels = field(default_factory=lambda: Labels(EXACT))
+    exponent: float = 1.0
 
     def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
-        """Sum the squared per-sample gradients."""
-        squares = problem.remember(
-            "empirical_diagonal",
-            lambda: squared_column_sums(problem.rows, problem.residual.unsqueeze(1)),
-        )
-        return DiagonalState(problem, squares, self.exponent)
+        """Sum the squared rows: C backward passes for the exact diagonal, k for k draws, else 1.
+
+        Raises:
+            EngineError: the exact diagonal of so many outputs is out of reach.
+        """
+        if self.labels.source == EXACT:
+            diagonal = problem.fisher().diagonal()
+        else:
+            diagonal = problem.remember(
+                f"diagonal {self.labels.key(seed)}",
+                lambda: squared_column_sums(problem.rows, self.labels.vectors(problem, seed)),
+            )
+        return DiagonalState(problem, diagonal, self.exponent)
 
 
 class DiagonalState(ParameterState):

@@ -1,0 +1,171 @@
+"""``block-ng``: the natural gradient of every layer by itself, with the layer's exact Fisher.
+
+d_l(λ) = (F_ll + λI)⁻¹g_l for the diagonal blocks F_ll of F. What it loses against ``ng`` is lost by
+leaving out what layers do to each other; what ``kfac`` loses against it, by the Kronecker step.
+
+With R_l = SᵀJ_l and r = S⁺u, F_ll = R_lᵀR_l and g_l = R_lᵀr. A layer with more parameters than the
+batch has outputs is solved in logit space, d_l = R_lᵀ(R_lR_lᵀ + λI)⁻¹r, others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError, NumericalError
+from ngeval.fisher import factor_columns
+from ngeval.groups import layer_groups
+from ngeval.jacobians.blocks import group_combinations, group_grams, group_squares
+from ngeval.kernel import DENSE_SIZE
+from ngeval.memory import describe_bytes
+from ngeval.methods.base import as_tensor
+from ngeval.problem import Problem
+from ngeval.spectrum import Spectrum
+from ngeval.updates import DirectionUpdates, Updates
+
+WORKSPACE = 5
+"""Matrices of a block's size that exist at one time while it is decomposed."""
+
+
+@dataclass(frozen=True)
+class BlockNaturalGradient:
+    """d_l(λ) = (F_ll + λI)⁻¹g_l for every layer l, a module that owns parameters."""
+
+    name: str = "block-ng"
+
+    def prepare(self, problem: Problem, seed: int = 0) -> BlockState:
+        """Factor every block.
+
+        Raises:
+            EngineError: a layer has more than 6000 parameters while the batch has more than 6000
+                outputs, or the blocks do not fit in the memory budget.
+            NumericalError: a label's probability underflows, so r is infinite.
+        """
+        return problem.remember("block_natural_gradient", lambda: BlockState(problem))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer's F_ll, factored in one of two spaces.
+
+    Attributes:
+        spectrum: of F_ll, or of R_lR_lᵀ.
+        right: g_l, or r.
+    """
+
+    spectrum: Spectrum
+    right: Tensor
+
+
+class BlockState:
+    """The spectra of all layers."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Make and factor the blocks, as many at a time as there is room for."""
+        self.problem = problem
+        self.right = problem.distribution.whitened_residual().flatten()
+        if not bool(torch.isfinite(self.right).all()):
+            raise NumericalError(
+                "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
+            )
+        groups = layer_groups(problem.function.parameters)
+        size = problem.num_samples * problem.num_outputs
+        self.small = {g: names for g, names in groups.items() if self._count(names) <= size}
+        self.large = {g: names for g, names in groups.items() if g not in self.small}
+        self._check(size)
+        self.blocks: dict[str, Block] = {}
+        for part in self._batches(self.small):
+            found = group_squares(problem.rows, factor_columns(problem), part, self.right)
+            for group, (square, gradient) in found.items():
+                self.blocks[group] = self._factored(square, gradient)
+        for part in self._batches(self.large):
+            grams = group_grams(problem.rows, factor_columns(problem), part)
+            for group, gram in grams.items():
+                self.blocks[group] = self._factored(gram, self.right)
+
+    @property
+    def largest_curvature(self) -> float:
+        """The largest eigenvalue of all blocks."""
+        return max(block.spectrum.largest for block in self.blocks.values())
+
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ), shape ``(P,)``."""
+        return self._directions([damping])[0]
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """Those of every λ; a pass over the rows makes as many as there is room for."""
+        problem = self.problem
+        room = problem.rows.memory // (4 * problem.num_parameters * problem.dtype.itemsize)
+        step = max(1, min(len(dampings), room))
+        made: dict[int, Tensor] = {}
+
+        def make(index: int) -> Tensor:
+            first = index // step * step
+            if first not in made:
+                made.clear()
+                made[first] = self._directions(dampings[first : first + step])
+            return made[first][index - first]
+
+        return DirectionUpdates(len(dampings), make)
+
+    def _directions(self, dampings: Sequence[float]) -> Tensor:
+        problem, lambdas = self.problem, as_tensor(self.problem, dampings)
+        solved = {g: b.spectrum.solve(b.right, lambdas) for g, b in self.blocks.items()}
+        shape = (len(dampings), problem.num_parameters)
+        update = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
+        if self.large:
+            weights = {group: solved[group] for group in self.large}
+            columns = factor_columns(problem)
+            update = group_combinations(problem.rows, columns, self.large, weights)
+        starts, total = {}, 0
+        for name, parameter in problem.function.parameters.items():
+            starts[name], total = total, total + parameter.numel()
+        for group, names in self.small.items():
+            sizes = [problem.function.parameters[name].numel() for name in names]
+            for name, part in zip(names, solved[group].split(sizes, 1), strict=True):
+                update[:, starts[name] : starts[name] + part.shape[1]] = part
+        return update.to(torch.float64)
+
+    def _factored(self, matrix: Tensor, right: Tensor) -> Block:
+        epsilon = self.problem.function.row_epsilon
+        return Block(Spectrum.of_gram(matrix, epsilon, right), right)
+
+    def _count(self, names: Sequence[str]) -> int:
+        return sum(self.problem.function.parameters[name].numel() for name in names)
+
+    def _side(self, names: Sequence[str]) -> int:
+        """The size of the matrix that a layer is solved by."""
+        return min(self._count(names), self.problem.num_samples * self.problem.num_outputs)
+
+    def _check(self, size: int) -> None:
+        sides = {g: self._side(names) for g, names in {**self.small, **self.large}.items()}
+        group, side = max(sides.items(), key=lambda item: item[1])
+        if side > DENSE_SIZE:
+            raise EngineError(
+                f"block-ng solves layer {group!r} by a matrix of {side} rows, the lesser of its "
+                f"{self._count({**self.small, **self.large}[group])} parameters and the batch's "
+                f"{size} outputs; over {DENSE_SIZE} is out of reach: use fewer samples"
+            )
+        needed = 8 * (WORKSPACE * side**2 + sum(value**2 for value in sides.values()))
+        if needed > self.problem.rows.memory:
+            raise EngineError(
+                f"the blocks of {len(sides)} layers take {describe_bytes(needed)}, over the memory "
+                f"budget of {describe_bytes(self.problem.rows.memory)}; use fewer samples or raise "
+                "memory="
+            )
+
+    def _batches(self, groups: dict[str, list[str]]) -> list[dict[str, list[str]]]:
+        """Groups whose matrices fit in a quarter of the memory together."""
+        parts: list[dict[str, list[str]]] = []
+        room = 0.0
+        for group, names in groups.items():
+            needed = 8 * self._side(names) ** 2
+            if not parts or needed > room:
+                parts.append({})
+                room = self.problem.rows.memory / 4
+            parts[-1][group] = names
+            room -= needed
+        return parts

@@ -1,0 +1,95 @@
+"""Where the labels of a curvature come from: the cotangents that it is made of.
+
+Every curvature of ngeval is Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ for some v; the kinds differ in v alone:
+
+=========== ============================== =========================================
+``exact``   the columns of S_n, S Sᵀ = H   the Fisher F, an expectation over labels
+``sampled`` û_nk/√k, k labels ~ p(·|z_n)   F̂, unbiased for F (type-2 factors of KFAC)
+``data``    u_n                            the empirical Fisher Σ g gᵀ
+``improved`` u_n/‖u_n‖                     iEF's: Σ g gᵀ/s_n with s_n = ‖u_n‖²
+=========== ============================== =========================================
+
+Source of the last: Wu et al., "An improved empirical Fisher approximation for natural gradient
+descent" (arXiv 2406.06420).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.fisher import factor_columns
+from ngeval.problem import Problem
+
+EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
+
+SUFFIXES = {"": EXACT, "-sf": SAMPLED, "-ef": DATA, "-ief": IMPROVED}
+"""What a method's name ends in, by where its labels come from."""
+
+DESCRIPTIONS = {
+    EXACT: "expectation",
+    SAMPLED: "the model",
+    DATA: "data",
+    IMPROVED: "data, 1/‖u_n‖²",
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels.
+
+    Attributes:
+        source: ``"exact"``, ``"sampled"``, ``"data"`` or ``"improved"``.
+        mc_samples: k, the draws for each sample, of sampled labels.
+    """
+
+    source: str
+    mc_samples: int = 1
+
+    def key(self, seed: int) -> tuple[str | int, ...]:
+        """What tells two curvatures of one problem apart."""
+        return (self.source, self.mc_samples, seed) if self.source == SAMPLED else (self.source,)
+
+    def vectors(self, problem: Problem, seed: int) -> Tensor:
+        """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
+
+        Raises:
+            EngineError: the columns of S do not fit in the memory budget.
+        """
+        if self.source == EXACT:
+            return factor_columns(problem)
+        residual = problem.residual.unsqueeze(1)
+        if self.source == DATA:
+            return residual
+        if self.source == IMPROVED:
+            return residual / _safe(problem).reshape(-1, *[1] * (residual.ndim - 1))
+        generator = torch.Generator().manual_seed(seed)
+        labels = problem.distribution.sample(self.mc_samples, generator)
+        sampled = problem.distribution.residual(labels).transpose(0, 1)
+        return sampled / self.mc_samples**0.5
+
+    def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The v of the curvature, and u among them or as one more.
+
+        Returns:
+            v of shape ``(N, Q, *positions, C)``; which of the Q make the curvature (1 or 0), shape
+            ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
+        """
+        vectors = self.vectors(problem, seed)
+        count, width = vectors.shape[:2]
+        if self.source in (DATA, IMPROVED):
+            scale = _safe(problem) if self.source == IMPROVED else torch.ones_like(problem.loss)
+            return vectors, scale.new_ones(1), scale.unsqueeze(1)
+        share = vectors.new_ones(width + 1)
+        share[-1] = 0
+        gradient = vectors.new_zeros(count, width + 1)
+        gradient[:, -1] = 1
+        return torch.cat([vectors, problem.residual.unsqueeze(1)], 1), share, gradient
+
+
+def _safe(problem: Problem) -> Tensor:
+    """‖u_n‖, and 1 where it is 0: what is divided by it is 0 too."""
+    norms = problem.residual.flatten(1).norm(dim=1)
+    return torch.where(norms > 0, norms, 1.0)
