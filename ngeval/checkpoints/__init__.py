@@ -1,14 +1,25 @@
 """Checkpoint files: finding them in order, reading them without running code, loading strictly."""
 
 from ngeval.checkpoints.finding import Checkpoint, find_checkpoints
-from ngeval.checkpoints.loading import CheckpointLoader, load_checkpoint, save_checkpoint
-from ngeval.checkpoints.reading import read_state
+from ngeval.checkpoints.loading import (
+    CheckpointLoader,
+    load_checkpoint,
+    renamed,
+    save_checkpoint,
+)
+from ngeval.checkpoints.optimizers import SavedOptimizer, read_optimizer, save_optimizer
+from ngeval.checkpoints.reading import listed, read_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointLoader",
+    "SavedOptimizer",
     "find_checkpoints",
+    "listed",
     "load_checkpoint",
+    "read_optimizer",
     "read_state",
+    "renamed",
     "save_checkpoint",
+    "save_optimizer",
 ]

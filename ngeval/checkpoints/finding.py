@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ngeval.checkpoints.pickles import names_any
 from ngeval.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -28,8 +29,14 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 LARGEST = 2.0**63
 """Beyond this a number is no epoch; NaN is not below it either."""
 
-NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
+NOT_WEIGHTS = re.compile(r"(.+\.)?optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
 """Files of a training run that have a checkpoint's suffix and are none."""
+
+OPTIMIZER = ("optimizer.pt", "optimizer.bin")
+"""What transformers' Trainer and accelerate write into a checkpoint's folder."""
+
+OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
+"""Under which of these a training program may keep the state in the checkpoint itself."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,12 @@ class Checkpoint:
 
     @property
     def optimizer(self) -> Path | None:
-        """The optimizer's state beside the weights, as a Trainer keeps it."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        kept = folder / "optimizer.pt"
-        return kept if kept.is_file() else None
+        """The file with the optimizer's state, None where there is none.
+
+        ``epoch-003.optimizer.pt`` beside ``epoch-003.safetensors``, ``optimizer.pt`` in a
+        checkpoint's folder, or the checkpoint itself.
+        """
+        return None if self.as_built else optimizer_file(self.path)
 
     def _number(self, name: str) -> float | None:
         value = self.metadata.get(name)
@@ -133,6 +142,18 @@ def weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(f"{folder} has none of the files {', '.join(names)}")
+
+
+def optimizer_file(path: Path) -> Path | None:
+    """Where the optimizer's state of a checkpoint is; never that of another one beside it."""
+    own = path.with_name(f"{path.stem}.optimizer.pt")
+    if not path.is_dir() and own.is_file():
+        return own
+    if path.is_dir() or path.name in WEIGHTS + ADAPTER:
+        folder = path if path.is_dir() else path.parent
+        return next((folder / name for name in OPTIMIZER if (folder / name).is_file()), None)
+    pickled = path.suffix in SUFFIXES and path.suffix != ".safetensors"
+    return path if pickled and path.is_file() and names_any(path, OPTIMIZER_KEYS) else None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

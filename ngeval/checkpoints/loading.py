@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,6 +17,8 @@ from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.checkpoints.finding import Checkpoint
 from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError
+
+T = TypeVar("T")
 
 COMPILED = "_orig_mod."
 """What ``torch.compile`` puts into names."""
@@ -117,7 +119,7 @@ def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
 
 def _load_state(model: nn.Module, checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
-    state = _renamed(state, list(own))
+    state = renamed(state, list(own))
     names_of: dict[int, list[str]] = {}
     for key, tensor in own.items():
         names_of.setdefault(id(tensor), []).append(key)
@@ -171,8 +173,8 @@ def _kind(tensor: Tensor) -> str:
     return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
 
 
-def _renamed(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:
-    """The state with the model's names, as far as prefixes tell them apart."""
+def renamed(state: dict[str, T], own: list[str]) -> dict[str, T]:
+    """What is kept by name with the model's names, as far as prefixes tell them apart."""
     plain = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
     if len(plain) < len(state):
         return state

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickletools
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ngeval.checkpoints.finding import weights_file
+from ngeval.checkpoints.pickles import asks_for_code
 from ngeval.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -50,23 +48,44 @@ def listed(names: list[str], most: int = 8) -> str:
 
 
 def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return safetensors.torch.load_file(path)
+        except Exception as error:  # a broken file may raise anything
+            raise _unreadable(path, error) from error
+    content = load_file(path, "model.state_dict()", allow_pickle=allow_pickle)
+    return _checked(path, _unwrapped(content))
+
+
+def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
+    """What ``torch.save`` wrote, on the CPU, without running code.
+
+    Args:
+        path: the file.
+        instead: what to save instead of a pickle that asks for code.
+        allow_pickle: unpickle with code; only for files that you trust.
+
+    Raises:
+        CheckpointError: unreadable, truncated, or asks for code to be run.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # a broken file, or an allowed pickle, may raise anything
-        if not allow_pickle and _asks_for_code(path):
+        if not allow_pickle and asks_for_code(path):
             raise CheckpointError(
                 f"{path} is a pickle that asks to run code on loading, which was refused; save "
-                "model.state_dict() instead, or pass --allow-pickle if you trust its source"
+                f"{instead} instead, or pass --allow-pickle if you trust its source"
             ) from error
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint (truncated, or of another format?): "
-            f"{type(error).__name__}: {_first_line(error)}"
-        ) from error
-    return _checked(path, _unwrapped(state))
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as a checkpoint (truncated, or of another format?): "
+        f"{type(error).__name__}: {_first_line(error)}"
+    )
 
 
 def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -133,35 +152,6 @@ def _is_plain(tensor: Tensor) -> bool:
     """Not sparse, quantized, nested or without data."""
     strided = tensor.layout == torch.strided and not tensor.is_nested
     return strided and not tensor.is_quantized and not tensor.is_meta
-
-
-def _asks_for_code(path: Path) -> bool:
-    """Whether the pickle in a file names functions or classes; it is parsed, never run."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-                data = archive.read(names[0]) if names else b""
-        else:
-            data = path.read_bytes()
-        calls = {"GLOBAL", "STACK_GLOBAL", "INST"}
-        return any(opcode.name in calls for opcode, _, _ in _readable_opcodes(data))
-    except (OSError, zipfile.BadZipFile, RuntimeError):
-        return False
-
-
-def _readable_opcodes(data: bytes) -> list[Any]:
-    """The opcodes of all pickles that a file begins with; none if the bytes are something else.
-
-    torch's old format is a few pickles in a row, and then raw numbers.
-    """
-    stream, found = io.BytesIO(data), []
-    while stream.tell() < len(data):
-        try:
-            found += list(pickletools.genops(stream))
-        except Exception:  # arbitrary bytes make the parser raise anything
-            break
-    return found
 
 
 def _first_line(error: BaseException) -> str:

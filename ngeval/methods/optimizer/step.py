@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,12 @@ class OptimizerStep:
             InputError: it says what to give instead.
         """
         check_reduction(self.reduction)
-        if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
+        given = self.optimizer
+        several = [*given] if isinstance(given, list | tuple) else [given]
+        if not several or not all(isinstance(one, Optimizer) for one in several):
             raise InputError(
                 "optimizer must be a torch.optim.Optimizer or a list of them, not "
-                f"{type(self.optimizer).__name__}"
+                f"{type(given).__name__}"
             )
         for optimizer in self.optimizers:
             _check_closure(optimizer)
@@ -115,8 +117,8 @@ class OptimizerStep:
     def optimizers(self) -> list[Optimizer]:
         """The optimizers, without wrappers that only pass a step on."""
         given = self.optimizer
-        several = [given] if isinstance(given, Optimizer) or not _is_several(given) else given
-        return [unwrapped(o) if isinstance(o, Optimizer) else o for o in several]
+        several = [given] if isinstance(given, Optimizer) else list(given)
+        return [unwrapped(optimizer) for optimizer in several]
 
     def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
         """Take the step on copies.
@@ -201,10 +203,6 @@ class OptimizerStep:
             if key in names
         }
         return steps, notes
-
-
-def _is_several(given: object) -> bool:
-    return isinstance(given, Iterable) and not isinstance(given, Iterator | str)
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:

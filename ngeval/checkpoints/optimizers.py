@@ -1,0 +1,103 @@
+"""Optimizers' states in files: where they are, and reading them without running code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ngeval.checkpoints.reading import load_file
+from ngeval.errors import CheckpointError
+
+PLACES = (
+    "states",
+    "optimizer_states",
+    "optimizer_state_dict",
+    "optimizer_state_dicts",
+    "optimizers",
+    "optimizer",
+    "optim",
+)
+"""Under which of these a training program may keep its optimizers' states."""
+
+StateDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """What a file holds of optimizers.
+
+    Attributes:
+        path: the file.
+        name: the optimizer's name, where ngeval wrote the file.
+        states: the ``state_dict`` of each optimizer.
+    """
+
+    path: Path
+    name: str | None
+    states: list[StateDict]
+
+
+def save_optimizer(optimizers: Sequence[Optimizer], path: Path, name: str) -> None:
+    """Write optimizers' states, with the optimizer's name."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"optimizer": name, "states": states}, path)
+
+
+def read_optimizer(path: Path, *, allow_pickle: bool = False) -> SavedOptimizer:
+    """Read optimizers' states without running code.
+
+    Args:
+        path: what `save_optimizer` wrote; a file with ``optimizer.state_dict()`` or a list of
+            several (a Trainer's ``optimizer.pt``); or a training program's checkpoint that keeps
+            them under one of `PLACES` (Lightning's ``optimizer_states``).
+        allow_pickle: unpickle with code; only for files that you trust.
+
+    Raises:
+        CheckpointError: unreadable, asks for code to be run, or holds no optimizer's state.
+    """
+    content = load_file(path, "optimizer.state_dict()", allow_pickle=allow_pickle)
+    states = _found(content)
+    if not states:
+        raise CheckpointError(
+            f"{path} holds no optimizer's state: ngeval reads optimizer.state_dict(), or a list of "
+            f"them, also under one of {', '.join(PLACES)}"
+        )
+    for state in states:
+        _check(path, state)
+    name = content.get("optimizer") if isinstance(content, Mapping) else None
+    return SavedOptimizer(path, name if isinstance(name, str) else None, states)
+
+
+def _found(content: Any, depth: int = 0) -> list[StateDict]:
+    """The state dicts in what was saved, in order."""
+    if isinstance(content, Mapping):
+        if "state" in content and "param_groups" in content:
+            return [dict(content)]
+        if depth < 2:
+            for place in PLACES:
+                if found := _found(content.get(place), depth + 1):
+                    return found
+        content = list(content.values()) if depth else []
+    if isinstance(content, list | tuple):
+        parts = [_found(value, 2) for value in content]
+        if all(len(part) == 1 for part in parts):
+            return [part[0] for part in parts]
+    return []
+
+
+def _check(path: Path, state: StateDict) -> None:
+    """Refuse what has not the form of ``optimizer.state_dict()``."""
+    groups = state["param_groups"]
+    well_formed = isinstance(state["state"], Mapping) and isinstance(groups, list | tuple)
+    if not well_formed or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
+        for group in groups
+    ):
+        raise CheckpointError(
+            f"{path}: its state and param_groups have not the form of optimizer.state_dict()"
+        )
