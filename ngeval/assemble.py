@@ -8,8 +8,16 @@ from pathlib import Path
 import torch
 
 from ngeval.checkpoints import Checkpoint, find_checkpoints
-from ngeval.errors import CheckpointError, InputError
-from ngeval.options import HubOptions, RunOptions, parse_bytes, parse_dtype
+from ngeval.errors import CheckpointError, InputError, nearest_name
+from ngeval.methods.stage import OptimizerOptions
+from ngeval.options import (
+    REDUCTIONS,
+    HubOptions,
+    RunOptions,
+    StepOptions,
+    parse_bytes,
+    parse_dtype,
+)
 from ngeval.runs import Run
 from ngeval.tasks import Task, get_task
 
@@ -17,7 +25,7 @@ HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
 """Options that are called otherwise in `ngeval.tasks.hf.hub_task`."""
 
 
-def make_run(options: RunOptions, hub: HubOptions) -> Run:
+def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
     """The run that was asked for.
 
     Raises:
@@ -27,6 +35,10 @@ def make_run(options: RunOptions, hub: HubOptions) -> Run:
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
+    if step.reduction not in REDUCTIONS:
+        raise InputError(
+            f"unknown reduction {step.reduction!r}; {nearest_name(step.reduction, REDUCTIONS)}"
+        )
     if (options.task is None) == (hub.hf_model is None):
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])
@@ -50,6 +62,8 @@ def make_run(options: RunOptions, hub: HubOptions) -> Run:
         engine=options.engine,
         memory=memory,
         allow_pickle=options.allow_pickle,
+        optimizer_states=step.optimizer_state or (),
+        optimizer_options=OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -23,10 +24,15 @@ from rich.table import Table
 from torch import nn
 from typer.core import TyperGroup
 
+from ngeval.comparison import three_stages
 from ngeval.errors import NgevalError
+from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
+
+MAX_LAYERS = 16
+"""Layers of an update in a printed table."""
 
 WIDE = 160
 """Characters in a line of a file or pipe."""
@@ -138,6 +144,89 @@ def sweep_table(table: pd.DataFrame) -> Table:
             first = False
         shown.add_section()
     return shown
+
+
+def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
+    """What each layer buys and spends: for up to three checkpoints, at the first λ."""
+    labels = {"": ""}
+    names = [""]
+    if "checkpoint" in table:
+        labels, names = checkpoint_labels(table), three_stages(table)
+    summary = summarize_layers(table[table["damping"] == table["damping"].iloc[0]])
+    for name in names:
+        rows = summary[summary["checkpoint"] == name] if name else summary
+        where = f"{labels[name]}, " if name else ""
+        shown = Table(
+            title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",
+            caption="means over batches; spends above buys: a smaller step there would lower γ; "
+            "γ/γ_SGD: of the update and of the gradient in this layer alone",
+            box=box.SIMPLE_HEAD,
+        )
+        for column in ("method", "layer", "parameters", "buys", "spends", "spends − buys"):
+            justify: Any = "left" if column in ("method", "layer") else "right"
+            shown.add_column(column, justify=justify, overflow="fold")
+        shown.add_column("γ/γ_SGD", justify="right")
+        leading = leading_layers(rows, MAX_LAYERS)
+        for method, part in rows.groupby("method", sort=False):
+            _layer_rows(shown, str(method), with_rest(part, leading))
+        yield shown
+
+
+def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
+    """A section of one method."""
+    first = f"{escape(method)}\n[dim]γ = {rows['gamma_total'].iloc[0]:.3g}[/dim]"
+    for _, row in rows.iterrows():
+        ratio = row["gamma_over_sgd"]
+        shown.add_row(
+            first,
+            escape(str(row["layer"])),
+            f"{row['num_parameters']:,.0f}",
+            *(f"{row[name]:.1%}" for name in ("decrease_share", "curvature_share")),
+            f"{row['excess']:+.1%}",
+            "–" if math.isnan(ratio) else f"{ratio:.3g}",
+        )
+        first = ""
+    shown.add_section()
+
+
+def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]:
+    """The methods by rank: a table for each checkpoint of `ngeval.comparison.ranking`.
+
+    Args:
+        ranked: the ranking.
+        table: what it was made of.
+    """
+    labels = checkpoint_labels(table)
+    natural = ranked["gamma_over_ng"].notna().any()
+    ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
+    for name, rows in ranked.groupby("checkpoint", sort=False):
+        shown = Table(
+            title=f"{rows['stage_name'].iloc[0]}: {labels[str(name)]}",
+            caption=f"{least} at each method's best λ of those given, geometric mean over batches; "
+            "one λ: the one that is best over all checkpoints"
+            + ("; 1 is the natural gradient itself" if natural else ""),
+            box=box.SIMPLE_HEAD,
+        )
+        columns = ("", "method", least, "95 % interval", "at λ", "with one λ", "one λ", "γ/γ_SGD")
+        for column in columns if natural else columns[:-1]:
+            shown.add_column(column, justify="left" if column == "method" else "right")
+        for _, row in rows.iterrows():
+            interval = f"{row[f'{ratio}_low']:.3g} – {row[f'{ratio}_high']:.3g}"
+            cells = [
+                "" if math.isnan(row["rank"]) else f"{row['rank']:.0f}",
+                escape(str(row["method"])),
+                _cell(row[ratio]),
+                "" if math.isnan(row[f"{ratio}_low"]) else interval,
+                _cell(row["damping"], ".0e"),
+                _cell(row[f"{ratio}_run"]),
+                _cell(row["damping_run"], ".0e"),
+            ]
+            shown.add_row(*cells, *([_cell(row["gamma_over_sgd"])] if natural else []))
+        yield shown
+
+
+def _cell(value: float, form: str = ".3g") -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
 
 
 def imbalance_table(table: pd.DataFrame) -> Table:

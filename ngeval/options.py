@@ -30,8 +30,22 @@ MethodsOption = Annotated[
     str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` shows them.")
 ]
 
+DampingScaleOption = Annotated[
+    str,
+    typer.Option(help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."),
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(help="Grade by the task's first K batches, or all of an epoch; default: the own."),
+]
+
 HUB = "Hugging Face model and data"
 """The panel of ``--help`` for what makes up a task on the command line."""
+
+STEP = "Steps of optimizers (methods such as adamw, adamw:20, muon)"
+"""The panel of ``--help`` for how an optimizer's step is taken."""
+
+REDUCTIONS = ("mean", "sum", "token-mean")
 
 
 @dataclass(frozen=True)
@@ -156,24 +170,37 @@ class HubOptions:
 class GradingOptions:
     """How updates are graded."""
 
-    damping_scale: Annotated[
-        str,
-        typer.Option(
-            help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."
-        ),
-    ] = "absolute"
-    metric_batches: Annotated[
-        str | None,
-        typer.Option(
-            help="Grade by the task's first K batches, or all of an epoch; default: the own."
-        ),
-    ] = None
+    damping_scale: DampingScaleOption = "absolute"
+    metric_batches: MetricOption = None
     natural: Annotated[
         bool, typer.Option(help="Also γ_min and bounds on the exact natural gradient's γ.")
     ] = True
     gap: Annotated[
         float, typer.Option(help="Relative gap of those bounds where a Krylov run finds them.")
     ] = GAP
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How an optimizer's step is taken; see `ngeval.OptimizerStep`."""
+
+    optimizer_state: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File with its state, one for each checkpoint; default: found beside them.",
+            rich_help_panel=STEP,
+        ),
+    ] = None
+    reduction: Annotated[
+        str,
+        typer.Option(
+            help="Of the training loss: mean, sum or token-mean; its state depends on it.",
+            rich_help_panel=STEP,
+        ),
+    ] = "mean"
+    weight_decay: Annotated[
+        bool, typer.Option(help="With the optimizer's weight decay.", rich_help_panel=STEP)
+    ] = True
 
 
 @dataclass(frozen=True)
@@ -277,6 +304,22 @@ def parse_metric(text: str | None) -> int | str | None:
         return text
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"metric batches {text!r}: write a number of batches, or all")
+    return int(text)
+
+
+def parse_groups(text: str) -> str | int:
+    """Read ``layer``, ``parameter``, or a number of components of parameters' names.
+
+    Raises:
+        InputError: neither.
+    """
+    if text in ("layer", "parameter"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(
+            f"groups {text!r}: write layer, parameter, or how many components of a parameter's "
+            "name make a group, like 2"
+        )
     return int(text)
 
 

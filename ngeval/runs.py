@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,15 +13,23 @@ from torch import nn
 
 from ngeval.checkpoints import Checkpoint, CheckpointLoader
 from ngeval.checks import check_device
-from ngeval.errors import InputError
+from ngeval.errors import CheckpointError, InputError
 from ngeval.evaluate import Progress, evaluate
 from ngeval.functional import map_inputs
 from ngeval.krylov import GAP
-from ngeval.methods import get_method
+from ngeval.layers import Groups, layer_table
+from ngeval.methods import Method, get_methods
+from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.metric import Metric
 from ngeval.metrics import gradient_norms, loss_change
 from ngeval.problem import Problem
-from ngeval.tasks import Task
+from ngeval.tasks import Batch, Task
+
+OTHER_BATCHES = 715_827_883
+"""Added to the seed for batches that optimizers accumulate their state over, so that they are not
+those that are graded."""
+
+NUM_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,12 @@ class Unit:
         columns: what identifies the unit in a table: ``task, checkpoint, stage`` (its place in
             the list), ``epoch`` and ``step`` (where the checkpoint tells them, else NaN),
             ``batch``.
+        methods: those that were asked for, at this checkpoint.
     """
 
     problem: Problem
     columns: dict[str, Any]
+    methods: Sequence[Method] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Run:
         memory: bytes to work in; None: four fifths of what is free.
         allow_pickle: unpickle checkpoints with code.
         on_model: called with each checkpoint and the model that it makes.
+        optimizer_states: files with the optimizer's state, one for each checkpoint; none: those
+            that are found with the checkpoints.
+        optimizer_options: how an optimizer's step is taken.
     """
 
     task: Task
@@ -83,20 +97,58 @@ class Run:
     memory: int | None = None
     allow_pickle: bool = False
     on_model: Callable[[Checkpoint, nn.Module], None] = lambda *_: None
+    optimizer_states: Sequence[Path] = ()
+    optimizer_options: OptimizerOptions = field(default_factory=OptimizerOptions)
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no batch, and a device that is not there."""
+        """Refuse sizes that make no batch, and a device or a state that is not there."""
         if self.batch_size < 1 or self.num_batches < 1:
             raise InputError("batch size and number of batches must be at least 1")
         check_device(self.device)
+        given, wanted = len(self.optimizer_states), len(self.checkpoints)
+        if given and given != wanted:
+            raise InputError(
+                f"{given} optimizer states for {wanted} checkpoints: give one for each, in the "
+                "checkpoints' order, or none to take those beside the checkpoints"
+            )
+        for path in self.optimizer_states:
+            if not path.is_file():
+                raise CheckpointError(f"optimizer state {path} is not a file")
 
     @property
     def num_units(self) -> int:
         """How many problems there are."""
         return len(self.checkpoints) * self.num_batches
 
-    def units(self) -> Iterator[Unit]:
-        """Load each checkpoint once and go through the batches."""
+    def stage(self, index: int) -> Stage:
+        """What methods may know of a checkpoint."""
+        checkpoint = self.checkpoints[index]
+        told = checkpoint.metadata.get("optimizer")
+        given = self.optimizer_states
+        return Stage(
+            checkpoint.name,
+            given[index] if given else checkpoint.optimizer,
+            told if isinstance(told, str) else None,
+            self._other_batches,
+            self.optimizer_options,
+        )
+
+    def _other_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of the task that are not those that are graded."""
+        seed = (self.seed + OTHER_BATCHES) % NUM_SEEDS
+        for inputs, targets in self.task.batches(self.batch_size, count, seed):
+            yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
+
+    def units(self, methods: Sequence[str | Method] = ()) -> Iterator[Unit]:
+        """Load each checkpoint once and go through the batches.
+
+        Raises:
+            InputError: unknown method.
+            CheckpointError: a method needs what a checkpoint has not; before any is loaded.
+        """
+        resolved = get_methods(methods) if methods else []
+        stages = [self.stage(index) for index in range(len(self.checkpoints))]
+        bound = [[at_stage(method, stage) for method in resolved] for stage in stages]
         base = self.task.model().to(self.device).eval()
         loader = CheckpointLoader(base, allow_pickle=self.allow_pickle)
         for stage, checkpoint in enumerate(self.checkpoints):
@@ -124,31 +176,58 @@ class Run:
                         "step": _number(checkpoint.step),
                         "batch": index,
                     },
+                    bound[stage],
                 )
 
     def gammas(
         self,
-        methods: Sequence[str],
+        methods: Sequence[str | Method],
         dampings: Sequence[float],
         damping_scale: str = "absolute",
         grading: Grading = Grading(),
         on_step: Progress | None = None,
     ) -> Iterator[pd.DataFrame]:
         """`ngeval.evaluate` on every unit: one table for each, with the unit's columns first."""
-        for unit in self.units():
+        for unit in self.units(methods):
             table = evaluate(
                 unit.problem,
-                methods,
+                unit.methods,
                 dampings,
                 damping_scale=damping_scale,
-                # Another draw of labels for every batch, the same for every checkpoint.
-                seed=self.seed + unit.columns["batch"],
+                seed=self._seed_of(unit),
                 metric=self._metric(unit.problem, grading),
                 natural=grading.natural,
                 gap=grading.gap,
                 on_step=on_step,
             )
             yield labelled(table, unit)
+
+    def layers(
+        self,
+        methods: Sequence[str | Method],
+        dampings: Sequence[float],
+        groups: Groups = "layer",
+        damping_scale: str = "absolute",
+        grading: Grading = Grading(),
+        on_step: Progress | None = None,
+    ) -> Iterator[pd.DataFrame]:
+        """`ngeval.layer_table` on every unit: one table for each, with the unit's columns first."""
+        for unit in self.units(methods):
+            table = layer_table(
+                unit.problem,
+                unit.methods,
+                dampings,
+                groups=groups,
+                damping_scale=damping_scale,
+                seed=self._seed_of(unit),
+                metric=self._metric(unit.problem, grading),
+                on_step=on_step,
+            )
+            yield labelled(table, unit)
+
+    def _seed_of(self, unit: Unit) -> int:
+        """Another draw of labels for every batch, the same for every checkpoint."""
+        return self.seed + int(unit.columns["batch"])
 
     def _metric(self, problem: Problem, grading: Grading) -> Metric | None:
         """The metric's batches: the same for every checkpoint and every batch of updates."""
@@ -158,15 +237,21 @@ class Run:
         count = None if isinstance(wanted, str) else wanted
         return Metric(problem, lambda: self.task.batches(self.batch_size, count, self.seed))
 
-    def imbalances(self, methods: Sequence[str], damping: float) -> Iterator[pd.DataFrame]:
+    def imbalances(self, methods: Sequence[str | Method], damping: float) -> Iterator[pd.DataFrame]:
         """`ngeval.gradient_norms` on every unit, one row for each sample.
 
         For each method a column ``loss_change_<method>``: the first-order change of that sample's
         loss for the unit step −d(λ), in nats.
         """
-        for unit in self.units():
-            seed = self.seed + unit.columns["batch"]
-            yield labelled(sample_table(unit.problem, methods, damping, seed), unit)
+        for unit in self.units(methods):
+            table = sample_table(unit.problem, unit.methods, damping, self._seed_of(unit))
+            yield labelled(table, unit)
+
+
+def at_stage(method: Method, stage: Stage) -> Method:
+    """The method at a checkpoint, where it has ``at(stage)``; others are the same everywhere."""
+    bind: Callable[[Stage], Method] | None = getattr(method, "at", None)
+    return method if bind is None else bind(stage)
 
 
 def _number(told: float | None) -> float:
@@ -174,13 +259,13 @@ def _number(told: float | None) -> float:
 
 
 def sample_table(
-    problem: Problem, methods: Sequence[str], damping: float, seed: int
+    problem: Problem, methods: Sequence[Method], damping: float, seed: int
 ) -> pd.DataFrame:
     """Per-sample norms, and what each method's update (absolute λ) does to each sample's loss."""
     table = gradient_norms(problem)
     for method in methods:
-        direction = get_method(method).prepare(problem, seed).direction(damping)
-        table[f"loss_change_{method}"] = loss_change(problem, direction).cpu().numpy()
+        direction = method.prepare(problem, seed).direction(damping)
+        table[f"loss_change_{method.name}"] = loss_change(problem, direction).cpu().numpy()
     return table
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ngeval import InputError, console, plots
+from ngeval import InputError, console
 from ngeval.plots import (
     damping_figure,
     imbalance_figure,
@@ -18,6 +18,7 @@ from ngeval.plots import (
     plot_imbalance,
     plot_stages,
     stages_figure,
+    style,
 )
 
 METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
@@ -313,13 +314,13 @@ def test_checkpoints_of_several_runs_keep_their_names():
         for epoch in (1, 2)
     ]
     table = pd.DataFrame(rows)
-    assert plots._stage_label(table) == "checkpoint (in order)"
-    assert plots._with_stage(table)["x"].tolist() == [0, 1, 2, 3]
+    assert style.stage_label(table) == "checkpoint (in order)"
+    assert style.with_stage(table)["x"].tolist() == [0, 1, 2, 3]
     assert list(console.checkpoint_labels(table).values()) == ["a/1", "a/2", "b/1", "b/2"]
     first = table[:2]
-    assert plots._stage_label(first) == "training epoch"
+    assert style.stage_label(first) == "training epoch"
     assert list(console.checkpoint_labels(first).values()) == ["epoch 1", "epoch 2"]
     steps = first.assign(epoch=math.nan)
-    assert plots._stage_label(steps) == "training step"
-    assert plots._with_stage(steps)["x"].tolist() == [10.0, 20.0]
+    assert style.stage_label(steps) == "training step"
+    assert style.with_stage(steps)["x"].tolist() == [10.0, 20.0]
     assert list(console.checkpoint_labels(steps).values()) == ["step 10", "step 20"]

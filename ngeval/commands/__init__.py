@@ -1,0 +1,1 @@
+"""The commands of ``ngeval``, one file for those that belong together; `ngeval.cli` lists them."""

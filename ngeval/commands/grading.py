@@ -1,0 +1,165 @@
+"""``gamma``, ``sweep``, ``layers`` and ``imbalance``: checkpoints × batches → a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from ngeval import console
+from ngeval.assemble import make_run
+from ngeval.commands.common import check_result, collect, report_failures
+from ngeval.evaluate import Progress, check_dampings
+from ngeval.methods import get_methods
+from ngeval.options import (
+    DampingScaleOption,
+    GradingOptions,
+    HubOptions,
+    MethodsOption,
+    MetricOption,
+    OutputOptions,
+    RunOptions,
+    StepOptions,
+    parse_dampings,
+    parse_groups,
+    parse_metric,
+    takes_options,
+)
+from ngeval.runs import Grading, Run
+
+
+@takes_options
+def gamma(
+    run: RunOptions,
+    hub: HubOptions,
+    step: StepOptions,
+    grading: GradingOptions,
+    out: OutputOptions,
+    methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
+    damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-6,1e-3",
+) -> None:
+    """Grade update rules at every checkpoint: γ against the exact natural gradient.
+
+    [bold]Examples:[/bold]
+
+    ngeval gamma --task digits-mlp --checkpoint runs/mlp --output gamma.csv
+
+    ngeval gamma --task my.py:task -c a.safetensors b.safetensors --methods sgd,ief,sf:4
+
+    ngeval gamma --task digits-mlp -c runs/mlp --methods sgd,kfac,adamw,muon:20
+
+    ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
+    """
+    table = grade((run, hub, step), grading, out, methods, _dampings(damping))
+    for value in list(dict.fromkeys(table["damping"]))[:3]:
+        console.table_console(out.quiet).print(console.stages_table(table, value))
+
+
+@takes_options
+def sweep(
+    run: RunOptions,
+    hub: HubOptions,
+    step: StepOptions,
+    grading: GradingOptions,
+    out: OutputOptions,
+    methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
+    dampings: Annotated[
+        str, typer.Option(help="λ: log-spaced low:high:count, or a comma list.")
+    ] = "1e-8:1e4:50",
+) -> None:
+    """Grade update rules over a range of dampings; one factorisation serves them all.
+
+    [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
+    """
+    table = grade((run, hub, step), grading, out, methods, _dampings(dampings))
+    console.table_console(out.quiet).print(console.sweep_table(table))
+
+
+@takes_options
+def layers(
+    run: RunOptions,
+    hub: HubOptions,
+    step: StepOptions,
+    out: OutputOptions,
+    methods: MethodsOption = "sgd,ef,ief",
+    damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-3",
+    groups: Annotated[
+        str,
+        typer.Option(help="layer, parameter, or how many components of a name make a group."),
+    ] = "layer",
+    damping_scale: DampingScaleOption = "absolute",
+    metric_batches: MetricOption = None,
+) -> None:
+    """What each layer of an update buys and spends: where does an optimizer lose its quality?
+
+    [bold]Examples:[/bold]
+
+    ngeval layers --task digits-mlp -c runs/mlp --methods sgd,ief,adamw --output layers.csv
+
+    ngeval layers --task my.py:task -c last.pt -m sgd,kfac --groups 2 && ngeval plot layers.csv
+    --kind layers --output layers.png
+    """
+    names = [method.name for method in get_methods(methods)]
+    values = _dampings(damping)
+    together = parse_groups(groups)
+    check_result(out)
+    how = Grading(parse_metric(metric_batches))
+    job = make_run(run, hub, step)
+
+    def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
+        return job.layers(names, values, together, damping_scale, how, on_step)
+
+    table = collect(job, tables, "grading layers", out, names)
+    report_failures(table)
+    for shown in console.layer_tables(table):
+        console.table_console(out.quiet).print(shown)
+
+
+@takes_options
+def imbalance(
+    run: RunOptions,
+    hub: HubOptions,
+    step: StepOptions,
+    out: OutputOptions,
+    methods: Annotated[
+        str, typer.Option("--methods", "-m", help="Also each one's loss change per sample.")
+    ] = "",
+    damping: Annotated[float, typer.Option(help="λ of those updates, absolute.")] = 0.0,
+) -> None:
+    """Per-sample gradient norms at every checkpoint: one row for each sample.
+
+    [bold]Example:[/bold] ngeval imbalance --task digits-mlp -c runs/mlp --methods ef,ief -o i.csv
+    """
+    names = [method.name for method in get_methods(methods)] if methods else []
+    check_dampings([damping])
+    check_result(out)
+    job = make_run(run, hub, step)
+    table = collect(job, lambda job, _: job.imbalances(names, damping), "gradient norms", out)
+    console.table_console(out.quiet).print(console.imbalance_table(table))
+
+
+def _dampings(text: str) -> list[float]:
+    return check_dampings(parse_dampings(text))
+
+
+def grade(
+    which: tuple[RunOptions, HubOptions, StepOptions],
+    grading: GradingOptions,
+    out: OutputOptions,
+    methods: str,
+    dampings: Sequence[float],
+) -> pd.DataFrame:
+    """What ``gamma``, ``sweep`` and ``compare`` share; returns the table of all rows."""
+    names = [method.name for method in get_methods(methods)]
+    check_result(out)
+    how = Grading(parse_metric(grading.metric_batches), grading.natural, grading.gap)
+    job = make_run(*which)
+
+    def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
+        return job.gammas(names, dampings, grading.damping_scale, how, on_step)
+
+    table = collect(job, tables, "grading updates", out, names)
+    report_failures(table)
+    return table

@@ -1,0 +1,63 @@
+"""Layer tables over batches, and which layers are worth showing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ngeval.errors import InputError
+
+SUMMED = ("decrease_share", "curvature_share")
+"""Columns that add up to 1 over layers."""
+
+GEOMETRIC = ("gamma", "gamma_over_sgd", "gamma_total")
+"""Columns whose geometric mean is taken."""
+
+
+def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over batches of what `layer_table` found.
+
+    Args:
+        table: rows of `layer_table` for several batches and checkpoints.
+
+    Returns:
+        One row per (checkpoint, method, damping, layer), in order of appearance: means of
+        ``decrease_share, curvature_share, excess``, geometric means of ``gamma, gamma_over_sgd,
+        gamma_total``, and ``num_parameters``. Rows that failed do not count.
+
+    Raises:
+        InputError: the table is another one.
+    """
+    missing = [name for name in ("layer", *SUMMED, "excess") if name not in table]
+    if missing:
+        raise InputError(f"the table has no column {', '.join(missing)}; is it layer_table's?")
+    keys = [key for key in ("checkpoint", "method", "damping", "layer") if key in table]
+    rows = table[table["status"] != "failed"]
+    with np.errstate(divide="ignore"):
+        logs = rows.assign(**{name: np.log(rows[name]) for name in GEOMETRIC})
+    means = logs.groupby(keys, sort=False)[["num_parameters", *SUMMED, "excess", *GEOMETRIC]].mean()
+    return means.assign(**{name: np.exp(means[name]) for name in GEOMETRIC}).reset_index()
+
+
+def leading_layers(summary: pd.DataFrame, count: int) -> list[str]:
+    """The layers with the greatest shares, of loss or of KL and of either sign, in their order."""
+    size = summary[[*SUMMED]].abs().max(axis=1).groupby(summary["layer"], sort=False).max()
+    if len(size) <= count:
+        return list(size.index)
+    chosen = set(size.nlargest(count - 1).index)
+    return [name for name in size.index if name in chosen]
+
+
+def with_rest(rows: pd.DataFrame, leading: Sequence[str]) -> pd.DataFrame:
+    """The rows of leading layers, and the others' sums as one; the rest has no γ of its own."""
+    kept = rows[rows["layer"].isin(leading)]
+    others = rows[~rows["layer"].isin(leading)]
+    if others.empty:
+        return kept
+    sums = others[["num_parameters", *SUMMED, "excess"]].sum()
+    rest = {**rows.iloc[0], **sums, "layer": f"rest ({len(others)})"}
+    rest |= {"gamma": math.nan, "gamma_over_sgd": math.nan}
+    return pd.concat([kept, pd.DataFrame([rest])], ignore_index=True)

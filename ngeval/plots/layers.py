@@ -1,0 +1,141 @@
+"""What each layer of an update buys and spends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ngeval.errors import InputError, nearest_name
+from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.plots.gamma import chosen_damping
+from ngeval.plots.style import STYLE, checkpoint_title, legend_below, new_axes, require
+
+MAX_LAYERS = 24
+"""Layers in a picture; those with smaller shares are one bar."""
+
+MAX_COLUMNS = 4
+
+_BARS = (  # the shares, side by side
+    ("decrease_share", "#0072B2", "loss bought (of dᵀg)"),
+    ("curvature_share", "#E69F00", "KL spent (of dᵀFd)"),
+)
+
+
+def plot_layers(
+    table: pd.DataFrame,
+    method: str | None = None,
+    *,
+    damping: float | None = None,
+    checkpoint: str | None = None,
+    layers: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Each layer's share of the loss that an update buys, and of the KL that it spends.
+
+    Means over batches. A layer whose second bar is the longer spends more than it buys; a negative
+    bar is a layer that works against the others. For the natural gradient the two are equal.
+
+    Args:
+        table: rows of `ngeval.layer_table` (``ngeval layers``'s output).
+        method: which one; None takes the first.
+        damping: which λ, as given; None takes the smallest positive one.
+        checkpoint: which one; None takes the last.
+        layers: those to be shown, the others being one bar; None takes the greatest shares.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: the table has not the columns, or no such method, damping or checkpoint.
+    """
+    summary = _chosen(table, damping, checkpoint)
+    names = list(dict.fromkeys(summary["method"]))
+    method = names[0] if method is None else method
+    if method not in names:
+        raise InputError(f"no rows for method {method!r}; {nearest_name(method, names)}")
+    rows = summary[summary["method"] == method]
+    rows = with_rest(rows, leading_layers(rows, MAX_LAYERS) if layers is None else layers)
+    axes = new_axes(ax, (4.6, _height(len(rows))))
+    places = np.arange(len(rows))
+    for offset, (column, colour, label) in zip((-0.2, 0.2), _BARS, strict=True):
+        axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(places, [_shortened(name) for name in rows["layer"]])
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("share of the whole update")
+    axes.set_title(f"{method}: γ = {rows['gamma_total'].iloc[0]:.3g}")
+    if ax is None:
+        axes.legend(loc="best")
+    return axes
+
+
+def layers_figure(
+    table: pd.DataFrame,
+    *,
+    damping: float | None = None,
+    checkpoint: str | None = None,
+) -> Figure:
+    """One panel of `plot_layers` for each method, with the same layers in all of them."""
+    summary = _chosen(table, damping, checkpoint)
+    names = list(dict.fromkeys(summary["method"]))
+    layers = leading_layers(summary, MAX_LAYERS)
+    shown = len(layers) + (summary["layer"].nunique() > len(layers))
+    columns = min(len(names), MAX_COLUMNS)
+    lines = -(-len(names) // columns)
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            lines,
+            columns,
+            figsize=(1.2 + 2.7 * columns, lines * _height(shown) + 0.6),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
+        panels = list(grid.flat)
+        for axes, method in zip(panels, names, strict=False):
+            plot_layers(
+                table, method, damping=damping, checkpoint=checkpoint, layers=layers, ax=axes
+            )
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        where = f"λ = {summary['damping'].iloc[0]:g}"
+        if "checkpoint" in summary:
+            where = f"{checkpoint_title(table, summary['checkpoint'].iloc[0])}, {where}"
+        figure.suptitle(where, fontsize=9)
+        legend_below(panels[0])
+    return figure
+
+
+def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) -> pd.DataFrame:
+    """The means over batches at one λ and checkpoint."""
+    require(table, "method", "damping", "layer", "decrease_share", "curvature_share", "status")
+    rows = table[table["status"] != "failed"]
+    if rows.empty:
+        raise InputError("every row of the table has status 'failed', so there is nothing to draw")
+    if "checkpoint" in rows:
+        names = list(dict.fromkeys(rows["checkpoint"].astype(str)))
+        checkpoint = names[-1] if checkpoint is None else checkpoint
+        if checkpoint not in names:
+            raise InputError(
+                f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
+            )
+        rows = rows[rows["checkpoint"] == checkpoint]
+    value = chosen_damping(rows, damping)
+    return summarize_layers(rows[np.isclose(rows["damping"], value, rtol=1e-6, atol=0)])
+
+
+def _height(bars: int) -> float:
+    """Of a panel, in inches."""
+    return 0.9 + 0.26 * bars
+
+
+def _shortened(name: str, most: int = 32) -> str:
+    """The end of a name tells layers apart better than its beginning."""
+    return name if len(name) <= most else "…" + name[1 - most :]
