@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ngeval.checkpoints import save_checkpoint
+from ngeval.checkpoints import save_checkpoint, save_optimizer
 from ngeval.checks import Inputs, check_device
-from ngeval.errors import InputError, ModelError, OutputError, TaskError, nearest_name
+from ngeval.errors import InputError, ModelError, OutputError, TaskError
 from ngeval.functional import map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
+from ngeval.methods.optimizer import OPTIMIZERS, optimizer_entry
 from ngeval.results import check_folder
 from ngeval.tasks import Batch, Task
 
-OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
-    "sgd": (torch.optim.SGD, 0.1),
-    "adam": (torch.optim.Adam, 1e-3),
-    "adamw": (torch.optim.AdamW, 1e-3),
-}
-"""Optimizers by name, each with its default learning rate for the mean loss."""
+__all__ = ["OPTIMIZERS", "EpochReport", "Training", "call_model"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,10 @@ class Training:
 
     Attributes:
         task: the model, data and likelihood.
-        output: folder for ``epoch-000.safetensors``, ``epoch-000.json``, ….
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        output: folder for ``epoch-000.safetensors``, ``epoch-000.json``,
+            ``epoch-000.optimizer.pt``, ….
+        optimizer: a name in `ngeval.methods.optimizer.OPTIMIZERS`, or the dotted path of an
+            Optimizer class.
         epochs: passes over the training data; 0 writes the initial weights alone.
         learning_rate: None takes the optimizer's default.
         batch_size: samples in a step.
@@ -81,24 +80,18 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = self.task.model().to(self.device)
-            make, default_rate = OPTIMIZERS[self.optimizer]
-            rate = default_rate if self.learning_rate is None else self.learning_rate
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            if not trainable:
+            if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
-            optimizer = make(trainable, lr=rate)
+            optimizers = optimizer_entry(self.optimizer).build(model, self.learning_rate)
             report = self._measured(model, 0)
             self._remove_earlier()
-            yield self._save(model, report, rate)
+            yield self._save(model, report, optimizers)
             for epoch in range(1, self.epochs + 1):
-                self._train_epoch(model, optimizer, epoch)
-                yield self._save(model, self._measured(model, epoch), rate)
+                self._train_epoch(model, optimizers, epoch)
+                yield self._save(model, self._measured(model, epoch), optimizers)
 
     def _check(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(
-                f"unknown optimizer {self.optimizer!r}; {nearest_name(self.optimizer, OPTIMIZERS)}"
-            )
+        optimizer_entry(self.optimizer)  # an unknown name is an error before any work
         if self.epochs < 0 or self.batch_size < 1:
             raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
         if self.num_batches is not None and self.num_batches < 1:
@@ -120,7 +113,7 @@ class Training:
 
     def _earlier(self) -> list[Path]:
         """The files of an earlier run in the folder."""
-        ours = re.compile(r"epoch-\d+\.(safetensors|json)")
+        ours = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
         return sorted(path for path in self.output.iterdir() if ours.fullmatch(path.name))
 
     def _remove_earlier(self) -> None:
@@ -128,17 +121,19 @@ class Training:
         for path in self._earlier():
             path.unlink()
 
-    def _train_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    def _train_epoch(self, model: nn.Module, optimizers: Sequence[Optimizer], epoch: int) -> None:
         model.train()
         # Another order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
         for batch in self.task.batches(self.batch_size, self.num_batches, seed):
             outputs, distribution = self._forward(model, batch)
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             # dL/dz is the residual: the likelihood is the one source of truth for the loss.
             mean_residual = distribution.residual() / len(outputs)
             outputs.backward(mean_residual.to(outputs.dtype))
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, OutputDistribution]:
         inputs, targets = batch
@@ -163,20 +158,22 @@ class Training:
             validation_loss, validation_accuracy = self._measure(model, self.task.validation())
         return EpochReport(epoch, train_loss, train_accuracy, validation_loss, validation_accuracy)
 
-    def _save(self, model: nn.Module, report: EpochReport, learning_rate: float) -> EpochReport:
+    def _save(
+        self, model: nn.Module, report: EpochReport, optimizers: Sequence[Optimizer]
+    ) -> EpochReport:
+        stem = self.output / f"epoch-{report.epoch:03d}"
+        save_optimizer(optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
         save_checkpoint(
-            model,
-            self.output / f"epoch-{report.epoch:03d}.safetensors",
-            vars(report) | self._settings(learning_rate),
+            model, stem.with_suffix(".safetensors"), vars(report) | self._settings(optimizers)
         )
         return report
 
-    def _settings(self, learning_rate: float) -> dict[str, Any]:
+    def _settings(self, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         return {
             "task": self.task.name,
             "likelihood": self.task.resolved_likelihood().name,
             "optimizer": self.optimizer,
-            "learning_rate": learning_rate,
+            "learning_rate": _learning_rate(optimizers),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "versions": {
@@ -202,6 +199,12 @@ class Training:
         if not samples:
             raise TaskError(f"task {self.task.name!r}: load_validation gave no batch")
         return total / samples, right / positions if positions else None
+
+
+def _learning_rate(optimizers: Sequence[Optimizer]) -> float | None:
+    """Of the first parameter group; None for an optimizer without one."""
+    rate = optimizers[0].param_groups[0].get("lr")
+    return None if rate is None else float(rate)
 
 
 def call_model(model: nn.Module, inputs: Inputs) -> Any:

@@ -1,6 +1,7 @@
 """Optimizers as methods: the step that a ``torch.optim.Optimizer`` would take now."""
 
 from ngeval.methods.optimizer.entries import OPTIMIZERS, OptimizerEntry, optimizer_entry
+from ngeval.methods.optimizer.loading import load_optimizer_state
 from ngeval.methods.optimizer.named import NamedOptimizer
 from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
 
@@ -10,5 +11,6 @@ __all__ = [
     "OptimizerEntry",
     "OptimizerState",
     "OptimizerStep",
+    "load_optimizer_state",
     "optimizer_entry",
 ]

@@ -7,6 +7,7 @@ parameter to its copy: whatever refers to a parameter refers to the copy afterwa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,6 +113,19 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
             break
         optimizer = inner
     return optimizer
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from a seed; the generators are afterwards as they were."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # Not torch.manual_seed, which reaches devices that are not put back.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from ngeval.errors import InputError
-from ngeval.methods.optimizer.step import OptimizerState
-from ngeval.methods.stage import Stage
+from torch import nn
+from torch.optim import Optimizer
+
+from ngeval.errors import CheckpointError, InputError
+from ngeval.methods.optimizer.entries import optimizer_entry
+from ngeval.methods.optimizer.loading import load_optimizer_state
+from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
+from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.problem import Problem
+
+MOST_BATCHES = 100_000
+"""More than this is a typing error."""
 
 
 @dataclass(frozen=True)
 class NamedOptimizer:
-    """An optimizer that is built on a problem's model.
+    """An optimizer by name, built on the problem's own model with the defaults of its class.
+
+    ``adamw`` steps with the state that the training run saved with the checkpoint; ``adamw:0``
+    takes a first step, without a state; ``adamw:20`` steps with a state accumulated over 20
+    batches at the checkpoint's weights.
 
     Attributes:
         name: as asked for.
@@ -25,23 +37,85 @@ class NamedOptimizer:
     family: str
     warmup_batches: int | None
     stage: Stage | None = None
+    _built: list[tuple[nn.Module, list[Optimizer], tuple[str, ...]]] = field(
+        default_factory=list, compare=False, repr=False
+    )
 
     @classmethod
     def parse(cls, full_name: str, family: str, parameter: str) -> NamedOptimizer:
-        """From ``adamw`` or ``adamw:20``."""
-        if parameter and not parameter.isdecimal():
-            raise InputError(f"method {full_name!r}: the number of batches must be a whole number")
-        return cls(full_name, family, int(parameter) if parameter else None)
+        """From the parts of ``adamw`` or ``adamw:20``.
+
+        Raises:
+            InputError: no such optimizer, or K cannot be read.
+        """
+        optimizer_entry(family)  # an unknown name is an error before any work
+        if not parameter:
+            return cls(full_name, family, None)
+        if not parameter.isdecimal() or int(parameter) > MOST_BATCHES:
+            raise InputError(
+                f"method {full_name!r}: what follows the colon is a number of batches: "
+                f"{family}:0 grades the first step, {family}:20 a state accumulated over 20"
+            )
+        return cls(full_name, family, int(parameter))
 
     @property
     def needs_stage(self) -> bool:
-        """Whether it must be told of a checkpoint first."""
+        """Whether it must be told of a checkpoint before it can be prepared."""
         return self.warmup_batches != 0
 
     def at(self, stage: Stage) -> NamedOptimizer:
-        """The method at a checkpoint."""
-        return replace(self, stage=stage)
+        """The method at a checkpoint.
+
+        Raises:
+            CheckpointError: the optimizer's real state is asked for, and there is none.
+        """
+        if self.warmup_batches is None and stage.optimizer_state is None:
+            raise CheckpointError(
+                f"{self.name}: no optimizer state beside {stage.name}; give --optimizer-state, or "
+                f"grade {self.family}:0 (its first step) or {self.family}:20 (state accumulated "
+                "over 20 batches at the checkpoint's weights)"
+            )
+        return replace(self, stage=stage, _built=[])
 
     def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
-        """Build the optimizer, give it its state, take the step on clones."""
-        raise NotImplementedError
+        """Build the optimizer, give it its state, and take the step on copies.
+
+        Raises:
+            InputError: a checkpoint is needed; see also `OptimizerStep.prepare`.
+            CheckpointError: the saved state does not fit.
+        """
+        if self.stage is None and self.needs_stage:
+            raise InputError(
+                f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "
+                "Python give your optimizer, ngeval.OptimizerStep(optimizer, warmup=...), or "
+                f"grade {self.family}:0, its first step"
+            )
+        optimizers, notes = self._optimizers(problem.function.model)
+        options = self.stage.options if self.stage else OptimizerOptions()
+        count, stage = self.warmup_batches, self.stage
+        method = OptimizerStep(
+            optimizers,
+            reduction=options.reduction,
+            weight_decay=options.weight_decay,
+            warmup=(lambda: stage.batches(count)) if stage and count else None,
+            name=self.name,
+        )
+        state = method.prepare(problem, seed)
+        return OptimizerState(problem, state.step, state.coverage, (*notes, *state.notes))
+
+    def _optimizers(self, model: nn.Module) -> tuple[list[Optimizer], tuple[str, ...]]:
+        """The optimizers on a model, with their state; read once for all its batches."""
+        for known, optimizers, notes in self._built:
+            if known is model:
+                return optimizers, notes
+        optimizers, notes = optimizer_entry(self.family).build(model), ()
+        if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
+            notes = load_optimizer_state(
+                optimizers,
+                model,
+                self.stage.optimizer_state,
+                self.stage.options.allow_pickle,
+                self.family,
+            )
+        self._built[:] = [(model, optimizers, notes)]
+        return optimizers, notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.memory import is_out_of_memory
 from ngeval.methods.base import ParameterState
-from ngeval.methods.optimizer.clone import Clones, clone_optimizers, unwrapped
+from ngeval.methods.optimizer.clone import Clones, clone_optimizers, seeded, unwrapped
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem import Problem
@@ -191,7 +190,7 @@ class OptimizerStep:
             for group in clones.groups():
                 if "weight_decay" in group:
                     group["weight_decay"] = 0.0
-        with _seeded(problem.device, seed):
+        with seeded(problem.device, seed):
             if self.warmup is not None:
                 for gradients in batch_gradients(problem, self.warmup, self.reduction):
                     _take(clones, gradients, names)
@@ -258,19 +257,6 @@ def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
         clone.grad = gradients[names[key]].to(clone.dtype, copy=True) if key in names else None
     for optimizer in clones.optimizers:
         optimizer.step()
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers from a seed; the generators are afterwards as they were."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        # Not torch.manual_seed, which reaches devices that are not put back.
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _told(error: BaseException) -> str:
