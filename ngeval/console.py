@@ -174,18 +174,20 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
 
 def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
     """A section of one method."""
-    first = f"{escape(method)}\n[dim]γ = {rows['gamma_total'].iloc[0]:.3g}[/dim]"
-    for _, row in rows.iterrows():
+    total = f"[dim]γ = {rows['gamma_total'].iloc[0]:.3g}[/dim]"
+    heads = [escape(method), total, *[""] * len(rows)]
+    if len(rows) == 1:
+        heads = [f"{escape(method)}\n{total}"]
+    for head, (_, row) in zip(heads, rows.iterrows(), strict=False):
         ratio = row["gamma_over_sgd"]
         shown.add_row(
-            first,
+            head,
             escape(str(row["layer"])),
             f"{row['num_parameters']:,.0f}",
             *(f"{row[name]:.1%}" for name in ("decrease_share", "curvature_share")),
             f"{row['excess']:+.1%}",
             "–" if math.isnan(ratio) else f"{ratio:.3g}",
         )
-        first = ""
     shown.add_section()
 
 
@@ -199,12 +201,10 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
     labels = checkpoint_labels(table)
     natural = ranked["gamma_over_ng"].notna().any()
     ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
+    last = ranked["checkpoint"].iloc[-1]
     for name, rows in ranked.groupby("checkpoint", sort=False):
         shown = Table(
             title=f"{rows['stage_name'].iloc[0]}: {labels[str(name)]}",
-            caption=f"{least} at each method's best λ of those given, geometric mean over batches; "
-            "one λ: the one that is best over all checkpoints"
-            + ("; 1 is the natural gradient itself" if natural else ""),
             box=box.SIMPLE_HEAD,
         )
         columns = ("", "method", least, "95 % interval", "at λ", "with one λ", "one λ", "γ/γ_SGD")
@@ -222,6 +222,12 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
                 _cell(row["damping_run"], ".0e"),
             ]
             shown.add_row(*cells, *([_cell(row["gamma_over_sgd"])] if natural else []))
+        if name == last:
+            shown.caption = (
+                f"{least} at each method's best λ of those given, geometric mean over batches; one "
+                "λ: the one that is best over all checkpoints"
+                + ("; 1 is the natural gradient itself" if natural else "")
+            )
         yield shown
 
 

@@ -36,6 +36,7 @@ def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
         raise InputError(f"the table has no column {', '.join(missing)}; is it layer_table's?")
     keys = [key for key in ("checkpoint", "method", "damping", "layer") if key in table]
     rows = table[table["status"] != "failed"]
+    rows = rows.assign(layer=rows["layer"].astype(str))  # "0" comes from a file as a number
     with np.errstate(divide="ignore"):
         logs = rows.assign(**{name: np.log(rows[name]) for name in GEOMETRIC})
     means = logs.groupby(keys, sort=False)[["num_parameters", *SUMMED, "excess", *GEOMETRIC]].mean()

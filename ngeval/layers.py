@@ -311,21 +311,6 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
     return rows
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A method's updates with what there is to say of them.
-
-    Attributes:
-        absolute: λ as it is added to the curvature.
-        updates: of every λ, or one for all.
-        notes: of the method.
-    """
-
-    absolute: list[float]
-    updates: Updates
-    notes: str
-
-
 def _method_rows(
     metric: Metric,
     method: Method,
@@ -342,11 +327,10 @@ def _method_rows(
     }
     absolute = [math.nan] * len(dampings)
     try:
-        made = _made(metric.problem, method, dampings, scale, seed)
-        absolute = made.absolute
+        absolute, updates, notes = _made(metric.problem, method, dampings, scale, seed)
         found = [
-            _part_columns(parts_of(metric, made.updates.direction(i), groups), made.notes)
-            for i in range(made.updates.count)
+            _part_columns(parts_of(metric, updates.direction(i), groups), notes)
+            for i in range(updates.count)
         ]
     except Exception as error:  # a method may be anybody's; its failure is data
         missing = dict.fromkeys(NUMBERS, math.nan)
@@ -361,13 +345,14 @@ def _method_rows(
 
 def _made(
     problem: Problem, method: Method, dampings: Sequence[float], scale: str, seed: int
-) -> _Made:
+) -> tuple[list[float], Updates, str]:
+    """λ as it is added to the curvature, the updates, and what there is to say of them."""
     state = method.prepare(problem, seed)
     absolute = absolute_dampings(problem, state, dampings, scale)
     updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
     if math.isnan(absolute[0]) and updates.count > 1:
         raise InputError(f"{method.name} has no curvature for a relative damping to scale")
-    return _Made(absolute, updates, "; ".join(getattr(state, "notes", ())))
+    return absolute, updates, "; ".join(getattr(state, "notes", ()))
 
 
 def _part_columns(parts: Parts, notes: str) -> dict[str, Any]:

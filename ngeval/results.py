@@ -36,10 +36,15 @@ _WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
     ".jsonl": _write_jsonl,
 }
+_TEXT = {"layer": str}
+"""Columns that are text also where they read like numbers: layers "0.1" and "0.10" are two."""
+
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=True),
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=True, dtype=_TEXT),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, orient="records", lines=True, precise_float=True),
+    ".jsonl": lambda path: pd.read_json(
+        path, orient="records", lines=True, precise_float=True, dtype=_TEXT
+    ),
 }
 FLUSH_SECONDS = 5.0
 

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from ngeval.comparison import at_best_damping, ranking
 from ngeval.errors import InputError
@@ -21,6 +20,7 @@ from ngeval.plots.style import (
     legend_below,
     new_axes,
     number_text,
+    plain_ticks,
     styles_of,
 )
 
@@ -121,11 +121,7 @@ def plot_ranking(
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.axvline(1, color="#CC79A7", linewidth=1)
-    low, high = axes.get_xlim()
-    if high / low < 100:  # plain numbers read better than powers
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(axes.xaxis)
     axes.set_xlabel("γ/γ_min at the best λ (1: the natural gradient itself)")
     axes.legend(loc="best")
     return axes

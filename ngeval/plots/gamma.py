@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
 from ngeval.evaluate import check_dampings
@@ -19,6 +19,7 @@ from ngeval.plots.style import (
     checkpoint_title,
     new_axes,
     number_text,
+    plain_ticks,
     require,
     stage_label,
     styles_of,
@@ -229,12 +230,5 @@ def _line_with_band(
 def _ratio_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=1, label="sgd")
-    low, high = axes.get_ylim()
-    if high / low < 30:  # under a decade and a half, plain numbers read better than powers
-        close = high / low < 5
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if close else (1.0, 2.0, 5.0))
-        )
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(axes.yaxis)
     axes.set_ylabel("γ relative to SGD (lower: closer to NG)")

@@ -95,6 +95,7 @@ def layers_figure(
             columns,
             figsize=(1.2 + 2.7 * columns, lines * _height(shown) + 0.6),
             squeeze=False,
+            sharex=True,
             sharey=True,
             layout="constrained",
         )
@@ -103,6 +104,7 @@ def layers_figure(
             plot_layers(
                 table, method, damping=damping, checkpoint=checkpoint, layers=layers, ax=axes
             )
+            axes.tick_params(labelbottom=True)  # also above a panel that is not there
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         where = f"λ = {summary['damping'].iloc[0]:g}"

@@ -9,7 +9,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ngeval.errors import InputError, OutputError
 
@@ -82,6 +84,19 @@ def number_text(value: float) -> str:
     if value and float(mantissa) == 1 and abs(int(exponent)) > 2:
         return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{value:g}"
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers in place of powers of ten on a logarithmic axis of under a decade and a half."""
+    low, high = axis.get_view_interval()
+    if high / low >= 30:
+        return
+    close = high / low < 5
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if close else (1.0, 2.0, 5.0))
+    )
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def require(table: pd.DataFrame, *columns: str) -> None:
