@@ -19,11 +19,9 @@ from ngeval.checks import Inputs, check_device
 from ngeval.errors import InputError, ModelError, OutputError, TaskError
 from ngeval.functional import map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import CategoricalDistribution, OutputDistribution
-from ngeval.methods.optimizer import OPTIMIZERS, optimizer_entry
+from ngeval.methods.optimizer import optimizer_entry
 from ngeval.results import check_folder
 from ngeval.tasks import Batch, Task
-
-__all__ = ["OPTIMIZERS", "EpochReport", "Training", "call_model"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""What tests of optimizers share: their problems, real steps to compare with, fingerprints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import problems
+import torch
+from torch import Tensor, nn
+
+import ngeval
+from ngeval.methods.optimizer import OptimizerStep, optimizer_entry
+
+THIRD_PARTY = (
+    "pytorch_optimizer.SOAP",
+    "pytorch_optimizer.Shampoo",
+    "pytorch_optimizer.ScalableShampoo",
+    "pytorch_optimizer.FAdam",
+)
+Batch = tuple[Any, Tensor]
+
+
+def case(dtype: str = "float64", model: str = "mlp", seed: int = 0) -> problems.Case:
+    return problems.make(f"categorical-{model}-{dtype}", seed)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """Batches of an uneven size for the MLP."""
+    generator = torch.Generator().manual_seed(11)
+    return [
+        (
+            torch.randn(5, 4, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(3, (5,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def mean_gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """By plain autograd, of the mean cross-entropy."""
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+def train(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], over: Iterable[Batch]
+) -> None:
+    """Real training steps."""
+    for batch in over:
+        for parameter, gradient in zip(
+            [p for p in model.parameters() if p.requires_grad],
+            mean_gradients(model, batch),
+            strict=True,
+        ):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def build(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """As ngeval builds them, but that FAdam keeps its state in float64."""
+    optimizers = optimizer_entry(name).build(model)
+    for optimizer in optimizers:
+        for key, value in vars(optimizer).items():
+            if isinstance(value, torch.dtype) and next(model.parameters()).dtype == torch.float64:
+                setattr(optimizer, key, torch.float64)
+    return optimizers
+
+
+def trained(name: str, steps: int) -> tuple[problems.Case, list[torch.optim.Optimizer]]:
+    """A float64 MLP after some real steps, with its optimizers."""
+    one = case()
+    optimizers = build(name, one.model)
+    train(one.model, optimizers, batches(steps))
+    return one, optimizers
+
+
+def real_step(
+    model: nn.Module, batch: Batch, replay: Callable[[nn.Module], list[torch.optim.Optimizer]]
+) -> Tensor:
+    """θ − θ′ of a step that is really taken on ``model``, which moves."""
+    before = flat(model)
+    train(model, replay(model), [batch])
+    return before - flat(model)
+
+
+def flat(model: nn.Module) -> Tensor:
+    """θ, the trainable parameters in order."""
+    parts = [p.detach().reshape(-1) for p in model.parameters() if p.requires_grad]
+    return torch.cat(parts).clone()
+
+
+def step_of(optimizer: Any, problem: ngeval.Problem, seed: int = 0, **options: Any) -> Tensor:
+    """The direction that ngeval grades."""
+    return OptimizerStep(optimizer, **options).prepare(problem, seed).direction(0.0)
+
+
+def fingerprint(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+    """Everything that must not change, as values that can be compared."""
+    found: list[Any] = [torch.get_rng_state().tolist()]
+    for name, parameter in model.named_parameters():
+        gradient = None if parameter.grad is None else parameter.grad.clone()
+        found.append((name, parameter.detach().clone(), parameter._version, gradient))
+    for optimizer in optimizers:
+        found.append(copy.deepcopy(optimizer.state_dict()))
+        found.append([id(p) for group in optimizer.param_groups for p in group["params"]])
+        found.append(sorted(vars(optimizer)))
+    return found
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal bit for bit, whatever is nested in what."""
+    if isinstance(first, Tensor):
+        return (
+            isinstance(second, Tensor)
+            and first.dtype == second.dtype
+            and torch.equal(first, second)
+        )
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    if hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):
+        return type(first) is type(second) and same(vars(first), vars(second))
+    return type(first) is type(second) and (first is second or first == second)
