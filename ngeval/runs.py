@@ -147,13 +147,14 @@ class Run:
             CheckpointError: a method needs what a checkpoint has not; before any is loaded.
         """
         resolved = get_methods(methods) if methods else []
-        stages = [self.stage(index) for index in range(len(self.checkpoints))]
-        bound = [[at_stage(method, stage) for method in resolved] for stage in stages]
+        for index in range(len(self.checkpoints)):
+            methods_at(resolved, self.stage(index))  # what is missing is an error now
         base = self.task.model().to(self.device).eval()
         loader = CheckpointLoader(base, allow_pickle=self.allow_pickle)
         for stage, checkpoint in enumerate(self.checkpoints):
             model = loader.load(checkpoint).to(self.device).eval()
             self.on_model(checkpoint, model)
+            bound = methods_at(resolved, self.stage(stage))
             batches = self.task.batches(self.batch_size, self.num_batches, self.seed)
             for index, (inputs, targets) in enumerate(batches):
                 problem = Problem(
@@ -176,7 +177,7 @@ class Run:
                         "step": _number(checkpoint.step),
                         "batch": index,
                     },
-                    bound[stage],
+                    bound,
                 )
 
     def gammas(
@@ -248,10 +249,9 @@ class Run:
             yield labelled(table, unit)
 
 
-def at_stage(method: Method, stage: Stage) -> Method:
-    """The method at a checkpoint, where it has ``at(stage)``; others are the same everywhere."""
-    bind: Callable[[Stage], Method] | None = getattr(method, "at", None)
-    return method if bind is None else bind(stage)
+def methods_at(methods: Sequence[Method], stage: Stage) -> list[Method]:
+    """The methods at a checkpoint: those that have ``at(stage)`` are asked, others are the same."""
+    return [method.at(stage) if hasattr(method, "at") else method for method in methods]
 
 
 def _number(told: float | None) -> float:

@@ -27,7 +27,13 @@ from ngeval.tasks import get_task
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
-COMMANDS = ("demo", "train", "gamma", "sweep", "imbalance", "plot", "tasks", "methods")
+COMMANDS = (
+    *("demo", "train", "gamma", "sweep", "compare", "layers", "imbalance", "plot", "tasks"),
+    "methods",
+)
+KINDS = ("json", "optimizer.pt", "safetensors")
+"""What ``ngeval train`` writes for each epoch."""
+
 SMALL = ("--batch-size", "8", "--num-batches", "1")
 CNN = ("--task", "digits-cnn")
 
@@ -144,7 +150,7 @@ def task_file(tmp_path):
 class TestTrain:
     def test_writes_a_checkpoint_and_json_for_every_epoch(self, cnn):
         names = sorted(path.name for path in cnn.folder.iterdir())
-        expected = [f"epoch-00{i}.{kind}" for i in range(3) for kind in ("json", "safetensors")]
+        expected = [f"epoch-00{i}.{kind}" for i in range(3) for kind in KINDS]
         assert names == expected
 
     def test_json_tells_where_the_weights_come_from(self, cnn):
@@ -558,7 +564,7 @@ class TestDemo:
     def test_files(self, demo):
         names = sorted(str(path.relative_to(demo.output)) for path in demo.output.rglob("*.*"))
         assert names == [
-            *(f"checkpoints/epoch-00{i}.{k}" for i in (0, 1) for k in ("json", "safetensors")),
+            *(f"checkpoints/epoch-00{i}.{kind}" for i in (0, 1) for kind in KINDS),
             "damping.png",
             "imbalance.parquet",
             "imbalance.png",
@@ -795,7 +801,7 @@ class TestInterruption:
         result = run("train", *args, code=130)
         assert "interrupted" in result.stderr
         names = sorted(path.name for path in (tmp_path / "r").iterdir())
-        assert names == [f"epoch-00{i}.{kind}" for i in (0, 1) for kind in ("json", "safetensors")]
+        assert names == [f"epoch-00{i}.{kind}" for i in (0, 1) for kind in KINDS]
 
     def test_a_real_ctrl_c(self, tmp_path, task_file):
         path = random_weights(tmp_path / "w.safetensors")

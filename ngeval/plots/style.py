@@ -44,8 +44,8 @@ _FAMILIES = {  # colour by where the labels come from, marker and first dash by 
     "ng": ("#CC79A7", "D", 0),
     "diag": ("#E69F00", "v", 0),
     "diag-ef": ("#56B4E9", "P", 0),
-    "block-ng": ("#CC79A7", "d", 1),
-    "kfac": ("#CC79A7", "*", 2),
+    "block-ng": ("#CC79A7", "d", 2),
+    "kfac": ("#CC79A7", "*", 1),
     "kfac-ef": ("#D55E00", "*", 1),
     "kfac-ief": ("#0072B2", "*", 1),
     "kfac-sf": ("#009E73", "*", 1),
@@ -91,7 +91,7 @@ def plain_ticks(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     if high / low >= 30:
         return
-    close = high / low < 5
+    close = high / low < 12
     axis.set_major_locator(
         LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if close else (1.0, 2.0, 5.0))
     )
