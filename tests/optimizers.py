@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import problems
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
+from ngeval.checkpoints import load_checkpoint
 from ngeval.methods.optimizer import OptimizerStep, optimizer_entry
+from ngeval.methods.stage import OptimizerOptions, Stage
+from ngeval.tasks import Task
+from ngeval.training import Training
 
 THIRD_PARTY = (
     "pytorch_optimizer.SOAP",
@@ -78,15 +83,6 @@ def trained(name: str, steps: int) -> tuple[problems.Case, list[torch.optim.Opti
     return one, optimizers
 
 
-def real_step(
-    model: nn.Module, batch: Batch, replay: Callable[[nn.Module], list[torch.optim.Optimizer]]
-) -> Tensor:
-    """θ − θ′ of a step that is really taken on ``model``, which moves."""
-    before = flat(model)
-    train(model, replay(model), [batch])
-    return before - flat(model)
-
-
 def flat(model: nn.Module) -> Tensor:
     """θ, the trainable parameters in order."""
     parts = [p.detach().reshape(-1) for p in model.parameters() if p.requires_grad]
@@ -126,3 +122,38 @@ def same(first: Any, second: Any) -> bool:
     if hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):
         return type(first) is type(second) and same(vars(first), vars(second))
     return type(first) is type(second) and (first is second or first == second)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def load_batches(batch_size, num_batches, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_batches or 3):
+        x = torch.randn(batch_size, 4, generator=generator)
+        yield x, x[:, :3].argmax(1)
+
+
+TASK = Task("argmax", net, load_batches, "categorical")
+
+
+def run(folder: Path, name: str, epochs: int = 2, **options) -> Path:
+    list(Training(TASK, folder, name, epochs=epochs, batch_size=8, **options).run())
+    return folder
+
+
+def graded_at(checkpoint, **options) -> tuple[nn.Module, ngeval.Problem, Stage]:
+    """The model at a checkpoint of a run, a problem, and what the method is told."""
+    model = net()
+    load_checkpoint(model, checkpoint)
+    x, y = next(iter(load_batches(9, 1, 77)))
+    problem = ngeval.Problem(model.eval(), x, y, "categorical")
+    stage = Stage(
+        checkpoint.name,
+        checkpoint.optimizer,
+        checkpoint.metadata.get("optimizer"),
+        lambda count: load_batches(8, count, 5),
+        OptimizerOptions(**options),
+    )
+    return model, problem, stage

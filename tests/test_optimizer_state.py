@@ -7,7 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizers import THIRD_PARTY, batches, build, case, flat, same, step_of, train, trained
+from optimizers import (
+    THIRD_PARTY,
+    batches,
+    build,
+    case,
+    flat,
+    graded_at,
+    load_batches,
+    net,
+    run,
+    same,
+    step_of,
+    train,
+    trained,
+)
 from torch import nn
 
 import ngeval
@@ -26,44 +40,7 @@ from ngeval.methods.optimizer import (
     load_optimizer_state,
     optimizer_entry,
 )
-from ngeval.methods.stage import OptimizerOptions, Stage
-from ngeval.tasks import Task
-from ngeval.training import Training
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def load_batches(batch_size, num_batches, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_batches or 3):
-        x = torch.randn(batch_size, 4, generator=generator)
-        yield x, x[:, :3].argmax(1)
-
-
-TASK = Task("argmax", net, load_batches, "categorical")
-
-
-def run(folder: Path, name: str, epochs: int = 2, **options) -> Path:
-    list(Training(TASK, folder, name, epochs=epochs, batch_size=8, **options).run())
-    return folder
-
-
-def graded_at(checkpoint, **options) -> tuple[nn.Module, ngeval.Problem, Stage]:
-    """The model at a checkpoint of a run, a problem, and what the method is told."""
-    model = net()
-    load_checkpoint(model, checkpoint)
-    x, y = next(iter(load_batches(9, 1, 77)))
-    problem = ngeval.Problem(model.eval(), x, y, "categorical")
-    stage = Stage(
-        checkpoint.name,
-        checkpoint.optimizer,
-        checkpoint.metadata.get("optimizer"),
-        lambda count: load_batches(8, count, 5),
-        OptimizerOptions(**options),
-    )
-    return model, problem, stage
+from ngeval.methods.stage import Stage
 
 
 def named(name: str) -> NamedOptimizer:

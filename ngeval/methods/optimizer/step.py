@@ -94,13 +94,6 @@ class OptimizerStep:
             InputError: it says what to give instead.
         """
         check_reduction(self.reduction)
-        given = self.optimizer
-        several = [*given] if isinstance(given, list | tuple) else [given]
-        if not several or not all(isinstance(one, Optimizer) for one in several):
-            raise InputError(
-                "optimizer must be a torch.optim.Optimizer or a list of them, not "
-                f"{type(given).__name__}"
-            )
         for optimizer in self.optimizers:
             _check_closure(optimizer)
         if isinstance(self.warmup, Iterator):
@@ -115,9 +108,7 @@ class OptimizerStep:
     @property
     def optimizers(self) -> list[Optimizer]:
         """The optimizers, without wrappers that only pass a step on."""
-        given = self.optimizer
-        several = [given] if isinstance(given, Optimizer) else list(given)
-        return [unwrapped(optimizer) for optimizer in several]
+        return as_optimizers(self.optimizer)
 
     def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
         """Take the step on copies.
@@ -202,6 +193,21 @@ class OptimizerStep:
             if key in names
         }
         return steps, notes
+
+
+def as_optimizers(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """One or several optimizers as a list, without wrappers that only pass a step on.
+
+    Raises:
+        InputError: something else was given.
+    """
+    several: list[Any] = [*given] if isinstance(given, list | tuple) else [given]
+    if not several or not all(isinstance(one, Optimizer) for one in several):
+        raise InputError(
+            "optimizer must be a torch.optim.Optimizer or a list of them, not "
+            f"{type(given).__name__}"
+        )
+    return [unwrapped(optimizer) for optimizer in several]
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
