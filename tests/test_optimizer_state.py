@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,41 @@ class TestNamed:
         )
         state = named("nadam:4").at(stage).prepare(problem)
         assert torch.equal(state.direction(0.0), expected)
+
+    @pytest.mark.parametrize("name", ["adamw:4", "muon:4", "pytorch_optimizer.FAdam:4"])
+    def test_the_state_is_accumulated_once_for_all_batches_of_a_checkpoint(self, tmp_path, name):
+        run(tmp_path, "adamw")
+        checkpoints = find_checkpoints([str(tmp_path)])[1:]
+        method, asked = named(name), []
+
+        def batches_of(count):
+            asked.append(count)
+            return load_batches(8, count, 5)
+
+        for checkpoint in checkpoints:
+            model, problem, stage = graded_at(checkpoint)
+            bound = method.at(replace(stage, batches=batches_of))
+            x, y = next(iter(load_batches(9, 1, 78)))
+            other = ngeval.Problem(model, x, y, "categorical")
+            steps = [bound.prepare(p).direction(0.0) for p in (problem, other, problem)]
+            for step, one in zip(steps, (problem, other, problem), strict=True):
+                alone = named(name).at(stage).prepare(one).direction(0.0)
+                assert torch.equal(step, alone)
+        assert asked == [4, 4]
+
+    def test_large_states_are_not_kept(self, tmp_path):
+        run(tmp_path, "adamw", epochs=0)
+        [checkpoint] = find_checkpoints([str(tmp_path)])
+        model, problem, stage = graded_at(checkpoint)
+        x, y = next(iter(load_batches(9, 1, 77)))
+        small = ngeval.Problem(model, x, y, "categorical", memory=16_000)
+        asked = []
+        stage = replace(stage, batches=lambda k: [asked.append(k), *load_batches(8, k, 5)][1:])
+        bound = named("adam:2").at(stage)
+        first, again = (bound.prepare(small).direction(0.0) for _ in range(2))
+        assert torch.equal(first, again)
+        assert torch.equal(first, named("adam:2").at(stage).prepare(problem).direction(0.0))
+        assert asked == [2, 2, 2]
 
     @pytest.mark.parametrize("decay", [True, False])
     @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -49,6 +49,21 @@ class Clones:
                 if id(group) not in seen:
                     seen.add(id(group))
                     yield group
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copies' tensors take."""
+        found = _reachable([vars(optimizer) for optimizer in self.every])
+        return sum(value.nbytes for value in found if isinstance(value, Tensor))
+
+    def again(self) -> Clones:
+        """Copies of the copies, which belong to the same originals."""
+        further = clone_optimizers(self.optimizers, None)
+        parameters = {
+            key: (original, further.parameters[id(clone)][1])
+            for key, (original, clone) in self.parameters.items()
+        }
+        return replace(further, parameters=parameters, hooked=self.hooked)
 
     def put_back(self) -> None:
         """Give every copied parameter its original's value again; the state stays."""

@@ -75,7 +75,10 @@ def load_optimizer_state(
     saved = read_optimizer(path, allow_pickle=allow_pickle)
     label = name or "+".join(type(optimizer).__name__ for optimizer in optimizers)
     if None not in (name, saved.name) and saved.name != name:
-        raise CheckpointError(f"{path} holds the state of {saved.name}, not of {name}")
+        raise CheckpointError(
+            f"{path} holds the state of {saved.name}, not of {name}; grade {saved.name}, or "
+            f"{name}:20 (state accumulated over 20 batches at the checkpoint's weights)"
+        )
     if len(saved.states) != len(optimizers):
         raise CheckpointError(
             f"{path} holds the states of {len(saved.states)} optimizers; {label} is made of "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ngeval.errors import CheckpointError, InputError
+from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.entries import optimizer_entry
 from ngeval.methods.optimizer.loading import load_optimizer_state
 from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
@@ -16,6 +18,43 @@ from ngeval.problem import Problem
 
 MOST_BATCHES = 100_000
 """More than this is a typing error."""
+
+
+KEPT_SHARE = 16
+"""Warm copies are kept where they take at most this part of the memory to work in."""
+
+
+@dataclass(frozen=True, eq=False)
+class WarmOnce(OptimizerStep):
+    """As `OptimizerStep`, but the state accumulated at a θ is kept for its other batches."""
+
+    _warm: list[tuple[Any, Clones, list[str]]] = field(default_factory=list, repr=False)
+
+    def warmed(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
+    ) -> tuple[Clones, list[str]]:
+        """Copies of those that were warmed before at this θ, in this dtype, if they were."""
+        if self.warmup is None:
+            return super().warmed(dtype, problem, names)
+        key = (dtype, problem.dtype, problem.function.versions)
+        for known, clones, notes in self._warm:
+            if known == key:
+                return clones.again(), list(notes)
+        clones, notes = super().warmed(dtype, problem, names)
+        if clones.num_bytes > problem.rows.memory // KEPT_SHARE:
+            return clones, notes
+        self._warm[:] = [(key, clones, list(notes))]
+        return clones.again(), notes
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An optimizer on a model at a checkpoint, and what is to be said of its state."""
+
+    model: nn.Module
+    stage: Stage | None
+    method: OptimizerStep
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,9 +76,7 @@ class NamedOptimizer:
     family: str
     warmup_batches: int | None
     stage: Stage | None = None
-    _built: list[tuple[nn.Module, list[Optimizer], tuple[str, ...]]] = field(
-        default_factory=list, compare=False, repr=False
-    )
+    _slot: list[_Bound] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def parse(cls, full_name: str, family: str, parameter: str) -> NamedOptimizer:
@@ -75,7 +112,7 @@ class NamedOptimizer:
                 f"grade {self.family}:0 (its first step) or {self.family}:20 (state accumulated "
                 "over 20 batches at the checkpoint's weights)"
             )
-        return replace(self, stage=stage, _built=[])
+        return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
         """Build the optimizer, give it its state, and take the step on copies.
@@ -90,32 +127,31 @@ class NamedOptimizer:
                 "Python give your optimizer, ngeval.OptimizerStep(optimizer, warmup=...), or "
                 f"grade {self.family}:0, its first step"
             )
-        optimizers, notes = self._optimizers(problem.function.model)
+        bound = self._bound(problem.function.model)
+        state = bound.method.prepare(problem, seed)
+        return OptimizerState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
+
+    def _bound(self, model: nn.Module) -> _Bound:
+        """The optimizer on a model, with its state: made once for all batches of a checkpoint.
+
+        Copies of this method for other checkpoints share the slot: one is kept at a time.
+        """
+        for known in self._slot:
+            if known.model is model and known.stage is self.stage:
+                return known
         options = self.stage.options if self.stage else OptimizerOptions()
+        optimizers = optimizer_entry(self.family).build(model)
+        notes: tuple[str, ...] = ()
+        if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
+            path, pickled = self.stage.optimizer_state, options.allow_pickle
+            notes = load_optimizer_state(optimizers, model, path, pickled, self.family)
         count, stage = self.warmup_batches, self.stage
-        method = OptimizerStep(
+        method = WarmOnce(
             optimizers,
             reduction=options.reduction,
             weight_decay=options.weight_decay,
             warmup=(lambda: stage.batches(count)) if stage and count else None,
             name=self.name,
         )
-        state = method.prepare(problem, seed)
-        return OptimizerState(problem, state.step, state.coverage, (*notes, *state.notes))
-
-    def _optimizers(self, model: nn.Module) -> tuple[list[Optimizer], tuple[str, ...]]:
-        """The optimizers on a model, with their state; read once for all its batches."""
-        for known, optimizers, notes in self._built:
-            if known is model:
-                return optimizers, notes
-        optimizers, notes = optimizer_entry(self.family).build(model), ()
-        if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
-            notes = load_optimizer_state(
-                optimizers,
-                model,
-                self.stage.optimizer_state,
-                self.stage.options.allow_pickle,
-                self.family,
-            )
-        self._built[:] = [(model, optimizers, notes)]
-        return optimizers, notes
+        self._slot[:] = [_Bound(model, stage, method, notes)]
+        return self._slot[0]

@@ -174,18 +174,8 @@ class OptimizerStep:
     def _steps_in(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
-        clones = clone_optimizers(self.optimizers, dtype)
-        notes = [f"step hooks of {name} are left out" for name in clones.hooked]
-        notes += _with_a_rate(clones)
-        if not self.weight_decay:
-            for group in clones.groups():
-                if "weight_decay" in group:
-                    group["weight_decay"] = 0.0
+        clones, notes = self.warmed(dtype, problem, names)
         with seeded(problem.device, seed):
-            if self.warmup is not None:
-                for gradients in batch_gradients(problem, self.warmup, self.reduction):
-                    _take(clones, gradients, names)
-                    clones.put_back()
             _take(clones, batch_gradient(problem, self.reduction), names)
         steps = {
             names[key]: original.detach().to(torch.float64) - clone.detach().to(torch.float64)
@@ -193,6 +183,30 @@ class OptimizerStep:
             if key in names
         }
         return steps, notes
+
+    def warmed(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
+    ) -> tuple[Clones, list[str]]:
+        """Copies that are ready for the graded step, which they are moved by; and notes.
+
+        Args:
+            dtype: see `clone_optimizers`.
+            problem: the model at θ; its batch does not enter.
+            names: of the parameters that are graded, by ``id``.
+        """
+        clones = clone_optimizers(self.optimizers, dtype)
+        notes = [f"step hooks of {name} are left out" for name in clones.hooked]
+        notes += _with_a_rate(clones)
+        if not self.weight_decay:
+            for group in clones.groups():
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0
+        if self.warmup is not None:
+            with seeded(problem.device, 0):  # the same for every graded batch
+                for gradients in batch_gradients(problem, self.warmup, self.reduction):
+                    _take(clones, gradients, names)
+                    clones.put_back()
+        return clones, notes
 
 
 def as_optimizers(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
