@@ -316,7 +316,8 @@ class TestEigenvalueCorrection:
         layers = reference_kfac.layers(case.model, case.inputs, dense, columns)
         for corrected, block in zip(state.blocks, plain.blocks, strict=True):
             exact = reference_kfac.exact_block(layers[block.layer.name])
-            basis = torch.kron(block.output_vectors[0], block.input_vectors[0])
+            sides = block.output_vectors[0], block.input_vectors[0]
+            basis = torch.kron(*(side.contiguous() for side in sides))
             gaps = [
                 torch.linalg.norm(basis @ torch.diag(values[0].flatten()) @ basis.T - exact)
                 for values in (corrected.values, block.values)

@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 
 from ngeval.jacobians.capture import Plan
-from ngeval.jacobians.products import PIECE_ENTRIES, add_squared_column_sums
+from ngeval.jacobians.products import add_squared_column_sums
 from ngeval.jacobians.terms import AffineTerm, Term
 
 EXPAND, REDUCE = "expand", "reduce"
 SHARINGS = (EXPAND, REDUCE)
 """What is done with the positions at which a layer's weight is shared; see `Factors`."""
+
+COPIED_ENTRIES = 2**20
+"""Entries that are copied to float64 together: more is slower, since it misses every cache."""
+
+STRIP = 96
+"""Columns of a symmetric product that are computed together at least."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,58 @@ class Layer:
         return [name for name in (self.weight, self.bias) if name]
 
 
+class SecondMoment:
+    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length."""
+
+    def __init__(self, groups: int, size: int, device: torch.device, *, thin: bool) -> None:
+        """Nothing is added yet.
+
+        Args:
+            groups: g.
+            size: length of x.
+            device: of the rows.
+            thin: keep rows while they are few; False makes the matrix at once.
+        """
+        self.shape = (groups, size)
+        self.device = device
+        self.thin = thin
+        self._rows: list[Tensor] = []
+        self._matrix: Tensor | None = None
+
+    def keeps(self, count: int) -> bool:
+        """Whether that many rows more would be kept as rows."""
+        kept = sum(rows.shape[1] for rows in self._rows)
+        return self.thin and self._matrix is None and kept + count < self.shape[1]
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, float64, shape ``(g, rows, size)``."""
+        if self.keeps(rows.shape[1]):
+            self._rows.append(rows)
+        else:
+            if self._matrix is None:
+                groups, size = self.shape
+                shape = (groups, size, size)
+                self._matrix = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            for part in (*self._rows, rows):
+                _add_lower(self._matrix, part)
+            self._rows = []
+
+    def eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
+
+        With k < size where there are fewer rows: the vectors span them, and the eigenvalues of
+        what is orthogonal to them are exactly 0.
+        """
+        if self._matrix is not None:
+            values, vectors = torch.linalg.eigh(self._matrix, UPLO="L")
+        else:
+            # Xᵀ = QR: eigenvectors of RRᵀ are orthonormal whatever the condition of X.
+            basis, upper = torch.linalg.qr(torch.cat(self._rows, 1).mT)
+            values, inner = torch.linalg.eigh(upper @ upper.mT)
+            vectors = basis @ inner
+        return values.clamp_min(0), vectors
+
+
 @dataclass
 class Factors:
     """A, B and M of a layer's block ≈ (1/M) A ⊗ B, and its gradient; all float64, summed.
@@ -57,15 +115,15 @@ class Factors:
 
     Attributes:
         layer: whose.
-        inputs: A by group, shape ``(g, i, i)``.
-        outputs: B by group, shape ``(g, o, o)``.
+        inputs: A by group.
+        outputs: B by group.
         gradient: Σ_nt b_nt āᵀ with b of the residual, shape ``(g, o, i)``.
         count: M.
     """
 
     layer: Layer
-    inputs: Tensor
-    outputs: Tensor
+    inputs: SecondMoment
+    outputs: SecondMoment
     gradient: Tensor
     count: float = 0.0
 
@@ -112,7 +170,7 @@ def layer_factors(
     for curvature, terms in captures:
         for layer, term in _of_layers(terms, layers):
             if layer not in found:
-                found[layer] = _empty(layer, term)
+                found[layer] = _empty(layer, term, thin=sharing == EXPAND)
             _add_term(found[layer], term, curvature, sharing)
     return [found[layer] for layer in layers if layer in found]
 
@@ -127,20 +185,20 @@ def corrected_eigenvalues(
 
     Args:
         captures: terms of the whole batch, block by block.
-        bases: by layer U_A, shape ``(g, i, i)``, and U_B, shape ``(g, o, o)``.
+        bases: by layer U_A, shape ``(g, i, k)``, and U_B, shape ``(g, o, m)``.
 
     Returns:
-        By layer, float64, shape ``(g, o, i)``.
+        By layer, float64, shape ``(g, m, k)``.
     """
     sums = {
-        layer.parameters[0]: inputs.new_zeros(len(inputs) * outputs.shape[1] * inputs.shape[1])
+        layer.parameters[0]: inputs.new_zeros(len(inputs) * outputs.shape[2] * inputs.shape[2])
         for layer, (inputs, outputs) in bases.items()
     }
     for curvature, terms in captures:
         for layer, term in _of_layers(terms, list(bases)):
             add_squared_column_sums(sums, [_rotated(term, layer, *bases[layer], curvature)])
     return {
-        layer: sums[layer.parameters[0]].reshape(len(inputs), outputs.shape[1], inputs.shape[1])
+        layer: sums[layer.parameters[0]].reshape(len(inputs), outputs.shape[2], inputs.shape[2])
         for layer, (inputs, outputs) in bases.items()
     }
 
@@ -153,18 +211,15 @@ def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Lay
             yield known[term.weight, term.bias], term
 
 
-def _empty(layer: Layer, term: AffineTerm) -> Factors:
+def _empty(layer: Layer, term: AffineTerm, *, thin: bool) -> Factors:
     groups, outputs = term.cotangents.shape[3:]
     inputs = (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=term.cotangents.device)
-
+    device = term.cotangents.device
     return Factors(
         layer,
-        zeros(groups, inputs, inputs),
-        zeros(groups, outputs, outputs),
-        zeros(groups, outputs, inputs),
+        SecondMoment(groups, inputs, device, thin=thin),
+        SecondMoment(groups, outputs, device, thin=thin),
+        torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device),
     )
 
 
@@ -174,21 +229,20 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
     for samples in _sample_slices(term):
         inputs = _augmented(term, samples)  # (g, n, t, i)
         cotangents = term.cotangents[samples].to(torch.float64).movedim(3, 0)  # (g, n, q, t, o)
-        there = _positions(term, samples).unsqueeze(2).to(torch.float64)  # (n, t, 1)
+        there = _positions(term, samples)  # (n, t)
         of_gradient = torch.einsum("nq,gnqto->gnto", curvature.gradient[samples], cotangents)
         factors.gradient += of_gradient.flatten(1, 2).mT @ inputs.flatten(1, 2)
-        rows, outputs = inputs * there, cotangents[:, :, chosen]
-        counted = there.sum()
+        rows, outputs, counted = inputs, cotangents[:, :, chosen], there.sum()
+        if not bool(there.all()):
+            rows = inputs * there.unsqueeze(2)
         if sharing == REDUCE:
-            positions = there.sum(1, keepdim=True)
+            positions = there.sum(1).reshape(-1, 1, 1)
             rows = rows.sum(2, keepdim=True) / positions.clamp_min(1)
             outputs = outputs.sum(3, keepdim=True)
             counted = (positions > 0).sum()
-        outputs = outputs.flatten(1, 3)
-        factors.outputs += outputs.mT @ outputs
+        factors.outputs.add(outputs.flatten(1, 3))
         if curvature.first:
-            rows = rows.flatten(1, 2)
-            factors.inputs += rows.mT @ rows
+            factors.inputs.add(rows.flatten(1, 2))
             factors.count += float(counted)
 
 
@@ -203,18 +257,27 @@ def _positions(term: AffineTerm, samples: slice) -> Tensor:
     return (cotangents != 0).any(dim=4).any(dim=3).any(dim=1)
 
 
+def _add_lower(target: Tensor, rows: Tensor) -> None:
+    """Add XᵀX to the lower triangle, in strips so that half of the rest is not computed."""
+    size = target.shape[1]
+    step = max(STRIP, -(-size // 8))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        strip = target[:, start:stop, :stop]
+        strip.baddbmm_(rows[..., start:stop].mT, rows[..., :stop])
+
+
 def _augmented(term: AffineTerm, samples: slice) -> Tensor:
     """The ā of a layer, float64, shape ``(g, n, t, i)``."""
     count = len(term.cotangents[samples])
-    ones = torch.ones(
-        (term.groups, count, term.positions, 1),
-        dtype=torch.float64,
-        device=term.cotangents.device,
-    )
-    if not term.weight:
-        return ones
-    inputs = term.inputs(samples).to(torch.float64).movedim(2, 0)
-    return torch.cat([inputs, ones], 3) if term.bias else inputs
+    width = (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
+    shape = (term.groups, count, term.positions, width)
+    augmented = torch.empty(shape, dtype=torch.float64, device=term.cotangents.device)
+    if term.bias:
+        augmented[..., -1] = 1
+    if term.weight:
+        augmented[..., : term.fan_in] = term.inputs(samples).movedim(2, 0)
+    return augmented
 
 
 def _rotated(
@@ -227,7 +290,7 @@ def _rotated(
         term,
         weight=layer.parameters[0],
         bias=None,
-        weight_shape=torch.Size((len(outputs) * outputs.shape[1], inputs.shape[1])),
+        weight_shape=torch.Size((len(outputs) * outputs.shape[2], inputs.shape[2])),
         inputs=lambda samples: (_augmented(term, samples) @ inputs.unsqueeze(1)).movedim(0, 2),
         cotangents=torch.einsum("nqtgo,gop->nqtgp", cotangents, outputs),
         apply=None,
@@ -238,6 +301,6 @@ def _sample_slices(term: AffineTerm) -> Iterator[slice]:
     """So many samples at a time that their float64 copies stay small."""
     outputs = term.cotangents.shape[4] * term.num_vectors
     width = term.positions * term.groups * max(term.fan_in + 1, outputs)
-    step = max(1, PIECE_ENTRIES // width)
+    step = max(1, COPIED_ENTRIES // width)
     for start in range(0, term.num_samples, step):
         yield slice(start, min(start + step, term.num_samples))

@@ -22,6 +22,7 @@ from ngeval.jacobians.factors import (
     EXPAND,
     SHARINGS,
     Curvature,
+    Factors,
     Layer,
     affine_layers,
     corrected_eigenvalues,
@@ -92,10 +93,17 @@ class Kronecker:
             )
         return KroneckerState(problem, self, blocks, seed)
 
-    def _blocks(self, problem: Problem, seed: int) -> list[KroneckerBlock]:
+    def factors(self, problem: Problem, seed: int = 0) -> list[Factors]:
+        """A, B and the gradient of every layer that is covered.
+
+        Raises:
+            EngineError: see `prepare`.
+        """
         layers = _covered(problem)
-        factors = layer_factors(_captures(problem, self.labels, seed), layers, self.sharing)
-        blocks = []
+        return layer_factors(_captures(problem, self.labels, seed), layers, self.sharing)
+
+    def _blocks(self, problem: Problem, seed: int) -> list[KroneckerBlock]:
+        factors, blocks = self.factors(problem, seed), []
         while factors:  # each factor is let go when it has been decomposed
             epsilon = problem.function.row_epsilon
             blocks.append(KroneckerBlock.of(factors.pop(0), problem.num_samples, epsilon))
