@@ -14,6 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from ngeval.cli import app
+from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.layers import COLUMNS as LAYER_COLUMNS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -103,4 +105,85 @@ class TestHuggingFace:
         text = (DOCS / "hugging-face.md").read_text()
         help_text = CliRunner().invoke(app, ["gamma", "--help"], env={"COLUMNS": "200"}).output
         for option in set(re.findall(r"--[a-z][a-z-]+", text)) - {"--kind"}:
+            assert option in help_text, option
+
+
+class TestLayers:
+    def test_every_block_as_written_with_fewer_batches(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        names: dict[str, object] = {}
+        for language, text in blocks("layers.md"):
+            if language == "python":
+                exec(compile(text, "layers.md", "exec"), names)
+        shown = capsys.readouterr().out
+        assert "excess" in shown
+        assert "bias" in shown
+        fewer = ["--batch-size", "8", "--num-batches", "1", "--dampings", "1e-4,1"]
+        for language, text in blocks("layers.md"):
+            for command in shell_lines(text) if language == "bash" else []:
+                kind = command[2]
+                options = {"compare": fewer, "layers": fewer[2:4]}.get(kind, [])
+                in_folder(tmp_path, [*command, *options])
+        table = pd.read_csv(tmp_path / "layers.csv")
+        assert table["epoch"].unique().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert (table["status"] == "ok").all()
+        assert (tmp_path / "layers.png").stat().st_size > 1000
+        ranked = pd.read_csv(tmp_path / "compared" / "ranking.csv")
+        assert ranked["method"].nunique() == 19
+        assert (ranked["status"] == "ok").all()
+
+    def test_the_columns_of_the_page_are_there(self):
+        text = (DOCS / "layers.md").read_text()
+        table = text[text.index("| column |") : text.index("- **`excess`")]
+        for row in table.splitlines()[2:]:
+            for name in re.findall(r"`(\w+)`", row.split("|")[1]) if row.strip() else []:
+                assert name in LAYER_COLUMNS, name
+
+    def test_the_options_of_the_page_are_there(self):
+        text = (DOCS / "layers.md").read_text()
+        runner = CliRunner()
+        help_text = "".join(
+            runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+            for command in ("layers", "compare", "plot", "train")
+        )
+        for option in set(re.findall(r"--[a-z][a-z-]+", text)):
+            assert option in help_text, option
+
+
+class TestOptimizers:
+    def test_python_as_written(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, object] = {}
+        for language, text in blocks("optimizers.md"):
+            if language == "python":
+                exec(compile(text, "optimizers.md", "exec"), names)
+        printed = capsys.readouterr().out
+        assert "adamw" in printed
+        assert "signdescent" in printed
+        assert "True" in printed
+        assert "mine.optimizer.pt does not fit rmsprop" in printed
+
+    def test_commands_as_written(self, tmp_path: Path):
+        [text] = [text for language, text in blocks("optimizers.md") if language == "bash"]
+        for command in shell_lines(text):
+            in_folder(tmp_path, [*command, "--quiet"])
+        table = pd.concat(
+            [pd.read_csv(tmp_path / f"{name}.csv") for name in ("optimizers", "diagonals")]
+        )
+        assert (table["status"] == "ok").all()
+        assert table["method"].nunique() == 8
+
+    def test_names_and_options_of_the_page_are_there(self):
+        text = (DOCS / "optimizers.md").read_text()
+        for name in OPTIMIZERS:
+            assert f"`{name}`" in text, name
+        help_text = CliRunner().invoke(app, ["gamma", "--help"], env={"COLUMNS": "200"}).output
+        for option in ("--optimizer-state", "--reduction", "--no-weight-decay", "--allow-pickle"):
+            assert option in text
             assert option in help_text, option

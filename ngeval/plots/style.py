@@ -109,8 +109,8 @@ def require(table: pd.DataFrame, *columns: str) -> None:
     if missing:
         raise InputError(
             f"the table has no column {', '.join(missing)}; this picture needs another result "
-            "file (gamma, sweep and compare make γ tables, layers parts of updates, imbalance "
-            "norms of samples)"
+            "file (gamma, sweep and compare make γ tables, layers makes tables of layers, "
+            "imbalance makes norms of samples)"
         )
 
 
