@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from ngeval.cli import app
-from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.layers import COLUMNS as LAYER_COLUMNS
+from ngeval.methods.optimizer import OPTIMIZERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
