@@ -62,8 +62,9 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
         for a method that λ does not enter); the geometric means over batches ``gamma_over_ng``
         (γ/γ_min) and ``gamma_over_sgd`` there, with 95 % bootstrap intervals ``…_low`` and
         ``…_high``; ``damping_run`` and ``gamma_over_ng_run``: with the one λ that is best over all
-        checkpoints; ``batches``; ``status, reason``. The rank is by γ/γ_min, where there is no
-        γ_min by γ/γ_SGD. Methods that could not be computed come last, without a rank.
+        checkpoints; ``batches``; ``coverage``, the percentage of the parameters that the method
+        treats itself, where the table tells it; ``status, reason``. The rank is by γ/γ_min, where
+        there is no γ_min by γ/γ_SGD. Methods that could not be computed come last, without a rank.
 
     Raises:
         InputError: no such checkpoint.
@@ -92,7 +93,8 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
 COLUMNS = [
     *("stage_name", "checkpoint", "epoch", "step", "rank", "method", "damping"),
     *(f"{ratio}{end}" for ratio in RATIOS for end in ("", "_low", "_high")),
-    *("damping_run", "gamma_over_ng_run", "gamma_over_sgd_run", "batches", "status", "reason"),
+    *("damping_run", "gamma_over_ng_run", "gamma_over_sgd_run", "batches", "coverage"),
+    *("status", "reason"),
 ]
 """The columns of `ranking`, in order."""
 
@@ -111,8 +113,16 @@ def _ranked(rows: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
         rank=joined[by].rank(method="min"),
         batches=joined["batches"].fillna(0).astype(int),
         status=np.where(lost, "failed", "ok"),
+        coverage=_coverage(rows),
         reason=np.where(lost, reasons.reindex(joined.index).fillna(""), ""),
     ).reset_index()
+
+
+def _coverage(rows: pd.DataFrame) -> pd.Series[float] | float:
+    """Of each method, over the rows that could be computed."""
+    if "coverage" not in rows:
+        return math.nan
+    return rows[rows["status"] == "ok"].groupby("method")["coverage"].min()
 
 
 def _summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -199,7 +199,7 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
         table: what it was made of.
     """
     labels = checkpoint_labels(table)
-    natural = ranked["gamma_over_ng"].notna().any()
+    natural = bool(ranked["gamma_over_ng"].notna().any())
     ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
     last = ranked["checkpoint"].iloc[-1]
     for name, rows in ranked.groupby("checkpoint", sort=False):
@@ -207,8 +207,10 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
             title=f"{rows['stage_name'].iloc[0]}: {labels[str(name)]}",
             box=box.SIMPLE_HEAD,
         )
-        columns = ("", "method", least, "95 % interval", "at λ", "with one λ", "one λ", "γ/γ_SGD")
-        for column in columns if natural else columns[:-1]:
+        columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
+        partly = bool((rows["coverage"] < 100).any())
+        columns += ["γ/γ_SGD"] * natural + ["covers"] * partly
+        for column in columns:
             shown.add_column(column, justify="left" if column == "method" else "right")
         for _, row in rows.iterrows():
             interval = f"{row[f'{ratio}_low']:.3g} – {row[f'{ratio}_high']:.3g}"
@@ -221,7 +223,9 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
                 _cell(row[f"{ratio}_run"]),
                 _cell(row["damping_run"], ".0e"),
             ]
-            shown.add_row(*cells, *([_cell(row["gamma_over_sgd"])] if natural else []))
+            cells += [_cell(row["gamma_over_sgd"])] if natural else []
+            cells += [f"{row['coverage']:.0f} %"] if partly else []
+            shown.add_row(*cells)
         if name == last:
             shown.caption = (
                 f"{least} at each method's best λ of those given, geometric mean over batches; one "

@@ -22,7 +22,7 @@ from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.evaluate import DAMPING_SCALES, Progress, absolute_dampings, check_dampings
 from ngeval.forward import slices
 from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
-from ngeval.methods import Method, get_methods
+from ngeval.methods import Method, State, get_methods
 from ngeval.metric import Metric
 from ngeval.problem import Problem
 from ngeval.updates import Updates
@@ -39,12 +39,12 @@ REST = "(rest)"
 COLUMNS = [
     *("method", "damping", "damping_absolute", "damping_scale", "layer", "num_parameters"),
     *("gamma", "gamma_over_sgd", "decrease", "decrease_share", "curvature", "curvature_share"),
-    *("excess", "own_curvature", "update_norm", "gamma_total", "status", "reason"),
+    *("excess", "own_curvature", "update_norm", "gamma_total", "coverage", "status", "reason"),
     *("num_samples", "metric_samples", "likelihood", "dtype", "engine", "seed"),
 ]
 """The columns of `layer_table`, in order."""
 
-NUMBERS = COLUMNS[6:16]
+NUMBERS = COLUMNS[6:17]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def layer_table(
           of that layer alone: where it is positive, a smaller step in that layer would lower γ. It
           is 0 in every layer for the natural gradient;
         - ``own_curvature`` d_lᵀFd_l; ``update_norm`` ‖d_l‖; ``gamma_total``: γ of the whole update;
+          ``coverage``: the percentage of all parameters that the method treats itself;
         - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``), ``reason``;
         - ``num_samples, metric_samples, likelihood, dtype, engine, seed``.
 
@@ -327,9 +328,9 @@ def _method_rows(
     }
     absolute = [math.nan] * len(dampings)
     try:
-        absolute, updates, notes = _made(metric.problem, method, dampings, scale, seed)
+        absolute, updates, state = _made(metric.problem, method, dampings, scale, seed)
         found = [
-            _part_columns(parts_of(metric, updates.direction(i), groups), notes)
+            _part_columns(parts_of(metric, updates.direction(i), groups), state)
             for i in range(updates.count)
         ]
     except Exception as error:  # a method may be anybody's; its failure is data
@@ -345,17 +346,17 @@ def _method_rows(
 
 def _made(
     problem: Problem, method: Method, dampings: Sequence[float], scale: str, seed: int
-) -> tuple[list[float], Updates, str]:
-    """λ as it is added to the curvature, the updates, and what there is to say of them."""
+) -> tuple[list[float], Updates, State]:
+    """λ as it is added to the curvature, the updates, and the state that they come from."""
     state = method.prepare(problem, seed)
     absolute = absolute_dampings(problem, state, dampings, scale)
     updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
     if math.isnan(absolute[0]) and updates.count > 1:
         raise InputError(f"{method.name} has no curvature for a relative damping to scale")
-    return absolute, updates, "; ".join(getattr(state, "notes", ()))
+    return absolute, updates, state
 
 
-def _part_columns(parts: Parts, notes: str) -> dict[str, Any]:
+def _part_columns(parts: Parts, state: State) -> dict[str, Any]:
     """The columns of one update."""
     decrease_share, curvature_share = _shares(parts.decrease), _shares(parts.curvature)
     defined = np.isfinite(parts.gammas)
@@ -370,8 +371,9 @@ def _part_columns(parts: Parts, notes: str) -> dict[str, Any]:
         "own_curvature": parts.own_curvature,
         "update_norm": parts.norms,
         "gamma_total": parts.gamma_total,
+        "coverage": float(getattr(state, "coverage", 100.0)),
         "status": np.where(defined, "ok", "undefined").astype(object),
-        "reason": np.where(defined, notes, nothing).astype(object),
+        "reason": np.where(defined, "; ".join(getattr(state, "notes", ())), nothing).astype(object),
     }
 
 

@@ -143,6 +143,29 @@ class TestRanking:
         assert math.isnan(last["rank"].iloc[-1])
         assert last["batches"].iloc[-1] == 0
 
+    def test_coverage_where_the_table_tells_it(self):
+        table = gammas()
+        assert ranking(table)["coverage"].isna().all()
+        table["coverage"] = np.where(table["method"] == "b", 80.0, 100.0)
+        found = ranking(table).groupby("method")["coverage"].unique()
+        assert {name: list(values) for name, values in found.items()} == {
+            "a": [100],
+            "b": [80],
+            "late": [100],
+            "sgd": [100],
+        }
+
+    def test_a_checkpoint_where_all_failed(self):
+        table = gammas()
+        lost = table["checkpoint"] == "c4"
+        table.loc[lost, ["status", "reason"]] = ["failed", "NaN weights"]
+        table.loc[lost, ["gamma", "gamma_over_sgd", "gamma_over_ng"]] = math.nan
+        ranked = ranking(table)
+        last = ranked[ranked["checkpoint"] == "c4"]
+        assert last["rank"].isna().all()
+        assert set(last["reason"]) == {"NaN weights"}
+        assert ranked[ranked["checkpoint"] == "c0"]["rank"].tolist() == [1, 1, 3, 4]
+
     def test_without_the_natural_gradient_by_the_ratio_to_sgd(self):
         table = gammas().assign(gamma_over_ng=math.nan)
         ranked = ranking(table, ["c2"])

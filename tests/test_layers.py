@@ -107,6 +107,22 @@ def test_natural_gradient_spends_where_it_buys(name):
     assert plain["excess"].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["gaussian-mlp-float64", "categorical-conv-float64"])
+def test_exact_blocks_are_best_in_each_layer(name):
+    # γ of the best direction in a layer alone: (g_lᵀF_ll⁺g_l)^(−1/2).
+    case, dense = problems.case(name), problems.reference_of(name)
+    methods = ["block-ng", "ng", "sgd", "ief", "diag"]
+    table = ngeval.layer_table(problems.problem_of(name), methods, [0.0])
+    rows, gradient = reference.fisher_rows(dense), reference.gradient(dense)
+    for layer, places in layers_of(case.model).items():
+        columns = torch.cat([torch.arange(place.start, place.stop) for place in places])
+        part = gradient[columns]
+        best = float(part @ reference.solve_curvature(rows[:, columns], part, 0.0)) ** -0.5
+        found = table[table["layer"] == layer].set_index("method")["gamma"]
+        close(found["block-ng"], best, 1e-6)
+        assert (found >= best * (1 - 1e-7)).all()
+
+
 def test_excess_is_the_slope_of_gamma_in_a_layers_learning_rate():
     dense = problems.reference_of("categorical-mlp-float64")
     case = problems.case("categorical-mlp-float64")
@@ -215,6 +231,7 @@ class Half:
 
     name = "half"
     notes = ("half of it",)
+    coverage = 40.0
 
     def prepare(self, problem, seed=0):
         self.problem = problem
@@ -248,6 +265,7 @@ def test_a_layer_that_is_left_alone_is_undefined_and_the_rest_is_not():
     assert (first["status"], first["reason"]) == ("undefined", "the update is 0 in this layer")
     assert (first["decrease_share"], first["curvature_share"]) == (0, 0)
     assert (second["status"], second["reason"]) == ("ok", "half of it")
+    assert second["coverage"] == 40.0
     assert second["decrease_share"] == 1
     assert second["gamma"] == pytest.approx(second["gamma_total"])
 

@@ -253,6 +253,13 @@ class TestPrinted:
         assert f"{first['damping']:.0e}" in line
         assert text.count("sgd") == 3
 
+    def test_ranking_tells_what_is_not_covered(self):
+        table = gammas().assign(coverage=100.0)
+        assert "covers" not in shown_text(console.ranking_tables(ranking(table), table))
+        table.loc[table["method"] == "kfac", "coverage"] = 87.4
+        text = shown_text(console.ranking_tables(ranking(table), table))
+        assert text.count("covers") == text.count("87 %") == 3
+
     def test_ranking_without_the_natural_gradient(self):
         table = gammas().assign(gamma_over_ng=math.nan)
         text = shown_text(console.ranking_tables(ranking(table), table))

@@ -76,7 +76,11 @@ def plot(
 ) -> None:
     """Draw a result file.
 
-    [bold]Example:[/bold] ngeval plot gamma.csv --kind stages --output stages.pdf
+    [bold]Examples:[/bold]
+
+    ngeval plot gamma.csv --kind stages --output stages.pdf
+
+    ngeval plot layers.csv --kind layers --output layers.png
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
     table = read_results(results)
