@@ -44,8 +44,7 @@ def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
 
 def batch_gradient(problem: Problem, reduction: str) -> Gradients:
     """The gradient of the reduced loss on the problem's own batch."""
-    vector = problem.gradient().to(torch.float64)
-    return split(problem, vector / loss_terms(problem.distribution, reduction))
+    return divided(problem, problem.gradient(), loss_terms(problem.distribution, reduction))
 
 
 def batch_gradients(
@@ -72,16 +71,16 @@ def batch_gradients(
             total += part.to(torch.float64)
             found = loss_terms(chunk.distribution, reduction)
             terms = 1.0 if reduction == "sum" else terms + found
-        yield split(problem, total / terms)
+        yield divided(problem, total, terms)
     if number == 0:
         raise InputError("warmup holds no batch to accumulate the optimizer's state over")
 
 
-def split(problem: Problem, vector: Tensor) -> Gradients:
-    """A vector of length P by parameter name, in its own dtype."""
+def divided(problem: Problem, vector: Tensor, terms: float) -> Gradients:
+    """A gradient of length P by parameter name, in memory that an optimizer may overwrite."""
     parameters = problem.function.parameters
     parts = vector.split([parameter.numel() for parameter in parameters.values()])
     return {
-        name: part.reshape(parameter.shape)
+        name: part.reshape(parameter.shape).to(torch.float64, copy=True).div_(terms)
         for (name, parameter), part in zip(parameters.items(), parts, strict=True)
     }

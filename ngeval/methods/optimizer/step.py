@@ -126,21 +126,27 @@ class OptimizerStep:
         missing = [name for name in problem.function.parameters if name not in names.values()]
         with torch.inference_mode(False):
             steps, notes = self._steps(problem, names, seed)
-        parts = []
-        for name, parameter in problem.function.parameters.items():
-            part = steps.get(name, torch.zeros_like(parameter, dtype=torch.float64))
-            if not bool(torch.isfinite(part).all()):
-                raise NumericalError(
-                    f"{self.name}: the step of {name!r} is NaN or infinite (is its state?)"
-                )
-            parts.append(part.reshape(-1))
+        parts = [
+            steps.get(name, torch.zeros_like(parameter, dtype=torch.float64)).reshape(-1)
+            for name, parameter in problem.function.parameters.items()
+        ]
+        step = torch.cat(parts)
+        largest = float(torch.linalg.vector_norm(step, math.inf))
+        if not math.isfinite(largest):
+            bad = [
+                n
+                for n, part in zip(problem.function.parameters, parts, strict=True)
+                if not bool(torch.isfinite(part).all())
+            ]
+            raise NumericalError(
+                f"{self.name}: the step of {bad[0]!r} is NaN or infinite (is its state?)"
+            )
         if missing:
             shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             notes.append(f"no optimizer holds {shown}: their update is 0")
         left = sum(problem.function.parameters[name].numel() for name in missing)
         coverage = 100.0 * (1.0 - left / problem.num_parameters)
-        step = torch.cat(parts)
-        if not bool(step.any()):
+        if largest == 0:
             notes.append("the step is 0 (some optimizers only set up their state in the first)")
         return OptimizerState(problem, step, coverage, tuple(notes))
 
@@ -178,7 +184,7 @@ class OptimizerStep:
         with seeded(problem.device, seed):
             _take(clones, batch_gradient(problem, self.reduction), names)
         steps = {
-            names[key]: original.detach().to(torch.float64) - clone.detach().to(torch.float64)
+            names[key]: original.detach() - clone.detach().to(torch.float64)
             for key, (original, clone) in clones.parameters.items()
             if key in names
         }
@@ -273,8 +279,7 @@ def _with_a_rate(clones: Clones) -> list[str]:
 def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
     """One step of the copies on a gradient; parameters that are not graded have none."""
     for key, (_, clone) in clones.parameters.items():
-        # A copy: some optimizers work in place on gradients.
-        clone.grad = gradients[names[key]].to(clone.dtype, copy=True) if key in names else None
+        clone.grad = gradients[names[key]].to(clone.dtype) if key in names else None
     for optimizer in clones.optimizers:
         optimizer.step()
 
