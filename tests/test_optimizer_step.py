@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 
+import accelerate
 import problems
 import pytest
+import pytorch_optimizer
 import torch
 from optimizers import (
     THIRD_PARTY,
@@ -326,16 +328,27 @@ class TestCallerIsUntouched:
         assert same(before, fingerprint(one.model, [inner]))
         torch.testing.assert_close(twice, 2 * step_of(inner, problem), **EXACT)
 
-    def test_a_wrapper_that_only_passes_a_step_on(self):
-        class Passing(torch.optim.Optimizer):
-            def __init__(self, optimizer):
-                self.optimizer = optimizer
+    @pytest.mark.parametrize("kind", ["Lookahead", "TRAC", "OrthoGrad", "ScheduleFreeWrapper"])
+    def test_third_party_wrappers(self, kind):
+        one = case()
+        wrapper = getattr(pytorch_optimizer, kind)(torch.optim.AdamW(one.model.parameters()))
+        if kind == "ScheduleFreeWrapper":
+            wrapper.train()
+        train(one.model, [wrapper], batches(4))  # Lookahead looks back in its fifth step
+        problem = one.problem()
+        before = fingerprint(one.model, [wrapper])
+        step = step_of(wrapper, problem)
+        assert same(before, fingerprint(one.model, [wrapper]))
+        theta = flat(one.model)
+        train(one.model, [wrapper], [(one.inputs, one.targets)])
+        expected = theta - flat(one.model)
+        assert float(expected.norm()) > 0
+        torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-14)
 
-            param_groups = property(lambda self: self.optimizer.param_groups)
-            state = property(lambda self: self.optimizer.state)
-
+    def test_accelerates_wrapper(self):
         one, [inner] = trained("adam", 2)
-        method = OptimizerStep(Passing(inner))
+        accelerate.Accelerator(cpu=True)
+        method = OptimizerStep(accelerate.optimizer.AcceleratedOptimizer(inner))
         assert method.name == "adam"
         step = method.prepare(one.problem()).direction(0.0)
         assert torch.equal(step, step_of(inner, one.problem()))

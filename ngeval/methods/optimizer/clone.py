@@ -121,13 +121,13 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside a wrapper that has no parameter groups of its own (accelerate's)."""
-    while "param_groups" not in vars(optimizer):
-        inner = vars(optimizer).get("optimizer")
-        if not isinstance(inner, Optimizer):
-            break
-        optimizer = inner
-    return optimizer
+    """The optimizer inside accelerate's wrapper.
+
+    That one only passes a step on, but with a loss scale it patches what it wraps.
+    """
+    kind, inner = type(optimizer), vars(optimizer).get("optimizer")
+    accelerates = kind.__module__.partition(".")[0] == "accelerate"
+    return unwrapped(inner) if accelerates and isinstance(inner, Optimizer) else optimizer
 
 
 @contextlib.contextmanager
