@@ -298,6 +298,18 @@ class TestMatching:
         without = step_of(fresh, problem, weight_decay=False)
         assert not torch.equal(step_of(fresh, problem), without)
 
+    def test_two_groups_of_which_one_is_empty(self, tmp_path):
+        """As the Trainer's are where an adapter trains nothing but matrices."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False)).eval()
+        trainer = torch.optim.AdamW([{"params": list(model.parameters())}, {"params": []}])
+        train(model, [trainer], batches(2, torch.float32))
+        fresh = build("adamw", model)
+        load_optimizer_state(fresh, model, saved(tmp_path, trainer.state_dict()))
+        x, y = batches(1, torch.float32)[0]
+        problem = ngeval.Problem(model, x, y, "categorical")
+        assert torch.equal(step_of(fresh, problem), step_of(trainer, problem))
+
     def test_names_go_before_order(self, tmp_path):
         one = case()
         shuffled = dict(reversed(list(one.model.named_parameters())))

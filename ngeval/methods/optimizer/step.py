@@ -286,5 +286,4 @@ def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
 
 def _told(error: BaseException) -> str:
     """An exception in a line."""
-    text: Any = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
