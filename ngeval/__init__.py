@@ -17,7 +17,9 @@ from ngeval.evaluate import evaluate
 from ngeval.fisher import FisherOperator
 from ngeval.layers import layer_table
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from ngeval.methods import METHODS, Method, get_method
+from ngeval.methods import METHODS, Method, MethodEntry, get_method
+from ngeval.methods.accumulated import AccumulatedDiagonal
+from ngeval.methods.optimizer import OptimizerStep
 from ngeval.metric import Metric
 from ngeval.metrics import gamma, gamma_floor, gradient_norms, loss_change
 from ngeval.natural import gamma_min
@@ -29,6 +31,7 @@ __version__ = _version("ngeval")
 
 __all__ = [
     "METHODS",
+    "AccumulatedDiagonal",
     "Bernoulli",
     "Categorical",
     "CheckpointError",
@@ -39,10 +42,12 @@ __all__ = [
     "InputError",
     "Likelihood",
     "Method",
+    "MethodEntry",
     "Metric",
     "ModelError",
     "NgevalError",
     "NumericalError",
+    "OptimizerStep",
     "OutputError",
     "Problem",
     "Task",

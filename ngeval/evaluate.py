@@ -16,24 +16,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.errors import InputError, NgevalError
 from ngeval.grading import Grades, families, grade
 from ngeval.kernel import PushingKernel, logit_kernel
 from ngeval.krylov import GAP, MAX_ITERATIONS
-from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
-from ngeval.methods import Method, State, get_methods
+from ngeval.methods import Method, get_methods
 from ngeval.methods.gradient import Sgd
 from ngeval.methods.natural import NaturalGradient
 from ngeval.methods.sampled import SampledFisher
 from ngeval.metric import Metric
 from ngeval.metrics import gamma_floor
 from ngeval.natural import natural_solver
+from ngeval.prepared import check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem import Problem
 from ngeval.updates import Updates
 
 DEFAULT_METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
-DAMPING_SCALES = ("absolute", "mean", "relative")
-
 Progress = Callable[[str], None]
 
 
@@ -105,11 +103,7 @@ def evaluate(
         raise InputError(f"evaluate takes an ngeval.Problem, not {type(problem).__name__}")
     resolved = get_methods(methods)
     lambdas = check_dampings(dampings)
-    if damping_scale not in DAMPING_SCALES:
-        raise InputError(
-            f"unknown damping scale {damping_scale!r}; "
-            f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
-        )
+    check_scale(damping_scale)
     _check_options(problem, metric, gap, max_iterations)
     problem.function.check_unchanged()  # what is graded from memory would not notice
     done = on_step or (lambda _: None)
@@ -178,40 +172,6 @@ COLUMNS = [
 """The columns of `evaluate`, in order."""
 
 
-def check_dampings(dampings: Iterable[float]) -> list[float]:
-    """Turn dampings into a list of distinct floats.
-
-    Raises:
-        InputError: none given, or one is negative, NaN, infinite or no number.
-    """
-    if isinstance(dampings, str):
-        raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
-    try:
-        values = [float(damping) for damping in dampings]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"dampings must be numbers: {error}") from error
-    if not values:
-        raise InputError("no damping given; λ = 0 asks for the pseudo-inverse")
-    for value in values:
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"damping {value} is not allowed; λ must be finite and ≥ 0")
-    return list(dict.fromkeys(values))
-
-
-def absolute_dampings(
-    problem: Problem, state: State, dampings: Sequence[float], scale: str
-) -> list[float]:
-    """λ as it is added to the sum-reduced curvature of a prepared method.
-
-    A method without curvature (sgd) has no relative scale: NaN, and λ does not enter it.
-    """
-    if scale == "relative":  # asked for only then: it may have to be computed
-        factor = state.largest_curvature
-    else:
-        factor = float(problem.num_samples) if scale == "mean" else 1.0
-    return [factor * damping for damping in dampings]
-
-
 class _Rated:
     """A method on its way to its rows."""
 
@@ -230,12 +190,9 @@ class _Rated:
         if isinstance(method, NaturalGradient):
             method = replace(method, gap=limits[0], max_iterations=limits[1])
         try:
-            state = method.prepare(problem, seed)
-            self.absolute = absolute_dampings(problem, state, self.dampings, scale)
-            self.updates = state.updates([0.0 if math.isnan(v) else v for v in self.absolute])
-            _check_scaled(method, self.absolute, self.updates)
-            self.coverage = float(getattr(state, "coverage", 100.0))
-            self.reason = "; ".join(getattr(state, "notes", ()))
+            prepared = prepare(problem, method, self.dampings, scale, seed)
+            self.absolute, self.updates = prepared.absolute, prepared.updates
+            self.coverage, self.reason = prepared.coverage, prepared.remarks
         except Exception as error:  # a method may be anybody's; its failure is data
             self.fail(error)
 
@@ -243,11 +200,7 @@ class _Rated:
         """Keep the reason."""
         self.updates = None
         self.absolute = [math.nan] * len(self.dampings)
-        self.reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, NgevalError):
-            self.reason = str(error)
-        elif is_out_of_memory(error):
-            self.reason = f"{OUT_OF_MEMORY} ({str(error).splitlines()[0][:100]})"
+        self.reason = failure_reason(error)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns that depend on the method."""
@@ -274,12 +227,6 @@ class _Rated:
             "status": status,
             "reason": reason,
         }
-
-
-def _check_scaled(method: Method, absolute: Sequence[float], updates: Updates) -> None:
-    """A relative damping of a method without curvature means nothing, unless λ is not used."""
-    if math.isnan(absolute[0]) and updates.count > 1:
-        raise InputError(f"{method.name} has no curvature for a relative damping to scale")
 
 
 def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:

@@ -9,7 +9,7 @@ share of dᵀg spends more than it buys. For the natural gradient, Fd = g, the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ngeval.errors import InputError, NgevalError, nearest_name
-from ngeval.evaluate import DAMPING_SCALES, Progress, absolute_dampings, check_dampings
+from ngeval.errors import InputError
+from ngeval.evaluate import Progress
 from ngeval.forward import slices
-from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
-from ngeval.methods import Method, State, get_methods
+from ngeval.groups import Group, Groups, make_groups
+from ngeval.methods import Method, get_methods
 from ngeval.metric import Metric
+from ngeval.prepared import Prepared, check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem import Problem
-from ngeval.updates import Updates
-
-Groups = str | int | Mapping[str, Iterable[str]] | Callable[[str], str]
-"""How parameters are put together; see `layer_table`."""
-
-ROOT = "(model)"
-"""The layer of parameters that the model itself owns."""
-
-REST = "(rest)"
-"""The group of parameters that a mapping does not name."""
 
 COLUMNS = [
     *("method", "damping", "damping_absolute", "damping_scale", "layer", "num_parameters"),
@@ -45,24 +36,6 @@ COLUMNS = [
 """The columns of `layer_table`, in order."""
 
 NUMBERS = COLUMNS[6:17]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Some of the parameters.
-
-    Attributes:
-        name: in the table's column ``layer``.
-        places: where they are in a flat vector.
-    """
-
-    name: str
-    places: tuple[slice, ...]
-
-    @property
-    def num_parameters(self) -> int:
-        """How many scalars."""
-        return sum(place.stop - place.start for place in self.places)
 
 
 @dataclass(frozen=True)
@@ -151,11 +124,7 @@ def layer_table(
         raise InputError(f"layer_table takes an ngeval.Problem, not {type(problem).__name__}")
     resolved = get_methods(methods)
     lambdas = check_dampings(dampings)
-    if damping_scale not in DAMPING_SCALES:
-        raise InputError(
-            f"unknown damping scale {damping_scale!r}; "
-            f"{nearest_name(str(damping_scale), DAMPING_SCALES)}"
-        )
+    check_scale(damping_scale)
     if metric is not None and metric.problem is not problem:
         raise InputError("the metric was made for another problem; make one for this one")
     chosen = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
@@ -182,71 +151,6 @@ def layer_table(
         seed=seed,
     )
     return table.reindex(columns=COLUMNS)
-
-
-def make_groups(sizes: Mapping[str, int], groups: Groups) -> list[Group]:
-    """Put parameters together.
-
-    Args:
-        sizes: the trainable parameters with their numbers of scalars, in order.
-        groups: as in `layer_table`.
-
-    Raises:
-        InputError: no such way to group, an unknown name, a name in two groups, an empty group.
-
-    >>> [group.name for group in make_groups({"a.b.weight": 4, "a.b.bias": 2, "c": 1}, 1)]
-    ['a', 'c']
-    """
-    of_name = _naming(list(sizes), groups)
-    places: dict[str, list[slice]] = {}
-    start = 0
-    for name, size in sizes.items():
-        group = of_name(name)
-        if not isinstance(group, str):
-            raise InputError(f"groups gave {group!r} for parameter {name!r}; it must be a text")
-        places.setdefault(group, []).append(slice(start, start + size))
-        start += size
-    return [Group(name, tuple(of_group)) for name, of_group in places.items()]
-
-
-def _naming(names: Sequence[str], groups: Groups) -> Callable[[str], str]:
-    """The function from a parameter's name to its group's."""
-    if isinstance(groups, Mapping):
-        return _named_groups(names, groups)
-    if callable(groups):
-        return groups
-    if groups == "layer":
-        return lambda name: name.rpartition(".")[0] or ROOT
-    if groups == "parameter":
-        return lambda name: name
-    if isinstance(groups, int) and not isinstance(groups, bool) and groups >= 1:
-        return lambda name: ".".join(name.split(".")[:groups])
-    raise InputError(
-        f"groups must be 'layer', 'parameter', a number of name components ≥ 1, a mapping from "
-        f"group to parameter names or a function of the name, not {groups!r}"
-    )
-
-
-def _named_groups(
-    names: Sequence[str], groups: Mapping[str, Iterable[str]]
-) -> Callable[[str], str]:
-    found: dict[str, str] = {}
-    for group, members in groups.items():
-        listed = [members] if isinstance(members, str) else list(members)
-        if not listed:
-            raise InputError(f"group {group!r} has no parameter")
-        for name in listed:
-            if name not in names:
-                raise InputError(
-                    f"group {group!r}: no trainable parameter {name!r}; "
-                    f"{nearest_name(str(name), names)}"
-                )
-            if name in found:
-                raise InputError(
-                    f"parameter {name!r} is in two groups, {found[name]!r} and {group!r}"
-                )
-            found[name] = group
-    return lambda name: found.get(name, REST)
 
 
 def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Parts:
@@ -328,14 +232,15 @@ def _method_rows(
     }
     absolute = [math.nan] * len(dampings)
     try:
-        absolute, updates, state = _made(metric.problem, method, dampings, scale, seed)
+        prepared = prepare(metric.problem, method, dampings, scale, seed)
+        absolute = prepared.absolute
         found = [
-            _part_columns(parts_of(metric, updates.direction(i), groups), state)
-            for i in range(updates.count)
+            _part_columns(parts_of(metric, prepared.updates.direction(i), groups), prepared)
+            for i in range(prepared.updates.count)
         ]
     except Exception as error:  # a method may be anybody's; its failure is data
         missing = dict.fromkeys(NUMBERS, math.nan)
-        found = [{**missing, "status": "failed", "reason": _reason(error)}]
+        found = [{**missing, "status": "failed", "reason": failure_reason(error)}]
     if len(found) == 1:
         found *= len(dampings)
     return [
@@ -344,19 +249,7 @@ def _method_rows(
     ]
 
 
-def _made(
-    problem: Problem, method: Method, dampings: Sequence[float], scale: str, seed: int
-) -> tuple[list[float], Updates, State]:
-    """λ as it is added to the curvature, the updates, and the state that they come from."""
-    state = method.prepare(problem, seed)
-    absolute = absolute_dampings(problem, state, dampings, scale)
-    updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
-    if math.isnan(absolute[0]) and updates.count > 1:
-        raise InputError(f"{method.name} has no curvature for a relative damping to scale")
-    return absolute, updates, state
-
-
-def _part_columns(parts: Parts, state: State) -> dict[str, Any]:
+def _part_columns(parts: Parts, prepared: Prepared) -> dict[str, Any]:
     """The columns of one update."""
     decrease_share, curvature_share = _shares(parts.decrease), _shares(parts.curvature)
     defined = np.isfinite(parts.gammas)
@@ -371,9 +264,9 @@ def _part_columns(parts: Parts, state: State) -> dict[str, Any]:
         "own_curvature": parts.own_curvature,
         "update_norm": parts.norms,
         "gamma_total": parts.gamma_total,
-        "coverage": float(getattr(state, "coverage", 100.0)),
+        "coverage": prepared.coverage,
         "status": np.where(defined, "ok", "undefined").astype(object),
-        "reason": np.where(defined, "; ".join(getattr(state, "notes", ())), nothing).astype(object),
+        "reason": np.where(defined, prepared.remarks, nothing).astype(object),
     }
 
 
@@ -381,11 +274,3 @@ def _shares(parts: np.ndarray) -> np.ndarray:
     """Parts of a sum that is not 0, NaN otherwise."""
     total = parts.sum()
     return parts / (total if total != 0 else math.nan)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, NgevalError):
-        return str(error)
-    if is_out_of_memory(error):
-        return OUT_OF_MEMORY
-    return f"{type(error).__name__}: {error}"

@@ -16,8 +16,9 @@ from ngeval.checks import check_device
 from ngeval.errors import CheckpointError, InputError
 from ngeval.evaluate import Progress, evaluate
 from ngeval.functional import map_inputs
+from ngeval.groups import Groups
 from ngeval.krylov import GAP
-from ngeval.layers import Groups, layer_table
+from ngeval.layers import layer_table
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.metric import Metric

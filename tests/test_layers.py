@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.layers import COLUMNS, make_groups, parts_of
+from ngeval.groups import make_groups
+from ngeval.layers import COLUMNS, parts_of
 
 METHODS = ("sgd", "ef", "ief", "ng", "diag", "diag-ef:0.5")
 DAMPINGS = (1e-3, 1.0)

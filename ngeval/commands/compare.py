@@ -12,7 +12,6 @@ from ngeval import console
 from ngeval.commands.common import say
 from ngeval.commands.grading import grade
 from ngeval.comparison import ranking
-from ngeval.evaluate import check_dampings
 from ngeval.methods import get_methods
 from ngeval.options import (
     ForceOption,
@@ -28,6 +27,7 @@ from ngeval.options import (
 )
 from ngeval.plots import FIGURE_SUFFIXES, kfac_figure, ranking_figure, save_figure
 from ngeval.plots.comparison import KFAC_METHODS
+from ngeval.prepared import check_dampings
 from ngeval.results import ResultFile, check_output
 
 METHODS = (

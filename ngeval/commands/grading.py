@@ -11,7 +11,7 @@ import typer
 from ngeval import console
 from ngeval.assemble import make_run
 from ngeval.commands.common import check_result, collect, report_failures
-from ngeval.evaluate import Progress, check_dampings
+from ngeval.evaluate import Progress
 from ngeval.methods import get_methods
 from ngeval.options import (
     DampingScaleOption,
@@ -27,6 +27,7 @@ from ngeval.options import (
     parse_metric,
     takes_options,
 )
+from ngeval.prepared import check_dampings
 from ngeval.runs import Grading, Run
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError, NumericalError
 from ngeval.fisher import factor_columns
-from ngeval.groups import layer_groups
+from ngeval.groups import make_groups
 from ngeval.jacobians.blocks import group_combinations, group_grams, group_squares
 from ngeval.kernel import DENSE_SIZE
 from ngeval.memory import describe_bytes
@@ -71,7 +71,8 @@ class BlockState:
             raise NumericalError(
                 "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
             )
-        groups = layer_groups(problem.function.parameters)
+        counts = {name: p.numel() for name, p in problem.function.parameters.items()}
+        groups = {group.name: list(group.parameters) for group in make_groups(counts, "layer")}
         size = problem.num_samples * problem.num_outputs
         self.small = {g: names for g, names in groups.items() if self._count(names) <= size}
         self.large = {g: names for g, names in groups.items() if g not in self.small}

@@ -15,6 +15,7 @@ descent" (arXiv 2406.06420).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,12 @@ class Labels:
         if self.source == DATA:
             return residual
         if self.source == IMPROVED:
-            return residual / _safe(problem).reshape(-1, *[1] * (residual.ndim - 1))
+            lengths = _safe(problem).reshape(-1, *[1] * (residual.ndim - 1))
+            return residual / lengths
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
         sampled = problem.distribution.residual(labels).transpose(0, 1)
-        return sampled / self.mc_samples**0.5
+        return sampled / math.sqrt(self.mc_samples)
 
     def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """The v of the curvature, and u among them or as one more.

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
-from ngeval.evaluate import check_dampings
 from ngeval.plots.style import (
     STYLE,
     checkpoint_title,
@@ -25,6 +24,7 @@ from ngeval.plots.style import (
     styles_of,
     with_stage,
 )
+from ngeval.prepared import check_dampings
 from ngeval.summary import SUMMARIZED, summarize
 
 
