@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from ngeval.cli import app
 from ngeval.layers import COLUMNS as LAYER_COLUMNS
+from ngeval.methods import get_method
 from ngeval.methods.optimizer import OPTIMIZERS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -187,3 +188,24 @@ class TestOptimizers:
         for option in ("--optimizer-state", "--reduction", "--no-weight-decay", "--allow-pickle"):
             assert option in text
             assert option in help_text, option
+
+
+class TestKronecker:
+    def test_every_block_as_written(self, capsys: pytest.CaptureFixture[str]):
+        names: dict[str, object] = {}
+        for language, text in blocks("kronecker.md"):
+            if language == "python":
+                exec(compile(text, "kronecker.md", "exec"), names)
+        assert "block-ng" in capsys.readouterr().out
+        table = names["table"]
+        assert isinstance(table, pd.DataFrame)
+        assert (table["status"] == "ok").all()
+        # each step of the ladder loses something, at the smallest λ
+        least = table[table["damping"] == 1e-6].set_index("method")["gamma_over_ng"]
+        assert least["ng"] <= least["block-ng"] <= least["kfac"]
+
+    def test_every_word_of_the_page_is_one(self):
+        text = (DOCS / "kronecker.md").read_text()
+        for word in ("expand", "reduce", "exact", "factored", "pi", "diagonal", "gradient", "zero"):
+            assert f"| `{word}`" in text
+            assert get_method(f"kfac:{word}").name == f"kfac:{word}"
