@@ -580,3 +580,55 @@ def test_diagonals(exponent):
         expected = gradient / (diagonal + 1e-3) ** exponent
         found = direction(problem, f"{name}:{exponent}", 1e-3)
         assert problems.relative_gap(found, expected) < 1e-10
+
+
+class TestTransformersConv1D:
+    """GPT-2's layers hold Wᵀ: all is as for a linear layer, transposed."""
+
+    @pytest.fixture
+    def pair(self) -> tuple[problems.Case, problems.Case]:
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        torch.manual_seed(0)
+        linear = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+        held = nn.Sequential(conv1d(6, 4), nn.Tanh(), conv1d(3, 6)).double().eval()
+        with torch.no_grad():
+            for one, other in zip(linear, held, strict=True):
+                if isinstance(one, nn.Linear):
+                    other.weight.copy_(one.weight.T)
+                    other.bias.copy_(one.bias)
+        return tuple(case_of(model, (3, 4), "categorical", 5) for model in (linear, held))
+
+    def test_by_its_closed_form(self, pair):
+        plan = pair[1].problem().rows.plan
+        assert [owner.rule is not None and owner.rule.transposed for owner in plan.owners] == [
+            True,
+            True,
+        ]
+
+    @pytest.mark.parametrize(
+        "method",
+        ["sgd", "ef", "sf:2", "diag", "diag-ief", "kfac", "kfac:reduce", "ekfac", "block-ng", "ng"],
+    )
+    def test_every_method(self, pair, method):
+        linear, held = (case.problem() for case in pair)
+        expected = linear.function.unflatten(direction(linear, method, 1e-2))
+        found = held.function.unflatten(direction(held, method, 1e-2))
+        for name, value in expected.items():
+            wanted = value.T if name.endswith("weight") else value
+            assert problems.relative_gap(found[name], wanted) < 1e-9, name
+
+    def test_rows_in_pieces(self, pair, monkeypatch):
+        monkeypatch.setattr("ngeval.jacobians.products.PIECE_ENTRIES", 20)
+        linear, held = (case.problem() for case in pair)
+        for method in ("ef", "diag-ef", "ekfac-ef", "block-ng"):
+            expected = linear.gamma(direction(linear, method, 1e-2))
+            found = held.gamma(direction(held, method, 1e-2))
+            assert found == pytest.approx(expected, rel=1e-9), method
+
+    def test_rows_are_those_of_a_loop(self, pair):
+        loop, layers = (pair[1].problem(engine=engine) for engine in ("loop", "layers"))
+        vectors = loop.residual.unsqueeze(1)
+        block = loop.rows.blocks(vectors)[0]
+        expected, found = loop.rows.rows(vectors, block), layers.rows.rows(vectors, block)
+        for name, rows in expected.items():
+            assert problems.relative_gap(found[name], rows) < 1e-10, name

@@ -41,11 +41,13 @@ class Layer:
         name: the module's path.
         weight: the weight's parameter name, None if it is frozen.
         bias: the bias's, None if it is frozen or absent.
+        transposed: the layer holds Wᵀ.
     """
 
     name: str
     weight: str | None
     bias: str | None
+    transposed: bool = False
 
     @property
     def parameters(self) -> list[str]:
@@ -147,7 +149,12 @@ def affine_layers(plan: Plan) -> list[Layer]:
     """The layers whose rows are sums of outer products, and whose weights are theirs alone."""
     uses = plan.uses()
     return [
-        Layer(owner.name, owner.parameters.get("weight"), owner.parameters.get("bias"))
+        Layer(
+            owner.name,
+            owner.parameters.get("weight"),
+            owner.parameters.get("bias"),
+            owner.rule.transposed,
+        )
         for owner in plan.owners
         if owner.rule is not None
         and owner.rule.affine
@@ -294,6 +301,7 @@ def _rotated(
         inputs=lambda samples: (_augmented(term, samples) @ inputs.unsqueeze(1)).movedim(0, 2),
         cotangents=torch.einsum("nqtgo,gop->nqtgp", cotangents, outputs),
         apply=None,
+        transposed=False,
     )
 
 

@@ -54,10 +54,12 @@ def add_inner_products(
 
 def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
     if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
-        if _sequence_is_cheaper(left, right, left.num_units, symmetric):
+        size = (left.weight_shape[1:].numel(), left.num_units)
+        if _sequence_is_cheaper(left, right, size, symmetric):
             return _add_table_table(out, left, right)
     elif isinstance(left, AffineTerm) and isinstance(right, AffineTerm):
-        if left.groups == 1 and _sequence_is_cheaper(left, right, left.num_units, symmetric):
+        size = (left.fan_in, left.fan_out)
+        if left.groups == 1 and _sequence_is_cheaper(left, right, size, symmetric):
             return _add_affine_affine(out, left, right, shared, symmetric=symmetric)
     elif isinstance(left, EmbeddingTerm) and isinstance(right, AffineTerm):
         return _add_table_affine(out, left, right)
@@ -72,7 +74,7 @@ def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetr
 def _sequence_is_cheaper(
     left: AffineTerm | EmbeddingTerm,
     right: AffineTerm | EmbeddingTerm,
-    outputs: int,
+    size: tuple[int, int],
     symmetric: bool,
 ) -> bool:
     """Compare counted multiplications; those in float32 count half.
@@ -80,7 +82,7 @@ def _sequence_is_cheaper(
     Entries that are written, read and converted once bind at the memory's rate: a row's weighs
     `TRAFFIC` multiplications, a joined product's 8.
     """
-    inputs = left.weight_shape[1:].numel()
+    inputs, outputs = size
     one, other = (term.num_samples * term.positions for term in (left, right))
     vectors = left.num_vectors * right.num_vectors
     count = left.num_samples * right.num_samples * vectors
@@ -218,7 +220,7 @@ def _add_rows(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetr
     for units in pieces(cut, sum(out.shape)) if cut else [ALL]:
         rows = left.rows(ALL, ALL, units)
         others = rows if symmetric else right.rows(ALL, ALL, units)
-        for name in shared:
+        for name in shared & rows.keys():
             wide = _wide(rows[name])
             if symmetric:
                 _add_own_products(out, wide)
@@ -286,7 +288,8 @@ def _add_affine_squares(sums: Parameters, term: AffineTerm) -> None:
     inputs = _flat_inputs(term).square()
     cotangents = term.cotangents.to(torch.float64).square().sum(1).flatten(1)
     if term.weight:
-        sums[term.weight] += (cotangents.T @ inputs).reshape(-1)
+        squares = inputs.T @ cotangents if term.transposed else cotangents.T @ inputs
+        sums[term.weight] += squares.reshape(-1)
     if term.bias:
         sums[term.bias] += cotangents.sum(0)
 

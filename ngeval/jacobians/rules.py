@@ -7,7 +7,7 @@ anything else is a *unit*, whose own function is differentiated (see `ngeval.jac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ngeval.functional import ModelFunction, Parameters
 from ngeval.jacobians.layouts import CallLayout
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+
+TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""A layer's class by its module and name, so that transformers need not be there."""
 
 
 @dataclass
@@ -77,11 +80,13 @@ class Rule:
         applies: whether a call with these layouts can be.
         term: the term of a call.
         affine: the term is an `AffineTerm`.
+        transposed: with the weight's inputs first.
     """
 
     applies: Callable[[Any, CallLayout], bool]
     term: Callable[[ModelFunction, Call], Term]
     affine: bool = False
+    transposed: bool = False
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -90,7 +95,10 @@ def rule_for(module: nn.Module) -> Rule | None:
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return None
-    return RULES.get(type(module))
+    kind = type(module)
+    if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
+        return Rule(_linear_applies, _transposed_term, affine=True, transposed=True)
+    return RULES.get(kind)
 
 
 def _affine(
@@ -117,6 +125,12 @@ def _linear_term(_: ModelFunction, call: Call) -> Term:
         return chosen.reshape(chosen.shape[0], -1, 1, chosen.shape[-1])
 
     return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
+
+
+def _transposed_term(function: ModelFunction, call: Call) -> Term:
+    """GPT-2's linear layer, which holds Wᵀ and the bias."""
+    term = _linear_term(function, call)
+    return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
 
 
 def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:

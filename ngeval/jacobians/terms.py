@@ -134,6 +134,7 @@ class AffineTerm(Term):
         cotangents: b, shape ``(n, q, t, g, o)``.
         apply: gives D a for another weight D, shape ``(n, t, g, o)``; None where that is a product
             with a.
+        transposed: the layer holds Wᵀ, inputs first.
     """
 
     weight: str | None
@@ -142,6 +143,7 @@ class AffineTerm(Term):
     inputs: Callable[[slice], Tensor]
     cotangents: Tensor
     apply: Callable[[Tensor], Tensor] | None = None
+    transposed: bool = False
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
@@ -170,13 +172,18 @@ class AffineTerm(Term):
 
     @property
     def num_units(self) -> int:
-        """Outputs of the layer; groups are not cut."""
-        return int(self.cotangents.shape[4]) if self.groups == 1 else 1
+        """The weight's first dimension; groups are not cut."""
+        return int(self.weight_shape[0]) if self.groups == 1 else 1
 
     @property
     def fan_in(self) -> int:
         """Length of a, per group."""
-        return self.weight_shape[1:].numel()
+        return int(self.weight_shape[0]) if self.transposed else self.weight_shape[1:].numel()
+
+    @property
+    def fan_out(self) -> int:
+        """Length of b, per group."""
+        return int(self.cotangents.shape[4])
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -185,7 +192,7 @@ class AffineTerm(Term):
         if self.weight:
             shapes[self.weight] = self.weight_shape
         if self.bias:
-            shapes[self.bias] = self.weight_shape[:1]
+            shapes[self.bias] = torch.Size((self.groups * self.fan_out,))
         return shapes
 
     def combined(self, weights: Tensor) -> AffineTerm:
@@ -203,15 +210,20 @@ class AffineTerm(Term):
         """D a at every position, in the model's dtype: shape ``(n, t, g, o)``."""
         if self.apply is not None:
             return self.apply(direction)
-        weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
+        if self.transposed:
+            weight = direction.unsqueeze(0)
+        else:
+            weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
         inputs = self.inputs(slice(None))
         moved = inputs.flatten(0, 1).transpose(0, 1) @ weight
         result: Tensor = moved.transpose(0, 1).unflatten(0, inputs.shape[:2])
         return result
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
-        """Σ_t b_t a_tᵀ and Σ_t b_t."""
+        """Σ_t b_t a_tᵀ and Σ_t b_t; where Wᵀ is held, the latter with the first units alone."""
         cotangents = self.cotangents[samples, vectors]
+        if self.transposed:
+            return self._transposed_rows(samples, cotangents, units)
         if self.groups == 1:
             cotangents = cotangents[..., units]
         count, num_vectors, positions, groups, outputs = cotangents.shape
@@ -230,6 +242,18 @@ class AffineTerm(Term):
             shape = (groups * outputs, *self.weight_shape[1:])
             rows[self.weight] = split.reshape(count, num_vectors, *shape)
         if self.bias:
+            rows[self.bias] = cotangents.sum(2).flatten(2)
+        return rows
+
+    def _transposed_rows(self, samples: slice, cotangents: Tensor, units: slice) -> Parameters:
+        rows = {}
+        if self.weight:
+            inputs = self.inputs(samples).squeeze(2)[..., units].mT
+            right = cotangents.squeeze(3).transpose(1, 2)  # (n, t, q, o)
+            products: Tensor = inputs @ right.flatten(2)
+            split: Tensor = products.unflatten(2, right.shape[2:])
+            rows[self.weight] = split.transpose(1, 2)
+        if self.bias and not units.start:
             rows[self.bias] = cotangents.sum(2).flatten(2)
         return rows
 
@@ -326,11 +350,9 @@ def _joined(calls: list[AffineTerm]) -> AffineTerm:
     if len(calls) == 1:
         return calls[0]
     first = calls[0]
-    return AffineTerm(
-        first.weight,
-        first.bias,
-        first.weight_shape,
-        lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
-        torch.cat([call.cotangents for call in calls], 2),
-        lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
+    return replace(
+        first,
+        inputs=lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
+        cotangents=torch.cat([call.cotangents for call in calls], 2),
+        apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
     )

@@ -153,7 +153,8 @@ class KroneckerState(ParameterState):
             layer = block.layer
             if layer.weight:
                 width = solved.shape[2] - (1 if layer.bias else 0)
-                parts[layer.weight].copy_(solved[..., :width].reshape(-1))
+                weight = solved[..., :width]
+                parts[layer.weight].copy_((weight.mT if layer.transposed else weight).reshape(-1))
             if layer.bias:
                 parts[layer.bias].copy_(solved[..., -1].reshape(-1))
         plain = self._views(gradient)
@@ -184,7 +185,10 @@ def _covered(problem: Problem) -> list[Layer]:
     for layer in affine_layers(plan):
         module: Any = modules[layer.name]
         weight, groups = module.weight, getattr(module, "groups", 1)
-        sizes = (weight[0].numel() + 1 if layer.weight else 1, len(weight) // groups)
+        fan_in, fan_out = weight[0].numel(), len(weight) // groups
+        if layer.transposed:
+            fan_in, fan_out = fan_out, fan_in
+        sizes = (fan_in + 1 if layer.weight else 1, fan_out)
         if max(sizes) <= LARGEST_FACTOR:
             layers.append(layer)
             # Each factor and its vectors, and the gradient and its rotation.
