@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ngeval
 from ngeval.jacobians import blocks as group_rows
-from ngeval.jacobians.rows import KEPT_SHARE
+from ngeval.jacobians.captured import KEPT_SHARE
 from ngeval.methods import get_method, registry
 
 LABELS = {

@@ -5,12 +5,11 @@ sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jac
 columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
 """
 
+from ngeval.jacobians.captured import CapturedRows, row_combinations
 from ngeval.jacobians.choose import Choice, choose_rows
 from ngeval.jacobians.rows import (
-    CapturedRows,
     RowSource,
     gram_matrix,
-    row_combinations,
     squared_column_sums,
     squared_sums,
 )

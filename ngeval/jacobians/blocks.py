@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ngeval.jacobians.captured import CapturedRows
 from ngeval.jacobians.products import (
     PIECE_ENTRIES,
     add_inner_products,
     add_row_combinations,
     rows_of,
 )
-from ngeval.jacobians.rows import CapturedRows, RowSource, from_lower, pairs
+from ngeval.jacobians.rows import RowSource, from_lower, pairs
 from ngeval.jacobians.terms import Term
 from ngeval.memory import halving
 
