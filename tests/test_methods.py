@@ -414,7 +414,7 @@ class TestNames:
         [
             ("eff", "did you mean 'ef'"),
             ("diagef", "did you mean 'diag-ef'"),
-            ("kitten", "known: diag, diag-ef, ef, ief, ng"),
+            ("kitten", "known: .*adamw, .*diag-ef, .*ief, kfac, .*ng, "),
             ("", "known:"),
             ("ef:2", "ef takes no parameter"),
             ("ef:", "ef takes no parameter"),
@@ -434,7 +434,8 @@ class TestNames:
             ngeval.get_method(name)
 
     def test_table_of_methods(self):
-        assert set(ngeval.METHODS) == {m.partition(":")[0] for m in METHODS}
+        assert set(ngeval.METHODS) >= {m.partition(":")[0] for m in METHODS}
+        assert {"kfac-ief", "ekfac", "block-ng", "diag-sf", "diag-ema"} <= set(ngeval.METHODS)
         for entry in ngeval.METHODS.values():
             assert entry.formula
             assert entry.labels

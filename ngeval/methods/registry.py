@@ -204,7 +204,7 @@ def get_method(method: str | Method) -> Method:
         known = [*METHODS, *OPTIMIZERS, *(point.name for point in _plugins())]
         raise InputError(f"unknown method {method!r}; {nearest_name(family, known)}")
     if colon and (not entry.parameter or not parameter):
-        allowed = entry.parameter or "no parameter"
+        allowed = f"the {entry.parameter}" if entry.parameter else "no parameter"
         raise InputError(f"method {method!r}: {family} takes {allowed} after a colon")
     try:
         return entry.make(full, parameter)
