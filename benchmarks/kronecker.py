@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
+import torch
+
 import ngeval
 from benchmarks.claims import Claim, Measured
 from benchmarks.models import Workload
@@ -34,38 +38,37 @@ def kfac(workload: Workload, settings: Settings) -> Measured:
         ],
         lambda: methods["factors, data's labels"].factors(problem),
     )
-    jobs["solves"] = Job(lambda _: _solve_all(state.blocks))
+    order = itertools.cycle(dampings(DAMPINGS))
+    jobs["a solve"] = Job(lambda _: _solve_all(state.blocks, next(order)))
     timings = interleave(jobs, settings)
-    gradient = timings["gradient"]
+    gradient, solves = timings["gradient"], DAMPINGS * timings["a solve"]
     data, sampled = (timings[name] / gradient for name in methods)
     return Measured(
         [
             Claim("factors, data's labels", data, "GE", "≤", 2.0),
             Claim("factors, a sampled label", sampled, "GE", "≤", 2.0),
-            Claim(f"solves for {DAMPINGS} dampings", timings["solves"] / gradient, "GE", "≤", 3.0),
+            Claim(f"solves for {DAMPINGS} dampings", solves / gradient, "GE", "≤", 3.0),
             Claim("eigendecompositions", timings["eigendecompositions"] / gradient, "GE"),
         ],
         timings.seconds,
         {"coverage in %": state.coverage, "layers": len(state.blocks)},
         [
-            f"{len(state.blocks)} layers with {state.coverage:.1f} % of the parameters; all of it is "
-            f"float64, and a solve is one update in parameter space; "
+            f"{len(state.blocks)} layers with {state.coverage:.1f} % of the parameters; all is "
+            f"float64; a solve is one update in parameter space, and its median is multiplied: "
+            f"every damping costs the same; "
             f"eigendecompositions take {timings['eigendecompositions']:.3g} s",
             *timings.notes(settings.repeats),
         ],
     )
 
 
-def _solve_all(blocks: list[KroneckerBlock]) -> None:
-    for damping in dampings(DAMPINGS):
-        for block in blocks:
-            block.solve(damping, "exact")
+def _solve_all(blocks: list[KroneckerBlock], damping: float) -> None:
+    for block in blocks:
+        block.solve(damping, "exact")
 
 
 def optimizer_step(workload: Workload, settings: Settings) -> Measured:
     """Grading the step that an AdamW with a state would take now."""
-    import torch  # noqa: PLC0415
-
     problem = problem_of(workload)
     parameters = [p for p in workload.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
