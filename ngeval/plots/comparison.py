@@ -28,9 +28,11 @@ KFAC_METHODS = {
     "ief": "ief",
     "kfac-ief": "kfac-ief (ieKFAC)",
     "kfac": "kfac (KFAC)",
+    "kfac-sf": "kfac-sf (KFAC, sampled label)",
     "kfac-ef": "kfac-ef (eKFAC)",
 }
-"""The methods of Wu et al.'s comparison, with their names for them."""
+"""The methods of Wu et al.'s comparison, with their names for them; KFAC's output factors by the
+expectation over labels, and by one drawn label, as it is trained with."""
 
 _STAGE_STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#000000", "D"))
 
@@ -38,7 +40,7 @@ _STAGE_STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#000000", "D"))
 def kfac_figure(
     table: pd.DataFrame, damping: float | None = None, methods: Sequence[str] | None = None
 ) -> Figure:
-    """γ/γ_SGD over training stages for iEF and three kinds of KFAC, as in Wu et al.
+    """γ/γ_SGD over training stages for iEF and KFAC's kinds, in the manner of Wu et al.
 
     On the left each method at its own best λ for every checkpoint, on the right all at one λ.
     Geometric means over batches with 95 % bootstrap intervals. Source of the comparison: Wu et al.
@@ -47,7 +49,7 @@ def kfac_figure(
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
         damping: λ of the right panel, as given; None takes the smallest positive one.
-        methods: others than ``ief, kfac-ief, kfac, kfac-ef``.
+        methods: others than ``ief, kfac-ief, kfac, kfac-sf, kfac-ef``.
 
     Raises:
         InputError: the table has not the columns, none of the methods, or nothing at that λ.
