@@ -54,7 +54,7 @@ def test_kronecker_blocks_hold_the_whole_layer(name):
     problem = problem_of(name)
     plan = problem.rows.plan
     if plan is None or not affine_layers(plan):
-        with pytest.raises(ngeval.EngineError, match="KFAC covers no layer|engine='layers'"):
+        with pytest.raises(ngeval.EngineError, match=r"KFAC covers no layer|engine='layers'"):
             get_method("ekfac").prepare(problem)
         return
     state = get_method("ekfac:gradient").prepare(problem)
