@@ -547,6 +547,11 @@ class TestBadRequests:
         with pytest.raises(ngeval.EngineError, match="covers no layer"):
             get_method("kfac").prepare(make("conv").problem())
 
+    def test_too_many_draws(self):
+        table = ngeval.evaluate(make("mlp").problem(), ["kfac-sf:100000000", "diag-sf:999999999"])
+        assert (table["status"] == "failed").all()
+        assert table["reason"].str.contains("take fewer").all()
+
     def test_no_room(self):
         problem = make("mlp").problem(memory=20_000)
         problem.rows.__dict__["memory"] = 1000

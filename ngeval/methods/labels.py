@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.fisher import factor_columns
+from ngeval.errors import EngineError
+from ngeval.fisher import SMALL, factor_columns
+from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 
 EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
@@ -35,6 +37,9 @@ DESCRIPTIONS = {
     DATA: "data",
     IMPROVED: "data, 1/‖u_n‖²",
 }
+
+FIELDS = 4
+"""Fields of the draws' size that exist at one time: labels, residuals, copies."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Labels:
         """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
 
         Raises:
-            EngineError: the columns of S do not fit in the memory budget.
+            EngineError: the columns of S, or so many draws, do not fit in the memory budget.
         """
         if self.source == EXACT:
             return factor_columns(problem)
@@ -67,6 +72,12 @@ class Labels:
         if self.source == IMPROVED:
             lengths = _safe(problem).reshape(-1, *[1] * (residual.ndim - 1))
             return residual / lengths
+        needed = FIELDS * 8 * self.mc_samples * problem.residual.numel()
+        if needed > max(problem.rows.memory, SMALL):
+            raise EngineError(
+                f"{self.mc_samples} label draws for each sample take {describe_bytes(needed)}, "
+                f"over the memory budget of {describe_bytes(problem.rows.memory)}; take fewer"
+            )
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
         sampled = problem.distribution.residual(labels).transpose(0, 1)
