@@ -6,8 +6,8 @@ D of the weight's shape. With A = U_A diag(a) U_Aᵀ and B = U_B diag(b) U_Bᵀ 
     D(λ) = U_B (U_Bᵀ G U_A ⊘ s(λ)) U_Aᵀ,
 
 and only the entrywise divisor s depends on λ and on the kind of damping. Where A or B is a sum of
-fewer rows than it has, U spans those rows alone: G lies in the rows of A, and what of it is outside
-those of B, as with sampled labels it may be, has b = 0.
+fewer rows than it has (and positions are expanded), U spans those rows alone: G lies in the rows of
+A, and what of it is outside those of B, as with sampled labels it may be, has b = 0.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ngeval.errors import NumericalError
 from ngeval.kernel import dense_is_feasible, fisher_spectrum
 from ngeval.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.problem import Problem
+from ngeval.spectrum import Spectrum
 from ngeval.updates import FieldUpdates, SolvedUpdates, Updates
 
 
@@ -53,6 +55,8 @@ class DenseSolver(NaturalGradientSolver):
         self.right = problem.distribution.whitened_residual().flatten()
         _check_residual(problem)
         self.spectrum = fisher_spectrum(problem)
+        length = problem.gradient().to(torch.float64).norm()
+        check_gradient(problem, self.spectrum, self.right, length, "the batch's gradient")
 
     @property
     def largest(self) -> float:
@@ -173,6 +177,50 @@ def gamma_min(problem: Problem) -> float:
         NumericalError: a label's probability underflows, so r is infinite.
     """
     return natural_solver(problem).gamma_min()
+
+
+def check_gradient(
+    problem: Problem, spectrum: Spectrum, right: Tensor, length: Tensor, what: str
+) -> None:
+    """Rᵀr is the gradient, so that rᵀ(RRᵀ)r is its squared length.
+
+    With a label of a probability such as e⁻¹⁰⁰, r has an entry of e⁵⁰, at which the rounding of
+    eigenvectors is all that is left.
+
+    Args:
+        problem: the model on its batch.
+        spectrum: of RRᵀ.
+        right: r.
+        length: ‖g‖, or that of a layer's part of it.
+        what: whose, for the message.
+
+    Raises:
+        NumericalError: it is not.
+    """
+    image = (spectrum.eigenvectors.T @ right) * spectrum.eigenvalues.sqrt()
+    check_gap(problem, (image.norm() - length).abs(), length, what)
+
+
+def check_gap(problem: Problem, gap: Tensor, length: Tensor, what: str) -> None:
+    """What a gradient made by way of r differs by from the gradient itself is rounding.
+
+    Args:
+        problem: the model on its batch.
+        gap: the difference.
+        length: of the gradient, or of a layer's part of it.
+        what: whose, for the message.
+
+    Raises:
+        NumericalError: it is more.
+    """
+    whole = float(problem.gradient().to(torch.float64).norm())
+    allowed = max(1e-3, 100 * problem.function.row_epsilon) * max(float(length), 1e-3 * whole)
+    if not float(gap) <= allowed:
+        raise NumericalError(
+            f"{what} is lost to rounding where it is written as SᵀJ times S⁺u: the largest loss of "
+            f"a sample is {float(problem.loss.max()):.3g} nats, and beyond about 60 (in float32 "
+            "about 30: try dtype=torch.float64) its label's probability is too small for that"
+        )
 
 
 def _check_residual(problem: Problem) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ngeval
 from ngeval.jacobians import blocks as group_rows
 from ngeval.jacobians.captured import KEPT_SHARE
+from ngeval.jacobians.rows import split_rows
 from ngeval.methods import get_method, registry
 
 LABELS = {
@@ -637,3 +638,80 @@ class TestTransformersConv1D:
         expected, found = loop.rows.rows(vectors, block), layers.rows.rows(vectors, block)
         for name, rows in expected.items():
             assert problems.relative_gap(found[name], rows) < 1e-10, name
+
+
+class Causal(nn.Module):
+    """A small language model: each position sees those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(tokens)).cumsum(1))
+
+
+class TestPositions:
+    """Which tokens count does not depend on labels, nor on how a sample's cotangents are split."""
+
+    def case(self) -> problems.Case:
+        torch.manual_seed(0)
+        return case_of(Causal().double().eval(), (4, 4), "categorical", 5)
+
+    @pytest.mark.parametrize("method", ["kfac", "kfac:reduce", "kfac:pi", "ekfac", "ekfac-sf:2"])
+    @pytest.mark.parametrize("limit", [1, 3, 24])
+    def test_split_cotangents(self, monkeypatch, method, limit):
+        expected = direction(self.case().problem(), method, 1e-3)
+        problem = self.case().problem()
+        monkeypatch.setattr(
+            type(problem.rows),
+            "blocks",
+            lambda _, cotangents, *share: split_rows(*cotangents.shape[:2], limit),
+        )
+        monkeypatch.setattr("ngeval.jacobians.captured.KEPT_SHARE", 0.0)
+        assert problems.relative_gap(direction(problem, method, 1e-3), expected) < 1e-10
+
+    @pytest.mark.parametrize("method", ["kfac", "kfac-ef", "kfac-ief"])
+    def test_a_sample_that_fits_exactly_still_counts(self, method):
+        case = case_of(DeepLinear().double().eval(), (3, 4), "gaussian", 4)
+        with torch.no_grad():
+            case.targets[1] = case.model(case.inputs[1:2])[0]
+        factors = get_method(method).factors(case.problem())
+        assert [each.count for each in factors] == [12, 12, 12]
+
+    def test_masked_outputs_do_not(self):
+        case = self.case()
+        counts = [each.count for each in get_method("kfac-ef").factors(case.problem())]
+        unmasked = int((case.targets != problems.PADDING).sum())
+        # The masks are at the ends, and no token there reaches an output that counts.
+        assert counts == [unmasked, unmasked]
+
+
+class TestSaturation:
+    """Labels of a probability that leaves nothing of S⁺u are told, not graded wrongly."""
+
+    def problem(self, scale: float, dtype: torch.dtype = torch.float64) -> ngeval.Problem:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+        with torch.no_grad():
+            model[2].weight.mul_(scale)
+            inputs = torch.randn(6, 4, dtype=torch.float64)
+            targets = model(inputs).argmin(1)
+        return ngeval.Problem(model, inputs, targets, "categorical", dtype=dtype)
+
+    @pytest.mark.parametrize(("scale", "dtype"), [(300.0, torch.float64), (3000.0, torch.float32)])
+    def test_is_told(self, scale, dtype):
+        problem = self.problem(scale, dtype)
+        table = ngeval.evaluate(problem, ["sgd", "ng", "block-ng", "kfac"], [1e-3, 1.0])
+        table = table.set_index("method")
+        assert (table.loc[["sgd", "kfac"], "status"] == "ok").all()
+        assert (table.loc[["ng", "block-ng"], "status"] == "failed").all()
+        assert table.loc["ng", "reason"].str.contains("lost to rounding|underflows|e-308").all()
+
+    @pytest.mark.parametrize("scale", [1.0, 10.0, 30.0])
+    def test_moderate_losses_are_graded(self, scale):
+        problem = self.problem(scale)
+        fisher = problem.fisher() @ torch.eye(problem.num_parameters, dtype=torch.float64)
+        eye = torch.eye(len(fisher), dtype=torch.float64)
+        expected = torch.linalg.solve(fisher + 1e-2 * eye, problem.gradient())
+        assert problems.relative_gap(direction(problem, "ng", 1e-2), expected) < 1e-5

@@ -137,7 +137,8 @@ class Curvature:
     Attributes:
         gradient: c with u_n = Σ_q c_nq v_nq for the residual u, shape ``(n, q)``.
         share: 1 for the cotangents that make the curvature, 0 for others, shape ``(q,)``.
-        first: the block is the first of its samples.
+        first: the block has the first cotangent of its samples, which is nonzero at every output
+            that there is.
     """
 
     gradient: Tensor
@@ -202,6 +203,8 @@ def corrected_eigenvalues(
         for layer, (inputs, outputs) in bases.items()
     }
     for curvature, terms in captures:
+        if not bool(curvature.share.any()):
+            continue
         for layer, term in _of_layers(terms, list(bases)):
             add_squared_column_sums(sums, [_rotated(term, layer, *bases[layer], curvature)])
     return {
@@ -236,7 +239,7 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
     for samples in _sample_slices(term):
         inputs = _augmented(term, samples)  # (g, n, t, i)
         cotangents = term.cotangents[samples].to(torch.float64).movedim(3, 0)  # (g, n, q, t, o)
-        there = _positions(term, samples)  # (n, t)
+        there = _positions(term, samples, curvature.first)  # (n, t)
         of_gradient = torch.einsum("nq,gnqto->gnto", curvature.gradient[samples], cotangents)
         factors.gradient += of_gradient.flatten(1, 2).mT @ inputs.flatten(1, 2)
         rows, outputs, counted = inputs, cotangents[:, :, chosen], there.sum()
@@ -253,15 +256,16 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
             factors.count += float(counted)
 
 
-def _positions(term: AffineTerm, samples: slice) -> Tensor:
+def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
     """Which positions count, shape ``(n, t)``: not tokens that no output depends on.
 
-    The pixels of a convolution all count, and so does a sample's only position.
+    The pixels of a convolution all count, and so does a sample's only position. Only a block with
+    the first cotangent can tell.
     """
     cotangents = term.cotangents[samples]
-    if term.positions == 1 or len(term.weight_shape) > 2:
+    if term.positions == 1 or len(term.weight_shape) > 2 or not first:
         return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
-    return (cotangents != 0).any(dim=4).any(dim=3).any(dim=1)
+    return (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
 
 
 def _add_lower(target: Tensor, rows: Tensor) -> None:

@@ -22,6 +22,7 @@ from ngeval.jacobians.blocks import group_combinations, group_grams, group_squar
 from ngeval.kernel import DENSE_SIZE
 from ngeval.memory import describe_bytes
 from ngeval.methods.base import as_tensor
+from ngeval.natural import check_gap, check_gradient
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
 from ngeval.updates import DirectionUpdates, Updates
@@ -81,11 +82,17 @@ class BlockState:
         for part in self._batches(self.small):
             found = group_squares(problem.rows, factor_columns(problem), part, self.right)
             for group, (square, gradient) in found.items():
+                own = self._gradient(part[group])
+                gap = (gradient - own).norm()
+                check_gap(problem, gap, own.norm(), f"the gradient of layer {group!r}")
                 self.blocks[group] = self._factored(square, gradient)
         for part in self._batches(self.large):
             grams = group_grams(problem.rows, factor_columns(problem), part)
             for group, gram in grams.items():
-                self.blocks[group] = self._factored(gram, self.right)
+                block = self.blocks[group] = self._factored(gram, self.right)
+                length = self._gradient(part[group]).norm()
+                what = f"the gradient of layer {group!r}"
+                check_gradient(problem, block.spectrum, self.right, length, what)
 
     @property
     def largest_curvature(self) -> float:
@@ -133,6 +140,11 @@ class BlockState:
     def _factored(self, matrix: Tensor, right: Tensor) -> Block:
         epsilon = self.problem.function.row_epsilon
         return Block(Spectrum.of_gram(matrix, epsilon, right), right)
+
+    def _gradient(self, names: Sequence[str]) -> Tensor:
+        """A layer's part of the batch gradient, float64."""
+        parts = self.problem.function.unflatten(self.problem.gradient())
+        return torch.cat([parts[name].reshape(-1) for name in names]).to(torch.float64)
 
     def _count(self, names: Sequence[str]) -> int:
         return sum(self.problem.function.parameters[name].numel() for name in names)

@@ -78,6 +78,12 @@ class Kronecker:
                 f"method {self.name!r}: eigenvalue-corrected KFAC has no factors left to damp; "
                 "leave out the kind of damping"
             )
+        if self.corrected and self.sharing != EXPAND:
+            raise InputError(
+                f"method {self.name!r}: the means over positions that {self.sharing!r} is made of "
+                "leave most of the eigenbasis open, which the corrected eigenvalues depend on; use "
+                "ekfac with expand"
+            )
 
     def prepare(self, problem: Problem, seed: int = 0) -> KroneckerState:
         """Make and decompose the factors, once for all methods that share them.
@@ -181,7 +187,7 @@ def _covered(problem: Problem) -> list[Layer]:
             f"engine {problem.engine!r} does not see; make the Problem with engine='layers'"
         )
     modules = dict(problem.function.model.named_modules(remove_duplicate=False))
-    layers, needed = [], 0
+    layers, large, needed = [], [], 0
     for layer in affine_layers(plan):
         module: Any = modules[layer.name]
         weight, groups = module.weight, getattr(module, "groups", 1)
@@ -193,10 +199,13 @@ def _covered(problem: Problem) -> list[Layer]:
             layers.append(layer)
             # Each factor and its vectors, and the gradient and its rotation.
             needed += 8 * groups * (2 * sizes[0] ** 2 + 2 * sizes[1] ** 2 + 2 * sizes[0] * sizes[1])
+        else:
+            large.append(f"{layer.name or 'the model'} has {max(sizes)}")
     if not layers:
         raise EngineError(
             "KFAC covers no layer of this model: it needs linear or convolution layers with a "
             f"trainable weight of their own and factors of at most {LARGEST_FACTOR} rows"
+            + (f" ({', '.join(large[:3])})" if large else "")
         )
     if needed > problem.rows.memory:
         raise EngineError(

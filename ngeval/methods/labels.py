@@ -84,22 +84,45 @@ class Labels:
         return sampled / math.sqrt(self.mc_samples)
 
     def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The v of the curvature, and u among them or as one more.
+        """The v of the curvature, u among them or as one more, and in front what shows positions.
+
+        The first v is nonzero at every output that there is: the residual, or, where that
+        vanishes somewhere, random numbers.
 
         Returns:
             v of shape ``(N, Q, *positions, C)``; which of the Q make the curvature (1 or 0), shape
             ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
         """
         vectors = self.vectors(problem, seed)
-        count, width = vectors.shape[:2]
+        share = vectors.new_ones(vectors.shape[1])
         if self.source in (DATA, IMPROVED):
             scale = _safe(problem) if self.source == IMPROVED else torch.ones_like(problem.loss)
-            return vectors, scale.new_ones(1), scale.unsqueeze(1)
-        share = vectors.new_ones(width + 1)
-        share[-1] = 0
-        gradient = vectors.new_zeros(count, width + 1)
-        gradient[:, -1] = 1
-        return torch.cat([vectors, problem.residual.unsqueeze(1)], 1), share, gradient
+            gradient = scale.unsqueeze(1)
+        else:
+            vectors = torch.cat([problem.residual.unsqueeze(1), vectors], 1)
+            share = torch.cat([share.new_zeros(1), share])
+            gradient = torch.zeros(vectors.shape[:2], dtype=torch.float64, device=vectors.device)
+            gradient[:, 0] = 1
+        probe = _probe(problem)
+        if probe is not None:
+            vectors = torch.cat([probe.unsqueeze(1), vectors], 1)
+            share = torch.cat([share.new_zeros(1), share])
+            gradient = torch.cat([gradient.new_zeros(len(gradient), 1), gradient], 1)
+        return vectors, share, gradient
+
+
+def _probe(problem: Problem) -> Tensor | None:
+    """Random numbers at all outputs that are not masked; None where the residual does as well."""
+    residual = problem.residual
+    mask = getattr(problem.distribution, "mask", None)
+    there = torch.ones_like(residual[..., :1], dtype=torch.bool) if mask is None else mask
+    least = 1e10 * torch.finfo(problem.dtype).tiny  # products of it do not underflow
+    seen = residual.abs().amax(-1, keepdim=True) > least
+    if bool((seen | ~there).all()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(residual.shape, generator=generator, dtype=torch.float64)
+    return random.to(residual.device) * there
 
 
 def _safe(problem: Problem) -> Tensor:

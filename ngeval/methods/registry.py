@@ -29,6 +29,9 @@ from ngeval.methods.sampled import SampledFisher
 GROUP = "ngeval.methods"
 """The entry-point group of plug-ins."""
 
+MOST_DIGITS = 9
+"""Of a number of draws; more is a typing error."""
+
 Make = Callable[[str, str], Method]
 """From a method's full name and the text after its colon."""
 
@@ -53,8 +56,8 @@ class MethodEntry:
 
 
 def _draws(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"method {name!r}: the number of draws must be a whole number ≥ 1")
+    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS) or int(text) < 1:
+        raise InputError(f"method {name[:80]!r}: the number of draws must be a whole number ≥ 1")
     return int(text)
 
 
@@ -90,15 +93,13 @@ def _diagonal(source: str) -> Make:
 
 def _kronecker(source: str, *, corrected: bool) -> Make:
     """Words in any order, as in ``kfac:reduce:pi``; draws are a number, as in ``kfac-sf:4``."""
-    kinds = {"sharing": SHARINGS, "rest": RESTS}
-    if not corrected:
-        kinds["damping"] = DAMPINGS
+    kinds = {"sharing": SHARINGS, "damping": DAMPINGS, "rest": RESTS}
 
     def make(name: str, text: str) -> Kronecker:
-        labels, chosen = Labels(source), dict[str, str]()
+        labels, chosen = None, dict[str, str]()
         for word in text.split(":") if text else []:
             kind = next((kind for kind, words in kinds.items() if word in words), None)
-            if source == SAMPLED and word.isdecimal():
+            if source == SAMPLED and word.isdecimal() and labels is None:
                 labels = Labels(source, _draws(name, word))
             elif kind is None or kind in chosen:
                 known = [known for words in kinds.values() for known in words]
@@ -106,7 +107,7 @@ def _kronecker(source: str, *, corrected: bool) -> Make:
                 raise InputError(f"method {name!r} {what}; {nearest_name(word, known)}")
             else:
                 chosen[kind] = word
-        return Kronecker(name, labels, corrected=corrected, **chosen)
+        return Kronecker(name, labels or Labels(source), corrected=corrected, **chosen)
 
     return make
 
@@ -147,7 +148,7 @@ def _own_methods() -> dict[str, MethodEntry]:
         ("ekfac", True, "(U diag(s) Uᵀ + λI)⁻¹ g_l"),
     ):
         for suffix, source in SUFFIXES.items():
-            said = words if not corrected else "|".join(SHARINGS) + ":" + "|".join(RESTS)
+            said = words if not corrected else "|".join(RESTS)
             said = f"draws k (1):{said}" if source == SAMPLED else said
             methods[family + suffix] = MethodEntry(
                 formula, DESCRIPTIONS[source], said, _kronecker(source, corrected=corrected)
