@@ -69,6 +69,8 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
     Raises:
         InputError: no such checkpoint.
     """
+    if "checkpoint" not in table:  # ngeval.evaluate's own
+        table = table.assign(checkpoint="")
     names = list(dict.fromkeys(table["checkpoint"]))
     chosen = three_stages(table) if checkpoints is None else list(checkpoints)
     for name in chosen:

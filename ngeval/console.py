@@ -159,13 +159,15 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
         shown = Table(
             title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",
             caption="means over batches; spends above buys: a smaller step there would lower γ; "
-            "γ/γ_SGD: of the update and of the gradient in this layer alone",
+            "γ/γ_SGD and γ/best: in this layer alone, over the gradient and over its natural "
+            "gradient",
             box=box.SIMPLE_HEAD,
         )
         for column in ("method", "layer", "parameters", "buys", "spends", "spends − buys"):
             justify: Any = "left" if column in ("method", "layer") else "right"
             shown.add_column(column, justify=justify, overflow="fold")
         shown.add_column("γ/γ_SGD", justify="right")
+        shown.add_column("γ/best", justify="right")
         leading = leading_layers(rows, MAX_LAYERS)
         for method, part in rows.groupby("method", sort=False):
             _layer_rows(shown, str(method), with_rest(part, leading))
@@ -179,14 +181,14 @@ def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
     if len(rows) == 1:
         heads = [f"{escape(method)}\n{total}"]
     for head, (_, row) in zip(heads, rows.iterrows(), strict=False):
-        ratio = row["gamma_over_sgd"]
         shown.add_row(
             head,
             escape(str(row["layer"])),
             f"{row['num_parameters']:,.0f}",
             *(f"{row[name]:.1%}" for name in ("decrease_share", "curvature_share")),
             f"{row['excess']:+.1%}",
-            "–" if math.isnan(ratio) else f"{ratio:.3g}",
+            _cell(row["gamma_over_sgd"]),
+            _cell(row["gamma_over_best"]),
         )
     shown.add_section()
 
@@ -202,9 +204,12 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
     natural = bool(ranked["gamma_over_ng"].notna().any())
     ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
     last = ranked["checkpoint"].iloc[-1]
+    several = table["damping"].nunique() > 1
+    ends = (table["damping"].min(), table["damping"].max()) if several else ()
+    alone = ranked["checkpoint"].nunique() == 1
     for name, rows in ranked.groupby("checkpoint", sort=False):
         shown = Table(
-            title=f"{rows['stage_name'].iloc[0]}: {labels[str(name)]}",
+            title=("" if alone else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
             box=box.SIMPLE_HEAD,
         )
         columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
@@ -219,7 +224,7 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
                 escape(str(row["method"])),
                 _cell(row[ratio]),
                 "" if math.isnan(row[f"{ratio}_low"]) else interval,
-                _cell(row["damping"], ".0e"),
+                _cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
                 _cell(row[f"{ratio}_run"]),
                 _cell(row["damping_run"], ".0e"),
             ]
@@ -231,6 +236,7 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
                 f"{least} at each method's best λ of those given, geometric mean over batches; one "
                 "λ: the one that is best over all checkpoints"
                 + ("; 1 is the natural gradient itself" if natural else "")
+                + "; *: at an end of the range, try a wider one" * several
             )
         yield shown
 

@@ -55,7 +55,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     Returns:
         ``"did you mean 'x'? "`` where one name is close, then the list of all names.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch.optim import Optimizer
 
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading import Grades, families, grade
@@ -37,7 +38,7 @@ Progress = Callable[[str], None]
 
 def evaluate(
     problem: Problem,
-    methods: Iterable[str | Method] = DEFAULT_METHODS,
+    methods: Iterable[str | Method | Optimizer] = DEFAULT_METHODS,
     dampings: Iterable[float] = (1e-6, 1e-3, 1.0),
     *,
     damping_scale: str = "absolute",
@@ -54,7 +55,8 @@ def evaluate(
 
     Args:
         problem: the model, batch and likelihood.
-        methods: names (``"ief"``, ``"sf:4"``, ``"diag-ef:0.5"``) or objects with ``prepare``.
+        methods: names (``"ief"``, ``"sf:4"``, ``"kfac:pi"``), optimizers, or objects with
+            ``prepare``.
         dampings: λ ≥ 0; 0 is the pseudo-inverse.
         damping_scale: what λ multiplies. ``"absolute"``: added to the sum-reduced curvature.
             ``"mean"``: λ of a mean-reduced loss and Fisher, λ_abs = Nλ. ``"relative"``: times the
@@ -207,7 +209,7 @@ class _Rated:
         count = len(self.dampings)
         names = ("gamma", "decrease", "curvature", "update_norm")
         if self.grades is None:
-            numbers = [np.full(count, math.nan)] * len(names)
+            numbers, self.coverage = [np.full(count, math.nan)] * len(names), math.nan
             status, reason = np.full(count, "failed", object), np.full(count, self.reason, object)
         else:
             parts = self.grades.quadratics
@@ -291,7 +293,7 @@ def _with_natural(
         dampings = sorted({0.0, *table["damping_absolute"].dropna()})
         solver.updates(dampings)
         found = solver.bounds(dampings)
-        least = solver.gamma_min()
+        least = max(solver.gamma_min(), gamma_floor(problem))  # equal but for rounding, or above
     except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
         return _noted(table.assign(**missing), str(error))

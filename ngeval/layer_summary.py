@@ -13,7 +13,7 @@ from ngeval.errors import InputError
 SUMMED = ("decrease_share", "curvature_share")
 """Columns that add up to 1 over layers."""
 
-GEOMETRIC = ("gamma", "gamma_over_sgd", "gamma_total")
+GEOMETRIC = ("gamma", "gamma_over_sgd", "gamma_over_best", "gamma_total")
 """Columns whose geometric mean is taken."""
 
 
@@ -26,7 +26,7 @@ def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per (checkpoint, method, damping, layer), in order of appearance: means of
         ``decrease_share, curvature_share, excess``, geometric means of ``gamma, gamma_over_sgd,
-        gamma_total``, and ``num_parameters``. Rows that failed do not count.
+        gamma_over_best, gamma_total``, and ``num_parameters``. Rows that failed do not count.
 
     Raises:
         InputError: the table is another one.
@@ -37,6 +37,7 @@ def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
     keys = [key for key in ("checkpoint", "method", "damping", "layer") if key in table]
     rows = table[table["status"] != "failed"]
     rows = rows.assign(layer=rows["layer"].astype(str))  # "0" comes from a file as a number
+    rows = rows.assign(**{name: math.nan for name in GEOMETRIC if name not in rows})
     with np.errstate(divide="ignore"):
         logs = rows.assign(**{name: np.log(rows[name]) for name in GEOMETRIC})
     means = logs.groupby(keys, sort=False)[["num_parameters", *SUMMED, "excess", *GEOMETRIC]].mean()
@@ -60,5 +61,5 @@ def with_rest(rows: pd.DataFrame, leading: Sequence[str]) -> pd.DataFrame:
         return kept
     sums = others[["num_parameters", *SUMMED, "excess"]].sum()
     rest = {**rows.iloc[0], **sums, "layer": f"rest ({len(others)})"}
-    rest |= {"gamma": math.nan, "gamma_over_sgd": math.nan}
+    rest |= {"gamma": math.nan, "gamma_over_sgd": math.nan, "gamma_over_best": math.nan}
     return pd.concat([kept, pd.DataFrame([rest])], ignore_index=True)

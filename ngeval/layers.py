@@ -17,25 +17,28 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, NgevalError
 from ngeval.evaluate import Progress
 from ngeval.forward import slices
 from ngeval.groups import Group, Groups, make_groups
 from ngeval.methods import Method, get_methods
+from ngeval.methods.block import fisher_blocks
 from ngeval.metric import Metric
 from ngeval.prepared import Prepared, check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem import Problem
 
 COLUMNS = [
     *("method", "damping", "damping_absolute", "damping_scale", "layer", "num_parameters"),
-    *("gamma", "gamma_over_sgd", "decrease", "decrease_share", "curvature", "curvature_share"),
-    *("excess", "own_curvature", "update_norm", "gamma_total", "coverage", "status", "reason"),
+    *("gamma", "gamma_over_sgd", "gamma_over_best", "decrease", "decrease_share"),
+    *("curvature", "curvature_share", "excess", "own_curvature", "update_norm", "gamma_total"),
+    *("coverage", "status", "reason"),
     *("num_samples", "metric_samples", "likelihood", "dtype", "engine", "seed"),
 ]
 """The columns of `layer_table`, in order."""
 
-NUMBERS = COLUMNS[6:17]
+NUMBERS = COLUMNS[6 : COLUMNS.index("status")]
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ class Parts:
 
 def layer_table(
     problem: Problem,
-    methods: Iterable[str | Method],
+    methods: Iterable[str | Method | Optimizer],
     dampings: Iterable[float] = (1e-3,),
     *,
     groups: Groups = "layer",
     damping_scale: str = "absolute",
     seed: int = 0,
     metric: Metric | None = None,
+    natural: bool = True,
     on_step: Progress | None = None,
 ) -> pd.DataFrame:
     """What each layer's part of each update buys and spends.
@@ -85,6 +89,7 @@ def layer_table(
         damping_scale: what λ multiplies, as in `ngeval.evaluate`.
         seed: for sampled labels.
         metric: the batch whose F and g grade; None for the problem's own.
+        natural: also each layer's least γ, from the layer's exact Fisher. Not for another metric.
         on_step: called with the names of methods that are done.
 
     Returns:
@@ -92,7 +97,9 @@ def layer_table(
 
         - ``method, damping, damping_absolute, damping_scale, layer, num_parameters``;
         - ``gamma``: γ(d_l) of the update restricted to the layer; ``gamma_over_sgd``: over the γ
-          of the gradient restricted to it;
+          of the gradient restricted to it; ``gamma_over_best``: over the least γ of any update of
+          that layer alone, (g_lᵀF_ll⁺g_l)^(−1/2), which ``block-ng`` has at λ = 0 (≥ 1; NaN where
+          the layer's exact Fisher is out of reach);
         - ``decrease`` d_lᵀg and ``decrease_share``, which adds up to 1 over layers;
         - ``curvature`` d_lᵀFd, with cross terms, so that it adds up to dᵀFd (it is negative where
           other layers undo what this one does), and ``curvature_share``, which adds up to 1;
@@ -133,12 +140,15 @@ def layer_table(
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         graded = Metric(problem) if metric is None else metric
         plain = parts_of(graded, problem.gradient(), chosen).gammas
+        least, missing = _least_gammas(problem, chosen, wanted=natural and metric is None)
         tables = []
         for method in resolved:
             rows = _method_rows(graded, method, lambdas, chosen, (damping_scale, seed))
             for row in rows:
                 table = pd.DataFrame(row)
-                tables.append(table.assign(gamma_over_sgd=table["gamma"] / plain))
+                ratios = {"gamma_over_sgd": plain, "gamma_over_best": least}
+                table = table.assign(**{name: table["gamma"] / by for name, by in ratios.items()})
+                tables.append(_noted(table, missing))
             done(method.name)
         samples = problem.num_samples if metric is None else metric.totals.num_samples
     table = pd.concat(tables, ignore_index=True).assign(
@@ -214,6 +224,29 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
         for place in group.places:
             row[place] = wide[place] / norm.clamp_min(1e-300)
     return rows
+
+
+def _least_gammas(
+    problem: Problem, groups: Sequence[Group], *, wanted: bool
+) -> tuple[np.ndarray, str]:
+    """Each layer's least γ, and why there is none where there is none."""
+    nothing = np.full(len(groups), math.nan)
+    if not wanted:
+        return nothing, ""
+    try:
+        found = fisher_blocks(problem, groups).least_gammas()
+    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
+        return nothing, f"no least γ of layers: {failure_reason(error)}"
+    least = np.array([found[group.name] for group in groups])
+    return np.where(np.isfinite(least), least, math.nan), ""
+
+
+def _noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
+    """Add a note to rows that are not failures."""
+    if not note:
+        return table
+    joined = [f"{reason}; {note}" if reason else note for reason in table["reason"]]
+    return table.assign(reason=np.where(table["status"] == "ok", joined, table["reason"]))
 
 
 def _method_rows(

@@ -78,6 +78,8 @@ def check_dampings(dampings: Iterable[float]) -> list[float]:
     Raises:
         InputError: none given, or one is negative, NaN, infinite or no number.
     """
+    if isinstance(dampings, int | float):
+        dampings = [dampings]
     if isinstance(dampings, str):
         raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
     try:

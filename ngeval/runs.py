@@ -223,6 +223,7 @@ class Run:
                 damping_scale=damping_scale,
                 seed=self._seed_of(unit),
                 metric=self._metric(unit.problem, grading),
+                natural=grading.natural,
                 on_step=on_step,
             )
             yield labelled(table, unit)

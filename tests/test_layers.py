@@ -62,6 +62,11 @@ def test_every_number_is_that_of_explicit_matrices(name):
             close(row["gamma"], reference.gamma(dense, part), 1e-6)
             ratio = reference.gamma(dense, part) / reference.gamma(dense, plain)
             close(row["gamma_over_sgd"], ratio, 1e-6)
+            own = torch.cat([torch.arange(p.start, p.stop) for p in places[row["layer"]]])
+            inverse = torch.linalg.pinv(fisher[own][:, own], rtol=1e-12, hermitian=True)
+            least = float(gradient[own] @ inverse @ gradient[own]) ** -0.5
+            close(row["gamma_over_best"], row["gamma"] / least, 1e-5)
+            assert row["gamma_over_best"] >= 1 - 1e-6
             close(row["decrease"], float(part @ gradient), 1e-6)
             close(row["own_curvature"], float(part @ fisher @ part), 1e-6)
             assert abs(row["curvature"] - float(part @ fisher @ direction)) < 1e-6 * size
@@ -315,3 +320,21 @@ def test_metric_of_another_problem():
         ngeval.layer_table(first, ["sgd"], metric=ngeval.Metric(second))
     with pytest.raises(ngeval.InputError, match=r"takes an ngeval\.Problem"):
         ngeval.layer_table(nn.Linear(2, 2), ["sgd"])
+
+
+def test_the_best_of_a_layer_is_left_out_where_it_is_out_of_reach(monkeypatch):
+    problem = problems.make("categorical-mlp-float64").problem()
+    table = ngeval.layer_table(problem, ["sgd"], [1.0], natural=False)
+    assert table["gamma_over_best"].isna().all()
+    assert (table["reason"] == "").all()
+    monkeypatch.setattr("ngeval.methods.block.DENSE_SIZE", 5)
+    table = ngeval.layer_table(problem, ["sgd"], [1.0])
+    assert table["gamma_over_best"].isna().all()
+    assert table["reason"].str.contains("no least γ of layers: .*use fewer samples").all()
+    assert (table["status"] == "ok").all()
+
+
+def test_the_natural_gradient_of_each_layer_is_its_best():
+    problem = problems.make("categorical-conv-float64").problem()
+    table = ngeval.layer_table(problem, ["block-ng"], [0.0])
+    assert table["gamma_over_best"].to_numpy() == pytest.approx(1, abs=1e-6)

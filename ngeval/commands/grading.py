@@ -92,6 +92,9 @@ def layers(
     ] = "layer",
     damping_scale: DampingScaleOption = "absolute",
     metric_batches: MetricOption = None,
+    natural: Annotated[
+        bool, typer.Option(help="Also over the least γ in each layer, by its exact Fisher.")
+    ] = True,
 ) -> None:
     """What each layer of an update buys and spends: where does an optimizer lose its quality?
 
@@ -106,7 +109,7 @@ def layers(
     values = _dampings(damping)
     together = parse_groups(groups)
     check_result(out)
-    how = Grading(parse_metric(metric_batches))
+    how = Grading(parse_metric(metric_batches), natural)
     job = make_run(run, hub, step)
 
     def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:

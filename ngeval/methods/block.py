@@ -9,6 +9,7 @@ batch has outputs is solved in logit space, d_l = R_lᵀ(R_lR_lᵀ + λI)⁻¹r,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError, NumericalError
 from ngeval.fisher import factor_columns
-from ngeval.groups import make_groups
+from ngeval.groups import Group, make_groups
 from ngeval.jacobians.blocks import group_combinations, group_grams, group_squares
 from ngeval.kernel import DENSE_SIZE
 from ngeval.memory import describe_bytes
@@ -29,23 +30,6 @@ from ngeval.updates import DirectionUpdates, Updates
 
 WORKSPACE = 5
 """Matrices of a block's size that exist at one time while it is decomposed."""
-
-
-@dataclass(frozen=True)
-class BlockNaturalGradient:
-    """d_l(λ) = (F_ll + λI)⁻¹g_l for every layer l, a module that owns parameters."""
-
-    name: str = "block-ng"
-
-    def prepare(self, problem: Problem, seed: int = 0) -> BlockState:
-        """Factor every block.
-
-        Raises:
-            EngineError: a layer has more than 6000 parameters while the batch has more than 6000
-                outputs, or the blocks do not fit in the memory budget.
-            NumericalError: a label's probability underflows, so r is infinite.
-        """
-        return problem.remember("block_natural_gradient", lambda: BlockState(problem))
 
 
 @dataclass(frozen=True)
@@ -61,22 +45,26 @@ class Block:
     right: Tensor
 
 
-class BlockState:
-    """The spectra of all layers."""
+class FisherBlocks:
+    """The exact Fisher's diagonal blocks for groups of parameters, factored."""
 
-    def __init__(self, problem: Problem) -> None:
-        """Make and factor the blocks, as many at a time as there is room for."""
+    def __init__(self, problem: Problem, groups: Sequence[Group]) -> None:
+        """Make and factor the blocks, as many at a time as there is room for.
+
+        Raises:
+            EngineError: they are out of reach.
+            NumericalError: a label's probability is too small for r.
+        """
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
         if not bool(torch.isfinite(self.right).all()):
             raise NumericalError(
                 "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
             )
-        counts = {name: p.numel() for name, p in problem.function.parameters.items()}
-        groups = {group.name: list(group.parameters) for group in make_groups(counts, "layer")}
+        names_of = {group.name: list(group.parameters) for group in groups}
         size = problem.num_samples * problem.num_outputs
-        self.small = {g: names for g, names in groups.items() if self._count(names) <= size}
-        self.large = {g: names for g, names in groups.items() if g not in self.small}
+        self.small = {g: names for g, names in names_of.items() if self._count(names) <= size}
+        self.large = {g: names for g, names in names_of.items() if g not in self.small}
         self._check(size)
         self.blocks: dict[str, Block] = {}
         for part in self._batches(self.small):
@@ -95,31 +83,24 @@ class BlockState:
                 check_gradient(problem, block.spectrum, self.right, length, what)
 
     @property
-    def largest_curvature(self) -> float:
+    def largest(self) -> float:
         """The largest eigenvalue of all blocks."""
         return max(block.spectrum.largest for block in self.blocks.values())
 
-    def direction(self, damping: float) -> Tensor:
-        """The update d(λ), shape ``(P,)``."""
-        return self._directions([damping])[0]
+    def least_gammas(self) -> dict[str, float]:
+        """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
+        zero = torch.zeros(1, dtype=torch.float64, device=self.problem.device)
+        found = {}
+        for group, block in self.blocks.items():
+            if group in self.large:
+                bought = block.spectrum.projected_norm(self.right)
+            else:
+                bought = float((block.spectrum.solve(block.right, zero)[0] @ block.right) ** 0.5)
+            found[group] = 1 / bought if bought > 0 else math.inf
+        return found
 
-    def updates(self, dampings: Sequence[float]) -> Updates:
-        """Those of every λ; a pass over the rows makes as many as there is room for."""
-        problem = self.problem
-        room = problem.rows.memory // (4 * problem.num_parameters * problem.dtype.itemsize)
-        step = max(1, min(len(dampings), room))
-        made: dict[int, Tensor] = {}
-
-        def make(index: int) -> Tensor:
-            first = index // step * step
-            if first not in made:
-                made.clear()
-                made[first] = self._directions(dampings[first : first + step])
-            return made[first][index - first]
-
-        return DirectionUpdates(len(dampings), make)
-
-    def _directions(self, dampings: Sequence[float]) -> Tensor:
+    def directions(self, dampings: Sequence[float]) -> Tensor:
+        """(F_ll + λI)⁻¹g_l of every λ, put together: float64, shape ``(L, P)``."""
         problem, lambdas = self.problem, as_tensor(self.problem, dampings)
         solved = {g: b.spectrum.solve(b.right, lambdas) for g, b in self.blocks.items()}
         shape = (len(dampings), problem.num_parameters)
@@ -182,3 +163,65 @@ class BlockState:
             parts[-1][group] = names
             room -= needed
         return parts
+
+
+def fisher_blocks(problem: Problem, groups: Sequence[Group]) -> FisherBlocks:
+    """The blocks of some groups, made once for a problem.
+
+    Raises:
+        EngineError: they are out of reach.
+        NumericalError: a label's probability is too small for r.
+    """
+    key = f"fisher_blocks {[(group.name, group.parameters) for group in groups]}"
+    return problem.remember(key, lambda: FisherBlocks(problem, groups))
+
+
+@dataclass(frozen=True)
+class BlockNaturalGradient:
+    """d_l(λ) = (F_ll + λI)⁻¹g_l for every layer l, a module that owns parameters."""
+
+    name: str = "block-ng"
+
+    def prepare(self, problem: Problem, seed: int = 0) -> BlockState:
+        """Factor every block.
+
+        Raises:
+            EngineError: a layer has more than 6000 parameters while the batch has more than 6000
+                outputs, or the blocks do not fit in the memory budget.
+            NumericalError: a label's probability underflows, so r is infinite.
+        """
+        counts = {name: p.numel() for name, p in problem.function.parameters.items()}
+        return BlockState(fisher_blocks(problem, make_groups(counts, "layer")))
+
+
+class BlockState:
+    """The layers' own natural gradients."""
+
+    def __init__(self, blocks: FisherBlocks) -> None:
+        """Keep the blocks."""
+        self.blocks = blocks
+
+    @property
+    def largest_curvature(self) -> float:
+        """The largest eigenvalue of all blocks."""
+        return self.blocks.largest
+
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ), shape ``(P,)``."""
+        return self.blocks.directions([damping])[0]
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """Those of every λ; a pass over the rows makes as many as there is room for."""
+        problem = self.blocks.problem
+        room = problem.rows.memory // (4 * problem.num_parameters * problem.dtype.itemsize)
+        step = max(1, min(len(dampings), room))
+        made: dict[int, Tensor] = {}
+
+        def make(index: int) -> Tensor:
+            first = index // step * step
+            if first not in made:
+                made.clear()
+                made[first] = self.blocks.directions(dampings[first : first + step])
+            return made[first][index - first]
+
+        return DirectionUpdates(len(dampings), make)

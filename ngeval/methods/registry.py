@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 
+from torch.optim import Optimizer
+
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.jacobians.factors import SHARINGS
 from ngeval.kronecker import DAMPINGS
@@ -23,7 +25,7 @@ from ngeval.methods.gradient import Sgd
 from ngeval.methods.kronecker import RESTS, Kronecker
 from ngeval.methods.labels import DESCRIPTIONS, SAMPLED, SUFFIXES, Labels
 from ngeval.methods.natural import NaturalGradient
-from ngeval.methods.optimizer import OPTIMIZERS, NamedOptimizer
+from ngeval.methods.optimizer import OPTIMIZERS, NamedOptimizer, OptimizerStep
 from ngeval.methods.sampled import SampledFisher
 
 GROUP = "ngeval.methods"
@@ -177,14 +179,15 @@ def all_methods() -> dict[str, MethodEntry]:
     return found
 
 
-def get_method(method: str | Method) -> Method:
+def get_method(method: str | Method | Optimizer) -> Method:
     """Resolve a method given by name.
 
     Args:
         method: ``"ief"``, ``"sf:4"`` (four draws), ``"diag-ef:0.5"`` (ρ = ½), ``"kfac:reduce"``,
             an optimizer's name or the path of its class (``"adamw"``,
-            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …, or an object with ``name`` and
-            ``prepare``, which is returned as it is.
+            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …; an optimizer, whose step is graded
+            (see `OptimizerStep`); or an object with ``name`` and ``prepare``, which is returned as
+            it is.
 
     Raises:
         InputError: no such method, or its parameter cannot be read, or a plug-in does not load.
@@ -192,10 +195,13 @@ def get_method(method: str | Method) -> Method:
     >>> get_method("sf:4").mc_samples
     4
     """
+    if isinstance(method, Optimizer):
+        return OptimizerStep(method)
     if not isinstance(method, str):
         if not (hasattr(method, "prepare") and hasattr(method, "name")):
             raise InputError(
-                f"a method is a name or an object with .name and .prepare, not {method!r}"
+                "a method is a name, an optimizer, or an object with .name and .prepare, not a "
+                f"{type(method).__name__}"
             )
         return method
     full = method.strip()
@@ -219,7 +225,7 @@ def get_method(method: str | Method) -> Method:
         ) from error
 
 
-def get_methods(methods: Iterable[str | Method]) -> list[Method]:
+def get_methods(methods: Iterable[str | Method | Optimizer]) -> list[Method]:
     """Resolve several methods, keeping their order and refusing an empty list or repetitions."""
     if isinstance(methods, str):
         methods = methods.split(",")
@@ -229,7 +235,9 @@ def get_methods(methods: Iterable[str | Method]) -> list[Method]:
         raise InputError(f"no method given; {nearest_name('', METHODS)}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise InputError(f"methods named twice: {', '.join(twice)}")
+        raise InputError(
+            f"methods named twice: {', '.join(twice)} (objects can be told apart by their name=)"
+        )
     return resolved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -40,7 +41,8 @@ def plot_layers(
     """Each layer's share of the loss that an update buys, and of the KL that it spends.
 
     Means over batches. A layer whose second bar is the longer spends more than it buys; a negative
-    bar is a layer that works against the others. For the natural gradient the two are equal.
+    bar is a layer that works against the others. For the natural gradient the two are equal. The
+    numbers at the right are γ(d_l) over the least γ of any update of that layer alone.
 
     Args:
         table: rows of `ngeval.layer_table` (``ngeval layers``'s output).
@@ -65,6 +67,7 @@ def plot_layers(
     for offset, (column, colour, label) in zip((-0.2, 0.2), _BARS, strict=True):
         axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
+    _write_ratios(axes, places, rows["gamma_over_best"])
     axes.set_yticks(places, [_shortened(name) for name in rows["layer"]])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
     axes.grid(visible=False, axis="y")
@@ -131,6 +134,18 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
         rows = rows[rows["checkpoint"] == checkpoint]
     value = chosen_damping(rows, damping)
     return summarize_layers(rows[np.isclose(rows["damping"], value, rtol=1e-6, atol=0)])
+
+
+def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> None:
+    """γ(d_l) over the least γ in its layer, at the right of each pair of bars."""
+    if ratios.isna().all():
+        return
+    right = axes.get_yaxis_transform()
+    style: dict[str, Any] = {"transform": right, "va": "center", "ha": "left", "fontsize": 7}
+    for place, ratio in zip(places, ratios, strict=True):
+        if np.isfinite(ratio):
+            axes.text(1.01, place, f"{ratio:.2f}×", **style)
+    axes.text(1.01, -0.75, "γ/best", **style)
 
 
 def _height(bars: int) -> float:
