@@ -10,6 +10,7 @@ import problems
 import pytest
 import pytorch_optimizer
 import torch
+import transformers
 from optimizers import (
     THIRD_PARTY,
     batches,
@@ -24,10 +25,15 @@ from optimizers import (
     trained,
 )
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import ngeval
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.methods.optimizer import OPTIMIZERS, OptimizerStep
+from ngeval.methods.optimizer.clone import clone_optimizers
 
 EXACT = {"rtol": 1e-9, "atol": 1e-15}
 
@@ -199,6 +205,67 @@ class TestAgainstRealSteps:
         expected = 0.1 * problem.gradient() / 7
         torch.testing.assert_close(state.direction(0.0), expected.double(), rtol=1e-4, atol=1e-7)
 
+    def test_adafactor_keeps_the_floor_of_its_parameters_dtype(self):
+        """v̂ is at least the machine epsilon of float32, far above these squared gradients."""
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).eval()
+        x, y = torch.randn(7, 4) * 1e-6, torch.randn(7, 3) * 1e-6
+        single = torch.optim.Adafactor([model.weight], lr=0.01, d=1e9)
+        problem = ngeval.Problem(model, x, y, "gaussian:1")
+        step = problem.function.unflatten(step_of(single, problem))["weight"].double()
+        by_hand = copy.deepcopy(model)
+        g = problem.function.unflatten(problem.gradient())["weight"].double() / 7
+        theirs = torch.optim.Adafactor([by_hand.weight], lr=0.01, d=1e9)
+        by_hand.weight.grad = g.float()
+        start = by_hand.weight.detach().double()
+        theirs.step()
+        expected = start - by_hand.weight.detach().double()
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+    def test_adafactor_with_parameters_of_two_dtypes(self):
+        torch.manual_seed(0)
+        single, double = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3).double())
+        adafactor = torch.optim.Adafactor([double, single])
+        for parameter in (single, double):
+            parameter.grad = torch.ones_like(parameter)
+        adafactor.step()
+        copied = clone_optimizers([adafactor], torch.float64)
+        floors = {
+            id(p): g["eps"][0] for g in copied.optimizers[0].param_groups for p in g["params"]
+        }
+        for original, clone in copied.parameters.values():
+            assert floors[id(clone)] == torch.finfo(original.dtype).eps
+        assert [g["eps"][0] for g in adafactor.param_groups] == [None]
+
+    @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD])
+    def test_a_parameter_without_dimensions_is_stepped_in_float64(self, kind):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.3))
+
+            def forward(self, x):
+                return self.scale * self.inner(x)
+
+        torch.manual_seed(0)
+        model = Scaled().eval()
+        optimizer = kind(model.parameters(), lr=1e-6)
+        train(model, [optimizer], batches(2, torch.float32))
+        x, y = batches(1, torch.float32)[0]
+        problem = ngeval.Problem(model, x, y, "categorical")
+        state = OptimizerStep(optimizer).prepare(problem)
+        assert state.notes == ()
+        # In float32 half of the digits of 1e-6 would be lost beside θ.
+        step = problem.function.unflatten(state.direction(0.0))
+        if kind is torch.optim.AdamW:
+            kept = optimizer.state[model.scale]
+            g = mean_gradients(model, (x, y))[0].double()
+            m = 0.9 * kept["exp_avg"].double() + 0.1 * g
+            v = 0.999 * kept["exp_avg_sq"].double() + 0.001 * g**2
+            expected = m / (1 - 0.9**3) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
+            expected = 1e-6 * (expected + 0.01 * model.scale.detach().double())
+            assert float(step["scale"]) == pytest.approx(float(expected), rel=1e-5)
+
     def test_random_optimizers_follow_the_seed(self):
         class Noisy(torch.optim.SGD):
             @torch.no_grad()
@@ -303,6 +370,27 @@ class TestCallerIsUntouched:
         train(one.model, [optimizer], [(one.inputs, one.targets)])
         torch.testing.assert_close(state.direction(0.0), theta - flat(one.model), **EXACT)
 
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_hooks_on_all_optimizers_are_left_out_and_kept(self, fails):
+        one = case()
+        kind = Breaking if fails else torch.optim.Adam
+        adam, called = kind(one.model.parameters()), []
+        before = register_optimizer_step_pre_hook(lambda *_: called.append("before"))
+        after = register_optimizer_step_post_hook(lambda *_: called.append("after"))
+        try:
+            if fails:
+                with pytest.raises(InputError, match="on purpose"):
+                    step_of(adam, one.problem())
+            else:
+                state = OptimizerStep(adam).prepare(one.problem())
+                assert state.notes == ("step hooks of Adam are left out",)
+            assert called == []
+            train(one.model, [torch.optim.SGD(one.model.parameters())], batches(1))
+            assert called == ["before", "after"]
+        finally:
+            before.remove()
+            after.remove()
+
     def test_an_optimizer_inside_another(self):
         class Wrapper(torch.optim.Optimizer):
             """Twice the step of what it wraps."""
@@ -383,6 +471,37 @@ class TestParameters:
         assert state.coverage == 100.0
         assert state.direction(0.0).shape == (one.problem().num_parameters,)
 
+    def test_parameters_that_take_no_part_are_not_decayed(self):
+        class Spare(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.pooler = nn.Linear(4, 3), nn.Linear(4, 4)
+                self.dead = nn.Parameter(torch.ones(3))
+
+            def forward(self, x):
+                return self.used(x) + 0 * self.dead
+
+        def made():
+            torch.manual_seed(0)
+            model = Spare().double().eval()
+            return model, torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+
+        (model, adamw), (real, theirs) = made(), made()
+        x, y = batches(1)[0]
+        problem = ngeval.Problem(model, x, y, "categorical")
+        for warmup in (None, [(x, y)]):
+            state = OptimizerStep(adamw, warmup=warmup).prepare(problem)
+            named = problem.function.unflatten(state.direction(0.0))
+            assert not named["pooler.weight"].any()
+            assert named["dead"].all()  # its gradient is zero: decayed
+            told = "pooler.weight, pooler.bias took no part in the loss: no gradient, and no step"
+            assert state.notes == (told,)
+        start = flat(real)
+        nn.functional.cross_entropy(real(x), y).backward()
+        theirs.step()
+        step = step_of(adamw, problem)
+        torch.testing.assert_close(step, start - flat(real), rtol=1e-9, atol=1e-15)
+
     def test_tied_weights_are_one_parameter(self):
         one = case(model="tied")
         problem = one.problem()
@@ -419,6 +538,18 @@ class TestLearningRateZero:
         expected = 1e-3 * one.problem().gradient() / 7
         torch.testing.assert_close(step_of(sgd, one.problem()), expected, **EXACT)
 
+    def test_a_class_without_a_rate_of_its_own(self):
+        one = case()
+        adafactor = transformers.Adafactor(one.model.parameters())
+        train(one.model, [adafactor], batches(2))
+        problem = one.problem()
+        state = OptimizerStep(adafactor).prepare(problem)
+        theta = flat(one.model)
+        train(one.model, [adafactor], [(one.inputs, one.targets)])
+        expected = theta - flat(one.model)
+        torch.testing.assert_close(state.direction(0.0), expected, rtol=1e-8, atol=1e-14)
+        assert state.notes == ()
+
     def test_one_group_at_zero_stays_there(self):
         one = case()
         groups = [
@@ -443,6 +574,13 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"NeedsOne.*closure"):
             OptimizerStep(NeedsOne(one.model.parameters()))
 
+    @pytest.mark.parametrize("kind", ["AdaHessian", "SophiaH"])
+    def test_second_derivatives(self, kind):
+        one = case()
+        method = OptimizerStep(getattr(pytorch_optimizer, kind)(list(one.model.parameters())))
+        with pytest.raises(InputError, match=r"second derivatives.*cannot be graded"):
+            method.prepare(one.problem())
+
     def test_nan_state_names_the_parameter(self):
         one, [optimizer] = trained("adam", 1)
         optimizer.state[one.model[2].bias]["exp_avg"][0] = math.nan
@@ -453,6 +591,10 @@ class TestRefusals:
     def test_what_is_no_optimizer(self, given):
         with pytest.raises(InputError, match=r"torch\.optim\.Optimizer"):
             OptimizerStep(given)
+
+    def test_what_to_do_with_a_rule_of_ones_own(self):
+        with pytest.raises(InputError, match=r"small class of.*problem\.gamma\(\{name: step\}\)"):
+            OptimizerStep(object())
 
     def test_a_warmup_that_can_be_gone_through_once(self):
         one = case()
@@ -474,6 +616,21 @@ class TestInTables:
         expected = problem.gamma(step_of(adam, problem))
         assert rows["gamma"].tolist() == pytest.approx([expected] * 2, rel=1e-12)
         assert (rows["status"] == "ok").all()
+
+    def test_with_and_without_warmup_in_one_table(self):
+        one, [adam] = trained("adam", 3)
+        warm = batches(2)
+        methods = [
+            OptimizerStep(adam),
+            OptimizerStep(adam, warmup=warm),
+            OptimizerStep(adam, warmup=lambda: warm),
+            OptimizerStep(adam, warmup=warm, name="mine"),
+        ]
+        table = ngeval.evaluate(one.problem(), methods, [1.0])
+        assert table["method"].tolist() == ["adam", "adam:2", "adam:warm", "mine"]
+        cold, *warmed = table["gamma"].tolist()
+        assert warmed == [warmed[0]] * 3
+        assert cold != warmed[0]
 
     def test_plain_sgd_is_the_gradient(self):
         one = case()

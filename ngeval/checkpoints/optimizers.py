@@ -92,12 +92,27 @@ def _found(content: Any, depth: int = 0) -> list[StateDict]:
 
 def _check(path: Path, state: StateDict) -> None:
     """Refuse what has not the form of ``optimizer.state_dict()``."""
-    groups = state["param_groups"]
-    well_formed = isinstance(state["state"], Mapping) and isinstance(groups, list | tuple)
-    if not well_formed or not all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
-        for group in groups
-    ):
+    entries, groups = state["state"], state["param_groups"]
+    wrong = ""
+    if not isinstance(entries, Mapping) or not isinstance(groups, list | tuple):
+        wrong = "its state and param_groups"
+    for number, group in enumerate(groups if not wrong else ()):
+        wrong = wrong or _misformed(f"param_groups[{number}]", group, entries)
+    if wrong:
         raise CheckpointError(
-            f"{path}: its state and param_groups have not the form of optimizer.state_dict()"
+            f"{path}: {wrong} have not the form of optimizer.state_dict(); save that as it is"
         )
+
+
+def _misformed(where: str, group: Any, entries: Mapping[Any, Any]) -> str:
+    """What is wrong with a group and its parameters' states, or nothing."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+        return where
+    keys, names = group["params"], group.get("param_names")
+    if not all(isinstance(key, int | str) for key in keys):
+        return f"the params of {where}"
+    told = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if names is not None and not (told and len(names) == len(keys)):
+        return f"the param_names of {where}"
+    without = [key for key in keys if not isinstance(entries.get(key, {}), Mapping)]
+    return f"the entries of state[{without[0]!r}]" if without else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Optimizer
 
 HOOKS = "_hooks"
 """How the names of the attributes end that hold what users want to be called at a step."""
+
+GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+"""Where torch keeps the hooks that are called at the steps of every optimizer."""
+
+_HOOKS_OF_ALL = sys.modules[Optimizer.__module__]
 
 _LEAVES = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.dtype)
 
@@ -53,7 +59,7 @@ class Clones:
     @property
     def num_bytes(self) -> int:
         """What the copies' tensors take."""
-        found = _reachable([vars(optimizer) for optimizer in self.every])
+        found = reachable([vars(optimizer) for optimizer in self.every])
         return sum(value.nbytes for value in found if isinstance(value, Tensor))
 
     def again(self) -> Clones:
@@ -80,20 +86,21 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
 
     Args:
         optimizers: they may share parameters, and wrap others.
-        dtype: for copied parameters and for tensors of the state that are not scalars (a step
-            count stays as it is); None keeps everything as it is.
+        dtype: for copied parameters and for tensors of the state that are not scalars, or are the
+            state of a parameter that is one (a step count stays as it is); None keeps everything
+            as it is.
     """
     kept = {id(optimizer): _attributes(optimizer) for optimizer in optimizers}
     every = list(optimizers)
     tensors: list[Tensor] = []
-    for found in _reachable(list(kept.values())):
+    for found in reachable(list(kept.values())):
         if isinstance(found, Tensor):
             tensors.append(found)
         elif isinstance(found, Optimizer) and id(found) not in kept:
             every.append(found)
     for inner in every[len(optimizers) :]:
         kept[id(inner)] = _attributes(inner)
-        tensors += [t for t in _reachable(kept[id(inner)]) if isinstance(t, Tensor)]
+        tensors += [t for t in reachable(kept[id(inner)]) if isinstance(t, Tensor)]
     parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for optimizer in every:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -102,9 +109,10 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
                 copied.requires_grad_(parameter.requires_grad)
                 parameters[id(parameter)] = parameter, copied
     memo: dict[int, Any] = {key: clone for key, (_, clone) in parameters.items()}
+    moments = _scalar_moments(every)
     for tensor in tensors:
         if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
-            memo[id(tensor)] = _copied(tensor, dtype, scalars=False)
+            memo[id(tensor)] = _copied(tensor, dtype, scalars=id(tensor) in moments)
     memo |= {id(optimizer): object.__new__(type(optimizer)) for optimizer in every}
     for optimizer in every:
         attributes = copy.deepcopy(kept[id(optimizer)], memo)
@@ -112,6 +120,8 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
             floats = {n: v for n, v in attributes.items() if _is_float_dtype(v)}
             attributes |= dict.fromkeys(floats, dtype)
         vars(memo[id(optimizer)]).update(attributes)
+        if dtype is not None and isinstance(optimizer, Adafactor):
+            _keep_floor(memo[id(optimizer)], optimizer)
     return Clones(
         [memo[id(optimizer)] for optimizer in optimizers],
         [memo[id(optimizer)] for optimizer in every],
@@ -143,6 +153,50 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """No hook that was registered for the steps of every optimizer is called."""
+    kept = {name: getattr(_HOOKS_OF_ALL, name) for name in GLOBAL_HOOKS}
+    try:
+        for name in GLOBAL_HOOKS:
+            setattr(_HOOKS_OF_ALL, name, OrderedDict())
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(_HOOKS_OF_ALL, name, hooks)
+
+
+def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
+    """The ``id`` of what parameters without dimensions have in their state, but for its step."""
+    return {
+        id(value)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if isinstance(parameter, Tensor) and parameter.ndim == 0 and isinstance(state, Mapping)
+        for key, value in state.items()
+        if key != "step"
+    }
+
+
+def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
+    """Give a copied Adafactor the floor of v̂ that its original has.
+
+    Without one it takes the machine epsilon of a parameter's dtype, which the copies have not.
+    """
+    groups = []
+    for copied, group in zip(clone.param_groups, original.param_groups, strict=True):
+        first, second = group["eps"]
+        if first is not None or not group["params"]:
+            groups.append(copied)
+            continue
+        for dtype in dict.fromkeys(parameter.dtype for parameter in group["params"]):
+            pairs = zip(copied["params"], group["params"], strict=True)
+            members = [ours for ours, theirs in pairs if theirs.dtype == dtype]
+            floor = torch.finfo(dtype).eps, second
+            groups.append({**copied, "params": members, "eps": floor})
+    clone.param_groups[:] = groups
+
+
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What is copied of an optimizer."""
     kept: dict[str, Any] = {}
@@ -156,10 +210,11 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(vars(optimizer).get(name) for name in names)
+    on_all = any(getattr(_HOOKS_OF_ALL, name) for name in GLOBAL_HOOKS)
+    return on_all or any(vars(optimizer).get(name) for name in names)
 
 
-def _reachable(root: Any) -> Iterator[Any]:
+def reachable(root: Any) -> Iterator[Any]:
     """Everything that can be got to from a value, each once; not into tensors or optimizers."""
     seen: set[int] = set()
     waiting = [root]

@@ -121,7 +121,8 @@ def _third_party(path: str) -> OptimizerEntry:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         raise DependencyError(
-            f"optimizer {path!r}: {missing} is not installed; pip install {missing.split('.')[0]}"
+            f"optimizer {path!r}: {missing} is not installed; pip install "
+            f"{missing.split('.')[0]} (or, where it differs, the package that has this module)"
         ) from error
     except Exception as error:  # a package may raise anything while it is imported
         raise InputError(
@@ -132,8 +133,10 @@ def _third_party(path: str) -> OptimizerEntry:
         raise InputError(f"optimizer {path!r}: {class_name} {what}")
     known = inspect.signature(found).parameters
     rate = known["lr"].default if "lr" in known else None
-    if "lr" in known and not isinstance(rate, int | float):
+    if rate is inspect.Parameter.empty:
         rate = 1e-3
+    elif not isinstance(rate, int | float):
+        rate = None  # the class has its own way, as Adafactor's relative steps
 
     def make(named: Named, lr: float | None) -> list[Optimizer]:
         try:

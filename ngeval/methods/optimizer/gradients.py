@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ngeval.checks import Inputs
 from ngeval.errors import InputError
-from ngeval.functional import model_errors
+from ngeval.functional import ModelFunction, autograd_enabled, model_errors
 from ngeval.likelihoods import OutputDistribution
 from ngeval.methods.stage import check_reduction
 from ngeval.metric import Metric
@@ -17,7 +17,7 @@ from ngeval.problem import Problem
 
 Batches = Iterable[tuple[Inputs, Tensor]]
 Gradients = dict[str, Tensor]
-"""Float64, by parameter name, in the parameters' shapes."""
+"""Float64, by parameter name, in the parameters' shapes; none for parameters that take no part."""
 
 
 def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
@@ -44,7 +44,8 @@ def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
 
 def batch_gradient(problem: Problem, reduction: str) -> Gradients:
     """The gradient of the reduced loss on the problem's own batch."""
-    return divided(problem, problem.gradient(), loss_terms(problem.distribution, reduction))
+    terms = loss_terms(problem.distribution, reduction)
+    return taking_part(divided(problem, problem.gradient(), terms), problem.function)
 
 
 def batch_gradients(
@@ -71,7 +72,7 @@ def batch_gradients(
             total += part.to(torch.float64)
             found = loss_terms(chunk.distribution, reduction)
             terms = 1.0 if reduction == "sum" else terms + found
-        yield divided(problem, total, terms)
+        yield taking_part(divided(problem, total, terms), chunk.function)
     if number == 0:
         raise InputError("warmup holds no batch to accumulate the optimizer's state over")
 
@@ -84,3 +85,22 @@ def divided(problem: Problem, vector: Tensor, terms: float) -> Gradients:
         name: part.reshape(parameter.shape).to(torch.float64, copy=True).div_(terms)
         for (name, parameter), part in zip(parameters.items(), parts, strict=True)
     }
+
+
+def taking_part(gradients: Gradients, function: ModelFunction) -> Gradients:
+    """Without parameters that the outputs do not depend on: their ``.grad`` would be None.
+
+    An optimizer passes those by, while one whose gradient is zero it may still decay. Only where
+    a gradient is zero throughout is a first sample put through the model to tell.
+    """
+    zero = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+    if not zero:
+        return gradients
+    first = function.on(slice(0, 1))
+    with autograd_enabled(), model_errors():
+        leaves = {n: p.detach().requires_grad_() for n, p in first.parameters.items()}
+        found = torch.autograd.grad(
+            first(leaves).sum(), [leaves[name] for name in zero], allow_unused=True
+        )
+    absent = {name for name, gradient in zip(zero, found, strict=True) if gradient is None}
+    return {name: gradient for name, gradient in gradients.items() if name not in absent}

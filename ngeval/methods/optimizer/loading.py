@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from ngeval.checkpoints import listed, read_optimizer, renamed
 from ngeval.errors import CheckpointError
-from ngeval.methods.optimizer.clone import clone_optimizers, seeded
-from ngeval.methods.optimizer.orders import orders_of
+from ngeval.methods.optimizer.clone import clone_optimizers, seeded, without_global_hooks
+from ngeval.methods.optimizer.orders import fitting_order
+from ngeval.methods.optimizer.values import MisfitError, check_entry, check_hyperparameters
 
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 """How a step is computed, not what it is: these stay as they are here."""
@@ -70,7 +71,8 @@ def load_optimizer_state(
 
     Raises:
         CheckpointError: unreadable; of another optimizer; parameters, or entries of their state,
-            are missing, unexpected or have other shapes. The optimizers are then fresh no more.
+            are missing, unexpected, have other shapes or are not finite; or the shapes leave open
+            which parameters are in which group. The optimizers are then fresh no more.
     """
     saved = read_optimizer(path, allow_pickle=allow_pickle)
     label = name or "+".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -89,6 +91,8 @@ def load_optimizer_state(
         try:
             known = _by_name(optimizer, model, state)
             _check_groups(optimizer, known, label)
+            for _, hyper in known.groups:
+                check_hyperparameters(hyper, optimizer.defaults)
             _regroup(optimizer, model, known)
             if not known.states and saved.name is not None:
                 fresh += 1  # our own file, from before the first step
@@ -102,57 +106,23 @@ def load_optimizer_state(
     return ()
 
 
-class MisfitError(Exception):
-    """Why a state does not fit; the caller adds which file it was."""
-
-
 def _by_name(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> _Saved:
     """Names for the parameters of a state dict."""
     groups = [dict(group) for group in state["param_groups"]]
     held = _held(optimizer, model)
-    sizes = [len(group["params"]) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     if all(isinstance(key, str) for key in keys):
         told = dict(zip(keys, keys, strict=True))
-    elif all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
+    elif all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
+        names = [name for group in groups for name in group["param_names"] or ()]
         told = dict(zip(keys, names, strict=True))
     else:
-        return _by_position(optimizer, model, groups, sizes, state["state"])
+        order = fitting_order(optimizer, model, groups, state["state"])
+        name_of = dict(zip(keys, order, strict=True))
+        return _assembled(model, held, groups, name_of, state["state"])
     ours = renamed({told[key]: key for key in keys}, held)
     name_of = {key: name for name, key in ours.items()}
     return _assembled(model, held, groups, name_of, state["state"])
-
-
-def _by_position(
-    optimizer: Optimizer,
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    sizes: list[int],
-    states: Mapping[Any, Any],
-) -> _Saved:
-    """The first order of the model's parameters in which every shape fits."""
-    keys = [key for group in groups for key in group["params"]]
-    parameters = dict(model.named_parameters())
-    problem = ""
-    for order in orders_of(optimizer, model, sizes):
-        wrong = [
-            f"{name} {tuple(parameters[name].shape)} has {entry} of shape {shape}"
-            for key, name in zip(keys, order, strict=True)
-            for entry, shape in _full_shapes(states.get(key, {}))
-            if shape != tuple(parameters[name].shape)
-        ]
-        if not wrong:
-            name_of = dict(zip(keys, order, strict=True))
-            return _assembled(model, _held(optimizer, model), groups, name_of, states)
-        problem = problem or listed(wrong)
-    if problem:
-        raise MisfitError(f"wrong shape: {problem}")
-    raise MisfitError(
-        f"it has groups of {listed([str(size) for size in sizes])} parameters without names "
-        f"(param_names), and the optimizer holds {len(_held(optimizer, model))}; build it in "
-        "Python with the same groups, call load_state_dict, and give it to ngeval.OptimizerStep"
-    )
 
 
 def _assembled(
@@ -237,12 +207,13 @@ def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: 
     """Every parameter has the state that a step would give it.
 
     Raises:
-        MisfitError: entries are missing, unexpected or have other shapes.
+        MisfitError: entries are missing, unexpected, have other shapes, or cannot be stepped with.
     """
     missing: dict[str, list[str]] = {}
     unexpected: dict[str, list[str]] = {}
     wrong: list[str] = []
-    for name, expected in _after_a_step(optimizer, model).items():
+    after = _after_a_step(optimizer, model)
+    for name, expected in after.items():
         found = saved.states.get(name, {})
         for key in expected.keys() - found.keys():
             missing.setdefault(str(key), []).append(name)
@@ -265,6 +236,9 @@ def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: 
     if told:
         never = "" if saved.states else " (no parameter has any: had it never stepped?)"
         raise MisfitError("; ".join(told) + f"; is the file {label}'s?{never}")
+    for name, entries in saved.states.items():
+        for key, found in entries.items():
+            check_entry(key, name, after.get(name, {}).get(key), found)
 
 
 def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -277,7 +251,7 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
         clone.grad = torch.full_like(clone, 1e-3)
     device = next(iter(clones.parameters.values()))[0].device
     try:
-        with seeded(device, 0):
+        with seeded(device, 0), without_global_hooks():
             clones.optimizers[0].step()
     except Exception as error:  # a step may be anybody's code
         raise MisfitError(f"a first step failed: {type(error).__name__}: {error}") from error
@@ -305,13 +279,6 @@ def _held(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """The names of the parameters that an optimizer holds, in the model's order."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [name for name, p in model.named_parameters() if id(p) in held]
-
-
-def _full_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The entries of a state that have the parameter's shape in every optimizer that has them."""
-    for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta"):
-        if isinstance(value := state.get(key), Tensor) and value.ndim:
-            yield key, tuple(value.shape)
 
 
 def _shapes(value: Any) -> Any:

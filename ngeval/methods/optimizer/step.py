@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from ngeval.checkpoints import listed
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.memory import is_out_of_memory
 from ngeval.methods.base import ParameterState
-from ngeval.methods.optimizer.clone import Clones, clone_optimizers, seeded, unwrapped
+from ngeval.methods.optimizer.clone import (
+    Clones,
+    clone_optimizers,
+    seeded,
+    unwrapped,
+    without_global_hooks,
+)
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem import Problem
@@ -70,7 +77,8 @@ class OptimizerStep:
         warmup: batches ``(inputs, targets)``, or a function that gives them: before the graded
             step the copies take a step on each, and θ is put back after each, so that momentum
             and second moments are those accumulated at this θ.
-        name: in tables; default: the classes' names.
+        name: in tables; default: the classes' names, as ``"adam"``, with the number of warm-up
+            batches, as ``"adam:20"``, or ``"adam:warm"`` where that is not known beforehand.
 
     Example:
         >>> import torch, ngeval
@@ -103,7 +111,7 @@ class OptimizerStep:
             )
         if not self.name:
             names = [type(optimizer).__name__.lower() for optimizer in self.optimizers]
-            object.__setattr__(self, "name", "+".join(names))
+            object.__setattr__(self, "name", "+".join(names) + _warmth(self.warmup))
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -169,12 +177,10 @@ class OptimizerStep:
         except Exception as error:  # see above
             if is_out_of_memory(error):
                 raise
-            hint = "; a step that evaluates the loss itself (a closure) cannot be graded"
             raise InputError(
-                f"{self.name}: step() failed with {_told(error)}"
-                f"{hint if 'closure' in str(error).lower() else ''}"
+                f"{self.name}: step() failed with {told(error)}{_hint(error)}"
             ) from error
-        note = f"stepped in the parameters' own dtype, and d is rounded there ({_told(first)})"
+        note = f"stepped in the parameters' own dtype, and d is rounded there ({told(first)})"
         return steps, [*notes, note]
 
     def _steps_in(
@@ -182,7 +188,11 @@ class OptimizerStep:
     ) -> tuple[dict[str, Tensor], list[str]]:
         clones, notes = self.warmed(dtype, problem, names)
         with seeded(problem.device, seed):
-            _take(clones, batch_gradient(problem, self.reduction), names)
+            gradients = batch_gradient(problem, self.reduction)
+            _take(clones, gradients, names)
+        idle = [name for name in names.values() if name not in gradients]
+        if idle:
+            notes.append(f"{listed(idle)} took no part in the loss: no gradient, and no step")
         steps = {
             names[key]: original.detach() - clone.detach().to(torch.float64)
             for key, (original, clone) in clones.parameters.items()
@@ -225,9 +235,20 @@ def as_optimizers(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     if not several or not all(isinstance(one, Optimizer) for one in several):
         raise InputError(
             "optimizer must be a torch.optim.Optimizer or a list of them, not "
-            f"{type(given).__name__}"
+            f"{type(given).__name__}; for a rule of your own, write its step as a small class of "
+            "torch.optim.Optimizer, or grade the direction with problem.gamma({name: step})"
         )
     return [unwrapped(optimizer) for optimizer in several]
+
+
+def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
+    """What tells a warmed optimizer from the same one without in a table."""
+    if warmup is None:
+        return ""
+    try:
+        return f":{len(warmup)}"  # type: ignore[arg-type]
+    except TypeError:  # a function, or a DataLoader of a stream
+        return ":warm"
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
@@ -267,7 +288,7 @@ def _check_closure(optimizer: Optimizer) -> None:
 
 def _with_a_rate(clones: Clones) -> list[str]:
     """Where every learning rate is 0 (the end of a schedule), take the first ones instead."""
-    groups = [group for group in clones.groups() if "lr" in group]
+    groups = [group for group in clones.groups() if group.get("lr") is not None]
     if not groups or any(float(group["lr"]) for group in groups):
         return []
     for group in groups:
@@ -277,13 +298,28 @@ def _with_a_rate(clones: Clones) -> list[str]:
 
 
 def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
-    """One step of the copies on a gradient; parameters that are not graded have none."""
+    """One step of the copies on a gradient; parameters not graded, or in no use, have none."""
     for key, (_, clone) in clones.parameters.items():
-        clone.grad = gradients[names[key]].to(clone.dtype) if key in names else None
-    for optimizer in clones.optimizers:
-        optimizer.step()
+        gradient = gradients.get(names[key]) if key in names else None
+        clone.grad = None if gradient is None else gradient.to(clone.dtype)
+    with without_global_hooks():
+        for optimizer in clones.optimizers:
+            optimizer.step()
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """An exception in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _hint(error: BaseException) -> str:
+    """Why a step cannot be taken, where its error tells."""
+    text = str(error).lower()
+    if "closure" in text:
+        return "; a step that evaluates the loss itself (a closure) cannot be graded"
+    if "does not require grad" in text:
+        return (
+            "; it differentiates the gradient once more, as AdaHessian does, and a gradient that "
+            "is given has no second derivatives: such a step cannot be graded"
+        )
+    return ""
