@@ -102,8 +102,11 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
 
 def stages_table(table: pd.DataFrame, damping: float) -> Table:
     """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
-    summary = summarize(table[table["damping"] == damping])
-    methods = [name for name in dict.fromkeys(summary["method"]) if name != "sgd"]
+    rows = table[table["damping"] == damping]
+    summary = summarize(rows)
+    methods = [name for name in dict.fromkeys(rows["method"]) if name != "sgd"]
+    lost = rows[rows["status"] == "failed"]
+    failed = set(zip(lost["checkpoint"], lost["method"], strict=True))
     shown = Table(
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
         caption="below 1: closer to the natural gradient than SGD; floor: no update is below it",
@@ -116,7 +119,12 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
         shown.add_column(method, justify="right", overflow="fold")
     for name, label in checkpoint_labels(table).items():
         part = summary[summary["checkpoint"] == name].set_index("method")
-        cells = [_ratio_cell(part, method) for method in methods]
+        cells = [
+            _ratio_cell(part, method)
+            if method in part.index or (name, method) not in failed
+            else "failed"
+            for method in methods
+        ]
         shown.add_row(label, *cells, f"{part['floor_over_sgd'].median():.3g}")
     return shown
 

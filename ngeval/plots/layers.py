@@ -144,7 +144,7 @@ def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> N
     style: dict[str, Any] = {"transform": right, "va": "center", "ha": "left", "fontsize": 7}
     for place, ratio in zip(places, ratios, strict=True):
         if np.isfinite(ratio):
-            axes.text(1.01, place, f"{ratio:.2f}×", **style)
+            axes.text(1.01, place, f"{ratio:.3g}×", **style)
     axes.text(1.01, -0.75, "γ/best", **style)
 
 
