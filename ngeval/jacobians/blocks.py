@@ -131,7 +131,7 @@ def _add_squares(
             [
                 rows[name].reshape(*lead, -1).double()
                 if name in rows
-                else torch.zeros(*lead, parameter.numel(), dtype=torch.float64)
+                else parameter.new_zeros(*lead, parameter.numel(), dtype=torch.float64)
                 for name, parameter in parameters.items()
             ],
             2,
