@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from optimizers import batches, build, case, flat, graded_at, mean_gradients, run, train, trained
 
 import ngeval
@@ -81,8 +82,44 @@ class TestMoments:
         after = flat(one.model), adam.state[one.model[0].weight]["exp_avg_sq"]
         assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
 
+    @pytest.mark.parametrize("steps", [1, 4])
+    def test_adagrads_initial_value_is_no_gradient(self, steps):
+        one = case()
+        adagrad = torch.optim.Adagrad(one.model.parameters(), lr=0.0, initial_accumulator_value=0.5)
+        train(one.model, [adagrad], [(one.inputs, one.targets)] * steps)
+        gradients = mean_gradients(one.model, (one.inputs, one.targets))
+        state = AccumulatedDiagonal(adagrad).prepare(one.problem())
+        expected = torch.cat([(7 * g).reshape(-1) for g in gradients]) ** 2
+        torch.testing.assert_close(state.diagonal, expected, rtol=1e-9, atol=1e-12)
+
+    def test_a_class_derived_from_one_that_is_read(self):
+        class Own(torch.optim.AdamW):
+            pass
+
+        one, [adamw] = trained("adamw", 2)
+        own = Own(one.model.parameters())
+        own.load_state_dict(adamw.state_dict())
+        expected = AccumulatedDiagonal(adamw).prepare(one.problem()).diagonal
+        assert torch.equal(AccumulatedDiagonal(own).prepare(one.problem()).diagonal, expected)
+
 
 class TestRefusals:
+    @pytest.mark.parametrize(
+        "kind", ["SOAP", "Prodigy", "Adan", "Yogi", "StableAdamW", "ADOPT", "MARS"]
+    )
+    def test_classes_that_keep_something_else_under_that_name(self, kind):
+        one, [optimizer] = trained(f"pytorch_optimizer.{kind}", 3)
+        assert "exp_avg_sq" in optimizer.state[one.model[0].weight]
+        with pytest.raises(InputError, match=rf"state of {kind}, which is not read.*Adam, AdamW"):
+            AccumulatedDiagonal(optimizer).prepare(one.problem())
+
+    def test_transformers_adafactor(self):
+        one = case()
+        adafactor = transformers.Adafactor(one.model.parameters())
+        train(one.model, [adafactor], batches(2))
+        with pytest.raises(InputError, match="state of Adafactor, which is not read"):
+            AccumulatedDiagonal(adafactor).prepare(one.problem())
+
     @pytest.mark.parametrize("name", ["sgd", "momentum", "muon", "rprop"])
     def test_no_second_moment(self, name):
         one, optimizers = trained(name, 1)
@@ -135,6 +172,24 @@ class TestNamed:
 
     def test_of_an_optimizer_without_one(self, tmp_path):
         one, [optimizer] = trained("momentum", 2)
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
+        with pytest.raises(CheckpointError, match=r"no second moment that is known.*momentum_buf"):
+            NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+
+    def test_of_a_class_of_ones_own(self, tmp_path):
+        one, [optimizer] = trained("adam", 2)
+        state = optimizer.state_dict()
+        for entries in state["state"].values():
+            entries["m"], entries["v"] = entries.pop("exp_avg"), entries.pop("exp_avg_sq")
+        torch.save(state, tmp_path / "optimizer.pt")
+        stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
+        with pytest.raises(CheckpointError, match=r"no second moment.*but m, step, v; .*diag-ef"):
+            NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+
+    @pytest.mark.parametrize("name", ["StableAdamW", "SOAP", "Yogi"])
+    def test_of_another_class_with_entries_of_the_same_name(self, tmp_path, name):
+        one, [optimizer] = trained(f"pytorch_optimizer.{name}", 2)
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match="fits none of adamw, adam"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from optimizers import (
     THIRD_PARTY,
     batches,
@@ -203,6 +204,16 @@ class TestNamed:
         with pytest.raises(error, match=message):
             named(name)
 
+    def test_a_class_without_a_rate_of_its_own(self, tmp_path):
+        run(tmp_path, "transformers.Adafactor")
+        last = find_checkpoints([str(tmp_path)])[-1]
+        assert last.metadata["learning_rate"] is None
+        model, problem, stage = graded_at(last)
+        step = named("transformers.Adafactor").at(stage).prepare(problem).direction(0.0)
+        theirs = transformers.Adafactor(model.parameters())
+        theirs.load_state_dict(torch.load(last.optimizer, weights_only=True)["states"][0])
+        assert torch.equal(step, step_of(theirs, problem))
+
     def test_a_class_that_needs_more(self):
         method = named("torch.optim.Optimizer:0")
         with pytest.raises(InputError, match=r"cannot be built.*ngeval\.OptimizerStep"):
@@ -367,6 +378,84 @@ class TestMatching:
         assert fresh[0].param_groups[0]["betas"] == (0.5, 0.6)
 
 
+class TestGroupsWithoutNames:
+    """Two groups whose parameters only their order tells."""
+
+    def saved_groups(self, tmp_path, model, groups, kind=torch.optim.SGD, **options) -> Path:
+        optimizer = kind(groups, lr=1e-3, **options)
+        train(model, [optimizer], batches(2, torch.float32))
+        return saved(tmp_path, optimizer.state_dict())
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+
+    def body_and_head(self, model: nn.Module) -> list[dict]:
+        return [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1.0}]
+
+    def test_without_any_state_nothing_tells_them_apart(self, tmp_path):
+        model = self.model()
+        path = self.saved_groups(tmp_path, model, self.body_and_head(model))
+        with pytest.raises(CheckpointError, match=r"no shape in its state.*load_state_dict.*named"):
+            load_optimizer_state(build("sgd", model), model, path)
+
+    def test_unless_the_optimizer_has_such_groups_itself(self, tmp_path):
+        model = self.model()
+        path = self.saved_groups(tmp_path, model, self.body_and_head(model))
+        fresh = torch.optim.SGD(self.body_and_head(model))
+        load_optimizer_state([fresh], model, path)
+        assert [group["lr"] for group in fresh.param_groups] == [1e-3, 1.0]
+        assert [p.shape for p in fresh.param_groups[1]["params"]] == [(3, 6), (3,)]
+
+    def test_groups_that_do_not_differ_need_no_order(self, tmp_path):
+        model = self.model()
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        fresh = build("sgd", model)
+        load_optimizer_state(fresh, model, self.saved_groups(tmp_path, model, groups))
+        x, y = batches(1, torch.float32)[0]
+        problem = ngeval.Problem(model, x, y, "categorical")
+        expected = 1e-3 * problem.gradient().double() / 5
+        torch.testing.assert_close(step_of(fresh, problem), expected)
+
+    def test_the_trainers_with_momentum_are_confirmed_by_shapes(self, tmp_path):
+        model = self.model()
+        groups = [
+            {"params": [model[0].weight, model[2].weight], "weight_decay": 0.5},
+            {"params": [model[0].bias, model[2].bias]},
+        ]
+        fresh = build("momentum", model)
+        load_optimizer_state(fresh, model, self.saved_groups(tmp_path, model, groups, momentum=0.9))
+        assert [group["weight_decay"] for group in fresh[0].param_groups] == [0.5, 0]
+
+    @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+    def test_two_orders_that_both_fit(self, tmp_path, kind):
+        """One spares all that is called a norm, the other all that is a vector."""
+
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gain = nn.Parameter(torch.ones(4))
+                self.norm = nn.Linear(1, 4, bias=False)
+                self.last = nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.last(self.gain * x + self.norm(x[:, :1]))
+
+        torch.manual_seed(0)
+        model = Odd().eval()
+        by_shape = [model.norm.weight, model.last.weight], [model.gain, model.last.bias]
+        make = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[kind]
+        groups = [{"params": by_shape[0], "weight_decay": 0.5}, {"params": by_shape[1]}]
+        path = self.saved_groups(tmp_path, model, groups, make)
+        fresh = build(kind, model)
+        if kind == "adamw":  # the moments have the parameters' shapes
+            load_optimizer_state(fresh, model, path)
+            assert fresh[0].param_groups[0]["params"][0] is model.norm.weight
+        else:
+            with pytest.raises(CheckpointError, match="no shape in its state tells"):
+                load_optimizer_state(fresh, model, path)
+
+
 class TestMisfits:
     def refused(self, tmp_path, name: str, state: object, message: str) -> None:
         one = case()
@@ -397,6 +486,65 @@ class TestMisfits:
         state["state"][0]["exp_avg"] = torch.zeros(4, 5)
         message = r"exp_avg of 0\.weight \(4, 5\) instead of \(5, 4\)"
         self.refused(tmp_path, "adamw", state, message)
+
+    @pytest.mark.parametrize(
+        ("entry", "value", "message"),
+        [
+            ("exp_avg_sq", torch.full((3, 5), torch.inf), r"exp_avg_sq of 2\.weight is NaN or inf"),
+            ("exp_avg", torch.full((3, 5), torch.nan), r"exp_avg of 2\.weight is NaN or inf"),
+            (
+                "exp_avg",
+                torch.ones(3, 5, dtype=torch.complex64),
+                r"exp_avg of 2.*complex64",
+            ),
+            ("exp_avg", torch.ones(3, 5, dtype=torch.int32), r"exp_avg of 2\.weight.*torch\.int32"),
+            ("step", torch.tensor(torch.inf), r"step of 2\.weight is inf"),
+            ("step", torch.tensor(-3.0), r"step of 2\.weight is -3\.0, which is no number of"),
+            ("step", "three", r"step of 2\.weight is 'three'"),
+        ],
+    )
+    def test_values_that_cannot_be_stepped_with(self, tmp_path, entry, value, message):
+        _, [adamw] = trained("adamw", 1)
+        state = adamw.state_dict()
+        state["state"][2][entry] = value
+        self.refused(tmp_path, "adamw", state, message)
+
+    def test_infinity_deep_in_a_state(self, tmp_path):
+        name = "pytorch_optimizer.Shampoo"
+        _, [shampoo] = trained(name, 2)
+        state = shampoo.state_dict()
+        state["state"][2]["pre_cond_1"][0, 0] = torch.inf
+        self.refused(tmp_path, name, state, r"pre_cond_1 of 2\.weight is NaN or infinite")
+
+    @pytest.mark.parametrize("rate", [None, "fast", float("nan"), float("inf"), True])
+    def test_a_rate_that_is_none(self, tmp_path, rate):
+        _, [adamw] = trained("adamw", 1)
+        state = adamw.state_dict()
+        state["param_groups"][0]["lr"] = rate
+        self.refused(tmp_path, "adamw", state, r"lr in its groups is .*set it in the file's")
+
+    @pytest.mark.parametrize(
+        ("where", "key", "value", "message"),
+        [
+            ("state", 3, torch.ones(3), r"the entries of state\[3\]"),
+            ("param_groups", "param_names", 3, r"the param_names of param_groups\[0\]"),
+            ("param_groups", "param_names", ["0.weight"], r"the param_names of param_groups"),
+            ("param_groups", "params", [[0]] * 4, r"the params of param_groups\[0\]"),
+        ],
+    )
+    def test_another_form(self, tmp_path, where, key, value, message):
+        _, [adamw] = trained("adamw", 1)
+        state = adamw.state_dict()
+        (state[where] if where == "state" else state[where][0])[key] = value
+        self.refused(tmp_path, "adamw", state, rf"optimizer\.pt: {message}.*save that as it is")
+
+    def test_names_that_are_none_are_no_names(self, tmp_path):
+        one, [adamw] = trained("adamw", 1)
+        state = adamw.state_dict()
+        state["param_groups"][0]["param_names"] = None
+        fresh = build("adamw", one.model)
+        load_optimizer_state(fresh, one.model, saved(tmp_path, state))
+        assert torch.equal(step_of(fresh, one.problem()), step_of(adamw, one.problem()))
 
     def test_missing_and_unexpected_parameters(self, tmp_path):
         _, [adamw] = trained("adamw", 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,20 @@ from ngeval.methods.optimizer.gradients import loss_terms
 from ngeval.methods.optimizer.step import as_optimizers
 from ngeval.methods.stage import Stage, check_reduction
 from ngeval.problem import Problem
+
+MOMENTS: dict[tuple[str, str], tuple[str, ...]] = {
+    **{("torch", kind): ("exp_avg_sq",) for kind in ("Adam", "AdamW", "NAdam", "RAdam")},
+    ("torch", "RMSprop"): ("square_avg",),
+    ("torch", "Adadelta"): ("square_avg",),
+    ("torch", "Adagrad"): ("sum",),
+    ("torch", "Adafactor"): ("row_var", "variance"),
+    ("pytorch_optimizer", "FAdam"): ("fim",),
+}
+"""Classes whose second moment is read, by package and name, and where in the state it is.
+
+Others keep something else under the same names: SOAP's ``exp_avg_sq`` is in a rotated basis,
+Prodigy's is scaled, Adan's is of differences of gradients.
+"""
 
 KINDS = ("adamw", "adam", "nadam", "radam", "rmsprop", "adadelta", "adagrad", "adafactor")
 """Optimizers with a second moment, as a file that does not say which it is of is tried."""
@@ -68,11 +83,14 @@ class AccumulatedDiagonal:
         names = {id(p): name for name, p in problem.function.model.named_parameters()}
         found: dict[str, Tensor] = {}
         without: dict[str, str] = {}
+        unread: set[str] = set()
         for optimizer in as_optimizers(self.optimizer):
+            if _entries(optimizer) == ():
+                unread.add(type(optimizer).__name__)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     state, name = optimizer.state.get(parameter, {}), names.get(id(parameter), "")
-                    moment = second_moment(state, group)
+                    moment = second_moment(optimizer, state, group)
                     if moment is not None:
                         found[name] = moment.detach().to(torch.float64)
                     else:
@@ -82,43 +100,54 @@ class AccumulatedDiagonal:
             f"{n} (state: {without.get(n, 'not held')})" for n in parameters if n not in found
         ]
         if missing:
+            classes = ", ".join(kind for _, kind in MOMENTS)
+            whose = f" of {listed(sorted(unread))}, which is not read" if unread else ""
             raise InputError(
-                f"{self.name}: no second moment in the optimizer's state for {listed(missing)}; "
-                "Adam and its kin, FAdam, RMSprop, Adadelta, Adagrad and Adafactor have one once "
-                "they have stepped"
+                f"{self.name}: no second moment in the optimizer's state{whose}, for "
+                f"{listed(missing)}; {classes} have one once they have stepped; diag-ef:0.5 is "
+                "the diagonal of the batch itself"
             )
         moments = torch.cat([found[name].reshape(-1) for name in parameters]).to(problem.device)
         terms = loss_terms(problem.distribution, self.reduction)
         return DiagonalState(problem, moments * terms**2, self.exponent)
 
 
-def second_moment(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+def second_moment(
+    optimizer: Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]
+) -> Tensor | None:
     """The average of squared gradients in a parameter's state; None if it has none.
 
-    An average that starts from zero is divided by 1 − βᵗ (Adam's ``exp_avg_sq``, whose β is the
-    second of ``betas``; RMSprop's and Adadelta's ``square_avg``), Adagrad's ``sum`` by its steps t.
-    FAdam's ``fim`` is unbiased as it is, and so is Adafactor's, which is put together from its
-    rows and columns.
+    Only of the classes in `MOMENTS` and what is derived from them. An average that starts from
+    zero is divided by 1 − βᵗ (Adam's ``exp_avg_sq``, whose β is the second of ``betas``; RMSprop's
+    and Adadelta's ``square_avg``). Of Adagrad's ``sum`` the value that it started from is taken
+    off, and it is divided by its steps t. FAdam's ``fim`` is unbiased as it is, and so is
+    Adafactor's, which is put together from its rows and columns.
     """
+    entry = next((entry for entry in _entries(optimizer) if entry in state), None)
     steps = float(state.get("step", group.get("step", math.nan)))
-    moment: Tensor
-    if "exp_avg_sq" in state:
-        moment = state["exp_avg_sq"] / (1.0 - float(group["betas"][1]) ** steps)
-    elif "square_avg" in state:
-        decay = group["alpha"] if "alpha" in group else group["rho"]
-        moment = state["square_avg"] / (1.0 - float(decay) ** steps)
-    elif "sum" in state:
-        moment = state["sum"] / steps
-    elif "fim" in state:
-        moment = state["fim"]
-    elif "row_var" in state and "col_var" in state:
-        rows, columns = state["row_var"], state["col_var"]
-        moment = rows @ columns / rows.mean(dim=-2, keepdim=True)
-    elif "variance" in state:
-        moment = state["variance"]
-    else:
+    if entry is None:
         return None
+    moment: Tensor = state[entry]
+    if entry == "exp_avg_sq":
+        moment = moment / (1.0 - float(group["betas"][1]) ** steps)
+    elif entry == "square_avg":
+        decay = group["alpha"] if "alpha" in group else group["rho"]
+        moment = moment / (1.0 - float(decay) ** steps)
+    elif entry == "sum":
+        started = torch.full_like(moment, group.get("initial_accumulator_value", 0.0))
+        moment = (moment - started) / steps
+    elif entry == "row_var":
+        moment = moment @ state["col_var"] / moment.mean(dim=-2, keepdim=True)
     return moment if bool(torch.isfinite(moment).all()) else None
+
+
+def _entries(optimizer: Optimizer) -> tuple[str, ...]:
+    """Where a class keeps its second moment; nothing if it is none of `MOMENTS`."""
+    for kind in type(optimizer).__mro__:
+        found = MOMENTS.get((kind.__module__.partition(".")[0], kind.__name__))
+        if found is not None:
+            return found
+    return ()
 
 
 @dataclass(frozen=True)
@@ -190,11 +219,13 @@ class NamedAccumulated:
         path, pickled = stage.optimizer_state, stage.options.allow_pickle
         if path is None:
             raise CheckpointError(f"{self.name}: no optimizer state beside {stage.name}")
-        known = read_optimizer(path, allow_pickle=pickled).name or stage.optimizer
+        saved = read_optimizer(path, allow_pickle=pickled)
+        known = saved.name or stage.optimizer
         if known is not None and (known in OPTIMIZERS or "." in known):
             optimizers = optimizer_entry(known).build(model)
             load_optimizer_state(optimizers, model, path, pickled, known)
             return optimizers
+        _check_known(self.name, path, saved.states)
         reasons = []
         for kind in KINDS:
             optimizers = optimizer_entry(kind).build(model)
@@ -206,4 +237,26 @@ class NamedAccumulated:
                 return optimizers
         raise CheckpointError(
             f"{self.name}: the state in {path} fits none of {', '.join(KINDS)}; {reasons[0]}"
+        )
+
+
+def _check_known(label: str, path: Path, states: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a file that has no entry by the name of a second moment.
+
+    Raises:
+        CheckpointError: says what it has instead.
+    """
+    present = {
+        str(key)
+        for state in states
+        for entries in state["state"].values()
+        if isinstance(entries, Mapping)
+        for key in entries
+    }
+    known = [entry for entries in MOMENTS.values() for entry in entries]
+    if not present & set(known):
+        raise CheckpointError(
+            f"{label}: {path} holds no second moment that is known "
+            f"({listed(list(dict.fromkeys(known)))}), but {listed(sorted(present)) or 'nothing'}; "
+            "grade diag-ef:0.5, whose diagonal is that of the batch"
         )
