@@ -195,7 +195,11 @@ class TestNamed:
         ("name", "error", "message"),
         [
             ("adamm", InputError, "did you mean 'adam"),
-            ("no_such_package_here.Adam", DependencyError, r"pip install no_such_package_here \(or, where"),
+            (
+                "no_such_package_here.Adam",
+                DependencyError,
+                r"pip install no_such_package_here \(or, where",
+            ),
             ("torch.optim.Adamm", InputError, "is not in torch.optim"),
             ("torch.nn.Linear", InputError, "no class of a torch.optim.Optimizer"),
         ],
