@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from ngeval.errors import NumericalError
 from ngeval.kernel import dense_is_feasible, fisher_spectrum
 from ngeval.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.problem import Problem
-from ngeval.spectrum import Spectrum
 from ngeval.updates import FieldUpdates, SolvedUpdates, Updates
 
 LARGE_RESIDUAL = 1e6
@@ -58,8 +57,14 @@ class DenseSolver(NaturalGradientSolver):
         self.right = problem.distribution.whitened_residual().flatten()
         _check_residual(problem)
         self.spectrum = fisher_spectrum(problem)
-        length = problem.gradient().to(torch.float64).norm()
-        check_gradient(problem, self.spectrum, self.right, length, "the batch's gradient")
+        gradient = problem.gradient().to(torch.float64)
+        check_gradient(problem, self._gradient, gradient, "the batch's gradient")
+
+    def _gradient(self) -> Tensor:
+        """JᵀS r with r as the spectrum has it."""
+        problem, vectors = self.problem, self.spectrum.eigenvectors
+        seen = (vectors @ (vectors.T @ self.right)).reshape(problem.outputs.shape)
+        return problem.vjp(problem.distribution.factor_product(seen))
 
     @property
     def largest(self) -> float:
@@ -183,47 +188,28 @@ def gamma_min(problem: Problem) -> float:
 
 
 def check_gradient(
-    problem: Problem, spectrum: Spectrum, right: Tensor, length: Tensor, what: str
+    problem: Problem, made: Callable[[], Tensor], gradient: Tensor, what: str
 ) -> None:
-    """Rᵀr is the gradient, so that rᵀ(RRᵀ)r is its squared length.
+    """What is made of S and r = S⁺u instead of u is the gradient, but for rounding.
 
-    With a label of a probability such as e⁻¹⁰⁰, r has an entry of e⁵⁰, at which the rounding of
-    eigenvectors is all that is left.
-
-    Args:
-        problem: the model on its batch.
-        spectrum: of RRᵀ.
-        right: r.
-        length: ‖g‖, or that of a layer's part of it.
-        what: whose, for the message.
-
-    Raises:
-        NumericalError: it is not.
-    """
-    image = (spectrum.eigenvectors.T @ right) * spectrum.eigenvalues.sqrt()
-    check_gap(problem, (image.norm() - length).abs(), length, what)
-
-
-def check_gap(problem: Problem, gap: Tensor, length: Tensor, what: str) -> None:
-    """What a gradient made by way of r differs by from the gradient itself is rounding.
-
-    Only entries of r beyond `LARGE_RESIDUAL` can make it more; a gradient that cancels to nothing
-    is no fault.
+    With a label of a probability such as e⁻¹⁰⁰, r has an entry of e⁵⁰, beside which nothing is left
+    of others once they are combined. Nothing is checked where no entry exceeds `LARGE_RESIDUAL`.
 
     Args:
         problem: the model on its batch.
-        gap: the difference.
-        length: of the gradient, or of a layer's part of it.
+        made: gives the gradient by way of r.
+        gradient: g, or a layer's part of it, float64.
         what: whose, for the message.
 
     Raises:
-        NumericalError: it is more.
+        NumericalError: they differ.
     """
     if float(problem.distribution.whitened_residual().abs().max()) < LARGE_RESIDUAL:
         return
+    gap = float((made().to(torch.float64) - gradient).norm())
     whole = float(problem.gradient().to(torch.float64).norm())
-    allowed = max(1e-3, 100 * problem.function.row_epsilon) * max(float(length), 1e-3 * whole)
-    if not float(gap) <= allowed:
+    allowed = max(1e-3, 100 * problem.function.row_epsilon)
+    if not gap <= allowed * max(float(gradient.norm()), 1e-3 * whole):
         raise NumericalError(
             f"{what} is lost to rounding where it is written as SᵀJ times S⁺u: the largest loss of "
             f"a sample is {float(problem.loss.max()):.3g} nats, and beyond about 60 (in float32 "

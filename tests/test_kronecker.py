@@ -699,11 +699,15 @@ class TestSaturation:
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
         with torch.no_grad():
             model[2].weight.mul_(scale)
+            model[2].bias.mul_(scale)
             inputs = torch.randn(6, 4, dtype=torch.float64)
             targets = model(inputs).argmin(1)
         return ngeval.Problem(model, inputs, targets, "categorical", dtype=dtype)
 
-    @pytest.mark.parametrize(("scale", "dtype"), [(300.0, torch.float64), (3000.0, torch.float32)])
+    @pytest.mark.parametrize(
+        ("scale", "dtype"),
+        [(150.0, torch.float64), (300.0, torch.float64), (3000.0, torch.float32)],
+    )
     def test_is_told(self, scale, dtype):
         problem = self.problem(scale, dtype)
         table = ngeval.evaluate(problem, ["sgd", "ng", "block-ng", "kfac"], [1e-3, 1.0])
@@ -712,9 +716,10 @@ class TestSaturation:
         assert (table.loc[["ng", "block-ng"], "status"] == "failed").all()
         assert table.loc["ng", "reason"].str.contains("lost to rounding|underflows|e-308").all()
 
-    @pytest.mark.parametrize("scale", [1.0, 10.0, 30.0])
+    @pytest.mark.parametrize("scale", [1.0, 10.0, 50.0])
     def test_moderate_losses_are_graded(self, scale):
         problem = self.problem(scale)
+        assert (float(problem.loss.max()) > 25) == (scale == 50.0)
         fisher = problem.fisher() @ torch.eye(problem.num_parameters, dtype=torch.float64)
         eye = torch.eye(len(fisher), dtype=torch.float64)
         expected = torch.linalg.solve(fisher + 1e-2 * eye, problem.gradient())
