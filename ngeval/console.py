@@ -184,7 +184,7 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
 
 def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
     """A section of one method."""
-    total = f"[dim]γ = {rows['gamma_total'].iloc[0]:.3g}[/dim]"
+    total = f"[dim]γ = {_cell(rows['gamma_total'].iloc[0])}[/dim]"
     heads = [escape(method), total, *[""] * len(rows)]
     if len(rows) == 1:
         heads = [f"{escape(method)}\n{total}"]
@@ -193,8 +193,8 @@ def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
             head,
             escape(str(row["layer"])),
             f"{row['num_parameters']:,.0f}",
-            *(f"{row[name]:.1%}" for name in ("decrease_share", "curvature_share")),
-            f"{row['excess']:+.1%}",
+            *(_cell(row[name], ".1%") for name in ("decrease_share", "curvature_share")),
+            _cell(row["excess"], "+.1%"),
             _cell(row["gamma_over_sgd"]),
             _cell(row["gamma_over_best"]),
         )
@@ -230,7 +230,7 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
             cells = [
                 "" if math.isnan(row["rank"]) else f"{row['rank']:.0f}",
                 escape(str(row["method"])),
-                _cell(row[ratio]),
+                "failed" if row["status"] == "failed" else _cell(row[ratio]),
                 "" if math.isnan(row[f"{ratio}_low"]) else interval,
                 _cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
                 _cell(row[f"{ratio}_run"]),

@@ -27,7 +27,7 @@ from ngeval.methods.natural import NaturalGradient
 from ngeval.methods.sampled import SampledFisher
 from ngeval.metric import Metric
 from ngeval.metrics import gamma_floor
-from ngeval.natural import natural_solver
+from ngeval.natural import LOST, lost_to_rounding, natural_solver
 from ngeval.prepared import check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem import Problem
 from ngeval.updates import Updates
@@ -133,6 +133,8 @@ def evaluate(
         table = pd.DataFrame({**_with_ratios(columns, plain, problem, metric), **shared})
         if exact:
             table = _with_natural(table, problem, gap, max_iterations)
+            names = [one.method.name for one in rated if isinstance(one.method, NaturalGradient)]
+            table = _without_lost(table, problem, names)
             done("gamma_min")
         elif metric is not None:
             table = _noted(table, "γ_min is not computed for another metric batch")
@@ -218,7 +220,11 @@ class _Rated:
             numbers = [column.expand(count).cpu().numpy() for column in tensors]
             defined = np.isfinite(numbers[0])
             status = np.where(defined, "ok", "undefined").astype(object)
-            undefined = "dᵀg = 0 to rounding, or not finite"
+            undefined = np.where(
+                numbers[3] == 0, "the update is 0", "dᵀg = 0 to rounding, or not finite"
+            ).astype(object)
+            if self.reason:
+                undefined = undefined + f"; {self.reason}"
             reason = np.where(defined, self.reason, undefined).astype(object)
         return {
             "method": np.full(count, self.method.name, object),
@@ -313,6 +319,21 @@ def _with_natural(
     if solver.iterations and high / low - 1 > gap:
         table = _noted(table, f"γ_min is known to lie between {low:.4g} and {high:.4g} {after}")
     return table
+
+
+def _without_lost(table: pd.DataFrame, problem: Problem, names: list[str]) -> pd.DataFrame:
+    """The natural gradient's rows fail where its γ is not what the factorisation says it is.
+
+    Improbable labels leave γ_min and the bounds their digits, but not the update at small λ.
+    """
+    if not names or "gamma_ng_upper" not in table:
+        return table
+    off = table["gamma"] > (1 + LOST) * table["gamma_ng_upper"]
+    off &= table["method"].isin(names) & (table["status"] == "ok") & (table["iterations"] == 0)
+    reason = str(lost_to_rounding(problem, "the update"))
+    return table.assign(
+        status=table["status"].mask(off, "failed"), reason=table["reason"].mask(off, reason)
+    )
 
 
 def _noted(table: pd.DataFrame, note: str, where: pd.Series[bool] | bool = True) -> pd.DataFrame:

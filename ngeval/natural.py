@@ -16,6 +16,9 @@ from ngeval.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.problem import Problem
 from ngeval.updates import FieldUpdates, SolvedUpdates, Updates
 
+LOST = 1e-2
+"""By how much the γ of an exact natural gradient may be above its closed form: rounding is less."""
+
 LARGE_RESIDUAL = 1e6
 """An entry of r = S⁺u as large as that (a loss of 28 nats) may cost the digits of others."""
 
@@ -210,11 +213,17 @@ def check_gradient(
     whole = float(problem.gradient().to(torch.float64).norm())
     allowed = max(1e-3, 100 * problem.function.row_epsilon)
     if not gap <= allowed * max(float(gradient.norm()), 1e-3 * whole):
-        raise NumericalError(
-            f"{what} is lost to rounding where it is written as SᵀJ times S⁺u: the largest loss of "
-            f"a sample is {float(problem.loss.max()):.3g} nats, and beyond about 60 (in float32 "
-            "about 30: try dtype=torch.float64) its label's probability is too small for that"
-        )
+        raise lost_to_rounding(problem, what)
+
+
+def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
+    """The error of an update that a label's small probability leaves no digit of."""
+    hint = "" if problem.dtype == torch.float64 else "; try dtype=torch.float64"
+    return NumericalError(
+        f"{what} is lost to rounding where it is made of S and S⁺u: the largest loss of a sample "
+        f"is {float(problem.loss.max()):.3g} nats, and beyond about 30 its label's probability may "
+        f"be too small for that, the more so the smaller λ is{hint}"
+    )
 
 
 def _check_residual(problem: Problem) -> None:

@@ -724,3 +724,50 @@ class TestSaturation:
         eye = torch.eye(len(fisher), dtype=torch.float64)
         expected = torch.linalg.solve(fisher + 1e-2 * eye, problem.gradient())
         assert problems.relative_gap(direction(problem, "ng", 1e-2), expected) < 1e-5
+
+
+class Shifted(nn.Module):
+    """A network with one sample that is told to be sure of the wrong class."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 3), nn.Linear(3, 3)
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        sure = (x[:, 5:] > 9) * torch.tensor([self.shift, 0, 0], dtype=x.dtype)
+        return self.outer(torch.tanh(self.inner(x))) + sure
+
+
+class TestOneImprobableLabel:
+    """One sample of high loss beside ordinary ones: the least γ is its, and is met or told."""
+
+    def problem(self, shift: float) -> ngeval.Problem:
+        torch.manual_seed(0)
+        model = Shifted(shift).double().eval()
+        inputs = torch.randn(4, 6, dtype=torch.float64)
+        inputs[0, 5] = 10
+        return ngeval.Problem(model, inputs, torch.tensor([1, 2, 0, 1]), "categorical")
+
+    @pytest.mark.parametrize("shift", [10.0, 20.0, 28.0, 35.0])
+    def test_the_best_of_a_layer(self, shift):
+        problem = self.problem(shift)
+        table = ngeval.layer_table(problem, ["sgd"], [0.0]).set_index("layer")
+        best = table.loc["outer", "gamma"] / table.loc["outer", "gamma_over_best"]
+        # The outer layer sees four different inputs: it alone can move the one sample.
+        hidden = torch.tanh(problem.function.model.inner(problem.function.inputs)).detach()
+        wide = torch.cat([hidden, torch.ones(4, 1, dtype=torch.float64)], 1)
+        along = torch.linalg.solve(wide, torch.eye(4, dtype=torch.float64)[0])
+        step = {n: torch.zeros_like(p) for n, p in problem.function.parameters.items()}
+        step["outer.weight"][1], step["outer.bias"][1] = along[:3], along[3]
+        assert best <= problem.gamma(step) * (1 + 1e-6)
+        assert best >= ngeval.gamma_floor(problem) * (1 - 1e-6)
+
+    @pytest.mark.parametrize("shift", [10.0, 20.0, 28.0, 34.0, 40.0, 60.0])
+    def test_no_natural_gradient_is_graded_wrongly(self, shift):
+        table = ngeval.evaluate(self.problem(shift), ["ng", "block-ng"], [0.0])
+        graded = table[table["status"] == "ok"].set_index("method")["gamma_over_ng"]
+        assert (graded < 1.02).all()
+        lost = table[table["status"] == "failed"]
+        assert lost["reason"].str.contains("lost to rounding|of layer").all()
+        assert len(lost) == (0 if shift < 30 else 2)

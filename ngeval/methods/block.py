@@ -23,10 +23,14 @@ from ngeval.jacobians.blocks import group_combinations, group_grams, group_squar
 from ngeval.kernel import DENSE_SIZE
 from ngeval.memory import describe_bytes
 from ngeval.methods.base import as_tensor
-from ngeval.natural import check_gradient
+from ngeval.metrics import gamma
+from ngeval.natural import LARGE_RESIDUAL, LOST, check_gradient, lost_to_rounding
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
 from ngeval.updates import DirectionUpdates, Updates
+
+MODERATE_RESIDUAL = 1e2
+"""Up to that entry of r (a loss of 9 nats) blocks may be made in parameter space."""
 
 WORKSPACE = 5
 """Matrices of a block's size that exist at one time while it is decomposed."""
@@ -63,7 +67,13 @@ class FisherBlocks:
             )
         names_of = {group.name: list(group.parameters) for group in groups}
         size = problem.num_samples * problem.num_outputs
-        self.small = {g: names for g, names in names_of.items() if self._count(names) <= size}
+        self.saturated = float(self.right.abs().max()) > LARGE_RESIDUAL
+        # F_ll has the squares of the rows' sizes: those of improbable labels would be lost.
+        spread = float(self.right.abs().max()) > MODERATE_RESIDUAL
+        logits = spread and size <= DENSE_SIZE
+        self.small = {
+            g: names for g, names in names_of.items() if self._count(names) <= size and not logits
+        }
         self.large = {g: names for g, names in names_of.items() if g not in self.small}
         self._check(size)
         self.blocks: dict[str, Block] = {}
@@ -105,24 +115,54 @@ class FisherBlocks:
             weights = {group: solved[group] for group in self.large}
             columns = factor_columns(problem)
             update = group_combinations(problem.rows, columns, self.large, weights)
-        starts, total = {}, 0
-        for name, parameter in problem.function.parameters.items():
-            starts[name], total = total, total + parameter.numel()
+            for group in self.large if self.saturated else ():
+                self._check_directions(group, update, lambdas)
         for group, names in self.small.items():
-            sizes = [problem.function.parameters[name].numel() for name in names]
-            for name, part in zip(names, solved[group].split(sizes, 1), strict=True):
-                update[:, starts[name] : starts[name] + part.shape[1]] = part
+            places = self._places(names)
+            sizes = [place.stop - place.start for place in places.values()]
+            for place, part in zip(places.values(), solved[group].split(sizes, 1), strict=True):
+                update[:, place] = part
         return update.to(torch.float64)
 
     def _factored(self, matrix: Tensor, right: Tensor) -> Block:
         epsilon = self.problem.function.row_epsilon
         return Block(Spectrum.of_gram(matrix, epsilon, right), right)
 
+    def _check_directions(self, group: str, update: Tensor, dampings: Tensor) -> None:
+        """That γ(d_l) is what the spectrum says it is, for every λ: one JVP for each.
+
+        Raises:
+            NumericalError: it is more than `LOST` above.
+        """
+        problem, spectrum = self.problem, self.blocks[group].spectrum
+        squares = (spectrum.eigenvectors.T @ self.right).square()
+        shares = spectrum.eigenvalues / (spectrum.eigenvalues + dampings.unsqueeze(1))
+        told = (squares * shares**2).sum(1).sqrt() / (squares * shares).sum(1)
+        for row, expected in zip(update, told, strict=True):
+            part = torch.zeros_like(row, dtype=torch.float64)
+            for place in self._places(self.large[group]).values():
+                part[place] = row[place]
+            if not bool(torch.isfinite(part).all()) or (
+                not gamma(problem, part) <= (1 + LOST) * float(expected)
+            ):
+                raise lost_to_rounding(problem, f"the update of layer {group!r}")
+
+    def _places(self, names: Sequence[str]) -> dict[str, slice]:
+        """Where parameters are in a flat vector."""
+        places, start = {}, 0
+        for name, parameter in self.problem.function.parameters.items():
+            places[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+        return {name: places[name] for name in names}
+
+    def _own_gradient(self, names: Sequence[str]) -> Tensor:
+        """The parameters' part of the batch gradient, float64."""
+        parts = self.problem.function.unflatten(self.problem.gradient())
+        return torch.cat([parts[name].reshape(-1) for name in names]).to(torch.float64)
+
     def _check_gradient(self, group: str, made: Tensor | None) -> None:
         """A layer's gradient by way of r, which is made if it has not been, is its gradient."""
-        names = (self.small | self.large)[group]
-        parts = self.problem.function.unflatten(self.problem.gradient())
-        own = torch.cat([parts[name].reshape(-1) for name in names]).to(torch.float64)
+        own = self._own_gradient((self.small | self.large)[group])
         what = f"the gradient of layer {group!r}"
         check_gradient(self.problem, lambda: self._seen(group) if made is None else made, own, what)
 

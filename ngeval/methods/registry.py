@@ -236,7 +236,8 @@ def get_methods(methods: Iterable[str | Method | Optimizer]) -> list[Method]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(
-            f"methods named twice: {', '.join(twice)} (objects can be told apart by their name=)"
+            f"methods named twice: {', '.join(twice)} (objects can be told apart by their name, as "
+            "in ngeval.OptimizerStep(optimizer, name='mine'))"
         )
     return resolved
 
