@@ -58,7 +58,7 @@ class DenseSolver(NaturalGradientSolver):
         """Factor once."""
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        _check_residual(problem)
+        check_residual(problem)
         self.spectrum = fisher_spectrum(problem)
         gradient = problem.gradient().to(torch.float64)
         check_gradient(problem, self._gradient, gradient, "the batch's gradient")
@@ -127,7 +127,7 @@ class KrylovSolver(NaturalGradientSolver):
 
     def __post_init__(self) -> None:
         """Check r; the run starts when something is asked."""
-        _check_residual(self.problem)
+        check_residual(self.problem)
         self.run = self.problem.remember("krylov_run", lambda: KrylovRun(self.problem))
 
     @property
@@ -226,7 +226,12 @@ def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
     )
 
 
-def _check_residual(problem: Problem) -> None:
+def check_residual(problem: Problem) -> None:
+    """Refuse an r that overflows.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
     if not bool(torch.isfinite(problem.distribution.whitened_residual()).all()):
         raise NumericalError(
             "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"

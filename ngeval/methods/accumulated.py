@@ -207,7 +207,7 @@ class NamedAccumulated:
         if self.stage is None:
             raise InputError(
                 f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "
-                "Python give your optimizer to ngeval.methods.AccumulatedDiagonal"
+                "Python give your optimizer to ngeval.AccumulatedDiagonal"
             )
         optimizers = self._loaded(problem.function.model, self.stage)
         reduction = self.stage.options.reduction

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError, NumericalError
+from ngeval.errors import EngineError
 from ngeval.fisher import factor_columns
 from ngeval.groups import Group, make_groups
 from ngeval.jacobians.blocks import group_combinations, group_grams, group_squares
@@ -24,7 +24,13 @@ from ngeval.kernel import DENSE_SIZE
 from ngeval.memory import describe_bytes
 from ngeval.methods.base import as_tensor
 from ngeval.metrics import gamma
-from ngeval.natural import LARGE_RESIDUAL, LOST, check_gradient, lost_to_rounding
+from ngeval.natural import (
+    LARGE_RESIDUAL,
+    LOST,
+    check_gradient,
+    check_residual,
+    lost_to_rounding,
+)
 from ngeval.problem import Problem
 from ngeval.spectrum import Spectrum
 from ngeval.updates import DirectionUpdates, Updates
@@ -61,10 +67,7 @@ class FisherBlocks:
         """
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        if not bool(torch.isfinite(self.right).all()):
-            raise NumericalError(
-                "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
-            )
+        check_residual(problem)
         names_of = {group.name: list(group.parameters) for group in groups}
         size = problem.num_samples * problem.num_outputs
         self.saturated = float(self.right.abs().max()) > LARGE_RESIDUAL
