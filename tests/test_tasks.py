@@ -12,7 +12,7 @@ from ngeval.tasks import BUILTIN_TASKS, Task, get_task
 from ngeval.tasks.digits import shape_moments
 from ngeval.training import Training
 
-TRAINING_IMAGES, HELD_OUT = 1437, 360
+TRAINING_IMAGES, VALIDATION, TEST = 1437, 180, 180
 SHAPES = {"digits-mlp": (64,), "digits-cnn": (1, 8, 8), "digits-regression": (64,)}
 
 
@@ -74,10 +74,14 @@ class TestBuiltin:
 
     def test_held_out_images_are_others(self, name):
         task = get_task(name)
-        held = {key for x, _ in task.load_validation() for key in keys(x)}
         trained = {key for x, _ in task.batches(64, None, 0) for key in keys(x)}
-        assert len(held) == HELD_OUT
-        assert not held & trained
+        validation, test = (
+            {key for x, _ in batches for key in keys(x)}
+            for batches in (task.validation(), task.test())
+        )
+        assert (len(validation), len(test)) == (VALIDATION, TEST)
+        assert not validation & trained
+        assert not test & (trained | validation)
 
     @pytest.mark.parametrize("size", [0, -1, TRAINING_IMAGES + 1])
     def test_batch_sizes_that_cannot_be(self, name, size):
@@ -86,13 +90,21 @@ class TestBuiltin:
 
 
 class TestDigits:
-    def test_both_parts_have_every_class_in_proportion(self):
+    def test_all_parts_have_every_class_in_proportion(self):
         task = get_task("digits-cnn")
         trained = torch.cat([y for _, y in task.batches(64, None, 0)])
-        held = torch.cat([y for _, y in task.load_validation()])
-        assert (len(trained), len(held)) == (TRAINING_IMAGES, HELD_OUT)
-        shares = [part.bincount(minlength=10) / len(part) for part in (trained, held)]
-        assert float((shares[0] - shares[1]).abs().max()) < 0.005
+        validation, test = (
+            torch.cat([y for _, y in part]) for part in (task.validation(), task.test())
+        )
+        assert [len(part) for part in (trained, validation, test)] == [
+            TRAINING_IMAGES,
+            VALIDATION,
+            TEST,
+        ]
+        shares = [part.bincount(minlength=10) / len(part) for part in (trained, validation, test)]
+        # Half an image more or less in a part, and the rounding of the parts themselves.
+        assert float((shares[0] - shares[1]).abs().max()) < 0.008
+        assert float((shares[0] - shares[2]).abs().max()) < 0.008
 
     def test_both_networks_see_the_same_images(self):
         flat, square = (
@@ -115,6 +127,15 @@ class TestDigits:
         moments = shape_moments(inputs.reshape(-1, 8, 8))
         expected = (moments - moments.mean(0)) / moments.std(0)
         torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-5)
+
+    def test_held_out_regression_targets_take_the_training_images_scale(self):
+        task = get_task("digits-regression")
+        [(trained, _)] = task.batches(TRAINING_IMAGES, 1, 0)
+        moments = shape_moments(trained.reshape(-1, 8, 8))
+        for part in (task.validation(), task.test()):
+            [(inputs, targets)] = part
+            expected = shape_moments(inputs.reshape(-1, 8, 8)) - moments.mean(0)
+            torch.testing.assert_close(targets, expected / moments.std(0), atol=1e-5, rtol=1e-5)
 
 
 class TestShapeMoments:

@@ -33,6 +33,8 @@ class Task:
             the validation figures that ``ngeval train`` reports.
         description: one line for ``ngeval tasks``.
         output: which of the model's outputs is z, as in `ngeval.Problem`.
+        load_test: optional; as ``load_validation``, other held-out data, which no choice is made
+            by: for the figures of a tuned optimizer that are reported.
 
     Example:
         >>> import torch, ngeval
@@ -53,6 +55,7 @@ class Task:
     load_validation: Callable[[], Iterable[Batch]] | None = None
     description: str = ""
     output: Output = None
+    load_test: Callable[[], Iterable[Batch]] | None = None
 
     def model(self) -> nn.Module:
         """Build the network and check that it is one.
@@ -93,11 +96,18 @@ class Task:
 
     def validation(self) -> Iterator[Batch]:
         """The held-out batches, checked like the others; none if the task has none."""
-        if self.load_validation is None:
+        yield from self._held_out(self.load_validation, "load_validation")
+
+    def test(self) -> Iterator[Batch]:
+        """The batches for testing, checked like the others; none if the task has none."""
+        yield from self._held_out(self.load_test, "load_test")
+
+    def _held_out(self, load: Callable[[], Iterable[Batch]] | None, source: str) -> Iterator[Batch]:
+        if load is None:
             return
-        with self._errors("load_validation"):
-            batches = iter(self.load_validation())
-        yield from self._checked(batches, "load_validation")
+        with self._errors(source):
+            batches = iter(load())
+        yield from self._checked(batches, source)
 
     def _checked(self, batches: Iterator[Any], source: str) -> Iterator[Batch]:
         while True:

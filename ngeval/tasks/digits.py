@@ -1,12 +1,12 @@
 """Tasks on real images that need no download: scikit-learn's 1,797 handwritten digits, 8 × 8.
 
-The split is fixed: 1,437 training and 360 held-out images, stratified by digit. Pixels are
-scaled to [0, 1] by their known maximum, 16.
+The split is fixed and stratified by digit: 1,437 images for training, 180 for validation, 180 for
+testing. Pixels are scaled to [0, 1] by their known maximum, 16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,17 +19,19 @@ from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.sampling import shuffled_batches
 
 SPLIT_SEED = 0
-HELD_OUT = 360
+HELD_OUT, TEST = 360, 180
 
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets, training and held out."""
+    """Inputs and targets: for training, for validation, for testing."""
 
     train_inputs: Tensor
     train_targets: Tensor
-    held_inputs: Tensor
-    held_targets: Tensor
+    validation_inputs: Tensor
+    validation_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
         """Batches without replacement within a pass over the shuffled training images.
@@ -40,20 +42,43 @@ class Split:
             yield self.train_inputs[chosen], self.train_targets[chosen]
 
     def validation(self) -> Iterator[Batch]:
-        """The held-out images in one batch."""
-        yield self.held_inputs, self.held_targets
+        """The images for validation in one batch."""
+        yield self.validation_inputs, self.validation_targets
+
+    def test(self) -> Iterator[Batch]:
+        """The images for testing in one batch."""
+        yield self.test_inputs, self.test_targets
+
+    def map(
+        self, inputs: Callable[[Tensor], Tensor], targets: Callable[[Tensor], Tensor] | None = None
+    ) -> Split:
+        """Other inputs made of each part's; with ``targets``, the targets too, of the inputs."""
+        parts = (
+            (self.train_inputs, self.train_targets),
+            (self.validation_inputs, self.validation_targets),
+            (self.test_inputs, self.test_targets),
+        )
+        made = [(inputs(x), y if targets is None else targets(x)) for x, y in parts]
+        return Split(*(tensor for pair in made for tensor in pair))
 
 
 @cache
-def _images() -> tuple[Split, Tensor, Tensor]:
-    """The classification split, and both parts' images as ``(n, 8, 8)``."""
+def _images() -> Split:
+    """The classification split, images flat: ``(n, 64)``."""
     pixels, labels = load_digits(return_X_y=True)
     train_x, held_x, train_y, held_y = train_test_split(
         pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=SPLIT_SEED
     )
-    train_x, held_x = (torch.tensor(part / 16, dtype=torch.float32) for part in (train_x, held_x))
-    split = Split(train_x, torch.tensor(train_y), held_x, torch.tensor(held_y))
-    return split, train_x.reshape(-1, 8, 8), held_x.reshape(-1, 8, 8)
+    validation_x, test_x, validation_y, test_y = train_test_split(
+        held_x, held_y, test_size=TEST, stratify=held_y, random_state=SPLIT_SEED
+    )
+    parts = ((train_x, train_y), (validation_x, validation_y), (test_x, test_y))
+    tensors = [(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)) for x, y in parts]
+    return Split(*(tensor for pair in tensors for tensor in pair))
+
+
+def _square(images: Tensor) -> Tensor:
+    return images.reshape(-1, 8, 8)
 
 
 def shape_moments(images: Tensor) -> Tensor:
@@ -93,7 +118,7 @@ def _cnn() -> nn.Module:
 
 def digits_mlp() -> Task:
     """A 64-256-256-10 network that classifies the digits."""
-    split, _, _ = _images()
+    split = _images()
     return Task(
         "digits-mlp",
         lambda: _mlp(10),
@@ -101,15 +126,13 @@ def digits_mlp() -> Task:
         "categorical",
         split.validation,
         "MLP 64-256-256-10 on scikit-learn's handwritten digits (softmax cross-entropy)",
+        load_test=split.test,
     )
 
 
 def digits_cnn() -> Task:
     """A small convolutional network that classifies the digits."""
-    split, train_images, held_images = _images()
-    images = Split(
-        train_images.unsqueeze(1), split.train_targets, held_images.unsqueeze(1), split.held_targets
-    )
+    images = _images().map(lambda x: _square(x).unsqueeze(1))
     return Task(
         "digits-cnn",
         _cnn,
@@ -117,6 +140,7 @@ def digits_cnn() -> Task:
         "categorical",
         images.validation,
         "three convolutions on the same digits, 15,338 parameters (softmax cross-entropy)",
+        load_test=images.test,
     )
 
 
@@ -126,12 +150,10 @@ def digits_regression() -> Task:
     Targets are standardised with the training images' mean and deviation; σ² = 1, so the loss
     is half the squared error.
     """
-    split, train_images, held_images = _images()
-    train, held = shape_moments(train_images), shape_moments(held_images)
+    split = _images()
+    train = shape_moments(_square(split.train_inputs))
     mean, deviation = train.mean(0), train.std(0)
-    moments = Split(
-        split.train_inputs, (train - mean) / deviation, split.held_inputs, (held - mean) / deviation
-    )
+    moments = split.map(lambda x: x, lambda x: (shape_moments(_square(x)) - mean) / deviation)
     return Task(
         "digits-regression",
         lambda: _mlp(4),
@@ -139,4 +161,5 @@ def digits_regression() -> Task:
         "gaussian:1",
         moments.validation,
         "the MLP predicts centre, spread and slant of the ink (Gaussian, σ² = 1)",
+        load_test=moments.test,
     )
