@@ -12,6 +12,7 @@ from ngeval import console
 from ngeval.commands.compare import compare
 from ngeval.commands.grading import gamma, imbalance, layers, sweep
 from ngeval.commands.listing import methods, plot, tasks
+from ngeval.commands.study import study
 from ngeval.commands.training import demo, train
 
 app = typer.Typer(
@@ -23,7 +24,10 @@ app = typer.Typer(
     epilog="Start with [bold]ngeval demo[/bold]. Every command has --help with examples.",
 )
 
-for command in (demo, train, gamma, sweep, compare, layers, imbalance, plot, tasks, methods):
+for command in (
+    *(demo, train, gamma, sweep, compare, layers, imbalance, study),
+    *(plot, tasks, methods),
+):
     app.command()(command)
 
 

@@ -1,0 +1,123 @@
+"""`Study` and `Finding`: an experiment, and what its rows say of a claim.
+
+Rows hold all that figure and findings are made of, so that both can be made again from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ngeval.errors import InputError
+
+Size = Literal["quick", "full"]
+SIZES: tuple[Size, ...] = ("quick", "full")
+
+Verdict = Literal["confirmed", "not confirmed", "under conditions"]
+
+Advance = Callable[[str, int], None]
+"""Called after every step of the work with what is being done, and how many such steps there are
+in all."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the rows of a study say of one claim.
+
+    Attributes:
+        claim: what was claimed, in a sentence.
+        source: the paper and its section.
+        verdict: made from the numbers by ``rule``.
+        evidence: the numbers, with intervals.
+        rule: how the verdict follows from the numbers.
+    """
+
+    claim: str
+    source: str
+    verdict: Verdict
+    evidence: str
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment: rows, and a figure and findings that are made of the rows alone.
+
+    Attributes:
+        name: as it is asked for.
+        title: a line about it.
+        run: ``(size, seed, progress) -> iterator of tables``, the rows of each part as soon as it
+            is done; the same rows for the same size and seed. Where ``data`` is set, it also takes
+            ``data_dir``, a folder or None.
+        figure: the picture of some rows.
+        findings: what some rows say of each claim.
+        minutes: how long the full size takes on one core, about.
+        data: what ``--data-dir`` may hold; empty where the study takes none.
+    """
+
+    name: str
+    title: str
+    run: Callable[..., Iterator[pd.DataFrame]]
+    figure: Callable[[pd.DataFrame], Figure]
+    findings: Callable[[pd.DataFrame], list[Finding]]
+    minutes: float
+    data: str = ""
+
+
+def identified(rows: pd.DataFrame, study: Study, size: Size, seed: int) -> pd.DataFrame:
+    """Put ``study, size, study_seed`` in front of some rows."""
+    front = {"study": study.name, "size": size, "study_seed": seed}
+    return pd.concat([pd.DataFrame(front, index=rows.index), rows], axis=1)
+
+
+def check_rows(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """The rows of a file, if they are this study's.
+
+    Raises:
+        InputError: they are another study's, or none's.
+    """
+    found = sorted(map(str, rows["study"].unique())) if "study" in rows else []
+    if found != [study.name]:
+        told = f"rows of {', '.join(found)}" if found else "no column 'study'"
+        raise InputError(f"these are not the rows of the study {study.name!r}: the file has {told}")
+    return rows
+
+
+def decide(outcomes: Sequence[bool]) -> Verdict:
+    """``confirmed`` where every case holds, ``not confirmed`` where none does.
+
+    Raises:
+        InputError: there is no case.
+    """
+    if not outcomes:
+        raise InputError("the rows hold no case that the claim could be judged by")
+    if all(outcomes):
+        return "confirmed"
+    return "under conditions" if any(outcomes) else "not confirmed"
+
+
+def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str:
+    """The findings as a page of Markdown, with the command that made them."""
+    size, seed = rows["size"].iloc[0], rows["study_seed"].iloc[0]
+    command = f"ngeval study {study.name}{' --quick' * (size == 'quick')} --seed {seed}"
+    lines = [
+        f"# {study.title}",
+        "",
+        f"Made by `{command}` (the {size} size, {len(rows)} rows; findings by ngeval "
+        f"{version('ngeval')}).",
+        f"`ngeval study {study.name} --from {study.name}.parquet` makes figure and findings again.",
+        "",
+        f"![{study.title}]({study.name}.png)",
+    ]
+    for number, finding in enumerate(findings, 1):
+        lines += ["", f"## {number}. {finding.claim}", "", f"**{finding.verdict}** "]
+        lines[-1] += f"({finding.source})"
+        lines += ["", finding.evidence]
+        if finding.rule:
+            lines += ["", f"Rule: {finding.rule}"]
+    return "\n".join(lines) + "\n"
