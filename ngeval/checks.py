@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,7 @@ def check_model(model: nn.Module) -> None:
                 raise ModelError(f"{kind} {name!r} has no values (lazy or on the meta device)")
             if tensor.is_complex():
                 raise ModelError(f"{kind} {name!r} is complex; ngeval grades real models")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                # Buffers hold masks of −inf by design; a NaN is never one.
-                if kind == "buffer" and not bool(torch.isnan(tensor).any()):
-                    continue
-                raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
+            _check_values(kind, name, tensor)
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise ModelError(
@@ -100,6 +96,34 @@ def check_model(model: nn.Module) -> None:
                 "weights in every forward pass; renormalise them once and set max_norm = None"
             )
     check_mode(model)
+
+
+def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor holds NaN (a parameter also: infinite) values, with one look at all.
+
+    Args:
+        kind: ``"parameter"`` or ``"buffer"``, for the message and the rule.
+        tensors: by name.
+
+    Raises:
+        ModelError: it names the first one.
+    """
+    named = {n: t.detach() for n, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not named:
+        return
+    # Largest entries are NaN where there is one, and cost no copy.
+    largest = torch._foreach_norm(list(named.values()), math.inf)
+    if not bool(torch.isfinite(torch.stack([m.double() for m in largest])).all()):
+        for name, tensor in named.items():
+            _check_values(kind, name, tensor)
+
+
+def _check_values(kind: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # Buffers hold masks of −inf by design; a NaN is never one.
+        if kind == "buffer" and not bool(torch.isnan(tensor).any()):
+            return
+        raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
 
 
 def check_mode(model: nn.Module) -> None:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
+from ngeval.checks import (
+    Inputs,
+    check_finite,
+    check_inputs,
+    check_mode,
+    check_model,
+    named_tensors,
+)
 from ngeval.errors import ModelError, NgevalError
 from ngeval.memory import is_out_of_memory
 from ngeval.operations import plain_operations
@@ -38,6 +45,7 @@ class ModelFunction:
             model's own unless a dtype was asked for).
         frozen: the other parameters, where a dtype was asked for.
         buffers: as they were; every call works on its own copies.
+        originals: the model's own parameters, trainable and frozen, by which another shows.
         slots: every place in the model that holds a parameter or buffer, with the name under
             which it is known here; tied weights have several.
         versions: the version counter of each parameter, by which a change in place shows.
@@ -53,6 +61,7 @@ class ModelFunction:
     parameters: Parameters
     frozen: Parameters
     buffers: Parameters
+    originals: Parameters
     slots: dict[str, str]
     versions: dict[str, int]
     cast: torch.dtype | None = None
@@ -81,29 +90,87 @@ class ModelFunction:
         check_model(model)
         check_inputs(inputs)
         inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
-        trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        named: Parameters = dict(model.named_parameters())
+        trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        versions = {n: _version(p) for n, p in model.named_parameters()}
+        versions = {n: _version(p) for n, p in named.items()}
         function = cls(
-            model, inputs, trainable, {}, buffers, _slots(model), versions, output=output
+            model, inputs, trainable, {}, buffers, named, _slots(model), versions, output=output
         )
         return function if dtype is None else function.converted(dtype)
 
     def converted(self, dtype: torch.dtype) -> ModelFunction:
         """The same function with everything in another floating-point type."""
-        parameters, buffers = (
-            {name: _cast(tensor, dtype) for name, tensor in group.items()}
-            for group in (self.parameters, self.buffers)
-        )
         frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
         return replace(
             self,
             inputs=cast_inputs(self.inputs, dtype),
-            parameters=parameters,
-            frozen={name: _cast(tensor, dtype) for name, tensor in frozen.items()},
-            buffers=buffers,
+            parameters=_cast_all(self.parameters, dtype),
+            frozen=_cast_all(frozen, dtype),
+            buffers=_cast_all(self.buffers, dtype),
             cast=dtype,
         )
+
+    def at_present(self, inputs: Inputs) -> ModelFunction:
+        """The same function on another batch, at the weights that the model has now.
+
+        What was found out about the model (slots, roundings, modes of differentiation) is kept.
+
+        Args:
+            inputs: of the same kind as those before; their shapes may differ.
+
+        Raises:
+            ModelError: a parameter or buffer is not the tensor that it was, or its requires_grad
+                was changed, or it holds NaN.
+            InputError: as `of`.
+        """
+        check_inputs(inputs)
+        self._check_same_parameters()
+        named, buffers = self.originals, dict(self.model.named_buffers())
+        trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
+        versions = {n: _version(p) for n, p in named.items()}
+        moved = {n: p for n, p in named.items() if versions[n] != self.versions.get(n)}
+        check_finite("parameter", {**moved, **trainable})
+        check_finite("buffer", buffers)
+        function = replace(
+            self,
+            inputs=cast_inputs(map_inputs(inputs, torch.clone), self.cast),
+            parameters=_cast_all(trainable, self.cast),
+            buffers=_cast_all({n: b.detach().clone() for n, b in buffers.items()}, self.cast),
+            versions=versions,
+            notes=set(self.notes),
+        )
+        if self.cast is None or not moved.keys() & self.frozen.keys():
+            return function
+        frozen = {n: p.detach() for n, p in named.items() if not p.requires_grad}
+        return replace(function, frozen=_cast_all(frozen, self.cast))
+
+    def _check_same_parameters(self) -> None:
+        """The parameters are the same tensors in the same places, and the same ones train."""
+        now = dict(self.model.named_parameters())
+        if (
+            now.keys() == self.originals.keys()
+            and all(now[n] is p for n, p in self.originals.items())
+            and all(p.requires_grad == (n in self.parameters) for n, p in now.items())
+            and _slots(self.model) == self.slots
+        ):
+            return
+        other = [n for n, p in self.originals.items() if now.get(n) is not p] + [
+            n for n in now if n not in self.originals
+        ]
+        switched = [n for n, p in now.items() if p.requires_grad != (n in self.parameters)]
+        what = "is not the tensor that it was" if other else "has another requires_grad than before"
+        names = other or switched
+        which = f"parameter {names[0]!r} {what}" if names else "its parameters are tied otherwise"
+        raise ModelError(
+            f"the model has changed since the first Problem was made: {which}; make a new Problem"
+        )
+
+    @property
+    def sample_key(self) -> tuple[object, ...]:
+        """Kind, shapes and dtypes of a single sample: what a plan for the model was made on."""
+        named = tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(self.inputs))
+        return (type(self.inputs), *named)
 
     def on(self, samples: slice) -> ModelFunction:
         """The same function on some samples of its batch."""
@@ -326,6 +393,11 @@ def _version(tensor: Tensor) -> int:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
+    """Tensors by name in a dtype; None leaves them as they are."""
+    return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
 
 
 def outputs_of(raw: Any, output: Output = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ngeval.checks import Inputs
 from ngeval.errors import InputError
 from ngeval.functional import ModelFunction, Output, model_errors
-from ngeval.jacobians import choose_rows
+from ngeval.jacobians import RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
 from ngeval.operations import OperationWatch
@@ -120,11 +120,7 @@ class Problem:
             raw = run_model(self.function)
         self._attention = watch.attention
         self.function = replace(self.function, inner_epsilon=watch.epsilon)
-        check_outputs(self.function, raw)
-        self.outputs = raw.detach().to(torch.float64)
-        self.distribution = self.likelihood.bind(self.outputs, targets)
-        self.residual = self.distribution.residual()
-        self.loss = self.distribution.loss()
+        self._bind(raw, targets)
         if probes:
             check_repeatable(self.function, raw)
         if memory is None:
@@ -134,12 +130,86 @@ class Problem:
                 f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
             )
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
-        self.rows = choice.rows
+        self._take(choice.rows)
+        self._engine, self._probes = engine, probes
+        self._found = {self.function.sample_key: self.rows}
+        if probes:
+            check_gradients_add_up(choice, self.function.unflatten(self.gradient()))
+
+    def _bind(self, raw: Tensor, targets: Tensor) -> None:
+        """Take the model's outputs, and the likelihood at these."""
+        check_outputs(self.function, raw)
+        self.outputs = raw.detach().to(torch.float64)
+        self.distribution = self.likelihood.bind(self.outputs, targets)
+        self.residual = self.distribution.residual()
+        self.loss = self.distribution.loss()
+
+    def _take(self, rows: RowSource) -> None:
+        """Use a source of rows; nothing is remembered yet."""
+        self.rows = rows
         self.rows.blocks(self.residual.unsqueeze(1))  # a budget below a row is an error now
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
-        if probes:
-            check_gradients_add_up(choice, self.function.unflatten(self.gradient()))
+
+    def with_batch(self, inputs: Inputs, targets: Tensor) -> Problem:
+        """A problem of the same model, at the weights that it has now, on another batch.
+
+        Likelihood, ``output=``, ``dtype=``, ``engine=`` and ``memory=`` are those of this problem,
+        and so is all that was found out about the model: no probe is run again. Only where a
+        single sample has another shape or dtype (a longer sequence) are the engine and its plan
+        chosen anew, once for each such shape; all problems of a chain share what was found.
+
+        Args:
+            inputs: as for `Problem`; any number of samples.
+            targets: their labels.
+
+        Raises:
+            ModelError: train mode, NaN weights; a parameter was replaced by another tensor, or
+                its ``requires_grad`` was changed.
+            InputError: inputs or targets do not fit.
+
+        Example:
+            >>> import torch, ngeval
+            >>> model = torch.nn.Linear(2, 3)
+            >>> first = ngeval.Problem(model, torch.eye(2), torch.tensor([0, 2]), "categorical")
+            >>> next_one = first.with_batch(torch.ones(5, 2), torch.tensor([0, 1, 2, 1, 0]))
+            >>> next_one.num_samples, next_one.engine
+            (5, 'layers')
+        """
+        with torch.inference_mode(False):
+            function = self.function.at_present(inputs)
+            found = self._found.get(function.sample_key)
+            if found is None:
+                return self._afresh(inputs, targets)
+            problem = Problem.__new__(type(self))
+            problem._engine, problem._probes = self._engine, self._probes
+            problem._found, problem._attention = self._found, self._attention
+            problem.likelihood = self.likelihood
+            known = found.function
+            problem.function = replace(
+                function, inner_epsilon=known.inner_epsilon, forward_mode=known.forward_mode
+            )
+            raw = run_model(problem.function)
+            problem._bind(raw, targets)
+            problem._take(replace(found, function=problem.function))
+            return problem
+
+    def _afresh(self, inputs: Inputs, targets: Tensor) -> Problem:
+        """With the engine chosen anew, which is kept for later batches of such samples."""
+        problem = Problem(
+            self.function.model,
+            inputs,
+            targets,
+            self.likelihood,
+            output=self.function.output,
+            dtype=self.function.cast,
+            engine=self._engine,
+            memory=self.rows.memory,
+            probes=self._probes,
+        )
+        self._found.update(problem._found)
+        problem._found = self._found
+        return problem
 
     @property
     def num_samples(self) -> int:
