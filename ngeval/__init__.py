@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from ngeval import optim
 from ngeval.errors import (
     CheckpointError,
     DependencyError,
@@ -60,5 +61,6 @@ __all__ = [
     "gradient_norms",
     "layer_table",
     "loss_change",
+    "optim",
     "summarize",
 ]

@@ -1,0 +1,5 @@
+"""The methods under study as `torch.optim.Optimizer`s that people can train with."""
+
+from ngeval.optim.exact import EF, NG, SF, iEF
+
+__all__ = ["EF", "NG", "SF", "iEF"]

@@ -1,0 +1,225 @@
+"""What the exact optimizers share: from an update d of a batch to moved weights.
+
+With p the parameters of a group and d the method's update of the batch,
+
+    m ← μ m + d · min(1, max_norm/‖d‖)        (‖d‖ over all parameters)
+    p ← p (1 − η·wd) − η m
+
+with η the learning rate, μ the momentum and wd the decoupled weight decay of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ngeval.errors import InputError, NumericalError
+from ngeval.problem import Problem
+
+ProblemSource = Problem | Callable[[], Problem]
+"""A problem on the batch, or a function that returns one."""
+
+SHARED = ("damping", "max_norm", "mc_samples", "seed")
+"""Settings of the whole update, which all groups must agree on."""
+
+STEP, MOMENTUM = "step", "momentum_buffer"
+
+
+class ExactOptimizer(Optimizer):
+    """An optimizer whose update is that of a method of `ngeval.methods` on the step's batch.
+
+    A step is all or nothing: where an error is raised, no weight and no state has changed.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        """Check the settings.
+
+        Args:
+            params: parameters or groups of them, as torch's optimizers take them.
+            defaults: ``lr``, ``damping``, ``momentum``, ``weight_decay``, ``max_norm``, and those
+                of the method.
+
+        Raises:
+            InputError: a setting is out of range, or the groups disagree on a shared one.
+        """
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own ``lr``, ``momentum`` and ``weight_decay``.
+
+        Raises:
+            InputError: a setting is out of range, or differs where all groups share it.
+        """
+        _check_settings({**self.defaults, **param_group})
+        for name in SHARED if self.param_groups else ():
+            own = param_group.get(name, self.defaults.get(name))
+            if own != self.param_groups[0].get(name):
+                raise _disagreement(name, self.param_groups[0].get(name), own)
+        super().add_param_group(param_group)
+
+    @abstractmethod
+    def direction(self, problem: Problem, damping: float) -> Tensor:
+        """The update d of a problem, which a step goes against: shape ``(P,)``."""
+
+    # torch's own signature has a closure that returns a loss.
+    def step(self, problem: ProblemSource | None = None) -> Tensor:  # type: ignore[override]
+        """Move the weights.
+
+        Args:
+            problem: the `Problem` of the batch at the present weights, or a function that returns
+                one. A model in train mode is refused: see ``docs/training.md``.
+
+        Returns:
+            The batch's mean loss (1/N) Σ_n ℓ_n before the step, in nats: float64, 0-d.
+
+        Raises:
+            InputError: no problem was given, its trainable parameters are not the optimizer's, or
+                the groups disagree on what they share.
+            ModelError: the problem is of earlier weights.
+            NumericalError: the update is not finite, or not defined on this batch.
+        """
+        with torch.enable_grad():
+            found = problem() if callable(problem) else problem
+        if not isinstance(found, Problem):
+            raise InputError(
+                f"{type(self).__name__}.step needs the ngeval.Problem of the batch, or a function "
+                f"that returns one, not {type(found).__name__}: "
+                "optimizer.step(first_problem.with_batch(inputs, targets))"
+            )
+        found.function.check_unchanged()
+        names = self._names_of(found)
+        updates = self._clipped(found, self.direction(found, self.shared("damping")))
+        self._apply({parameter: updates[name] for name, parameter in names.items()})
+        return found.loss.mean()
+
+    def shared(self, name: str) -> Any:
+        """A setting that all groups have in common; a scheduler may have changed it.
+
+        Raises:
+            InputError: the groups disagree, or the value is out of range.
+        """
+        values = [group[name] for group in self.param_groups]
+        for value in values[1:]:
+            if value != values[0]:
+                raise _disagreement(name, values[0], value)
+        _check_settings({name: values[0]})
+        return values[0]
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made, as the state has it."""
+        return max((int(entry.get(STEP, 0)) for entry in self.state.values()), default=0)
+
+    def _names_of(self, problem: Problem) -> dict[str, Tensor]:
+        """The problem's trainable parameters by name, which must be those of the optimizer.
+
+        A frozen parameter in a group is left alone, as torch's optimizers do.
+        """
+        originals = problem.function.originals
+        wanted = {name: originals[name] for name in problem.function.parameters}
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        missing = [name for name, p in wanted.items() if id(p) not in held]
+        known = {id(p): name for name, p in wanted.items()}
+        extra = [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and id(p) not in known
+        ]
+        if missing or extra:
+            described = [f"one of shape {tuple(p.shape)}" for p in extra]
+            raise InputError(
+                "the optimizer's parameters are not the trainable ones of the problem's model: "
+                f"missing {_listed(missing)}; too many {_listed(described)}; make the optimizer "
+                "of this model's parameters()"
+            )
+        return wanted
+
+    def _clipped(self, problem: Problem, update: Tensor) -> dict[str, Tensor]:
+        """The update by parameter, in the parameters' dtypes, no longer than ``max_norm``."""
+        max_norm = self.shared("max_norm")
+        if max_norm is not None:
+            length = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+            if length > max_norm:
+                update = update * (max_norm / length)
+        originals = problem.function.originals
+        parts = {n: d.to(originals[n].dtype) for n, d in problem.function.unflatten(update).items()}
+        largest = torch._foreach_norm(list(parts.values()), math.inf)
+        for name, entry in zip(parts, torch.stack([e.double() for e in largest]), strict=True):
+            if not math.isfinite(entry):
+                raise NumericalError(
+                    f"the update of {name!r} is NaN or infinite; raise the damping (now "
+                    f"{self.shared('damping'):g}), or try dtype=torch.float64"
+                )
+        return parts
+
+    @torch.no_grad()
+    def _apply(self, updates: dict[Tensor, Tensor]) -> None:
+        """Move the weights and the state; nothing can fail any more."""
+        step = self.steps + 1
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p in updates]
+            if not moved:
+                continue
+            rate, decay = float(group["lr"]), float(group["weight_decay"])
+            steps = self._momenta(moved, [updates[p] for p in moved], float(group["momentum"]))
+            for parameter in moved:
+                self.state[parameter][STEP] = step
+            if decay:
+                torch._foreach_mul_(moved, 1 - rate * decay)
+            torch._foreach_add_(moved, steps, alpha=-rate)
+
+    def _momenta(
+        self, parameters: list[Tensor], updates: list[Tensor], momentum: float
+    ) -> list[Tensor]:
+        """The m of each parameter, which the state keeps where there is momentum."""
+        if not momentum:
+            return updates
+        buffers = []
+        for parameter, update in zip(parameters, updates, strict=True):
+            state = self.state[parameter]
+            if MOMENTUM in state:
+                state[MOMENTUM].mul_(momentum).add_(update)
+            else:
+                state[MOMENTUM] = update.clone(memory_format=torch.preserve_format)
+            buffers.append(state[MOMENTUM])
+        return buffers
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Each that is there is in its range."""
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
+        "lr": (lambda x: x >= 0, "≥ 0"),
+        "damping": (lambda x: x >= 0, "≥ 0"),
+        "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+        "weight_decay": (lambda x: x >= 0, "≥ 0"),
+        "max_norm": (lambda x: x > 0, "> 0, or None"),
+        "mc_samples": (lambda x: x >= 1 and x == int(x), "a whole number ≥ 1"),
+    }
+    for name, (allowed, words) in ranges.items():
+        value: Any = settings.get(name)
+        if name not in settings or (name == "max_norm" and value is None):
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) and allowed(number)):
+            raise InputError(f"{name} must be {words}, not {value!r}")
+
+
+def _disagreement(name: str, one: Any, other: Any) -> InputError:
+    return InputError(
+        f"{name} is one setting of the whole update, but two parameter groups have {one!r} and "
+        f"{other!r}; give all groups the same"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "none"

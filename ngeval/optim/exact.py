@@ -1,0 +1,172 @@
+"""`EF`, `iEF`, `SF` and `NG`: the exact updates of `ngeval.methods`, batch by batch, as optimizers.
+
+Everything is sum-reduced: with g_n the gradient of sample n's loss (no mean over the batch),
+G their rows and K = GGᵀ, a step goes against
+
+====== ============================================== =========================================
+`EF`   Gᵀ(K + λI)⁻¹1 = (GᵀG + λI)⁻¹g                  every sample's loss falls by η
+`iEF`  Gᵀ(K + λI)⁻¹s with s_n = ‖u_n‖²                sample n's loss falls by η s_n
+`SF`   (F̂ + λI)⁻¹g, F̂ from k labels ~ p(·|z)          η = 1 is a full (sampled) natural gradient
+`NG`   (F + λI)⁻¹g                                    η = 1 is a full natural gradient step
+====== ============================================== =========================================
+
+(first-order statements, at λ → 0 with K invertible). λ is absolute.
+Source: Wu et al., "An improved empirical Fisher approximation for natural gradient descent"
+(arXiv 2406.06420).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ngeval.methods.empirical import EmpiricalFisher
+from ngeval.methods.natural import NaturalGradient
+from ngeval.methods.sampled import SampledFisher
+from ngeval.optim.base import ExactOptimizer
+from ngeval.problem import Problem
+
+
+class EF(ExactOptimizer):
+    """The empirical Fisher's update d = (Σ_n g_n g_nᵀ + λI)⁻¹ Σ_n g_n."""
+
+    improved = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        damping: float = 1e-6,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            params: all trainable parameters of one model, or groups of them.
+            lr: η, in nats: by so much falls every sample's loss (`iEF`: by η‖u_n‖²).
+            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
+            momentum: μ in [0, 1).
+            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
+            max_norm: the length of the update over all parameters is cut to this; None: never.
+        """
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "damping": damping,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "max_norm": max_norm,
+            },
+        )
+
+    def direction(self, problem: Problem, damping: float) -> Tensor:
+        """Gᵀ(K + λI)⁻¹b."""
+        method = EmpiricalFisher(type(self).__name__.lower(), self.improved)
+        return method.prepare(problem).direction(damping)
+
+
+class iEF(EF):  # noqa: N801  (the method's name)
+    """The improved empirical Fisher's update d = Gᵀ(K + λI)⁻¹s with s_n = ‖u_n‖²."""
+
+    improved = True
+
+
+class SF(ExactOptimizer):
+    """The update d = (F̂ + λI)⁻¹g of a Fisher sampled with labels from the model itself.
+
+    The labels of a step are drawn from ``seed`` and the number of the step alone, so that a run
+    that is resumed from its ``state_dict`` draws what it would have drawn.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        damping: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        mc_samples: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            params: all trainable parameters of one model, or groups of them.
+            lr: η; 1 is the whole damped natural gradient step.
+            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
+            momentum: μ in [0, 1).
+            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
+            max_norm: the length of the update over all parameters is cut to this; None: never.
+            mc_samples: k, labels drawn for each sample.
+            seed: of the draws.
+        """
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "damping": damping,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "max_norm": max_norm,
+                "mc_samples": mc_samples,
+                "seed": seed,
+            },
+        )
+
+    def direction(self, problem: Problem, damping: float) -> Tensor:
+        """(F̂ + λI)⁻¹g."""
+        draws = int(self.shared("mc_samples"))
+        seed = draw_seed(int(self.shared("seed")), self.steps)
+        return SampledFisher(f"sf:{draws}", draws).prepare(problem, seed).direction(damping)
+
+
+class NG(ExactOptimizer):
+    """The exact damped natural gradient d = (F + λI)⁻¹g."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        damping: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            params: all trainable parameters of one model, or groups of them.
+            lr: η; 1 is the whole damped natural gradient step.
+            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
+            momentum: μ in [0, 1).
+            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
+            max_norm: the length of the update over all parameters is cut to this; None: never.
+        """
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "damping": damping,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "max_norm": max_norm,
+            },
+        )
+
+    def direction(self, problem: Problem, damping: float) -> Tensor:
+        """(F + λI)⁻¹g."""
+        return NaturalGradient().prepare(problem).direction(damping)
+
+
+def draw_seed(seed: int, step: int) -> int:
+    """The seed of the labels of one step: another one for each pair of numbers."""
+    return (seed * 1_000_003 + step) % 2**63
