@@ -1,5 +1,6 @@
 """Settings of the whole suite: one thread, seeds, Hypothesis, and the slow tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,8 +19,9 @@ settings.load_profile("ngeval")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use one thread: two are slower on small problems."""
+    """Use one thread, since the workers take the cores; and no width of anybody's terminal."""
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # which pytest-xdist sets in its workers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
