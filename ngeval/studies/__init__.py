@@ -39,6 +39,7 @@ STUDIES: Mapping[str, Study] = _Studies(
         "convergence": "ngeval.studies.convergence:STUDY",
         "fadam": "ngeval.studies.fadam:STUDY",
         "diagonal": "ngeval.studies.diagonal:STUDY",
+        "preconditioners": "ngeval.studies.preconditioners:STUDY",
     }
 )
 """The studies by name."""
