@@ -113,7 +113,12 @@ def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str
         f"`ngeval study {study.name} --from {study.name}.parquet` makes figure and findings again.",
         "",
         f"![{study.title}]({study.name}.png)",
+        "",
+        "*Confirmed*: in every case that the rule asks for; *under conditions*: in some; *not "
+        "confirmed*: in none. Numbers in brackets are 95 % intervals.",
     ]
+    if size == "quick":
+        lines += ["", "**The quick size shows that the study runs; it is too small to judge by.**"]
     for number, finding in enumerate(findings, 1):
         lines += ["", f"## {number}. {finding.claim}", "", f"**{finding.verdict}** "]
         lines[-1] += f"({finding.source})"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy
 from numpy.typing import ArrayLike
 
@@ -20,15 +21,13 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def is_below_0(self) -> bool:
-        """Whether all of it is."""
-        return self.high < 0
+    def is_below(self, value: float) -> bool:
+        """Whether all of it is; not where its end is unknown."""
+        return self.high < value
 
-    @property
-    def is_above_0(self) -> bool:
-        """Whether all of it is."""
-        return self.low > 0
+    def is_above(self, value: float) -> bool:
+        """Whether all of it is; not where its end is unknown."""
+        return self.low > value
 
     def exp(self) -> Interval:
         """Of a logarithm, the number."""
@@ -75,6 +74,19 @@ def difference_interval(first: ArrayLike, second: ArrayLike) -> Interval:
     freedom = total**2 / sum(p**2 / (len(s) - 1) for p, s in zip(parts, samples, strict=True))
     half = _quantile(freedom) * math.sqrt(total)
     return Interval(value, value - half, value + half)
+
+
+def geometric_intervals(rows: pd.DataFrame, by: str, column: str) -> dict[float, Interval]:
+    """The geometric mean of a column with its interval, for every value of another one, in order.
+
+    Values that are missing or not finite are left out.
+    """
+    finite = rows[np.isfinite(rows[column].to_numpy(dtype=float))]
+    keys = np.sort(finite[by].to_numpy(dtype=float))
+    return {
+        float(key): geometric_interval(finite.loc[finite[by] == key, column])
+        for key in dict.fromkeys(keys)
+    }
 
 
 def slope_interval(x: ArrayLike, y: ArrayLike) -> Interval:
