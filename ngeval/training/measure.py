@@ -1,0 +1,155 @@
+"""A task's model on its batches: outputs, losses and accuracies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngeval.checks import Inputs
+from ngeval.errors import InputError, ModelError, TaskError
+from ngeval.functional import map_inputs, model_errors, outputs_of
+from ngeval.likelihoods import Categorical, CategoricalDistribution, OutputDistribution
+from ngeval.tasks import Batch, Task
+
+MONITORS = ("loss", "accuracy")
+"""What a training can be judged by, on the validation data."""
+
+
+class DivergedError(ModelError):
+    """Training left the range of numbers in which a step is defined."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """A model after an epoch: mean losses ℓ_n in nats, accuracies as fractions.
+
+    Attributes:
+        epoch: passes over the training data so far; 0 is the initial model.
+        train_loss: over one pass of the training data.
+        train_accuracy: None where the targets are no classes.
+        validation_loss: None where the task has no such data; so are the rest.
+        validation_accuracy: fraction of the classes that are right.
+        test_loss: over the data that no choice is made by.
+        test_accuracy: fraction of the classes that are right.
+        step: steps taken so far.
+        seconds: time that they took, without that of measuring.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    step: int = 0
+    seconds: float = 0.0
+
+
+def to_device(inputs: Inputs, device: str) -> Inputs:
+    """The batch's inputs where the model is."""
+    return map_inputs(inputs, lambda tensor: tensor.to(device))
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a module with a tensor, a tuple (positional) or a dict (by keyword)."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def forward(
+    task: Task, model: nn.Module, batch: Batch, device: str
+) -> tuple[Tensor, OutputDistribution]:
+    """The outputs z on a batch, and the likelihood bound to them and the targets.
+
+    Raises:
+        DivergedError: an output is NaN or infinite.
+        ModelError: the model failed.
+        InputError: the targets do not fit.
+    """
+    inputs, targets = batch
+    with model_errors():
+        outputs = outputs_of(call_model(model, to_device(inputs, device)), task.output)
+    if not bool(torch.isfinite(outputs).all()):
+        raise DivergedError(
+            "training diverged: the model's outputs are NaN or infinite; lower the learning rate"
+        )
+    return outputs, task.resolved_likelihood().bind(outputs, targets.to(device))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on some batches: mean loss in nats, accuracy where targets are classes."""
+
+    loss: float
+    accuracy: float | None
+    batches: int
+
+
+def measure(
+    task: Task, model: nn.Module, batches: Iterator[Batch], source: str, device: str
+) -> Measured:
+    """Mean loss and accuracy over batches, the model in eval mode.
+
+    Args:
+        task: whose likelihood it is.
+        model: in any mode; it is left in eval mode.
+        batches: the data.
+        source: the function of the task that gives them, for messages.
+        device: where the model is.
+
+    Raises:
+        TaskError: there is no batch.
+        DivergedError: an output or the loss is not finite.
+    """
+    model.eval()
+    total = right = samples = positions = 0.0
+    count = 0
+    for batch in batches:
+        with torch.no_grad():
+            _, distribution = forward(task, model, batch, device)
+        total += float(distribution.loss().sum())
+        samples += len(distribution.logits)
+        count += 1
+        if isinstance(distribution, CategoricalDistribution):
+            mask = distribution.mask.squeeze(-1)
+            hits = distribution.logits.argmax(-1) == distribution.targets
+            right += float((hits & mask).sum())
+            positions += float(mask.sum())
+    if not samples:
+        raise TaskError(f"task {task.name!r}: {source} gave no batch")
+    if not math.isfinite(total):
+        raise DivergedError(
+            "training diverged: the loss is NaN or infinite; lower the learning rate"
+        )
+    return Measured(total / samples, right / positions if positions else None, count)
+
+
+def monitored_column(task: Task, monitor: str) -> str:
+    """By which of a report's figures a training is judged; without validation data ``train_loss``.
+
+    Raises:
+        InputError: no such monitor, or an accuracy where the targets are no classes.
+    """
+    if monitor not in MONITORS:
+        raise InputError(f"monitor {monitor!r}: write one of {', '.join(MONITORS)}")
+    if monitor == "accuracy" and not isinstance(task.resolved_likelihood(), Categorical):
+        raise InputError(
+            f"monitor 'accuracy': task {task.name!r} has no classes as targets (its likelihood is "
+            f"{task.resolved_likelihood().name}); monitor the loss"
+        )
+    return f"validation_{monitor}" if task.load_validation is not None else "train_loss"
+
+
+def monitored(report: EpochReport, column: str) -> float:
+    """A report's figure to judge by, so that less is better; NaN where there is none."""
+    value = getattr(report, column)
+    if value is None:
+        return math.nan
+    return -value if column.endswith("accuracy") else float(value)

@@ -1,0 +1,233 @@
+"""Training a task from scratch, with a checkpoint for every epoch."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ngeval.checkpoints import save_checkpoint, save_optimizer
+from ngeval.checks import check_device
+from ngeval.errors import InputError, ModelError, OutputError
+from ngeval.results import check_folder
+from ngeval.tasks import Task
+from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
+from ngeval.training.optimizers import Settings, Stepper, eval_mode_note, make_stepper, resolved
+
+UNTOLD = ("seconds",)
+"""What is not written beside a checkpoint, which the same seed makes again to the bit."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run: minimise the mean loss of a task.
+
+    Attributes:
+        task: the model, data and likelihood.
+        output: folder for ``epoch-000.safetensors``, ``epoch-000.json``,
+            ``epoch-000.optimizer.pt``, …; None writes nothing.
+        optimizer: a name in `ngeval.methods.optimizer.OPTIMIZERS`, the dotted path of an
+            Optimizer class, or one of the methods under study, exact on every batch: ``ef``,
+            ``ief``, ``sf``, ``sf:4``, ``ng`` (the model is then in eval mode throughout).
+        epochs: passes over the training data; 0 writes the initial weights alone.
+        learning_rate: None takes the optimizer's default.
+        batch_size: samples in a step.
+        num_batches: steps in an epoch; None is one pass over the data.
+        seed: for the initial weights, the order of samples and the labels that ``sf`` draws.
+        device: where to compute.
+        force: replace the checkpoints of an earlier run in that folder.
+        damping: λ, absolute; of ef, ief, sf and ng alone.
+        momentum: None takes the optimizer's own; so do the following.
+        weight_decay: see `ngeval.training.Settings`; so for the following two.
+        max_norm: of an exact optimizer's update, of the mean gradient for the others.
+        schedule: of the learning rate: ``constant``, ``linear`` or ``cosine``.
+        patience: stop when so many epochs were no better than the best before, by ``monitor`` on
+            the validation data.
+        monitor: ``loss`` or ``accuracy``.
+        on_note: is told what a reader must know before the first step.
+    """
+
+    task: Task
+    output: Path | None
+    optimizer: str = "adamw"
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 64
+    num_batches: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    force: bool = False
+    damping: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    max_norm: float | None = None
+    schedule: str = "constant"
+    patience: int | None = None
+    monitor: str = "loss"
+    on_note: Callable[[str], None] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The optimizer's, as they are asked for."""
+        return Settings(
+            self.learning_rate,
+            self.damping,
+            self.momentum,
+            self.weight_decay,
+            self.max_norm,
+            self.schedule,
+        )
+
+    def run(self) -> Iterator[EpochReport]:
+        """Train, yielding a report for each checkpoint as soon as it is written.
+
+        Raises:
+            InputError: unknown optimizer, or a setting out of range or of another optimizer.
+            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
+            DivergedError: the loss became NaN or infinite (a `ModelError`).
+            ModelError: the model fails, or has nothing to train.
+        """
+        self.check()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self.task.model().to(self.device)
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
+            stepper = make_stepper(
+                self.optimizer, self.task, model, self.settings, self.seed, self.device
+            )
+            self._tell(model)
+            report, steps = self._measured(model, 0, 0, 0.0)
+            self._remove_earlier()
+            yield self._save(stepper, report)
+            stepper.schedule(self.schedule, steps * self.epochs)
+            yield from self._epochs(model, stepper, report)
+
+    def _epochs(
+        self, model: nn.Module, stepper: Stepper, report: EpochReport
+    ) -> Iterator[EpochReport]:
+        column = monitored_column(self.task, self.monitor)
+        best, waited = monitored(report, column), 0
+        step, seconds = 0, 0.0
+        for epoch in range(1, self.epochs + 1):
+            start = time.perf_counter()
+            step += self._train_epoch(model, stepper, epoch)
+            seconds += time.perf_counter() - start
+            report, _ = self._measured(model, epoch, step, seconds)
+            yield self._save(stepper, report)
+            value = monitored(report, column)
+            best, waited = (value, 0) if value < best else (best, waited + 1)
+            if self.patience is not None and waited >= self.patience:
+                return
+
+    def check(self) -> None:
+        """Find out before any work what can be found out.
+
+        Raises:
+            InputError: unknown optimizer, or a setting out of range or of another optimizer.
+            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
+        """
+        if self.epochs < 0 or self.batch_size < 1:
+            raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
+        if self.num_batches is not None and self.num_batches < 1:
+            raise InputError("the number of batches must be at least 1")
+        check_device(self.device)
+        resolved(self.optimizer, self.settings)
+        monitored_column(self.task, self.monitor)
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"patience must be at least 1 epoch, not {self.patience}")
+        if self.patience is not None and self.task.load_validation is None:
+            raise InputError(
+                f"patience needs validation data, and task {self.task.name!r} has none; give it "
+                "load_validation, or leave patience out"
+            )
+        if self.output is not None:
+            self._prepare_folder(self.output)
+
+    def _prepare_folder(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"output {folder} is a file; give a folder")
+        check_folder(folder)
+        earlier = self._earlier()
+        if earlier and not self.force:
+            raise OutputError(
+                f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
+                "--force to replace them"
+            )
+
+    def _earlier(self) -> list[Path]:
+        """The files of an earlier run in the folder."""
+        if self.output is None:
+            return []
+        ours = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
+        return sorted(path for path in self.output.iterdir() if ours.fullmatch(path.name))
+
+    def _remove_earlier(self) -> None:
+        """Only once the new run has something to put in their place."""
+        for path in self._earlier():
+            path.unlink()
+
+    def _tell(self, model: nn.Module) -> None:
+        note = eval_mode_note([self.optimizer], model)
+        if note is not None and self.on_note is not None:
+            self.on_note(note)
+
+    def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> int:
+        """The steps of an epoch; returns how many."""
+        stepper.ready()
+        # Another order of samples in every epoch, reproducible from the seed.
+        seed = self.seed * 100_003 + epoch
+        steps = 0
+        for batch in self.task.batches(self.batch_size, self.num_batches, seed):
+            stepper.step(batch)
+            steps += 1
+        return steps
+
+    def _measured(
+        self, model: nn.Module, epoch: int, step: int, seconds: float
+    ) -> tuple[EpochReport, int]:
+        """Losses and accuracies on all data, and how many batches an epoch has."""
+        task, device = self.task, self.device
+        batches = task.batches(self.batch_size, self.num_batches, self.seed)
+        train = measure(task, model, batches, "load_batches", device)
+        held: dict[str, float | None] = {}
+        for part, data in (("validation", task.validation), ("test", task.test)):
+            loss = accuracy = None
+            if getattr(task, f"load_{part}") is not None:
+                found = measure(task, model, data(), f"load_{part}", device)
+                loss, accuracy = found.loss, found.accuracy
+            held |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+        report = EpochReport(epoch, train.loss, train.accuracy, **held, step=step, seconds=seconds)
+        return report, train.batches
+
+    def _save(self, stepper: Stepper, report: EpochReport) -> EpochReport:
+        if self.output is None:
+            return report
+        stem = self.output / f"epoch-{report.epoch:03d}"
+        save_optimizer(stepper.optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
+        told = {name: value for name, value in asdict(report).items() if name not in UNTOLD}
+        save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), told | self._settings())
+        return report
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "task": self.task.name,
+            "likelihood": self.task.resolved_likelihood().name,
+            "optimizer": self.optimizer,
+            **asdict(resolved(self.optimizer, self.settings)),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "versions": {
+                "ngeval": version("ngeval"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
