@@ -1,0 +1,84 @@
+"""The verdicts in docs/what-we-found.md, from the committed rows: ``python figures/findings.py``.
+
+The rows in figures/data are those of ``ngeval study NAME``; ``--figures`` draws the pictures anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib as mpl
+import pandas as pd
+import typer
+
+from ngeval.plots import save_figure
+from ngeval.results import read_results
+from ngeval.studies import STUDIES, Finding, Study
+from ngeval.studies.base import check_rows
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "what-we-found.md"
+DATA = ROOT / "figures" / "data"
+
+BEGIN = "<!-- from here on made by figures/findings.py -->\n"
+END = "<!-- up to here -->\n"
+
+
+def main(
+    figures: Annotated[bool, typer.Option("--figures", help="Draw the pictures, too.")] = False,
+) -> None:
+    """Write the page."""
+    mpl.use("Agg")
+    PAGE.write_text(page(), encoding="utf-8")
+    for name in STUDIES if figures else ():
+        save_figure(STUDIES[name].figure(rows_of(STUDIES[name])), ROOT / "figures" / f"{name}.png")
+
+
+def rows_of(study: Study) -> pd.DataFrame:
+    """The committed rows."""
+    return check_rows(read_results(DATA / f"{study.name}.parquet"), study)
+
+
+def page() -> str:
+    """The page with its made part anew."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    rows = {name: rows_of(study) for name, study in STUDIES.items()}
+    found = {name: STUDIES[name].findings(table) for name, table in rows.items()}
+    sections = [section(STUDIES[name], rows[name], found[name]) for name in STUDIES]
+    made = "\n".join([overview(found), *sections])
+    return "".join([before, BEGIN, made, END, after])
+
+
+def overview(found: dict[str, list[Finding]]) -> str:
+    """One line for each claim."""
+    lines = ["| claim | source | verdict | study |", "|---|---|---|---|"]
+    for name, findings in found.items():
+        lines += [
+            f"| {each.claim} | {each.source} | **{each.verdict}** | [{name}](#{name}) |"
+            for each in findings
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
+    """A study with its figure, its command, and the numbers behind each verdict."""
+    seed = rows["study_seed"].iloc[0]
+    lines = [
+        f"## {study.name}",
+        "",
+        f"{study.title}. `ngeval study {study.name} --seed {seed} --output studies` "
+        f"({len(rows):,} rows, about {study.minutes:g} minutes on one core).",
+        "",
+        f"![{study.title}](../figures/{study.name}.png)",
+        "",
+    ]
+    for each in findings:
+        rule = f" *Rule:* {each.rule}." if each.rule else ""
+        lines += [f"- **{each.claim}: {each.verdict}.** {each.evidence}.{rule}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
