@@ -41,6 +41,12 @@ METHODS = ("sgd", *KRONECKER, *DIAGONALS)
 MOMENTS = {"v̂ and Σg²": ("diag-ema", "diag-ef"), "v̂ and diag F": ("diag-ema", "diag")}
 """Pairs of diagonals whose order over the parameters is compared."""
 
+KEPT = [
+    *("method", "damping", "gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor"),
+    *("status", "reason"),
+]
+"""What is kept of evaluate's columns: the rows are committed."""
+
 SMALL = 1e-7
 SIZES = {"quick": (2, 2, 1, 40, 3), "full": (5, 13, 4, 160, 12)}
 """Seeds, dampings, graded batches, samples in each, and epochs."""
@@ -84,7 +90,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
             job = Run(task, [found[i] for i in stages], samples, batches, seed=number)
             for unit in job.units(METHODS):
                 table = evaluate(unit.problem, unit.methods, dampings, seed=number)
-                parts = [table.assign(part="gamma"), _moments(unit, number)]
+                parts = [table[KEPT].assign(part="gamma"), _moments(unit, number)]
                 yield labelled(pd.concat(parts, ignore_index=True), unit).assign(seed=number)
                 progress("grading", seeds * job.num_units)
 
