@@ -129,7 +129,8 @@ def resolved(name: str, settings: Settings) -> Settings:
 def _smallest() -> nn.Module:
     """A model that every optimizer can be tried on, also those of matrices alone."""
     # Without drawing numbers, which are the caller's.
-    return nn.utils.skip_init(nn.Linear, 2, 2, bias=False)
+    model: nn.Module = nn.utils.skip_init(nn.Linear, 2, 2, bias=False)
+    return model
 
 
 def _number(value: Any) -> float | None:
@@ -208,6 +209,8 @@ class Stepper(ABC):
         optimizers: on its parameters.
         device: where it is.
         max_norm: see `Settings`.
+        schedulers: of their learning rates.
+        steps: taken so far.
     """
 
     task: Task
@@ -216,6 +219,7 @@ class Stepper(ABC):
     device: str
     max_norm: float | None = None
     schedulers: list[LambdaLR] = field(default_factory=list)
+    steps: int = 0
 
     def schedule(self, name: str, steps: int) -> None:
         """Let the learning rate follow a schedule over so many steps."""
@@ -234,6 +238,7 @@ class Stepper(ABC):
             DivergedError: outputs or update are not finite.
         """
         self.take(batch)
+        self.steps += 1
         for scheduler in self.schedulers:
             scheduler.step()
 

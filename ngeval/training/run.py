@@ -116,12 +116,12 @@ class Training:
     ) -> Iterator[EpochReport]:
         column = monitored_column(self.task, self.monitor)
         best, waited = monitored(report, column), 0
-        step, seconds = 0, 0.0
+        seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            step += self._train_epoch(model, stepper, epoch)
+            self._train_epoch(model, stepper, epoch)
             seconds += time.perf_counter() - start
-            report, _ = self._measured(model, epoch, step, seconds)
+            report, _ = self._measured(model, epoch, stepper.steps, seconds)
             yield self._save(stepper, report)
             value = monitored(report, column)
             best, waited = (value, 0) if value < best else (best, waited + 1)
@@ -180,16 +180,12 @@ class Training:
         if note is not None and self.on_note is not None:
             self.on_note(note)
 
-    def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> int:
-        """The steps of an epoch; returns how many."""
+    def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> None:
         stepper.ready()
         # Another order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
-        steps = 0
         for batch in self.task.batches(self.batch_size, self.num_batches, seed):
             stepper.step(batch)
-            steps += 1
-        return steps
 
     def _measured(
         self, model: nn.Module, epoch: int, step: int, seconds: float
