@@ -17,14 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ngeval.checks import (
-    Inputs,
-    check_finite,
-    check_inputs,
-    check_mode,
-    check_model,
-    named_tensors,
-)
+from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.errors import ModelError, NgevalError
 from ngeval.memory import is_out_of_memory
 from ngeval.operations import plain_operations
@@ -93,9 +86,9 @@ class ModelFunction:
         named: Parameters = dict(model.named_parameters())
         trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        versions = {n: _version(p) for n, p in named.items()}
+        versions = {n: version_of(p) for n, p in named.items()}
         function = cls(
-            model, inputs, trainable, {}, buffers, named, _slots(model), versions, output=output
+            model, inputs, trainable, {}, buffers, named, slots_of(model), versions, output=output
         )
         return function if dtype is None else function.converted(dtype)
 
@@ -105,72 +98,11 @@ class ModelFunction:
         return replace(
             self,
             inputs=cast_inputs(self.inputs, dtype),
-            parameters=_cast_all(self.parameters, dtype),
-            frozen=_cast_all(frozen, dtype),
-            buffers=_cast_all(self.buffers, dtype),
+            parameters=cast_all(self.parameters, dtype),
+            frozen=cast_all(frozen, dtype),
+            buffers=cast_all(self.buffers, dtype),
             cast=dtype,
         )
-
-    def at_present(self, inputs: Inputs) -> ModelFunction:
-        """The same function on another batch, at the weights that the model has now.
-
-        What was found out about the model (slots, roundings, modes of differentiation) is kept.
-
-        Args:
-            inputs: of the same kind as those before; their shapes may differ.
-
-        Raises:
-            ModelError: a parameter or buffer is not the tensor that it was, or its requires_grad
-                was changed, or it holds NaN.
-            InputError: as `of`.
-        """
-        check_inputs(inputs)
-        self._check_same_parameters()
-        named, buffers = self.originals, dict(self.model.named_buffers())
-        trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
-        versions = {n: _version(p) for n, p in named.items()}
-        moved = {n: p for n, p in named.items() if versions[n] != self.versions.get(n)}
-        check_finite("parameter", {**moved, **trainable})
-        check_finite("buffer", buffers)
-        function = replace(
-            self,
-            inputs=cast_inputs(map_inputs(inputs, torch.clone), self.cast),
-            parameters=_cast_all(trainable, self.cast),
-            buffers=_cast_all({n: b.detach().clone() for n, b in buffers.items()}, self.cast),
-            versions=versions,
-            notes=set(self.notes),
-        )
-        if self.cast is None or not moved.keys() & self.frozen.keys():
-            return function
-        frozen = {n: p.detach() for n, p in named.items() if not p.requires_grad}
-        return replace(function, frozen=_cast_all(frozen, self.cast))
-
-    def _check_same_parameters(self) -> None:
-        """The parameters are the same tensors in the same places, and the same ones train."""
-        now = dict(self.model.named_parameters())
-        if (
-            now.keys() == self.originals.keys()
-            and all(now[n] is p for n, p in self.originals.items())
-            and all(p.requires_grad == (n in self.parameters) for n, p in now.items())
-            and _slots(self.model) == self.slots
-        ):
-            return
-        other = [n for n, p in self.originals.items() if now.get(n) is not p] + [
-            n for n in now if n not in self.originals
-        ]
-        switched = [n for n, p in now.items() if p.requires_grad != (n in self.parameters)]
-        what = "is not the tensor that it was" if other else "has another requires_grad than before"
-        names = other or switched
-        which = f"parameter {names[0]!r} {what}" if names else "its parameters are tied otherwise"
-        raise ModelError(
-            f"the model has changed since the first Problem was made: {which}; make a new Problem"
-        )
-
-    @property
-    def sample_key(self) -> tuple[object, ...]:
-        """Kind, shapes and dtypes of a single sample: what a plan for the model was made on."""
-        named = tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(self.inputs))
-        return (type(self.inputs), *named)
 
     def on(self, samples: slice) -> ModelFunction:
         """The same function on some samples of its batch."""
@@ -252,7 +184,7 @@ class ModelFunction:
         """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
-            if _version(parameter) != self.versions.get(name):
+            if version_of(parameter) != self.versions.get(name):
                 raise ModelError(
                     f"parameter {name!r} was modified after this Problem was made; make a new "
                     "Problem for the new weights"
@@ -374,7 +306,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _slots(model: nn.Module) -> dict[str, str]:
+def slots_of(model: nn.Module) -> dict[str, str]:
     """Each place that holds a parameter or buffer, with the first name of what it holds."""
     slots: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -386,7 +318,7 @@ def _slots(model: nn.Module) -> dict[str, str]:
     return slots
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """The counter of in-place changes; tensors made in inference mode have none."""
     return -1 if tensor.is_inference() else tensor._version
 
@@ -395,7 +327,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
+def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
     """Tensors by name in a dtype; None leaves them as they are."""
     return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ngeval.checks import Inputs
 from ngeval.errors import InputError
+from ngeval.following import Chain, following, sample_key
 from ngeval.functional import ModelFunction, Output, model_errors
-from ngeval.jacobians import RowSource, choose_rows
+from ngeval.jacobians import OnePass, RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
 from ngeval.operations import OperationWatch
@@ -131,8 +132,7 @@ class Problem:
             )
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self._take(choice.rows)
-        self._engine, self._probes = engine, probes
-        self._found = {self.function.sample_key: self.rows}
+        self._chain = Chain(engine, probes, {sample_key(self.function): self.rows})
         if probes:
             check_gradients_add_up(choice, self.function.unflatten(self.gradient()))
 
@@ -150,6 +150,7 @@ class Problem:
         self.rows.blocks(self.residual.unsqueeze(1))  # a budget below a row is an error now
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
+        self._pass: OnePass | None = None
 
     def with_batch(self, inputs: Inputs, targets: Tensor) -> Problem:
         """A problem of the same model, at the weights that it has now, on another batch.
@@ -177,39 +178,20 @@ class Problem:
             (5, 'layers')
         """
         with torch.inference_mode(False):
-            function = self.function.at_present(inputs)
-            found = self._found.get(function.sample_key)
-            if found is None:
-                return self._afresh(inputs, targets)
-            problem = Problem.__new__(type(self))
-            problem._engine, problem._probes = self._engine, self._probes
-            problem._found, problem._attention = self._found, self._attention
-            problem.likelihood = self.likelihood
-            known = found.function
-            problem.function = replace(
-                function, inner_epsilon=known.inner_epsilon, forward_mode=known.forward_mode
-            )
-            raw = run_model(problem.function)
-            problem._bind(raw, targets)
-            problem._take(replace(found, function=problem.function))
-            return problem
+            return following(self, inputs, targets)
 
-    def _afresh(self, inputs: Inputs, targets: Tensor) -> Problem:
-        """With the engine chosen anew, which is kept for later batches of such samples."""
-        problem = Problem(
-            self.function.model,
-            inputs,
-            targets,
-            self.likelihood,
-            output=self.function.output,
-            dtype=self.function.cast,
-            engine=self._engine,
-            memory=self.rows.memory,
-            probes=self._probes,
-        )
-        self._found.update(problem._found)
-        problem._found = self._found
-        return problem
+    def one_pass(self) -> OnePass | None:
+        """A recorded forward pass of the batch, for whoever takes rows and an update from it.
+
+        That of `with_batch`, which is handed out once, or a new one; None where the engine has
+        none, or where its captures do not fit in their part of the memory budget.
+        """
+        self.function.check_unchanged()
+        recorded, self._pass = self._pass, None
+        if recorded is None and OnePass.fits(self.rows, self.num_samples):
+            with torch.inference_mode(False):
+                recorded = OnePass(self.rows)
+        return recorded
 
     @property
     def num_samples(self) -> int:

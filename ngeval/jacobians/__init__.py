@@ -7,6 +7,7 @@ columns of S the square root of the Fisher, v = sampled residuals the sampled gr
 
 from ngeval.jacobians.captured import CapturedRows, row_combinations
 from ngeval.jacobians.choose import Choice, choose_rows
+from ngeval.jacobians.onepass import OnePass, PassRows
 from ngeval.jacobians.rows import (
     RowSource,
     gram_matrix,
@@ -17,6 +18,8 @@ from ngeval.jacobians.rows import (
 __all__ = [
     "CapturedRows",
     "Choice",
+    "OnePass",
+    "PassRows",
     "RowSource",
     "choose_rows",
     "gram_matrix",

@@ -161,11 +161,22 @@ def forward(
     *,
     taps: _Taps | None = None,
     fused: bool = False,
+    leaves: Parameters | None = None,
 ) -> tuple[list[Call], Parameters, Tensor]:
-    """The outputs with their graph, the recorded calls, and the copies of replicated parameters."""
+    """The outputs with their graph, the recorded calls, and the copies of replicated parameters.
+
+    Args:
+        function: the model at θ.
+        plan: for this model.
+        batch: inputs.
+        taps: put after the outputs of the owners that they name.
+        fused: allow fused attention.
+        leaves: the parameters that the graph starts from, where they are wanted afterwards.
+    """
     count = next(named_tensors(batch))[1].shape[0]
     with autograd_enabled():
-        leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
+        if leaves is None:
+            leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
         copies = {name: one_for_each(leaves[name], count) for name in plan.replicated}
         with _recorded(plan.owners, count, taps) as calls:
             outputs = function({**leaves, **copies}, batch, fused=fused)

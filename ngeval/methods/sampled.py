@@ -34,6 +34,14 @@ class SampledFisher:
 
     def prepare(self, problem: Problem, seed: int = 0) -> SampledState:
         """Draw the labels and factor ĜĜᵀ once."""
+        return SampledState(problem, self.vectors(problem, seed))
+
+    def vectors(self, problem: Problem, seed: int) -> Tensor:
+        """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
+
+        Raises:
+            EngineError: the Gram matrix of so many sampled gradients does not fit in memory.
+        """
         rows = self.mc_samples * problem.num_samples
         if 5 * 8 * rows**2 > problem.rows.memory:
             raise EngineError(
@@ -43,7 +51,7 @@ class SampledFisher:
         generator = torch.Generator().manual_seed(seed)
         labels = problem.distribution.sample(self.mc_samples, generator)
         sampled = problem.distribution.residual(labels).transpose(0, 1)
-        return SampledState(problem, torch.cat([problem.residual.unsqueeze(1), sampled], 1))
+        return torch.cat([problem.residual.unsqueeze(1), sampled], 1)
 
 
 class SampledState(CotangentState):

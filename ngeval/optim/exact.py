@@ -22,10 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ngeval.methods.empirical import EmpiricalFisher
 from ngeval.methods.natural import NaturalGradient
-from ngeval.methods.sampled import SampledFisher
 from ngeval.optim.base import ExactOptimizer
+from ngeval.optim.updates import empirical_update, sampled_update
 from ngeval.problem import Problem
 
 
@@ -39,7 +38,7 @@ class EF(ExactOptimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        damping: float = 1e-6,
+        damping: float = 1e-7,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
@@ -67,8 +66,7 @@ class EF(ExactOptimizer):
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
         """Gᵀ(K + λI)⁻¹b."""
-        method = EmpiricalFisher(type(self).__name__.lower(), self.improved)
-        return method.prepare(problem).direction(damping)
+        return empirical_update(problem, damping, improved=self.improved)
 
 
 class iEF(EF):  # noqa: N801  (the method's name)
@@ -89,7 +87,7 @@ class SF(ExactOptimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        damping: float = 1e-2,
+        damping: float = 10.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
@@ -125,7 +123,7 @@ class SF(ExactOptimizer):
         """(F̂ + λI)⁻¹g."""
         draws = int(self.shared("mc_samples"))
         seed = draw_seed(int(self.shared("seed")), self.steps)
-        return SampledFisher(f"sf:{draws}", draws).prepare(problem, seed).direction(damping)
+        return sampled_update(problem, damping, draws, seed)
 
 
 class NG(ExactOptimizer):
@@ -136,7 +134,7 @@ class NG(ExactOptimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        damping: float = 1e-2,
+        damping: float = 1.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
