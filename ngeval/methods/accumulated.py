@@ -33,6 +33,7 @@ MOMENTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("torch", "Adadelta"): ("square_avg",),
     ("torch", "Adagrad"): ("sum",),
     ("torch", "Adafactor"): ("row_var", "variance"),
+    ("ngeval", "FAdam"): ("fisher",),
     ("pytorch_optimizer", "FAdam"): ("fim",),
 }
 """Classes whose second moment is read, by package and name, and where in the state it is.
@@ -41,7 +42,9 @@ Others keep something else under the same names: SOAP's ``exp_avg_sq`` is in a r
 Prodigy's is scaled, Adan's is of differences of gradients.
 """
 
-KINDS = ("adamw", "adam", "nadam", "radam", "rmsprop", "adadelta", "adagrad", "adafactor")
+KINDS = (
+    *("adamw", "adam", "nadam", "radam", "rmsprop", "adadelta", "adagrad", "adafactor", "fadam"),
+)
 """Optimizers with a second moment, as a file that does not say which it is of is tried."""
 
 
@@ -100,7 +103,7 @@ class AccumulatedDiagonal:
             f"{n} (state: {without.get(n, 'not held')})" for n in parameters if n not in found
         ]
         if missing:
-            classes = ", ".join(kind for _, kind in MOMENTS)
+            classes = ", ".join(dict.fromkeys(kind for _, kind in MOMENTS))
             whose = f" of {listed(sorted(unread))}, which is not read" if unread else ""
             raise InputError(
                 f"{self.name}: no second moment in the optimizer's state{whose}, for "
@@ -120,15 +123,16 @@ def second_moment(
     Only of the classes in `MOMENTS` and what is derived from them. An average that starts from
     zero is divided by 1 − βᵗ (Adam's ``exp_avg_sq``, whose β is the second of ``betas``; RMSprop's
     and Adadelta's ``square_avg``). Of Adagrad's ``sum`` the value that it started from is taken
-    off, and it is divided by its steps t. FAdam's ``fim`` is unbiased as it is, and so is
-    Adafactor's, which is put together from its rows and columns.
+    off, and it is divided by its steps t. FAdam's ``fisher`` is unbiased as it is, unless made with
+    ``debiased_fisher=False``; so are pytorch_optimizer's ``fim`` and Adafactor's, which is put
+    together from its rows and columns.
     """
     entry = next((entry for entry in _entries(optimizer) if entry in state), None)
     steps = float(state.get("step", group.get("step", math.nan)))
     if entry is None:
         return None
     moment: Tensor = state[entry]
-    if entry == "exp_avg_sq":
+    if entry == "exp_avg_sq" or not group.get("debiased_fisher", True):
         moment = moment / (1.0 - float(group["betas"][1]) ** steps)
     elif entry == "square_avg":
         decay = group["alpha"] if "alpha" in group else group["rho"]

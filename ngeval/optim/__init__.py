@@ -1,5 +1,6 @@
 """The methods under study as `torch.optim.Optimizer`s that people can train with."""
 
 from ngeval.optim.exact import EF, NG, SF, iEF
+from ngeval.optim.fadam import FAdam
 
-__all__ = ["EF", "NG", "SF", "iEF"]
+__all__ = ["EF", "NG", "SF", "FAdam", "iEF"]

@@ -76,6 +76,11 @@ def _muon(named: Named, rate: float | None) -> list[Optimizer]:
     return [*found, _built(torch.optim.AdamW, rest, lr=rate)] if rest else found
 
 
+def _fadam(named: Named, rate: float | None) -> list[Optimizer]:
+    """FAdam, imported only now: `ngeval.optim` is made of methods, as this module is of theirs."""
+    return [_built(importlib.import_module("ngeval.optim.fadam").FAdam, named, lr=rate)]
+
+
 _O = torch.optim
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": _of(_O.SGD, 0.1, "ḡ"),
@@ -92,6 +97,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "rprop": _of(_O.Rprop, 1e-3, "sign ḡ, with step sizes of their own"),
     "asgd": _of(_O.ASGD, 0.1, "ḡ, with averaged weights"),
     "adafactor": _of(_O.Adafactor, 1e-2, "ḡ / √(rank-one v̂), clipped"),
+    "fadam": OptimizerEntry(_fadam, 1e-3, "EMA of ḡ / (√v̂ + ε), clipped; its weight decay over √v̂"),
     "muon": OptimizerEntry(_muon, 1e-3, "matrices: m orthogonalised; the rest: adamw"),
 }
 """Optimizers by name; ḡ the gradient of the training loss, m and v its running moments."""
