@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import kronecker, memory, products, profiles, sweeps
+from benchmarks import fadam, kronecker, memory, products, profiles, sweeps
 from benchmarks.claims import Measured
 from benchmarks.models import build
 from benchmarks.timing import Settings
@@ -48,6 +48,9 @@ FIGURES: dict[str, Figure] = {
         kronecker.kfac, EVERY, "KFAC's factors, their decomposition, solves for 50 dampings"
     ),
     "optimizer": Figure(kronecker.optimizer_step, EVERY, "γ of the step that an AdamW would take"),
+    "fadam": Figure(
+        fadam.fadam, ("mlp", "vit", "gpt"), "a step of FAdam over a step of AdamW, both foreach"
+    ),
     "theta": Figure(products.theta, ("mlp",), "flop rate of the dense logit kernel Θ"),
     "profile": Figure(profiles.profiled, ("mlp", "cnn", "vit"), "where the time goes, by operator"),
     "growth": Figure(sweeps.growth, ("mlp",), "time of 6 dampings against P and against N"),
