@@ -153,10 +153,10 @@ def flow_time(kind: str, rate: float, step: int) -> float:
 def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     """One table for each loss, optimizer, learning rate and seed, one row for each step.
 
-    Columns ``kind, method, learning_rate, seed, step, time`` (η × steps), ``loss`` (mean ℓ_n,
-    nats), ``status``; for iEF also ``low, high`` (means of `predicted` at `flow_time`), ``within``, the share of
-    the samples between their bounds to within `TOLERANCE`, and ``falling``, the share of those
-    whose loss is less than one step before.
+    Columns ``kind, method, learning_rate, seed, step, time`` (η × steps), ``loss`` (mean ℓ_n less
+    its least value, nats), ``status, reason``; for iEF also ``low, high`` (means of `predicted` at
+    `flow_time`), ``within``, the share of the samples between their bounds to within `TOLERANCE`,
+    and ``falling``, the share of those whose loss is less than one step before.
     """
     plan = PLANS[size]
     for kind in FITS:
