@@ -111,11 +111,16 @@ def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
     named = {n: t.detach() for n, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not named:
         return
-    # Largest entries are NaN where there is one, and cost no copy.
-    largest = torch._foreach_norm(list(named.values()), math.inf)
-    if not bool(torch.isfinite(torch.stack([m.double() for m in largest])).all()):
+    # A sum is not finite where a value is not; where sums merely overflow, all are looked at.
+    sums = [tensor.sum(dtype=_summed_in(tensor)) for tensor in named.values()]
+    if not all(math.isfinite(value) for value in torch.stack([s.double() for s in sums]).tolist()):
         for name, tensor in named.items():
             _check_values(kind, name, tensor)
+
+
+def _summed_in(tensor: Tensor) -> torch.dtype:
+    """Sums of narrow numbers are kept apart from their range."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _check_values(kind: str, name: str, tensor: Tensor) -> None:

@@ -22,7 +22,8 @@ from ngeval.jacobians.capture import (
 from ngeval.jacobians.captured import KEPT_SHARE
 from ngeval.jacobians.products import add_inner_products
 from ngeval.jacobians.rows import RowSource, from_lower
-from ngeval.jacobians.terms import AffineTerm, Term, merged
+from ngeval.jacobians.sums import can_sum, row_sums, with_rows
+from ngeval.jacobians.terms import Term, merged
 
 
 class OnePass:
@@ -88,10 +89,16 @@ class PassRows:
     """Captured rows, with the pass that they came from."""
 
     def __init__(self, recorded: OnePass, cotangents: Tensor, terms: list[Term]) -> None:
-        """Keep them."""
+        """Keep them; rows that their inner products are made of are made now, where they fit."""
         self.recorded = recorded
         self.cotangents = cotangents
-        self.terms = terms
+        source = recorded.source
+        room = int(KEPT_SHARE * source.memory)
+        self.terms: list[Term] = []
+        for term in terms:
+            kept = with_rows(term) if _row_bytes(term, source.function) <= room else term
+            room -= _row_bytes(term, source.function) if kept is not term else 0
+            self.terms.append(kept)
 
     def gram(self) -> Tensor:
         """Inner products of all rows, as `ngeval.jacobians.gram_matrix` has them."""
@@ -103,8 +110,8 @@ class PassRows:
     def combination(self, weights: Tensor) -> Tensor:
         """Σ_nq w_nq J_nᵀv_nq: shape ``(P,)``, the model's dtype.
 
-        From the captures where every row is an outer product, which is one matrix product for
-        each layer; otherwise by a backward pass through the recorded graph.
+        From the captures, with one product for each layer, or, where a layer has neither factors
+        nor rows at hand, by a backward pass through the recorded graph.
 
         Args:
             weights: w in float64, shape ``(N, Q)``.
@@ -116,8 +123,11 @@ class PassRows:
                 function.num_parameters, dtype=function.dtype, device=function.device
             )
         unit = weights / scale
-        if all(_is_product(term) for term in self.terms):
-            found = _from_captures(function, self.terms, unit)
+        if all(can_sum(term) for term in self.terms):
+            found = row_sums(self.terms, unit)
+            for name, parameter in function.parameters.items():
+                if name not in found:
+                    found[name] = torch.zeros_like(parameter)
         else:
             found = self._through_the_graph(unit)
         return function.flatten(found).mul_(scale.to(function.dtype))
@@ -139,23 +149,5 @@ class PassRows:
         return dict(zip(recorded.leaves, dense, strict=True))
 
 
-def _is_product(term: Term) -> bool:
-    """Whether a term's weighted sum is a single product of its two factors."""
-    return isinstance(term, AffineTerm) and term.groups == 1 and term.apply is None
-
-
-def _from_captures(function: ModelFunction, terms: list[Term], weights: Tensor) -> Parameters:
-    """Σ_nt (Σ_q w_nq b_nqt) a_ntᵀ for each layer."""
-    found = {name: torch.zeros_like(p) for name, p in function.parameters.items()}
-    for term in terms:
-        mixed = term.combined(weights.unsqueeze(1))
-        if not isinstance(mixed, AffineTerm):
-            raise TypeError("only a sum of outer products is made of its factors")
-        gradients = mixed.cotangents.flatten(0, 2).flatten(1)
-        if mixed.weight:
-            inputs = mixed.inputs(slice(None)).flatten(0, 1).flatten(1)
-            product = inputs.T @ gradients if mixed.transposed else gradients.T @ inputs
-            found[mixed.weight] += product.reshape(mixed.weight_shape)
-        if mixed.bias:
-            found[mixed.bias] += gradients.sum(0)
-    return found
+def _row_bytes(term: Term, function: ModelFunction) -> int:
+    return term.num_samples * term.num_vectors * term.row_size * function.dtype.itemsize

@@ -52,6 +52,17 @@ def add_inner_products(
                 _add_pair(out, first, second, shared, symmetric=symmetric)
 
 
+def needs_rows(term: Term) -> bool:
+    """Whether the inner products of a capture's rows with each other are made of whole rows."""
+    if isinstance(term, EmbeddingTerm):
+        size = (term.weight_shape[1:].numel(), term.num_units)
+        return not _sequence_is_cheaper(term, term, size, symmetric=True)
+    if isinstance(term, AffineTerm):
+        size = (term.fan_in, term.fan_out)
+        return term.groups > 1 or not _sequence_is_cheaper(term, term, size, symmetric=True)
+    return True
+
+
 def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
     if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
         size = (left.weight_shape[1:].numel(), left.num_units)
