@@ -65,10 +65,17 @@ KINDS = (
 """What ``kfac-ief`` is compared with: in words, at which λ (None: the best), method, source."""
 
 ADAMS = (
-    ("Adam's step", "adam"),
-    ("The gradient over the root of Adam's second moment", "diag-ema"),
-    ("The gradient over the root of the batch's empirical Fisher diagonal", "diag-ef:0.5"),
+    ("Adam's step", None, "adam"),
+    ("The gradient over the root of Adam's second moment, undamped,", SMALL, "diag-ema"),
+    (
+        "The gradient over the root of the batch's own empirical Fisher diagonal, at its best "
+        "damping,",
+        None,
+        "diag-ef:0.5",
+    ),
 )
+"""What is compared with the gradient: in words, at which λ (None: the best), method."""
+
 RULE = (
     "at every checkpoint after the first, the 95 % t interval over seeds of the logarithm of the "
     "ratio of γ (a seed's mean over batches) lies below 0: confirmed; at some: under conditions"
@@ -91,7 +98,10 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
             for unit in job.units(METHODS):
                 table = evaluate(unit.problem, unit.methods, dampings, seed=number)
                 parts = [table[KEPT].assign(part="gamma"), _moments(unit, number)]
-                yield labelled(pd.concat(parts, ignore_index=True), unit).assign(seed=number)
+                rows = labelled(pd.concat(parts, ignore_index=True), unit)
+                # The same name in every run: the folder is gone after it.
+                stage = f"epoch {unit.columns['epoch']:g}"
+                yield rows.assign(checkpoint=stage, seed=number)
                 progress("grading", seeds * job.num_units)
 
 
@@ -131,12 +141,12 @@ def findings(rows: pd.DataFrame) -> list[Finding]:
     diagonals = [
         _compared(
             f"{what} is nearer to the natural gradient than the gradient",
-            best,
+            tables[damping],
             first,
             "sgd",
             ADAM_SOURCE,
         )
-        for what, first in ADAMS
+        for what, damping, first in ADAMS
     ]
     return [*kinds, _near(best), *diagonals, _second_moment(rows[rows["part"] == "moments"])]
 
@@ -207,7 +217,10 @@ def _by_epoch(intervals: dict[float, Interval]) -> str:
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """γ/γ_SGD over training: KFAC's kinds at one λ and at their best, diagonals at their best."""
+    """γ/γ_SGD over training: KFAC's kinds at one λ and at their best, diagonals at their best.
+
+    Geometric means over seeds and batches, with 95 % bootstrap intervals.
+    """
     gammas = rows[(rows["part"] == "gamma") & (rows["status"] == "ok")]
     fixed, best = gammas[np.isclose(gammas["damping"], SMALL, rtol=1e-6)], _best(gammas)
     panels: list[tuple[str, pd.DataFrame, Sequence[str]]] = [
@@ -219,7 +232,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     with mpl.rc_context(STYLE):
         drawn, grid = plt.subplots(1, 3, figsize=(10.4, 3.4), layout="constrained")
         for axes, (title, table, methods) in zip(grid, panels, strict=True):
-            draw_stages(table[table["method"].isin(methods)], axes, styles)
+            draw_stages(table[table["method"].isin(["sgd", *methods])], axes, styles)
             axes.set_title(title)
             axes.set_ylabel("γ/γ_SGD")
         legend_below(*grid)
