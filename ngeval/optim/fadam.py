@@ -200,14 +200,15 @@ class FAdam(Optimizer):
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 zeros = torch.zeros_like(parameter, dtype=_working_dtype(parameter))
                 state["momentum"], state["fisher"] = zeros, zeros.clone()
-            state["step"] += 1
-            steps = float(state["step"])
+            steps = float(state["step"]) + 1
             part = index
             if group["foreach"] is not False:
                 part = entries // BLOCK if parameter.device.type == "cpu" else 0
                 entries += parameter.numel()
             kind = parameter.device, parameter.dtype, steps, part
-            bucket = found.setdefault(kind, _Bucket(steps, [], [], [], []))
+            if (bucket := found.get(kind)) is None:
+                bucket = found[kind] = _Bucket(steps, [], [], [], [], [])
+            bucket.counts.append(state["step"])
             bucket.parameters.append(parameter)
             bucket.gradients.append(parameter.grad)
             bucket.momenta.append(state["momentum"])
@@ -220,6 +221,7 @@ class _Bucket:
     """Tensors that are stepped together, after ``steps`` steps with this one."""
 
     steps: float
+    counts: list[Tensor]
     parameters: list[Tensor]
     gradients: list[Tensor]
     momenta: list[Tensor]
@@ -228,6 +230,7 @@ class _Bucket:
 
 def _step(bucket: _Bucket, group: Mapping[str, Any]) -> None:
     """Step the tensors of a bucket."""
+    torch._foreach_add_(bucket.counts, torch.tensor(1.0))  # a number would become one for each
     working, stored = bucket.momenta[0].dtype, bucket.parameters[0].dtype
     parameters, gradients = bucket.parameters, bucket.gradients
     if working != stored:
@@ -321,8 +324,8 @@ def _rms(tensors: list[Tensor], bases: list[Tensor] | None = None) -> list[float
     else:
         parts = tensors if bases is None else torch._foreach_div(tensors, bases[: len(tensors)])
         norms = torch.stack(list(torch._foreach_norm(parts))).tolist()
-    sizes = (max(tensor.numel(), 1) for tensor in tensors)
-    return [norm / math.sqrt(size) for norm, size in zip(norms, sizes, strict=True)]
+    pairs = zip(norms, tensors, strict=True)
+    return [norm / math.sqrt(tensor.numel() or 1) for norm, tensor in pairs]
 
 
 def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
