@@ -277,6 +277,29 @@ def parse_dampings(text: str) -> list[float]:
     return [float(f"{value:.12g}") for value in np.geomspace(*ends, number)]
 
 
+def parse_numbers(option: str, text: str | None) -> list[float] | None:
+    """Read an option's comma list, or log-spaced low:high:count; None stays None.
+
+    Raises:
+        InputError: neither of the two.
+
+    >>> parse_numbers("--lr", "0.1,1")
+    [0.1, 1.0]
+    """
+    if text is None:
+        return None
+    try:
+        values = parse_dampings(text)
+    except InputError:
+        values = []
+    if not values:
+        raise InputError(
+            f"{option} {text!r}: write a number, a comma list like 0.01,0.1,1 or low:high:count "
+            "like 0.01:1:5"
+        )
+    return values
+
+
 def parse_bytes(text: str | None) -> int | None:
     """Read an amount of memory such as ``8GiB``, ``8G`` or ``500MB``; None stays None.
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +55,9 @@ without figures, for the epoch in which it broke off."""
 
 WHOLE = ("trial", "batch_size", "seed", "epoch")
 """The columns of whole numbers, which no row lacks."""
+
+MAX_SEEDS = 10_000
+"""More than this is a typing error."""
 
 RESULTS = "training.parquet"
 
@@ -138,6 +141,17 @@ class Search:
         counts = [len(trials) for trials in self.plan().values()]
         return sum(self.seeds + (count if count > 1 else 0) for count in counts)
 
+    def alone(self) -> Training:
+        """The one training of a search over nothing, its checkpoints in ``output`` itself.
+
+        Raises:
+            InputError: an unknown optimizer, or settings that it lacks.
+        """
+        self._check_settings()
+        [(name, [trial])] = self.plan().items()
+        training = self._training(name, trial, self.seed, False)
+        return replace(training, output=self.output, on_note=self.on_note)
+
     def check(self) -> None:
         """Find out before any work what can be found out.
 
@@ -146,8 +160,19 @@ class Search:
             OutputError: there are results of an earlier search (without ``force``), or the folder
                 cannot be written.
         """
-        if self.seeds < 1:
-            raise InputError(f"the number of seeds must be at least 1, not {self.seeds}")
+        self._check_settings()
+        for name, trials in self.plan().items():
+            self._training(name, trials[0], self.seed, False).check()
+            for seed in self._seeds() if self.output is not None else ():
+                self._training(name, trials[0], seed, True).check()
+        if self.output is not None:
+            ResultFile(self.output / RESULTS, force=self.force)
+
+    def _check_settings(self) -> None:
+        if not 1 <= self.seeds <= MAX_SEEDS:
+            raise InputError(
+                f"the number of seeds must be at least 1 and at most {MAX_SEEDS}, not {self.seeds}"
+            )
         for option in ("momentum", "weight_decay"):
             if getattr(self, option) is not None and not any(
                 takes(name, option) for name in self.optimizers
@@ -155,12 +180,6 @@ class Search:
                 raise InputError(
                     f"{', '.join(self.optimizers)}: no {option.replace('_', ' ')}; leave it out"
                 )
-        for name, trials in self.plan().items():
-            self._training(name, trials[0], self.seed, False).check()
-            for seed in self._seeds() if self.output is not None else ():
-                self._training(name, trials[0], seed, True).check()
-        if self.output is not None:
-            ResultFile(self.output / RESULTS, force=self.force)
 
     def run(self, on_epoch: OnEpoch | None = None) -> Iterator[pd.DataFrame]:
         """Train, yielding the rows of each training (`COLUMNS`) when it is finished.
