@@ -51,6 +51,11 @@ FIGURES: dict[str, Figure] = {
     "fadam": Figure(
         fadam.fadam, ("mlp", "vit", "gpt"), "a step of FAdam over a step of AdamW, both foreach"
     ),
+    "training-step": Figure(
+        training.training_step,
+        ("mlp", "cnn", "vit", "gpt"),
+        "a step of iEF, EF and SF, from a new batch to moved weights",
+    ),
     "theta": Figure(products.theta, ("mlp",), "flop rate of the dense logit kernel Θ"),
     "profile": Figure(profiles.profiled, ("mlp", "cnn", "vit"), "where the time goes, by operator"),
     "growth": Figure(sweeps.growth, ("mlp",), "time of 6 dampings against P and against N"),

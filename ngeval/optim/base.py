@@ -92,7 +92,6 @@ class ExactOptimizer(Optimizer):
                 f"that returns one, not {type(found).__name__}: "
                 "optimizer.step(first_problem.with_batch(inputs, targets))"
             )
-        found.function.check_unchanged()
         names = self._names_of(found)
         updates = self._clipped(found, self.direction(found, self.shared("damping")))
         self._apply({parameter: updates[name] for name, parameter in names.items()})
