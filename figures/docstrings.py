@@ -6,14 +6,11 @@ here; LoRA and prompt tuning on top of it, both graded along the way by ``ngeval
 
 from __future__ import annotations
 
-import ast
 import json
-import random
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,123 +20,43 @@ import peft
 import torch
 import transformers
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ngeval.plots import STYLE, plot_stages, save_figure
+from ngeval.studies.docstrings import (
+    AREAS,
+    TEMPLATE,
+    Base,
+    docstrings,
+    labelled,
+    pretrain,
+    split,
+)
 from ngeval.summary import summarize
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf import hub_task
 
-AREAS = {
-    "asyncio": ("asyncio", "selectors.py", "concurrent"),
-    "email": ("email", "mailbox.py", "imaplib.py", "smtplib.py", "poplib.py"),
-    "http": ("http", "urllib", "wsgiref", "xmlrpc", "socketserver.py", "ftplib.py"),
-    "decimal": ("_pydecimal.py", "fractions.py", "statistics.py", "datetime.py", "_pydatetime.py"),
-}
-"""The classes by their label words, and which parts of the library belong to each."""
-
 DEFAULT_FOLDER = Path("docstrings-run")
-TEMPLATE = "package of: {text}"
 TRAINED, HELD_OUT = 250, 60
 BATCH, NUM_BATCHES, EPOCHS, EVERY, SEED = 32, 5, 24, 2, 0
+SHAPE = {"d_model": 96, "d_kv": 24, "num_heads": 4, "d_ff": 384, "num_layers": 2}
+BASE = Base(SHAPE, vocabulary=1500, steps=1800)
 LINEAR = ["q", "k", "v", "o", "wi", "wo"]
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def docstrings() -> Iterator[tuple[str, str]]:
-    """Part of the library and paragraph; files are parsed, not imported, so nothing runs."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # lib2to3 brings files that are wrong on purpose
-            continue
-        for node in ast.walk(tree):
-            text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
-            for number, paragraph in enumerate((text or "").split("\n\n")):
-                sentence = " ".join(paragraph.split())
-                if 20 <= len(sentence) <= 200 and ">>>" not in sentence:
-                    yield parts[0] if number == 0 else "", sentence
 
 
 def write_data(everything: list[tuple[str, str]], folder: Path) -> None:
     """Save the labelled first paragraphs, as many of each class."""
-    found: dict[str, set[str]] = {}
-    owners = {part: area for area, parts in AREAS.items() for part in parts}
-    for part, sentence in everything:
-        if part in owners:
-            found.setdefault(sentence, set()).add(owners[part])
-    clear = {sentence: areas.pop() for sentence, areas in found.items() if len(areas) == 1}
-    labels = [list(AREAS).index(area) for area in clear.values()]
-    table = pd.DataFrame({"text": list(clear), "label": labels})
-    table = table.sample(frac=1, random_state=SEED)  # files in order would split by file
-    place = table.groupby("label").cumcount()
-    held_out = (place >= TRAINED) & (place < TRAINED + HELD_OUT)
+    trained, held_out = split(labelled(everything, SEED), (TRAINED, HELD_OUT))
     folder.mkdir(parents=True, exist_ok=True)
-    table[place < TRAINED].to_parquet(folder / "train.parquet", index=False)
-    table[held_out].to_parquet(folder / "validation.parquet", index=False)
+    trained.to_parquet(folder / "train.parquet", index=False)
+    held_out.to_parquet(folder / "validation.parquet", index=False)
 
 
-def make_tokenizer(sentences: list[str]) -> Any:
-    """A byte-level BPE of these sentences."""
-    special = ["<pad>", "</s>", "<extra_id_0>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=1500, **options))
-    end = {"single": "$A </s>", "special_tokens": [("</s>", 1)]}
-    bpe.post_processor = processors.TemplateProcessing(**end)
-    names = {"pad_token": special[0], "eos_token": special[1]}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
-
-
-def pretrain(pairs: list[tuple[str, str]], folder: Path, steps: int = 1800) -> None:
-    """Train the base model to say what is missing in a sentence, and save it.
-
-    Half of the time it is asked for the package. For the areas of the task a random one of them is
-    the answer, so that what is left to tune is which sentence belongs to which.
-    """
-    known = {part for parts in AREAS.values() for part in parts}
-    names = {text: "?" if part in known else part.removesuffix(".py") for part, text in pairs}
-    texts = sorted(names, key=lambda text: (len(text), text))
-    tokenizer = make_tokenizer(texts)
-    shape = {"d_model": 96, "d_kv": 24, "num_heads": 4, "d_ff": 384, "num_layers": 2}
-    ends = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    config = transformers.T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape, **ends)
-    model = transformers.T5ForConditionalGeneration(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    choices, losses = random.Random(SEED), []  # noqa: S311  # no secrets here
-    for _ in range(steps):
-        start = choices.randrange(len(texts) - 32)  # of like length, so there is little padding
-        source, answers = [], []
-        for text in texts[start : start + 32]:
-            shown, answer = TEMPLATE.format(text=text), names.get(text)
-            if not answer or choices.random() < 0.5:
-                words = text.split()
-                first = choices.randrange(len(words))
-                shown = " ".join([*words[:first], "<extra_id_0>", *words[first + 1 :]])
-                answer = words[first]
-            elif answer == "?":
-                answer = choices.choice(list(AREAS))
-            source.append(torch.tensor(tokenizer(shown)["input_ids"]))
-            answers.append(torch.tensor(tokenizer(answer)["input_ids"]))
-        inputs = nn.utils.rnn.pad_sequence(source, True, 0)
-        labels = nn.utils.rnn.pad_sequence(answers, True, -100)
-        loss = model(input_ids=inputs, attention_mask=inputs.ne(0).long(), labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        losses.append(float(loss.detach()))
+def make_base(everything: list[tuple[str, str]], folder: Path) -> None:
+    """Train the base model to say what is missing in a sentence, and save it."""
+    losses: list[float] = []
+    model, tokenizer = pretrain(everything, BASE, SEED, losses.append)
     print(f"base: {model.num_parameters()} parameters, loss {sum(losses[-100:]) / 100:.3f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -230,7 +147,7 @@ def main(
     start = time.perf_counter()
     everything = list(docstrings())
     write_data(everything, output / "data")
-    pretrain(everything, output / "base")
+    make_base(everything, output / "base")
     kind: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM"}
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, **kind)
     # One submodule: the prompt goes to the encoder alone.
