@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import fadam, kronecker, memory, products, profiles, sweeps
+from benchmarks import fadam, kronecker, memory, products, profiles, sweeps, training
 from benchmarks.claims import Measured
 from benchmarks.models import build
 from benchmarks.timing import Settings
