@@ -350,7 +350,7 @@ def _mean_cell(row: pd.Series, name: str, scale: float) -> str:
     text = f"{scale * mean:{form}}"
     if not math.isnan(high):
         half = scale * (high - mean)
-        text += f" ± {half:{form if scale > 1 else '.1g'}}"
+        text += f" ± {half:{form if scale > 1 else '.2g'}}"
     if row["diverged"] > 0:
         text += f"\n[dim]{row['diverged']:.0f} diverged[/dim]"
     return text

@@ -61,6 +61,20 @@ def t_interval(
     return mean, mean - half, mean + half
 
 
+def check_rows(rows: pd.DataFrame) -> None:
+    """Raise unless a table has what performance is made from.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    missing = [name for name in NEEDED if name not in rows]
+    if missing:
+        raise InputError(
+            f"the table has no column {', '.join(missing)}; performance is made from the rows of "
+            "`ngeval train` with several settings, optimizers or seeds (training.parquet)"
+        )
+
+
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each final training that ended well: its figures, over the seeds of a table.
 
@@ -76,12 +90,7 @@ def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: the table is of another kind.
     """
-    missing = [name for name in NEEDED if name not in rows]
-    if missing:
-        raise InputError(
-            f"the table has no column {', '.join(missing)}; performance is made from the rows of "
-            "`ngeval train` with several settings, optimizers or seeds (training.parquet)"
-        )
+    check_rows(rows)
     ended = rows[(rows["phase"] == "final") & (rows["status"] == "ok")]
     records = [
         _outcome(part.sort_values("epoch"))

@@ -12,6 +12,7 @@ from ngeval import console
 from ngeval.commands.common import say
 from ngeval.commands.grading import grade
 from ngeval.comparison import ranking
+from ngeval.errors import InputError
 from ngeval.methods import get_methods
 from ngeval.options import (
     ForceOption,
@@ -25,10 +26,18 @@ from ngeval.options import (
     parse_dampings,
     takes_options,
 )
-from ngeval.plots import FIGURE_SUFFIXES, kfac_figure, ranking_figure, save_figure
+from ngeval.performance import check_rows, performance
+from ngeval.plots import (
+    FIGURE_SUFFIXES,
+    kfac_figure,
+    performance_figure,
+    ranking_figure,
+    save_figure,
+)
 from ngeval.plots.comparison import KFAC_METHODS
 from ngeval.prepared import check_dampings
-from ngeval.results import ResultFile, check_output
+from ngeval.results import ResultFile, check_output, read_results
+from ngeval.training.search import RESULTS
 
 METHODS = (
     "sgd,ef,ief,sf,diag,diag-ef:0.5,kfac,kfac-sf,kfac-ef,kfac-ief,ekfac,momentum:20,adam:20,"
@@ -37,6 +46,9 @@ METHODS = (
 """What is compared by default: optimizers with a state of 20 batches at the checkpoint's weights,
 which every checkpoint has, whatever it was trained with."""
 
+TABLES = (".csv", ".parquet", ".jsonl")
+"""What ``--output`` ends in where it is a file for the table of ``--trained``."""
+
 
 @takes_options
 def compare(
@@ -44,7 +56,17 @@ def compare(
     hub: HubOptions,
     step: StepOptions,
     grading: GradingOptions,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder; with --trained also a file for the table."),
+    ] = None,
+    trained: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="training.parquet of `ngeval train`, or its folder; repeat or list several. In "
+            "place of --task and --checkpoint."
+        ),
+    ] = None,
     methods: MethodsOption = METHODS,
     dampings: Annotated[
         str, typer.Option(help="λ: a comma list, or low:high:count; each method takes its best.")
@@ -55,10 +77,13 @@ def compare(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Rank many methods and optimizers over a training run by γ/γ_min.
+    """Rank many methods over a training run by γ/γ_min, or trained optimizers by test performance.
 
     Writes results.parquet (every row), ranking.csv and ranking.png (an early, a middle and a late
     checkpoint) and kfac.png (iEF and KFAC's kinds over training) into the folder.
+
+    With --trained: the tuned optimizers of `ngeval train` side by side, means over seeds with
+    95 % intervals; performance.csv and performance.png go into the folder, if one is given.
 
     [bold]Examples:[/bold]
 
@@ -66,7 +91,15 @@ def compare(
 
     ngeval compare --task my.py:task -c runs/a --methods sgd,kfac,adamw,pytorch_optimizer.SOAP:20
     --output compared
+
+    ngeval compare --trained runs/tuned --trained runs/cnn/training.parquet --output table.csv
     """
+    if trained:
+        _refuse_grading(run, hub)
+        compare_trained([*trained, *map(Path, run.more or ())], output, force, quiet)
+        return
+    if output is None:
+        raise InputError("give a folder for the results (--output)")
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
     files = _files(output, names)
@@ -84,6 +117,73 @@ def compare(
     for part in console.ranking_tables(ranked, table):
         shown.print(part)
     say(shown, "written: " + ", ".join(str(path) for path in files.values()))
+
+
+def _refuse_grading(run: RunOptions, hub: HubOptions) -> None:
+    given = {"--task": run.task, "--checkpoint": run.checkpoint, "--hf-model": hub.hf_model}
+    wrong = [name for name, value in given.items() if value]
+    if wrong:
+        raise InputError(
+            f"--trained compares finished trainings, {wrong[0]} grades a run's checkpoints; give "
+            "one or the other"
+        )
+
+
+def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: bool) -> None:
+    """Print the table of tuned optimizers; write it, and into a folder the picture too.
+
+    Raises:
+        InputError: no such rows, or an optimizer on a task in several files.
+        OutputError: a file cannot be read, or the output exists (without ``force``).
+    """
+    files: dict[str, Path] = {}
+    if output is not None and output.suffix in TABLES:
+        files = {"table": output}
+    elif output is not None:
+        files = {"table": output / "performance.csv", "figure": output / "performance.png"}
+    for path in files.values():
+        check_output(path, (*TABLES, *FIGURE_SUFFIXES), force=force)
+    rows = read_trained(paths)
+    table = performance(rows)
+    if not table["seeds"].any():
+        files.pop("figure", None)  # which would be empty
+    if "table" in files:
+        with ResultFile(files["table"], force=force) as target:
+            target.append(table)
+    if "figure" in files:
+        save_figure(performance_figure(rows), files["figure"])
+    out = console.table_console(quiet)
+    for part in console.performance_tables(table):
+        out.print(part)
+    if files:
+        say(out, "written: " + ", ".join(str(path) for path in files.values()))
+
+
+def read_trained(paths: list[Path]) -> pd.DataFrame:
+    """The rows of several searches, each of its own optimizers or tasks.
+
+    Args:
+        paths: result files of `ngeval train`, or the folders that hold them.
+
+    Raises:
+        InputError: the rows are of another kind, or an optimizer on a task is in several files.
+        OutputError: a file cannot be read.
+    """
+    frames: list[pd.DataFrame] = []
+    seen: dict[tuple[str, str], Path] = {}
+    for path in paths:
+        file = path / RESULTS if path.is_dir() else path
+        frame = read_results(file)
+        check_rows(frame)
+        for task, optimizer in frame[["task", "optimizer"]].drop_duplicates().to_numpy():
+            if (task, optimizer) in seen:
+                raise InputError(
+                    f"{optimizer} on {task} is in {seen[task, optimizer]} and in {file}; its seeds "
+                    "would be mixed: give one of them"
+                )
+            seen[task, optimizer] = file
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
 
 
 def _files(folder: Path, methods: list[str]) -> dict[str, Path]:

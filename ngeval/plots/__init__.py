@@ -8,6 +8,7 @@ from ngeval.plots.comparison import kfac_figure, plot_ranking, ranking_figure
 from ngeval.plots.gamma import damping_figure, plot_damping, plot_stages, stages_figure
 from ngeval.plots.imbalance import imbalance_figure, plot_imbalance
 from ngeval.plots.layers import layers_figure, plot_layers
+from ngeval.plots.performance import performance_figure
 from ngeval.plots.style import FIGURE_SUFFIXES, STYLE, save_figure
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "imbalance_figure",
     "kfac_figure",
     "layers_figure",
+    "performance_figure",
     "plot_damping",
     "plot_imbalance",
     "plot_layers",

@@ -17,16 +17,16 @@ Values = Sequence[float | None]
 Grids = Mapping[str, Values] | Values | None
 """Values for all optimizers, or for some by name; None, or a name left out: the default grid."""
 
-AROUND = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+AROUND = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """The default grid of learning rates: multiples of the optimizer's own."""
 
 DAMPINGS: dict[str, tuple[float, ...]] = {
-    "ef": (1e-6, 1e-2),
-    "ief": (1e-6, 1e-2),
-    "sf": (1e-2, 1.0),
-    "ng": (1e-2, 1.0),
+    "ef": (1e-7, 1e-1),
+    "ief": (1e-7, 1e-1),
+    "sf": (1.0, 10.0),
+    "ng": (1.0, 10.0),
 }
-"""The default grid of dampings."""
+"""The default grid of dampings: the optimizer's own and another."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ngeval.tasks import Batch, Task
 from ngeval.training.measure import DivergedError, forward, to_device
 
 EXACT: dict[str, tuple[type[Optimizer], float]] = {
-    "ef": (EF, 0.1),
-    "ief": (iEF, 0.1),
+    "ef": (EF, 0.03),
+    "ief": (iEF, 0.3),
     "sf": (SF, 0.1),
     "ng": (NG, 0.1),
 }
