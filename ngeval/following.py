@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,5 +158,5 @@ def _check_same_parameters(function: ModelFunction) -> None:
 
 def sample_key(function: ModelFunction) -> tuple[object, ...]:
     """Kind, shapes and dtypes of a single sample: what a plan for the model was made on."""
-    named = tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
-    return (type(function.inputs), *named)
+    named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
+    return (type(function.inputs), *sorted(named, key=itemgetter(0)))
