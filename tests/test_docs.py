@@ -17,6 +17,7 @@ from ngeval.cli import app
 from ngeval.layers import COLUMNS as LAYER_COLUMNS
 from ngeval.methods import get_method
 from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.optim import EF, NG, SF, iEF
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -188,6 +189,31 @@ class TestOptimizers:
         for option in ("--optimizer-state", "--reduction", "--no-weight-decay", "--allow-pickle"):
             assert option in text
             assert option in help_text, option
+
+
+class TestTraining:
+    def test_python_as_written(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, object] = {}
+        python = [text for language, text in blocks("training.md") if language == "python"]
+        for text in python:
+            exec(compile(text, "training.md", "exec"), names)
+        shown = re.search(r"mean loss of the last batch: (\d\.\d\d) nats", capsys.readouterr().out)
+        assert shown is not None
+        assert float(shown[1]) < 1.5
+        assert (tmp_path / "state.pt").exists()
+
+    def test_defaults_of_the_page_are_those_of_the_classes(self):
+        text = (DOCS / "training.md").read_text()
+        for cls in (EF, iEF, SF, NG):
+            row = next(line for line in text.splitlines() if line.startswith(f"| `{cls.__name__}`"))
+            default = cls([torch.zeros(1, requires_grad=True)], 0.1).defaults["damping"]
+            assert float(row.split("|")[4]) == default
 
 
 class TestKronecker:

@@ -263,7 +263,7 @@ class TestFailuresLeaveAllUntouched:
         model, optimizer = started(cls)
         with (
             Untouched(model, optimizer),
-            pytest.raises(InputError, match="needs the ngeval.Problem"),
+            pytest.raises(InputError, match=r"needs the ngeval\.Problem"),
         ):
             optimizer.step(wrong) if wrong is not None else optimizer.step()
 
