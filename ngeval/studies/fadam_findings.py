@@ -208,9 +208,9 @@ def _power_graded(rows: pd.DataFrame, family: str) -> Finding:
     ratios = {
         f"ρ = {rho:g}": found for rho, found in power_ratios(rows, family).items() if rho != ROOT
     }
-    what = {"fisher": "f of FAdam's own state", "diag-ef": "batch's own diagonal Σₙ gₙ²"}
+    what = {"fisher": "of FAdam's own state", "diag-ef": "Σₙ gₙ² of the batch"}
     return Finding(
-        f"ρ = ½ brings g/f^ρ nearest to the natural gradient, f the {what[family]}",
+        f"ρ = ½ brings g/f^ρ nearest to the natural gradient, with f {what[family]}",
         f"{PAPER}, §3.4.1, put as a prediction on γ",
         decide([found.is_above(1) for found in ratios.values()]),
         f"γ over that at ρ = ½, along FAdam's training of the {TEXT}: {_told(ratios)}.",

@@ -102,12 +102,16 @@ class CharacterGpt(nn.Module):
 
 @cache
 def text() -> dict[str, Tensor]:
-    """The help topics as tokens: every tenth topic is validation, and every tenth is test."""
+    """The help topics as tokens: a tenth of the paragraphs is validation, and a tenth is test.
+
+    Topics quote each other, so a paragraph is taken once, wherever it comes again.
+    """
+    whole = "\n\n".join(topics[name] for name in sorted(topics))
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for index, name in enumerate(sorted(topics)):
+    for index, paragraph in enumerate(dict.fromkeys(whole.split("\n\n"))):
         kind = {8: "validation", 9: "test"}.get(index % 10, "train")
-        parts[kind].append(topics[name])
-    joined = {kind: "\n".join(found) for kind, found in parts.items()}
+        parts[kind].append(paragraph)
+    joined = {kind: "\n\n".join(found) for kind, found in parts.items()}
     common = Counter(joined["train"]).most_common(VOCABULARY - 1)
     codes = {character: code for code, (character, _) in enumerate(common)}
     return {
