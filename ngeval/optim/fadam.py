@@ -60,14 +60,14 @@ class FAdam(Optimizer):
     `torch.optim.AdamW`, to the last bit.
 
     What the paper leaves open is settled thus. A tensor whose gradient is zero throughout (or whose
-    RMS is, in its dtype) has ε̂ = ε: with ε̂ = 0 a step would be 0/0. ε̂^(2ρ) is kept above a power
-    of the dtype's least number for the same reason. Without clipping, weight decay takes no entry
-    past zero in a step: where f = 0, θ/ε̂^(2ρ) would throw it far beyond. Parameters in half
-    precision have a state in float32 and are stepped there. A gradient that is NaN or infinite
-    is not caught: as with torch's optimizers it spoils its own entry; the tensor is then not
-    clipped. An entry whose g² overflows (|g| > 10¹⁹ in float32) has f = ∞ and stands still.
+    RMS is, in its dtype) has ε̂ = ε: with ε̂ = 0 a step would be 0/0. For the same reason ε̂^(2ρ) is
+    at least 4·10⁻²⁹ in float32 (the least number to the power ¾). Without clipping, weight decay
+    takes no entry past zero in a step: where f = 0, θ/ε̂^(2ρ) would throw it far beyond. Parameters
+    in half precision have a state in float32 and are stepped there. A gradient that is NaN or
+    infinite is not caught: as with torch's optimizers it spoils its own entry; the tensor is then
+    not clipped. An entry whose g² overflows (|g| > 10¹⁹ in float32) has f = ∞ and stands still.
 
-    On a GPU the RMS values are read by the host, which waits for them three times a step.
+    On a GPU the RMS values are read by the host, which waits for them twice a step.
 
     Args:
         params: tensors, pairs of names and tensors, or groups of them with options of their own.
@@ -77,10 +77,10 @@ class FAdam(Optimizer):
         weight_decay: λ.
         clip: c; None does not clip.
         exponent: ρ in (0, 1]; ½ is the root of Adam, 1 divides by the Fisher itself.
-        debiased_fisher: see above, as the next three.
-        adaptive_epsilon: …
-        natural_momentum: …
-        natural_weight_decay: …
+        debiased_fisher: average g² with β̂₂; False: with β₂, and debias where it is used.
+        adaptive_epsilon: bound ε by the gradient's RMS.
+        natural_momentum: average ḡ; False: average g, debias, then divide.
+        natural_weight_decay: decay by w̄; False: by θ.
         maximize: go up the gradient.
         foreach: all tensors of a kind at once (None and True), or one after the other.
 
