@@ -35,6 +35,7 @@ def test_the_python_examples_run(capsys):
         ("optimizer = torch.optim.AdamW", "excess"),
         ("from ngeval.methods import ParameterState", "sign"),
         ("metric = ngeval.Metric(", ""),
+        ("optimizer = ngeval.optim.iEF", "mean loss"),
     ):
         exec(compile(block_with(start), "README.md", "exec"), names)
         assert said in capsys.readouterr().out
