@@ -417,3 +417,15 @@ class TestCommand:
         assert "interrupted" in result.stderr
         rows = pd.read_parquet(tmp_path / "training.parquet")
         assert rows.groupby("trial")["epoch"].apply(list).tolist() == [[0, 1], [0, 1]]
+
+
+class TestFewTrials:
+    @pytest.mark.parametrize(("trials", "dampings"), [(1, 1), (3, 1), (5, 1), (6, 2), (12, 2)])
+    def test_the_default_dampings_leave_learning_rates_to_try(self, trials, dampings):
+        plan = plan_trials(["sgd", "ief"], None, None, "grid", trials, 0)
+        assert {name: len(found) for name, found in plan.items()} == {"sgd": trials, "ief": trials}
+        assert len({trial.damping for trial in plan["ief"]}) == dampings
+
+    def test_dampings_that_are_given_are_kept(self):
+        plan = plan_trials(["ief"], None, [1e-7, 1e-3], "grid", 4, 0)
+        assert {trial.damping for trial in plan["ief"]} == {1e-7, 1e-3}

@@ -28,6 +28,9 @@ DAMPINGS: dict[str, tuple[float, ...]] = {
 }
 """The default grid of dampings: the optimizer's own and another."""
 
+FEWEST_RATES = 3
+"""With fewer learning rates for each, only the optimizer's own damping is tried by default."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -65,7 +68,8 @@ def plan_trials(
 ) -> dict[str, list[Trial]]:
     """The trainings that each optimizer is tried with: as many for one as for the others.
 
-    A grid is every learning rate with every damping. An optimizer without damping, or with fewer
+    A grid is every learning rate with every damping; of the default dampings only the optimizer's
+    own, where ``trials`` are few. An optimizer without damping, or with fewer
     dampings than another, has more learning rates for it, evenly spaced (in their logarithm)
     between the same ends; so has a grid of which ``trials`` asks for another number. A random
     search draws both log-uniformly between the ends of the same grids, at the same places for
@@ -94,7 +98,15 @@ def plan_trials(
     if kind == "random":
         return {name: _drawn(name, *grids[name], trials or 0, seed) for name in names}
     budget = trials or max(len(rates) * len(values) for rates, values in grids.values())
+    for name, (rates, values) in grids.items():
+        if _chosen(name, dampings, ()) == () and _is_too_small(budget, len(values)):
+            grids[name] = rates, [None]
     return {name: _product(name, *grids[name], budget, trials is None) for name in names}
+
+
+def _is_too_small(budget: int, count: int) -> bool:
+    """Whether so many default dampings would leave too few learning rates, or no grid at all."""
+    return budget % count > 0 or budget < FEWEST_RATES * count
 
 
 def _check_names(names: Sequence[str], learning_rates: Grids, dampings: Grids) -> None:
