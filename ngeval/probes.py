@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ngeval.checks import is_finite
 from ngeval.errors import EngineError, ModelError
 from ngeval.functional import ModelFunction, Parameters, map_inputs, model_errors
 from ngeval.jacobians import Choice
@@ -33,7 +34,7 @@ def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
             f"the model's outputs have shape {tuple(outputs.shape)}; expected "
             f"({function.num_samples}, …, outputs per sample), batch first"
         )
-    if not bool(torch.isfinite(outputs).all()):
+    if not is_finite(outputs):
         bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
         raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.spectrum import MOST_CUT, _check_finite
+from ngeval.spectrum import MOST_CUT, check_products
 
 LEAST = 1e-9
 """Least eigenvalue, with unit diagonal, of a matrix that float64 products are still good for."""
@@ -39,7 +39,7 @@ def solve_damped(
     Raises:
         NumericalError: K has NaN or infinite entries.
     """
-    _check_finite(matrix)
+    check_products(matrix)
     diagonal = matrix.diagonal()
     factor = _factor(matrix, diagonal, damping, 0.0)
     if factor is None:

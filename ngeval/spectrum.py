@@ -17,6 +17,7 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
+from ngeval.checks import is_finite
 from ngeval.errors import NumericalError
 
 GRADED_SIZE = 800
@@ -57,7 +58,7 @@ class Spectrum:
         Raises:
             NumericalError: R has NaN or infinite entries.
         """
-        _check_finite(rows)
+        check_products(rows)
         scale = rows.norm(dim=1).cpu()
         unit = (rows.cpu().double() * _inverse(scale).unsqueeze(1)).numpy()
         with _one_thread():
@@ -90,7 +91,7 @@ class Spectrum:
         Raises:
             NumericalError: A has NaN or infinite entries.
         """
-        _check_finite(matrix)
+        check_products(matrix)
         size = matrix.shape[0]
         epsilon = torch.finfo(torch.float64).eps
         cutoff = size * max(100 * epsilon, 10 * row_epsilon**2)
@@ -169,8 +170,13 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-def _check_finite(tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+def check_products(tensor: Tensor) -> None:
+    """Refuse rows, or products of them, that overflow.
+
+    Raises:
+        NumericalError: NaN or infinite entries.
+    """
+    if not is_finite(tensor):
         raise NumericalError(
             "per-sample gradients overflow at these weights (NaN or infinite inner products); "
             "try dtype=torch.float64"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ngeval.checks import is_finite
 from ngeval.errors import InputError, NumericalError
 from ngeval.problem import Problem
 
@@ -148,13 +149,12 @@ class ExactOptimizer(Optimizer):
             if length > max_norm:
                 update = update * (max_norm / length)
         originals = problem.function.originals
-        parts = {n: d.to(originals[n].dtype) for n, d in problem.function.unflatten(update).items()}
-        # A sum is not finite where an entry is not, and costs one look at all.
-        if not math.isfinite(
-            torch.stack([part.sum(dtype=torch.float64) for part in parts.values()]).sum()
-        ):
+        split = problem.function.unflatten(update)
+        parts = {name: part.to(originals[name].dtype) for name, part in split.items()}
+        narrowed = any(part.dtype != update.dtype for part in parts.values())
+        if narrowed or not is_finite(update):
             for name, part in parts.items():
-                if not bool(torch.isfinite(part).all()):
+                if not is_finite(part):
                     raise NumericalError(
                         f"the update of {name!r} is NaN or infinite; raise the damping (now "
                         f"{self.shared('damping'):g}), or try dtype=torch.float64"
