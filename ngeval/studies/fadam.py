@@ -107,7 +107,7 @@ PLANS: dict[Size, Plan] = {
     ),
     "full": Plan(
         5,
-        ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+        ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
         (200, 400, 300),
         ABLATED,
         POWERS,
@@ -273,5 +273,5 @@ STUDY = Study(
     run,
     figure,
     findings,
-    minutes=10,
+    minutes=9,
 )

@@ -93,8 +93,6 @@ def _plot_power_graded(rows: pd.DataFrame, axes: Axes) -> None:
         _line(axes, power_ratios(rows, family), index, label)
     axes.axvline(ROOT, color="black", linewidth=0.7)
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
     axes.set_xlabel("exponent ρ of the diagonal")
     axes.set_ylabel("γ of g/f^ρ over that at ρ = ½")
     axes.legend()

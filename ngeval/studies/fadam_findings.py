@@ -135,10 +135,10 @@ def _correction(rows: pd.DataFrame, name: str) -> Finding:
     extra = ""
     if name == "debiased Fisher":
         extra = " The two ways to debias are the same number but for rounding."
-    elif all(found == Interval(1, 1, 1) for found in ratios.values()):
-        extra = " Not a bit differs."
-    if name == "adaptive epsilon":
-        extra += " It does something only where a gradient's RMS is below 100 ε = 10⁻⁶."
+    elif name == "adaptive epsilon":
+        extra = " It does something only where a gradient's RMS is below 100 ε = 10⁻⁶."
+    elif name == "clipping":
+        extra = " Off, it is also off for the weight decay, which is large where f is small."
     return Finding(
         f"FAdam's correction “{name}” lowers the test loss",
         f"{PAPER}, {CLAIMS[name]}",
@@ -208,9 +208,9 @@ def _power_graded(rows: pd.DataFrame, family: str) -> Finding:
     ratios = {
         f"ρ = {rho:g}": found for rho, found in power_ratios(rows, family).items() if rho != ROOT
     }
-    what = {"fisher": "of FAdam's own state", "diag-ef": "Σₙ gₙ² of the batch"}
+    what = {"fisher": "f of FAdam's own state", "diag-ef": "f = Σₙ gₙ² of the batch"}
     return Finding(
-        f"ρ = ½ brings g/f^ρ nearest to the natural gradient, with f {what[family]}",
+        f"ρ = ½ brings g/f^ρ nearest to the natural gradient, with {what[family]}",
         f"{PAPER}, §3.4.1, put as a prediction on γ",
         decide([found.is_above(1) for found in ratios.values()]),
         f"γ over that at ρ = ½, along FAdam's training of the {TEXT}: {_told(ratios)}.",
