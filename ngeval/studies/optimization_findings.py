@@ -19,7 +19,7 @@ NAMES = {"ef": "EF", "sf": "SF", "adamw": "AdamW", "adafactor": "Adafactor", "sg
 
 
 def findings(rows: pd.DataFrame) -> list[Finding]:
-    """Compare iEF with EF and SF, and with the usual optimizers, in test accuracy and training loss.
+    """Compare iEF with EF and SF, and with the usual optimizers: test accuracy, training loss.
 
     Raises:
         InputError: iEF or all others are missing.

@@ -1,9 +1,10 @@
 """Text tasks of the study *optimization*: LoRA and prompt tuning of a small T5.
 
 The data and the pre-training are those of `ngeval.studies.docstrings`, but that the T5 is taught
-the areas of sentences of its own under other names, so that little is left to tune: which name goes
-with which label word. Sentences are padded to one length, and the answer is the first token of the
-label word, which no two classes share: accuracy is that of sentences.
+the areas of sentences of its own, with the template in front of them. The task's sentences come
+without it: what is left to tune is to answer with the area all the same. They are padded to one
+length, and the answer is the first token of the label word, which no two classes share: accuracy is
+that of sentences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ngeval.errors import TaskError
 from ngeval.optional import optional_module
-from ngeval.studies.docstrings import AREAS, TEMPLATE, Base, docstrings, labelled, pretrain, split
+from ngeval.studies.docstrings import AREAS, Base, docstrings, labelled, pretrain, split
 from ngeval.studies.images import adapted
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.sampling import shuffled_batches
@@ -32,9 +33,6 @@ VOCABULARY, RATE = 600, 5e-3
 LINEAR = ["q", "v", "wi", "wo"]
 VIRTUAL = 10
 """Tokens of a tuned prompt."""
-
-ALIASES = {"asyncio": "north", "email": "east", "http": "south", "decimal": "west"}
-"""What the areas are called in the pre-training."""
 
 
 class PromptTuned(nn.Module):
@@ -140,9 +138,9 @@ def _prepared(steps: int, sizes: tuple[int, int, int]) -> tuple[Any, list[Senten
         )
     parts = split(table, sizes)
     kept = {text for part in parts for text in part["text"]}
-    words = list(ALIASES.values())
-    taught = [
-        ("" if text in kept else words[label], text)
+    words = list(AREAS)
+    taught = [  # with an ending, by which `pretrain` does not take them for areas to be guessed
+        ("" if text in kept else f"{words[label]}.py", text)
         for text, label in zip(table["text"], table["label"], strict=True)
     ]
     with torch.random.fork_rng(devices=[]):
@@ -156,9 +154,12 @@ def _prepared(steps: int, sizes: tuple[int, int, int]) -> tuple[Any, list[Senten
 
 
 def _encoded(part: pd.DataFrame, tokenizer: Any, answers: list[int]) -> Sentences:
-    prompts = [TEMPLATE.format(text=text) for text in part["text"]]
     encoded = tokenizer(
-        prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        list(part["text"]),
+        padding="max_length",
+        truncation=True,
+        max_length=LENGTH,
+        return_tensors="pt",
     )
     chosen = torch.tensor([answers[label] for label in part["label"]]).unsqueeze(1)
     return Sentences(encoded["input_ids"], encoded["attention_mask"], chosen)
