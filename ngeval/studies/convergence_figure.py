@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngeval.plots.style import STYLE, styles_of
-from ngeval.studies.convergence_findings import CROSS_ENTROPY, REGRESSIONS, at_best_rate, at_pace
+from ngeval.studies.convergence_findings import CROSS_ENTROPY, REGRESSIONS, compared
 from ngeval.studies.statistics import geometric_intervals
 
 SHADES = ("#08306B", "#2171B5", "#6BAED6", "#C6DBEF")
@@ -32,7 +32,7 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 def _plot_times(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
     """Mean loss against t, over the curves that theory has it between."""
-    own = rows[rows["method"] == "ief"]
+    own = rows[(rows["method"] == "ief") & rows["low"].notna()]
     rates = sorted(own["learning_rate"].unique())
     finest = own[own["learning_rate"] == rates[0]]
     low, high = (finest.groupby("time")[end].mean() for end in ("low", "high"))
@@ -56,16 +56,15 @@ def _plot_times(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
 
 
 def _plot_steps(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
-    """Mean loss against steps, EF and SGD at the best learning rate of those tried."""
-    others = {name: at_best_rate(rows, kind, name) for name in ("ef", "sgd")}
-    for name, part in ({"ief": at_pace(rows, kind)} | others).items():
+    """Mean loss against steps, each optimizer at the best learning rate of those tried."""
+    for name, part in compared(rows, kind).items():
         colour, _, dash = styles_of(pd.DataFrame({"method": [name]}))[name]
         told = f"{name}, η = {part['learning_rate'].iloc[0]:g}"
         _band(axes, part, "step", colour, dash, told)
     axes.set_yscale("log")
     axes.set_xlabel("full-batch steps")
     axes.set_ylabel("mean training loss (nats)")
-    axes.set_title("EF, SGD at their best η of those tried")
+    axes.set_title("each at its best η of those tried")
     axes.legend()
 
 

@@ -106,15 +106,17 @@ def rank_correlation(
     """Spearman's ρ with a percentile bootstrap interval that draws whole groups of points.
 
     Points of one group (the batches of a checkpoint) are alike; drawn one by one they would make
-    the interval too narrow.
+    the interval too narrow. NaN where one of both is constant; without ends for fewer than three
+    groups.
     """
     across, up = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     places: dict[Any, list[int]] = {}
     for place, group in enumerate(groups):
         places.setdefault(group, []).append(place)
     members = [np.array(found) for found in places.values()]
-    if len(members) < 3:
-        return Interval(_spearman(across, up), math.nan, math.nan)
+    value = _spearman(across, up)
+    if len(members) < 3 or math.isnan(value):
+        return Interval(value, math.nan, math.nan)
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
@@ -123,7 +125,7 @@ def rank_correlation(
         drawn.append(_spearman(across[index], up[index]))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
-    return Interval(_spearman(across, up), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
