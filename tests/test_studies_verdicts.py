@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from ngeval import InputError
+from ngeval.performance import outcomes
 from ngeval.studies import convergence_findings, diagonal_findings, optimization_findings
 from ngeval.studies import why_ef_fails_findings as ef_findings
 from ngeval.studies.base import Finding
@@ -155,8 +156,8 @@ class TestWhyEfFails:
             ({"ief": 1.5}, "in proportion to"),
             ({"slope": 0.0}, "1/‖g_n‖"),
             ({"rising": False}, "imbalance"),
-            ({"ief_over": 3.0}, "SF at near-zero λ"),
-            ({"ief_over": 3.0}, "best damping"),
+            ({"ief_over": 9.0}, "SF at near-zero λ"),
+            ({"ief_over": 9.0}, "best damping"),
         ],
     )
     def test_each_can_fail(self, change, words):
@@ -308,7 +309,8 @@ class TestOptimization:
         assert verdicts[:4] == [PARTLY] * 4
 
     def test_differences_are_paired_by_seed(self):
-        found = optimization_findings.paired(training_rows(), "a", "adamw", "test_accuracy")
+        ended = outcomes(training_rows())
+        found = optimization_findings.paired(ended, "a", "adamw", "test_accuracy")
         rows = training_rows()
         last = rows[(rows["task"] == "a") & (rows["epoch"] == 1)].set_index("seed")
         own, other = (

@@ -27,33 +27,35 @@ def findings(rows: pd.DataFrame) -> list[Finding]:
     present = set(rows["optimizer"])
     if "ief" not in present or not present & set(NAMES):
         raise InputError("the rows lack iEF or what to compare it with; was the run interrupted?")
+    ended = outcomes(rows)
     return [
-        _compared(rows, others, what)
+        _compared(ended, others, what)
         for what in ("test_accuracy", "train_loss")
         for others in (EXACT, TUNED)
     ] + [_ranked(rows)]
 
 
-def paired(rows: pd.DataFrame, task: str, other: str, what: str) -> Interval:
+def paired(ended: pd.DataFrame, task: str, other: str, what: str) -> Interval:
     """Compare iEF with another optimizer on a task, over the seeds that both came to an end with.
 
     A seed gives both the same initial weights and order of samples, so differences are paired. Of
-    the training loss the difference of logarithms is taken.
+    the training loss the difference of logarithms is taken. ``ended`` is made by
+    `ngeval.performance.outcomes`.
     """
-    ended = outcomes(rows[rows["task"] == task]).set_index("seed")
-    own, others = (ended.loc[ended["optimizer"] == name, what] for name in ("ief", other))
+    single = ended[ended["task"] == task].set_index("seed")
+    own, others = (single.loc[single["optimizer"] == name, what] for name in ("ief", other))
     if what == "train_loss":
         own, others = np.log(own), np.log(others)
     return mean_interval((own - others).dropna())
 
 
-def _compared(rows: pd.DataFrame, others: Sequence[str], what: str) -> Finding:
+def _compared(ended: pd.DataFrame, others: Sequence[str], what: str) -> Finding:
     """Test accuracy or final training loss, a case for each task and other optimizer."""
     is_loss = what == "train_loss"
     held, told = [], []
-    for task in dict.fromkeys(rows["task"]):
+    for task in dict.fromkeys(ended["task"]):
         for other in others:
-            found = paired(rows, task, other, what)
+            found = paired(ended, task, other, what)
             held.append(found.is_below(0) if is_loss else found.is_above(0))
             shown = (
                 found.exp().text() if is_loss else Interval(*(100 * x for x in found)).text(".1f")

@@ -114,25 +114,30 @@ def rank_correlation(
     for place, group in enumerate(groups):
         places.setdefault(group, []).append(place)
     members = [np.array(found) for found in places.values()]
-    value = _spearman(across, up)
+    value = float(_spearman(across, up))
     if len(members) < 3 or math.isnan(value):
         return Interval(value, math.nan, math.nan)
     generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        chosen = generator.integers(len(members), size=len(members))
+    by_length: dict[int, list[np.ndarray]] = {}
+    for chosen in generator.integers(len(members), size=(resamples, len(members))):
         index = np.concatenate([members[i] for i in chosen])
-        drawn.append(_spearman(across[index], up[index]))
+        by_length.setdefault(len(index), []).append(index)
+    found = [_spearman(across[rows], up[rows]) for rows in map(np.stack, by_length.values())]
+    drawn = np.concatenate(found)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    ranks = [scipy.stats.rankdata(values) for values in (x, y)]
-    if min(np.ptp(values) for values in ranks) == 0:
-        return math.nan
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's ρ along the last axis, NaN where one of both is constant."""
+    ranks = [scipy.stats.rankdata(values, axis=-1) for values in (x, y)]
+    first, second = (values - values.mean(-1, keepdims=True) for values in ranks)
+    lengths = np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
+    products = (first * second).sum(-1)
+    with np.errstate(invalid="ignore"):
+        correlations: np.ndarray = products / lengths
+    return correlations
 
 
 def _quantile(freedom: float) -> float:

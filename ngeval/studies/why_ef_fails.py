@@ -59,7 +59,7 @@ class Plan:
 
 
 PLANS: dict[Size, Plan] = {
-    "quick": Plan(1, 2, 2, 40, (1e-9, SMALL, 1e-3, 1e-1, 10.0), 12),
+    "quick": Plan(1, 2, 2, 40, (SMALL, 1e-3, 1.0), 8),
     "full": Plan(3, 12, 4, 160, tuple(float(f"1e{k}") for k in range(-9, 4)), 150),
 }
 
