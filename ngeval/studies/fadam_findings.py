@@ -18,11 +18,11 @@ TEXT = "character GPT"
 FORMS = ("continuous regression", "discrete regression")
 
 CLAIMS = {
-    "debiased Fisher": "§3.4",
+    "debiased Fisher": "Algorithm 1",
     "adaptive epsilon": "§3.4.3",
     "clipping": "§3.4.3 and B.3",
     "natural momentum": "§3.4.2",
-    "natural weight decay": "§3.4",
+    "natural weight decay": "Algorithm 1",
 }
 """The corrections by name, and where the paper has them."""
 
@@ -118,7 +118,7 @@ def _better(rows: pd.DataFrame) -> Finding:
     }
     return Finding(
         "FAdam trains to a lower test loss than Adam",
-        f"{PAPER}, §4",
+        f"{PAPER}, experiments",
         decide([found.is_below(1) for found in ratios.values()]),
         f"Test loss of FAdam over AdamW's, both tuned, same seeds: {_told(ratios)}."
         + _at_edge(rows[(rows["without"].fillna("") == "") & (rows["exponent"] == ROOT)]),

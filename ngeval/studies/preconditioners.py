@@ -53,7 +53,7 @@ SIZES = {"quick": (2, 2, 1, 40, 3), "full": (5, 13, 4, 160, 12)}
 
 KFAC_SOURCE = "Wu et al., arXiv 2406.06420, comparison of KFAC's kinds"
 OWN = "not in the paper, which samples KFAC's labels"
-ADAM_SOURCE = "Hwang, arXiv 2405.12807, §3.4"
+ADAM_SOURCE = "Hwang, arXiv 2405.12807, §3.4.1"
 CLOSER = "KFAC with iEF's scaling is nearer to the natural gradient than KFAC with"
 KINDS = (
     ("sampled labels", SMALL, "kfac-sf", KFAC_SOURCE),
