@@ -2,12 +2,16 @@
 
 What was found out about the model (its engine, the plan of what to watch, how it rounds) is a
 matter of its wiring and of a single sample's shape, so that it is found once for each such shape.
+A model may be wired by what is in the batch, though (samples sorted by length), of which the first
+batch need not tell. So the probes are run again on the 2nd, 4th, 8th, … batch of a shape: n batches
+have log₂ n of them, whose part in the cost of a step goes to nothing.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -24,9 +28,15 @@ from ngeval.functional import (
     slots_of,
     version_of,
 )
-from ngeval.jacobians import OnePass, RowSource
+from ngeval.jacobians import OnePass, RowSource, choose_rows, still_right
 from ngeval.jacobians.capture import UnsupportedLayerError
-from ngeval.probes import run_model
+from ngeval.probes import (
+    adds_up,
+    check_gradients_add_up,
+    check_outputs,
+    check_repeatable,
+    run_model,
+)
 
 if TYPE_CHECKING:
     from ngeval.problem import Problem
@@ -39,14 +49,22 @@ class Chain:
     Attributes:
         engine: as it was asked for.
         probes: whether a newly chosen engine is probed.
-        found: the source of rows for each kind of sample, by `sample_key`.
+        found: the source of rows for each kind of batch, by `batch_key`.
+        seen: how many batches of each kind there were.
         latest: the problem that holds a recorded pass; only the last one does.
     """
 
     engine: str
     probes: bool
     found: dict[tuple[object, ...], RowSource]
+    seen: Counter[tuple[object, ...]] = field(default_factory=Counter)
     latest: weakref.ref[Problem] | None = None
+
+    def is_due(self, key: tuple[object, ...]) -> bool:
+        """Count a batch; whether the probes are run on it: one on which nothing was found."""
+        self.seen[key] += 1
+        count = self.seen[key] + 1  # with the batch on which the plan was found
+        return self.probes and count & (count - 1) == 0
 
     def keep(self, problem: Problem, recorded: OnePass | None) -> None:
         """Leave a recorded pass with its problem; that of the problem before is let go."""
@@ -60,24 +78,80 @@ class Chain:
 def following(problem: Problem, inputs: Inputs, targets: Tensor) -> Problem:
     """See `ngeval.problem.Problem.with_batch`."""
     function = at_present(problem.function, inputs)
-    found = problem._chain.found.get(sample_key(function))
+    key = batch_key(function)
+    found = problem._chain.found.get(key)
     if found is None:
         return _afresh(problem, inputs, targets)
     known = found.function
     function = replace(function, inner_epsilon=known.inner_epsilon, forward_mode=known.forward_mode)
     rows = replace(found, function=function)
+    if problem._chain.is_due(key):
+        made = _bound(problem, rows, run_model(function), targets)
+        if not _passes(made):
+            return _afresh(problem, inputs, targets)
     try:
         recorded = OnePass(rows) if OnePass.fits(rows, function.num_samples) else None
-    except UnsupportedLayerError:  # this batch takes another way through the model
+    except (UnsupportedLayerError, ModelError):  # this batch takes another way through the model
         return _afresh(problem, inputs, targets)
     raw = run_model(function) if recorded is None else recorded.outputs
-    made = problem.__new__(type(problem))
-    made._chain, made._attention = problem._chain, problem._attention
-    made.likelihood, made.function = problem.likelihood, function
-    made._bind(raw, targets)
-    made._take(rows)
+    made = _bound(problem, rows, raw, targets)
     made._chain.keep(made, recorded)
     return made
+
+
+def _bound(problem: Problem, rows: RowSource, raw: Tensor, targets: Tensor) -> Problem:
+    """The problem of outputs of the same model, with rows of a plan that was found before."""
+    made = problem.__new__(type(problem))
+    made._chain, made._attention = problem._chain, problem._attention
+    made.likelihood, made.function = problem.likelihood, rows.function
+    made._bind(raw, targets)
+    made._take(rows)
+    made._inherited = True
+    return made
+
+
+def _passes(problem: Problem) -> bool:
+    """Whether a plan that was found on another batch is right on this one, too.
+
+    Raises:
+        ModelError: two runs of the model differ.
+        EngineError: samples see each other.
+    """
+    raw = run_model(problem.function)
+    check_repeatable(problem.function, raw)
+    choice = still_right(problem.rows, raw, problem.residual)
+    return choice is not None and adds_up(choice, problem.function.unflatten(problem.gradient()))
+
+
+def plan_anew(problem: Problem) -> bool:
+    """Choose the engine on a problem's own batch, where it had that of another one.
+
+    For what only shows when rows are made: a model that is routed by its data may have no such
+    tensors as the plan says. Later batches of the kind have the new plan.
+
+    Returns:
+        Whether there was anything to choose: False if the plan was found on this very batch.
+
+    Raises:
+        ModelError: the weights have changed since the problem was made.
+        EngineError: no engine treats the model on this batch.
+    """
+    problem.function.check_unchanged()
+    if not problem._inherited:
+        return False
+    chain, function = problem._chain, problem.function
+    with torch.inference_mode(False):
+        raw = run_model(function)
+        check_outputs(function, raw)
+        memory = problem.rows.memory
+        choice = choose_rows(
+            function, chain.engine, memory, raw, problem.residual, check=chain.probes
+        )
+        problem._take(choice.rows)
+        if chain.probes:
+            check_gradients_add_up(choice, function.unflatten(problem.gradient()))
+    chain.found[batch_key(problem.function)] = problem.rows
+    return True
 
 
 def _afresh(problem: Problem, inputs: Inputs, targets: Tensor) -> Problem:
@@ -156,7 +230,12 @@ def _check_same_parameters(function: ModelFunction) -> None:
     )
 
 
-def sample_key(function: ModelFunction) -> tuple[object, ...]:
-    """Kind, shapes and dtypes of a single sample: what a plan for the model was made on."""
+def batch_key(function: ModelFunction) -> tuple[object, ...]:
+    """Kind, shapes and dtypes of a single sample, and whether it is alone: what plans are kept by.
+
+    All attributions of rows to samples are right where there is one sample: a plan that was found
+    there must not serve more.
+    """
     named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
-    return (type(function.inputs), *sorted(named, key=itemgetter(0)))
+    alone = function.num_samples == 1
+    return (type(function.inputs), alone, *sorted(named, key=itemgetter(0)))

@@ -109,6 +109,21 @@ def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
     Raises:
         EngineError: they do not add up.
     """
+    if off := _missed(choice, gradient):
+        raise EngineError(
+            "per-sample gradients do not add up to the batch gradient for "
+            f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
+            "treat this model rightly; try engine='loop', and report it"
+        )
+
+
+def adds_up(choice: Choice, gradient: Parameters) -> bool:
+    """Whether `check_gradients_add_up` finds no fault."""
+    return not _missed(choice, gradient)
+
+
+def _missed(choice: Choice, gradient: Parameters) -> list[str]:
+    """The parameters whose gradients do not add up, each with its relative gap."""
     size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
     tolerance = choice.rows.function.epsilon**0.5
     largest = max(size.values())
@@ -119,9 +134,4 @@ def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
         # A gradient that is zero but for rounding is as good as rounding allows.
         if gap > tolerance * (size[name] + 1000 * tolerance * largest):
             off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
-    if off:
-        raise EngineError(
-            "per-sample gradients do not add up to the batch gradient for "
-            f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
-            "treat this model rightly; try engine='loop', and report it"
-        )
+    return off

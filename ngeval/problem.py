@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ngeval.checks import Inputs
 from ngeval.errors import InputError
-from ngeval.following import Chain, following, sample_key
+from ngeval.following import Chain, batch_key, following
 from ngeval.functional import ModelFunction, Output, model_errors
 from ngeval.jacobians import OnePass, RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
@@ -132,7 +132,7 @@ class Problem:
             )
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self._take(choice.rows)
-        self._chain = Chain(engine, probes, {sample_key(self.function): self.rows})
+        self._chain = Chain(engine, probes, {batch_key(self.function): self.rows})
         if probes:
             check_gradients_add_up(choice, self.function.unflatten(self.gradient()))
 
@@ -151,14 +151,21 @@ class Problem:
         self.function = self.rows.function
         self._memory: dict[str, Any] = {}
         self._pass: OnePass | None = None
+        self._inherited = False  # a plan of another batch
 
     def with_batch(self, inputs: Inputs, targets: Tensor) -> Problem:
         """A problem of the same model, at the weights that it has now, on another batch.
 
         Likelihood, ``output=``, ``dtype=``, ``engine=`` and ``memory=`` are those of this problem,
-        and so is all that was found out about the model: no probe is run again. Only where a
-        single sample has another shape or dtype (a longer sequence) are the engine and its plan
-        chosen anew, once for each such shape; all problems of a chain share what was found.
+        and so is all that was found out about the model. Only where a single sample has another
+        shape or dtype (a longer sequence), or there is one sample where there were more (or more
+        where there was one), are the engine and its plan chosen anew, once for each such shape;
+        all problems of a chain share what was found.
+
+        The probes are run again on the 2nd, 4th, 8th, 16th, … batch of a shape, and the plan is
+        chosen anew if they fail; their part in the cost of a step goes to nothing. A model whose
+        wiring depends on the samples' values (sorted by length, routed) is thus found out where
+        such a batch shows it; between these batches a plan that went wrong is not noticed.
 
         Args:
             inputs: as for `Problem`; any number of samples.
@@ -168,6 +175,7 @@ class Problem:
             ModelError: train mode, NaN weights; a parameter was replaced by another tensor, or
                 its ``requires_grad`` was changed.
             InputError: inputs or targets do not fit.
+            EngineError: samples see each other, or no engine treats the model on this batch.
 
         Example:
             >>> import torch, ngeval

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import ngeval
 import ngeval.following
-from ngeval.errors import InputError, ModelError
-from ngeval.jacobians.onepass import OnePass
+from ngeval.errors import EngineError, InputError, ModelError
+from ngeval.jacobians.onepass import OnePass, PassRows
+from ngeval.optim.updates import empirical_update
 
 
 def batches(count: int, size: int = 6) -> tuple[Tensor, Tensor]:
@@ -266,3 +267,170 @@ class TestTheRecordedPass:
         following = first.with_batch(*batches(5))
         assert made == ["following"]
         same(following, ngeval.Problem(model, *batches(5), "categorical", engine="vmap"))
+
+
+class Siamese(nn.Module):
+    """Two inputs through one body, one batch behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(6, 4), nn.Linear(8, 3)
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(torch.cat([one, two])))
+        return self.out(torch.cat(hidden.chunk(2), 1))
+
+
+class ByLength(nn.Module):
+    """Sorts its samples by length inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        return self.out(torch.tanh(self.body(x[order])))[order.argsort()]
+
+
+class Unpadded(nn.Module):
+    """Its body sees the positions that are not padding, of all samples in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = x.reshape(len(x), 3, 2)
+        there = torch.arange(3) < lengths.unsqueeze(1)
+        hidden = x.new_zeros(*there.shape, 4)
+        hidden[there] = torch.tanh(self.body(x[there]))
+        return self.out(hidden.sum(1))
+
+
+def built(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().double().eval()
+
+
+def with_lengths(count: int, lengths: list[int]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    inputs, targets = batches(count)
+    return (inputs, torch.tensor(lengths)), targets
+
+
+EQUAL, MIXED = with_lengths(4, [3, 3, 3, 3]), with_lengths(4, [1, 3, 2, 3])
+
+
+class TestWiringThatTheFirstBatchDoesNotShow:
+    def fresh(self, model: nn.Module, inputs: object, targets: Tensor) -> ngeval.Problem:
+        return ngeval.Problem(model, inputs, targets, "categorical")
+
+    def test_one_sample_first(self):
+        model = built(Siamese)
+        inputs, targets = batches(4)
+        pair = inputs, inputs.flip(1)
+        problem = self.fresh(model, tuple(part[:1] for part in pair), targets[:1])
+        same(problem.with_batch(pair, targets), self.fresh(model, pair, targets))
+
+    def test_samples_sorted_inside_show_at_the_second_batch(self):
+        model = built(ByLength)
+        first = self.fresh(model, *EQUAL)
+        assert first.engine == "layers"
+        assert first.rows.plan.looped == []
+        same(first.with_batch(*MIXED), self.fresh(model, *MIXED))
+
+    def test_or_at_the_next_power_of_two(self):
+        model = built(ByLength)
+        problem = self.fresh(model, *EQUAL)
+        for _ in range(6):
+            problem = problem.with_batch(*EQUAL)
+        same(problem.with_batch(*MIXED), self.fresh(model, *MIXED))  # the eighth
+        same(problem.with_batch(*MIXED), self.fresh(model, *MIXED))
+
+    def test_a_plan_that_holds_is_kept(self):
+        model = built(ByLength)
+        problem = self.fresh(model, *MIXED)
+        plan = problem.rows.plan
+        for batch in (EQUAL, MIXED, EQUAL):
+            problem = problem.with_batch(*batch)
+            assert problem.rows.plan is plan
+
+    def test_probes_at_powers_of_two(self, monkeypatch: pytest.MonkeyPatch):
+        model, probed = mlp(), []
+        original = ngeval.following._passes
+
+        def counted(problem: ngeval.Problem) -> bool:
+            probed.append((number, problem.num_samples))
+            return original(problem)
+
+        monkeypatch.setattr(ngeval.following, "_passes", counted)
+        problem = first_of(model)
+        unprobed = first_of(model, probes=False)
+        for number in range(2, 18):
+            problem = problem.with_batch(*batches(1 + number % 3 // 2))  # alone but each third
+            unprobed = unprobed.with_batch(*batches(4))
+        assert probed == [(2, 2), (4, 1), (7, 1), (8, 2), (13, 1)]
+
+    def test_probes_leave_no_trace_in_the_numbers(self):
+        model = mlp()
+        problem, plain = first_of(model), first_of(model, probes=False)
+        for step in range(3):
+            problem, plain = (each.with_batch(*batches(3 + step)) for each in (problem, plain))
+            updates = [empirical_update(each, 1e-3, improved=True) for each in (problem, plain)]
+            assert torch.equal(*updates)
+
+    def test_samples_that_see_each_other_later(self):
+        class Meets(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.out = nn.Linear(6, 3)
+
+            def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+                shift = x.mean(0) if int(lengths.max()) > int(lengths.min()) else 0.0
+                return self.out(x - shift)
+
+        first = self.fresh(built(Meets), *EQUAL)
+        with pytest.raises(EngineError, match="see each other"):
+            first.with_batch(*MIXED)
+
+    def test_positions_left_out(self):
+        model = built(Unpadded)
+        problem = ngeval.Problem(model, *EQUAL, "categorical", probes=False)
+        with_plan = problem.with_batch(*MIXED)
+        assert not with_plan._inherited
+        same(with_plan, self.fresh(model, *MIXED))
+
+    @pytest.mark.parametrize("error", [RuntimeError, ModelError])
+    def test_an_error_where_rows_are_made(
+        self, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ):
+        model, twin = mlp(), mlp()
+        calls, original = [], PassRows.gram
+
+        def failing(rows: PassRows) -> Tensor:
+            calls.append(rows)
+            if len(calls) == 1:
+                raise error("The size of tensor a must match")
+            return original(rows)
+
+        optimizers = [ngeval.optim.iEF(m.parameters(), 0.1, damping=1e-2) for m in (model, twin)]
+        problems_of = [first_of(m).with_batch(*batches(5)) for m in (model, twin)]
+        optimizers[1].step(problems_of[1])
+        monkeypatch.setattr(PassRows, "gram", failing)
+        optimizers[0].step(problems_of[0])
+        assert len(calls) == 2
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+    def test_an_error_that_stays(self, monkeypatch: pytest.MonkeyPatch):
+        model = mlp()
+        optimizer = ngeval.optim.iEF(model.parameters(), 0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+
+        def failing(rows: PassRows) -> Tensor:
+            raise RuntimeError("The size of tensor a must match")
+
+        problem = first_of(model).with_batch(*batches(5))
+        monkeypatch.setattr(PassRows, "gram", failing)
+        with pytest.raises(EngineError, match=r"cannot be made \(The size of tensor"):
+            optimizer.step(problem)
+        assert all(map(torch.equal, before, model.parameters()))

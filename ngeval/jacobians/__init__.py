@@ -6,7 +6,7 @@ columns of S the square root of the Fisher, v = sampled residuals the sampled gr
 """
 
 from ngeval.jacobians.captured import CapturedRows, row_combinations
-from ngeval.jacobians.choose import Choice, choose_rows
+from ngeval.jacobians.choose import Choice, choose_rows, still_right
 from ngeval.jacobians.onepass import OnePass, PassRows
 from ngeval.jacobians.rows import (
     RowSource,
@@ -26,4 +26,5 @@ __all__ = [
     "row_combinations",
     "squared_column_sums",
     "squared_sums",
+    "still_right",
 ]

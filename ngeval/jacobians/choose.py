@@ -89,6 +89,48 @@ def choose_rows(
     return chosen
 
 
+def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | None:
+    """What a source of rows that was chosen on another batch gives on this one, None if wrong.
+
+    Compared as `choose_rows` does, with the one mode of tangents that was found.
+
+    Args:
+        rows: with the function at θ on this batch.
+        outputs: of the model on the batch, in its own dtype.
+        residual: u.
+    """
+    function = rows.function
+    probe = _Probe(function, outputs, residual)
+    both = _products_if_right(rows, probe)
+    if both is None and function.dtype.itemsize < 8:
+        # As in `choose_rows`: a ReLU that rounding flips is no fault.
+        with contextlib.suppress(ModelError):
+            double = replace(
+                _watched(function.converted(torch.float64)), forward_mode=function.forward_mode
+            )
+            wide = replace(rows, function=double)
+            if _products_if_right(wide, _Probe(double, outputs.double(), residual)) is not None:
+                both = probe.row_products(rows)
+    if both is None:
+        return None
+    return Choice(rows, probe.direction, {n: part[:, 1] for n, part in both.items()})
+
+
+def _products_if_right(rows: RowSource, probe: _Probe) -> Parameters | None:
+    """The probe's products of rows, None where they are wrong or cannot be made."""
+    try:
+        both = probe.row_products(rows)
+    except Exception as error:  # a plan may fail in any way where the model is wired otherwise
+        if is_out_of_memory(error):
+            raise
+        return None
+    products = {n: part[:, 0] for n, part in both.items()}
+    if probe.wrong_parameters(products):
+        return None
+    right = probe.agrees_with_tangent(products, rows.function.forward_mode)
+    return both if right else None
+
+
 def _first_right(
     names: Iterable[str], memory: int, check: bool, probe: _Probe
 ) -> tuple[Choice | None, list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ngeval.functional import ModelFunction, Parameters, autograd_enabled, model_errors
 from ngeval.jacobians.capture import (
     BATCHED_ENTRIES,
+    UnsupportedLayerError,
     _loop_term,
     _pull_back_singly,
     _pull_back_together,
@@ -22,6 +23,7 @@ from ngeval.jacobians.capture import (
 from ngeval.jacobians.captured import KEPT_SHARE
 from ngeval.jacobians.products import add_inner_products
 from ngeval.jacobians.rows import RowSource, from_lower
+from ngeval.jacobians.rules import Call
 from ngeval.jacobians.sums import can_sum, row_sums, with_rows
 from ngeval.jacobians.terms import Term, merged
 
@@ -40,7 +42,8 @@ class OnePass:
             source: of the layer engine.
 
         Raises:
-            UnsupportedLayerError: a module was called another number of times than in the plan.
+            UnsupportedLayerError: a module was called another number of times than in the plan,
+                or its output does not hold the batch's samples as it says.
         """
         if source.plan is None:
             raise ValueError("the pass of an engine without a plan cannot be recorded")
@@ -53,6 +56,7 @@ class OnePass:
             self.calls, self.copies, self.outputs = forward(
                 function, self.plan, function.inputs, fused=True, leaves=self.leaves
             )
+        _check_layouts(self.calls, function.num_samples)
 
     @staticmethod
     def fits(source: RowSource, num_samples: int, vectors: int = 1) -> bool:
@@ -147,6 +151,19 @@ class PassRows:
             )
         dense = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in found]
         return dict(zip(recorded.leaves, dense, strict=True))
+
+
+def _check_layouts(calls: list[Call], count: int) -> None:
+    """The watched outputs hold so many samples: not where others are left out, or come twice."""
+    for call in calls:
+        for index, tensor in call.outputs.items():
+            layout, shape = call.layout.outputs[index], call.layout.shapes[index]
+            if layout is None or shape is None:
+                continue
+            if len(shape) != tensor.ndim or tensor.shape[layout.dim] != count * layout.repeats:
+                raise UnsupportedLayerError(
+                    f"{call.owner.name} returns {tuple(tensor.shape)} for {count} samples"
+                )
 
 
 def _row_bytes(term: Term, function: ModelFunction) -> int:
