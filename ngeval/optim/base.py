@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngeval.checks import is_finite
-from ngeval.errors import InputError, NumericalError
+from ngeval.errors import EngineError, InputError, ModelError, NgevalError, NumericalError
+from ngeval.following import plan_anew
+from ngeval.jacobians.capture import UnsupportedLayerError
+from ngeval.memory import is_out_of_memory
+from ngeval.optim.state import as_number, check_state
 from ngeval.problem import Problem
 
 ProblemSource = Problem | Callable[[], Problem]
@@ -69,24 +73,35 @@ class ExactOptimizer(Optimizer):
         """The update d of a problem, which a step goes against: shape ``(P,)``."""
 
     # torch's own signature has a closure that returns a loss.
-    def step(self, problem: ProblemSource | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, problem: ProblemSource | None = None, closure: Callable[[], Problem] | None = None
+    ) -> Tensor:
         """Move the weights.
 
         Args:
             problem: the `Problem` of the batch at the present weights, or a function that returns
                 one. A model in train mode is refused: see ``docs/training.md``.
+            closure: such a function, under the name that torch has for it.
 
         Returns:
             The batch's mean loss (1/N) Σ_n ℓ_n before the step, in nats: float64, 0-d.
 
         Raises:
-            InputError: no problem was given, its trainable parameters are not the optimizer's, or
-                the groups disagree on what they share.
+            InputError: no problem was given, or two; its trainable parameters are not the
+                optimizer's; a group's setting is out of range, or the groups disagree on what they
+                share.
             ModelError: the problem is of earlier weights.
-            NumericalError: the update is not finite, or not defined on this batch.
+            EngineError: no engine treats the model on this batch.
+            NumericalError: the update is not finite, or not defined on this batch, or not known
+                closely enough.
         """
+        for group in self.param_groups:
+            _check_settings(group)
+        if problem is not None and closure is not None:
+            raise InputError(f"{type(self).__name__}.step takes a problem or a closure, not both")
+        given = problem if closure is None else closure
         with torch.enable_grad():
-            found = problem() if callable(problem) else problem
+            found = given() if callable(given) else given
         if not isinstance(found, Problem):
             raise InputError(
                 f"{type(self).__name__}.step needs the ngeval.Problem of the batch, or a function "
@@ -94,9 +109,44 @@ class ExactOptimizer(Optimizer):
                 "optimizer.step(first_problem.with_batch(inputs, targets))"
             )
         names = self._names_of(found)
-        updates = self._clipped(found, self.direction(found, self.shared("damping")))
+        updates = self._clipped(found, self._direction(found, self.shared("damping")))
         self._apply({parameter: updates[name] for name, parameter in names.items()})
         return found.loss.mean()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state of the same class and of parameters of the same shapes.
+
+        Raises:
+            InputError: it is of another optimizer or of another model, or a setting in it is out
+                of range; nothing has changed.
+        """
+        foreign = {*SHARED} - self.defaults.keys()
+        check_state(self, state_dict, (MOMENTUM,), foreign)
+        for group in state_dict["param_groups"]:
+            _check_settings(group)
+        super().load_state_dict(dict(state_dict))
+
+    def _direction(self, problem: Problem, damping: float) -> Tensor:
+        """The update; where a plan of another batch fails on this one, by a plan of its own."""
+        try:
+            return self.direction(problem, damping)
+        except Exception as error:
+            expected = isinstance(error, ModelError | UnsupportedLayerError)
+            if is_out_of_memory(error) or (isinstance(error, NgevalError) and not expected):
+                raise
+            if not plan_anew(problem):
+                raise
+        try:
+            return self.direction(problem, damping)
+        except NgevalError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"the per-sample gradients of this batch cannot be made ({error}), also with a "
+                "plan of its own; try engine='loop' in the first Problem, and report it"
+            ) from error
 
     def shared(self, name: str) -> Any:
         """A setting that all groups have in common; a scheduler may have changed it.
@@ -187,7 +237,8 @@ class ExactOptimizer(Optimizer):
         for parameter, update in zip(parameters, updates, strict=True):
             state = self.state[parameter]
             if MOMENTUM in state:
-                state[MOMENTUM].mul_(momentum).add_(update)
+                # The model may have been brought to another dtype or device.
+                state[MOMENTUM] = state[MOMENTUM].to(update).mul_(momentum).add_(update)
             else:
                 state[MOMENTUM] = update.clone(memory_format=torch.preserve_format)
             buffers.append(state[MOMENTUM])
@@ -203,15 +254,13 @@ def _check_settings(settings: dict[str, Any]) -> None:
         "weight_decay": (lambda x: x >= 0, "≥ 0"),
         "max_norm": (lambda x: x > 0, "> 0, or None"),
         "mc_samples": (lambda x: x >= 1 and x == int(x), "a whole number ≥ 1"),
+        "seed": (lambda x: x == int(x), "a whole number"),
     }
     for name, (allowed, words) in ranges.items():
         value: Any = settings.get(name)
         if name not in settings or (name == "max_norm" and value is None):
             continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
+        number = as_number(value)
         if not (math.isfinite(number) and allowed(number)):
             raise InputError(f"{name} must be {words}, not {value!r}")
 

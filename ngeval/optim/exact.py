@@ -22,10 +22,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ngeval.errors import NumericalError
 from ngeval.methods.natural import NaturalGradient
+from ngeval.natural import KrylovSolver
 from ngeval.optim.base import ExactOptimizer
 from ngeval.optim.updates import empirical_update, sampled_update
 from ngeval.problem import Problem
+
+STEP_GAP = 1e-3
+"""The relative gap between the bounds on γ up to which an update of `NG` is taken."""
 
 
 class EF(ExactOptimizer):
@@ -127,7 +132,11 @@ class SF(ExactOptimizer):
 
 
 class NG(ExactOptimizer):
-    """The exact damped natural gradient d = (F + λI)⁻¹g."""
+    """The exact damped natural gradient d = (F + λI)⁻¹g.
+
+    Where N times the number of outputs is beyond what is decomposed, by a Krylov run, which must
+    know γ of the update within `STEP_GAP`.
+    """
 
     def __init__(
         self,
@@ -161,8 +170,22 @@ class NG(ExactOptimizer):
         )
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
-        """(F + λI)⁻¹g."""
-        return NaturalGradient().prepare(problem).direction(damping)
+        """(F + λI)⁻¹g.
+
+        Raises:
+            NumericalError: a Krylov run stopped before its bounds on γ were within `STEP_GAP`.
+        """
+        state = NaturalGradient().prepare(problem)
+        update = state.direction(damping)
+        gap = state.solver.bounds([damping]).gap if isinstance(state.solver, KrylovSolver) else 0.0
+        if not gap <= STEP_GAP:
+            raise NumericalError(
+                f"NG: after {state.solver.iterations} Krylov iterations the natural gradient is "
+                f"not known closely enough for a step: γ only within {gap:.1e}, and "
+                f"{STEP_GAP:g} is asked for; raise memory= of the Problem, take a smaller batch, "
+                f"or raise the damping (now {damping:g})"
+            )
+        return update
 
 
 def draw_seed(seed: int, step: int) -> int:
