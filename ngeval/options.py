@@ -19,6 +19,8 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.krylov import GAP
 
 MAX_SEED = 2**32 - 1
+MAX_COUNT = 10_000
+"""Values in a range; more are a typing error."""
 
 SeedOption = Annotated[
     int, typer.Option(min=0, max=MAX_SEED, help="For batches, sampled labels and training.")
@@ -271,8 +273,10 @@ def parse_dampings(text: str) -> list[float]:
         raise InputError(
             f"damping {text!r}: write a comma list like 0,1e-6,1 or low:high:count like 1e-8:1e4:50"
         ) from error
-    if not (0 < ends[0] <= ends[1] < math.inf) or number < 1:
-        raise InputError(f"damping range {text!r} needs 0 < low ≤ high and count ≥ 1")
+    if not (0 < ends[0] <= ends[1] < math.inf) or not 1 <= number <= MAX_COUNT:
+        raise InputError(
+            f"damping range {text!r} needs 0 < low ≤ high and a count from 1 to {MAX_COUNT}"
+        )
     # Rounded to 12 digits, so that 1e-06 is there as typed and can be asked for.
     return [float(f"{value:.12g}") for value in np.geomspace(*ends, number)]
 

@@ -19,19 +19,27 @@ FIGURES = ("test_accuracy", "test_loss", "train_loss")
 """What has a mean and an interval: the first two at the best validation epoch, the third after
 the last one."""
 
-NEEDED = (
-    "task",
-    "optimizer",
-    "phase",
+TEXTS: dict[str, tuple[str, ...]] = {
+    "task": (),
+    "optimizer": (),
+    "phase": ("search", "final"),
+    "monitor": ("train_loss", "validation_loss", "validation_accuracy"),
+    "status": ("ok", "diverged", "failed"),
+}
+"""The columns of text that are needed, with what may stand there (anything, where nothing is
+listed)."""
+
+WHOLE = ("trial", "seed", "epoch")
+"""The columns of whole numbers that are needed; no row lacks one."""
+
+NUMBERS = (
     "learning_rate",
     "damping",
-    "monitor",
-    "seed",
-    "epoch",
-    "status",
     "train_loss",
     *(f"{part}_{what}" for part in ("validation", "test") for what in ("loss", "accuracy")),
 )
+"""The columns of finite numbers that are needed, where some may be missing; ``train_accuracy`` is
+one more where nothing is held out."""
 
 
 def t_interval(
@@ -61,17 +69,77 @@ def t_interval(
     return mean, mean - half, mean + half
 
 
-def check_rows(rows: pd.DataFrame) -> None:
-    """Raise unless a table has what performance is made from.
+def checked_rows(rows: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
+    """A table's rows, once it is known that performance can be made from them.
+
+    Args:
+        rows: as they were read, also those that somebody edited.
+        source: what they were read from, for messages.
+
+    Returns:
+        The rows, with columns of one kind each: texts, whole numbers, numbers with NaN where there
+        are none. Columns that are not needed stay as they are.
 
     Raises:
-        InputError: a column is missing.
+        InputError: a column is missing, or holds what it cannot.
     """
-    missing = [name for name in NEEDED if name not in rows]
+    missing = [name for name in (*TEXTS, *WHOLE, *NUMBERS) if name not in rows]
     if missing:
         raise InputError(
-            f"the table has no column {', '.join(missing)}; performance is made from the rows of "
+            f"{source} has no column {', '.join(missing)}; performance is made from the rows of "
             "`ngeval train` with several settings, optimizers or seeds (training.parquet)"
+        )
+    columns = {name: _text(rows[name], allowed, source) for name, allowed in TEXTS.items()}
+    columns |= {name: _whole(rows[name], source) for name in WHOLE}
+    numbers = (*NUMBERS, "train_accuracy") if "train_accuracy" in rows else NUMBERS
+    columns |= {name: _numbers(rows[name], source) for name in numbers}
+    return rows.assign(**columns)
+
+
+def _text(column: pd.Series, allowed: Sequence[str], source: str) -> pd.Series:
+    # A task may be called 1, which a CSV file gives back as a number.
+    fits = [
+        isinstance(value, str | int | float)
+        and not _is_nan(value)
+        and (not allowed or value in allowed)
+        for value in column
+    ]
+    _refuse(column, fits, " or ".join(allowed) or "text", source)
+    return column.astype(str)
+
+
+def _whole(column: pd.Series, source: str) -> pd.Series:
+    values = _as_numbers(column)
+    _refuse(column, np.isfinite(values) & (values == np.round(values)), "whole numbers", source)
+    return values.astype("int64")
+
+
+def _numbers(column: pd.Series, source: str) -> pd.Series:
+    values = _as_numbers(column)
+    fits = [
+        math.isfinite(number) or told is None or told is pd.NA or _is_nan(told)
+        for told, number in zip(column, values, strict=True)
+    ]
+    _refuse(column, fits, "finite numbers, or nothing", source)
+    return values
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """The numbers of a column, NaN where there is something else."""
+    plain = [value if isinstance(value, int | float | np.number) else math.nan for value in column]
+    return pd.Series(plain, index=column.index, dtype=float)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _refuse(column: pd.Series, fits: Sequence[bool] | pd.Series, wanted: str, source: str) -> None:
+    wrong = np.flatnonzero(~np.asarray(fits, dtype=bool))
+    if len(wrong):
+        raise InputError(
+            f"{source}: column {column.name} has {column.tolist()[wrong[0]]!r} in row "
+            f"{wrong[0] + 1}; it should hold {wanted}"
         )
 
 
@@ -90,7 +158,7 @@ def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: the table is of another kind.
     """
-    check_rows(rows)
+    rows = checked_rows(rows)
     ended = rows[(rows["phase"] == "final") & (rows["status"] == "ok")]
     records = [
         _outcome(part.sort_values("epoch"))
@@ -122,7 +190,7 @@ def _outcome(rows: pd.DataFrame) -> dict[str, object]:
         "data": data,
         "best_epoch": told["epoch"],
         "test_loss": told[f"{data}_loss"],
-        "test_accuracy": told[f"{data}_accuracy"],
+        "test_accuracy": told.get(f"{data}_accuracy", math.nan),
         "train_loss": rows["train_loss"].iloc[-1],
     }
 
@@ -148,6 +216,7 @@ def performance(rows: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
     Raises:
         InputError: the table is of another kind.
     """
+    rows = checked_rows(rows)
     ended = outcomes(rows)
     records = [
         _performance(

@@ -14,6 +14,7 @@ from test_cli import run
 from ngeval import InputError, console
 from ngeval.performance import average_ranks, outcomes, performance, t_interval
 from ngeval.plots import performance_figure
+from ngeval.results import ResultFile
 from ngeval.training import COLUMNS
 
 ACCURACIES = {"sgd": [0.90, 0.92, 0.97], "ief": [0.95, 0.96, 0.96], "ef": [0.5, 0.7, 0.6]}
@@ -207,6 +208,12 @@ class TestPerformance:
         with pytest.raises(InputError, match="sgd on digits with seed 0 twice"):
             performance(pd.concat([training(), training()]))
 
+    def test_numbers_that_a_file_kept_as_objects(self):
+        rows = tuned()
+        as_read = rows.assign(task="1", damping=None, seed=rows["seed"].astype("Int64"))
+        expected = performance(rows.assign(task="1"))
+        pd.testing.assert_frame_equal(performance(as_read), expected)
+
     def test_another_table_is_refused(self):
         with pytest.raises(InputError, match=r"no column phase.*training\.parquet"):
             performance(training().drop(columns="phase"))
@@ -327,6 +334,71 @@ class TestCommand:
         tuned({"ief": [0.9]}).to_parquet(tmp_path / "c.parquet")
         result = run("compare", "--trained", files[0], tmp_path / "c.parquet", code=2)
         assert "ief on digits is in" in result.stderr
+
+    @pytest.mark.parametrize("kind", [".csv", ".parquet", ".jsonl"])
+    @pytest.mark.parametrize(
+        ("column", "value", "wanted"),
+        [
+            ("task", None, "text"),
+            ("optimizer", None, "text"),
+            ("monitor", "nonsense", "train_loss or validation_loss or validation_accuracy"),
+            ("monitor", None, "train_loss or"),
+            ("status", "bogus", "ok or diverged or failed"),
+            ("phase", "last", "search or final"),
+            ("seed", None, "whole numbers"),
+            ("seed", 0.5, "whole numbers"),
+            ("trial", "first", "whole numbers"),
+            ("epoch", "last", "whole numbers"),
+            ("test_loss", "abc", "finite numbers"),
+            ("damping", "x", "finite numbers"),
+            ("train_accuracy", "most", "finite numbers"),
+        ],
+    )
+    def test_rows_that_somebody_edited(self, tmp_path, kind, column, value, wanted):
+        rows, file = tuned().reset_index(drop=True), tmp_path / f"edited{kind}"
+        # Parquet keeps a column's kind: there it was edited as a whole.
+        rows[column] = rows[column].astype(object if kind != ".parquet" else type(value or ""))
+        rows.loc[1 if kind != ".parquet" else slice(None), column] = value
+        with ResultFile(file) as target:
+            target.append(rows)
+        result = run("compare", "--trained", file, code=2)
+        assert f"edited{kind}: column {column} has " in result.stderr
+        assert f"should hold {wanted}" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_losses_that_are_infinite(self, tmp_path):
+        training(train_loss=[1.0, 0.5, math.inf]).to_parquet(tmp_path / "inf.parquet")
+        result = run("compare", "--trained", tmp_path / "inf.parquet", "-o", tmp_path / "o", code=2)
+        assert "inf.parquet: column train_loss has inf in row 3" in result.stderr
+        assert not list((tmp_path / "o").iterdir())
+
+    def test_no_such_file_or_folder(self, tmp_path):
+        assert "typo does not exist" in run("compare", "--trained", "typo", code=2).stderr
+        result = run("compare", "--trained", tmp_path, code=2)
+        assert f"{tmp_path} holds no training.parquet" in result.stderr
+
+    @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+    def test_a_picture_alone(self, files, tmp_path, kind):
+        run("compare", "--trained", files[0], "-q", "-o", tmp_path / f"x.{kind}")
+        assert (tmp_path / f"x.{kind}").stat().st_size > 1000
+        assert not list(tmp_path.rglob("performance.*"))
+
+    def test_of_nothing_there_is_no_picture(self, tmp_path):
+        lost("sgd", 0).to_parquet(tmp_path / "lost.parquet")
+        args = ("compare", "--trained", tmp_path / "lost.parquet", "-o")
+        assert "nothing to draw" in run(*args, tmp_path / "x.png", code=2).stderr
+        run(*args, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["performance.csv"]
+
+    def test_the_rows_are_not_written_over(self, files):
+        before = files[1].read_bytes()
+        result = run("compare", "--trained", files[1], "-o", files[1], "--force", code=2)
+        assert "holds the rows that are compared" in result.stderr
+        assert files[1].read_bytes() == before
+
+    def test_a_grading_writes_into_a_folder(self, tmp_path):
+        args = ("-t", "digits-mlp", "-c", "x", "-o", tmp_path / "x.png")
+        assert "give a folder" in run("compare", *args, code=2).stderr
 
     def test_another_table(self, tmp_path):
         pd.DataFrame({"gamma": [1.0]}).to_csv(tmp_path / "g.csv", index=False)

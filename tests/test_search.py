@@ -118,6 +118,9 @@ class TestPlan:
             (["sgd", "iff"], {}, "did you mean 'ief'"),
             (["sgd"], {"kind": "gird"}, "grid, random"),
             (["sgd"], {"trials": 0}, "at least 1"),
+            (["sgd"], {"trials": 100_000_000}, "trials must be at least 1 and at most 1000"),
+            (["ief"], {"trials": 1001, "kind": "random"}, "at most 1000, not 1001"),
+            (["ief"], {"rates": [0.1 + i for i in range(501)]}, "at most 1000, not 1002"),
             (["sgd"], {"kind": "random"}, "needs a number of trials"),
             (["sgd", "adamw"], {"dampings": [1.0]}, "no damping"),
             (["sgd"], {"rates": [0.1, -1.0]}, "learning rate must be positive"),
@@ -211,6 +214,7 @@ class TestSearch:
         ("options", "message"),
         [
             ({"seeds": 0}, "seeds must be at least 1"),
+            ({"seeds": 1001}, "seeds must be at least 1 and at most 1000"),
             ({"patience": 1, "task": ALONE}, "'alone' has none"),
             ({"epochs": -1}, "epochs must be ≥ 0"),
             ({"max_norm": -1.0}, "max norm must be positive"),
@@ -255,6 +259,26 @@ class TestWhatBreaksOff:
         assert lost["epoch"].tolist() == [0]
         assert set(rows.loc[rows["optimizer"] == "sgd", "status"]) == {"ok"}
 
+    def test_a_rate_beyond_the_range_of_numbers_has_diverged(self):
+        rows = rows_of(search("adamw", learning_rates=[1e-3, 1e300]))
+        lost = rows[rows["status"] != "ok"]
+        assert set(lost["learning_rate"]) == {1e300}
+        assert set(lost["status"]) == {"diverged"}
+        assert lost["reason"].str.contains("AdamW's step failed: RuntimeError: value cannot").all()
+
+    def test_anothers_step_that_fails_has_failed(self):
+        rows = rows_of(search("trainings.Fifth", "sgd", epochs=5, learning_rates=[0.1]))
+        lost = rows[rows["optimizer"] == "trainings.Fifth"]
+        assert lost["epoch"].tolist() == [0, 1, 2, 3]
+        assert set(lost["status"]) == {"failed"}
+        assert lost["reason"].str.contains("the fifth step").all()
+        assert set(rows.loc[rows["optimizer"] == "sgd", "status"]) == {"ok"}
+
+    def test_one_that_takes_no_gradient_is_refused_before_any_work(self, monkeypatch):
+        monkeypatch.setattr(Training, "run", lambda self: pytest.fail("it trains"))
+        with pytest.raises(InputError, match=r"torch\.optim\.SparseAdam.*dense gradients"):
+            rows_of(search("sgd", "torch.optim.SparseAdam"))
+
     def test_a_task_that_fails_is_an_error(self):
         def broken(*args):
             yield next(iter(load_batches(*args)))
@@ -294,6 +318,15 @@ class TestFiles:
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
         other = rows_of(dataclasses.replace(job, learning_rates=[0.2], force=True))
         assert_frame_equal(pd.read_parquet(tmp_path / "training.parquet"), other)
+
+    def test_checkpoints_of_a_single_run_are_not_mixed_in(self, tmp_path):
+        list(Training(CLASSES, tmp_path, "sgd", epochs=0).run())
+        job = search("sgd", learning_rates=[0.1, 0.2], output=tmp_path)
+        with pytest.raises(OutputError, match=r"holds checkpoints .*epoch-000\.json"):
+            next(job.run())
+        assert len(list(tmp_path.iterdir())) == 3  # and no folder for a seed
+        rows_of(dataclasses.replace(job, force=True))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["sgd", "training.parquet"]
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +411,10 @@ class TestCommand:
             (("--lr", "0.1:x"), "--lr '0.1:x': write a number"),
             (("--damping", ""), "--damping '': write a number"),
             (("--seeds", "0"), "seeds must be at least 1"),
+            (("--trials", "100000000"), "at most 1000"),
+            (("--lr", "0.1:1:100000000"), "--lr '0.1:1:100000000': write a number"),
+            (("--optimizer", "torch.optim.LBFGS"), "cannot be stepped on a dense gradient alone"),
+            (("--optimizer", "ngeval.optim.SF", "--seeds", "2"), "train with 'sf'"),
             (("--search", "random"), "needs a number of trials"),
             (("--search", "bayes"), "'bayes'; write one of grid, random"),
             (("--optimizer", ","), "at least one optimizer"),

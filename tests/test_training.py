@@ -198,6 +198,10 @@ class TestSettings:
         assert [group["lr"] for group in rates] == pytest.approx([0.05, 0.0])
         assert [group["initial_lr"] for group in rates] == [0.1, 0.1]
 
+    def test_fadam_by_its_class_is_fadam(self):
+        paths = [reports(optimizer=name)[-1].train_loss for name in ("fadam", "ngeval.optim.FAdam")]
+        assert paths[0] == paths[1]
+
     def test_json_has_the_settings_in_force(self, tmp_path):
         list(Training(CLASSES, tmp_path, "sf:2", epochs=0, damping=0.25, schedule="linear").run())
         told = json.loads((tmp_path / "epoch-000.json").read_text())
@@ -221,6 +225,11 @@ class TestSettings:
             ({"optimizer": "adamw", "momentum": 0.5}, "adamw has no momentum"),
             ({"optimizer": "rprop", "weight_decay": 0.5}, "rprop has no weight decay"),
             ({"optimizer": "iff"}, "did you mean 'ief'"),
+            ({"optimizer": "torch.optim.LBFGS"}, "LBFGS' cannot be stepped on a dense gradient"),
+            ({"optimizer": "torch.optim.SparseAdam"}, "does not support dense gradients"),
+            ({"optimizer": "ngeval.optim.iEF"}, "train with 'ief'"),
+            ({"optimizer": "ngeval.optim.exact.NG"}, "train with 'ng'"),
+            ({"optimizer": "trainings.Own"}, "train with 'ief'"),
             ({"optimizer": "ief:2"}, "only sf takes a number"),
             ({"optimizer": "sf:0"}, "only sf takes a number"),
             ({"optimizer": "sf:x"}, "only sf takes a number"),
@@ -246,6 +255,19 @@ class TestSettings:
         with pytest.raises(InputError, match=message):
             next(Training(task, tmp_path / "run", **options).run())
         assert not (tmp_path / "run").exists()
+
+
+class TestFolder:
+    def test_of_an_earlier_search_is_not_taken_without_force(self, tmp_path):
+        table = tmp_path / "training.parquet"
+        table.write_text("of hours")
+        job = Training(CLASSES, tmp_path, "sgd", epochs=0)
+        with pytest.raises(ngeval.OutputError, match=r"holds training\.parquet of an earlier"):
+            next(job.run())
+        assert [path.name for path in tmp_path.iterdir()] == ["training.parquet"]
+        list(dataclasses.replace(job, force=True).run())
+        assert not table.exists()
+        assert len(list(tmp_path.iterdir())) == 3
 
 
 class TestReports:
@@ -321,6 +343,17 @@ class TestDivergence:
         task = dataclasses.replace(CLASSES, build_model=lambda: Mixing(4, 3))
         with pytest.raises(ngeval.EngineError):
             reports(task, optimizer="ief")
+
+    @pytest.mark.parametrize("name", ["sgd", "adamw", "fadam", "ief", "torch.optim.Adam"])
+    def test_a_rate_beyond_the_range_of_numbers(self, name):
+        with pytest.raises(DivergedError, match="training diverged"):
+            reports(optimizer=name, learning_rate=1e300)
+
+    def test_what_anothers_step_raises_is_said_to_be_that(self):
+        found = Training(CLASSES, None, "trainings.Fifth", epochs=2, batch_size=16).run()
+        assert [next(found).epoch, next(found).epoch] == [0, 1]
+        with pytest.raises(ngeval.ModelError, match="Fifth's step failed: KeyError: 'the fifth st"):
+            next(found)
 
     def test_numbers_that_are_finite_are_no_divergence(self):
         found = reports(optimizer="sgd", learning_rate=50.0)

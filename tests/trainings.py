@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from ngeval.optim import iEF
 from ngeval.tasks import Task
 
 SAMPLES = 48
@@ -75,3 +76,21 @@ DROPPED = dataclasses.replace(
     ),
 )
 """With modules that differ in train and eval mode."""
+
+
+class Fifth(torch.optim.SGD):
+    """An optimizer of somebody else's, which takes four steps and no more."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.left = 4
+
+    def step(self, closure=None):
+        if self.left == 0:
+            raise KeyError("the fifth step")
+        self.left -= 1
+        return super().step(closure)
+
+
+class Own(iEF):
+    """A class made from one of the exact ones."""

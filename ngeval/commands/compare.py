@@ -12,7 +12,7 @@ from ngeval import console
 from ngeval.commands.common import say
 from ngeval.commands.grading import grade
 from ngeval.comparison import ranking
-from ngeval.errors import InputError
+from ngeval.errors import InputError, OutputError
 from ngeval.methods import get_methods
 from ngeval.options import (
     ForceOption,
@@ -26,7 +26,7 @@ from ngeval.options import (
     parse_dampings,
     takes_options,
 )
-from ngeval.performance import check_rows, performance
+from ngeval.performance import checked_rows, performance
 from ngeval.plots import (
     FIGURE_SUFFIXES,
     kfac_figure,
@@ -37,7 +37,7 @@ from ngeval.plots import (
 from ngeval.plots.comparison import KFAC_METHODS
 from ngeval.prepared import check_dampings
 from ngeval.results import ResultFile, check_output, read_results
-from ngeval.training.search import RESULTS
+from ngeval.training.run import RESULTS
 
 METHODS = (
     "sgd,ef,ief,sf,diag,diag-ef:0.5,kfac,kfac-sf,kfac-ef,kfac-ief,ekfac,momentum:20,adam:20,"
@@ -58,7 +58,9 @@ def compare(
     grading: GradingOptions,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder; with --trained also a file for the table."),
+        typer.Option(
+            "--output", "-o", help="Folder; with --trained also a file for the table or picture."
+        ),
     ] = None,
     trained: Annotated[
         list[Path] | None,
@@ -100,6 +102,8 @@ def compare(
         return
     if output is None:
         raise InputError("give a folder for the results (--output)")
+    if output.suffix in (*TABLES, *FIGURE_SUFFIXES) and not output.is_dir():
+        raise InputError(f"output {output}: a grading writes several files; give a folder")
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
     files = _files(output, names)
@@ -130,22 +134,20 @@ def _refuse_grading(run: RunOptions, hub: HubOptions) -> None:
 
 
 def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: bool) -> None:
-    """Print the table of tuned optimizers; write it, and into a folder the picture too.
+    """Print the table of tuned optimizers; write it, or the picture, or into a folder both.
 
     Raises:
         InputError: no such rows, or an optimizer on a task in several files.
         OutputError: a file cannot be read, or the output exists (without ``force``).
     """
-    files: dict[str, Path] = {}
-    if output is not None and output.suffix in TABLES:
-        files = {"table": output}
-    elif output is not None:
-        files = {"table": output / "performance.csv", "figure": output / "performance.png"}
+    files = _trained_files(output)
     for path in files.values():
+        if path.resolve() in [read.resolve() for read in paths]:
+            raise OutputError(f"output {path} holds the rows that are compared; give another")
         check_output(path, (*TABLES, *FIGURE_SUFFIXES), force=force)
     rows = read_trained(paths)
     table = performance(rows)
-    if not table["seeds"].any():
+    if "table" in files and not table["seeds"].any():
         files.pop("figure", None)  # which would be empty
     if "table" in files:
         with ResultFile(files["table"], force=force) as target:
@@ -159,6 +161,17 @@ def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: 
         say(out, "written: " + ", ".join(str(path) for path in files.values()))
 
 
+def _trained_files(output: Path | None) -> dict[str, Path]:
+    """What ``--trained`` writes: a table, a picture, or both in a folder."""
+    if output is None:
+        return {}
+    if output.suffix in TABLES and not output.is_dir():
+        return {"table": output}
+    if output.suffix in FIGURE_SUFFIXES and not output.is_dir():
+        return {"figure": output}
+    return {"table": output / "performance.csv", "figure": output / "performance.png"}
+
+
 def read_trained(paths: list[Path]) -> pd.DataFrame:
     """The rows of several searches, each of its own optimizers or tasks.
 
@@ -166,15 +179,18 @@ def read_trained(paths: list[Path]) -> pd.DataFrame:
         paths: result files of `ngeval train`, or the folders that hold them.
 
     Raises:
-        InputError: the rows are of another kind, or an optimizer on a task is in several files.
+        InputError: there is no such file, the rows are of another kind, or an optimizer on a task
+            is in several files.
         OutputError: a file cannot be read.
     """
     frames: list[pd.DataFrame] = []
     seen: dict[tuple[str, str], Path] = {}
     for path in paths:
         file = path / RESULTS if path.is_dir() else path
-        frame = read_results(file)
-        check_rows(frame)
+        if not file.exists():
+            where = f"{path} holds no {RESULTS}" if path.is_dir() else f"{path} does not exist"
+            raise InputError(f"--trained: {where}; give a result file of `ngeval train`")
+        frame = checked_rows(read_results(file), str(file))
         for task, optimizer in frame[["task", "optimizer"]].drop_duplicates().to_numpy():
             if (task, optimizer) in seen:
                 raise InputError(

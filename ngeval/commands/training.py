@@ -26,7 +26,7 @@ from ngeval.options import (
 from ngeval.performance import performance
 from ngeval.tasks import Task, get_task
 from ngeval.training import EXACT, Search
-from ngeval.training.search import RESULTS
+from ngeval.training.run import RESULTS
 
 TRAIN = "The optimizer"
 SEARCH = "Search, seeds and early stopping"

@@ -28,6 +28,9 @@ DAMPINGS: dict[str, tuple[float, ...]] = {
 }
 """The default grid of dampings: the optimizer's own and another."""
 
+MAX_TRAININGS = 1000
+"""Of an optimizer in a search, or from seeds after it; more are a typing error."""
+
 FEWEST_RATES = 3
 """With fewer learning rates for each, only the optimizer's own damping is tried by default."""
 
@@ -90,18 +93,30 @@ def plan_trials(
     _check_names(names, learning_rates, dampings)
     if kind not in KINDS:
         raise InputError(f"unknown search {kind!r}; write one of {', '.join(KINDS)}")
-    if trials is not None and trials < 1:
-        raise InputError(f"the number of trials must be at least 1, not {trials}")
+    check_count("trials", trials)
     if kind == "random" and trials is None:
         raise InputError("a random search needs a number of trials (--trials 8)")
     grids = {name: _grid(name, learning_rates, dampings) for name in names}
     if kind == "random":
         return {name: _drawn(name, *grids[name], trials or 0, seed) for name in names}
     budget = trials or max(len(rates) * len(values) for rates, values in grids.values())
+    check_count("trials", budget)
     for name, (rates, values) in grids.items():
         if _chosen(name, dampings, ()) == () and _is_too_small(budget, len(values)):
             grids[name] = rates, [None]
     return {name: _product(name, *grids[name], budget, trials is None) for name in names}
+
+
+def check_count(what: str, count: int | None) -> None:
+    """Raise unless so many trainings can be meant; None can.
+
+    Raises:
+        InputError: fewer than one, or more than `MAX_TRAININGS`.
+    """
+    if count is not None and not 1 <= count <= MAX_TRAININGS:
+        raise InputError(
+            f"the number of {what} must be at least 1 and at most {MAX_TRAININGS}, not {count}"
+        )
 
 
 def _is_too_small(budget: int, count: int) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ngeval.errors import InputError, ModelError, NumericalError, nearest_name
+from ngeval.errors import InputError, ModelError, NgevalError, NumericalError, nearest_name
+from ngeval.memory import is_out_of_memory
 from ngeval.methods.optimizer import OPTIMIZERS, optimizer_entry
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.problem import Problem
@@ -148,7 +152,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
         seed: for the labels that ``sf`` draws.
 
     Raises:
-        InputError: no such optimizer, or it lacks a setting that is given.
+        InputError: no such optimizer, one that cannot be stepped on a gradient alone, or it lacks
+            a setting that is given.
         ModelError: nothing is trainable.
     """
     if is_exact(name):
@@ -158,6 +163,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
             f"unknown optimizer {name!r}; {nearest_name(name, [*OPTIMIZERS, *EXACT])}; or the "
             "dotted path of an Optimizer class, as pytorch_optimizer.SOAP"
         )
+    if "." in name:
+        _check_class(name)
     optimizers = optimizer_entry(name).build(model, settings.learning_rate)
     if settings.damping is not None:
         raise InputError(
@@ -171,6 +178,57 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
         for group in groups if value is not None else ():
             group[option] = value
     return optimizers
+
+
+@cache
+def _check_class(path: str) -> None:
+    """Try a step of a class on the smallest model, so that no search breaks off in its midst.
+
+    Raises:
+        InputError: it is one of the exact ones, or cannot be stepped on a dense gradient alone.
+    """
+    names = {family: name for name, (family, _) in EXACT.items()}
+    model = _smallest()
+    for optimizer in optimizer_entry(path).build(model):
+        exact = [names[family] for family in type(optimizer).__mro__ if family in names]
+        if exact:
+            raise InputError(
+                f"optimizer {path!r} is stepped on a problem, not on a gradient; train with "
+                f"{exact[0]!r}"
+            )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own, which it repeats in training
+            for parameter in model.parameters():
+                nn.init.eye_(parameter)
+                parameter.grad = torch.ones_like(parameter)
+            try:
+                optimizer.step()
+            except Exception as error:  # whatever its class raises
+                raise InputError(
+                    f"optimizer {path!r} cannot be stepped on a dense gradient alone: "
+                    f"{type(error).__name__}: {error}; train with one whose step needs no closure"
+                ) from error
+
+
+@contextmanager
+def step_errors(optimizer: Optimizer) -> Iterator[None]:
+    """Turn whatever an optimizer's step raises into an error that says it was the step.
+
+    Raises:
+        DivergedError: a number left the range of its type.
+        ModelError: something other than an ngeval or out-of-memory error was raised inside.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"{type(optimizer).__name__}'s step failed: {type(error).__name__}: {error}"
+        if isinstance(error, OverflowError) or "overflow" in str(error):
+            raise DivergedError(f"training diverged: {what}; lower the learning rate") from error
+        raise ModelError(what) from error
 
 
 def _exact(name: str, model: nn.Module, settings: Settings, seed: int) -> Optimizer:
@@ -236,6 +294,7 @@ class Stepper(ABC):
 
         Raises:
             DivergedError: outputs or update are not finite.
+            ModelError: the model or the optimizer's step failed.
         """
         self.take(batch)
         self.steps += 1
@@ -266,7 +325,8 @@ class GradientStepper(Stepper):
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             nn.utils.clip_grad_norm_(trainable, self.max_norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            with step_errors(optimizer):
+                optimizer.step()
 
 
 class ExactStepper(Stepper):
@@ -287,7 +347,8 @@ class ExactStepper(Stepper):
                 self._problem = Problem(self.model, inputs, targets, likelihood, output=output)
             else:
                 self._problem = self._problem.with_batch(inputs, targets)
-            self.optimizers[0].step(self._problem)  # type: ignore[call-overload]
+            with step_errors(self.optimizers[0]):
+                self.optimizers[0].step(self._problem)  # type: ignore[call-overload]
         except NumericalError as error:
             raise DivergedError(f"training diverged: {error}") from error
         except ModelError:

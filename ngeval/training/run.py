@@ -22,6 +22,9 @@ from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
 from ngeval.training.optimizers import Settings, Stepper, eval_mode_note, make_stepper, resolved
 
+RESULTS = "training.parquet"
+"""What a search writes into its folder."""
+
 UNTOLD = ("seconds",)
 """What is not written beside a checkpoint, which the same seed makes again to the bit."""
 
@@ -43,7 +46,8 @@ class Training:
         num_batches: steps in an epoch; None is one pass over the data.
         seed: for the initial weights, the order of samples and the labels that ``sf`` draws.
         device: where to compute.
-        force: replace the checkpoints of an earlier run in that folder.
+        force: replace the checkpoints of an earlier run in that folder, or an earlier search's
+            ``training.parquet``.
         damping: λ, absolute; of ef, ief, sf and ng alone.
         momentum: None takes the optimizer's own; so do the following.
         weight_decay: see `ngeval.training.Settings`; so for the following two.
@@ -91,9 +95,9 @@ class Training:
 
         Raises:
             InputError: unknown optimizer, or a setting out of range or of another optimizer.
-            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
+            OutputError: see `check`.
             DivergedError: the loss became NaN or infinite (a `ModelError`).
-            ModelError: the model fails, or has nothing to train.
+            ModelError: the model or a step of the optimizer fails, or there is nothing to train.
         """
         self.check()
         with torch.random.fork_rng(devices=[]):
@@ -106,7 +110,8 @@ class Training:
             )
             self._tell(model)
             report, steps = self._measured(model, 0, 0, 0.0)
-            self._remove_earlier()
+            if self.output is not None:  # only now that there is something to put in their place
+                remove_earlier(self.output)
             yield self._save(stepper, report)
             stepper.schedule(self.schedule, steps * self.epochs)
             yield from self._epochs(model, stepper, report)
@@ -133,7 +138,8 @@ class Training:
 
         Raises:
             InputError: unknown optimizer, or a setting out of range or of another optimizer.
-            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
+            OutputError: the folder holds checkpoints or a search's results (without ``force``), or
+                cannot be written.
         """
         if self.epochs < 0 or self.batch_size < 1:
             raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
@@ -156,24 +162,7 @@ class Training:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output {folder} is a file; give a folder")
         check_folder(folder)
-        earlier = self._earlier()
-        if earlier and not self.force:
-            raise OutputError(
-                f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
-                "--force to replace them"
-            )
-
-    def _earlier(self) -> list[Path]:
-        """The files of an earlier run in the folder."""
-        if self.output is None:
-            return []
-        ours = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
-        return sorted(path for path in self.output.iterdir() if ours.fullmatch(path.name))
-
-    def _remove_earlier(self) -> None:
-        """Only once the new run has something to put in their place."""
-        for path in self._earlier():
-            path.unlink()
+        check_earlier(folder, self.force)
 
     def _tell(self, model: nn.Module) -> None:
         note = eval_mode_note([self.optimizer], model)
@@ -227,3 +216,36 @@ class Training:
                 "python": platform.python_version(),
             },
         }
+
+
+def check_earlier(folder: Path, force: bool) -> None:
+    """Raise where a folder, if there is one, holds an earlier run or search.
+
+    Raises:
+        OutputError: it does (without ``force``).
+    """
+    earlier = _earlier(folder)
+    if not earlier or force:
+        return
+    if earlier[-1].name == RESULTS:
+        raise OutputError(
+            f"{folder} holds {RESULTS} of an earlier search; pass --force to replace it"
+        )
+    raise OutputError(
+        f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass --force to "
+        "replace them"
+    )
+
+
+def remove_earlier(folder: Path, but: Path | None = None) -> None:
+    """Remove an earlier run's or search's files, but for one that is new."""
+    for path in _earlier(folder):
+        if path != but:
+            path.unlink()
+
+
+def _earlier(folder: Path) -> list[Path]:
+    """The files of an earlier run or search in the folder itself, a search's table last."""
+    ours = re.compile(rf"epoch-\d+\.(safetensors|json|optimizer\.pt)|{re.escape(RESULTS)}")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if ours.fullmatch(path.name)]

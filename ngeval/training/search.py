@@ -15,10 +15,10 @@ import torch
 from ngeval.errors import InputError, NgevalError, OutputError, TaskError
 from ngeval.results import ResultFile
 from ngeval.tasks import Task
-from ngeval.training.grids import Grids, Trial, plan_trials
+from ngeval.training.grids import Grids, Trial, check_count, plan_trials
 from ngeval.training.measure import DivergedError, EpochReport, monitored_column
 from ngeval.training.optimizers import eval_mode_note, resolved, takes
-from ngeval.training.run import Training
+from ngeval.training.run import RESULTS, Training, check_earlier, remove_earlier
 
 COLUMNS = (
     "task",
@@ -55,11 +55,6 @@ without figures, for the epoch in which it broke off."""
 
 WHOLE = ("trial", "batch_size", "seed", "epoch")
 """The columns of whole numbers, which no row lacks."""
-
-MAX_SEEDS = 10_000
-"""More than this is a typing error."""
-
-RESULTS = "training.parquet"
 
 OnEpoch = Callable[[EpochReport], None]
 
@@ -157,11 +152,14 @@ class Search:
 
         Raises:
             InputError: a setting out of range, or that no optimizer has.
-            OutputError: there are results of an earlier search (without ``force``), or the folder
-                cannot be written.
+            OutputError: there are results of an earlier search or training (without ``force``), or
+                the folder cannot be written.
         """
         self._check_settings()
-        for name, trials in self.plan().items():
+        plan = self.plan()
+        if self.output is not None:
+            check_earlier(self.output, self.force)
+        for name, trials in plan.items():
             self._training(name, trials[0], self.seed, False).check()
             for seed in self._seeds() if self.output is not None else ():
                 self._training(name, trials[0], seed, True).check()
@@ -169,10 +167,7 @@ class Search:
             ResultFile(self.output / RESULTS, force=self.force)
 
     def _check_settings(self) -> None:
-        if not 1 <= self.seeds <= MAX_SEEDS:
-            raise InputError(
-                f"the number of seeds must be at least 1 and at most {MAX_SEEDS}, not {self.seeds}"
-            )
+        check_count("seeds", self.seeds)
         for option in ("momentum", "weight_decay"):
             if getattr(self, option) is not None and not any(
                 takes(name, option) for name in self.optimizers
@@ -204,6 +199,7 @@ class Search:
                 if target is not None:
                     target.append(rows)
                     target.flush()  # at once: the next training may take hours
+                    remove_earlier(target.path.parent, but=target.path)
                 yield rows
 
     def _all(self, on_epoch: OnEpoch) -> Iterator[pd.DataFrame]:
