@@ -320,6 +320,22 @@ class TestOddGradients:
 
 
 class TestAsAnOptimizer:
+    def test_options_that_are_tensors(self):
+        values, steps = starts(), gradients(10)
+        plain = {"lr": 0.25, "eps": 0.5, "weight_decay": 0.125, "clip": 0.5, "exponent": 0.75}
+        given = {name: torch.tensor(value) for name, value in plain.items()}
+        betas = torch.tensor(0.5), torch.tensor(0.75)
+        ours = trajectory(values, steps, betas=betas, **given)
+        assert same(ours, trajectory(values, steps, betas=(0.5, 0.75), **plain))
+
+    def test_clipping_switched_off_between_steps(self):
+        values, steps = starts(), gradients(4)
+        parameters = parameters_of(values)
+        optimizer = FAdam(parameters, clip=math.inf)
+        for group in optimizer.param_groups:
+            group["clip"] = None
+        assert same(walk(optimizer, parameters, steps), trajectory(values, steps, clip=None))
+
     def test_groups_have_options_of_their_own(self):
         values, steps = starts(), gradients(10)
         parameters = parameters_of(values)
@@ -446,6 +462,68 @@ class TestRefusals:
         table(torch.tensor([1, 2])).sum().backward()
         with pytest.raises(InputError, match=r"parameter 0 .* is sparse.*sparse=False"):
             optimizer.step()
+
+    def test_sparse_gradients_in_a_later_group(self):
+        weight, table = nn.Parameter(torch.ones(2)), nn.Embedding(5, 3, sparse=True)
+        optimizer = FAdam([{"params": [weight]}, {"params": table.parameters()}])
+        table(torch.tensor([1, 2])).sum().backward()
+        weight.grad = torch.ones(2)
+        with pytest.raises(InputError, match="is sparse"):
+            optimizer.step()
+        assert torch.equal(weight.detach(), torch.ones(2))
+        assert not optimizer.state
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("lr", math.nan),
+            ("lr", None),
+            ("weight_decay", -1.0),
+            ("clip", -1),
+            ("exponent", 0),
+            ("betas", (0.9,)),
+            ("betas", (0.9, None)),
+        ],
+    )
+    def test_options_changed_between_steps(self, name, value):
+        values, steps = starts(), gradients(1)
+        parameters = parameters_of(values)
+        optimizer = FAdam([{"params": parameters[:2]}, {"params": parameters[2:]}])
+        optimizer.param_groups[1][name] = value
+        with pytest.raises(InputError, match=name):
+            walk(optimizer, parameters, steps)
+        assert same([p.detach() for p in parameters], values)
+        assert not optimizer.state
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, pytorch_optimizer.FAdam])
+    def test_states_of_other_classes(self, kind):
+        values, steps = starts(torch.float32), gradients(2, torch.float32)
+        parameters, others = parameters_of(values), parameters_of(values)
+        optimizer, other = FAdam(parameters), kind(others, lr=0.1)
+        walk(optimizer, parameters, steps)
+        walk(other, others, steps)
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(InputError, match="state is of another optimizer: its group has no ada"):
+            optimizer.load_state_dict(other.state_dict())
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        assert all(
+            torch.equal(after["state"][i][k], v)
+            for i, entry in before["state"].items()
+            for k, v in entry.items()
+        )
+
+    def test_states_of_other_shapes_or_out_of_range(self):
+        optimizer = FAdam([nn.Parameter(torch.ones(3))])
+        other = FAdam([nn.Parameter(torch.ones(2))])
+        walk(other, other.param_groups[0]["params"], [[torch.ones(2)]])
+        with pytest.raises(InputError, match=r"momentum has shape \(2,\), the parameter \(3,\)"):
+            optimizer.load_state_dict(other.state_dict())
+        state = optimizer.state_dict()
+        state["param_groups"][0]["exponent"] = 0.0
+        with pytest.raises(InputError, match="exponent must be"):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["exponent"] == 0.5
 
 
 class TestGraded:

@@ -74,6 +74,17 @@ class TestLikeTorchs:
         assert seen == [True]
         assert all(map(torch.equal, weights(model), weights(other)))
 
+    @pytest.mark.parametrize("cls", ALL)
+    def test_a_closure_by_its_name(self, cls: type[ExactOptimizer]):
+        model, other = mlp(), mlp()
+        loss = cls(model.parameters(), 0.1).step(problem_of(model))
+        again = cls(other.parameters(), 0.1).step(closure=lambda: problem_of(other))
+        assert torch.equal(loss, again)
+        assert all(map(torch.equal, weights(model), weights(other)))
+        optimizer, problem = cls(model.parameters(), 0.1), problem_of(model)
+        with pytest.raises(InputError, match="a problem or a closure, not both"):
+            optimizer.step(problem, closure=lambda: problem)
+
     def test_hooks_zero_grad_and_named_parameters(self):
         model, calls = mlp(), []
         optimizer = iEF(model.named_parameters(), 0.1)
@@ -185,6 +196,83 @@ class TestState:
         train(twin, twin_model, range(2))
         assert all(map(torch.equal, weights(model), weights(twin_model)))
 
+    def test_momentum_follows_the_dtype_of_the_model(self):
+        model, optimizer = started()
+        twin, other = copy.deepcopy((model, optimizer))
+        model.double()
+        twin.double()
+        for parameter in twin.parameters():
+            entry = other.state[parameter]
+            entry["momentum_buffer"] = entry["momentum_buffer"].double()
+        for each, its in ((model, optimizer), (twin, other)):
+            inputs, targets = batch(1)
+            its.step(ngeval.Problem(each, inputs.double(), targets, "categorical"))
+        assert all(map(torch.equal, weights(model), weights(twin)))
+        assert {e["momentum_buffer"].dtype for e in optimizer.state.values()} == {torch.float64}
+
+
+class TestStatesThatAreRefused:
+    """As they are given to `load_state_dict`; nothing changes."""
+
+    def refused(self, optimizer: ExactOptimizer, state: object, message: str) -> None:
+        model = optimizer.param_groups[0]["params"]
+        holder = nn.ParameterList(model)
+        with Untouched(holder, optimizer), pytest.raises(InputError, match=message):
+            optimizer.load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        ("build", "missing"),
+        [
+            (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "damping, max_norm"),
+            (torch.optim.Adam, "damping, max_norm, momentum"),
+            (ngeval.optim.FAdam, "damping, max_norm, momentum"),
+        ],
+    )
+    def test_of_other_classes(self, build: Callable[..., torch.optim.Optimizer], missing: str):
+        model = mlp()
+        other = build(model.parameters())
+        model(batch()[0]).sum().backward()
+        other.step()
+        self.refused(started()[1], other.state_dict(), f"of another optimizer.*has no {missing}$")
+
+    def test_with_and_without_draws(self):
+        (_, ief), (_, sampled) = started(), started(SF)
+        self.refused(ief, sampled.state_dict(), "iEF: .*also has mc_samples, seed")
+        self.refused(sampled, ief.state_dict(), "SF: .*has no mc_samples, seed")
+
+    def test_of_other_shapes(self):
+        _, optimizer = started()
+        wider = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+        other = iEF(wider.parameters(), 0.1, momentum=0.9)
+        other.step(problem_of(wider))
+        message = r"parameter 0 does not fit: momentum_buffer has shape \(6, 4\).*\(5, 4\)"
+        self.refused(optimizer, other.state_dict(), message)
+
+    def test_of_other_groups(self):
+        model, optimizer = started()
+        other = iEF(groups_of(model), 0.1)
+        self.refused(optimizer, other.state_dict(), r"groups of \[2, 2\] tensors, here of \[4\]")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s["param_groups"][0].update(lr=math.nan), "lr must be ≥ 0, not nan"),
+            (lambda s: s["state"][1].update(step=-1), "step must be a whole number"),
+            (lambda s: s["state"][1].update(exp_avg=0.0), "exp_avg is of another optimizer"),
+            (lambda s: s["state"][1].update(momentum_buffer=2.0), "is a float, not a tensor"),
+            (lambda s: s["state"].update({1: 3}), "it is a int, not a dict"),
+            (lambda s: s.pop("state"), "not a state_dict"),
+        ],
+    )
+    def test_that_were_changed(self, change: Callable[[dict], object], message: str):
+        _, optimizer = started()
+        state = copy.deepcopy(optimizer.state_dict())
+        change(state)
+        self.refused(optimizer, state, message)
+
+    def test_what_is_no_state(self):
+        self.refused(started()[1], [1, 2], "not a state_dict")
+
 
 class TestSettings:
     @pytest.mark.parametrize(
@@ -210,6 +298,50 @@ class TestSettings:
         for count in (0, 1.5):
             with pytest.raises(InputError, match="mc_samples must be a whole number ≥ 1"):
                 SF(mlp().parameters(), 0.1, mc_samples=count)
+
+    @pytest.mark.parametrize("seed", [0.5, "one", None, math.inf])
+    def test_seeds(self, seed: object):
+        with pytest.raises(InputError, match="seed must be a whole number"):
+            SF(mlp().parameters(), 0.1, seed=seed)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("lr", value) for value in (math.nan, math.inf, -1.0, None, "0.1", True)),
+            *(("lr", value) for value in (torch.tensor([0.1, 0.2]),)),
+            *(("momentum", value) for value in (2.0, None)),
+            *(("weight_decay", value) for value in (math.nan, None)),
+            ("max_norm", -1.0),
+            ("damping", None),
+        ],
+    )
+    def test_changed_between_steps(self, name: str, value: object):
+        model, optimizer = started()
+        problem = problem_of(model)
+        optimizer.add_param_group(
+            {"params": [], "lr": 0.1}
+        )  # it is the other group's that is wrong
+        original = optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = value
+        before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+        with pytest.raises(InputError, match=f"{name} "):
+            optimizer.step(problem)
+        assert all(map(torch.equal, before, weights(model)))
+        assert all(
+            torch.equal(entry["momentum_buffer"], state[key]["momentum_buffer"])
+            for key, entry in optimizer.state_dict()["state"].items()
+        )
+        for group in optimizer.param_groups:
+            group[name] = original
+        optimizer.step(problem)
+
+    def test_a_rate_that_is_a_tensor(self):
+        (model, optimizer), (twin, other) = started(), started()
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+        other.param_groups[0]["lr"] = 0.25
+        optimizer.step(problem_of(model))
+        other.step(problem_of(twin))
+        assert all(map(torch.equal, weights(model), weights(twin)))
 
     def test_groups_that_disagree(self):
         model = mlp()
@@ -296,6 +428,32 @@ class TestFailuresLeaveAllUntouched:
             model[2].bias[0] = 2000.0
         with Untouched(model, optimizer), pytest.raises(NumericalError, match="probability below"):
             optimizer.step(problem_of(model))
+
+    def test_a_natural_gradient_that_is_not_known(self):
+        model, optimizer = started(NG)
+        with (
+            Untouched(model, optimizer),
+            pytest.raises(NumericalError, match=r"after 2 Krylov iterations.*raise memory= of"),
+        ):
+            optimizer.step(problem_of(model, memory=1000))
+
+    def test_too_few_iterations_for_the_natural_gradient(self, monkeypatch: pytest.MonkeyPatch):
+        model = mlp().double()
+        inputs, targets = batch()
+        problem = ngeval.Problem(model, inputs.double(), targets, "categorical")
+        exact = NG(model.parameters(), 0.1).direction(problem, 0.01)
+        monkeypatch.setattr(ngeval.natural, "dense_is_feasible", lambda _: False)
+        optimizer = NG(model.parameters(), 0.1)
+        by_krylov = optimizer.direction(problem, 0.01)
+        assert float((by_krylov - exact).norm() / exact.norm()) < 0.05
+        problem = ngeval.Problem(model, inputs.double(), targets, "categorical")
+        problem.remember("krylov_run", lambda: ngeval.krylov.KrylovRun(problem)).step()
+        monkeypatch.setattr(ngeval.krylov.KrylovRun, "step", lambda run: None)
+        monkeypatch.setattr(ngeval.krylov.KrylovRun, "most", 1)
+        with pytest.raises(
+            NumericalError, match=r"γ only within .*raise the damping \(now 0\.01\)"
+        ):
+            optimizer.direction(problem, 0.01)
 
     @pytest.mark.parametrize("method", ["direction", "overflow"])
     def test_an_update_that_is_not_finite(self, method: str, monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngeval.errors import InputError
+from ngeval.optim.fadam_options import check_gradients, check_parameters, numbers_of
+from ngeval.optim.state import check_state
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "debiased Fisher": {"debiased_fisher": False},
@@ -57,7 +59,8 @@ class FAdam(Optimizer):
     - ``natural_weight_decay=False``: θ ← θ − ηλθ beforehand.
 
     With all of them off (`WITHOUT_CORRECTIONS`) and ρ = ½ it takes the steps of
-    `torch.optim.AdamW`, to the last bit.
+    `torch.optim.AdamW`, to the last bit, where the options are numbers: a tensor is read as the
+    number that it holds, with which AdamW calculates in the tensor's own dtype.
 
     What the paper leaves open is settled thus. A tensor whose gradient is zero throughout (or whose
     RMS is, in its dtype) has ε̂ = ε: with ε̂ = 0 a step would be 0/0. For the same reason ε̂^(2ρ) is
@@ -137,10 +140,9 @@ class FAdam(Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["clip"] is None:
-            group["clip"] = math.inf  # so that every group has a number there
         try:
-            _check_options(group)
+            check_parameters(group)
+            numbers_of(group)
         except InputError:
             del self.param_groups[-1]
             raise
@@ -156,19 +158,31 @@ class FAdam(Optimizer):
             What the closure returned.
 
         Raises:
-            InputError: a gradient is sparse.
+            InputError: a gradient is sparse, or an option of a group out of range; nothing has
+                moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        groups = [numbers_of(group) for group in self.param_groups]
+        for group in groups:
+            check_gradients(group)
+        for group in groups:
             for bucket in self._buckets(group):
                 _step(bucket, group)
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; that of half-precision parameters stays in float32."""
+        """Load a state; that of half-precision parameters stays in float32.
+
+        Raises:
+            InputError: it is of another optimizer or of other parameters, or an option in it is
+                out of range; nothing has changed.
+        """
+        check_state(self, state_dict, ("momentum", "fisher"))
+        for group in state_dict["param_groups"]:
+            numbers_of(group)
         super().load_state_dict(dict(state_dict))
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -190,11 +204,6 @@ class FAdam(Optimizer):
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
-            if parameter.grad.layout is not torch.strided:
-                raise InputError(
-                    f"FAdam: the gradient of {_name(group, index)} is sparse; its momentum would "
-                    "be dense, so make the gradient dense too: nn.Embedding(…, sparse=False)"
-                )
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -238,7 +247,7 @@ def _step(bucket: _Bucket, group: Mapping[str, Any]) -> None:
         gradients = [gradient.to(working) for gradient in gradients]
     if group["maximize"]:
         gradients = list(torch._foreach_neg(gradients))
-    lr, decay, clip = float(group["lr"]), float(group["weight_decay"]), group["clip"]
+    lr, decay, clip = group["lr"], group["weight_decay"], group["clip"]
     if decay and not group["natural_weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * decay)
     _update_fishers(bucket, gradients, group)
@@ -339,47 +348,3 @@ def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
 def _working_dtype(parameter: Tensor) -> torch.dtype:
     """In which a parameter is stepped and has its state."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _name(group: Mapping[str, Any], index: int) -> str:
-    """A parameter's name, or its place in the group."""
-    names: Iterable[str] = group.get("param_names") or ()
-    return dict(enumerate(names)).get(index, f"parameter {index} of its group")
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    """Refuse complex parameters, and options out of range.
-
-    Raises:
-        InputError: names the parameter or the option.
-    """
-    for index in (i for i, p in enumerate(group["params"]) if p.is_complex()):
-        raise InputError(
-            f"FAdam: {_name(group, index)} is complex, of which it knows no Fisher; give it the "
-            "real and imaginary parts, torch.view_as_real(parameter)"
-        )
-    betas = group["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        raise InputError(f"FAdam: betas must be two numbers (β₁, β₂), not {betas!r}")
-    checks = [
-        ("lr", group["lr"], 0.0, math.inf, "≥ 0"),
-        ("the first of betas", betas[0], 0.0, 1.0, "in [0, 1)"),
-        ("the second of betas", betas[1], 0.0, 1.0, "in [0, 1)"),
-        ("eps", group["eps"], 0.0, math.inf, "≥ 0"),
-        ("weight_decay", group["weight_decay"], 0.0, math.inf, "≥ 0"),
-    ]
-    for name, value, low, high, told in checks:
-        if not (_is_number(value) and low <= float(value) < high):
-            raise InputError(f"FAdam: {name} must be a number {told}, not {value!r}")
-    if not (_is_number(group["exponent"]) and 0 < group["exponent"] <= 1):
-        raise InputError(
-            f"FAdam: exponent must be a number in (0, 1], not {group['exponent']!r}; ½ is Adam's"
-        )
-    clip = group["clip"]
-    if not (_is_number(clip) and clip > 0):
-        raise InputError(f"FAdam: clip must be a positive number, or None, not {clip!r}")
-
-
-def _is_number(value: Any) -> bool:
-    single = isinstance(value, Tensor) and value.numel() == 1
-    return single or (isinstance(value, int | float) and not isinstance(value, bool))

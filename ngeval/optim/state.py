@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -74,16 +75,15 @@ def _misfit(entry: Any, parameter: Tensor, tensors: Collection[str]) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return False
-    return isinstance(value, Tensor | int | float) and float(value) in range(2**53)
+    number = as_number(value)
+    return math.isfinite(number) and 0 <= number == int(number)
 
 
 def as_number(value: Any) -> float:
     """A setting's number, NaN where it is none: a text, None, a truth value, several numbers."""
     if isinstance(value, str | bool):
-        return float("nan")
+        return math.nan
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        return float("nan")
+        return math.nan
