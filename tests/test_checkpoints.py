@@ -67,6 +67,14 @@ class TestFind:
         with pytest.raises(CheckpointError, match=r"no checkpoint at .*\.safetensors"):
             find_checkpoints([f"{tmp_path}/{pattern}"])
 
+    @pytest.mark.parametrize("pattern", ["", "ief", "i*"])
+    def test_folders_of_checkpoints_below_are_named(self, tmp_path, pattern):
+        (tmp_path / "ief" / "seed-0").mkdir(parents=True)
+        touch(tmp_path, "ief/seed-0/a.pt")
+        found = "no checkpoint at" if pattern == "" else r"there are some in .*ief/seed-0$"
+        with pytest.raises(CheckpointError, match=found):
+            find_checkpoints([f"{tmp_path}/{pattern}"])
+
     def test_one_missing_of_several(self, tmp_path):
         touch(tmp_path, "a.pt")
         with pytest.raises(CheckpointError, match=r"b\.pt"):

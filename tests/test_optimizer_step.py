@@ -34,6 +34,7 @@ import ngeval
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.methods.optimizer import OPTIMIZERS, OptimizerStep
 from ngeval.methods.optimizer.clone import clone_optimizers
+from ngeval.optim import iEF
 
 EXACT = {"rtol": 1e-9, "atol": 1e-15}
 
@@ -562,6 +563,11 @@ class TestLearningRateZero:
 
 
 class TestRefusals:
+    def test_the_exact_optimizers_are_graded_as_methods(self):
+        parameters = case().model.parameters()
+        with pytest.raises(InputError, match=r"iEF steps on a Problem.*grade the method 'ief'"):
+            OptimizerStep(iEF(parameters, lr=0.1, momentum=0.9))
+
     def test_closures(self):
         one = case()
         with pytest.raises(InputError, match=r"LBFGS.*closure"):

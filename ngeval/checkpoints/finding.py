@@ -109,9 +109,11 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
             ) from error
         if not found:
             kinds = ", ".join(SUFFIXES)
+            below = _folders_below(pattern)
+            hint = f"; there are some in {', '.join(below[:4])}" if below else ""
             raise CheckpointError(
                 f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
-                "save_pretrained's or a PEFT adapter's files), or a glob in quotes"
+                f"save_pretrained's or a PEFT adapter's files), or a glob in quotes{hint}"
             )
         paths += sorted(_without_insides(found), key=_natural_key)
     return [Checkpoint(path, read_metadata(path)) for path in dict.fromkeys(paths)]
@@ -124,6 +126,14 @@ def _matches(pattern: str) -> list[Path]:
     if path.is_dir():
         return _in_folder(path)
     return [Path(match) for match in glob.glob(pattern, recursive=True) if _is_one(Path(match))]
+
+
+def _folders_below(pattern: str) -> list[str]:
+    """Folders with checkpoints in a folder, or in those that a glob finds."""
+    folders = [Path(pattern), *map(Path, glob.glob(pattern))]
+    inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    candidates = {path for path in [*folders[1:], *inside] if path.is_dir()}
+    return [str(path) for path in sorted(candidates, key=_natural_key) if _in_folder(path)]
 
 
 def is_adapter(path: Path) -> bool:

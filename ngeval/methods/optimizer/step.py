@@ -276,7 +276,14 @@ def _check_closure(optimizer: Optimizer) -> None:
     Raises:
         InputError: it does.
     """
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    parameters = inspect.signature(type(optimizer).step).parameters
+    if "problem" in parameters:  # ngeval.optim's, which this module is below
+        name = type(optimizer).__name__
+        raise InputError(
+            f"ngeval.optim.{name} steps on a Problem, not on a gradient: grade the method "
+            f"{name.lower()!r} itself, which is its update before momentum and clipping"
+        )
+    closure = parameters.get("closure")
     needed = closure is not None and closure.default is inspect.Parameter.empty
     if isinstance(optimizer, LBFGS) or needed:
         raise InputError(
