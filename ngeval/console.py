@@ -28,7 +28,6 @@ from ngeval.comparison import three_stages
 from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
-from ngeval.performance import average_ranks
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
@@ -185,7 +184,7 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
 
 def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
     """A section of one method."""
-    total = f"[dim]γ = {_cell(rows['gamma_total'].iloc[0])}[/dim]"
+    total = f"[dim]γ = {cell(rows['gamma_total'].iloc[0])}[/dim]"
     heads = [escape(method), total, *[""] * len(rows)]
     if len(rows) == 1:
         heads = [f"{escape(method)}\n{total}"]
@@ -194,10 +193,10 @@ def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
             head,
             escape(str(row["layer"])),
             f"{row['num_parameters']:,.0f}",
-            *(_cell(row[name], ".1%") for name in ("decrease_share", "curvature_share")),
-            _cell(row["excess"], "+.1%"),
-            _cell(row["gamma_over_sgd"]),
-            _cell(row["gamma_over_best"]),
+            *(cell(row[name], ".1%") for name in ("decrease_share", "curvature_share")),
+            cell(row["excess"], "+.1%"),
+            cell(row["gamma_over_sgd"]),
+            cell(row["gamma_over_best"]),
         )
     shown.add_section()
 
@@ -231,13 +230,13 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
             cells = [
                 "" if math.isnan(row["rank"]) else f"{row['rank']:.0f}",
                 escape(str(row["method"])),
-                "failed" if row["status"] == "failed" else _cell(row[ratio]),
+                "failed" if row["status"] == "failed" else cell(row[ratio]),
                 "" if math.isnan(row[f"{ratio}_low"]) else interval,
-                _cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
-                _cell(row[f"{ratio}_run"]),
-                _cell(row["damping_run"], ".0e"),
+                cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
+                cell(row[f"{ratio}_run"]),
+                cell(row["damping_run"], ".0e"),
             ]
-            cells += [_cell(row["gamma_over_sgd"])] if natural else []
+            cells += [cell(row["gamma_over_sgd"])] if natural else []
             cells += [f"{row['coverage']:.0f} %"] if partly else []
             shown.add_row(*cells)
         if name == last:
@@ -250,7 +249,8 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
         yield shown
 
 
-def _cell(value: float, form: str = ".3g") -> str:
+def cell(value: float, form: str = ".3g") -> str:
+    """A number in a table, a dash where there is none."""
     return "–" if math.isnan(value) else f"{value:{form}}"
 
 
@@ -279,107 +279,6 @@ def training_line(report: EpochReport) -> str:
     if report.validation_accuracy is not None:
         line += f" ({report.validation_accuracy:.1%})"
     return line
-
-
-def trained_line(rows: pd.DataFrame) -> str:
-    """One line about a finished training of a search: settings, its best epoch, its time."""
-    first, last = rows.iloc[0], rows.iloc[-1]
-    line = f"{first['optimizer']}  {first['phase']}  lr {_cell(first['learning_rate'], 'g')}"
-    if not math.isnan(first["damping"]):
-        line += f"  λ {first['damping']:g}"
-    line += f"  seed {first['seed']}"
-    if first["status"] != "ok":
-        return f"{line}  {first['status']} in epoch {last['epoch']}: {first['reason']}"
-    monitor = str(first["monitor"])
-    values = rows[monitor].to_numpy()
-    place = int(values.argmax() if monitor.endswith("accuracy") else values.argmin())
-    best = last if monitor == "train_loss" else rows.iloc[place]
-    line += f"  train loss {last['train_loss']:.4g}  best epoch {best['epoch']} of {last['epoch']}"
-    if not math.isnan(best["validation_loss"]):
-        line += f": validation loss {best['validation_loss']:.4g}"
-    if not math.isnan(best["validation_accuracy"]):
-        line += f" ({best['validation_accuracy']:.1%})"
-    return f"{line}  {last['seconds']:.1f} s"
-
-
-def performance_tables(table: pd.DataFrame) -> Iterator[Table]:
-    """Tuned optimizers side by side: test performance, final training loss, tuned settings.
-
-    Args:
-        table: of `ngeval.performance.performance`.
-    """
-    optimizers = list(dict.fromkeys(table["optimizer"]))
-    test = _side_by_side("test performance at the best validation epoch", optimizers)
-    train = _side_by_side("training loss after the last epoch (nats)", optimizers)
-    for task, part in table.groupby("task", sort=False):
-        rows = part.set_index("optimizer").reindex(optimizers)
-        metric, data = part["metric"].iloc[0], next(filter(None, part["data"]), "test")
-        percent = metric == "test_accuracy"
-        unit = f"{data} {'accuracy, %' if percent else 'loss, nats'}"
-        best = [row["rank"] == 1 and row["seeds"] > 0 for _, row in rows.iterrows()]
-        cells = [_mean_cell(row, metric, 100.0 if percent else 1.0) for _, row in rows.iterrows()]
-        test.add_row(f"{escape(str(task))}\n[dim]{unit}[/dim]", *_bold(cells, best))
-        least = rows["train_loss_mean"].min()
-        cells = [_mean_cell(row, "train_loss", 1.0) for _, row in rows.iterrows()]
-        train.add_row(escape(str(task)), *_bold(cells, list(rows["train_loss_mean"] == least)))
-    if table["task"].nunique() > 1:
-        ranks = average_ranks(table)
-        cells = [_cell(float(rank), ".2f") for rank in ranks]
-        test.add_section()
-        test.add_row("average rank", *_bold(cells, list(ranks == ranks.min())))
-    yield from (test, train, _tuned_table(table))
-
-
-def _side_by_side(title: str, optimizers: list[str]) -> Table:
-    shown = Table(
-        title=title,
-        caption="mean over seeds ± half its 95 % t-interval; bold: the best mean",
-        box=box.SIMPLE_HEAD,
-    )
-    shown.add_column("task")
-    for name in optimizers:
-        shown.add_column(escape(name), justify="right")
-    return shown
-
-
-def _mean_cell(row: pd.Series, name: str, scale: float) -> str:
-    mean, high = (float(row[f"{name}_{end}"]) for end in ("mean", "high"))
-    if math.isnan(mean):
-        return "diverged" if row["trials_diverged"] > 0 or row["diverged"] > 0 else "–"
-    form = ".2f" if scale > 1 else ".3g"
-    text = f"{scale * mean:{form}}"
-    if not math.isnan(high):
-        half = scale * (high - mean)
-        text += f" ± {half:{form if scale > 1 else '.2g'}}"
-    if row["diverged"] > 0:
-        text += f"\n[dim]{row['diverged']:.0f} diverged[/dim]"
-    return text
-
-
-def _bold(cells: list[str], best: list[bool]) -> list[str]:
-    return [f"[bold]{c}[/bold]" if wins else c for c, wins in zip(cells, best, strict=True)]
-
-
-def _tuned_table(table: pd.DataFrame) -> Table:
-    shown = Table(
-        title="what they were tuned to",
-        caption="*: at an end of the values tried, a better one may lie beyond"
-        if bool((table["edge"] != "").any())
-        else None,
-        box=box.SIMPLE_HEAD,
-    )
-    for column in ("task", "optimizer", "learning rate", "λ", "trials", "seeds", "diverged"):
-        shown.add_column(column, justify="left" if column in ("task", "optimizer") else "right")
-    for task, part in table.groupby("task", sort=False):
-        for place, (_, row) in enumerate(part.iterrows()):
-            edges = str(row["edge"]).split(", ")
-            rate = _cell(row["learning_rate"], "g") + "*" * ("learning_rate" in edges)
-            damping = _cell(row["damping"], "g") + "*" * ("damping" in edges)
-            lost = row["trials_diverged"] + row["diverged"]
-            cells = (rate, damping, f"{row['trials']}", f"{row['seeds']}", f"{lost}")
-            shown.add_row(escape(str(task)) if place == 0 else "", escape(row["optimizer"]), *cells)
-        shown.add_section()
-    return shown
 
 
 def _ratio_cell(rows: pd.DataFrame, method: str) -> str:

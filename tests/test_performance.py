@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from rich.console import Console
 from test_cli import run
 
 from ngeval import InputError, console
 from ngeval.performance import average_ranks, outcomes, performance, t_interval
+from ngeval.performance_tables import performance_tables, trained_line
 from ngeval.plots import performance_figure
 from ngeval.results import ResultFile
 from ngeval.training import COLUMNS
@@ -223,7 +225,7 @@ class TestShown:
     def printed(self, rows) -> str:
         out = console.table_console()
         with out.capture() as captured:
-            for table in console.performance_tables(performance(rows)):
+            for table in performance_tables(performance(rows)):
                 out.print(table)
         return captured.get()
 
@@ -237,8 +239,30 @@ class TestShown:
         assert "0.1" in shown.partition("tuned to")[2]
         assert "*" not in shown.partition("tuned to")[2]
 
+    @pytest.mark.parametrize("width", [80, 100])
+    def test_in_a_narrow_terminal_nothing_is_cut_off(self, width):
+        names = dict.fromkeys(("sgd", "adamw", "adafactor", "ef", "ief"), ACCURACIES["ief"])
+        tasks = ("coloured-digits-mlp", "digits")
+        table = performance(pd.concat([tuned(names, task) for task in tasks]))
+        out = Console(width=width, color_system=None)
+        with out.capture() as captured:
+            for part in performance_tables(table, width):
+                out.print(part)
+        shown = captured.get()
+        assert max(map(len, shown.splitlines())) <= width
+        assert "…" not in shown
+        assert shown.count("95.67 ± ") == 10  # of each optimizer on each task, unbroken
+        assert shown.count("0.25 ± 0\n") + shown.count("0.25 ± 0 ") == 10
+        assert [shown.count(word) for word in ("average rank", "test accuracy, %")] == [1, 2]
+
+    def test_side_by_side_where_there_is_room(self):
+        table = performance(tuned())
+        wide, narrow = (list(performance_tables(table, width)) for width in (100, 40))
+        assert [len(tables) for tables in (wide, narrow)] == [3, 2]
+        assert [column.header for column in wide[0].columns[1:]] == list(ACCURACIES)
+
     def test_the_best_is_bold(self):
-        test, train, _ = console.performance_tables(performance(tuned()))
+        test, train, _ = performance_tables(performance(tuned()))
         cells = [next(iter(column.cells)) for column in test.columns[1:]]
         assert [cell.startswith("[bold]") for cell in cells] == [False, True, False]
         assert all("[bold]" in next(iter(column.cells)) for column in train.columns[1:])
@@ -257,10 +281,10 @@ class TestShown:
         assert "validation accuracy" in shown
 
     def test_a_line_for_each_training(self):
-        line = console.trained_line(training("ief", 3, damping=1e-3, seconds=1.25).assign(seed=3))
+        line = trained_line(training("ief", 3, damping=1e-3, seconds=1.25).assign(seed=3))
         for part in ("ief  final  lr 0.1  λ 0.001  seed 3", "epoch 1 of 2", "0.6 (80.0%)", "1.2 s"):
             assert part in line
-        assert "diverged in epoch 2: NaN" in console.trained_line(lost("sgd", 0))
+        assert "diverged in epoch 2: NaN" in trained_line(lost("sgd", 0))
 
 
 class TestFigure:

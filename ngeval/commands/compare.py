@@ -27,6 +27,7 @@ from ngeval.options import (
     takes_options,
 )
 from ngeval.performance import checked_rows, performance
+from ngeval.performance_tables import performance_tables
 from ngeval.plots import (
     FIGURE_SUFFIXES,
     kfac_figure,
@@ -155,7 +156,7 @@ def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: 
     if "figure" in files:
         save_figure(performance_figure(rows), files["figure"])
     out = console.table_console(quiet)
-    for part in console.performance_tables(table):
+    for part in performance_tables(table, out.width):
         out.print(part)
     if files:
         say(out, "written: " + ", ".join(str(path) for path in files.values()))

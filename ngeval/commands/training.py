@@ -24,6 +24,7 @@ from ngeval.options import (
     takes_options,
 )
 from ngeval.performance import performance
+from ngeval.performance_tables import performance_tables, trained_line
 from ngeval.tasks import Task, get_task
 from ngeval.training import EXACT, Search
 from ngeval.training.run import RESULTS
@@ -273,13 +274,13 @@ def _train_all(job: Search, quiet: bool) -> None:
         step = bar.add_task("training", total=job.num_trainings * size)
         for rows in job.run(lambda report: bar.advance(step)):
             frames.append(rows)
-            say(out, console.trained_line(rows))
+            say(out, trained_line(rows))
             bar.update(step, completed=len(frames) * size)  # also where it stopped early
     rows = pd.concat(frames, ignore_index=True)
     table = performance(rows)
     if not table["seeds"].any():
         reasons = "; ".join(dict.fromkeys(filter(None, rows["reason"])))
         raise InputError(f"no training came to its end: {reasons}")
-    for part in console.performance_tables(table):
+    for part in performance_tables(table, out.width):
         out.print(part)
     say(out, f"written: {job.output}/{RESULTS} ({len(rows)} rows)")
