@@ -108,7 +108,7 @@ def _slope(best: pd.DataFrame, axis: str, sign: int) -> Finding:
         "width": "A diagonal fails where layers are small: γ/γ_min falls with the width",
         "depth": "A diagonal gets worse with depth: γ/γ_min grows with the number of layers",
     }[axis]
-    source = {"width": f"{PAPER}, §3.2 (insufficient layer sizes)", "depth": "asked here"}[axis]
+    source = {"width": f"{PAPER}, where the diagonal breaks down", "depth": "asked here"}[axis]
     return Finding(
         what,
         source,

@@ -104,12 +104,12 @@ def parts(size: Size, data_dir: Path | None) -> list[Part]:
     digits = partial(get_task, "digits-mlp")
     images = partial(image_task, data_dir)
     if size == "quick":
-        lora, prompt = (partial(text_task, kind, 4) for kind in ("lora", "prompt"))
-        vit = partial(vit_lora_task, 4)
+        lora, prompt = (partial(text_task, kind, 4, (8, 8, 8)) for kind in ("lora", "prompt"))
+        vit = partial(vit_lora_task, 4, (40, 30, 30))
         few = {name: rates[: 1 if name in DAMPINGS else 2] for name, rates in FROM_SCRATCH.items()}
         untuned = ((images, FROM_SCRATCH), (lora, LORA), (prompt, PROMPT), (vit, LORA))
         return [
-            Part(digits, few, epochs=1, batch_size=16, num_batches=2, seeds=2),
+            Part(digits, few, epochs=1, batch_size=16, num_batches=2, seeds=1),
             *(
                 Part(build, rates, 1, 8, num_batches=2, seeds=1, is_tuned=False)
                 for build, rates in untuned

@@ -129,11 +129,12 @@ def _closer(gammas: pd.DataFrame, *, each_at_best: bool) -> Finding:
     outcomes = [i.is_below(1) for other in ("ef", "sf") for i in ratios[other].values()]
     lines = []
     for other, found in ratios.items():
-        held = [f"{epoch:g}" for epoch, interval in found.items() if interval.is_below(1)]
+        lost = [f"{epoch:g}" for epoch, interval in found.items() if not interval.is_below(1)]
         first, last = found[min(found)], found[max(found)]
         lines.append(
             f"γ_iEF/γ_{other.upper()} {first.text()} at epoch {min(found):g}, {last.text()} at "
-            f"epoch {max(found):g}; below 1 at {len(held)} of {len(found)} epochs"
+            f"epoch {max(found):g}; below 1 at every epoch"
+            + (f" but {', '.join(lost)}" if lost else "")
         )
     return Finding(
         "iEF approximates the natural gradient consistently better than EF and SF"
