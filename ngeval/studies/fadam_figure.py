@@ -35,7 +35,7 @@ NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 def figure(rows: pd.DataFrame) -> Figure:
     """Losses, ablations and exponents; γ over exponents, the two forms of a regression."""
     with mpl.rc_context(STYLE):
-        made, grid = plt.subplots(2, 3, figsize=(11.0, 6.6), layout="constrained")
+        made, grid = plt.subplots(2, 3, figsize=(11.0, 7.4), layout="constrained")
         _plot_better(rows, grid[0, 0])
         _plot_ablation(rows, grid[0, 1])
         _plot_powers(rows, grid[0, 2])
@@ -68,7 +68,7 @@ def _plot_ablation(rows: pd.DataFrame, axes: Axes) -> None:
     axes.set_yticks(range(len(names) + 1), [*(f"no {name}" for name in names), "none (AdamW)"])
     axes.invert_yaxis()
     _against_one(axes, "test loss over FAdam's")
-    axes.legend()
+    _legend(axes)
     axes.set_title("less one correction (right of 1: it helps)")
 
 
@@ -82,7 +82,7 @@ def _plot_powers(rows: pd.DataFrame, axes: Axes) -> None:
     axes.axvline(ROOT, color="black", linewidth=0.7)
     axes.set_xlabel("exponent ρ of the Fisher")
     axes.set_ylabel("test loss (nats per character)")
-    axes.legend()
+    _legend(axes)
     axes.set_title(f"{TEXT}, tuned for each ρ")
 
 
@@ -95,7 +95,7 @@ def _plot_power_graded(rows: pd.DataFrame, axes: Axes) -> None:
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xlabel("exponent ρ of the diagonal")
     axes.set_ylabel("γ of g/f^ρ over that at ρ = ½")
-    axes.legend()
+    _legend(axes)
     axes.set_title(f"{TEXT}, along training (less is better)")
 
 
@@ -120,7 +120,7 @@ def _plot_forms(rows: pd.DataFrame, axes: Axes) -> None:
     plain_ticks(axes.yaxis)
     axes.set_xlabel("outputs of one regression")
     axes.set_ylabel("test KL from the truth (nats)")
-    axes.legend()
+    _legend(axes)
     axes.set_title("all tuned")
 
 
@@ -136,8 +136,14 @@ def _plot_empirical(rows: pd.DataFrame, axes: Axes) -> None:
     plain_ticks(axes.yaxis)
     axes.set_xlabel("training step of Adam")
     axes.set_ylabel("γ, empirical over exact diagonal")
-    axes.legend()
+    _legend(axes)
     axes.set_title("what taking the data's labels costs")
+
+
+def _legend(axes: Axes) -> None:
+    """Below the panel, where it hides nothing."""
+    space = {"columnspacing": 1.0, "handletextpad": 0.4}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, **space)
 
 
 def _points(
