@@ -120,19 +120,26 @@ def _against_others(rows: pd.DataFrame) -> Finding:
         for name, other in best.items():
             ratio = geometric_interval((_last_losses(own) / _last_losses(other)).dropna())
             outcomes.append(ratio.is_below(1))
-            rates = [part["learning_rate"].iloc[0] for part in (own, other)]
-            told.append(
-                f"{kind}, {name.upper()} (η = {rates[1]:g}, iEF {rates[0]:g}): {ratio.text()}"
-            )
+            rates = [_rate_text(rows, part) for part in (other, own)]
+            told.append(f"{kind}, {name.upper()} (η = {rates[0]}, iEF {rates[1]}): {ratio.text()}")
     tried = rows.groupby(["kind", "method"])["learning_rate"].nunique()
     return Finding(
         "iEF's training loss is below EF's and SGD's after as many full-batch steps",
         f"{PAPER}; abstract (faster convergence)",
         decide(outcomes),
         f"Loss of iEF over that of the other, each at the best of the {tried.min()} learning rates "
-        "tried for it, geometric means over seeds: " + "; ".join(told) + ".",
+        "tried for it (*: the least or the largest), geometric means over seeds: "
+        + "; ".join(told)
+        + ".",
         "the 95 % interval of the ratio lies below 1; a case for each loss and other optimizer",
     )
+
+
+def _rate_text(rows: pd.DataFrame, chosen: pd.DataFrame) -> str:
+    """The η of some trainings, marked where it is at an end of those tried."""
+    kind, method, rate = (chosen[key].iloc[0] for key in ("kind", "method", "learning_rate"))
+    tried = rows.loc[(rows["kind"] == kind) & (rows["method"] == method), "learning_rate"]
+    return f"{rate:g}" + "*" * (rate in (tried.min(), tried.max()))
 
 
 def exponential_rate(rows: pd.DataFrame) -> float:
