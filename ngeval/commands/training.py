@@ -257,9 +257,11 @@ def _is_single(job: Search, search: SearchOptions) -> bool:
 
 def _train_once(job: Search, quiet: bool) -> None:
     out = Console(quiet=quiet)
+    training = job.alone()
+    training.check()
     with console.progress_bar(quiet) as bar:
         step = bar.add_task("training", total=job.epochs + 1)
-        for report in job.alone().run():
+        for report in training.run():
             out.print(console.training_line(report))
             bar.advance(step)
     say(out, f"written: {job.output}/epoch-*.safetensors")

@@ -206,7 +206,8 @@ def _check_class(path: str) -> None:
             except Exception as error:  # whatever its class raises
                 raise InputError(
                     f"optimizer {path!r} cannot be stepped on a dense gradient alone: "
-                    f"{type(error).__name__}: {error}; train with one whose step needs no closure"
+                    f"{type(error).__name__}: {error}; train with one that needs no more "
+                    "(no closure, no sparse gradient)"
                 ) from error
 
 
