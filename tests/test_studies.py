@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -100,6 +101,14 @@ class TestCommand:
         shown = run("study")
         for name in STUDIES:
             assert name in shown
+
+    def test_what_is_not_installed_is_told_before_any_work(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        args = ["study", "optimization", "--quick", "-o", str(tmp_path / "o")]
+        result = CliRunner().invoke(app, args)
+        assert result.exit_code == 2
+        assert "peft is needed for this" in result.output + result.stderr
+        assert not list((tmp_path / "o").glob("*.parquet"))
 
     def test_bad_input_is_one_message(self, tmp_path):
         rows = tmp_path / "rows.parquet"

@@ -14,11 +14,12 @@ from rich.table import Table
 from ngeval import console
 from ngeval.commands.common import say
 from ngeval.errors import InputError, OutputError
+from ngeval.optional import optional_module
 from ngeval.options import ForceOption, QuietOption, SeedOption
 from ngeval.plots import save_figure
 from ngeval.results import ResultFile, check_output, read_results
 from ngeval.studies import STUDIES, Finding, Study, get_study
-from ngeval.studies.base import Size, check_rows, identified, report
+from ngeval.studies.base import QUICK, Size, check_rows, identified, report
 
 DEFAULT_FOLDER = Path("ngeval-studies")
 COLOURS = {"confirmed": "green", "not confirmed": "red", "under conditions": "yellow"}
@@ -67,6 +68,8 @@ def study(
     beside = rows_from.parent if rows_from else DEFAULT_FOLDER
     files = Files.of(output or beside, chosen.name, force)
     if rows_from is None:
+        for package in chosen.needs:
+            optional_module(package)  # what is missing is told now, not in the midst of the work
         size: Size = "quick" if quick else "full"
         rows = _run(chosen, size, seed, data_dir, ResultFile(files.rows, force=force), quiet)
     else:
@@ -74,6 +77,8 @@ def study(
     findings = files.write(chosen, rows)
     out = console.table_console(quiet)
     out.print(findings_table(chosen, findings))
+    if rows["size"].iloc[0] == "quick":
+        say(out, QUICK)
     written = [files.figure, files.findings] if rows_from else list(vars(files).values())
     say(out, "written: " + ", ".join(map(str, written)))
 
@@ -143,7 +148,8 @@ def findings_table(study: Study, findings: list[Finding]) -> Table:
 
 
 def _list(quiet: bool) -> None:
-    shown = Table("study", "what it is", "minutes on one core")
+    shown = Table("study", "what it is", "minutes on one core", "needs")
     for name, entry in STUDIES.items():
-        shown.add_row(name, entry.title, f"{entry.minutes:g}")
+        needs = ", ".join(entry.needs) or "–"
+        shown.add_row(name, entry.title, f"{entry.minutes:g}", needs)
     console.table_console(quiet).print(shown)

@@ -18,6 +18,8 @@ from ngeval.errors import InputError
 Size = Literal["quick", "full"]
 SIZES: tuple[Size, ...] = ("quick", "full")
 
+QUICK = "The quick size shows that the study runs; it is too small to judge by."
+
 Verdict = Literal["confirmed", "not confirmed", "under conditions"]
 
 Advance = Callable[[str, int], None]
@@ -58,6 +60,7 @@ class Study:
         findings: what some rows say of each claim.
         minutes: how long the full size takes on one core, about.
         data: what ``--data-dir`` may hold; empty where the study takes none.
+        needs: optional packages that it cannot do without.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Study:
     findings: Callable[[pd.DataFrame], list[Finding]]
     minutes: float
     data: str = ""
+    needs: tuple[str, ...] = ()
 
 
 def identified(rows: pd.DataFrame, study: Study, size: Size, seed: int) -> pd.DataFrame:
@@ -118,7 +122,7 @@ def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str
         "confirmed*: in none. Numbers in brackets are 95 % intervals.",
     ]
     if size == "quick":
-        lines += ["", "**The quick size shows that the study runs; it is too small to judge by.**"]
+        lines += ["", f"**{QUICK}**"]
     for number, finding in enumerate(findings, 1):
         lines += ["", f"## {number}. {finding.claim}", "", f"**{finding.verdict}** "]
         lines[-1] += f"({finding.source})"

@@ -158,4 +158,5 @@ STUDY = Study(
     findings,
     minutes=20,
     data="the files of CIFAR-10 (cifar-10-batches-py or -bin), for the colour images",
+    needs=("transformers", "peft"),
 )

@@ -14,6 +14,9 @@ from ngeval.studies.statistics import Interval, mean_interval
 
 PAPER = "Wu et al., arXiv 2406.06420, experiment on optimisation performance"
 
+TASKS = 5
+"""Of a run that came to its end."""
+
 EXACT, TUNED = ("ef", "sf"), ("adamw", "adafactor", "sgd")
 NAMES = {"ef": "EF", "sf": "SF", "adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD"}
 
@@ -90,7 +93,7 @@ def _ranked(rows: pd.DataFrame) -> Finding:
         "iEF ranks first over all tasks",
         f"{PAPER}, table of average test performance",
         decide([bool(ranks.index[0] == "ief" and ranks.iloc[0] < ranks.iloc[1])]),
-        f"Average rank over {tasks} tasks by test accuracy: "
+        f"Average rank by test accuracy over {tasks} of the study's {TASKS} tasks: "
         + ", ".join(f"{name} {rank:.2g}" for name, rank in ranks.items())
         + f". Tuned to an end of what was tried: {at_edge or 'none'}.",
         "iEF's average rank is the least",
