@@ -26,28 +26,28 @@ from ngeval.training import Search
 
 Grid = dict[str, tuple[float, ...]]
 
-DAMPINGS: Grid = {"ef": (1e-4, 1.0), "ief": (1e-4, 1.0), "sf": (1.0, 30.0)}
-"""Small and large. SF needs more of it: what its few labels do not span is divided by λ."""
+DAMPINGS: Grid = {"ef": (1.0, 30.0), "ief": (1e-4, 1.0), "sf": (1.0, 30.0)}
+"""EF and SF need more of it: what their gradients or few labels do not span is divided by λ."""
 
 FROM_SCRATCH: Grid = {
-    "adamw": (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2),
-    "adafactor": (3e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3),
-    "sgd": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
-    "ef": (0.01, 0.03, 0.1),
-    "sf": (0.1, 0.3, 1.0),
-    "ief": (0.3, 1.0, 3.0),
+    "adamw": (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+    "adafactor": (3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0, 2.0),
+    "sgd": (0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+    "ef": (0.03, 0.1, 0.3, 1.0),
+    "sf": (0.1, 0.3, 1.0, 3.0),
+    "ief": (0.3, 1.0, 3.0, 10.0),
 }
 """Learning rates for all weights of a network."""
 
 LORA: Grid = FROM_SCRATCH | {
-    "adamw": (1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.1),
-    "adafactor": (1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0),
-    "sgd": (0.03, 0.1, 0.3, 1.0, 2.0, 5.0),
+    "adamw": (1e-3, 3e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2),
+    "adafactor": (1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+    "sgd": (0.03, 0.05, 0.1, 0.2, 0.3, 1.0, 2.0, 5.0),
 }
 PROMPT: Grid = FROM_SCRATCH | {
-    "adamw": (1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0),
-    "adafactor": (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0),
-    "sgd": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "adamw": (1e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3, 0.5, 1.0),
+    "adafactor": (1e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3, 1.0, 3.0),
+    "sgd": (0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0),
 }
 
 
