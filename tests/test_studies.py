@@ -110,6 +110,11 @@ class TestCommand:
         assert "peft is needed for this" in result.output + result.stderr
         assert not list((tmp_path / "o").glob("*.parquet"))
 
+    def test_help_has_examples(self):
+        shown = run("study", "--help")
+        assert "Example" in shown
+        assert "ngeval study why-ef-fails --quick" in shown
+
     def test_bad_input_is_one_message(self, tmp_path):
         rows = tmp_path / "rows.parquet"
         pd.DataFrame({"study": ["diagonal"], "size": ["quick"]}).to_parquet(rows)
