@@ -64,7 +64,7 @@ def _width(table: Table) -> int:
 
 def _side_by_side(table: pd.DataFrame) -> tuple[Table, Table]:
     optimizers = list(dict.fromkeys(table["optimizer"]))
-    test = _of_optimizers("test performance at the best validation epoch", optimizers)
+    test = _of_optimizers(f"{_performance(table)} at the best validation epoch", optimizers)
     train = _of_optimizers("training loss after the last epoch (nats)", optimizers)
     for task, part in table.groupby("task", sort=False):
         rows = part.set_index("optimizer").reindex(optimizers)
@@ -79,7 +79,7 @@ def _side_by_side(table: pd.DataFrame) -> tuple[Table, Table]:
 
 def _below_each_other(table: pd.DataFrame) -> Table:
     shown = Table(
-        title="test performance at the best validation epoch, training loss after the last",
+        title=f"{_performance(table)} at the best validation epoch, training loss after the last",
         caption=CAPTION,
         box=box.SIMPLE_HEAD,
     )
@@ -100,6 +100,11 @@ def _below_each_other(table: pd.DataFrame) -> Table:
         for place, (name, rank) in enumerate(_rank_cells(table).items()):
             shown.add_row("" if place else "average rank", escape(name), "", "", rank)
     return shown
+
+
+def _performance(table: pd.DataFrame) -> str:
+    """Of test data, unless a task has none; then the unit of each task says what of."""
+    return "test performance" if set(table["data"]) <= {"test", ""} else "performance"
 
 
 def _cells(part: pd.DataFrame, rows: pd.DataFrame) -> tuple[str, list[str], list[str]]:
@@ -154,7 +159,7 @@ def _bold(cells: list[str], best: list[bool]) -> list[str]:
 
 def _tuned_table(table: pd.DataFrame) -> Table:
     shown = Table(
-        title="what they were tuned to",
+        title="what they were tuned to" if table["trials"].any() else "settings (none was tuned)",
         caption="*: at an end of the values tried, a better one may lie beyond"
         if bool((table["edge"] != "").any())
         else None,

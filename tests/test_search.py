@@ -466,3 +466,9 @@ class TestFewTrials:
     def test_dampings_that_are_given_are_kept(self):
         plan = plan_trials(["ief"], None, [1e-7, 1e-3], "grid", 4, 0)
         assert {trial.damping for trial in plan["ief"]} == {1e-7, 1e-3}
+
+    def test_values_that_are_given_are_all_tried_or_refused(self):
+        with pytest.raises(
+            InputError, match=r"sgd: .* are 3 trainings, more than the 2 of --trials"
+        ):
+            plan_trials(["sgd"], [0.1, 0.3, 1.0], None, "grid", 2, 0)

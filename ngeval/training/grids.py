@@ -104,6 +104,12 @@ def plan_trials(
     for name, (rates, values) in grids.items():
         if _chosen(name, dampings, ()) == () and _is_too_small(budget, len(values)):
             grids[name] = rates, [None]
+        count = len(rates) * len(grids[name][1])
+        if _chosen(name, learning_rates, ()) != () and budget < count:
+            raise InputError(
+                f"{name}: the learning rates and dampings given are {count} trainings, more than "
+                f"the {budget} of --trials; give fewer values, or a random search"
+            )
     return {name: _product(name, *grids[name], budget, trials is None) for name in names}
 
 
