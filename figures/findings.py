@@ -76,7 +76,7 @@ def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
     ]
     for each in findings:
         rule = f" *Rule:* {each.rule}." if each.rule else ""
-        lines += [f"- **{each.claim}: {each.verdict}.** {each.evidence}.{rule}"]
+        lines += [f"- **{each.claim}: {each.verdict}.** {each.evidence.rstrip('.')}.{rule}"]
     return "\n".join(lines) + "\n"
 
 
