@@ -12,6 +12,7 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
+from ngeval.performance import average_ranks, performance
 from ngeval.plots import save_figure
 from ngeval.results import read_results
 from ngeval.studies import STUDIES, Finding, Study
@@ -74,10 +75,38 @@ def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
         f"![{study.title}](../figures/{study.name}.png)",
         "",
     ]
+    if study.name == "optimization":
+        lines += [*performance_table(rows), ""]
     for each in findings:
         rule = f" *Rule:* {each.rule}." if each.rule else ""
         lines += [f"- **{each.claim}: {each.verdict}.** {each.evidence.rstrip('.')}.{rule}"]
     return "\n".join(lines) + "\n"
+
+
+def performance_table(rows: pd.DataFrame) -> list[str]:
+    """What ``ngeval compare --trained`` prints: test accuracy and final training loss by task."""
+    table = performance(rows)
+    names = list(dict.fromkeys(table["optimizer"]))
+    ranks = average_ranks(table)
+    lines = [
+        "Test accuracy at the best validation epoch (%) and training loss after the last epoch "
+        "(nats), mean over 5 seeds ± half the 95 % t-interval; "
+        "`ngeval compare --trained figures/data/optimization.parquet` prints it:",
+        "",
+        f"| task | | {' | '.join(names)} |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for task, part in table.groupby("task", sort=False):
+        by_name = part.set_index("optimizer")
+        for what, scale, form in (("test_accuracy", 100, ".2f"), ("train_loss", 1, ".3g")):
+            mean, high = by_name[f"{what}_mean"] * scale, by_name[f"{what}_high"] * scale
+            best = mean.idxmax() if what == "test_accuracy" else mean.idxmin()
+            cells = {n: f"{mean[n]:{form}} ± {high[n] - mean[n]:{form}}" for n in names}
+            cells[best] = f"**{cells[best]}**"
+            label = "test" if what == "test_accuracy" else "train"
+            lines.append(f"| {task} | {label} | {' | '.join(cells[n] for n in names)} |")
+    lines.append(f"| average rank | test | {' | '.join(f'{ranks[n]:.2g}' for n in names)} |")
+    return lines
 
 
 if __name__ == "__main__":

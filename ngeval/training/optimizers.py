@@ -99,6 +99,7 @@ def is_exact(name: str) -> bool:
     return name.partition(":")[0] in EXACT
 
 
+@cache
 def takes(name: str, option: str) -> bool:
     """Whether an optimizer has a ``damping``, ``momentum`` or ``weight_decay``.
 
