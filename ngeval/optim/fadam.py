@@ -30,7 +30,7 @@ WITHOUT_CORRECTIONS: dict[str, Any] = {k: v for off in CORRECTIONS.values() for 
 RELATIVE_EPSILON = 0.01
 """ε₂ of Algorithm 1: the part of the gradient's RMS that ε may be at most."""
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Entries that are worked on at a time on a CPU, so that they stay in the cache."""
 
 
