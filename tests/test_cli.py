@@ -22,6 +22,7 @@ import ngeval
 import ngeval.runs
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli import app
+from ngeval.manifest import manifest_path
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.
@@ -407,7 +408,7 @@ class TestGamma:
         output.write_text("old")
         table = gamma(output, *CNN, "-c", cnn.folder, *SMALL, "-m", "sgd", "--force")
         assert len(table) == 6
-        assert list(tmp_path.iterdir()) == [output]
+        assert sorted(tmp_path.iterdir()) == [output, manifest_path(output)]
 
     def test_makes_the_folder_of_the_output(self, cnn, tmp_path):
         output = tmp_path / "new" / "folder" / "g.jsonl"
@@ -760,7 +761,7 @@ class TestInterruption:
         table = read(output)
         assert len(table) == 4
         assert set(table["stage"]) == {0}
-        assert list(tmp_path.iterdir()) == [output]
+        assert sorted(tmp_path.iterdir()) == [output, manifest_path(output)]
 
     def test_finished_rows_of_imbalance_are_saved(self, cnn, tmp_path, monkeypatch):
         norms, calls = ngeval.runs.gradient_norms, []

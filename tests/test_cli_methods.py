@@ -28,6 +28,7 @@ from ngeval.tasks import get_task
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 SMALL = ("--batch-size", "8", "--num-batches", "2")
+MANIFEST = "results.parquet.manifest.json"
 
 TASK_FILE = """
 import torch
@@ -345,7 +346,7 @@ def compared(trained, tmp_path_factory):
 class TestCompare:
     def test_files(self, compared):
         names = sorted(path.name for path in compared.output.iterdir())
-        assert names == ["kfac.png", "ranking.csv", "ranking.png", "results.parquet"]
+        assert names == ["kfac.png", "ranking.csv", "ranking.png", "results.parquet", MANIFEST]
         for name in ("kfac.png", "ranking.png"):
             content = (compared.output / name).read_bytes()
             assert content.startswith(b"\x89PNG")
@@ -409,14 +410,14 @@ class TestCompare:
         result = run("compare", *args, "-m", "sgd,ef,adamw", "-q", "-o", tmp_path / "out")
         assert (result.stdout, result.stderr) == ("", "")
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["ranking.csv", "ranking.png", "results.parquet"]
+        assert names == ["ranking.csv", "ranking.png", "results.parquet", MANIFEST]
 
     def test_without_the_natural_gradient_it_ranks_by_sgd(self, trained, tmp_path):
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,ief")
         result = run("compare", *args, "--no-natural", "-o", tmp_path / "out")
         assert "γ/γ_SGD at each method's best λ" in result.stdout
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["kfac.png", "ranking.csv", "results.parquet"]
+        assert names == ["kfac.png", "ranking.csv", "results.parquet", MANIFEST]
         assert "ranking.png" not in result.stdout
 
     def test_one_damping_for_the_picture(self, trained, tmp_path):
@@ -439,7 +440,8 @@ class TestCompare:
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,ef", "-q")
         result = run("compare", *args, "--dampings", "1", "-o", tmp_path / "out", code=130)
         assert "interrupted" in result.stderr
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.parquet"]
+        names = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert names == ["results.parquet", MANIFEST]
         assert len(pd.read_parquet(tmp_path / "out" / "results.parquet")) == 4
 
     @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -15,6 +16,7 @@ from ngeval import console
 from ngeval.checkpoints import Checkpoint
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress
+from ngeval.manifest import manifest, write_manifest
 from ngeval.options import OutputOptions
 from ngeval.results import ResultFile
 from ngeval.runs import Run
@@ -39,9 +41,16 @@ def check_result(out: OutputOptions) -> None:
 
 
 def collect(
-    job: Run, tables: Tables, description: str, out: OutputOptions, steps: Sequence[str] = ()
+    job: Run,
+    tables: Tables,
+    description: str,
+    out: OutputOptions,
+    steps: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Run through the units with a progress bar; what is finished reaches the output file.
+
+    Beside the output file its manifest is written, with the first rows.
 
     Args:
         job: the run.
@@ -49,6 +58,7 @@ def collect(
         description: of the work.
         out: where the rows go.
         steps: the methods that are told of in each unit; none where a unit is one step.
+        options: the command's, for the manifest.
     """
     target = ResultFile(out.output, force=out.force) if out.output is not None else None
     size = max(1, len(steps))
@@ -68,10 +78,29 @@ def collect(
             frames.append(table)
             if target is not None:
                 target.append(table)
+                if len(frames) == 1:
+                    target.flush()  # so that a manifest never lies beside another run's rows
+                    write_manifest(target.path, manifest(options or {}, facts=facts(job)))
             bar.update(task, completed=len(frames) * size)
     if target is not None and not out.quiet:
         print(f"written: {target.path} ({target.rows} rows)", file=sys.stderr)
     return pd.concat(frames, ignore_index=True)
+
+
+def facts(job: Run) -> dict[str, Any]:
+    """What a run's options came to, for its manifest."""
+    return {
+        "task": job.task.name,
+        "description": job.task.description,
+        "likelihood": repr(job.task.resolved_likelihood()),
+        "checkpoints": [checkpoint.name for checkpoint in job.checkpoints],
+        "batch_size": job.batch_size,
+        "num_batches": job.num_batches,
+        "seed": job.seed,
+        "device": job.device,
+        "dtype": "the model's" if job.dtype is None else str(job.dtype).removeprefix("torch."),
+        "engine": job.engine,
+    }
 
 
 def report_failures(table: pd.DataFrame) -> None:

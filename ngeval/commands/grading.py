@@ -12,6 +12,7 @@ from ngeval import console
 from ngeval.assemble import make_run
 from ngeval.commands.common import check_result, collect, report_failures
 from ngeval.evaluate import Progress
+from ngeval.manifest import as_options
 from ngeval.methods import get_methods
 from ngeval.options import (
     DampingScaleOption,
@@ -115,7 +116,16 @@ def layers(
     def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
         return job.layers(names, values, together, damping_scale, how, on_step)
 
-    table = collect(job, tables, "grading layers", out, names)
+    asked = as_options(
+        *(run, hub, step),
+        methods=names,
+        dampings=values,
+        groups=groups,
+        damping_scale=damping_scale,
+        metric_batches=metric_batches,
+        natural=natural,
+    )
+    table = collect(job, tables, "grading layers", out, names, asked)
     report_failures(table)
     for shown in console.layer_tables(table):
         console.table_console(out.quiet).print(shown)
@@ -140,7 +150,10 @@ def imbalance(
     check_dampings([damping])
     check_result(out)
     job = make_run(run, hub, step)
-    table = collect(job, lambda job, _: job.imbalances(names, damping), "gradient norms", out)
+    asked = as_options(run, hub, step, methods=names, damping=damping)
+    table = collect(
+        *(job, lambda job, _: job.imbalances(names, damping), "gradient norms", out), options=asked
+    )
     console.table_console(out.quiet).print(console.imbalance_table(table))
 
 
@@ -164,6 +177,7 @@ def grade(
     def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
         return job.gammas(names, dampings, grading.damping_scale, how, on_step)
 
-    table = collect(job, tables, "grading updates", out, names)
+    asked = as_options(*which, grading, methods=names, dampings=dampings)
+    table = collect(job, tables, "grading updates", out, names, asked)
     report_failures(table)
     return table

@@ -1,0 +1,147 @@
+"""The manifest beside a result file: what it tells, and when it is written."""
+
+import json
+import platform
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ngeval
+import ngeval.runs
+from ngeval import OutputError
+from ngeval.cli import app
+from ngeval.manifest import (
+    as_options,
+    command_line,
+    manifest,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from ngeval.options import RunOptions
+from ngeval.tasks import get_task
+
+# The first forward-mode product imports a part of torch that warns of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "epoch-003.pt"
+    torch.manual_seed(0)
+    torch.save(get_task("digits-mlp").model().state_dict(), path)
+    return path
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [*map(str, args)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+SMALL = ("--batch-size", "8", "--num-batches", "2", "--quiet")
+
+
+class TestManifest:
+    def test_versions_machine_and_time(self):
+        told = manifest({"task": "t"}, command=["ngeval", "gamma"])
+        assert told["versions"]["ngeval"] == ngeval.__version__
+        assert told["versions"]["torch"] == version("torch")
+        assert told["versions"]["python"] == platform.python_version()
+        assert told["machine"]["cores"] >= 1
+        assert told["machine"]["memory"] > 2**20
+        assert told["machine"]["cpu"]
+        created = datetime.fromisoformat(told["created"])
+        assert abs(datetime.now(UTC) - created) < timedelta(hours=1)
+        assert (told["command"], told["options"]) == ("ngeval gamma", {"task": "t"})
+
+    def test_values_are_plain(self, tmp_path):
+        odd = {"path": Path("a/b"), "dtype": torch.float64, "top": float("inf"), "many": (1, 2.5)}
+        told = manifest(odd, facts={"deep": {"set": {"x"}}})
+        assert told["options"] == {
+            "path": str(Path("a/b")),
+            "dtype": "torch.float64",
+            "top": "inf",
+            "many": [1, 2.5],
+        }
+        assert told["run"] == {"deep": {"set": ["x"]}}
+        write_manifest(tmp_path / "r.csv", told)
+        assert read_manifest(tmp_path / "r.csv") == told
+
+    def test_options_that_are_not_set_are_left_out(self):
+        asked = as_options(RunOptions(task="t", checkpoint=[]), methods=["sgd"], damping=0.0)
+        assert asked["task"] == "t"
+        assert (asked["methods"], asked["damping"], asked["seed"]) == (["sgd"], 0.0, 0)
+        assert not {"checkpoint", "dtype", "memory"} & set(asked)
+
+    def test_python_m(self):
+        assert command_line(["/x/ngeval/__main__.py", "tasks"]) == "python -m ngeval tasks"
+
+    def test_no_manifest_is_none(self, tmp_path):
+        assert read_manifest(tmp_path / "r.csv") is None
+
+    @pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+    def test_one_that_cannot_be_read_is_named(self, tmp_path, text):
+        path = manifest_path(tmp_path / "r.csv")
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(OutputError, match=r"r\.csv\.manifest\.json.*delete it"):
+            read_manifest(tmp_path / "r.csv")
+
+    def test_folder_that_cannot_be_written(self, tmp_path):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write_manifest(tmp_path / "none" / "r.csv", {})
+
+
+class TestCommands:
+    def test_gamma_tells_its_options_and_what_they_came_to(self, weights, tmp_path):
+        output = tmp_path / "g.csv"
+        asked = ("-m", "sgd,ief", "--damping", "1e-6,1e-3", "--seed", "7", "-o", output)
+        run("gamma", "-t", "digits-mlp", "-c", weights, *SMALL, *asked)
+        told = json.loads(manifest_path(output).read_text())
+        assert told == read_manifest(output)
+        assert told["options"]["dampings"] == [1e-6, 1e-3]
+        assert told["options"]["methods"] == ["sgd", "ief"]
+        assert told["options"]["damping_scale"] == "absolute"
+        assert told["options"]["seed"] == told["run"]["seed"] == 7
+        assert told["run"]["checkpoints"] == [str(weights)]
+        assert (told["run"]["batch_size"], told["run"]["num_batches"]) == (8, 2)
+        assert "ategorical" in told["run"]["likelihood"]
+        assert told["format"] == 1
+
+    def test_layers_and_imbalance_have_one(self, weights, tmp_path):
+        which = ("-t", "digits-mlp", "-c", weights, *SMALL, "-m", "sgd")
+        run("layers", *which, "--groups", "1", "-o", tmp_path / "l.parquet")
+        run("imbalance", *which, "--damping", "0.5", "-o", tmp_path / "i.jsonl")
+        assert read_manifest(tmp_path / "l.parquet")["options"]["groups"] == "1"
+        assert read_manifest(tmp_path / "i.jsonl")["options"]["damping"] == 0.5
+
+    def test_a_run_that_is_stopped_has_one(self, weights, tmp_path, monkeypatch):
+        norms, calls = ngeval.runs.gradient_norms, []
+
+        def interrupted(problem):
+            calls.append(1)
+            if len(calls) == 2:
+                assert read_manifest(tmp_path / "i.csv")["options"]["seed"] == 0  # before the end
+                raise KeyboardInterrupt
+            return norms(problem)
+
+        monkeypatch.setattr(ngeval.runs, "gradient_norms", interrupted)
+        args = ("-t", "digits-mlp", "-c", weights, *SMALL, "-o", tmp_path / "i.csv")
+        run("imbalance", *args, code=130)
+        assert len(pd.read_csv(tmp_path / "i.csv")) == 8
+        assert read_manifest(tmp_path / "i.csv") is not None
+
+    def test_a_run_without_rows_leaves_the_old_one(self, weights, tmp_path, monkeypatch):
+        def interrupted(problem):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ngeval.runs, "gradient_norms", interrupted)
+        write_manifest(tmp_path / "i.csv", {"of": "an earlier run"})
+        args = ("-t", "digits-mlp", "-c", weights, *SMALL, "--force", "-o", tmp_path / "i.csv")
+        run("imbalance", *args, code=130)
+        assert read_manifest(tmp_path / "i.csv") == {"of": "an earlier run"}
