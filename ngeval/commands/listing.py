@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,51 +16,33 @@ from ngeval import console
 from ngeval.commands.common import say
 from ngeval.errors import InputError, nearest_name
 from ngeval.methods import all_methods
-from ngeval.options import ForceOption
+from ngeval.options import ForceOption, QuietOption
 from ngeval.plots import (
+    COLUMN,
     FIGURE_SUFFIXES,
-    damping_figure,
-    imbalance_figure,
-    kfac_figure,
-    layers_figure,
-    ranking_figure,
+    FIGURES,
+    PAGE,
+    Chosen,
+    figure_of,
+    kind_of,
     save_figure,
-    stages_figure,
 )
 from ngeval.results import check_output, read_results
 from ngeval.tasks import BUILTIN_TASKS, get_task
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """What part of a table is drawn.
-
-    Attributes:
-        damping: λ; None leaves it to the picture.
-        checkpoints: likewise.
-    """
-
-    damping: float | None = None
-    checkpoints: list[str] | None = None
-
-
-FIGURES: dict[str, Callable[[pd.DataFrame, Chosen], Figure]] = {
-    "stages": lambda t, c: stages_figure(t, None if c.damping is None else [c.damping]),
-    "damping": lambda table, chosen: damping_figure(table, chosen.checkpoints),
-    "imbalance": lambda table, _: imbalance_figure(table),
-    "layers": lambda table, chosen: layers_figure(
-        table, damping=chosen.damping, checkpoint=next(iter(chosen.checkpoints or []), None)
-    ),
-    "kfac": lambda table, chosen: kfac_figure(table, chosen.damping),
-    "ranking": lambda table, chosen: ranking_figure(table, chosen.checkpoints),
-}
-"""Pictures by ``--kind``."""
+WIDTHS = {"column": COLUMN, "page": PAGE}
 
 
 def plot(
-    results: Annotated[Path, typer.Argument(help="Result file of gamma, sweep, layers, ….")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files of gamma, sweep, compare, layers, imbalance, train."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")],
-    kind: Annotated[str, typer.Option(help=f"{', '.join(FIGURES)}.")] = "stages",
+    kind: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(FIGURES)}; default: what the columns of the files fit."),
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(help="λ of a picture at one λ; default: the smallest.")
     ] = None,
@@ -72,21 +52,73 @@ def plot(
             "--checkpoint", "-c", help="Panels of damping, stages of ranking; the one of layers."
         ),
     ] = None,
+    relative: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods over others in stages, as sf/ief,ef/ief; default: these, where there "
+            "are several tasks or samples; none: leave them out."
+        ),
+    ] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            help="As it is printed: column (3.4 in) or page (7 in); default: a column for one "
+            "panel, else a page."
+        ),
+    ] = None,
     force: ForceOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Draw a result file.
+    """Draw result files, at the width they are printed at.
 
     [bold]Examples:[/bold]
 
-    ngeval plot gamma.csv --kind stages --output stages.pdf
+    ngeval plot gamma.csv --output stages.pdf
 
-    ngeval plot layers.csv --kind layers --output layers.png
+    ngeval plot sweep.parquet --kind damping --width column --output damping.svg
+
+    ngeval plot lora.parquet prompt.parquet imbalance.parquet --kind stages --output stages.pdf
+
+    ngeval plot training.parquet --kind performance --output performance.png
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
-    table = read_results(results)
-    if kind not in FIGURES:
+    if width is not None and width not in WIDTHS:
+        raise InputError(f"unknown width {width!r}; {nearest_name(width, WIDTHS)}")
+    if kind is not None and kind not in FIGURES:
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
-    save_figure(FIGURES[kind](table, Chosen(damping, checkpoint)), output)
+    tables = read_tables(results)
+    chosen = Chosen(damping, checkpoint, relative_pairs(relative), WIDTHS.get(width or ""))
+    if kind is None:
+        kind = kind_of(tables)
+        say(console.table_console(quiet), f"drawn: {kind} (--kind: {', '.join(FIGURES)})")
+    save_figure(figure_of(tables, kind, chosen), output)
+
+
+def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
+    """Result files by their stems, or by their paths where files share a stem.
+
+    Raises:
+        InputError: one cannot be read, or is given twice.
+    """
+    if len(set(paths)) < len(paths):
+        raise InputError("a result file is given twice")
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
+    return {name: read_results(path) for name, path in zip(names, paths, strict=True)}
+
+
+def relative_pairs(text: str | None) -> list[tuple[str, str]] | None:
+    """``sf/ief,ef/ief`` as pairs; ``none`` as no pairs.
+
+    Raises:
+        InputError: it is not such a list.
+    """
+    if text is None or text == "none":
+        return None if text is None else []
+    pairs = [tuple(pair.strip().split("/")) for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise InputError(f"--relative {text!r} is not a list of pairs such as sf/ief,ef/ief")
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def tasks() -> None:

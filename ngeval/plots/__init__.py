@@ -1,30 +1,49 @@
-"""Pictures of result tables: every function draws on an ``ax`` that is given, or makes one.
+"""Pictures of result tables, for papers and notebooks.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; each method keeps its colour
-and marker in every picture.
+Every ``plot_*`` draws on an ``ax`` that is given, or makes one, and returns it; every ``*_figure``
+is a whole picture, at the width that it is printed at. Colours are Okabe and Ito's, which
+colour-blind readers tell apart; each method keeps its colour and marker in every picture.
+``plt.style.use("ngeval.plots.ngeval")`` gives other pictures the same style.
 """
 
 from ngeval.plots.comparison import kfac_figure, plot_ranking, ranking_figure
-from ngeval.plots.gamma import damping_figure, plot_damping, plot_stages, stages_figure
-from ngeval.plots.imbalance import imbalance_figure, plot_imbalance
+from ngeval.plots.gamma import damping_figure, plot_damping, plot_stages
+from ngeval.plots.imbalance import imbalance_figure, norms_figure, plot_imbalance, plot_norms
+from ngeval.plots.kinds import FIGURES, Chosen, figure_of, kind_of
 from ngeval.plots.layers import layers_figure, plot_layers
-from ngeval.plots.performance import performance_figure
-from ngeval.plots.style import FIGURE_SUFFIXES, STYLE, save_figure
+from ngeval.plots.performance import performance_figure, plot_performance
+from ngeval.plots.relative import plot_relative
+from ngeval.plots.stages import stages_figure
+from ngeval.plots.style import COLUMN, FIGURE_SUFFIXES, PAGE, STYLE, save_figure
+from ngeval.plots.toy import plot_paths, plot_toy, toy_figure
 
 __all__ = [
+    "COLUMN",
+    "FIGURES",
     "FIGURE_SUFFIXES",
+    "PAGE",
     "STYLE",
+    "Chosen",
     "damping_figure",
+    "figure_of",
     "imbalance_figure",
     "kfac_figure",
+    "kind_of",
     "layers_figure",
+    "norms_figure",
     "performance_figure",
     "plot_damping",
     "plot_imbalance",
     "plot_layers",
+    "plot_norms",
+    "plot_paths",
+    "plot_performance",
     "plot_ranking",
+    "plot_relative",
     "plot_stages",
+    "plot_toy",
     "ranking_figure",
     "save_figure",
     "stages_figure",
+    "toy_figure",
 ]

@@ -13,16 +13,19 @@ from matplotlib.figure import Figure
 
 from ngeval.comparison import at_best_damping, ranking
 from ngeval.errors import InputError
-from ngeval.plots.gamma import chosen_damping, draw_stages, scale_of, usable
+from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
 from ngeval.plots.style import (
+    COLUMN,
     STYLE,
     checkpoint_title,
+    label_outer,
     legend_below,
-    new_axes,
-    number_text,
-    plain_ticks,
+    legend_under,
+    own_axes,
+    panels,
     styles_of,
 )
+from ngeval.plots.ticks import log_scale, number_text
 
 KFAC_METHODS = {
     "ief": "ief",
@@ -38,7 +41,11 @@ _STAGE_STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#000000", "D"))
 
 
 def kfac_figure(
-    table: pd.DataFrame, damping: float | None = None, methods: Sequence[str] | None = None
+    table: pd.DataFrame,
+    damping: float | None = None,
+    methods: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
 ) -> Figure:
     """γ/γ_SGD over training stages for iEF and KFAC's kinds, in the manner of Wu et al.
 
@@ -50,6 +57,7 @@ def kfac_figure(
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
         damping: λ of the right panel, as given; None takes the smallest positive one.
         methods: others than ``ief, kfac-ief, kfac, kfac-sf, kfac-ef``.
+        width: of the figure in inches; None takes a page for two panels, a column for one.
 
     Raises:
         InputError: the table has not the columns, none of the methods, or nothing at that λ.
@@ -59,27 +67,18 @@ def kfac_figure(
     rows = table[table["method"].isin(wanted)]
     if rows.empty:
         raise InputError(f"the table has none of the methods {', '.join(wanted)}")
-    value = chosen_damping(rows, damping)
+    at_one, value = at_damping(rows, damping)
     styles = styles_of(table)
-    at_one = rows[np.isclose(rows["damping"], value, rtol=1e-6, atol=0)]
-    panels = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
+    parts = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
     if rows["damping"].nunique() > 1:
-        panels.insert(0, ("each at its best λ", at_best_damping(rows)))
+        parts.insert(0, ("each at its best λ", at_best_damping(rows)))
     with mpl.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1,
-            len(panels),
-            figsize=(1.2 + 3.2 * len(panels), 3.6),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
-        )
-        for index, (axes, (title, part)) in enumerate(zip(grid[0], panels, strict=True)):
+        figure, grid = panels(len(parts), width, 2.3, least=2.4, sharex=True, sharey=True)
+        for axes, (title, part) in zip(grid, parts, strict=True):
             draw_stages(part, axes, styles, KFAC_METHODS)
             axes.set_title(title)
-            if index:
-                axes.set_ylabel("")
-        legend_below(*grid[0])
+        label_outer(grid)
+        legend_below(*grid)
     return figure
 
 
@@ -105,34 +104,59 @@ def plot_ranking(
     stages = list(dict.fromkeys(ranked["checkpoint"]))
     last = ranked[ranked["checkpoint"] == stages[-1]]
     methods = list(last["method"])
-    axes = new_axes(ax, (5.0, 0.9 + 0.24 * len(methods)))
-    for index, name in enumerate(stages):
-        rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
-        colour, marker = _STAGE_STYLES[index - len(stages)]
-        places = np.arange(len(methods)) + 0.22 * (index - (len(stages) - 1) / 2)
-        value = rows["gamma_over_ng"].to_numpy(dtype=float)
-        ends = [
-            np.nan_to_num(np.abs(rows[f"gamma_over_ng{end}"].to_numpy(dtype=float) - value))
-            for end in ("_low", "_high")
-        ]
-        label = f"{rows['stage_name'].dropna().iloc[0]}: {checkpoint_title(table, name)}"
-        axes.errorbar(
-            value, places, xerr=ends, color=colour, marker=marker, linestyle="none", label=label
-        )
-    axes.set_yticks(np.arange(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.4, -0.6)
-    axes.set_xscale("log")
-    axes.axvline(1, color="#CC79A7", linewidth=1)
-    plain_ticks(axes.xaxis)
-    axes.set_xlabel("γ/γ_min at the best λ (1: the natural gradient itself)")
-    axes.legend(loc="best")
+    with own_axes(ax, (COLUMN, _height(len(methods)))) as axes:
+        for index, name in enumerate(stages):
+            rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
+            style = _STAGE_STYLES[(index - len(stages)) % len(_STAGE_STYLES)]
+            label = f"{rows['stage_name'].dropna().iloc[0]}: {checkpoint_title(table, name)}"
+            offset = 0.22 * (index - (len(stages) - 1) / 2)
+            _draw_stage(axes, rows, np.arange(len(methods)) + offset, style, label)
+        axes.set_yticks(np.arange(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        axes.axvline(1, color="#CC79A7", linewidth=1)
+        log_scale(axes, "x")
+        axes.set_xlabel("γ/γ_min at the best λ (1: the natural gradient itself)")
+        legend_under(axes, 3)
     return axes
 
 
-def ranking_figure(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> Figure:
-    """`plot_ranking` in a figure of its own."""
+def _draw_stage(
+    axes: Axes, rows: pd.DataFrame, places: np.ndarray, style: tuple[str, str], label: str
+) -> None:
+    """A point with its interval for each method at one checkpoint."""
+    value = rows["gamma_over_ng"].to_numpy(dtype=float)
+    ends = [
+        np.nan_to_num(np.abs(rows[f"gamma_over_ng{end}"].to_numpy(dtype=float) - value))
+        for end in ("_low", "_high")
+    ]
+    colour, marker = style
+    axes.errorbar(
+        value,
+        places,
+        xerr=ends,
+        color=colour,
+        marker=marker,
+        markersize=3,
+        linestyle="none",
+        elinewidth=0.8,
+        label=label,
+    )
+
+
+def ranking_figure(
+    table: pd.DataFrame,
+    checkpoints: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
+) -> Figure:
+    """`plot_ranking` in a figure of its own, as wide as a column or as is told (inches)."""
     count = table["method"].nunique() if "method" in table else 1
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.4, 1.2 + 0.26 * count), layout="constrained")
+        figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
         plot_ranking(table, checkpoints, axes)
     return figure
+
+
+def _height(methods: int) -> float:
+    """Of a picture, in inches."""
+    return 0.9 + 0.19 * methods

@@ -1,11 +1,10 @@
-"""γ over training stages and over damping."""
+"""γ over training stages and over damping: single panels, and a panel for each stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,19 +12,28 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
+from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
+    COLUMN,
     STYLE,
     checkpoint_title,
-    new_axes,
-    number_text,
-    plain_ticks,
+    label_outer,
+    legend_below,
+    legend_under,
+    own_axes,
+    panels,
     require,
     stage_label,
     styles_of,
     with_stage,
+    without_legend,
 )
+from ngeval.plots.ticks import log_scale, number_text
 from ngeval.prepared import check_dampings
 from ngeval.summary import SUMMARIZED, summarize
+
+MAX_STAGES = 4
+"""Panels of `damping_figure`, unless the checkpoints are chosen."""
 
 
 def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | None = None) -> Axes:
@@ -43,11 +51,11 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
         InputError: the table has not the columns, or nothing at that damping.
     """
     table = usable(table, "checkpoint")
-    damping = chosen_damping(table, damping)
-    rows = table[np.isclose(table["damping"], damping, rtol=1e-6, atol=0)]
-    axes = draw_stages(rows, new_axes(ax, (4.2, 3.2)), styles_of(table))
-    axes.set_title(f"damping λ = {number_text(damping)} ({scale_of(table)})")
-    axes.legend(ncols=2)
+    rows, value = at_damping(table, damping)
+    with own_axes(ax, (COLUMN, 2.9)) as axes:
+        draw_stages(rows, axes, styles_of(table))
+        axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
+        legend_under(axes)
     return axes
 
 
@@ -69,8 +77,7 @@ def draw_stages(
     summary = summarize(staged, ("x", "method"))
     for method in _drawn_methods(summary):
         part = summary[summary["method"] == method].sort_values("x")
-        label = (labels or {}).get(method, method)
-        _line_with_band(axes, part, "x", styles[method], label)
+        line_with_band(axes, part, "x", styles[method], (labels or {}).get(method, method))
     _ratio_axis(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(stage_label(staged))
@@ -82,7 +89,8 @@ def plot_damping(
 ) -> Axes:
     """γ/γ_SGD of every method against λ at one checkpoint, with the floor as a dashed line.
 
-    λ = 0 has no place on a logarithmic axis and is left out.
+    The exact natural gradient is drawn also where ``ng`` was not among the methods, from the
+    bounds on its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out.
 
     Args:
         table: rows of `ngeval.evaluate` at many dampings (``ngeval sweep``'s output).
@@ -104,59 +112,67 @@ def plot_damping(
     rows = table[table["damping"] > 0]
     if rows.empty:
         raise InputError("the only damping is 0, which has no place on a logarithmic axis")
-    axes = new_axes(ax, (4.2, 3.2))
+    rows = with_natural(rows)
     summary = summarize(rows, ("method", "damping"))
-    styles = styles_of(table)
-    for method in _drawn_methods(summary):
-        part = summary[summary["method"] == method].sort_values("damping")
-        single = len(part) == 1  # a line through one point would not be seen
-        _line_with_band(axes, part, "damping", styles[method], method, markers=single)
-    floor = float(summary["floor_over_sgd"].median())
-    axes.axhline(floor, color="#555555", linestyle="--", linewidth=1, label="floor")
-    axes.set_xscale("log")
-    _ratio_axis(axes)
-    axes.set_xlabel(f"damping λ ({scale_of(table)})")
-    axes.legend(ncols=2)
+    styles = styles_of(rows)
+    with own_axes(ax, (COLUMN, 2.9)) as axes:
+        for method in _drawn_methods(summary):
+            part = summary[summary["method"] == method].sort_values("damping")
+            single = len(part) == 1  # a line through one point would not be seen
+            line_with_band(axes, part, "damping", styles[method], method, markers=single)
+        floor = float(summary["floor_over_sgd"].median())
+        axes.axhline(floor, color="#555555", linestyle="--", linewidth=0.9, label="floor")
+        log_scale(axes, "x")
+        _ratio_axis(axes)
+        axes.set_xlabel(f"damping λ ({scale_of(table)})")
+        legend_under(axes)
     return axes
 
 
-def stages_figure(table: pd.DataFrame, dampings: Sequence[float] | None = None) -> Figure:
-    """One panel of `plot_stages` for each damping (default: the smallest positive one)."""
-    chosen = [None] if dampings is None else list(dampings)
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(chosen), figsize=(4.2 * len(chosen), 3.4), squeeze=False, layout="constrained"
-        )
-        for ax, damping in zip(axes[0], chosen, strict=True):
-            plot_stages(table, damping, ax)
-    return figure
+def with_natural(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add rows of the method ``ng`` where there are none, from the bounds on γ_NG(λ).
+
+    Both bounds agree to a relative ``gap`` of 10⁻⁴ as a rule; their geometric mean is taken. A
+    table without them (``--no-natural``) stays as it is.
+    """
+    if "ng" in set(rows["method"]) or not {"gamma_ng_lower", "gamma_ng_upper"} <= set(rows):
+        return rows
+    keys = [key for key in ("checkpoint", "batch", "damping") if key in rows]
+    single = rows.drop_duplicates(keys)
+    gamma = np.sqrt(single["gamma_ng_lower"] * single["gamma_ng_upper"])
+    over_sgd = gamma * single["gamma_over_sgd"] / single["gamma"]
+    least = single.get("gamma_min", np.nan)
+    natural = single.assign(
+        method="ng", gamma=gamma, gamma_over_sgd=over_sgd, gamma_over_ng=gamma / least
+    )
+    return pd.concat([rows, natural[np.isfinite(gamma)]], ignore_index=True)
 
 
-def damping_figure(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> Figure:
-    """One panel of `plot_damping` for each checkpoint; more than four are thinned out evenly."""
+def damping_figure(
+    table: pd.DataFrame, checkpoints: Sequence[str] | None = None, *, width: float | None = None
+) -> Figure:
+    """One panel of `plot_damping` for each checkpoint; more than four are thinned out evenly.
+
+    Args:
+        table: rows of `ngeval.evaluate` at many dampings (``ngeval sweep``'s output).
+        checkpoints: which; None takes up to four.
+        width: of the figure in inches; None takes a column for one panel, else a page.
+    """
     names = list(dict.fromkeys(table["checkpoint"])) if "checkpoint" in table else [None]
     if checkpoints is not None:
         names = list(checkpoints)
-    if len(names) > 4:
-        names = [names[round(i * (len(names) - 1) / 3)] for i in range(4)]
+    elif len(names) > MAX_STAGES:
+        last = MAX_STAGES - 1
+        names = [names[round(i * (len(names) - 1) / last)] for i in range(MAX_STAGES)]
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1,
-            len(names),
-            figsize=(3.6 * len(names), 3.4),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
-        )
-        for index, (ax, name) in enumerate(zip(axes[0], names, strict=True)):
+        figure, grid = panels(len(names), width, 2.1, sharex=True, sharey=True)
+        for ax, name in zip(grid, names, strict=True):
             plot_damping(table, name, ax)
             if name is not None:
                 ax.set_title(checkpoint_title(table, name))
-            if index:
-                ax.set_ylabel("")
-            ax.get_legend().remove()
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+            without_legend(ax)
+        label_outer(grid)
+        legend_below(*grid)
     return figure
 
 
@@ -190,6 +206,12 @@ def chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
     return nearest
 
 
+def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame, float]:
+    """The rows at `chosen_damping`, and that λ."""
+    value = chosen_damping(table, damping)
+    return table[np.isclose(table["damping"], value, rtol=1e-6, atol=0)], value
+
+
 def scale_of(table: pd.DataFrame) -> str:
     """What λ multiplies."""
     return str(table["damping_scale"].iloc[0]) if "damping_scale" in table else "absolute"
@@ -200,35 +222,7 @@ def _drawn_methods(summary: pd.DataFrame) -> list[str]:
     return [method for method in dict.fromkeys(summary["method"]) if method != "sgd"]
 
 
-def _line_with_band(
-    axes: Axes,
-    part: pd.DataFrame,
-    x: str,
-    style: tuple[str, str, str],
-    label: str,
-    markers: bool = True,
-) -> None:
-    colour, marker, dash = style
-    axes.plot(
-        part[x],
-        part["gamma_over_sgd_geomean"],
-        color=colour,
-        linestyle=dash,
-        marker=marker if markers else "",
-        label=label,
-    )
-    axes.fill_between(
-        part[x].to_numpy(dtype=float),
-        part["gamma_over_sgd_geomean_low"].to_numpy(dtype=float),
-        part["gamma_over_sgd_geomean_high"].to_numpy(dtype=float),
-        color=colour,
-        alpha=0.18,
-        linewidth=0,
-    )
-
-
 def _ratio_axis(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.axhline(1, color="black", linewidth=1, label="sgd")
-    plain_ticks(axes.yaxis)
-    axes.set_ylabel("γ relative to SGD (lower: closer to NG)")
+    axes.axhline(1, color="black", linewidth=0.9, label="sgd")
+    log_scale(axes, "y")
+    axes.set_ylabel("γ relative to SGD\n(lower: closer to NG)")

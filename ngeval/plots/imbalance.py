@@ -2,65 +2,172 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.mlab import GaussianKDE
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import STYLE, legend_below, new_axes, require, stage_label, with_stage
+from ngeval.errors import InputError
+from ngeval.plots.means import geometric_means, line_with_band
+from ngeval.plots.style import (
+    COLUMN,
+    STYLE,
+    legend_below,
+    legend_under,
+    own_axes,
+    require,
+    stage_label,
+    with_stage,
+    without_legend,
+)
+from ngeval.plots.ticks import log_scale
+
+MAX_VIOLINS = 15
+"""Stages whose distributions are drawn one by one; more are drawn as bands of quantiles."""
+
+_BLUE, _RED = "#0072B2", "#D55E00"
+_BANDS = ((0.05, 0.95, 0.2, "5–95 %"), (0.25, 0.75, 0.35, "25–75 %"))
 
 
-def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Per-sample gradient norms against the training stage: quantiles, and max/min on the right.
+def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The distribution of per-sample gradient norms at each training stage.
+
+    Up to `MAX_VIOLINS` stages: a density each (of the logarithms, Gaussian kernel, Scott's width),
+    all of the same width, from the least norm to the greatest; more stages: bands of quantiles.
+    The line joins the medians. A norm of 0 has no place on the logarithmic axis; how many there
+    are is told above.
 
     Args:
         table: ``ngeval imbalance``'s output, one row for each sample.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns.
+        InputError: the table has not the columns, or no norm above 0.
     """
     require(table, "checkpoint", "gradient_norm")
     rows = with_stage(table)
-    axes = new_axes(ax, (4.6, 3.2))
-    quantiles = rows.groupby("x")["gradient_norm"].quantile(
-        np.array([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
-    )
-    by_stage = quantiles.unstack()
-    x = by_stage.index.to_numpy(dtype=float)
-    blue, orange = "#0072B2", "#D55E00"
-    for low, high, alpha, label in ((0.05, 0.95, 0.2, "5–95 %"), (0.25, 0.75, 0.35, "25–75 %")):
-        axes.fill_between(
-            x, by_stage[low], by_stage[high], color=blue, alpha=alpha, linewidth=0, label=label
-        )
-    axes.plot(x, by_stage[0.5], color=blue, label="median")
-    for edge in (0.0, 1.0):
-        text = "min, max" if edge == 0 else None
-        axes.plot(x, by_stage[edge], color=blue, linewidth=0.8, linestyle=":", label=text)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(stage_label(rows))
-    axes.set_ylabel("per-sample gradient norm ‖gₙ‖ (nats)")
-    right = axes.twinx()
-    keys = [key for key in ("x", "batch") if key in rows]
-    extremes = rows.groupby(keys)["gradient_norm"].agg(["min", "max"])
-    ratio = (extremes["max"] / extremes["min"].where(extremes["min"] > 0)).groupby("x").median()
-    right.plot(ratio.index, ratio, color=orange, marker="o", label="max/min")
-    right.set_yscale("log")
-    right.set_ylabel("imbalance max‖gₙ‖ / min‖gₙ‖", color=orange)
-    right.tick_params(axis="y", colors=orange)
-    right.spines["right"].set(visible=True, color=orange)
-    right.grid(visible=False)
-    legend_below(axes, right)
+    positive = rows[rows["gradient_norm"] > 0]
+    if positive.empty:
+        raise InputError("no sample has a gradient norm above 0, so there is nothing to draw")
+    with own_axes(ax) as axes:
+        if positive["x"].nunique() <= MAX_VIOLINS:
+            _draw_violins(positive, axes)
+        else:
+            _draw_bands(positive, axes)
+        medians = positive.groupby("x")["gradient_norm"].median()
+        axes.plot(medians.index, medians, color="black", marker=".", label="median")
+        log_scale(axes, "y")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(stage_label(rows))
+        axes.set_ylabel("per-sample gradient\nnorm ‖gₙ‖ (nats)")
+        zeros = int((rows["gradient_norm"] == 0).sum())
+        if zeros:
+            axes.set_title(f"{zeros} of {len(rows)} norms are 0")
+        legend_under(axes)
     return axes
 
 
-def imbalance_figure(table: pd.DataFrame) -> Figure:
-    """`plot_imbalance` in a figure of its own."""
+def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Imbalance of the gradient norms, max‖gₙ‖/min‖gₙ‖ of a batch, against the training stage.
+
+    The line is the geometric mean over batches, the band its 95 % bootstrap interval. A batch with
+    a norm of 0 has no such ratio and does not count.
+
+    Args:
+        table: ``ngeval imbalance``'s output, one row for each sample.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: the table has not the columns, or every batch has a norm of 0.
+    """
+    require(table, "checkpoint", "gradient_norm")
+    rows = with_stage(table)
+    keys = [key for key in ("x", "batch") if key in rows]
+    extremes = rows.groupby(keys)["gradient_norm"].agg(["min", "max"]).reset_index()
+    extremes = extremes[extremes["min"] > 0]
+    if extremes.empty:
+        raise InputError("every batch has a sample of gradient norm 0, so max/min is not defined")
+    means = geometric_means(extremes["x"], extremes["max"] / extremes["min"])
+    with own_axes(ax, (COLUMN, 1.9)) as axes:
+        line_with_band(axes, means, "x", (_RED, "o", "-"), "max/min")
+        log_scale(axes, "y")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(stage_label(rows))
+        axes.set_ylabel("imbalance\nmax‖gₙ‖ / min‖gₙ‖")
+    return axes
+
+
+def norms_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
+    """`plot_norms`, and `plot_imbalance` below it with the same stages.
+
+    Args:
+        table: ``ngeval imbalance``'s output, one row for each sample.
+        width: of the figure in inches; None takes a column's.
+    """
     with mpl.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-        plot_imbalance(table, ax)
+        figure, (upper, lower) = plt.subplots(
+            2,
+            1,
+            figsize=(width or COLUMN, 3.7),
+            height_ratios=(1.7, 1),
+            sharex=True,
+            layout="constrained",
+        )
+        plot_norms(table, upper)
+        without_legend(upper)
+        plot_imbalance(table, lower)
+        upper.label_outer()
+        figure.align_ylabels()
+        legend_below(upper, lower)
     return figure
+
+
+def imbalance_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
+    """`norms_figure`, by the name of its kind in ``ngeval plot``."""
+    return norms_figure(table, width=width)
+
+
+def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
+    """Densities of the logarithms, put back onto the norms' own axis."""
+    places = sorted(rows["x"].unique())
+    groups = [np.log(rows.loc[rows["x"] == x, "gradient_norm"].to_numpy()) for x in places]
+    apart = float(np.diff(places).min()) if len(places) > 1 else 1.0
+    drawn: dict[str, Any] = axes.violin(
+        [_violin(logs) for logs in groups],
+        places,
+        widths=0.8 * apart,
+        showextrema=False,
+    )
+    for index, body in enumerate(drawn["bodies"]):
+        body.set(facecolor=_BLUE, edgecolor=_BLUE, alpha=0.45, linewidth=0.5)
+        body.set_label("all samples" if index == 0 else "")
+
+
+def _violin(logs: np.ndarray) -> dict[str, Any]:
+    """What `Axes.violin` draws one body from."""
+    where = np.linspace(logs.min(), logs.max(), 120)
+    flat = np.ptp(logs) == 0  # a kernel has no width there
+    density = np.ones_like(where) if flat else GaussianKDE(logs).evaluate(where)
+    ends = {"mean": np.mean(logs), "median": np.median(logs), "min": logs.min(), "max": logs.max()}
+    moved = {name: float(np.exp(value)) for name, value in ends.items()}
+    return {"coords": np.exp(where), "vals": density, **moved}
+
+
+def _draw_bands(rows: pd.DataFrame, axes: Axes) -> None:
+    quantiles = rows.groupby("x")["gradient_norm"].quantile(
+        np.array([0, 0.05, 0.25, 0.75, 0.95, 1])
+    )
+    by_stage = quantiles.unstack()
+    x = by_stage.index.to_numpy(dtype=float)
+    for low, high, alpha, label in _BANDS:
+        axes.fill_between(
+            x, by_stage[low], by_stage[high], color=_BLUE, alpha=alpha, linewidth=0, label=label
+        )
+    for edge, text in ((0.0, "min, max"), (1.0, None)):
+        axes.plot(x, by_stage[edge], color=_BLUE, linewidth=0.8, linestyle=":", label=text)

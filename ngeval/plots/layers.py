@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,13 +14,23 @@ from matplotlib.ticker import PercentFormatter
 
 from ngeval.errors import InputError, nearest_name
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
-from ngeval.plots.gamma import chosen_damping
-from ngeval.plots.style import STYLE, checkpoint_title, legend_below, new_axes, require
+from ngeval.plots.gamma import at_damping
+from ngeval.plots.style import (
+    COLUMN,
+    STYLE,
+    checkpoint_title,
+    label_outer,
+    legend_below,
+    legend_under,
+    own_axes,
+    panels,
+    require,
+    without_legend,
+)
+from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24
 """Layers in a picture; those with smaller shares are one bar."""
-
-MAX_COLUMNS = 4
 
 _BARS = (  # the shares, side by side
     ("decrease_share", "#0072B2", "loss bought (of dᵀg)"),
@@ -62,20 +71,19 @@ def plot_layers(
         raise InputError(f"no rows for method {method!r}; {nearest_name(method, names)}")
     rows = summary[summary["method"] == method]
     rows = with_rest(rows, leading_layers(rows, MAX_LAYERS) if layers is None else layers)
-    axes = new_axes(ax, (4.6, _height(len(rows))))
-    places = np.arange(len(rows))
-    for offset, (column, colour, label) in zip((-0.2, 0.2), _BARS, strict=True):
-        axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
-    axes.axvline(0, color="black", linewidth=0.8)
-    _write_ratios(axes, places, rows["gamma_over_best"])
-    axes.set_yticks(places, [_shortened(name) for name in rows["layer"]])
-    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
-    axes.grid(visible=False, axis="y")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("share of the whole update")
-    axes.set_title(f"{method}: γ = {rows['gamma_total'].iloc[0]:.3g}")
-    if ax is None:
-        axes.legend(loc="best")
+    with own_axes(ax, (COLUMN, _height(len(rows)) + 0.3)) as axes:
+        places = np.arange(len(rows))
+        for offset, (column, colour, label) in zip((-0.2, 0.2), _BARS, strict=True):
+            axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
+        axes.axvline(0, color="black", linewidth=0.8)
+        _write_ratios(axes, places, rows["gamma_over_best"])
+        axes.set_yticks(places, [_shortened(name) for name in rows["layer"]])
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("share of the whole update")
+        axes.set_title(f"{method}: γ = {rows['gamma_total'].iloc[0]:.3g}")
+        legend_under(axes, 2)
     return axes
 
 
@@ -84,37 +92,35 @@ def layers_figure(
     *,
     damping: float | None = None,
     checkpoint: str | None = None,
+    width: float | None = None,
 ) -> Figure:
-    """One panel of `plot_layers` for each method, with the same layers in all of them."""
+    """One panel of `plot_layers` for each method, with the same layers in all of them.
+
+    Args:
+        table: rows of `ngeval.layer_table` (``ngeval layers``'s output).
+        damping: which λ, as given; None takes the smallest positive one.
+        checkpoint: which one; None takes the last.
+        width: of the figure in inches; None takes a column for one method, else a page.
+    """
     summary = _chosen(table, damping, checkpoint)
     names = list(dict.fromkeys(summary["method"]))
     layers = leading_layers(summary, MAX_LAYERS)
     shown = len(layers) + (summary["layer"].nunique() > len(layers))
-    columns = min(len(names), MAX_COLUMNS)
-    lines = -(-len(names) // columns)
     with mpl.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            lines,
-            columns,
-            figsize=(1.2 + 2.7 * columns, lines * _height(shown) + 0.6),
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-            layout="constrained",
+        figure, grid = panels(
+            len(names), width, _height(shown), least=2.2, sharex=True, sharey=True
         )
-        panels = list(grid.flat)
-        for axes, method in zip(panels, names, strict=False):
+        for axes, method in zip(grid, names, strict=True):
             plot_layers(
                 table, method, damping=damping, checkpoint=checkpoint, layers=layers, ax=axes
             )
-            axes.tick_params(labelbottom=True)  # also above a panel that is not there
-        for axes in panels[len(names) :]:
-            axes.set_visible(False)
-        where = f"λ = {summary['damping'].iloc[0]:g}"
+            without_legend(axes)
+        label_outer(grid)
+        where = f"λ = {number_text(summary['damping'].iloc[0])}"
         if "checkpoint" in summary:
             where = f"{checkpoint_title(table, summary['checkpoint'].iloc[0])}, {where}"
-        figure.suptitle(where, fontsize=9)
-        legend_below(panels[0])
+        figure.suptitle(where)
+        legend_below(grid[0])
     return figure
 
 
@@ -132,8 +138,7 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
                 f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
             )
         rows = rows[rows["checkpoint"] == checkpoint]
-    value = chosen_damping(rows, damping)
-    return summarize_layers(rows[np.isclose(rows["damping"], value, rtol=1e-6, atol=0)])
+    return summarize_layers(at_damping(rows, damping)[0])
 
 
 def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> None:
@@ -141,7 +146,7 @@ def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> N
     if ratios.isna().all():
         return
     right = axes.get_yaxis_transform()
-    style: dict[str, Any] = {"transform": right, "va": "center", "ha": "left", "fontsize": 7}
+    style: dict[str, Any] = {"transform": right, "va": "center", "ha": "left", "fontsize": 6.5}
     for place, ratio in zip(places, ratios, strict=True):
         if np.isfinite(ratio):
             axes.text(1.01, place, f"{ratio:.3g}×", **style)
@@ -150,7 +155,7 @@ def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> N
 
 def _height(bars: int) -> float:
     """Of a panel, in inches."""
-    return 0.9 + 0.26 * bars
+    return 0.6 + 0.21 * bars
 
 
 def _shortened(name: str, most: int = 32) -> str:

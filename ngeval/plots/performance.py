@@ -9,53 +9,90 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.errors import InputError
-from ngeval.performance import outcomes, performance
-from ngeval.plots.style import STYLE, plain_ticks, styles_of
+from ngeval.errors import InputError, nearest_name
+from ngeval.performance import FIGURES, outcomes, performance
+from ngeval.plots.style import COLUMN, PAGE, STYLE, own_axes, styles_of
+from ngeval.plots.ticks import log_scale
 
 
-def performance_figure(rows: pd.DataFrame) -> Figure:
+def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Figure:
     """A line of two panels for each task: test performance, and training loss after the last epoch.
 
-    Means over seeds with 95 % t-intervals, each seed a small point beside its mean. An optimizer
-    whose trainings all diverged is named, without a point.
+    Each panel is `plot_performance`.
 
     Args:
         rows: of `ngeval.training.Search`, of one task or several.
+        width: of the figure in inches; None takes a page's.
 
     Raises:
         InputError: the table is of another kind, or no final training in it came to its end.
     """
-    table, ended = performance(rows), outcomes(rows)
-    if ended.empty:
-        raise InputError("the table has no final training that came to its end: nothing to draw")
-    styles = styles_of(table.rename(columns={"optimizer": "method"}))
-    tasks = list(dict.fromkeys(table["task"]))
-    heights = [0.7 + 0.24 * int((table["task"] == task).sum()) for task in tasks]
+    table = performance(rows)
+    counts = table.groupby("task", sort=False).size()
+    heights = [0.65 + 0.17 * count for count in counts]
     with mpl.rc_context(STYLE):
         figure, grid = plt.subplots(
-            len(tasks),
+            len(counts),
             2,
-            figsize=(7.2, 0.3 + sum(heights)),
+            figsize=(width or PAGE, 0.1 + sum(heights)),
             height_ratios=heights,
             squeeze=False,
             layout="constrained",
         )
-        for task, (left, right) in zip(tasks, grid, strict=True):
-            part = table[table["task"] == task]
-            seeds = ended[ended["task"] == task]
-            metric, data = part["metric"].iloc[0], part["data"].iloc[0] or "test"
-            percent = metric == "test_accuracy"
-            _draw(left, part, seeds, metric, styles, 100.0 if percent else 1.0)
-            left.set_xlabel(f"{data} {'accuracy (%)' if percent else 'loss (nats)'}")
+        for task, (left, right) in zip(counts.index, grid, strict=True):
+            plot_performance(rows, str(task), ax=left)
             left.set_title(str(task), loc="left")
-            _draw(right, part, seeds, "train_loss", styles, 1.0)
-            right.set_xlabel("training loss after the last epoch (nats)")
+            plot_performance(rows, str(task), "train_loss", ax=right)
             right.tick_params(labelleft=False)
-            if bool((seeds["train_loss"] > 0).all()):  # a Gaussian's constant may be left out
-                right.set_xscale("log")
-                plain_ticks(right.xaxis)
     return figure
+
+
+def plot_performance(
+    rows: pd.DataFrame, task: str | None = None, what: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """How well tuned optimizers did on a task, the best in test performance on top.
+
+    Means over seeds with 95 % t-intervals, each seed a small point below its mean. An optimizer
+    whose trainings all diverged is named, without a point. Losses, where all are positive, stand on
+    a logarithmic axis; an interval that reaches 0 or below, as one of two seeds may, goes on to the
+    axis's edge.
+
+    Args:
+        rows: of `ngeval.training.Search`.
+        task: which one; None takes the first.
+        what: ``train_loss``, ``test_loss`` or ``test_accuracy``; None takes what the task is
+            judged by.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: the table is of another kind, it has not the task or not these numbers, or no
+            final training in it came to its end.
+    """
+    table, ended = performance(rows), outcomes(rows)
+    if ended.empty:
+        raise InputError("the table has no final training that came to its end: nothing to draw")
+    names = [str(name) for name in dict.fromkeys(table["task"])]
+    task = names[0] if task is None else task
+    if task not in names:
+        raise InputError(f"no rows for task {task!r}; {nearest_name(task, names)}")
+    part, seeds = table[table["task"] == task], ended[ended["task"] == task]
+    metric, data = part["metric"].iloc[0], part["data"].iloc[0] or "test"
+    what = metric if what is None else what
+    if what not in FIGURES:
+        raise InputError(f"unknown figure {what!r}; {nearest_name(what, FIGURES)}")
+    labels = {
+        "test_accuracy": f"{data} accuracy (%)",
+        "test_loss": f"{data} loss (nats)",
+        "train_loss": "training loss after the last epoch (nats)",
+    }
+    styles = styles_of(table.rename(columns={"optimizer": "method"}))
+    with own_axes(ax, (COLUMN, 0.6 + 0.2 * len(part))) as axes:
+        # A Gaussian's loss may leave a constant out, and so be negative.
+        if what == "train_loss" and bool((seeds[what] > 0).all()):
+            log_scale(axes, "x")
+        _draw(axes, part, seeds, what, styles, 100.0 if what == "test_accuracy" else 1.0)
+        axes.set_xlabel(labels[what])
+    return axes
 
 
 def _draw(
@@ -68,12 +105,33 @@ def _draw(
 ) -> None:
     """A mean with its interval and the seeds, a line for each optimizer, the first on top."""
     optimizers = [str(optimizer) for optimizer in table["optimizer"]]
-    for place, (optimizer, (_, row)) in enumerate(zip(optimizers, table.iterrows(), strict=True)):
+    ends = scale * table[[f"{name}_{end}" for end in ("mean", "low", "high")]].to_numpy(dtype=float)
+    ends = np.where(np.isnan(ends), ends[:, :1], ends)  # one seed has no interval
+    is_log = axes.get_xscale() == "log"
+    for place, (optimizer, (mean, low, high)) in enumerate(zip(optimizers, ends, strict=True)):
         colour, marker, _ = styles[optimizer]
-        mean, low, high = (scale * float(row[f"{name}_{end}"]) for end in ("mean", "low", "high"))
         single = scale * seeds.loc[seeds["optimizer"] == optimizer, name].to_numpy(dtype=float)
-        axes.plot(single, np.full(len(single), place + 0.22), ".", color=colour, alpha=0.5)
-        ends = np.nan_to_num([[mean - low], [high - mean]])
-        axes.errorbar([mean], [place], xerr=ends, color=colour, marker=marker or "o", capsize=2)
+        below = np.full(len(single), place + 0.28)
+        axes.plot(single, below, ".", color=colour, markersize=2.5, alpha=0.5)
+        is_cut = is_log and low <= 0
+        if is_cut:  # to the edge, whatever the limits will be
+            across = axes.get_yaxis_transform()
+            axes.plot([mean, high], [place, place], color=colour, linewidth=0.8)
+            axes.annotate(
+                "",
+                (0.0, place),
+                (mean, place),
+                xycoords=across,
+                textcoords="data",
+                arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 0.8, "shrinkA": 0},
+            )
+        axes.errorbar(
+            [mean],
+            [place],
+            xerr=[[0.0 if is_cut else mean - low], [high - mean]],
+            color=colour,
+            marker=marker or "o",
+            elinewidth=0.8,
+        )
     axes.set_yticks(np.arange(len(optimizers)), optimizers)
     axes.set_ylim(len(optimizers) - 0.4, -0.6)

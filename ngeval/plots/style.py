@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +12,68 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from ngeval.errors import InputError, OutputError
 
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-}
-"""matplotlib settings that every picture of ngeval is drawn with."""
+STYLE: dict[Any, Any] = dict(
+    mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)
+)
+"""matplotlib settings that every picture of ngeval is drawn with: those of ``ngeval.mplstyle``,
+which ``plt.style.use("ngeval.plots.ngeval")`` sets for pictures of one's own."""
+
+COLUMN, PAGE = 3.4, 7.0
+"""Widths in inches of a column and of a page of a paper."""
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 """What `save_figure` writes."""
 
-_FAMILIES = {  # colour by where the labels come from, marker and first dash by the structure
-    "sgd": ("#000000", "", 0),
-    "ef": ("#D55E00", "o", 0),
-    "ief": ("#0072B2", "s", 0),
-    "sf": ("#009E73", "^", 0),
-    "ng": ("#CC79A7", "D", 0),
-    "diag": ("#E69F00", "v", 0),
-    "diag-ef": ("#56B4E9", "P", 0),
-    "block-ng": ("#CC79A7", "d", 2),
-    "kfac": ("#CC79A7", "*", 1),
-    "kfac-ef": ("#D55E00", "*", 1),
-    "kfac-ief": ("#0072B2", "*", 1),
-    "kfac-sf": ("#009E73", "*", 1),
-    "ekfac": ("#CC79A7", "p", 3),
-    "ekfac-ef": ("#D55E00", "p", 2),
-    "ekfac-ief": ("#0072B2", "p", 2),
-    "ekfac-sf": ("#009E73", "p", 2),
+_BLACK, _GREY, _BLUE, _RED = "#000000", "#777777", "#0072B2", "#D55E00"
+_GREEN, _PURPLE, _ORANGE, _SKY = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+
+_FAMILIES = {  # colour, marker and first dash; there are more families than colours
+    # Colour by where the labels come from, marker and dash by the structure.
+    "sgd": (_BLACK, "", 0),
+    "ef": (_RED, "o", 0),
+    "ief": (_BLUE, "s", 0),
+    "sf": (_GREEN, "^", 0),
+    "ng": (_PURPLE, "D", 0),
+    "block-ng": (_PURPLE, "d", 2),
+    "diag": (_ORANGE, "v", 0),
+    "diag-ef": (_SKY, "P", 0),
+    "diag-ief": (_BLUE, "P", 2),
+    "diag-sf": (_GREEN, "P", 2),
+    "diag-ema": (_ORANGE, "P", 2),
+    "kfac": (_PURPLE, "*", 1),
+    "kfac-ef": (_RED, "*", 1),
+    "kfac-ief": (_BLUE, "*", 1),
+    "kfac-sf": (_GREEN, "*", 1),
+    "ekfac": (_PURPLE, "p", 3),
+    "ekfac-ef": (_RED, "p", 2),
+    "ekfac-ief": (_BLUE, "p", 2),
+    "ekfac-sf": (_GREEN, "p", 2),
+    # Optimizers: SGD's kin black and grey, Adam's orange, the others what is left.
+    "momentum": (_BLACK, "X", 1),
+    "nesterov": (_BLACK, "h", 2),
+    "asgd": (_BLACK, "<", 3),
+    "rprop": (_GREY, "<", 2),
+    "adam": (_ORANGE, "<", 1),
+    "adamw": (_ORANGE, "X", 0),
+    "nadam": (_ORANGE, "h", 2),
+    "radam": (_ORANGE, "d", 3),
+    "adamax": (_ORANGE, "H", 1),
+    "fadam": (_PURPLE, ">", 0),
+    "adafactor": (_SKY, "h", 0),
+    "muon": (_GREY, "H", 0),
+    "adagrad": (_GREY, "d", 1),
+    "adadelta": (_SKY, ">", 2),
+    "rmsprop": (_SKY, "<", 1),
 }
-_OTHERS = ("#7F7F7F", "#8C564B", "#17BECF", "#BCBD22", "#9467BD")
+_NAMED_FAMILIES = {"sgd+momentum": "momentum"}  # what else a family is called
+_OTHERS = tuple(  # of a user's methods; the marker tells them from the families
+    (colour, "8", dash) for dash in (1, 3) for colour in (_GREY, _SKY, _ORANGE, _GREEN, _PURPLE)
+)
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -73,30 +92,14 @@ def save_figure(figure: Figure, path: Path) -> None:
         plt.close(figure)
 
 
-def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure."""
-    return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def number_text(value: float) -> str:
-    """A number for a title: a power of ten where it is one, as text that can be searched."""
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    if value and float(mantissa) == 1 and abs(int(exponent)) > 2:
-        return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value:g}"
-
-
-def plain_ticks(axis: Axis) -> None:
-    """Numbers in place of powers of ten on a logarithmic axis of under a decade and a half."""
-    low, high = axis.get_view_interval()
-    if high / low >= 30:
+@contextmanager
+def own_axes(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iterator[Axes]:
+    """The axes given, in the style that its owner draws in; or new ones, in ngeval's style."""
+    if ax is not None:
+        yield ax
         return
-    close = high / low < 12
-    axis.set_major_locator(
-        LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if close else (1.0, 2.0, 5.0))
-    )
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    with mpl.rc_context(STYLE):
+        yield plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def require(table: pd.DataFrame, *columns: str) -> None:
@@ -146,24 +149,105 @@ def checkpoint_title(table: pd.DataFrame, name: str) -> str:
 
 
 def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dash of each method; variants of a family share its colour."""
+    """Colour, marker and dash of each method; variants of a family share its colour and marker.
+
+    They are the same in every picture, also those of a user's methods, which go by their names
+    (two of a table that would get the same ones are told apart by order).
+    """
     seen: dict[str, int] = {}
+    taken: dict[str, int] = {}
     styles = {}
     for method in dict.fromkeys(table["method"].astype(str)):
         family = method.partition(":")[0]
-        others = (_OTHERS[len(seen) % len(_OTHERS)], "X", 0)
-        colour, marker, first = _FAMILIES.get(family, others)
+        family = _NAMED_FAMILIES.get(family, family)
+        if family not in _FAMILIES and family not in taken:
+            place = zlib.crc32(family.encode()) % len(_OTHERS)
+            while place in taken.values() and len(taken) < len(_OTHERS):
+                place = (place + 1) % len(_OTHERS)
+            taken[family] = place
+        colour, marker, first = _FAMILIES.get(family) or _OTHERS[taken[family]]
         styles[method] = (colour, marker, _DASHES[(first + seen.get(family, 0)) % len(_DASHES)])
         seen[family] = seen.get(family, 0) + 1
     return styles
 
 
+def panels(
+    count: int, width: float | None, height: float, *, least: float = 1.6, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Panels of one picture, side by side as far as they are wide enough, the rest below.
+
+    Args:
+        count: of panels.
+        width: of the figure in inches; None takes a column for one panel, else a page.
+        height: of a panel in inches.
+        least: width that a panel needs.
+        options: of ``plt.subplots``.
+    """
+    width = width or (COLUMN if count == 1 else PAGE)
+    columns = min(count, max(1, int(width / least)))
+    lines = -(-count // columns)
+    columns = -(-count // lines)  # no line with one panel where two could have two
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(width, height * lines + 0.4),
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def label_outer(grid: Sequence[Axes]) -> None:
+    """Numbers and names of axes only where no panel of `panels` stands below or to the left."""
+    for index, axes in enumerate(grid):
+        spec, name = axes.get_subplotspec(), axes.get_xlabel()
+        axes.label_outer()
+        if spec is not None and index + spec.get_gridspec().ncols >= len(grid):
+            axes.set_xlabel(name)
+            axes.tick_params(labelbottom=True)
+
+
 def legend_below(*axes: Axes) -> None:
-    """One legend for several axes, below the figure; a label that comes twice is shown once."""
+    """One legend for several axes, below the figure; a label that comes twice is shown once.
+
+    It has as many columns as the figure is wide enough for.
+    """
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    axes[0].figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=3
+    if not entries:
+        return
+    figure = axes[0].figure
+    for lines in range(1, len(entries) + 1):
+        legend = figure.legend(
+            list(entries.values()),
+            list(entries),
+            loc="outside lower center",
+            ncols=-(-len(entries) // lines),
+        )
+        if legend.get_window_extent().width <= figure.bbox.width or lines == len(entries):
+            return
+        legend.remove()
+
+
+def legend_under(axes: Axes, columns: int = 4) -> None:
+    """The legend of one panel, below the name of its horizontal axis, where it hides nothing."""
+    size = mpl.rcParams["font.size"]
+    down = ScaledTranslation(0, -4.3 * size / 72, axes.figure.dpi_scale_trans)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=axes.transAxes + down,
+        ncols=columns,
+        borderaxespad=0,
     )
+
+
+def without_legend(axes: Axes) -> None:
+    """Take the panel's own legend away, where the figure has one for all."""
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()

@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import STYLE, styles_of
+from ngeval.plots.style import PAGE, STYLE, legend_under, styles_of
+from ngeval.plots.ticks import log_scale
 from ngeval.studies.convergence_findings import CROSS_ENTROPY, REGRESSIONS, compared
 from ngeval.studies.statistics import geometric_intervals
 
@@ -22,7 +23,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     kinds = [kind for kind in (*REGRESSIONS, CROSS_ENTROPY) if kind in set(rows["kind"])]
     with mpl.rc_context(STYLE):
         made, grid = plt.subplots(
-            2, len(kinds), figsize=(3.6 * len(kinds), 6.4), squeeze=False, layout="constrained"
+            2, len(kinds), figsize=(PAGE, 5.8), squeeze=False, layout="constrained"
         )
         for column, kind in enumerate(kinds):
             _plot_times(rows[rows["kind"] == kind], grid[0, column], kind)
@@ -46,13 +47,11 @@ def _plot_times(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
     for shade, rate in zip(SHADES, rates, strict=False):
         part = own[(own["learning_rate"] == rate) & ((own["time"] > 0) | (not is_power_law))]
         _band(axes, part, "time", shade, "--", f"iEF, η = {rate:g}")
-    axes.set_yscale("log")
-    if is_power_law:
-        axes.set_xscale("log")
+    log_scale(axes, *("xy" if is_power_law else "y"))
     axes.set_xlabel("time t = η × steps")
     axes.set_ylabel("mean training loss (nats)")
     axes.set_title(kind)
-    axes.legend()
+    legend_under(axes, 2)
 
 
 def _plot_steps(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
@@ -61,11 +60,11 @@ def _plot_steps(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
         colour, _, dash = styles_of(pd.DataFrame({"method": [name]}))[name]
         told = f"{name}, η = {part['learning_rate'].iloc[0]:g}"
         _band(axes, part, "step", colour, dash, told)
-    axes.set_yscale("log")
+    log_scale(axes, "y")
     axes.set_xlabel("full-batch steps")
     axes.set_ylabel("mean training loss (nats)")
     axes.set_title("each at its best η of those tried")
-    axes.legend()
+    legend_under(axes, 2)
 
 
 def _band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, dash: str, label: str) -> None:

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import STYLE, plain_ticks
+from ngeval.plots.style import PAGE, STYLE
+from ngeval.plots.ticks import log_scale
 from ngeval.studies.fadam_findings import (
     CLAIMS,
     FORMS,
@@ -35,7 +36,7 @@ NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 def figure(rows: pd.DataFrame) -> Figure:
     """Losses, ablations and exponents; γ over exponents, the two forms of a regression."""
     with mpl.rc_context(STYLE):
-        made, grid = plt.subplots(2, 3, figsize=(11.0, 7.4), layout="constrained")
+        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.6), layout="constrained")
         _plot_better(rows, grid[0, 0])
         _plot_ablation(rows, grid[0, 1])
         _plot_powers(rows, grid[0, 2])
@@ -116,8 +117,7 @@ def _plot_forms(rows: pd.DataFrame, axes: Axes) -> None:
         )
     axes.set_xticks(range(len(FORMS)), [SHORT[form] for form in FORMS])
     axes.set_xlim(-0.5, len(FORMS) - 0.5)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
+    log_scale(axes, "y")
     axes.set_xlabel("outputs of one regression")
     axes.set_ylabel("test KL from the truth (nats)")
     _legend(axes)
@@ -132,8 +132,7 @@ def _plot_empirical(rows: pd.DataFrame, axes: Axes) -> None:
             by_step = {float(step): mean_interval(table[step]).exp() for step in table.columns}
             _line(axes, by_step, index, f"{SHORT[form]}, {label}", dash)
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
+    log_scale(axes, "y")
     axes.set_xlabel("training step of Adam")
     axes.set_ylabel("γ, empirical over exact diagonal")
     _legend(axes)

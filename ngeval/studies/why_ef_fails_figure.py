@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import STYLE, legend_below, number_text, plain_ticks, styles_of
+from ngeval.plots.style import PAGE, STYLE, legend_below, styles_of
+from ngeval.plots.ticks import log_scale, number_text
+from ngeval.plots.toy import plot_paths
 from ngeval.studies.statistics import geometric_intervals
-from ngeval.studies.toy import plot_toy
 from ngeval.studies.why_ef_fails_findings import SMALL, near_zero, usable
+from ngeval.toy import LeastSquares
 
 SHOWN = ("ef", "sf", "ief", "sgd")
 
@@ -22,8 +24,8 @@ def figure(rows: pd.DataFrame) -> Figure:
     """The toy; what updates do to samples; γ against the imbalance, the stage and λ."""
     parts = {name: rows[rows["part"] == name] for name in ("toy", "gamma", "samples")}
     with mpl.rc_context(STYLE):
-        made, grid = plt.subplots(2, 3, figsize=(10.5, 6.6), layout="constrained")
-        plot_toy(parts["toy"], grid[0, 0])
+        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.0), layout="constrained")
+        plot_paths(LeastSquares(), parts["toy"], ax=grid[0, 0])
         last = parts["samples"]["epoch"].max()
         samples = parts["samples"][parts["samples"]["epoch"] == last]
         _plot_falls(samples, grid[0, 1])
@@ -80,8 +82,7 @@ def _plot_stages(near: pd.DataFrame, axes: Axes) -> None:
         if method != "sgd":
             _line(axes, method, rows, "epoch")
     axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
+    log_scale(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training epoch")
     axes.set_ylabel("γ relative to SGD")
@@ -128,5 +129,4 @@ def _line(axes: Axes, method: str, rows: pd.DataFrame, x: str) -> None:
 
 
 def _logarithmic(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    log_scale(axes, "x", "y")

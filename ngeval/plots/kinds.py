@@ -1,0 +1,197 @@
+"""Pictures by kind, and the kind that fits result tables: what ``ngeval plot`` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ngeval.errors import InputError, nearest_name
+from ngeval.plots.comparison import kfac_figure, ranking_figure
+from ngeval.plots.gamma import damping_figure
+from ngeval.plots.imbalance import norms_figure
+from ngeval.plots.layers import layers_figure
+from ngeval.plots.performance import performance_figure
+from ngeval.plots.stages import stages_figure
+
+FEW_DAMPINGS = 4
+"""A table of several checkpoints with no more λ than this is drawn over stages, else over λ."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What part of the tables is drawn, and how wide.
+
+    Attributes:
+        damping: λ; None leaves it to the picture.
+        checkpoints: likewise.
+        relative: the pairs of methods of ``stages``; None leaves them to the picture.
+        width: of the figure in inches; None leaves it to the picture.
+    """
+
+    damping: float | None = None
+    checkpoints: list[str] | None = None
+    relative: list[tuple[str, str]] | None = None
+    width: float | None = None
+
+
+Tables = Mapping[str, pd.DataFrame]
+"""Result tables by the names of their files."""
+
+
+def _stages(tables: Tables, chosen: Chosen) -> Figure:
+    samples = [table for table in tables.values() if table_kind(table) == "imbalance"]
+    gammas = {name: table for name, table in tables.items() if table_kind(table) != "imbalance"}
+    if not gammas:
+        raise InputError(
+            "a picture of stages needs a γ table (of ngeval gamma, sweep or compare) besides the "
+            "samples; --kind imbalance draws these alone"
+        )
+    return stages_figure(
+        by_task(gammas),
+        None if chosen.damping is None else [chosen.damping],
+        pd.concat(samples, ignore_index=True) if samples else None,
+        relative=chosen.relative,
+        width=chosen.width,
+    )
+
+
+def _single(
+    draw: Callable[[pd.DataFrame, Chosen], Figure],
+) -> Callable[[Tables, Chosen], Figure]:
+    """A picture of one table: several of the same kind are put together."""
+
+    def figure(tables: Tables, chosen: Chosen) -> Figure:
+        return draw(pd.concat(list(tables.values()), ignore_index=True), chosen)
+
+    return figure
+
+
+FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
+    "stages": _stages,
+    "damping": _single(lambda t, c: damping_figure(t, c.checkpoints, width=c.width)),
+    "imbalance": _single(lambda t, c: norms_figure(t, width=c.width)),
+    "layers": _single(
+        lambda t, c: layers_figure(
+            t,
+            damping=c.damping,
+            checkpoint=next(iter(c.checkpoints or []), None),
+            width=c.width,
+        )
+    ),
+    "kfac": _single(lambda t, c: kfac_figure(t, c.damping, width=c.width)),
+    "ranking": _single(lambda t, c: ranking_figure(t, c.checkpoints, width=c.width)),
+    "performance": _single(lambda t, c: performance_figure(t, width=c.width)),
+}
+"""Pictures by ``--kind``."""
+
+KINDS_OF_TABLE = {
+    "imbalance": ("imbalance",),
+    "layers": ("layers",),
+    "performance": ("performance",),
+    "gamma": ("stages", "damping", "kfac", "ranking"),
+}
+"""What can be drawn of a table; samples are also a part of ``stages``."""
+
+
+def table_kind(table: pd.DataFrame) -> str:
+    """What a result table holds, by its columns: a key of `KINDS_OF_TABLE`.
+
+    Raises:
+        InputError: it is none of ngeval's result tables, or the rows of a study.
+    """
+    columns = set(table.columns)
+    if "study" in columns:
+        name = table["study"].iloc[0] if len(table) else "NAME"
+        raise InputError(
+            f"the table holds the rows of a study; `ngeval study {name} --from FILE` draws them"
+        )
+    for kind, needed in (
+        ("layers", {"layer", "method", "decrease_share"}),
+        ("gamma", {"method", "damping", "gamma"}),
+        ("performance", {"optimizer", "phase", "train_loss"}),
+        ("imbalance", {"gradient_norm"}),
+    ):
+        if needed <= columns:
+            return kind
+    shown = ", ".join(str(column) for column in list(table.columns)[:8])
+    raise InputError(
+        f"the table has the columns {shown}, and is of none of the kinds that can be drawn: γ "
+        "tables (gamma, sweep, compare), layers, samples (imbalance), trainings (train)"
+    )
+
+
+def kind_of(tables: Tables) -> str:
+    """The picture that fits: of γ tables, stages for several checkpoints and few λ, else damping.
+
+    Raises:
+        InputError: a table is of no kind that can be drawn, or there are tables of kinds that no
+            picture joins.
+    """
+    found = {table_kind(table) for table in tables.values()}
+    if found == {"gamma", "imbalance"}:
+        return "stages"
+    if len(found) > 1:
+        raise InputError(
+            f"tables of {' and '.join(sorted(found))} do not go into one picture; draw them apart"
+        )
+    (kind,) = found
+    if kind != "gamma":
+        return kind
+    several = any(_count(table, "checkpoint") > 1 for table in tables.values())
+    few = all(_count(table, "damping") <= FEW_DAMPINGS for table in tables.values())
+    return "stages" if several and (few or len(tables) > 1) else "damping"
+
+
+def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = None) -> Figure:
+    """The picture of result tables.
+
+    Args:
+        tables: by name, as their files are called.
+        kind: a key of `FIGURES`; None takes what fits.
+        chosen: what part of them, and how wide.
+
+    Raises:
+        InputError: there is no such picture, or it cannot be drawn of these tables.
+    """
+    kind = kind_of(tables) if kind is None else kind
+    if kind not in FIGURES:
+        raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
+    for name, table in tables.items():
+        found = table_kind(table)
+        joins = (*KINDS_OF_TABLE[found], *(["stages"] if found == "imbalance" else []))
+        if kind not in joins:
+            raise InputError(
+                f"{name} holds a table of {found}, of which a picture of {kind} cannot be drawn; "
+                f"--kind {' or '.join(KINDS_OF_TABLE[found])} can"
+            )
+    return FIGURES[kind](tables, chosen or Chosen())
+
+
+def by_task(tables: Tables) -> Tables:
+    """γ tables by a title for each: the task, with the file's name where files share the task.
+
+    A single table of a single task has no need of a title.
+    """
+    parts = [
+        (str(task), name, part) for name, table in tables.items() for task, part in _tasks(table)
+    ]
+    if len(parts) == 1:
+        return {"": parts[0][2]}
+    tasks = [task for task, _, _ in parts]
+    return {
+        (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
+        for task, name, part in parts
+    }
+
+
+def _tasks(table: pd.DataFrame) -> Sequence[tuple[object, pd.DataFrame]]:
+    if "task" not in table:
+        return [("", table)]
+    return list(table.groupby("task", sort=False))
+
+
+def _count(table: pd.DataFrame, column: str) -> int:
+    return int(table[column].nunique()) if column in table else 0

@@ -1,0 +1,71 @@
+"""γ of one method over that of another, batch by batch."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ngeval.errors import InputError, nearest_name
+from ngeval.plots.gamma import at_damping, usable
+from ngeval.plots.means import geometric_means, line_with_band
+from ngeval.plots.style import COLUMN, own_axes, stage_label, styles_of, with_stage
+from ngeval.plots.ticks import log_scale
+
+
+def plot_relative(
+    table: pd.DataFrame,
+    method: str = "sf",
+    reference: str = "ief",
+    damping: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """γ of one method over that of another against the training stage; below 1 it is closer to NG.
+
+    The line is the geometric mean of the ratio within each batch, the band its 95 % bootstrap
+    interval. What batches have in common cancels, so that the interval is narrower than what two
+    lines over SGD would show.
+
+    Args:
+        table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
+        method: the numerator.
+        reference: the denominator.
+        damping: which λ, as given; None takes the smallest positive one in the table.
+        ax: where to draw, also a second ratio; None makes a figure.
+
+    Raises:
+        InputError: the table has not the columns, one of the methods, or that damping.
+    """
+    table = usable(table, "checkpoint")
+    rows, _ = at_damping(table, damping)
+    ratios = with_stage(_ratios(rows, method, reference))
+    means = geometric_means(ratios["x"], ratios["ratio"])
+    colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
+    with own_axes(ax, (COLUMN, 2.2)) as axes:
+        line_with_band(axes, means, "x", (colour, marker, "--"), f"{method}/{reference}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        log_scale(axes, "y")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(stage_label(ratios))
+        axes.set_ylabel(f"γ of {method}\nover {reference}'s")
+    return axes
+
+
+def _ratios(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
+    """One row for each checkpoint and batch in which both could be computed.
+
+    Raises:
+        InputError: one of them is not in the table, or there is no batch with both.
+    """
+    names = list(dict.fromkeys(rows["method"]))
+    for name in (method, reference):
+        if name not in names:
+            raise InputError(f"no rows for method {name!r}; {nearest_name(name, names)}")
+    keys = [key for key in ("checkpoint", "batch") if key in rows]
+    told = [key for key in ("epoch", "step") if key in rows]
+    upper = rows.loc[rows["method"] == method, [*keys, *told, "gamma"]]
+    lower = rows.loc[rows["method"] == reference, [*keys, "gamma"]]
+    both = upper.merge(lower, on=keys, suffixes=("", "_reference"))
+    if both.empty:
+        raise InputError(f"no batch in which both {method!r} and {reference!r} could be computed")
+    return both.assign(ratio=both["gamma"] / both["gamma_reference"])

@@ -1,0 +1,143 @@
+"""The picture of a training run: γ over its stages, ratios of methods, imbalance of the norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ngeval.errors import InputError
+from ngeval.plots.gamma import plot_stages, usable
+from ngeval.plots.imbalance import plot_imbalance
+from ngeval.plots.relative import plot_relative
+from ngeval.plots.style import COLUMN, PAGE, STYLE, legend_below, without_legend
+
+RELATIVE = (("sf", "ief"), ("ef", "ief"))
+"""The ratios that are drawn of those methods that the table has."""
+
+HEIGHTS = {"stages": 1.9, "relative": 1.3, "imbalance": 1.3}
+"""Of each line of panels, in inches."""
+
+
+def stages_figure(
+    gammas: pd.DataFrame | Mapping[str, pd.DataFrame],
+    dampings: Sequence[float] | None = None,
+    samples: pd.DataFrame | None = None,
+    *,
+    relative: Sequence[tuple[str, str]] | None = None,
+    width: float | None = None,
+) -> Figure:
+    """γ/γ_SGD over training, and below it what explains it; a column for each task.
+
+    The lines of panels are: `plot_stages`; `plot_relative` of the pairs in ``relative``; and
+    `plot_imbalance`, where there are samples. In the manner of the figures of Wu et al.
+    (arXiv 2406.06420) on γ at training stages.
+
+    Args:
+        gammas: rows of `ngeval.evaluate` for several checkpoints, of one task or several; or
+            tables by the title that each column shall have.
+        dampings: a column of every task for each of these λ; None takes the smallest positive one.
+        samples: rows of ``ngeval imbalance`` for the same tasks and checkpoints.
+        relative: methods whose γ are set against each other; None takes SF and EF over iEF where
+            there are several tasks or samples, else none.
+        width: of the figure in inches; None takes a column for one task, else a page.
+
+    Raises:
+        InputError: a table has not the columns, nothing at a damping, a method of ``relative`` is
+            not in any table, or no sample is of a task in ``gammas``.
+    """
+    tables = {title: usable(part, "checkpoint") for title, part in _by_task(gammas).items()}
+    chosen: Sequence[float | None] = dampings or [None]
+    columns = [(*item, damping) for item in tables.items() for damping in chosen]
+    if relative is None:
+        relative = _pairs(tables.values()) if len(tables) > 1 or samples is not None else ()
+    lines = ["stages", *(["relative"] if relative else [])]
+    if samples is not None:
+        norms = [samples_of(samples, table, list(tables.values())) for _, table, _ in columns]
+        if all(part.empty for part in norms):
+            raise InputError("the samples are of other tasks or checkpoints than the γ table's")
+        lines.append("imbalance")
+    width = width or (COLUMN if len(columns) == 1 else PAGE)
+    heights = [HEIGHTS[line] for line in lines]
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            len(lines),
+            len(columns),
+            figsize=(width, sum(heights) + 0.9),
+            height_ratios=heights,
+            sharex="col",
+            sharey="row",
+            squeeze=False,
+            layout="constrained",
+        )
+        for index, (title, table, damping) in enumerate(columns):
+            panel = dict(zip(lines, grid[:, index], strict=True))
+            plot_stages(table, damping, panel["stages"])
+            without_legend(panel["stages"])
+            if title:
+                panel["stages"].set_title(f"{title}\n{panel['stages'].get_title()}")
+            if relative:
+                _draw_relative(table, damping, relative, panel["relative"])
+            if samples is not None:
+                _draw_imbalance(norms[index], panel["imbalance"])
+        for axes in grid.flat:
+            axes.label_outer()
+        figure.align_ylabels()
+        legend_below(*grid.flat)
+    return figure
+
+
+def samples_of(
+    samples: pd.DataFrame, table: pd.DataFrame, tables: Sequence[pd.DataFrame]
+) -> pd.DataFrame:
+    """The samples of a γ table: those of its task, and where tables share it, of its checkpoints.
+
+    Args:
+        samples: rows of ``ngeval imbalance``.
+        table: the γ table.
+        tables: all that the samples may belong to.
+    """
+    if "task" in samples and "task" in table:
+        tasks = set(table["task"])
+        samples = samples[samples["task"].isin(tasks)]
+        tables = [other for other in tables if "task" not in other or tasks & set(other["task"])]
+    if len(tables) > 1:
+        samples = samples[samples["checkpoint"].isin(table["checkpoint"])]
+    return samples
+
+
+def _by_task(gammas: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Mapping[str, pd.DataFrame]:
+    """Tables by title; that of the only task is left out."""
+    if isinstance(gammas, Mapping):
+        if not gammas:
+            raise InputError("no tables were given, so there is nothing to draw")
+        return gammas
+    if "task" not in gammas or gammas["task"].nunique() < 2:
+        return {"": gammas}
+    return {str(task): part for task, part in gammas.groupby("task", sort=False)}
+
+
+def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
+    """The usual ratios, of methods that are there."""
+    present = [set(table["method"]) for table in tables]
+    return [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
+
+
+def _draw_relative(
+    table: pd.DataFrame, damping: float | None, pairs: Sequence[tuple[str, str]], axes: Axes
+) -> None:
+    for method, reference in pairs:
+        plot_relative(table, method, reference, damping, axes)
+    references = list(dict.fromkeys(reference for _, reference in pairs))
+    axes.set_ylabel(f"γ relative\nto {references[0]}" if len(references) == 1 else "ratio of γ")
+
+
+def _draw_imbalance(samples: pd.DataFrame, axes: Axes) -> None:
+    if samples.empty:
+        axes.text(0.5, 0.5, "no samples", transform=axes.transAxes, ha="center", va="center")
+        return
+    plot_imbalance(samples, axes)
