@@ -2,13 +2,12 @@
 
 Docstrings of Python's own library, labelled by the area that they are from; a small T5, trained
 here; LoRA and prompt tuning on top of it, both graded along the way by ``ngeval gamma`` and
-``ngeval imbalance``. The rows go to figures/data; figures/make.py draws them.
+``ngeval imbalance``. figures/make.py keeps the rows in figures/data and draws them.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ from ngeval.tasks.hf import hub_task
 DEFAULT_FOLDER = Path("docstrings-run")
 SEED = 0
 LINEAR = ["q", "k", "v", "o", "wi", "wo"]
-ADAPTERS = ("lora", "prompt")
 
 
 @dataclass(frozen=True)
@@ -176,18 +174,10 @@ def grade(folder: Path, name: str, size: Size) -> pd.DataFrame:
 
 def main(
     output: Annotated[Path, typer.Option(help="For data, models and results.")] = DEFAULT_FOLDER,
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds; nothing is kept.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A size of seconds.")] = False,
 ) -> None:
-    """Make the data, the models and the rows."""
-    make_rows(output, QUICK if quick else FULL)
-    for name in () if quick else ADAPTERS:
-        for end in ("", "-norms"):
-            path = output / f"docstrings-{name}{end}.parquet"
-            shutil.copy(path, Path(__file__).parent / "data" / path.name)
-
-
-def make_rows(output: Path, size: Size) -> None:
-    """Data, models and results, all in a folder."""
+    """Make the data, the models and the rows, all in one folder."""
+    size = QUICK if quick else FULL
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEED)
     start = time.perf_counter()
