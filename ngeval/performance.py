@@ -16,7 +16,7 @@ import scipy
 from ngeval.errors import InputError
 
 FIGURES = ("test_accuracy", "test_loss", "train_loss")
-"""What has a mean and an interval: the first two at the best validation epoch, the third after
+"""What has a mean and an interval, the first two at the best validation epoch, the third after
 the last one."""
 
 TEXTS: dict[str, tuple[str, ...]] = {

@@ -218,7 +218,7 @@ class Problem:
 
     @property
     def engine(self) -> str:
-        """The engine in use: ``"layers"``, ``"vmap"`` or ``"loop"``."""
+        """Which engine is in use, ``"layers"``, ``"vmap"`` or ``"loop"``."""
         return self.rows.engine_name
 
     @property
@@ -320,7 +320,7 @@ class Problem:
         return FisherOperator(self)
 
     def gamma(self, direction: Direction) -> float:
-        """γ(d) = √(dᵀFd) / |dᵀg| of any update; see `ngeval.metrics.gamma`."""
+        """γ(d) = √(dᵀFd) / |dᵀg| of any update; see `ngeval.gamma`."""
         # Imported here: `metrics` is built on `Problem`, this is only its front door.
         from ngeval.metrics import gamma  # noqa: PLC0415
 

@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name in result tables: the path as it was found."""
+        """The name in result tables, which is the path as it was found."""
         return str(self.path)
 
     @property

@@ -43,8 +43,8 @@ class CheckpointLoader:
         """The model with a checkpoint's weights; the next call may change it.
 
         Raises:
-            CheckpointError: see `load_checkpoint` and `AdapterLoader.load`; or adapters and whole
-                models are mixed.
+            CheckpointError: see `load_checkpoint`; an adapter does not fit its base model; or
+                adapters and whole models are mixed.
         """
         if checkpoint.is_adapter:
             if self._loaded:

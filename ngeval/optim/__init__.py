@@ -1,4 +1,4 @@
-"""The methods under study as `torch.optim.Optimizer`s that people can train with."""
+"""The methods under study as optimizers (`torch.optim.Optimizer`) that people can train with."""
 
 from ngeval.optim.exact import EF, NG, SF, iEF
 from ngeval.optim.fadam import FAdam

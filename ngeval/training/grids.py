@@ -15,7 +15,7 @@ KINDS = ("grid", "random")
 
 Values = Sequence[float | None]
 Grids = Mapping[str, Values] | Values | None
-"""Values for all optimizers, or for some by name; None, or a name left out: the default grid."""
+"""Values for all optimizers, or for some by name; None, or a name left out, is the default grid."""
 
 AROUND = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """The default grid of learning rates: multiples of the optimizer's own."""

@@ -37,7 +37,7 @@ class Training:
         task: the model, data and likelihood.
         output: folder for ``epoch-000.safetensors``, ``epoch-000.json``,
             ``epoch-000.optimizer.pt``, …; None writes nothing.
-        optimizer: a name in `ngeval.methods.optimizer.OPTIMIZERS`, the dotted path of an
+        optimizer: a name in `OPTIMIZERS`, the dotted path of an
             Optimizer class, or one of the methods under study, exact on every batch: ``ef``,
             ``ief``, ``sf``, ``sf:4``, ``ng`` (the model is then in eval mode throughout).
         epochs: passes over the training data; 0 writes the initial weights alone.

@@ -177,9 +177,9 @@ class Search:
                 )
 
     def run(self, on_epoch: OnEpoch | None = None) -> Iterator[pd.DataFrame]:
-        """Train, yielding the rows of each training (`COLUMNS`) when it is finished.
+        """Train, yielding the rows of each training when it is finished.
 
-        With ``output`` they are on disk by then.
+        Their columns are `ngeval.training.COLUMNS`. With ``output`` they are on disk by then.
 
         Args:
             on_epoch: is told of each epoch.

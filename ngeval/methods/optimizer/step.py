@@ -206,7 +206,7 @@ class OptimizerStep:
         """Copies that are ready for the graded step, which they are moved by; and notes.
 
         Args:
-            dtype: see `clone_optimizers`.
+            dtype: of the copies' parameters and states; None keeps their own.
             problem: the model at θ; its batch does not enter.
             names: of the parameters that are graded, by ``id``.
         """

@@ -1,0 +1,179 @@
+"""How Sphinx builds the site: ``sphinx-build -W -c docs . site``, from the root of a clone.
+
+The source folder is the root, not ``docs``: pages link to figures, notebooks, benchmarks and the
+changelog by their places in the repository, and so they work on a code host as on the site.
+Nothing is fetched, neither while building nor while reading: mathematics is MathML, which browsers
+draw themselves, and fonts are the reader's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.domains.python import ObjectEntry
+from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
+from sphinx.util.nodes import make_refnode
+from sphinx.writers.html5 import HTML5Translator
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ngeval  # noqa: E402
+
+# What is built
+
+project = "ngeval"
+version = release = ngeval.__version__
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**",
+    "CHANGELOG.md",
+    "notebooks/*.ipynb",
+    "benchmarks/*.md",
+    "figures/README.md",
+]
+exclude_patterns = [".*", "**/.*", "build", "dist", "ngeval", "tests"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+
+nitpicky = True
+nitpick_ignore_regex = [  # other packages: their inventories are on the network
+    ("py:.*", r"(abc|collections|pathlib|types|typing)\..*"),
+    ("py:.*", r"(matplotlib|numpy|pandas|plotly|scipy|torch)\..*"),
+    ("py:class", r"ngeval\..*\.T"),  # a type variable
+]
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # as they were committed; tests/test_notebooks.py runs them
+
+default_role = "py:obj"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# What it looks like
+
+html_theme = "furo"
+html_title = "ngeval"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_additional_pages = {"index": "start.html"}
+html_math_renderer = "mathml"
+templates_path = ["_templates"]
+
+
+def mathml(node: nodes.Element, *, block: bool) -> str:
+    """A formula as MathML.
+
+    Raises:
+        ExtensionError: it is no LaTeX that docutils knows.
+    """
+    try:
+        return str(tex2mathml(node.astext(), as_block=block))
+    except MathError as error:
+        raise ExtensionError(f"{node.source}:{node.line}: {error}: {node.astext()}") from error
+
+
+def inline_math(translator: HTML5Translator, node: nodes.math) -> None:
+    """Write a formula within a line."""
+    translator.body.append(mathml(node, block=False))
+    raise nodes.SkipNode
+
+
+def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
+    """Write a formula on lines of its own."""
+    translator.body.append(f'<div class="math">{mathml(node, block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
+def commands() -> str:
+    """Every command with its options in Markdown, from the program itself."""
+    import typer
+    from typer.cli import get_docs_for_click
+
+    from ngeval.cli import app
+
+    group = typer.main.get_command(app)
+    context = group.make_context("ngeval", [], resilient_parsing=True)
+    text = get_docs_for_click(obj=group, ctx=context, name="ngeval")
+    text = text[text.index("\n## ") :]  # behind the list of commands, which has cut sentences
+    text = re.sub(r"\[/?bold\]", "**", text)
+    return re.sub(r"^(ngeval .*)", r"```bash\n\1\n```", text, flags=re.MULTILINE)
+
+
+def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put the commands into their page."""
+    if docname == "docs/command-line":
+        source[0] += commands()
+
+
+def escape_bars(
+    app: Sphinx, what: str, name: str, member: object, options: Any, lines: list[str]
+) -> None:
+    """Let |dᵀg| be what it is in a docstring, not a substitution."""
+    lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
+
+
+def documented_elsewhere(
+    app: Sphinx, what: str, name: str, member: object, skip: bool, options: Any
+) -> bool | None:
+    """Leave out of a package's page what the page of ``ngeval`` has."""
+    page = app.env.docname.rpartition("/")[2]
+    return True if page != "ngeval" and getattr(ngeval, name, None) is member else None
+
+
+def named(env: BuildEnvironment, name: str) -> dict[str, ObjectEntry]:
+    """What is documented under this name, in whatever module; an entry once."""
+    objects = env.domains.python_domain.objects
+    found = {o[:2]: full for full, o in objects.items() if f".{full}".endswith(f".{name}")}
+    return {full: objects[full] for full in found.values()}
+
+
+def add_other_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Give what is public in two modules its second name in the inventory, too."""
+    objects = env.domains.python_domain.objects
+    modules = [full for full, entry in objects.items() if entry.objtype == "module"]
+    for module in map(importlib.import_module, modules):
+        for name in getattr(module, "__all__", ()):
+            for full, entry in named(env, name).items():
+                home = sys.modules.get(full.rpartition(".")[0])
+                if getattr(home, name, None) is getattr(module, name):
+                    objects.setdefault(f"{module.__name__}.{name}", entry._replace(aliased=True))
+
+
+def find_by_name(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
+) -> nodes.Element | None:
+    """Resolve a docstring's `Problem` on the page of another module, where one thing has it."""
+    if node.get("refdomain") != "py" or len(found := named(env, node["reftarget"])) != 1:
+        return None
+    [(full, entry)] = found.items()
+    return make_refnode(
+        app.builder, node["refdoc"], entry.docname, entry.node_id, content, title=full
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Register what is defined above."""
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
+    app.connect("source-read", fill_in)
+    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-skip-member", documented_elsewhere)
+    app.connect("env-updated", add_other_names)
+    app.connect("missing-reference", find_by_name)
