@@ -12,7 +12,9 @@ from ngeval import console
 from ngeval.commands.compare import compare
 from ngeval.commands.grading import gamma, imbalance, layers, sweep
 from ngeval.commands.listing import methods, plot, tasks
+from ngeval.commands.report import report
 from ngeval.commands.study import study
+from ngeval.commands.toy import toy
 from ngeval.commands.training import demo, train
 
 app = typer.Typer(
@@ -26,7 +28,7 @@ app = typer.Typer(
 
 for command in (
     *(demo, train, gamma, sweep, compare, layers, imbalance, study),
-    *(plot, tasks, methods),
+    *(plot, report, toy, tasks, methods),
 ):
     app.command()(command)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ from ngeval.studies.convergence_findings import (
 )
 from ngeval.studies.images import coloured_digits, image_task, vit_lora_task
 from ngeval.studies.texts import text_task
-from ngeval.studies.toy import INPUTS, MINIMUM, RATES, trajectories
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -151,32 +149,6 @@ class TestDecide:
         assert decide([False]) == "not confirmed"
         with pytest.raises(InputError):
             decide([])
-
-
-@pytest.fixture(scope="module")
-def paths() -> pd.DataFrame:
-    """The toy's first steps."""
-    return pd.concat(list(trajectories(8)), ignore_index=True)
-
-
-class TestToy:
-    """Against closed forms in the residuals: θ = θ* + X⁻¹r."""
-
-    @pytest.mark.parametrize("method", RATES)
-    def test_follows_its_recursion(self, paths, method):
-        inputs, rate = np.array(INPUTS), RATES[method]
-        for _, path in paths[paths["method"] == method].groupby("start"):
-            theta = path[["theta_1", "theta_2"]].to_numpy()
-            residuals = (theta - np.array(MINIMUM)) @ inputs.T
-            for before, after in itertools.pairwise(residuals):
-                expected = {
-                    "ief": before * (1 - rate),
-                    "ng": before * (1 - rate),
-                    "ef": before - rate / before,
-                    "sgd": before - rate * inputs @ inputs.T @ before,
-                }[method]
-                np.testing.assert_allclose(after, expected, rtol=1e-7, atol=1e-9)
-            np.testing.assert_allclose(path["loss"], 0.5 * (residuals**2).sum(1), rtol=1e-9)
 
 
 class TestPredicted:

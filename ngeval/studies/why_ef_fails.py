@@ -22,16 +22,20 @@ from ngeval.metrics import gradient_norms, loss_change
 from ngeval.problem import Problem
 from ngeval.runs import Run
 from ngeval.studies.base import Advance, Size, Study
-from ngeval.studies.toy import STARTS, trajectories
 from ngeval.studies.why_ef_fails_figure import figure
 from ngeval.studies.why_ef_fails_findings import SMALL, findings
 from ngeval.tasks import get_task
+from ngeval.toy import OFFSETS, LeastSquares, trajectories
 from ngeval.training import Training
 
 METHODS = ("sgd", "ef", "sf", "ief")
 SAMPLED = {"sgd": 0.0, "ef": 0.0, "ief": 0.0, "sf": SMALL, "ng": SMALL}
 """The updates whose effect on single samples is measured, with their λ. EF and iEF at λ = 0, where
 the claims are made; SF's pseudo-inverse is another thing than its limit."""
+
+RATES = {"sgd": 0.1, "ng": 0.1, "ief": 0.1, "ef": 0.02}
+"""Learning rates on the toy: of the natural gradient one that shows the path, of EF one that brings
+the losses to 0 in about as many steps, of SGD about a fifth of the largest stable one."""
 
 SEEDS_APART = 1000
 """Between the seeds of trainings, so that two studies do not share any."""
@@ -67,13 +71,13 @@ PLANS: dict[Size, Plan] = {
 def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     """The toy's paths, then γ and effects on samples at every checkpoint of every training.
 
-    The column ``part`` says which: ``toy`` (see `ngeval.studies.toy`), ``gamma`` (rows of
+    The column ``part`` says which: ``toy`` (see `ngeval.toy`), ``gamma`` (rows of
     `ngeval.evaluate`, with the ``imbalance`` of the batch) or ``samples``.
     """
     plan = PLANS[size]
-    for table in trajectories(plan.steps):
+    for table in trajectories(LeastSquares(), RATES, steps=plan.steps):
         yield table.assign(part="toy")
-        progress("two parameters", 4 * len(STARTS))
+        progress("two parameters", len(RATES) * len(OFFSETS))
     for training in range(plan.trainings):
         training_seed = seed * SEEDS_APART + training
         with tempfile.TemporaryDirectory() as folder:

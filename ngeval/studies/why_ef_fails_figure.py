@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import PAGE, STYLE, legend_below, styles_of
+from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_below, styles_of
 from ngeval.plots.ticks import log_scale, number_text
 from ngeval.plots.toy import plot_paths
 from ngeval.studies.statistics import geometric_intervals
@@ -24,7 +24,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     """The toy; what updates do to samples; γ against the imbalance, the stage and λ."""
     parts = {name: rows[rows["part"] == name] for name in ("toy", "gamma", "samples")}
     with mpl.rc_context(STYLE):
-        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.0), layout="constrained")
+        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.3), layout="constrained")
         plot_paths(LeastSquares(), parts["toy"], ax=grid[0, 0])
         last = parts["samples"]["epoch"].max()
         samples = parts["samples"][parts["samples"]["epoch"] == last]
@@ -48,8 +48,8 @@ def _plot_falls(samples: pd.DataFrame, axes: Axes) -> None:
     _logarithmic(axes)
     axes.set_ylim(bottom=max(low / mean / 10, 1e-12))
     axes.set_xlabel("sₙ = ‖uₙ‖² (small: learnt)")
-    axes.set_ylabel("first-order fall of ℓₙ over its mean")
-    axes.set_title(f"epoch {samples['epoch'].iloc[0]:g}; line: in proportion to sₙ")
+    axes.set_ylabel("first-order fall of ℓₙ\nover its mean")
+    axes.set_title(f"epoch {samples['epoch'].iloc[0]:g}\nline: in proportion to sₙ")
 
 
 def _plot_projections(samples: pd.DataFrame, axes: Axes) -> None:
@@ -61,9 +61,9 @@ def _plot_projections(samples: pd.DataFrame, axes: Axes) -> None:
     ends = np.array([single.min(), single.max()])
     axes.plot(ends, single.median() / ends, color="black", linewidth=0.7, zorder=0)
     _logarithmic(axes)
-    axes.set_xlabel("per-sample gradient norm ‖gₙ‖ (nats)")
-    axes.set_ylabel("projection of d on gₙ over its median")
-    axes.set_title(f"epoch {samples['epoch'].iloc[0]:g}; line: 1/‖gₙ‖")
+    axes.set_xlabel("gradient norm ‖gₙ‖ (nats)")
+    axes.set_ylabel("projection of d on gₙ\nover its median")
+    axes.set_title(f"epoch {samples['epoch'].iloc[0]:g}\nline: 1/‖gₙ‖")
 
 
 def _plot_imbalance(near: pd.DataFrame, axes: Axes) -> None:
@@ -74,7 +74,7 @@ def _plot_imbalance(near: pd.DataFrame, axes: Axes) -> None:
     _logarithmic(axes)
     axes.set_xlabel("imbalance max‖gₙ‖ / min‖gₙ‖")
     axes.set_ylabel("γ relative to SGD")
-    axes.set_title(f"every checkpoint and batch, λ = {number_text(SMALL)}")
+    axes.set_title(f"λ = {number_text(SMALL)}\nevery checkpoint and batch")
 
 
 def _plot_stages(near: pd.DataFrame, axes: Axes) -> None:
@@ -83,10 +83,11 @@ def _plot_stages(near: pd.DataFrame, axes: Axes) -> None:
             _line(axes, method, rows, "epoch")
     axes.axhline(1, color="black", linewidth=1)
     log_scale(axes, "y")
+    keep_to_lines(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training epoch")
     axes.set_ylabel("γ relative to SGD")
-    axes.set_title(f"λ = {number_text(SMALL)}; bands: 95 %")
+    axes.set_title(f"λ = {number_text(SMALL)}\nbands: 95 %")
 
 
 def _plot_dampings(gammas: pd.DataFrame, axes: Axes) -> None:
@@ -96,9 +97,10 @@ def _plot_dampings(gammas: pd.DataFrame, axes: Axes) -> None:
             _line(axes, method, rows, "damping")
     axes.axhline(1, color="black", linewidth=1)
     _logarithmic(axes)
+    keep_to_lines(axes)
     axes.set_xlabel("damping λ (absolute)")
     axes.set_ylabel("γ relative to SGD")
-    axes.set_title(f"epoch {last:g}; bands: 95 %")
+    axes.set_title(f"epoch {last:g}\nbands: 95 %")
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
