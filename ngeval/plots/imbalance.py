@@ -31,7 +31,7 @@ from ngeval.plots.ticks import log_scale
 MAX_VIOLINS = 15
 """Stages whose distributions are drawn one by one; more are drawn as bands of quantiles."""
 
-_BLUE, _RED = "#0072B2", "#D55E00"
+_BLUE, _GREY = "#0072B2", "#444444"  # grey, for it is no method's
 _BANDS = ((0.05, 0.95, 0.2, "5–95 %"), (0.25, 0.75, 0.35, "25–75 %"))
 
 
@@ -95,7 +95,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         raise InputError("every batch has a sample of gradient norm 0, so max/min is not defined")
     means = geometric_means(extremes["x"], extremes["max"] / extremes["min"])
     with own_axes(ax, (COLUMN, 1.9)) as axes:
-        line_with_band(axes, means, "x", (_RED, "o", "-"), "max/min")
+        line_with_band(axes, means, "x", (_GREY, "o", "-"), "max/min")
         log_scale(axes, "y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(stage_label(rows))
@@ -137,7 +137,8 @@ def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
     """Densities of the logarithms, put back onto the norms' own axis."""
     places = sorted(rows["x"].unique())
     groups = [np.log(rows.loc[rows["x"] == x, "gradient_norm"].to_numpy()) for x in places]
-    apart = float(np.diff(places).min()) if len(places) > 1 else 1.0
+    # Few stages that lie far apart would make bodies that reach before the first one's time.
+    apart = float(min(np.diff(places).min(), np.ptp(places) / 6)) if len(places) > 1 else 1.0
     drawn: dict[str, Any] = axes.violin(
         [_violin(logs) for logs in groups],
         places,

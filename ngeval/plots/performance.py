@@ -50,7 +50,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
 def plot_performance(
     rows: pd.DataFrame, task: str | None = None, what: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """How well tuned optimizers did on a task, the best in test performance on top.
+    """How well tuned optimizers did on a task, in the order of the rows.
 
     Means over seeds with 95 % t-intervals, each seed a small point below its mean. An optimizer
     whose trainings all diverged is named, without a point. Losses, where all are positive, stand on

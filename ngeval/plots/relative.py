@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
-from ngeval.plots.gamma import at_damping, usable
+from ngeval.plots.gamma import at_damping, scale_of, usable
 from ngeval.plots.means import geometric_means, line_with_band
 from ngeval.plots.style import COLUMN, own_axes, stage_label, styles_of, with_stage
-from ngeval.plots.ticks import log_scale
+from ngeval.plots.ticks import log_scale, number_text
 
 
 def plot_relative(
@@ -37,7 +37,7 @@ def plot_relative(
         InputError: the table has not the columns, one of the methods, or that damping.
     """
     table = usable(table, "checkpoint")
-    rows, _ = at_damping(table, damping)
+    rows, value = at_damping(table, damping)
     ratios = with_stage(_ratios(rows, method, reference))
     means = geometric_means(ratios["x"], ratios["ratio"])
     colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
@@ -48,6 +48,7 @@ def plot_relative(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(stage_label(ratios))
         axes.set_ylabel(f"γ of {method}\nover {reference}'s")
+        axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
     return axes
 
 

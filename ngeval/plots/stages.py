@@ -132,6 +132,7 @@ def _draw_relative(
 ) -> None:
     for method, reference in pairs:
         plot_relative(table, method, reference, damping, axes)
+    axes.set_title("")  # told above
     references = list(dict.fromkeys(reference for _, reference in pairs))
     axes.set_ylabel(f"γ relative\nto {references[0]}" if len(references) == 1 else "ratio of γ")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -208,6 +209,17 @@ def label_outer(grid: Sequence[Axes]) -> None:
         if spec is not None and index + spec.get_gridspec().ncols >= len(grid):
             axes.set_xlabel(name)
             axes.tick_params(labelbottom=True)
+
+
+def keep_to_lines(axes: Axes) -> None:
+    """Cut a logarithmic axis at ten times what its lines need: bands of few values go on forever.
+
+    The limits still hold every line; a band that goes on leaves the panel at its edge.
+    """
+    low, high = axes.get_ylim()
+    drawn = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()]).astype(float)
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    axes.set_ylim(max(low, drawn.min() / 10), min(high, drawn.max() * 10))
 
 
 def legend_below(*axes: Axes) -> None:

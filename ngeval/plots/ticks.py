@@ -45,7 +45,13 @@ def plain_ticks(axis: Axis) -> None:
 class _LogTicks(LogLocator):
     """The finest of several series of round numbers that the axis has room for."""
 
-    SUBS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    SUBS = (
+        (1.0,),
+        (1.0, 3.0),
+        (1.0, 2.0, 5.0),
+        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+        (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
+    )
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         low, high = sorted((max(vmin, sys.float_info.min), max(vmax, sys.float_info.min)))

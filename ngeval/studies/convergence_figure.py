@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, STYLE, legend_under, styles_of
+from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_under, styles_of
 from ngeval.plots.ticks import log_scale
 from ngeval.studies.convergence_findings import CROSS_ENTROPY, REGRESSIONS, compared
 from ngeval.studies.statistics import geometric_intervals
@@ -48,6 +48,7 @@ def _plot_times(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
         part = own[(own["learning_rate"] == rate) & ((own["time"] > 0) | (not is_power_law))]
         _band(axes, part, "time", shade, "--", f"iEF, η = {rate:g}")
     log_scale(axes, *("xy" if is_power_law else "y"))
+    keep_to_lines(axes)
     axes.set_xlabel("time t = η × steps")
     axes.set_ylabel("mean training loss (nats)")
     axes.set_title(kind)
@@ -61,6 +62,7 @@ def _plot_steps(rows: pd.DataFrame, axes: Axes, kind: str) -> None:
         told = f"{name}, η = {part['learning_rate'].iloc[0]:g}"
         _band(axes, part, "step", colour, dash, told)
     log_scale(axes, "y")
+    keep_to_lines(axes)
     axes.set_xlabel("full-batch steps")
     axes.set_ylabel("mean training loss (nats)")
     axes.set_title("each at its best η of those tried")

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, STYLE
+from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_under, styles_of
 from ngeval.plots.ticks import log_scale
 from ngeval.studies.fadam_findings import (
     CLAIMS,
@@ -29,6 +29,8 @@ from ngeval.studies.statistics import Interval, geometric_interval, mean_interva
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00")
 MARKERS = ("o", "s", "^", "D")
+"""Of what is no method: models and forms. Methods have their own; see `styles_of`."""
+
 SHORT = {"continuous regression": "continuous", "discrete regression": "discrete"}
 NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 
@@ -36,13 +38,13 @@ NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 def figure(rows: pd.DataFrame) -> Figure:
     """Losses, ablations and exponents; γ over exponents, the two forms of a regression."""
     with mpl.rc_context(STYLE):
-        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.6), layout="constrained")
+        made, grid = plt.subplots(3, 2, figsize=(PAGE, 7.4), layout="constrained")
         _plot_better(rows, grid[0, 0])
         _plot_ablation(rows, grid[0, 1])
-        _plot_powers(rows, grid[0, 2])
-        _plot_power_graded(rows, grid[1, 0])
-        _plot_forms(rows, grid[1, 1])
-        _plot_empirical(rows, grid[1, 2])
+        _plot_powers(rows, grid[1, 0])
+        _plot_power_graded(rows, grid[1, 1])
+        _plot_forms(rows, grid[2, 0])
+        _plot_empirical(rows, grid[2, 1])
     return made
 
 
@@ -50,7 +52,7 @@ def _plot_better(rows: pd.DataFrame, axes: Axes) -> None:
     """FAdam's loss over AdamW's."""
     names = subjects(rows, "fadam")
     found = [ratio(final(rows, name, "fadam"), final(rows, name, "adamw")) for name in names]
-    _points(axes, found, list(range(len(names))), 0)
+    _points(axes, found, list(range(len(names))), _look("fadam"))
     axes.set_yticks(range(len(names)), [SHORT.get(name, name) for name in names])
     axes.invert_yaxis()
     _against_one(axes, "test loss of FAdam over AdamW's")
@@ -65,38 +67,39 @@ def _plot_ablation(rows: pd.DataFrame, axes: Axes) -> None:
         found = [ratio(final(rows, subject, "fadam", name), whole) for name in names]
         found.append(ratio(final(rows, subject, "adamw"), whole))
         places = [place + 0.22 * index - 0.11 for place in range(len(found))]
-        _points(axes, found, places, index, subject)
+        _points(axes, found, places, (COLOURS[index], MARKERS[index]), subject)
     axes.set_yticks(range(len(names) + 1), [*(f"no {name}" for name in names), "none (AdamW)"])
     axes.invert_yaxis()
     _against_one(axes, "test loss over FAdam's")
-    _legend(axes)
+    legend_under(axes, 2)
     axes.set_title("less one correction (right of 1: it helps)")
 
 
 def _plot_powers(rows: pd.DataFrame, axes: Axes) -> None:
     """The text's loss for every ρ, and AdamW's."""
     by_power = {rho: mean_interval(losses) for rho, losses in powers(rows).items()}
-    _line(axes, by_power, 0, "FAdam")
+    _line(axes, by_power, _look("fadam"), "FAdam")
     adam = mean_interval(final(rows, TEXT, "adamw"))
-    axes.axhline(adam.value, color=COLOURS[1], linestyle="--", label="AdamW")
-    axes.axhspan(adam.low, adam.high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    colour, _ = _look("adamw")
+    axes.axhline(adam.value, color=colour, linestyle="--", label="AdamW")
+    axes.axhspan(adam.low, adam.high, color=colour, alpha=0.15, linewidth=0)
     axes.axvline(ROOT, color="black", linewidth=0.7)
     axes.set_xlabel("exponent ρ of the Fisher")
     axes.set_ylabel("test loss (nats per character)")
-    _legend(axes)
+    legend_under(axes, 2)
     axes.set_title(f"{TEXT}, tuned for each ρ")
 
 
 def _plot_power_graded(rows: pd.DataFrame, axes: Axes) -> None:
     """γ for every ρ over that at ½."""
     labels = {"fisher": "f of FAdam's state", "diag-ef": "f = Σₙ gₙ² of the batch"}
-    for index, (family, label) in enumerate(labels.items()):
-        _line(axes, power_ratios(rows, family), index, label)
+    for (family, label), look in zip(labels.items(), ("fadam", "diag-ef"), strict=True):
+        _line(axes, power_ratios(rows, family), _look(look), label)
     axes.axvline(ROOT, color="black", linewidth=0.7)
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xlabel("exponent ρ of the diagonal")
-    axes.set_ylabel("γ of g/f^ρ over that at ρ = ½")
-    _legend(axes)
+    axes.set_ylabel("γ of g/f^ρ\nover that at ρ = ½")
+    legend_under(axes, 2)
     axes.set_title(f"{TEXT}, along training (less is better)")
 
 
@@ -105,13 +108,14 @@ def _plot_forms(rows: pd.DataFrame, axes: Axes) -> None:
     for index, (optimizer, label) in enumerate(NAMES.items()):
         found = [geometric_interval(final(rows, form, optimizer)) for form in FORMS]
         places = [place + 0.12 * (index - 1) for place in range(len(FORMS))]
+        colour, marker = _look(optimizer)
         ends = np.abs(np.array([[f.value - f.low, f.high - f.value] for f in found])).T
         axes.errorbar(
             places,
             [f.value for f in found],
             yerr=ends,
-            color=COLOURS[index],
-            marker=MARKERS[index],
+            color=colour,
+            marker=marker,
             linestyle="none",
             label=label,
         )
@@ -120,7 +124,7 @@ def _plot_forms(rows: pd.DataFrame, axes: Axes) -> None:
     log_scale(axes, "y")
     axes.set_xlabel("outputs of one regression")
     axes.set_ylabel("test KL from the truth (nats)")
-    _legend(axes)
+    legend_under(axes, 2)
     axes.set_title("all tuned")
 
 
@@ -130,23 +134,28 @@ def _plot_empirical(rows: pd.DataFrame, axes: Axes) -> None:
         for power, label, dash in ((":0.5", "ρ = ½", "-"), ("", "ρ = 1", "--")):
             table = empirical_ratios(rows, form, power)
             by_step = {float(step): mean_interval(table[step]).exp() for step in table.columns}
-            _line(axes, by_step, index, f"{SHORT[form]}, {label}", dash)
+            _line(axes, by_step, (COLOURS[index], MARKERS[index]), f"{SHORT[form]}, {label}", dash)
     axes.axhline(1, color="black", linewidth=0.7)
     log_scale(axes, "y")
+    keep_to_lines(axes)
     axes.set_xlabel("training step of Adam")
     axes.set_ylabel("γ, empirical over exact diagonal")
-    _legend(axes)
+    legend_under(axes, 2)
     axes.set_title("what taking the data's labels costs")
 
 
-def _legend(axes: Axes) -> None:
-    """Below the panel, where it hides nothing."""
-    space = {"columnspacing": 1.0, "handletextpad": 0.4}
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, **space)
+def _look(method: str) -> tuple[str, str]:
+    """Colour and marker that the method has in every picture."""
+    colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
+    return colour, marker
 
 
 def _points(
-    axes: Axes, found: list[Interval], places: list[float], index: int, label: str = ""
+    axes: Axes,
+    found: list[Interval],
+    places: list[float],
+    look: tuple[str, str],
+    label: str = "",
 ) -> None:
     """Ratios as points with their intervals, one below the other."""
     values = np.array([[f.value, f.value - f.low, f.high - f.value] for f in found])
@@ -155,8 +164,8 @@ def _points(
         values[shown, 0],
         np.array(places)[shown],
         xerr=np.nan_to_num(np.abs(values[shown, 1:])).T,
-        color=COLOURS[index],
-        marker=MARKERS[index],
+        color=look[0],
+        marker=look[1],
         linestyle="none",
         label=label or None,
     )
@@ -168,11 +177,15 @@ def _against_one(axes: Axes, label: str) -> None:
 
 
 def _line(
-    axes: Axes, found: Mapping[float, Interval], index: int, label: str, dash: str = "-"
+    axes: Axes,
+    found: Mapping[float, Interval],
+    look: tuple[str, str],
+    label: str,
+    dash: str = "-",
 ) -> None:
     """Values with their intervals along an axis."""
     values, low, high = np.array(list(found.values())).T
     where = list(found)
-    colour = COLOURS[index]
-    axes.plot(where, values, color=colour, marker=MARKERS[index], linestyle=dash, label=label)
+    colour, marker = look
+    axes.plot(where, values, color=colour, marker=marker, linestyle=dash, label=label)
     axes.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -27,7 +27,7 @@ from ngeval.evaluate import evaluate
 from ngeval.methods import Method
 from ngeval.methods.diagonal import DiagonalState
 from ngeval.plots.gamma import draw_stages
-from ngeval.plots.style import STYLE, legend_below, styles_of
+from ngeval.plots.style import PAGE, STYLE, legend_below, styles_of
 from ngeval.problem import Problem
 from ngeval.runs import Run, Unit, labelled
 from ngeval.studies.base import Advance, Finding, Size, Study, decide
@@ -224,13 +224,13 @@ def figure(rows: pd.DataFrame) -> Figure:
     gammas = rows[(rows["part"] == "gamma") & (rows["status"] == "ok")]
     fixed, best = gammas[np.isclose(gammas["damping"], SMALL, rtol=1e-6)], _best(gammas)
     panels: list[tuple[str, pd.DataFrame, Sequence[str]]] = [
-        ("KFAC's kinds, λ = 10⁻⁷", fixed, KRONECKER),
-        ("KFAC's kinds, each at its best λ", best, KRONECKER),
-        ("Adam and diagonals, each at its best λ", best, DIAGONALS),
+        ("KFAC's kinds,\nall at λ = 10⁻⁷", fixed, KRONECKER),
+        ("KFAC's kinds,\neach at its best λ", best, KRONECKER),
+        ("Adam and diagonals,\neach at its best λ", best, DIAGONALS),
     ]
     styles = styles_of(gammas)
     with mpl.rc_context(STYLE):
-        drawn, grid = plt.subplots(1, 3, figsize=(10.4, 3.4), layout="constrained")
+        drawn, grid = plt.subplots(1, 3, figsize=(PAGE, 2.8), layout="constrained")
         for axes, (title, table, methods) in zip(grid, panels, strict=True):
             draw_stages(table[table["method"].isin(["sgd", *methods])], axes, styles)
             axes.set_title(title)
