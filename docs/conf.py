@@ -28,7 +28,11 @@ from sphinx.writers.html5 import HTML5Translator
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import typer  # noqa: E402
+from typer.cli import get_docs_for_click  # noqa: E402
+
 import ngeval  # noqa: E402
+from ngeval.cli import app as command_line  # noqa: E402
 
 # What is built
 
@@ -104,12 +108,7 @@ def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 def commands() -> str:
     """Every command with its options in Markdown, from the program itself."""
-    import typer
-    from typer.cli import get_docs_for_click
-
-    from ngeval.cli import app
-
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(command_line)
     context = group.make_context("ngeval", [], resilient_parsing=True)
     text = get_docs_for_click(obj=group, ctx=context, name="ngeval")
     text = text[text.index("\n## ") :]  # behind the list of commands, which has cut sentences
@@ -123,11 +122,23 @@ def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += commands()
 
 
-def escape_bars(
+COLON = "\N{ONE DOT LEADER}"
+
+
+def before_napoleon(
     app: Sphinx, what: str, name: str, member: object, options: Any, lines: list[str]
 ) -> None:
-    """Let |dᵀg| be what it is in a docstring, not a substitution."""
+    """Let |dᵀg| be what it is, and a colon after a constant's first words no type."""
     lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = lines[0].replace(":", COLON)
+
+
+def after_napoleon(
+    app: Sphinx, what: str, name: str, member: object, options: Any, lines: list[str]
+) -> None:
+    """Put the colon back."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def documented_elsewhere(
@@ -173,7 +184,8 @@ def setup(app: Sphinx) -> None:
     """Register what is defined above."""
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", fill_in)
-    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     app.connect("autodoc-skip-member", documented_elsewhere)
     app.connect("env-updated", add_other_names)
     app.connect("missing-reference", find_by_name)
