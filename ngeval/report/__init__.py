@@ -1,0 +1,55 @@
+"""A report on result files: one self-contained page with findings, tables and charts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ngeval.errors import OutputError
+from ngeval.report.page import make_page
+from ngeval.report.sources import Source, read_sources
+from ngeval.results import check_output
+
+__all__ = ["SUFFIXES", "Source", "make_page", "read_sources", "write_report"]
+
+SUFFIXES = (".html", ".htm")
+"""What a report's file ends in."""
+
+
+def write_report(
+    results: Sequence[Path], output: Path, *, title: str | None = None, force: bool = False
+) -> Path:
+    """Read result files and write the report on them.
+
+    Args:
+        results: files of ``ngeval gamma``, ``sweep``, ``compare``, ``imbalance``, ``layers`` and
+            ``train``; what is beside them as manifest is told, too.
+        output: ``.html``; its folder is made.
+        title: of the page; None names the tasks.
+        force: replace a file that exists.
+
+    Returns:
+        The output's path.
+
+    Raises:
+        InputError: a table is of a kind that no report is made of.
+        OutputError: a file cannot be read, or the output cannot be written, which is found out
+            before any work.
+    """
+    check_output(output, SUFFIXES, force=force)
+    page = make_page(read_sources(results), title)
+    try:
+        handle, name = tempfile.mkstemp(dir=output.parent, prefix=".", suffix=output.suffix)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(page)
+            temporary.chmod(0o644)
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+    return output

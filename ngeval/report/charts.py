@@ -1,0 +1,312 @@
+"""The charts of a report: γ over training and damping, rankings, norms, layers, trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ngeval.comparison import three_stages
+from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.performance import performance
+from ngeval.report import colours
+from ngeval.report.colours import Look, looks_of
+from ngeval.report.summaries import Grades, at_best, imbalance_means, in_order, norm_quantiles
+from ngeval.report.text import chart_text, damping_text
+from ngeval.report.traces import Chart, Line, Trace, dots, log_axis, reference, rounded, stage_axis
+
+RATIO = "γ / γ<sub>SGD</sub>"
+BEST = "γ / γ<sub>min</sub>"
+MAX_OPTIONS = 400
+"""Updates to choose from; of more, those of three checkpoints are shown."""
+
+MAX_LAYERS = 16
+"""Layers of an update; the rest is one bar."""
+
+SGD = Look(colours.INK)
+FLOOR = Look(colours.GREY, "dash")
+NATURAL = Look(colours.NATURAL, symbol="diamond")
+
+
+def gamma_charts(short: Grades, labels: dict[str, str]) -> Iterator[Chart]:
+    """γ/γ_SGD over stages and over λ, and the ranking: those of them that have something to show.
+
+    Args:
+        short: of a task.
+        labels: of its checkpoints.
+    """
+    looks = looks_of(short.summary)
+    if len(short.checkpoints) > 1:
+        yield _stages(short, labels, looks)
+    if sum(value > 0 for value in short.dampings) > 1:
+        yield _dampings(short, labels, looks)
+    if len(short.methods) > 1:
+        yield _ranking(short, labels, looks)
+
+
+def _stages(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Chart:
+    x, axis = stage_axis(short.rows, short.checkpoints, labels)
+    place = dict(zip(short.checkpoints, x, strict=True))
+    parts = [("the best of each method", at_best(short))]
+    parts += [
+        (damping_text(value), short.summary[short.summary["damping"] == value])
+        for value in short.dampings
+    ]
+    lines = [
+        *reference("sgd", x, [1.0] * len(x), SGD, RATIO),
+        *reference("floor", x, short.stages["floor"].tolist(), FLOOR, RATIO),
+    ]
+    options = []
+    for label, part in parts:
+        traces: list[Trace] = []
+        for method, rows in _by_method(part, short.methods):
+            where = [place[name] for name in rows["checkpoint"]]
+            traces += _ratio_line(method, looks[method], where, rows, labels)
+        options.append((label, traces + lines))
+    return Chart(
+        "γ over training",
+        "γ over SGD's, geometric mean over batches with its 95 % bootstrap interval; below 1 is "
+        "nearer to the natural gradient than SGD. No update is below the floor.",
+        "damping λ",
+        options,
+        {"xaxis": axis, "yaxis": log_axis(RATIO)},
+        ("method", "checkpoint", "γ/γ_SGD"),
+        1 + short.dampings.index(short.smallest),
+    )
+
+
+def _by_method(part: pd.DataFrame, methods: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each method that has some."""
+    found = {str(name): rows for name, rows in part.groupby("method", sort=False)}
+    return ((name, found[name]) for name in methods if name in found)
+
+
+def _ratio_line(
+    method: str,
+    look: Look,
+    x: Sequence[Any],
+    rows: pd.DataFrame,
+    labels: dict[str, str],
+    markers: bool = True,
+) -> list[Trace]:
+    """γ/γ_SGD of a method; hover tells method, checkpoint, λ, value and interval."""
+    interval = "" if rows["low"].isna().all() else " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]"
+    hover = (
+        "%{fullData.name}<br>%{customdata[3]}, λ = %{customdata[4]}<br>"
+        f"{RATIO} = %{{y:.3~g}}{interval}<br>batches: %{{customdata[2]}}<extra></extra>"
+    )
+    extra = (
+        [int(count) for count in rows["batches"]],
+        [chart_text(labels[name]) for name in rows["checkpoint"]],
+        [damping_text(value) for value in rows["damping"]],
+    )
+    ends = (rows["low"].tolist(), rows["high"].tolist())
+    line = Line(method, look, x, rows["ratio"].tolist(), *ends, hover, extra, markers)
+    return list(line.traces())
+
+
+def _dampings(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Chart:
+    ends = rounded([short.smallest, short.dampings[-1]])
+    floors = short.stages.set_index("checkpoint")["floor"]
+    natural = {str(name): part for name, part in short.natural.groupby("checkpoint", sort=False)}
+    options = []
+    for checkpoint in short.checkpoints:
+        part = short.at(checkpoint)
+        part = part[part["damping"] > 0].sort_values("damping")
+        traces: list[Trace] = []
+        for method, rows in _by_method(part, short.methods):
+            where, few = rounded(rows["damping"]), len(rows) < 8
+            traces += _ratio_line(method, looks[method], where, rows, labels, few)
+        if "ng" not in short.methods and checkpoint in natural:
+            exact = natural[checkpoint]
+            exact = exact[exact["damping"] > 0].sort_values("damping")
+            where, ratios = rounded(exact["damping"]), exact["ratio"].tolist()
+            traces += reference("exact NG", where, ratios, NATURAL, RATIO)
+        traces += [
+            *reference("sgd", ends, [1.0, 1.0], SGD, RATIO),
+            *reference("floor", ends, [float(floors[checkpoint])] * 2, FLOOR, RATIO),
+        ]
+        options.append((labels[checkpoint], traces))
+    scale = short.rows["damping_scale"].iloc[0] if "damping_scale" in short.rows else "absolute"
+    return Chart(
+        "γ over damping",
+        "γ over SGD's at every λ, with the exact natural gradient's and the floor.",
+        "checkpoint",
+        options,
+        {"xaxis": log_axis(f"damping λ ({chart_text(str(scale))})"), "yaxis": log_axis(RATIO)},
+        ("method", "λ", "γ/γ_SGD"),
+        len(options) - 1,
+    )
+
+
+def _ranking(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Chart:
+    natural = bool(short.summary["best"].notna().any())
+    value = ["best", "best_low", "best_high"] if natural else ["ratio", "low", "high"]
+    title, plain = (BEST, "γ/γ_min") if natural else (RATIO, "γ/γ_SGD")
+    best = at_best(short)
+    options = []
+    for checkpoint in short.checkpoints:
+        rows = best[(best["checkpoint"] == checkpoint) & best[value[0]].notna()]
+        rows = rows.sort_values(value[0], ascending=False, kind="stable")
+        names = [str(name) for name in rows["method"]]
+        told = [f"{labels[checkpoint]}, λ = {damping_text(damping)}" for damping in rows["damping"]]
+        pairs = [looks[name].colours for name in names]
+        options.append((labels[checkpoint], [dots(names, rows[value], told, pairs, title)]))
+    meaning = "γ over the least there is, 1 is the natural gradient itself" if natural else plain
+    return Chart(
+        "Ranking",
+        f"Each method at its best λ, chosen on the same batches: {meaning}; geometric mean over "
+        "batches with its 95 % bootstrap interval.",
+        "checkpoint",
+        options,
+        {"xaxis": log_axis(title), "yaxis": {"automargin": True}, "showlegend": False},
+        ("method", "at", plain),
+        len(options) - 1,
+        True,
+    )
+
+
+def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
+    """Gradient norms and their imbalance over training."""
+    samples = in_order(samples)
+    names = list(dict.fromkeys(samples["checkpoint"]))
+    x, axis = stage_axis(samples, names, labels)
+    yield _norms(samples, x, [chart_text(labels[name]) for name in names], axis)
+    means = imbalance_means(samples)
+    if means.empty:
+        return
+    place = dict(zip(names, x, strict=True))
+    hover = (
+        "%{customdata[3]}<br>max/min = %{y:.3~g} [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]"
+        "<br>batches: %{customdata[2]}<extra></extra>"
+    )
+    where = [place[name] for name in means["checkpoint"]]
+    ends = (means["low"].tolist(), means["high"].tolist())
+    told = [chart_text(labels[name]) for name in means["checkpoint"]]
+    counts = [int(count) for count in means["count"]]
+    line = Line("max/min", NATURAL, where, means["mean"].tolist(), *ends, hover, (counts, told))
+    yield Chart(
+        "Imbalance of gradient norms",
+        "Largest over smallest per-sample gradient norm of a batch: geometric mean over batches "
+        "with its 95 % bootstrap interval.",
+        "",
+        [("", list(line.traces()))],
+        {"xaxis": axis, "yaxis": log_axis("max ‖g‖ / min ‖g‖"), "showlegend": False},
+        ("series", "checkpoint", "max/min"),
+    )
+
+
+def _norms(
+    samples: pd.DataFrame, x: Sequence[Any], labels: Sequence[str], axis: dict[str, Any]
+) -> Chart:
+    """Quantiles over all samples as nested bands with the median."""
+    quantiles = norm_quantiles(samples, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0))
+    hover = "%{customdata[2]}<br>%{fullData.name}: %{y:.3~g}<extra></extra>"
+    traces: list[Trace] = []
+    for name, low, high in (("", 0.0, 1.0), ("", 0.05, 0.95), ("median", 0.25, 0.75)):
+        value = quantiles[0.5 if name else low].tolist()
+        ends = (quantiles[low].tolist(), quantiles[high].tolist())
+        line = Line(name, Look(colours.BAND), x, value, *ends, hover, (labels,))
+        middle, *band = line.traces()
+        traces += [middle, *band] if name else band
+    for name, level in (("largest", 1.0), ("95 %", 0.95), ("5 %", 0.05), ("least", 0.0)):
+        look = Look(colours.BAND, "dot" if level in (0.0, 1.0) else "dash")
+        ends = ([float("nan")] * len(x),) * 2
+        line = Line(name, look, x, quantiles[level].tolist(), *ends, hover, (labels,), False)
+        traces += line.traces()
+    return Chart(
+        "Per-sample gradient norms",
+        "‖g_n‖ over the samples of all batches: the median, the middle half (darkest), the middle "
+        "90 % and all of them.",
+        "",
+        [("", traces)],
+        {"xaxis": axis, "yaxis": log_axis("‖g‖ (nats)"), "showlegend": False},
+        ("series", "checkpoint", "‖g‖"),
+    )
+
+
+def layer_charts(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
+    """What each layer of an update buys and spends."""
+    rows = table[table["status"] != "failed"]
+    if rows.empty:
+        return
+    summary = summarize_layers(in_order(rows))
+    keys = summary[["checkpoint", "method", "damping"]].drop_duplicates().to_numpy().tolist()
+    if len(keys) > MAX_OPTIONS:
+        kept = three_stages(summary)
+        keys = [key for key in keys if key[0] in kept][:MAX_OPTIONS]
+    parts = dict(list(summary.groupby(["checkpoint", "method", "damping"])))
+    leading = leading_layers(summary, MAX_LAYERS)
+    options = []
+    for checkpoint, method, damping in keys:
+        shown = with_rest(parts[checkpoint, method, damping], leading)[::-1]
+        label = f"{method}, λ = {damping_text(damping)}, {labels[checkpoint]}"
+        options.append((label, list(_bars(shown))))
+    yield Chart(
+        "Layers",
+        "Shares of the loss that each layer's part of the update buys and of the KL that it "
+        "spends (means over batches); a layer that spends more than it buys raises γ.",
+        "update",
+        options,
+        {
+            "barmode": "group",
+            "xaxis": {"title": {"text": "share of the whole update"}, "tickformat": ".0%"},
+            "yaxis": {"automargin": True},
+        },
+        ("series", "layer", "share"),
+        next(place for place, key in enumerate(keys) if key[0] == keys[-1][0]),
+        True,
+    )
+
+
+def _bars(rows: pd.DataFrame) -> Iterator[Trace]:
+    names = [chart_text(str(name)) for name in rows["layer"]]
+    for name, column, pair in (
+        ("spends", "curvature_share", colours.SPENDS),  # from the bottom up
+        ("buys", "decrease_share", colours.BUYS),
+    ):
+        yield {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "x": rounded(rows[column]),
+            "y": list(range(len(names))),
+            "text": names,
+            "textposition": "none",
+            "hovertemplate": "%{text} %{fullData.name} %{x:.1%}<extra></extra>",
+            "meta": {"colours": list(pair)},
+        }
+
+
+def training_charts(rows: pd.DataFrame) -> Iterator[Chart]:
+    """Tuned optimizers: test performance with intervals over seeds, an entry for each figure."""
+    table = performance(rows)
+    table = table[table["seeds"] > 0]
+    looks = looks_of(table.rename(columns={"optimizer": "method"}))
+    options = []
+    for figure in ("test_accuracy", "test_loss", "train_loss"):
+        part = table[table[f"{figure}_mean"].notna()]
+        if part.empty:
+            continue
+        part = part.sort_values(f"{figure}_mean", ascending=figure == "test_accuracy")
+        label = "final training loss"
+        if figure != "train_loss":
+            label = f"{part['data'].iloc[0]} {figure.removeprefix('test_')}"
+        names = [str(name) for name in part["optimizer"]]
+        settings = part[["seeds", "learning_rate"]].to_numpy(dtype=float)
+        told = [f"{seeds:g} seeds, learning rate {rate:.3g}" for seeds, rate in settings]
+        values = part[[f"{figure}_{end}" for end in ("mean", "low", "high")]]
+        pairs = [looks[name].colours for name in names]
+        options.append((label, [dots(names, values, told, pairs, label)]))
+    if options:
+        yield Chart(
+            "Trained optimizers",
+            "Tuned settings: mean over seeds with its 95 % t-interval.",
+            "figure",
+            options,
+            {"xaxis": {"automargin": True}, "yaxis": {"automargin": True}, "showlegend": False},
+            ("optimizer", "of", "mean"),
+            0,
+            True,
+        )

@@ -1,0 +1,194 @@
+"use strict";
+(() => {
+  const charts = JSON.parse(document.getElementById("chart-data").textContent);
+  const darkPage = matchMedia("(prefers-color-scheme: dark)");
+  const touch = matchMedia("(pointer: coarse)").matches;
+  const PAPER = 660; // what a printed A4 page is wide, in CSS pixels
+  let printing = false;
+
+  // Names in charts carry entities, because plotly reads some HTML in labels.
+  const ENTITIES = { "&lt;": "<", "&gt;": ">", "&#36;": "$", "&amp;": "&" };
+  const plain = (text) => String(text ?? "").replace(/&(lt|gt|#36|amp);/g, (e) => ENTITIES[e]);
+  const shown = (value) =>
+    typeof value === "number" ? String(Number(value.toPrecision(4))) : plain(value);
+
+  function painted(trace, dark, ink) {
+    const { points, colours, band } = trace.meta;
+    if (points) {
+      const marker = { ...trace.marker, color: points.map((pair) => pair[+dark]) };
+      return { ...trace, marker, error_x: { ...trace.error_x, color: ink, thickness: 1.5 } };
+    }
+    const color = colours[+dark];
+    const line = { ...trace.line, color };
+    return band
+      ? { ...trace, line, fillcolor: color + "30" }
+      : { ...trace, line, marker: { ...trace.marker, color } };
+  }
+
+  // Ticks of a logarithmic axis: powers of ten alone where there are many, else few in all.
+  function decades(traces, letter) {
+    const values = traces.flatMap((trace) => trace[letter]).filter((value) => value > 0);
+    const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 1e-300)) -
+      Math.log10(values.reduce((a, b) => Math.min(a, b), 1e300));
+    return span > 2.5 ? { dtick: Math.ceil(span / 7) } : { nticks: letter === "x" ? 7 : 9 };
+  }
+
+  function layoutOf(chart, traces, width, dark, ink) {
+    const grid = dark ? "#363d45" : "#e3e6ea";
+    const axis = (told, letter) => ({
+      gridcolor: grid,
+      zerolinecolor: grid,
+      ...told,
+      ...(told.type === "log" ? decades(traces, letter) : {}),
+    });
+    const names = traces.filter((trace) => trace.name && trace.showlegend !== false);
+    const longest = Math.max(0, ...names.map((trace) => plain(trace.name).length));
+    const inLine = Math.max(1, Math.floor((width - 70) / (longest * 7.5 + 50)));
+    const lines = names.length > 1 ? Math.ceil(names.length / inLine) : 0;
+    const layout = {
+      ...chart.layout,
+      height: 360 + lines * 22,
+      margin: { l: 56, r: 12, t: printing ? 8 : 30, b: 48 + lines * 22 },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: ink, size: 13, family: getComputedStyle(document.body).fontFamily },
+      hoverlabel: { align: "left" },
+      hovermode: "closest",
+      dragmode: touch ? false : "zoom",
+      showlegend: lines > 0 && chart.layout.showlegend !== false,
+      legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#8b949e" : "#6e7781", activecolor: ink },
+      xaxis: axis(chart.layout.xaxis, "x"),
+      yaxis: axis(chart.layout.yaxis, "y"),
+    };
+    if (chart.sideways) {
+      const { y, text } = traces[0];
+      layout.height = 120 + y.length * (chart.layout.barmode ? 34 : 26) + lines * 22;
+      layout.yaxis = { ...layout.yaxis, tickvals: y, ticktext: text, zeroline: false };
+    }
+    if (printing) layout.width = width;
+    return layout;
+  }
+
+  function draw(figure) {
+    const chart = charts[figure.id];
+    const select = figure.querySelector("select");
+    const traces = chart.traces[select ? Number(select.value) : 0];
+    const dark = darkPage.matches && !printing;
+    const ink = dark ? "#e6e8eb" : "#1b1f24";
+    const plot = figure.querySelector(".plot");
+    const width = printing ? PAPER : plot.clientWidth;
+    const layout = layoutOf(chart, traces, width, dark, ink);
+    const config = { displaylogo: false, responsive: true, displayModeBar: !printing && !touch };
+    config.modeBarButtons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
+    plot.style.minHeight = `${layout.height}px`;
+    Plotly.react(plot, traces.map((trace) => painted(trace, dark, ink)), layout, config);
+    if (select) {
+      const chosen = select.selectedOptions[0].text;
+      figure.querySelector(".chosen").textContent =
+        `${select.parentElement.firstChild.textContent.trim()}: ${chosen}`;
+    }
+    if (figure.querySelector("details").open) fill(figure, chart, traces);
+  }
+
+  function fill(figure, chart, traces) {
+    const table = figure.querySelector("details table");
+    table.replaceChildren();
+    const heads = [...chart.columns, "low", "high"];
+    const head = table.createTHead().insertRow();
+    for (const text of heads) {
+      const cell = document.createElement("th");
+      cell.scope = "col";
+      cell.textContent = text;
+      head.append(cell);
+    }
+    const body = table.createTBody();
+    for (const trace of traces.filter((entry) => !entry.meta.band)) {
+      trace.x.forEach((x, i) => {
+        const told = trace.customdata ? trace.customdata[i] : [];
+        const where = chart.sideways
+          ? trace.name ? [trace.name, trace.text[i]] : [trace.text[i], told[2]]
+          : [trace.name, placeOf(chart, x)];
+        const row = body.insertRow();
+        const values = [...where, chart.sideways ? x : trace.y[i], told[0], told[1]];
+        values.forEach((value, place) => {
+          const cell = row.insertCell();
+          cell.textContent = shown(value);
+          if (place > 1) cell.className = "number";
+        });
+      });
+    }
+  }
+
+  function placeOf(chart, x) {
+    const { tickvals, ticktext } = chart.layout.xaxis;
+    return tickvals ? ticktext[tickvals.indexOf(x)] : x;
+  }
+
+  function sorted(button) {
+    const head = button.parentElement;
+    const column = head.cellIndex;
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentElement.cells) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const body = head.closest("table").tBodies[0];
+    const keyOf = (row) => {
+      const cell = row.cells[column];
+      const { key } = cell.dataset;
+      if (key === undefined) return cell.textContent;
+      return key === "" ? NaN : Number(key);
+    };
+    const rows = [...body.rows].map((row) => [keyOf(row), row]);
+    rows.sort(([a], [b]) => {
+      if (typeof a === "string") return up ? a.localeCompare(b) : b.localeCompare(a);
+      if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
+      return up ? a - b : b - a;
+    });
+    body.append(...rows.map(([, row]) => row));
+  }
+
+  function filtered(box) {
+    const selects = [...box.querySelectorAll("select[data-filter]")];
+    let count = 0;
+    for (const row of box.querySelectorAll("tbody tr")) {
+      row.hidden = selects.some(
+        ({ dataset, value }) => value && !row.dataset[dataset.filter].split(" ").includes(value),
+      );
+      count += !row.hidden;
+    }
+    const told = selects.map((s) => `${s.parentElement.firstChild.textContent.trim()}: ${s.selectedOptions[0].text}`);
+    box.querySelector(".chosen").textContent = told.join("; ");
+    box.querySelector(".count").textContent = `${count} ${count === 1 ? "row" : "rows"}`;
+  }
+
+  async function save(button) {
+    const text = button.parentElement.querySelector("script").textContent;
+    const packed = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([await new Response(stream).arrayBuffer()], { type: "text/csv" }));
+    link.download = button.dataset.name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  }
+
+  const figures = [...document.querySelectorAll("figure.chart")];
+  const drawAll = () => figures.forEach(draw);
+  for (const figure of figures) {
+    figure.querySelector("select")?.addEventListener("change", () => draw(figure));
+    figure.querySelector("details").addEventListener("toggle", () => draw(figure));
+  }
+  for (const button of document.querySelectorAll("th button"))
+    button.addEventListener("click", () => sorted(button));
+  for (const box of document.querySelectorAll(".sortable")) {
+    if (!box.querySelector("select")) continue;
+    box.addEventListener("change", () => filtered(box));
+    filtered(box);
+  }
+  for (const button of document.querySelectorAll(".save"))
+    button.addEventListener("click", () => save(button));
+  darkPage.addEventListener("change", drawAll);
+  addEventListener("beforeprint", () => { printing = true; drawAll(); });
+  addEventListener("afterprint", () => { printing = false; drawAll(); });
+  drawAll();
+})();

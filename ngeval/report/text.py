@@ -1,0 +1,103 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+KNOWN = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
+
+
+def number(value: float) -> str:
+    """Three significant digits, with a power of ten only where it is shorter.
+
+    >>> [number(value) for value in (0.4912, 61.53, 12345, 5.1e7, 2e-6)]
+    ['0.491', '61.5', '12,300', '5.1 × 10⁷', '2 × 10⁻⁶']
+    """
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    rounded = float(f"{value:.3g}")
+    size = abs(rounded)
+    if size >= 1e6 or 0 < size < 1e-3:
+        mantissa, _, exponent = f"{rounded:.2e}".partition("e")
+        power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+        factor = f"{float(mantissa):g}".replace("-", "−")
+        return power if factor == "1" else f"{factor} × {power}"
+    shown = f"{rounded:,.0f}" if size >= 1000 else f"{rounded:g}"
+    return shown.replace("-", "−")
+
+
+def damping_text(value: float) -> str:
+    """λ as one types it.
+
+    >>> [damping_text(value) for value in (1e-6, 0.001, 1.7575106e-8, 10000.0)]
+    ['1e-6', '0.001', '1.76e-8', '1e4']
+    """
+    shown = f"{value:.3g}" if value < 1e4 else f"{value:.2e}"
+    mantissa, _, exponent = shown.partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if exponent else shown
+
+
+def interval_text(low: float, high: float) -> str:
+    """``[low, high]``, nothing where there is no interval."""
+    return "" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A value with its interval behind it."""
+    return f"{number(value)} {interval_text(low, high)}".rstrip()
+
+
+def method_text(method: str) -> str:
+    """A method as papers write it; names that they do not know stay as they are.
+
+    >>> [method_text(name) for name in ("ief", "sf:4", "kfac-ef")]
+    ['iEF', 'SF:4', 'kfac-ef']
+    """
+    family, colon, parameter = method.partition(":")
+    return KNOWN.get(family, family) + colon + parameter
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def shortened(name: str, length: int = 28) -> str:
+    """A name that fits a chart: its beginning and its end."""
+    if len(name) <= length:
+        return name
+    kept = (length - 1) // 2
+    return f"{name[:kept]}…{name[-(length - 1 - kept) :]}"
+
+
+def chart_text(name: str) -> str:
+    """A name for plotly, which takes some HTML in labels: shown as it is, and not too long."""
+    flat = re.sub(r"\s+", " ", shortened(name))
+    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        flat = flat.replace(sign, entity)
+    return flat.replace("$", "&#36;")  # which would begin a formula
+
+
+def checkpoint_labels(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
+    """A short label for each checkpoint: its epoch or step where all tell it, else its name."""
+    columns = ["checkpoint", "epoch", "step"]
+    rows = pd.concat([table.reindex(columns=columns) for table in tables])
+    single = rows.drop_duplicates("checkpoint")
+    names = [str(name) for name in single["checkpoint"]]
+    for told in ("epoch", "step"):
+        if single[told].notna().all() and single[told].is_unique:
+            return {n: f"{told} {v:g}" for n, v in zip(names, single[told], strict=True)}
+    ends = [name.replace("\\", "/").rstrip("/").rpartition("/")[2] for name in names]
+    chosen = ends if len(set(ends)) == len(names) else names
+    return dict(zip(names, (name or "the checkpoint" for name in chosen), strict=True))
