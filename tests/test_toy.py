@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ import ngeval
 from ngeval.cli import app
 from ngeval.errors import InputError
 from ngeval.plots import plot_paths, plot_toy, toy_figure
+from ngeval.plots.style import in_style
 from ngeval.plots.toy import Window
 from ngeval.studies.why_ef_fails import RATES
 from ngeval.toy import DEFAULT_METHODS, LeastSquares, trajectories
@@ -295,6 +297,17 @@ class TestPictures:
         (arrows,) = (part for part in ax.collections if isinstance(part, Quiver))
         assert len(arrows.U) == 25 - 9
         assert np.isfinite(arrows.U).all()
+
+    def test_interactive_mode_stays_as_a_backend_has_set_it(self):
+        """A notebook's backend is loaded with the first figure, which may be one of ngeval's."""
+        before = mpl.is_interactive()
+        try:
+            for wanted in (True, False):
+                with in_style():
+                    mpl.interactive(wanted)
+                assert mpl.is_interactive() is wanted
+        finally:
+            mpl.interactive(before)
 
     def test_all_methods_on_one_landscape(self, paths):
         ax = plot_paths(LeastSquares(), paths)

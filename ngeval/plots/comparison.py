@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,8 +15,8 @@ from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
 from ngeval.plots.style import (
     COLUMN,
-    STYLE,
     checkpoint_title,
+    in_style,
     label_outer,
     legend_below,
     legend_under,
@@ -72,7 +71,7 @@ def kfac_figure(
     parts = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
     if rows["damping"].nunique() > 1:
         parts.insert(0, ("each at its best λ", at_best_damping(rows)))
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, grid = panels(len(parts), width, 2.3, least=2.4, sharex=True, sharey=True)
         for axes, (title, part) in zip(grid, parts, strict=True):
             draw_stages(part, axes, styles, KFAC_METHODS)
@@ -151,7 +150,7 @@ def ranking_figure(
 ) -> Figure:
     """`plot_ranking` in a figure of its own, as wide as a column or as is told (inches)."""
     count = table["method"].nunique() if "method" in table else 1
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
         plot_ranking(table, checkpoints, axes)
     return figure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,8 +14,8 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
     COLUMN,
-    STYLE,
     checkpoint_title,
+    in_style,
     label_outer,
     legend_below,
     legend_under,
@@ -164,7 +163,7 @@ def damping_figure(
     elif len(names) > MAX_STAGES:
         last = MAX_STAGES - 1
         names = [names[round(i * (len(names) - 1) / last)] for i in range(MAX_STAGES)]
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, grid = panels(len(names), width, 2.1, sharex=True, sharey=True)
         for ax, name in zip(grid, names, strict=True):
             plot_damping(table, name, ax)

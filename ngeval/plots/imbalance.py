@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from ngeval.errors import InputError
 from ngeval.plots.means import geometric_means, line_with_band
 from ngeval.plots.style import (
     COLUMN,
-    STYLE,
+    in_style,
     legend_below,
     legend_under,
     own_axes,
@@ -110,7 +109,7 @@ def norms_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
         table: ``ngeval imbalance``'s output, one row for each sample.
         width: of the figure in inches; None takes a column's.
     """
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, (upper, lower) = plt.subplots(
             2,
             1,

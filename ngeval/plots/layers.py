@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,8 +16,8 @@ from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.plots.gamma import at_damping
 from ngeval.plots.style import (
     COLUMN,
-    STYLE,
     checkpoint_title,
+    in_style,
     label_outer,
     legend_below,
     legend_under,
@@ -106,7 +105,7 @@ def layers_figure(
     names = list(dict.fromkeys(summary["method"]))
     layers = leading_layers(summary, MAX_LAYERS)
     shown = len(layers) + (summary["layer"].nunique() > len(layers))
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, grid = panels(
             len(names), width, _height(shown), least=2.2, sharex=True, sharey=True
         )

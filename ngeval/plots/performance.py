@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ngeval.errors import InputError, nearest_name
 from ngeval.performance import FIGURES, outcomes, performance
-from ngeval.plots.style import COLUMN, PAGE, STYLE, own_axes, styles_of
+from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
 from ngeval.plots.ticks import log_scale
 
 
@@ -30,7 +29,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
     table = performance(rows)
     counts = table.groupby("task", sort=False).size()
     heights = [0.65 + 0.17 * count for count in counts]
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, grid = plt.subplots(
             len(counts),
             2,

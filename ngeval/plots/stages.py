@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +13,7 @@ from ngeval.errors import InputError
 from ngeval.plots.gamma import plot_stages, usable
 from ngeval.plots.imbalance import plot_imbalance
 from ngeval.plots.relative import plot_relative
-from ngeval.plots.style import COLUMN, PAGE, STYLE, legend_below, without_legend
+from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below, without_legend
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
 """The ratios that are drawn of those methods that the table has."""
@@ -63,7 +62,7 @@ def stages_figure(
         lines.append("imbalance")
     width = width or (COLUMN if len(columns) == 1 else PAGE)
     heights = [HEIGHTS[line] for line in lines]
-    with mpl.rc_context(STYLE):
+    with in_style():
         figure, grid = plt.subplots(
             len(lines),
             len(columns),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,25 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 @contextmanager
+def in_style(settings: Mapping[Any, Any] | None = None) -> Iterator[None]:
+    """Ngeval's style for what is drawn within, with other settings on top where some are given.
+
+    A notebook's backend is loaded with the first figure, and then turns on interactive mode, in
+    which figures are shown; the end of ``rc_context`` alone would turn it off again.
+    """
+    with mpl.rc_context(STYLE | dict(settings or {})):
+        yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)
+
+
+@contextmanager
 def own_axes(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iterator[Axes]:
     """The axes given, in the style that its owner draws in; or new ones, in ngeval's style."""
     if ax is not None:
         yield ax
         return
-    with mpl.rc_context(STYLE):
+    with in_style():
         yield plt.subplots(figsize=size, layout="constrained")[1]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,7 +17,7 @@ from ngeval.errors import InputError
 from ngeval.plots.style import (
     COLUMN,
     PAGE,
-    STYLE,
+    in_style,
     legend_below,
     own_axes,
     panels,
@@ -220,7 +219,7 @@ def toy_figure(
     window = Window.around(toy, paths)
     fields = {name: Field.of(toy, name, window, arrows, damping, seed) for name in methods}
     enlarged = "ef" in fields
-    with mpl.rc_context(STYLE):
+    with in_style():
         made, axes = panels(len(methods) + 1 + enlarged, PAGE, 2.25, least=2.2)
         rest = iter(axes)
         for name, ax in zip(methods, rest, strict=False):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_under, styles_of
+from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_under, styles_of
 from ngeval.plots.ticks import log_scale
 from ngeval.studies.convergence_findings import CROSS_ENTROPY, REGRESSIONS, compared
 from ngeval.studies.statistics import geometric_intervals
@@ -21,7 +20,7 @@ SHADES = ("#08306B", "#2171B5", "#6BAED6", "#C6DBEF")
 def figure(rows: pd.DataFrame) -> Figure:
     """One column for each loss: iEF at several η on top, iEF against EF and SGD below."""
     kinds = [kind for kind in (*REGRESSIONS, CROSS_ENTROPY) if kind in set(rows["kind"])]
-    with mpl.rc_context(STYLE):
+    with in_style():
         made, grid = plt.subplots(
             2, len(kinds), figsize=(PAGE, 5.8), squeeze=False, layout="constrained"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ngeval.plots.style import PAGE, STYLE, label_outer
+from ngeval.plots.style import PAGE, in_style, label_outer
 from ngeval.plots.ticks import plain_ticks
 from ngeval.studies.diagonal_findings import NAMES, at_best, cells
 
@@ -28,7 +27,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     maps = [(method, threshold) for method in SHOWN for threshold in thresholds]
     columns = max(2, len(thresholds))
     lines = -(-len(maps) // columns)
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
+    with in_style({"axes.grid": False}):
         made, grid = plt.subplots(
             lines, columns, figsize=(PAGE, 1.55 * lines + 0.6), squeeze=False, layout="constrained"
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_under, styles_of
+from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_under, styles_of
 from ngeval.plots.ticks import log_scale
 from ngeval.studies.fadam_findings import (
     CLAIMS,
@@ -37,7 +36,7 @@ NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 
 def figure(rows: pd.DataFrame) -> Figure:
     """Losses, ablations and exponents; γ over exponents, the two forms of a regression."""
-    with mpl.rc_context(STYLE):
+    with in_style():
         made, grid = plt.subplots(3, 2, figsize=(PAGE, 7.4), layout="constrained")
         _plot_better(rows, grid[0, 0])
         _plot_ablation(rows, grid[0, 1])

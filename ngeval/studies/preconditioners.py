@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ from ngeval.evaluate import evaluate
 from ngeval.methods import Method
 from ngeval.methods.diagonal import DiagonalState
 from ngeval.plots.gamma import draw_stages
-from ngeval.plots.style import PAGE, STYLE, legend_below, styles_of
+from ngeval.plots.style import PAGE, in_style, legend_below, styles_of
 from ngeval.problem import Problem
 from ngeval.runs import Run, Unit, labelled
 from ngeval.studies.base import Advance, Finding, Size, Study, decide
@@ -229,7 +228,7 @@ def figure(rows: pd.DataFrame) -> Figure:
         ("Adam and diagonals,\neach at its best λ", best, DIAGONALS),
     ]
     styles = styles_of(gammas)
-    with mpl.rc_context(STYLE):
+    with in_style():
         drawn, grid = plt.subplots(1, 3, figsize=(PAGE, 2.8), layout="constrained")
         for axes, (title, table, methods) in zip(grid, panels, strict=True):
             draw_stages(table[table["method"].isin(["sgd", *methods])], axes, styles)

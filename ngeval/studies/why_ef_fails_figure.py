@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import PAGE, STYLE, keep_to_lines, legend_below, styles_of
+from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_below, styles_of
 from ngeval.plots.ticks import log_scale, number_text
 from ngeval.plots.toy import plot_paths
 from ngeval.studies.statistics import geometric_intervals
@@ -23,7 +22,7 @@ SHOWN = ("ef", "sf", "ief", "sgd")
 def figure(rows: pd.DataFrame) -> Figure:
     """The toy; what updates do to samples; γ against the imbalance, the stage and λ."""
     parts = {name: rows[rows["part"] == name] for name in ("toy", "gamma", "samples")}
-    with mpl.rc_context(STYLE):
+    with in_style():
         made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.3), layout="constrained")
         plot_paths(LeastSquares(), parts["toy"], ax=grid[0, 0])
         last = parts["samples"]["epoch"].max()
