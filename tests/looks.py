@@ -1,7 +1,7 @@
 """What is wrong with a picture, found from where the renderer puts things.
 
-`overlaps` is for everyone: texts that overprint each other, texts cut off at the figure's edge,
-legends over data. `bare_axes` and `small_texts` look at ticks and at sizes in print.
+`overlaps` finds texts that overprint each other or are cut off at the figure's edge, and legends
+over data; `bare_axes` and `small_texts` look at ticks and sizes in print; `faults` does all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,27 @@ def overlaps(figure: Figure) -> list[str]:
 
     Only what is really drawn counts: tick labels outside an axis's limits do not.
     """
-    boxes = [(_name(text), text.get_window_extent()) for text in drawn_texts(figure)]
+    return _overlaps(figure, drawn_texts(figure))
+
+
+def bare_axes(figure: Figure) -> list[str]:
+    """Logarithmic axes with fewer than two numbers, of those that have numbers shown at all."""
+    return _bare_axes(figure, drawn_texts(figure))
+
+
+def small_texts(figure: Figure, least: float = 6.0) -> list[str]:
+    """Texts below a size in points, at the width that the figure is made for."""
+    return _small_texts(drawn_texts(figure), least)
+
+
+def faults(figure: Figure) -> list[str]:
+    """All that the others find."""
+    texts = drawn_texts(figure)
+    return _overlaps(figure, texts) + _bare_axes(figure, texts) + _small_texts(texts, 6.0)
+
+
+def _overlaps(figure: Figure, texts: list[Text]) -> list[str]:
+    boxes = [(_name(text), text.get_window_extent()) for text in texts]
     slack = SLACK * figure.dpi / 72
     found = [
         f"{one!r} overlaps {other!r}"
@@ -36,9 +56,8 @@ def overlaps(figure: Figure) -> list[str]:
     return found + _hidden(figure)
 
 
-def bare_axes(figure: Figure) -> list[str]:
-    """Logarithmic axes with fewer than two numbers, of those that have numbers shown at all."""
-    drawn = set(drawn_texts(figure))
+def _bare_axes(figure: Figure, texts: list[Text]) -> list[str]:
+    drawn = set(texts)
     found = []
     for index, axes in enumerate(figure.axes):
         for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
@@ -49,18 +68,17 @@ def bare_axes(figure: Figure) -> list[str]:
     return found
 
 
-def small_texts(figure: Figure, least: float = 6.0) -> list[str]:
-    """Texts below a size in points, at the width that the figure is made for."""
+def _small_texts(texts: list[Text], least: float) -> list[str]:
     return [
         f"{_name(text)!r} has {text.get_fontsize():g} pt"
-        for text in drawn_texts(figure)
+        for text in texts
         if text.get_fontsize() < least
     ]
 
 
 def drawn_texts(figure: Figure) -> list[Text]:
     """The texts that a drawing of the figure puts onto the page."""
-    figure.canvas.draw()  # the first time moves things to their places
+    figure.draw_without_rendering()  # the first time moves things to their places
     found: list[Text] = []
     draw = Text.draw
 
@@ -70,7 +88,7 @@ def drawn_texts(figure: Figure) -> list[Text]:
         draw(self, renderer, *args, **kwargs)
 
     with patch.object(Text, "draw", record):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     return list(dict.fromkeys(found))
 
 

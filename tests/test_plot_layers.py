@@ -149,7 +149,7 @@ class TestLayers:
         assert {len(bars) for axes in panels for bars in widths(axes)} == {24}
         assert len({axes.get_xlim() for axes in panels}) == 1
         assert len(figure.legends) == 1
-        assert figure.get_suptitle() == "epoch 5, λ = 0.001"
+        assert figure.get_suptitle() == "epoch 5, λ = 10⁻³"
         figure.canvas.draw()
 
     def test_layers_that_are_numbers_survive_a_file(self, tmp_path):

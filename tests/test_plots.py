@@ -12,10 +12,14 @@ from matplotlib.colors import to_hex
 
 from ngeval import InputError, console
 from ngeval.plots import (
+    PAGE,
     damping_figure,
     imbalance_figure,
+    norms_figure,
     plot_damping,
     plot_imbalance,
+    plot_norms,
+    plot_relative,
     plot_stages,
     stages_figure,
     style,
@@ -77,6 +81,18 @@ def samples(checkpoints=3, batches=2):
 
 def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def below(figure):
+    """The entries of the figure's legend."""
+    return [text.get_text() for item in figure.legends for text in item.get_texts()]
+
+
+_UNNAMED = {f"_child{index}" for index in range(20)}
+
+
+def labels(axes):
+    return {str(item.get_label()) for item in axes.get_lines()} - _UNNAMED
 
 
 def line(axes, label):
@@ -216,39 +232,164 @@ class TestDamping:
 
 
 class TestImbalance:
-    def test_labels_and_legend(self):
+    def test_two_panels_with_the_same_stages(self):
         figure = imbalance_figure(samples())
-        left, right = figure.axes
-        assert left.get_xlabel() == "training epoch"
-        assert "gradient norm" in left.get_ylabel()
-        assert "imbalance" in right.get_ylabel()
-        assert (left.get_yscale(), right.get_yscale()) == ("log", "log")
-        entries = [text.get_text() for item in figure.legends for text in item.get_texts()]
-        assert {"median", "5–95 %", "25–75 %", "max/min"} <= set(entries)
-        assert len(entries) == len(set(entries)) == 5
+        upper, lower = figure.axes
+        assert (upper.get_xlabel(), lower.get_xlabel()) == ("", "training epoch")
+        assert upper.get_xlim() == lower.get_xlim()
+        assert "gradient" in upper.get_ylabel()
+        assert "imbalance" in lower.get_ylabel()
+        assert (upper.get_yscale(), lower.get_yscale()) == ("log", "log")
+        assert below(figure) == ["all samples", "median", "max/min"]
 
-    def test_lines_are_quantiles_of_the_norms(self):
+    def test_a_density_for_each_stage(self):
         table = samples()
-        left, right = plot_imbalance(table).figure.axes
-        median = line(left, "median")
+        axes = plot_norms(table)
+        assert len(axes.collections) == 3
+        for body, (_, rows) in zip(axes.collections, table.groupby("epoch"), strict=True):
+            norms = body.get_paths()[0].vertices[:, 1]
+            ends = rows["gradient_norm"].min(), rows["gradient_norm"].max()
+            np.testing.assert_allclose((norms.min(), norms.max()), ends)
+        median = line(axes, "median")
         np.testing.assert_allclose(median.get_xdata(), [0, 1, 2])
-        np.testing.assert_allclose(
-            median.get_ydata(), table.groupby("epoch")["gradient_norm"].median()
-        )
-        assert len(left.get_lines()) == 3  # median, min, max
-        assert len(left.collections) == 2  # two bands
+        expected = table.groupby("epoch")["gradient_norm"].median()
+        np.testing.assert_allclose(median.get_ydata(), expected)
+
+    def test_many_stages_are_bands_of_quantiles(self):
+        figure = norms_figure(samples(checkpoints=16, batches=1))
+        assert len(figure.axes[0].collections) == 2
+        expected = {"5–95 %", "25–75 %", "min, max", "median", "max/min"}
+        assert set(below(figure)) == expected
+
+    def test_imbalance_is_the_geometric_mean_over_batches(self):
+        table = samples()
         ratios = [
-            np.median(
-                [part.max() / part.min() for _, part in rows.groupby("batch")["gradient_norm"]]
+            np.exp(
+                np.mean(
+                    [
+                        np.log(part.max() / part.min())
+                        for _, part in rows.groupby("batch")["gradient_norm"]
+                    ]
+                )
             )
             for _, rows in table.groupby("epoch")
         ]
-        np.testing.assert_allclose(line(right, "max/min").get_ydata(), ratios)
+        drawn = line(plot_imbalance(table), "max/min")
+        np.testing.assert_allclose(drawn.get_ydata(), ratios)
 
-    def test_a_norm_of_zero_does_not_stop_it(self):
+    def test_a_norm_of_zero_is_told(self):
         table = samples()
         table.loc[0, "gradient_norm"] = 0.0
-        imbalance_figure(table).canvas.draw()
+        figure = imbalance_figure(table)
+        figure.canvas.draw()
+        assert figure.axes[0].get_title() == "1 of 96 norms are 0"
+        with pytest.raises(InputError, match="every batch"):
+            plot_imbalance(table[table["batch"] == 0].head(16))
+        with pytest.raises(InputError, match="above 0"):
+            plot_norms(table.assign(gradient_norm=0.0))
+
+    def test_norms_that_are_all_alike(self):
+        figure = norms_figure(samples().assign(gradient_norm=2.0))
+        figure.canvas.draw()
+        assert set(line(figure.axes[1], "max/min").get_ydata()) == {1.0}
+
+
+class TestNatural:
+    """Exact NG is drawn from its bounds where it was not among the methods."""
+
+    def bounded(self, methods):
+        table = gammas(methods)
+        exact = 0.1 * (1 + table["damping"]) * 1.5 ** table["batch"]
+        return table.assign(gamma_ng_lower=exact / 1.01, gamma_ng_upper=exact * 1.01)
+
+    def test_line_over_sgd_of_the_same_batch(self):
+        axes = plot_damping(self.bounded(("sgd", "ef")))
+        expected = [0.1 * 1.5 / 0.3 * (1 + damping) for damping in (1e-6, 1e-3, 1.0)]
+        np.testing.assert_allclose(line(axes, "ng").get_ydata(), expected)
+
+    def test_the_method_itself_has_precedence(self):
+        axes = plot_damping(self.bounded(METHODS))
+        expected = [ratio_of(5, 0, damping) for damping in (1e-6, 1e-3, 1.0)]
+        np.testing.assert_allclose(line(axes, "ng").get_ydata(), expected)
+
+    def test_without_bounds_there_is_none(self):
+        axes = plot_damping(self.bounded(("sgd", "ef")).assign(gamma_ng_upper=math.nan))
+        assert "ng" not in legend(axes)
+
+
+class TestRelative:
+    def test_ratio_within_batches(self):
+        axes = plot_relative(gammas(), "sf", "ief", 1.0)
+        drawn = line(axes, "sf/ief")
+        np.testing.assert_allclose(drawn.get_xdata(), [0, 5, 10])
+        np.testing.assert_allclose(drawn.get_ydata(), [3 / 4] * 3)
+        assert axes.get_yscale() == "log"
+        assert "sf" in axes.get_ylabel()
+        assert "ief" in axes.get_ylabel()
+        # What the batches have in common has cancelled.
+        corners = axes.collections[0].get_paths()[0].vertices
+        np.testing.assert_allclose(corners[:, 1], 3 / 4)
+
+    def test_only_batches_that_have_both(self):
+        table = gammas(("sgd", "sf", "ief"))
+        lost = (table["method"] == "ief") & (table["checkpoint"] == "c1.pt")
+        table.loc[lost, "status"] = "failed"
+        np.testing.assert_allclose(line(plot_relative(table), "sf/ief").get_xdata(), [0, 10])
+
+    def test_methods_that_are_not_there(self):
+        with pytest.raises(InputError, match="no rows for method 'sg'; did you mean 'sgd'"):
+            plot_relative(gammas(), "sg")
+
+
+def tasks(*names):
+    """γ tables and samples of several tasks, told apart by their column."""
+    tables = [(gammas().assign(task=name), samples().assign(task=name)) for name in names]
+    return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
+
+
+class TestStagesFigure:
+    def test_columns_are_tasks_and_lines_what_explains(self):
+        figure = stages_figure(tasks("a", "b", "c")[0])
+        grid = np.array(figure.axes).reshape(2, 3)
+        titles = [axes.get_title().splitlines()[0] for axes in grid[0]]
+        assert titles == ["a", "b", "c"]
+        assert all({"sf/ief", "ef/ief"} <= labels(axes) for axes in grid[1])
+        assert len({axes.get_ylim() for axes in grid[0]}) == 1
+
+    def test_with_samples_there_is_their_imbalance(self):
+        tables, norms = tasks("a", "b")
+        figure = stages_figure(tables, samples=norms)
+        grid = np.array(figure.axes).reshape(3, 2)
+        assert "imbalance" in grid[2, 0].get_ylabel()
+        assert [axes.get_xlabel() for axes in grid[:, 0]] == ["", "", "training epoch"]
+        for axes in grid[2]:
+            assert labels(axes) == {"max/min"}
+            assert axes.get_xlim() == grid[0, 0].get_xlim()
+        assert set(METHODS) | {"sf/ief", "ef/ief", "max/min"} == set(below(figure))
+
+    def test_one_task_alone_is_one_panel(self):
+        assert len(stages_figure(gammas()).axes) == 1
+        assert len(stages_figure(gammas(), relative=[("ef", "sf")]).axes) == 2
+        assert len(stages_figure(gammas(), samples=samples(), relative=()).axes) == 2
+
+    def test_tables_by_title_take_the_samples_of_their_checkpoints(self):
+        first, second = gammas(), gammas().replace({"checkpoint": {"c0.pt": "d0.pt"}})
+        second = second[second["checkpoint"] == "d0.pt"]
+        norms = samples().replace({"checkpoint": {"c2.pt": "d0.pt"}}).assign(task="t")
+        figure = stages_figure({"one": first, "two": second}, samples=norms)
+        grid = np.array(figure.axes).reshape(3, 2)
+        np.testing.assert_allclose(line(grid[2, 0], "max/min").get_xdata(), [0, 1])
+        np.testing.assert_allclose(line(grid[2, 1], "max/min").get_xdata(), [2])
+
+    def test_samples_of_nothing_that_is_drawn(self):
+        with pytest.raises(InputError, match="other tasks or checkpoints"):
+            stages_figure(gammas(), samples=samples().assign(task="another"))
+        with pytest.raises(InputError, match="no tables"):
+            stages_figure({})
+
+    @pytest.mark.parametrize(("width", "inches"), [(None, 3.4), (PAGE, 7.0)])
+    def test_width(self, width, inches):
+        assert stages_figure(gammas(), width=width).get_figwidth() == inches
 
 
 class TestStyle:
@@ -273,8 +414,14 @@ class TestStyle:
 
     @pytest.mark.parametrize(
         ("draw", "table"),
-        [(plot_stages, gammas()), (plot_damping, gammas()), (plot_imbalance, samples())],
-        ids=["stages", "damping", "imbalance"],
+        [
+            (plot_stages, gammas()),
+            (plot_relative, gammas()),
+            (plot_damping, gammas()),
+            (plot_norms, samples()),
+            (plot_imbalance, samples()),
+        ],
+        ids=["stages", "relative", "damping", "norms", "imbalance"],
     )
     def test_draws_on_the_axes_given(self, draw, table):
         figure, (left, right) = plt.subplots(1, 2)
@@ -301,7 +448,9 @@ class TestStyle:
                 figure.savefig(tmp_path / f"{index}.png")
 
 
-@pytest.mark.parametrize("draw", [plot_stages, plot_damping, plot_imbalance])
+@pytest.mark.parametrize(
+    "draw", [plot_stages, plot_relative, plot_damping, plot_norms, plot_imbalance]
+)
 def test_another_table_is_refused_by_column(draw):
     with pytest.raises(InputError, match="no column"):
         draw(pd.DataFrame({"a": [1.0]}))

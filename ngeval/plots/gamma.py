@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.means import line_with_band
@@ -23,6 +22,7 @@ from ngeval.plots.style import (
     panels,
     require,
     stage_label,
+    stage_ticks,
     styles_of,
     with_stage,
     without_legend,
@@ -78,7 +78,7 @@ def draw_stages(
         part = summary[summary["method"] == method].sort_values("x")
         line_with_band(axes, part, "x", styles[method], (labels or {}).get(method, method))
     _ratio_axis(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    stage_ticks(axes, staged["x"])
     axes.set_xlabel(stage_label(staged))
     return axes
 

@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
-from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError
 from ngeval.plots.means import geometric_means, line_with_band
@@ -22,6 +21,7 @@ from ngeval.plots.style import (
     own_axes,
     require,
     stage_label,
+    stage_ticks,
     with_stage,
     without_legend,
 )
@@ -62,7 +62,7 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         medians = positive.groupby("x")["gradient_norm"].median()
         axes.plot(medians.index, medians, color="black", marker=".", label="median")
         log_scale(axes, "y")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        stage_ticks(axes, rows["x"])
         axes.set_xlabel(stage_label(rows))
         axes.set_ylabel("per-sample gradient\nnorm ‖gₙ‖ (nats)")
         zeros = int((rows["gradient_norm"] == 0).sum())
@@ -96,7 +96,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     with own_axes(ax, (COLUMN, 1.9)) as axes:
         line_with_band(axes, means, "x", (_GREY, "o", "-"), "max/min")
         log_scale(axes, "y")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        stage_ticks(axes, rows["x"])
         axes.set_xlabel(stage_label(rows))
         axes.set_ylabel("imbalance\nmax‖gₙ‖ / min‖gₙ‖")
     return axes

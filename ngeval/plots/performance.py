@@ -26,7 +26,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
     Raises:
         InputError: the table is of another kind, or no final training in it came to its end.
     """
-    table = performance(rows)
+    table, ended = _results(rows)
     counts = table.groupby("task", sort=False).size()
     heights = [0.65 + 0.17 * count for count in counts]
     with in_style():
@@ -39,9 +39,9 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
             layout="constrained",
         )
         for task, (left, right) in zip(counts.index, grid, strict=True):
-            plot_performance(rows, str(task), ax=left)
+            _panel(table, ended, str(task), None, left)
             left.set_title(str(task), loc="left")
-            plot_performance(rows, str(task), "train_loss", ax=right)
+            _panel(table, ended, str(task), "train_loss", right)
             right.tick_params(labelleft=False)
     return figure
 
@@ -67,13 +67,29 @@ def plot_performance(
         InputError: the table is of another kind, it has not the task or not these numbers, or no
             final training in it came to its end.
     """
-    table, ended = performance(rows), outcomes(rows)
-    if ended.empty:
-        raise InputError("the table has no final training that came to its end: nothing to draw")
+    table, ended = _results(rows)
     names = [str(name) for name in dict.fromkeys(table["task"])]
     task = names[0] if task is None else task
     if task not in names:
         raise InputError(f"no rows for task {task!r}; {nearest_name(task, names)}")
+    count = int((table["task"] == task).sum())
+    with own_axes(ax, (COLUMN, 0.6 + 0.2 * count)) as axes:
+        _panel(table, ended, task, what, axes)
+    return axes
+
+
+def _results(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of `performance`, and the trainings that it is made from."""
+    table, ended = performance(rows), outcomes(rows)
+    if ended.empty:
+        raise InputError("the table has no final training that came to its end: nothing to draw")
+    return table, ended
+
+
+def _panel(
+    table: pd.DataFrame, ended: pd.DataFrame, task: str, what: str | None, axes: Axes
+) -> None:
+    """One task's results in one number."""
     part, seeds = table[table["task"] == task], ended[ended["task"] == task]
     metric, data = part["metric"].iloc[0], part["data"].iloc[0] or "test"
     what = metric if what is None else what
@@ -85,13 +101,11 @@ def plot_performance(
         "train_loss": "training loss after the last epoch (nats)",
     }
     styles = styles_of(table.rename(columns={"optimizer": "method"}))
-    with own_axes(ax, (COLUMN, 0.6 + 0.2 * len(part))) as axes:
-        # A Gaussian's loss may leave a constant out, and so be negative.
-        if what == "train_loss" and bool((seeds[what] > 0).all()):
-            log_scale(axes, "x")
-        _draw(axes, part, seeds, what, styles, 100.0 if what == "test_accuracy" else 1.0)
-        axes.set_xlabel(labels[what])
-    return axes
+    # A Gaussian's loss may leave a constant out, and so be negative.
+    if what == "train_loss" and bool((seeds[what] > 0).all()):
+        log_scale(axes, "x")
+    _draw(axes, part, seeds, what, styles, 100.0 if what == "test_accuracy" else 1.0)
+    axes.set_xlabel(labels[what])
 
 
 def _draw(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping, scale_of, usable
 from ngeval.plots.means import geometric_means, line_with_band
-from ngeval.plots.style import COLUMN, own_axes, stage_label, styles_of, with_stage
+from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
 from ngeval.plots.ticks import log_scale, number_text
 
 
@@ -45,7 +44,7 @@ def plot_relative(
         line_with_band(axes, means, "x", (colour, marker, "--"), f"{method}/{reference}")
         axes.axhline(1, color="black", linewidth=0.8)
         log_scale(axes, "y")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        stage_ticks(axes, ratios["x"])
         axes.set_xlabel(stage_label(ratios))
         axes.set_ylabel(f"γ of {method}\nover {reference}'s")
         axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")

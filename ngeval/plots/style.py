@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from ngeval.errors import InputError, OutputError
@@ -143,6 +144,16 @@ def stage_label(rows: pd.DataFrame) -> str:
     """What the axis of ``x`` is called."""
     told = _told(rows)
     return "checkpoint (in order)" if told is None else f"training {told}"
+
+
+def stage_ticks(axes: Axes, x: pd.Series) -> None:
+    """Whole numbers on the axis of ``x``; a single stage has one."""
+    if x.nunique() == 1:
+        where = float(x.iloc[0])
+        axes.set_xlim(where - 1, where + 1)
+        axes.set_xticks([where], [f"{where:g}"])
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _told(rows: pd.DataFrame) -> str | None:

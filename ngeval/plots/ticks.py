@@ -73,7 +73,7 @@ class _LogTicks(LogLocator):
         """How many numbers fit; side by side they need more than one above the other."""
         axis: Any = self.axis
         space = axis.get_tick_space()
-        return int(np.clip(space * 2 // 3 if axis.axis_name == "x" else space, 2, 7))
+        return int(np.clip(space * 2 // 3 if axis.axis_name == "x" else space, 3, 7))
 
 
 def _within(values: np.ndarray, low: float, high: float) -> list[float]:
@@ -84,8 +84,14 @@ def _within(values: np.ndarray, low: float, high: float) -> list[float]:
 class _LogNumbers(Formatter):
     """Plain numbers, or all powers of ten where one of them would have too many digits."""
 
+    _shown: Sequence[float] = ()
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        self._shown = values
+        return [self(value) for value in values]
+
     def __call__(self, x: float, pos: int | None = None) -> str:
-        shown = [value for value in self.locs if value > 0] or [x]
+        shown = [value for value in self._shown if value > 0] or [x]
         if min(shown) >= 1e-3 and max(shown) < 1e4:
             return f"{x:.6g}"
         mantissa, _, exponent = f"{x:.3e}".partition("e")
