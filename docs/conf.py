@@ -76,6 +76,7 @@ html_title = "ngeval"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 html_additional_pages = {"index": "start.html"}
 html_math_renderer = "mathml"
@@ -89,9 +90,11 @@ def mathml(node: nodes.Element, *, block: bool) -> str:
         ExtensionError: it is no LaTeX that docutils knows.
     """
     try:
-        return str(tex2mathml(node.astext(), as_block=block))
+        text = str(tex2mathml(node.astext(), as_block=block))
     except MathError as error:
         raise ExtensionError(f"{node.source}:{node.line}: {error}: {node.astext()}") from error
+    # Bars are as high as letters, else one of a pair grows with what stands beside it.
+    return re.sub(r"<mo( class=\"\w+\")?>([|‖∥])</mo>", r'<mo\1 stretchy="false">\2</mo>', text)
 
 
 def inline_math(translator: HTML5Translator, node: nodes.math) -> None:

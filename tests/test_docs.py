@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from pages import DOCS, blocks, in_folder, shell_lines
 from typer.testing import CliRunner
 
 from ngeval.cli import app
@@ -18,27 +16,6 @@ from ngeval.layers import COLUMNS as LAYER_COLUMNS
 from ngeval.methods import get_method
 from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
-
-DOCS = Path(__file__).parent.parent / "docs"
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """Language and text of each code block."""
-    return re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-
-
-def in_folder(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def shell_lines(text: str) -> list[list[str]]:
-    """The commands of a block, with ngeval as a module."""
-    joined = text.replace("\\\n", " ").strip().splitlines()
-    parts = [shlex.split(line) for line in joined]
-    return [["-m", *p] if p[0] == "ngeval" else p[1:] for p in parts]
 
 
 class TestYourOwnModel:

@@ -10,6 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import typer
+from sphinx.cmd.build import build_main
+from sphinx.util.inventory import InventoryFile
+
+from ngeval.cli import app
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = (
@@ -31,8 +36,6 @@ PUBLIC = (
 # What a browser fetches to show a page, and where it is named.
 FETCHED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src")}
 FETCHING_LINKS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "modulepreload"}
-
-sphinx = pytest.importorskip("sphinx.application", reason="needs the extra docs")
 
 
 class Page(HTMLParser):
@@ -58,8 +61,6 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command of docs/install.md, in this process: torch is imported already."""
-    from sphinx.cmd.build import build_main
-
     folder = tmp_path_factory.mktemp("site")
     path = list(sys.path)
     status = build_main(["-W", "-q", "-c", str(ROOT / "docs"), str(ROOT), str(folder / "site")])
@@ -125,9 +126,11 @@ class TestLinks:
         broken = []
         for path in [*(ROOT / "docs").glob("**/*.md"), ROOT / "README.md"]:
             text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-                if not urlsplit(target).scheme and not (path.parent / target).exists():
-                    broken.append(f"{path.name}: {target}")
+            broken += [
+                f"{path.name}: {target}"
+                for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+                if not urlsplit(target).scheme and not (path.parent / target).exists()
+            ]
         assert broken == []
 
 
@@ -172,8 +175,6 @@ class TestApi:
     @pytest.fixture(scope="class")
     def inventory(self, site: Path) -> dict[str, str]:
         """Where each documented name is."""
-        from sphinx.util.inventory import InventoryFile
-
         content = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
         return {
             name: item.uri
@@ -209,10 +210,6 @@ class TestApi:
 
 class TestCommandLine:
     def test_every_command_and_option_is_on_its_page(self, site: Path):
-        import typer
-
-        from ngeval.cli import app
-
         text = (site / "docs" / "command-line.html").read_text()
         group = typer.main.get_command(app)
         for name, command in group.commands.items():

@@ -1,0 +1,205 @@
+"""Install, tutorial, pictures, clusters, errors: what these pages say is so, in smaller sizes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from pages import DOCS, blocks, run_here, run_python, shell_lines
+
+import ngeval
+import ngeval.plots
+from ngeval.checkpoints import find_checkpoints
+from ngeval.methods import METHODS
+from ngeval.plots import FIGURES
+from ngeval.runs import Run
+from ngeval.tasks import get_task
+from ngeval.training import Training
+
+
+def smaller(text: str) -> str:
+    """Two epochs in place of twelve, and fewer trainings."""
+    text = text.replace("--epochs 12", "--epochs 2").replace("epoch-012", "epoch-002")
+    return text.replace("--trials 3 --seeds 3 --epochs 5", "--trials 2 --seeds 2 --epochs 1")
+
+
+SMALL = ("--batch-size", "8", "--num-batches", "1", "--quiet")
+SMALLER = {
+    "gamma": SMALL,
+    "sweep": SMALL,
+    "imbalance": SMALL,
+    "layers": SMALL,
+    "compare": (*SMALL, "--methods", "sgd,ief,kfac,kfac-ef,kfac-ief", "--dampings", "1e-4,1"),
+    "train": ("--num-batches", "4", "--quiet"),
+    "plot": ("--quiet",),
+    "toy": ("--arrows", "5", "--steps", "5", "--quiet"),
+}
+"""Options that make a page's commands a matter of seconds."""
+
+
+def run_page(page: str) -> None:
+    """The commands of a page in this folder."""
+    for language, text in blocks(page):
+        for command in shell_lines(smaller(text)) if language == "bash" else []:
+            run_here(command, *SMALLER.get(command[2], ()))
+
+
+@pytest.fixture(scope="module")
+def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the tutorial's commands were run."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_page("tutorial.md")
+    yield folder
+    plt.close("all")
+
+
+class TestTutorial:
+    def test_commands_as_written_in_a_smaller_size(self, tutorial: Path):
+        gammas = pd.read_parquet(tutorial / "gamma.parquet")
+        assert gammas["epoch"].unique().tolist() == [0.0, 1.0, 2.0]
+        assert (gammas["status"] == "ok").all()
+        assert pd.read_parquet(tutorial / "sweep.parquet")["damping"].nunique() == 50
+        for name in ("stages.png", "damping.png", "imbalance.png", "report.html"):
+            assert (tutorial / name).stat().st_size > 1000, name
+
+    def test_python_as_written(
+        self,
+        tutorial: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.chdir(tutorial)
+        names = run_python("tutorial.md")
+        assert "adamw:5" in capsys.readouterr().out
+        table = names["table"]
+        assert isinstance(table, pd.DataFrame)
+        assert (table["status"] == "ok").all()
+        assert (tutorial / "one-batch.png").stat().st_size > 1000
+
+
+class TestPictures:
+    def test_every_command_and_block(self, tutorial: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.chdir(tutorial)
+        for file in tutorial.glob("*.png"):
+            file.unlink()
+        run_page("pictures.md")
+        run_python("pictures.md")
+        text = (DOCS / "pictures.md").read_text()
+        asked = set(re.findall(r"[\w-]+\.(?:pdf|png)(?=\n| *\"|$)", text)) - {"one-batch.png"}
+        drawn = {path.name for path in (*tutorial.glob("*.pdf"), *tutorial.glob("*.png"))}
+        assert len(asked) > 12
+        assert {name for name in asked if not (DOCS.parent / "figures" / name).exists()} <= drawn
+
+    def test_every_kind_of_picture_is_there(self):
+        text = (DOCS / "pictures.md").read_text()
+        for kind in FIGURES:
+            assert f"--kind {kind} " in text, kind
+        for name in ngeval.plots.__all__:
+            if name.startswith("plot_") or name.endswith("_figure"):
+                assert name in text, name
+
+
+class TestInstall:
+    def test_the_extras_are_those_of_pyproject(self):
+        project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+        rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "install.md").read_text(), re.MULTILINE)
+        assert sorted(rows) == sorted(project["optional-dependencies"])
+
+
+class TestCluster:
+    def test_the_script_and_the_joined_table(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.chdir(tmp_path)
+        run_here(
+            ["-m", "ngeval", "train", "--task", "digits-mlp", "--output", "runs/mlp"],
+            *("--epochs", "1", "--num-batches", "2", "--quiet"),
+        )
+        script, _, plot = (text for language, text in blocks("cluster.md") if language == "bash")
+        (tmp_path / "grade.sh").write_text(
+            script.replace(
+                "ngeval sweep", f"{sys.executable} -m ngeval sweep --batch-size 8 --num-batches 2"
+            )
+        )
+        for number in ("0", "1"):
+            job = {"SLURM_ARRAY_TASK_ID": number, "SLURM_CPUS_PER_TASK": "1"}
+            subprocess.run(["bash", "grade.sh"], cwd=tmp_path, check=True, env=os.environ | job)
+        run_python("cluster.md")
+        table = pd.read_parquet("sweep.parquet")
+        assert table.groupby("stage")["checkpoint"].unique().explode().tolist() == [
+            "runs/mlp/epoch-000.safetensors",
+            "runs/mlp/epoch-001.safetensors",
+        ]
+        assert "gamma_over_sgd_geomean" in capsys.readouterr().out
+        run_here(shell_lines(plot)[0])
+
+    def test_joined_rows_are_those_of_one_run(self, tmp_path: Path):
+        """What the page promises of the seed: also the sampled labels of sf."""
+        task = get_task("digits-mlp")
+        training = Training(task, tmp_path, epochs=1, num_batches=2)
+        list(training.run())
+        checkpoints = find_checkpoints([str(tmp_path)])
+        run = Run(task, checkpoints, batch_size=8, num_batches=2)
+        parts = [
+            part
+            for one in checkpoints
+            for part in Run(task, [one], batch_size=8, num_batches=2).gammas(["sf"], [1e-3])
+        ]
+        whole = pd.concat(list(run.gammas(["sf"], [1e-3])), ignore_index=True)
+        joined = pd.concat(parts, ignore_index=True)
+        columns = ["checkpoint", "batch", "gamma"]
+        pd.testing.assert_frame_equal(joined[columns], whole[columns])
+
+
+class TestLargeModels:
+    def test_python_as_written(self, capsys: pytest.CaptureFixture[str]):
+        table = run_python("large-models.md")["table"]
+        assert isinstance(table, pd.DataFrame)
+        assert table["metric_samples"].unique().tolist() == [564]
+        assert "metric_samples" in capsys.readouterr().out
+
+
+def messages() -> list[str]:
+    """Every text in the source, with … for what is filled in."""
+    found = []
+    for path in Path(ngeval.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.append("".join(map(str, parts)))
+    return found
+
+
+class TestErrors:
+    def test_each_quoted_message_is_one_that_ngeval_gives(self):
+        quoted = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(), re.MULTILINE)
+        assert len(quoted) > 25
+        known = messages()
+        for message in quoted:
+            parts = [part.strip() for part in message.split("…") if part.strip(" ;:,")]
+            assert max(map(len, parts)) >= 12, message
+            pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
+            assert any(pattern.search(text) for text in known), message
+
+
+class TestMethods:
+    def test_the_table_has_every_method_with_its_formula(self):
+        text = (DOCS / "methods.md").read_text()
+        for name in METHODS:
+            assert f"`{name}`" in text or f"`{name}:" in text, name
