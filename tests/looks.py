@@ -87,7 +87,8 @@ def drawn_texts(figure: Figure) -> list[Text]:
             found.append(self)
         draw(self, renderer, *args, **kwargs)
 
-    with patch.object(Text, "draw", record):
+    in_place = patch.object(figure, "get_layout_engine", return_value=None)
+    with in_place, patch.object(Text, "draw", record):
         figure.draw_without_rendering()
     return list(dict.fromkeys(found))
 
