@@ -1,6 +1,7 @@
-"""Settings of the whole suite: one thread, seeds, Hypothesis, and the slow tests."""
+"""Settings of the whole suite: one thread, seeds, Hypothesis, the slow tests and the browser's."""
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -24,14 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("COLUMNS", None)  # which pytest-xdist sets in its workers
 
 
+BROWSER = ("chromium", "chromedriver")
+"""What the tests with the marker ``browser`` start."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out unless a -m expression was given."""
-    if config.getoption("-m"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    """Leave the slow tests out unless a -m expression was given, the browser's where it is not."""
+    left_out = [] if config.getoption("-m") else ["slow"]
+    if not all(shutil.which(program) for program in BROWSER):
+        left_out.append("browser")
+    lost = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if lost:
+        config.hook.pytest_deselected(items=lost)
+        kept = set(items) - set(lost)
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,9 @@ BEST = "γ / γ<sub>min</sub>"
 MAX_OPTIONS = 400
 """Updates to choose from; of more, those of three checkpoints are shown."""
 
+MAX_BANDS = 8
+"""Methods whose intervals are drawn; of more they would hide the lines, and are told by hover."""
+
 MAX_LAYERS = 16
 """Layers of an update; the rest is one bar."""
 
@@ -62,7 +65,8 @@ def _stages(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Ch
         traces: list[Trace] = []
         for method, rows in _by_method(part, short.methods):
             where = [place[name] for name in rows["checkpoint"]]
-            traces += _ratio_line(method, looks[method], where, rows, labels)
+            band = len(short.methods) <= MAX_BANDS
+            traces += _ratio_line(method, looks[method], where, rows, labels, band=band)
         options.append((label, traces + lines))
     return Chart(
         "γ over training",
@@ -89,6 +93,7 @@ def _ratio_line(
     rows: pd.DataFrame,
     labels: dict[str, str],
     markers: bool = True,
+    band: bool = True,
 ) -> list[Trace]:
     """γ/γ_SGD of a method; hover tells method, checkpoint, λ, value and interval."""
     interval = "" if rows["low"].isna().all() else " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]"
@@ -102,7 +107,7 @@ def _ratio_line(
         [damping_text(value) for value in rows["damping"]],
     )
     ends = (rows["low"].tolist(), rows["high"].tolist())
-    line = Line(method, look, x, rows["ratio"].tolist(), *ends, hover, extra, markers)
+    line = Line(method, look, x, rows["ratio"].tolist(), *ends, hover, extra, markers, band)
     return list(line.traces())
 
 
@@ -117,7 +122,8 @@ def _dampings(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> 
         traces: list[Trace] = []
         for method, rows in _by_method(part, short.methods):
             where, few = rounded(rows["damping"]), len(rows) < 8
-            traces += _ratio_line(method, looks[method], where, rows, labels, few)
+            band = len(short.methods) <= MAX_BANDS
+            traces += _ratio_line(method, looks[method], where, rows, labels, few, band)
         if "ng" not in short.methods and checkpoint in natural:
             exact = natural[checkpoint]
             exact = exact[exact["damping"] > 0].sort_values("damping")

@@ -61,7 +61,7 @@ def looks_of(table: pd.DataFrame) -> dict[str, Look]:
     """The looks of a table's methods: those that they have in the figures."""
     return {
         name: Look(
-            (to_hex(colour), dark(colour)),
+            pair(to_hex(colour)),
             DASHES.get(str(dash), "solid"),
             SYMBOLS.get(marker, "circle"),
         )

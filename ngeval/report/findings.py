@@ -23,7 +23,6 @@ from ngeval.report.summaries import (
     paired,
 )
 from ngeval.report.text import (
-    checkpoint_labels,
     damping_text,
     interval_text,
     listed,
@@ -49,7 +48,7 @@ def findings(topic: Topic, made: Grades | None = None) -> list[str]:
         topic: the task's rows.
         made: its γ table in short, where it is there already.
     """
-    labels = checkpoint_labels(topic.tables.values()) if TRAINING not in topic.tables else {}
+    labels = topic.labels
     found: list[str] = []
     if GAMMAS in topic.tables:
         short = made or grades(topic.tables[GAMMAS])
@@ -92,11 +91,11 @@ def _headline(part: pd.DataFrame, where: str) -> str:
         for index, row in enumerate(ordered.head(SHOWN).to_dict("records"))
     ]
     rest = len(ordered) - SHOWN
-    more = f" ({rest} more in the table)" if rest > 0 else ""
+    more = f"; {rest} more in the table" if rest > 0 else ""
     batches = part["batches"]
     over = _count(int(batches.min()), int(batches.max()), "batch", "batches")
     means = f"geometric mean over {over}, 95 % bootstrap interval" if batches.max() > 1 else over
-    return f"At {where}, {listed(told)}{more} (γ over SGD's, {means}; smaller is better)."
+    return f"At {where}, {listed(told)} (γ over SGD's, {means}; smaller is better{more})."
 
 
 def _verdicts(part: pd.DataFrame) -> Iterator[str]:
@@ -275,7 +274,8 @@ def _imbalance(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
     yield f"The largest per-sample gradient norm of a batch is {sentence} (means over {over})."
     lost = int((~np.isfinite(imbalances(samples)["imbalance"])).sum())
     if lost:
-        yield f"{lost} batches hold a sample without a gradient; their imbalance is not counted."
+        holders = "One batch holds" if lost == 1 else f"{lost} batches hold"
+        yield f"{holders} a sample without a gradient, whose imbalance is not counted."
 
 
 def _together(short: Grades, samples: pd.DataFrame) -> Iterator[str]:
@@ -325,8 +325,8 @@ def _layers(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
     last = last[last["damping"] == last["damping"].min()]
     ordered = last.loc[last.groupby("method", sort=False)["excess"].idxmax()]
     told = [
-        f"{method_text(row['method'])} in {row['layer']} ({row['curvature_share']:.0%} of its KL "
-        f"for {row['decrease_share']:.0%} of the loss it buys)"
+        f"{method_text(row['method'])} in layer {row['layer']} ({_percent(row['curvature_share'])} "
+        f"of its KL for {_percent(row['decrease_share'])} of the loss it buys)"
         for row in ordered.nlargest(3, "excess").to_dict("records")
         if row["excess"] > 0.005
     ]
@@ -359,6 +359,10 @@ def _training(rows: pd.DataFrame) -> Iterator[str]:
         yield f"{sentence} ({seeds}, 95 % t-interval)."
         if edges := [row["optimizer"] for row in ranked.to_dict("records") if row["edge"]]:
             yield f"On {task} a tuned setting lies at an end of those tried for {listed(edges)}."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _mean(row: dict[Any, Any], metric: str) -> str:

@@ -32,7 +32,6 @@ from ngeval.report.measured import CONVENTIONS, Trouble, facts, run_facts, troub
 from ngeval.report.sources import GAMMAS, LAYERS, SAMPLES, TRAINING, Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table, training_table
-from ngeval.report.text import checkpoint_labels
 from ngeval.report.traces import Chart
 
 MAX_CELLS = 4_000_000
@@ -132,8 +131,7 @@ def _grades(topic: Topic) -> Grades | None:
 def _shown(topic: Topic, short: Grades | None, ids: count[int]) -> Shown:
     charts: list[Chart] = []
     tables: list[Table] = []
-    graded = [table for kind, table in topic.tables.items() if kind != TRAINING]
-    labels = checkpoint_labels(graded) if graded else {}
+    labels = topic.labels
     if short is not None:
         charts += gamma_charts(short, labels)
         tables.append(gamma_table(short, labels))
@@ -155,7 +153,9 @@ def _download(source: Source, made: dict[str, Grades | None], found: Sequence[To
         parts = [
             short.summary.assign(task=topic.name)
             for topic in found
-            if source in topic.sources and (short := made[topic.name]) is not None
+            if source.kind == GAMMAS
+            and source in topic.sources
+            and (short := made[topic.name]) is not None
         ]
         lost = f"the {len(table):,} rows themselves are too many for a page"
         if not parts:

@@ -25,12 +25,13 @@
       : { ...trace, line, marker: { ...trace.marker, color } };
   }
 
-  // Ticks of a logarithmic axis: powers of ten alone where there are many, else few in all.
+  // Ticks of a logarithmic axis: powers of ten alone, or with twos and fives, or as plotly has it.
   function decades(traces, letter) {
     const values = traces.flatMap((trace) => trace[letter]).filter((value) => value > 0);
     const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 1e-300)) -
       Math.log10(values.reduce((a, b) => Math.min(a, b), 1e300));
-    return span > 2.5 ? { dtick: Math.ceil(span / 7) } : { nticks: letter === "x" ? 7 : 9 };
+    if (span > 2.5) return { dtick: Math.ceil(span / 7) };
+    return span > 0.8 ? { dtick: "D2" } : { nticks: 7 };
   }
 
   function layoutOf(chart, traces, width, dark, ink) {
@@ -44,10 +45,11 @@
     const names = traces.filter((trace) => trace.name && trace.showlegend !== false);
     const longest = Math.max(0, ...names.map((trace) => plain(trace.name).length));
     const inLine = Math.max(1, Math.floor((width - 70) / (longest * 7.5 + 50)));
-    const lines = names.length > 1 ? Math.ceil(names.length / inLine) : 0;
+    const wanted = names.length > 1 && chart.layout.showlegend !== false;
+    const lines = wanted ? Math.ceil(names.length / inLine) : 0;
     const layout = {
       ...chart.layout,
-      height: 360 + lines * 22,
+      height: (printing ? 290 : 360) + lines * 22,
       margin: { l: 56, r: 12, t: printing ? 8 : 30, b: 48 + lines * 22 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
@@ -55,7 +57,7 @@
       hoverlabel: { align: "left" },
       hovermode: "closest",
       dragmode: touch ? false : "zoom",
-      showlegend: lines > 0 && chart.layout.showlegend !== false,
+      showlegend: wanted,
       legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#8b949e" : "#6e7781", activecolor: ink },
       xaxis: axis(chart.layout.xaxis, "x"),
@@ -188,7 +190,18 @@
   for (const button of document.querySelectorAll(".save"))
     button.addEventListener("click", () => save(button));
   darkPage.addEventListener("change", drawAll);
-  addEventListener("beforeprint", () => { printing = true; drawAll(); });
-  addEventListener("afterprint", () => { printing = false; drawAll(); });
+  const folded = [...document.querySelectorAll("#measured details")];
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    printing = true;
+    closed = folded.filter((part) => !part.open);
+    for (const part of closed) part.open = true;
+    drawAll();
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
+    for (const part of closed) part.open = false;
+    drawAll();
+  });
   drawAll();
 })();

@@ -13,6 +13,7 @@ import pandas as pd
 from ngeval.errors import InputError
 from ngeval.manifest import read_manifest
 from ngeval.performance import NUMBERS, TEXTS, WHOLE, checked_rows
+from ngeval.report.text import checkpoint_labels
 from ngeval.results import read_results
 from ngeval.summary import SUMMARIZED
 
@@ -85,6 +86,12 @@ class Topic:
     name: str
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """A short label for each checkpoint."""
+        graded = [table for kind, table in self.tables.items() if kind != TRAINING]
+        return checkpoint_labels(graded) if graded else {}
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:

@@ -12,8 +12,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 KNOWN = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
 
 
-def number(value: float) -> str:
-    """Three significant digits, with a power of ten only where it is shorter.
+def number(value: float, digits: int = 3) -> str:
+    """Three significant digits, or as many as are asked for; a power of ten where it is shorter.
 
     >>> [number(value) for value in (0.4912, 61.53, 12345, 5.1e7, 2e-6)]
     ['0.491', '61.5', '12,300', '5.1 × 10⁷', '2 × 10⁻⁶']
@@ -22,14 +22,14 @@ def number(value: float) -> str:
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    rounded = float(f"{value:.3g}")
+    rounded = float(f"{value:.{digits}g}")
     size = abs(rounded)
     if size >= 1e6 or 0 < size < 1e-3:
-        mantissa, _, exponent = f"{rounded:.2e}".partition("e")
+        mantissa, _, exponent = f"{rounded:.{digits - 1}e}".partition("e")
         power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
         factor = f"{float(mantissa):g}".replace("-", "−")
         return power if factor == "1" else f"{factor} × {power}"
-    shown = f"{rounded:,.0f}" if size >= 1000 else f"{rounded:g}"
+    shown = f"{rounded:,.0f}" if size >= 1000 else f"{rounded:.{digits}g}"
     return shown.replace("-", "−")
 
 
@@ -46,12 +46,21 @@ def damping_text(value: float) -> str:
 
 def interval_text(low: float, high: float) -> str:
     """``[low, high]``, nothing where there is no interval."""
-    return "" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
+    if math.isnan(low) or math.isnan(high):
+        return ""
+    digits = _digits(low, high)
+    return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
 def with_interval(value: float, low: float, high: float) -> str:
     """A value with its interval behind it."""
-    return f"{number(value)} {interval_text(low, high)}".rstrip()
+    return f"{number(value, _digits(low, high))} {interval_text(low, high)}".rstrip()
+
+
+def _digits(low: float, high: float) -> int:
+    """As many as tell the ends of a narrow interval apart, and from 1."""
+    spread = abs(high / low - 1) if low else math.inf
+    return 5 if spread < 0.002 else 4 if spread < 0.02 else 3
 
 
 def method_text(method: str) -> str:

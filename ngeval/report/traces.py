@@ -65,6 +65,7 @@ class Line:
         hover: shown beside a point, in plotly's template.
         extra: further values of each point, ``customdata[2]`` and so on.
         markers: draw points as well.
+        band: draw the interval.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Line:
     hover: str = ""
     extra: Sequence[Sequence[Any]] = field(default_factory=list)
     markers: bool = True
+    band: bool = True
 
     def traces(self) -> Iterator[Trace]:
         """The line, and the band behind it."""
@@ -96,7 +98,7 @@ class Line:
         known = [
             i for i, (low, high) in enumerate(zip(*ends, strict=True)) if None not in (low, high)
         ]
-        if len(known) > 1:
+        if self.band and len(known) > 1:
             x = [self.x[i] for i in known]
             yield {
                 "type": "scatter",

@@ -1,0 +1,623 @@
+"""The report: its numbers are the table's, its sentences say no more, its page runs nothing."""
+
+import base64
+import gzip
+import hashlib
+import html.parser
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from plotly import graph_objects as go
+from report_cases import (
+    DAMPINGS,
+    HOSTILE,
+    gammas,
+    hostile,
+    layers,
+    samples,
+    trainings,
+)
+from typer.testing import CliRunner
+
+import ngeval
+import ngeval.report.page
+import ngeval.report.tables
+from ngeval import InputError, OutputError
+from ngeval.bootstrap import geometric_means
+from ngeval.cli import app
+from ngeval.manifest import manifest, write_manifest
+from ngeval.report import make_page, read_sources, write_report
+from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
+from ngeval.report.colours import CONTRAST, DARK, contrast, dark, looks_of
+from ngeval.report.findings import findings
+from ngeval.report.measured import facts, run_facts, troubles
+from ngeval.report.sources import Source, Topic, kind_of, topics
+from ngeval.report.summaries import at_best, grades
+from ngeval.report.tables import gamma_table
+from ngeval.report.text import chart_text, checkpoint_labels, shortened, with_interval
+
+
+def source(tmp_path, table, name="gamma.csv"):
+    """A table as a file, read back."""
+    path = tmp_path / name
+    table.to_csv(path, index=False)
+    return read_sources([path])[0]
+
+
+def topic(**tables):
+    return Topic("t", tables)
+
+
+def said(**tables):
+    return "\n".join(findings(topic(**tables)))
+
+
+class Reader(html.parser.HTMLParser):
+    """What a page is made of."""
+
+    VOID = ("meta", "link", "br", "img", "input")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.scripts, self.texts, self.tags, self.links = [], [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append((dict(attributes), ""))
+        self.links += [v for k, v in attributes if k in ("src", "href", "action", "data")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = (attributes, text + data)
+        elif self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+
+class TestIntervals:
+    @pytest.mark.parametrize("batches", [2, 5, 40])
+    def test_they_are_those_of_summarize(self, batches):
+        table = gammas(batches=batches, noise=0.5)
+        found = geometric_means(table, ["checkpoint", "method", "damping"], "gamma_over_sgd")
+        both = ngeval.summarize(table).merge(found, on=["checkpoint", "method", "damping"])
+        assert len(both) == len(found) == 36
+        for name, own in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            np.testing.assert_allclose(both[f"gamma_over_sgd_geomean{name}"], both[own], rtol=1e-12)
+
+    def test_groups_of_several_sizes(self):
+        table = gammas(noise=0.3)
+        table = table[(table["batch"] < 4) | (table["method"] == "ef")]
+        found = geometric_means(table, ["method"], "gamma_over_sgd").set_index("method")
+        expected = ngeval.summarize(table, ["method"]).set_index("method")
+        for name in ("mean", "low", "high"):
+            theirs = "gamma_over_sgd_geomean" + ("" if name == "mean" else f"_{name}")
+            np.testing.assert_allclose(found[name], expected[theirs], rtol=1e-12)
+
+    def test_what_has_no_logarithm_is_left_out(self):
+        table = pd.DataFrame({"k": list("aaab"), "x": [2.0, np.inf, 0.0, np.nan]})
+        found = geometric_means(table, ["k"], "x")
+        assert found["k"].tolist() == ["a"]
+        assert found["mean"].tolist() == [2.0]
+        assert found[["low", "high"]].isna().all(axis=None)
+        assert geometric_means(table[3:], ["k"], "x").empty
+
+
+class TestSources:
+    def test_kinds_are_told_by_columns(self):
+        assert kind_of(gammas(), "f") == "gammas"
+        assert kind_of(samples(), "f") == "samples"
+        assert kind_of(layers(), "f") == "layers"
+        assert kind_of(trainings(), "f") == "training"
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            (pd.DataFrame({"a": [1], "b": [2]}), r"x\.csv is a table of another kind.*a, b"),
+            (gammas().assign(study="s"), r"x\.csv holds the rows of a study"),
+        ],
+    )
+    def test_others_are_refused_by_name(self, tmp_path, table, message):
+        with pytest.raises(InputError, match=f"{message}.*takes the result files of ngeval gamma"):
+            source(tmp_path, table, "x.csv")
+
+    def test_a_file_twice_is_refused(self, tmp_path):
+        path = source(tmp_path, gammas()).path
+        with pytest.raises(InputError, match="given twice"):
+            read_sources([path, tmp_path / "." / path.name])
+
+    def test_text_among_numbers_is_named(self, tmp_path):
+        table = gammas().astype({"gamma_over_sgd": object})
+        table.loc[4, "gamma_over_sgd"] = "much"
+        with pytest.raises(InputError, match=r"gamma\.csv: column gamma_over_sgd holds 'much'"):
+            topics([source(tmp_path, table)])
+
+    def test_tasks_of_several_files(self, tmp_path):
+        both = pd.concat([gammas(task="a"), gammas(task="b")])
+        files = [source(tmp_path, both, "g.csv"), source(tmp_path, samples("b"), "i.csv")]
+        found = topics(files)
+        assert [(entry.name, list(entry.tables)) for entry in found] == [
+            ("a", ["gammas"]),
+            ("b", ["gammas", "samples"]),
+        ]
+
+    def test_parts_of_a_run_are_one(self, tmp_path):
+        table = gammas()
+        late, early = table[table["epoch"] == 10], table[table["epoch"] < 10]
+        files = [source(tmp_path, late, "2.csv"), source(tmp_path, early, "1.csv")]
+        (found,) = topics(files)
+        assert len(found.tables["gammas"]) == len(table)
+        assert grades(found.tables["gammas"]).checkpoints == list(
+            dict.fromkeys(table["checkpoint"])
+        )
+
+    @pytest.mark.parametrize("change", [{}, {"num_samples": 64}, {"damping_scale": "mean"}])
+    def test_other_runs_stay_apart(self, tmp_path, change):
+        first = gammas()
+        second = first.assign(**change)
+        if change:
+            second = second[second["epoch"] == 10]
+            first = first[first["epoch"] < 10]
+        files = [source(tmp_path, first, "a.csv"), source(tmp_path, second, "b.csv")]
+        assert [entry.name for entry in topics(files)] == ["t (a)", "t (b)"]
+
+    def test_a_table_of_evaluate_alone(self, tmp_path):
+        table = gammas(epochs=(0,)).drop(columns=["task", "checkpoint", "epoch", "step", "stage"])
+        (found,) = topics([source(tmp_path, table, "mine.csv")])
+        assert found.name == "mine"
+        assert "iEF" in findings(found)[0]
+
+
+class TestFindings:
+    def test_the_headline_has_the_numbers(self):
+        table = gammas()
+        first = said(gammas=table).splitlines()[0]
+        summary = ngeval.summarize(table, ("method", "damping", "epoch")).set_index(
+            ["method", "damping", "epoch"]
+        )
+        ief, ef = summary.loc["ief", 1e-6, 10], summary.loc["ef", 1e-6, 10]
+        assert first.startswith("At λ = 1e-6 and epoch 10, iEF is ")
+        for start, row in (("iEF is {} × SGD {}", ief), ("EF {} × {}", ef)):
+            told = [row[f"gamma_over_sgd_geomean{end}"] for end in ("", "_low", "_high")]
+            assert start.format(*with_interval(*told).split(" ", 1)) in first
+        assert "geometric mean over 6 batches, 95 % bootstrap interval" in first
+
+    def test_verdicts(self):
+        text = said(gammas=gammas())
+        assert "nearer to the natural gradient than SGD: iEF;" in text
+        assert "farther from it than SGD: EF;" in text
+        assert "cannot be told from SGD with these batches: diag." in text
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_nothing_is_nearer_or_farther_unless_its_interval_says_so(self, seed):
+        table = gammas()
+        random = np.random.default_rng(seed)
+        other = table["method"] != "sgd"
+        table.loc[other, "gamma_over_sgd"] = np.exp(random.normal(0, 0.3, other.sum()))
+        summary = ngeval.summarize(table, ("method", "damping", "epoch"))
+        last = summary[(summary["damping"] == 1e-6) & (summary["epoch"] == 10)]
+        last = last.set_index("method").drop("sgd")
+        sentence = said(gammas=table).splitlines()[1]
+        names = {"ief": "iEF", "ef": "EF", "diag": "diag"}
+        parts = {"nearer": "", "farther": "", "cannot": ""}
+        for part in sentence.rstrip(".").split("; "):
+            parts[next(word for word in parts if word in part)] = part.rpartition(": ")[2]
+        for method, name in names.items():
+            low = last["gamma_over_sgd_geomean_low"][method]
+            high = last["gamma_over_sgd_geomean_high"][method]
+            where = "nearer" if high < 1 else "farther" if low > 1 else "cannot"
+            found = [key for key, told in parts.items() if name in re.split(", | and ", told)]
+            assert found == [where]
+
+    @pytest.mark.parametrize(("batches", "warns"), [(4, True), (5, False)])
+    def test_few_batches(self, batches, warns):
+        text = said(gammas=gammas(batches=batches))
+        assert (f"Caution: intervals over {batches} batches are too narrow" in text) == warns
+
+    def test_one_batch_has_no_interval_and_no_verdict(self):
+        text = said(gammas=gammas(batches=1))
+        assert "There is one batch, so no interval" in text
+        assert "nearer" not in text
+        assert "[" not in text
+        assert "1 batch;" in text
+
+    def test_nearest_and_an_end_of_the_range(self):
+        text = said(gammas=gammas())
+        assert "Nearest to the least γ there is comes iEF (λ = 1e-6) at epoch 10: " in text
+        ends = "EF (the largest, 1); iEF (the smallest, 1e-6)"
+        assert f"At epoch 10 the best λ lies at an end of the range for {ends}" in text
+        zero = gammas(dampings=(0.0, 1e-3, 1.0, 10.0))
+        assert "the smallest" not in said(gammas=zero)
+
+    def test_two_that_are_equal_cannot_be_told_apart(self):
+        table = gammas({"sgd": 1.0, "ief": 0.5, "twin": 0.5})
+        assert "which cannot be told from " in said(gammas=table)
+
+    def test_change_over_training(self):
+        text = said(gammas=gammas(noise=0.0))
+        assert "From epoch 0 to epoch 10, γ over SGD's goes at λ = 1e-6: " in text
+        assert "EF from 1.23 to 10 (× 8.11" in text
+        assert "diag from 1 to 1 (no change that can be told)" in text
+
+    def test_over_which_damping(self):
+        table = gammas(noise=0.0)
+        assert "iEF at all; EF at none" in said(gammas=table)
+        rising = table["method"] == "ief"
+        table.loc[rising & (table["damping"] > 1e-3), "gamma_over_sgd"] = 2.0
+        assert "iEF up to 0.001" in said(gammas=table)
+
+    def test_methods_that_damping_does_not_enter_have_no_best(self):
+        table = gammas()
+        same = table["method"] == "diag"
+        table.loc[same, "gamma_over_sgd"] = 3.0
+        lines = [line for line in said(gammas=table).splitlines() if "end of the range" in line]
+        assert len(lines) == 1
+        assert "diag" not in lines[0]
+
+    def test_imbalance_and_what_goes_with_it(self):
+        text = said(gammas=gammas(), samples=samples())
+        assert "is 2.05 [" in text
+        assert "× the smallest at epoch 0 and 205 [" in text
+        assert "Spearman" not in text  # of three checkpoints
+        epochs = tuple(range(6))
+        many = [samples().query("epoch == 0").assign(epoch=float(e)) for e in epochs]
+        norms = pd.concat(
+            [
+                part.assign(
+                    checkpoint=f"runs/epoch-{e:03d}.pt",
+                    gradient_norm=part["gradient_norm"] ** (e + 1),
+                )
+                for e, part in enumerate(many)
+            ]
+        )
+        text = said(gammas=gammas(epochs=epochs, noise=0.0), samples=norms)
+        assert "EF's γ over SGD's grows with the imbalance: Spearman's ρ is 1.00" in text
+        flat = norms.assign(gradient_norm=norms["gradient_norm"] ** (1 / (norms["epoch"] + 1) ** 2))
+        text = said(gammas=gammas(epochs=epochs, noise=0.0), samples=flat)
+        assert "does not simply go with the imbalance: Spearman's ρ is -1.00" in text
+
+    def test_samples_without_a_gradient(self):
+        table = samples()
+        table.loc[table["sample"] == 0, "gradient_norm"] = 0.0
+        assert "the imbalance of norms is infinite" in said(samples=table)
+        table = samples()
+        table.loc[0, "gradient_norm"] = 0.0
+        assert "1 batches hold" not in said(samples=table)
+        assert "One batch holds a sample without a gradient" in said(samples=table)
+
+    def test_floor(self):
+        text = said(gammas=gammas())
+        assert "below γ_min, 0.25 × SGD at epoch 10, 1.25 × the closed-form floor." in text
+        own = gammas().assign(gamma_floor=lambda t: t["gamma_min"])
+        assert "closed-form floor to within 0.5 %" in said(gammas=own)
+        none = gammas().assign(gamma_min=np.nan, gamma_over_ng=np.nan)
+        assert "below the floor, 0.2 × SGD" in said(gammas=none)
+
+    def test_nothing_could_be_computed(self):
+        table = gammas().assign(status="failed", reason="no memory")
+        assert said(gammas=table) == "No row could be computed."
+        assert said(layers=layers().assign(status="failed")) == "No layer could be graded."
+
+    def test_layers(self):
+        text = said(layers=layers())
+        assert text == (
+            "Updates lose most at epoch 10, λ = 0.001: EF in layer out (70 % of its KL for 30 % of "
+            "the loss it buys)."
+        )
+
+    def test_training(self):
+        text = said(training=trainings())
+        assert text.startswith("On t, adamw has the best mean test accuracy: 0.9 [0.875, 0.925]")
+        assert "before sgd with 0.7 [0.675, 0.725] (3 seeds, 95 % t-interval)" in text
+        near = trainings()
+        near.loc[near["optimizer"] == "sgd", "test_accuracy"] += 0.19
+        assert "(their intervals overlap)" in said(training=near)
+        assert "lies at an end of those tried for adamw and sgd" in text
+
+    def test_about_ten_sentences(self):
+        many = {name: 0.5 + 0.1 * i for i, name in enumerate("abcdefghijklmnopqrst")}
+        found = findings(topic(gammas=gammas({"sgd": 1.0, **many}), samples=samples()))
+        assert 6 <= len(found) <= 12
+        assert "14 more in the table" in found[0]
+
+
+class TestCharts:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def charts():
+        table = gammas()
+        labels = checkpoint_labels([table])
+        return [
+            *gamma_charts(grades(table), labels),
+            *sample_charts(samples(), labels),
+            *layer_charts(layers(), labels),
+            *training_charts(trainings()),
+        ]
+
+    def test_all_are_there_and_plotly_takes_them(self, charts):
+        assert [chart.title for chart in charts] == [
+            "γ over training",
+            "γ over damping",
+            "Ranking",
+            "Per-sample gradient norms",
+            "Imbalance of gradient norms",
+            "Layers",
+            "Trained optimizers",
+        ]
+        for chart in charts:
+            assert 0 <= chart.start < len(chart.options)
+            for _, traces in chart.options:
+                go.Figure(data=traces, layout=chart.layout)  # refuses what plotly does not know
+
+    def test_values_are_those_of_summarize(self, charts):
+        chart = charts[0]
+        summary = ngeval.summarize(gammas(), ("epoch", "method", "damping"))
+        for label, traces in chart.options[1:]:
+            rows = summary[np.isclose(summary["damping"], float(label))]
+            lines = {t["name"]: t for t in traces if not t["meta"].get("band")}
+            assert set(lines) == {"ief", "ef", "diag", "sgd", "floor"}
+            for method in ("ief", "ef", "diag"):
+                part = rows[rows["method"] == method].sort_values("epoch")
+                assert lines[method]["x"] == part["epoch"].tolist()
+                found = np.array([entry[:2] for entry in lines[method]["customdata"]])
+                for values, end in ((lines[method]["y"], ""), (found[:, 0], "_low")):
+                    np.testing.assert_allclose(
+                        values, part[f"gamma_over_sgd_geomean{end}"], rtol=1e-4
+                    )
+
+    def test_natural_gradient_and_floor_over_damping(self, charts):
+        _, traces = charts[1].options[0]
+        lines = {t["name"]: t for t in traces if not t["meta"].get("band")}
+        assert lines["floor"]["y"] == [0.2, 0.2]
+        np.testing.assert_allclose(
+            lines["exact NG"]["y"], [0.25 * (1 + d) for d in DAMPINGS], rtol=1e-4
+        )
+        assert charts[1].layout["xaxis"]["type"] == charts[1].layout["yaxis"]["type"] == "log"
+
+    def test_ranking_is_at_the_best_damping(self, charts):
+        label, (trace,) = charts[2].options[-1]
+        assert label == "epoch 10"
+        assert trace["text"][-1] == "ief"
+        assert trace["text"][0] == "ef"
+        best = at_best(grades(gammas())).query("checkpoint == 'runs/epoch-010.pt'")
+        expected = best.set_index("method")["best"]
+        found = dict(zip(trace["text"], trace["x"], strict=True))
+        for method, value in found.items():
+            assert value == pytest.approx(expected[method], rel=1e-4)
+
+    def test_lines_can_be_seen_on_a_dark_page(self):
+        every = [*ngeval.METHODS, "adamw", "muon:20", "mine", "theirs"]
+        looks = looks_of(pd.DataFrame({"method": every}))
+        for look in looks.values():
+            page, line = (
+                tuple(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5))
+                for c in (DARK, look.colours[1])
+            )
+            assert contrast(page, line) >= CONTRAST - 0.05
+        assert looks["sgd"].colours == ("#000000", "#f0f0f0")
+        assert dark("#ffffff") == "#ffffff"
+
+    def test_many_methods_have_no_bands(self):
+        table = gammas({"sgd": 1.0, **{f"m{i}": 0.5 for i in range(12)}})
+        chart = next(gamma_charts(grades(table), checkpoint_labels([table])))
+        assert not [t for _, traces in chart.options for t in traces if t["meta"].get("band")]
+
+    def test_names_are_shown_as_they_are(self):
+        assert chart_text("<b>a&b</b>") == "&lt;b&gt;a&amp;b&lt;/b&gt;"
+        assert "$" not in chart_text("$x$")
+        assert len(shortened("x" * 100)) == 28
+
+
+class TestTable:
+    def test_first_shown_are_the_last_checkpoint_and_the_smallest_damping(self):
+        table = gammas()
+        found = gamma_table(grades(table), checkpoint_labels([table]))
+        assert len(found.rows) == 36
+        shown = [[cell.text for cell in row.cells] for row in found.rows if not row.hidden]
+        assert [row[0] for row in shown] == ["sgd", "ief", "ef", "diag"]
+        assert {(row[5], row[6]) for row in shown} == {("1e-6", "epoch 10")}
+
+    def test_a_long_one_is_thinned_and_says_so(self, monkeypatch):
+        monkeypatch.setattr(ngeval.report.tables, "MAX_ROWS", 40)
+        table = gammas(dampings=tuple(np.geomspace(1e-6, 1, 20)))
+        found = gamma_table(grades(table), checkpoint_labels([table]))
+        assert len(found.rows) <= 40 + 12
+        assert "of 20 λ" in found.note
+        marked = [row for row in found.rows if "best" in row.filters["damping"]]
+        assert len(marked) == 12
+        assert any(not row.hidden for row in found.rows)
+
+
+class TestPage:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def page(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("page")
+        table = pd.concat([gammas(task="a"), gammas(task="b")])
+        table.loc[(table["method"] == "ef") & (table["damping"] == 1.0), "status"] = "failed"
+        table.loc[table["status"] == "failed", "reason"] = "no <b>memory</b>"
+        table.loc[(table["method"] == "ief") & (table["damping"] == 1.0), "reason"] = "a remark"
+        table.to_parquet(folder / "g.parquet", index=False)
+        write_manifest(folder / "g.parquet", manifest({"seed": 3}, command=["ngeval", "gamma"]))
+        samples("b").to_csv(folder / "i.csv", index=False)
+        return make_page(read_sources([folder / "g.parquet", folder / "i.csv"]))
+
+    def test_it_is_well_formed_and_has_no_address(self, page):
+        found = Reader(page)
+        assert found.open == []
+        assert all(link.startswith(("#", "data:,")) for link in found.links)
+        assert not [a for _, a in found.tags for name in a if name.startswith("on")]
+
+    def test_its_policy_allows_its_scripts_alone(self, page):
+        found = Reader(page)
+        policy = next(a["content"] for t, a in found.tags if t == "meta" and "http-equiv" in a)
+        assert policy.startswith("default-src 'none'; script-src 'sha256-")
+        allowed = set(re.findall("'sha256-([^']+)'", policy))
+        run = [text for attributes, text in found.scripts if "type" not in attributes]
+        hashes = {base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in run}
+        assert hashes == allowed
+        assert len(run) == 2
+        assert "unsafe-eval" not in policy
+        assert "connect-src" not in policy  # falls back to 'none'
+
+    def test_sections(self, page):
+        text = " ".join(" ".join(Reader(page).texts).split())
+        for part in (
+            "What was measured, and how",
+            "6 for each checkpoint, N = 32 samples each",
+            "categorical (softmax cross-entropy, in nats)",
+            "λ is added to the sum-reduced curvature",
+            "3 (batch b draws its labels with seed 3 + b)",
+            "ngeval gamma",
+            f"ngeval {ngeval.__version__}",
+            "i.csv has no manifest beside it",
+            "At λ = 1e-6 and epoch 10, iEF is",
+            "18 rows failed of a: no <b>memory</b>",
+            "Remarks on rows that could be computed",
+            "18 rows of a: a remark",
+            "432 rows, all columns, from g.parquet",
+        ):
+            assert part in text, part
+
+    def test_every_heading_of_a_column_is_a_button(self, page):
+        tags = Reader(page).tags
+        heads = [i for i, (tag, a) in enumerate(tags) if tag == "th"]
+        assert len(heads) == 16
+        assert all(tags[i + 1][0] == "button" and tags[i][1]["aria-sort"] == "none" for i in heads)
+
+    def test_the_data_come_out_as_they_went_in(self, page, tmp_path):
+        texts = [t for a, t in Reader(page).scripts if a.get("type") == "text/plain"]
+        first = pd.read_csv(io.BytesIO(gzip.decompress(base64.b64decode(texts[0]))))
+        table = pd.concat([gammas(task="a"), gammas(task="b")]).reset_index(drop=True)
+        columns = ["task", "checkpoint", "batch", "method", "damping", "gamma", "gamma_over_sgd"]
+        assert_frame_equal(first[columns], table[columns], check_dtype=False)
+        second = pd.read_csv(io.BytesIO(gzip.decompress(base64.b64decode(texts[1]))))
+        assert_frame_equal(second, samples("b"), check_dtype=False)
+
+    def test_of_many_rows_the_means_are_in_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ngeval.report.page, "MAX_CELLS", 1000)
+        sources = [source(tmp_path, gammas()), source(tmp_path, samples(), "i.csv")]
+        page = make_page(sources)
+        (text,) = [t for a, t in Reader(page).scripts if a.get("type") == "text/plain"]
+        means = pd.read_csv(io.BytesIO(gzip.decompress(base64.b64decode(text))))
+        assert len(means) == 36
+        assert {"task", "checkpoint", "method", "damping", "ratio", "low", "high"} <= set(means)
+        shown = " ".join(Reader(page).texts)
+        assert "means over batches; the 216 rows themselves are too many" in shown
+        assert "the 288 rows themselves are too many for a page, from i.csv" in shown
+
+    def test_hostile_names_are_text(self, tmp_path):
+        path = tmp_path / "h.parquet"
+        hostile().to_parquet(path, index=False)
+        write_manifest(
+            path, manifest({"x": HOSTILE["reason"]}, command=["ngeval", HOSTILE["task"]])
+        )
+        page = make_page(read_sources([path]), title=HOSTILE["task"])
+        found = Reader(page)
+        assert found.open == []
+        assert {tag for tag, _ in found.tags}.isdisjoint({"img", "svg", "b", "a" * 2})
+        texts = " ".join(found.texts)
+        for name in HOSTILE.values():
+            assert name.rpartition("/")[2] in texts  # of a checkpoint its file's name
+        assert "{{ 7 * 7 }}" in texts
+        data = next(text for a, text in found.scripts if a.get("id") == "chart-data")
+        assert not set("<>&") & set(data)
+        names = {t.get("name") for c in json.loads(data).values() for o in c["traces"] for t in o}
+        assert all("<" not in name for name in names if name)
+
+    def test_pages_without_gammas(self, tmp_path):
+        for name, table in (("l.csv", layers()), ("t.csv", trainings()), ("i.csv", samples())):
+            assert Reader(make_page([source(tmp_path, table, name)])).open == []
+        failed = gammas().assign(status="failed", reason="r", gamma_over_sgd=np.nan)
+        text = " ".join(Reader(make_page([source(tmp_path, failed)])).texts)
+        assert "No row could be computed." in text
+        assert "216 rows failed" in text
+
+    def test_no_files(self):
+        with pytest.raises(InputError, match="at least one result file"):
+            make_page([])
+
+
+class TestFacts:
+    def test_what_is_not_in_the_table_is_said_to_be_missing(self):
+        bare = gammas().drop(columns=["likelihood", "dtype", "engine", "seed", "num_parameters"])
+        told = dict(facts(topic(gammas=bare)))
+        for name in ("likelihood", "parameters", "model's dtype", "Jacobian engine", "seed"):
+            assert told[name] == "not recorded"
+
+    def test_another_metric_is_told(self):
+        told = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))
+        assert told["graded by"] == "the Fisher and gradient of 320 samples"
+
+    def test_manifest_in_any_state(self, tmp_path):
+        whole = Source(tmp_path / "r.csv", "gammas", gammas(), manifest({"seed": 1}))
+        told = dict(run_facts(whole))
+        assert told["seed"] == "1"
+        assert "torch" in told["versions"]
+        odd = Source(tmp_path / "r.csv", "gammas", gammas(), {"versions": 3, "machine": None})
+        assert dict(run_facts(odd))["command"] == "not recorded"
+
+    def test_troubles_are_grouped_by_reason(self):
+        table = gammas()
+        table.loc[table["method"] == "ef", ["status", "reason"]] = ["failed", "singular"]
+        table.loc[table["method"] == "diag", "reason"] = "noted"
+        failed, noted = troubles(topic(gammas=table))
+        assert (failed.reason, failed.count, failed.status) == ("singular", 54, "failed")
+        assert dict(failed.where)["methods"] == "ef"
+        assert dict(failed.where)["checkpoints"] == "epoch 0, epoch 5, epoch 10"
+        assert (noted.reason, noted.status) == ("noted", "ok")
+
+
+class TestCommand:
+    def run(self, *args, code=0):
+        result = CliRunner().invoke(app, ["report", *map(str, args)])
+        assert result.exit_code == code, result.output
+        return result
+
+    def test_writes_a_page(self, tmp_path):
+        path = source(tmp_path, gammas()).path
+        output = tmp_path / "new" / "r.html"
+        result = self.run(path, "-o", output, "--title", "a title")
+        assert "<title>a title</title>" in output.read_text()
+        assert "written:" in result.stdout
+        assert list(output.parent.iterdir()) == [output]
+        assert "--force" in self.run(path, "-o", output, code=2).stderr
+        assert self.run(path, "-o", output, "--force", "--quiet").stdout == ""
+
+    def test_output_is_checked_before_anything_is_read(self, tmp_path):
+        for name, message in (("r.pdf", ".html, .htm"), ("", "is a folder")):
+            with pytest.raises(OutputError, match=re.escape(message) if name else "html|folder"):
+                write_report([tmp_path / "none.csv"], tmp_path / name)
+
+    def test_what_is_wrong_is_named(self, tmp_path):
+        assert (
+            "none.csv does not exist"
+            in self.run(tmp_path / "none.csv", "-o", tmp_path / "r.html", code=2).stderr
+        )
+        (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+        result = self.run(tmp_path / "x.csv", "-o", tmp_path / "r.html", code=2)
+        assert "x.csv is a table of another kind" in result.stderr
+        assert not (tmp_path / "r.html").exists()
+
+    def test_help_has_examples(self):
+        assert "ngeval report sweep.parquet --output report.html" in self.run("--help").stdout
+
+    def test_a_page_is_not_paid_for_by_other_commands(self):
+        code = "import sys, ngeval.cli; print({'plotly', 'jinja2.environment'} & set(sys.modules))"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+        assert "plotly" not in result.stdout

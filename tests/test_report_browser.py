@@ -1,0 +1,341 @@
+"""The report in a browser: what a reader clicks, types, sees, prints and saves.
+
+Headless Chromium through chromedriver, both found on PATH; where they are missing, these tests are
+deselected (see ``conftest.py``).
+"""
+
+import base64
+import re
+import shutil
+import time
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from report_cases import HOSTILE, gammas, hostile, layers, samples, trainings
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+import ngeval
+from ngeval.report import write_report
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
+    # selenium's own: the socket to a driver that is gone.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+WIDE, PHONE = 1280, 390
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A page with everything, and one with hostile names."""
+    folder = tmp_path_factory.mktemp("pages")
+    tables = {"g.csv": gammas(), "i.csv": samples(), "l.csv": layers(), "t.csv": trainings()}
+    for name, table in tables.items():
+        table.to_csv(folder / name, index=False)
+    hostile().to_parquet(folder / "h.parquet", index=False)
+    return {
+        "whole": write_report([folder / name for name in tables], folder / "whole.html"),
+        "hostile": write_report(
+            [folder / "h.parquet"], folder / "hostile.html", title=HOSTILE["task"]
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """One browser for all tests."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    folder = tmp_path_factory.mktemp("downloads")
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    started.downloads = folder
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def visit(driver, pages):
+    """Open a page at a width and in a mode; at the end nothing was complained of or fetched."""
+
+    def opened(name="whole", width=WIDE, scheme="light"):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [feature]})
+        driver.get(pages[name].as_uri())
+        wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, ".plot .main-svg"))
+        return driver
+
+    driver.get_log("browser"), driver.get_log("performance")
+    yield opened
+    assert driver.get_log("browser") == []
+    asked = [
+        address
+        for entry in driver.get_log("performance")
+        if "Network.requestWillBeSent" in entry["message"]
+        for address in re.findall(r'"url":"([^"]+)"', entry["message"])
+    ]
+    assert {address.partition(":")[0] for address in asked} <= {"file", "data", "blob"}
+
+
+def wait(driver, condition):
+    return WebDriverWait(driver, 10, poll_frequency=0.05).until(lambda _: condition())
+
+
+def column(driver, place):
+    """The shown cells of a column of the first table."""
+    script = (
+        "return [...document.querySelector('.sortable').querySelectorAll('tbody tr:not([hidden])')]"
+        ".map((row) => row.cells[arguments[0]].textContent)"
+    )
+    return driver.execute_script(script, place)
+
+
+def heads(driver):
+    return driver.find_elements(By.CSS_SELECTOR, ".sortable:first-of-type th button")
+
+
+def figure(driver, title):
+    found = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
+    return next(f for f in found if f.find_element(By.TAG_NAME, "h4").text == title)
+
+
+def hovered(driver, chart, name, place):
+    """The text beside a point of a line, under the mouse."""
+    script = """
+        const plot = arguments[0].querySelector('.plot');
+        plot.scrollIntoView({block: 'center', behavior: 'instant'});
+        const trace = plot.data.find((t) => t.name === arguments[1] && !t.meta.band);
+        const { xaxis, yaxis, margin } = plot._fullLayout;
+        const of = (axis, value) => axis._offset + axis.d2p(value);
+        const box = plot.getBoundingClientRect();
+        return [box.x + of(xaxis, trace.x[arguments[2]]), box.y + of(yaxis, trace.y[arguments[2]])];
+    """
+    x, y = driver.execute_script(script, chart, name, place)
+    mouse = ActionChains(driver, duration=0)
+    mouse.w3c_actions.pointer_action.move_to_location(round(x) - 3, round(y) - 3)
+    mouse.w3c_actions.pointer_action.move_to_location(round(x), round(y))
+    mouse.perform()
+    wait(driver, lambda: chart.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
+    return chart.find_element(By.CSS_SELECTOR, ".hoverlayer").text
+
+
+def expected(damping, method, epoch=10):
+    summary = ngeval.summarize(gammas(), ("epoch", "method", "damping"))
+    row = summary.query("epoch == @epoch and damping == @damping and method == @method").iloc[0]
+    ends = ("", "_low", "_high")
+    return [f"{row[f'gamma_over_sgd_geomean{end}']:.3g}" for end in ends]
+
+
+class TestTable:
+    def test_a_click_sorts_and_another_turns_round(self, visit):
+        driver = visit()
+        assert column(driver, 0) == ["sgd", "ief", "ef", "diag"]
+        ratio = heads(driver)[1]
+        ratio.click()
+        values = [float(text) for text in column(driver, 1)]
+        assert values == sorted(values)
+        assert column(driver, 0)[0] == "ief"
+        head = ratio.find_element(By.XPATH, "..")
+        assert head.get_attribute("aria-sort") == "ascending"
+        ratio.click()
+        assert column(driver, 0)[0] == "ef"
+        assert head.get_attribute("aria-sort") == "descending"
+        heads(driver)[0].click()
+        assert column(driver, 0) == ["diag", "ef", "ief", "sgd"]
+        assert head.get_attribute("aria-sort") == "none"
+
+    def test_filters(self, visit):
+        driver = visit()
+        checkpoint, damping = (
+            Select(s) for s in driver.find_elements(By.CSS_SELECTOR, "select[data-filter]")
+        )
+        damping.select_by_visible_text("0.001")
+        assert set(column(driver, 5)) == {"0.001"}
+        assert column(driver, 1)[1:3] == [expected(1e-3, m)[0] for m in ("ief", "ef")]
+        checkpoint.select_by_visible_text("all")
+        assert len(column(driver, 0)) == 12
+        assert driver.find_element(By.CSS_SELECTOR, ".count").text == "12 rows"
+        damping.select_by_visible_text("the best of each method")
+        assert dict(zip(column(driver, 0), column(driver, 5), strict=True))["ef"] == "1"
+
+
+class TestCharts:
+    def test_values_under_the_mouse_follow_the_damping(self, visit):
+        driver = visit()
+        chart = figure(driver, "γ over training")
+        for label, damping in (("1e-6", 1e-6), ("0.001", 1e-3)):
+            Select(chart.find_element(By.TAG_NAME, "select")).select_by_visible_text(label)
+            text = hovered(driver, chart, "ief", 2)
+            value, low, high = expected(damping, "ief")
+            assert "ief" in text
+            assert f"epoch 10, λ = {label}" in text
+            assert f"= {value} [{low}, {high}]" in text
+            assert "batches: 6" in text
+
+    def test_every_chart_is_drawn_with_its_numbers(self, visit):
+        driver = visit()
+        charts = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
+        assert len(charts) == 7
+        for chart in charts:
+            assert chart.find_elements(By.CSS_SELECTOR, ".trace"), chart.text
+            driver.execute_script("arguments[0].querySelector('details').open = true", chart)
+            wait(driver, lambda c=chart: c.find_elements(By.CSS_SELECTOR, "details tbody tr"))
+        chart = figure(driver, "γ over damping")
+        rows = [row.text for row in chart.find_elements(By.CSS_SELECTOR, "details tbody tr")]
+        assert any(row.startswith("ief 0.001 0.7") for row in rows), rows
+        assert any("exact NG 0.001 0.25" in row for row in rows)
+
+    def test_labels_do_not_overlap(self, visit):
+        driver = visit(width=PHONE)
+        script = """
+            const texts = '.xtick text, .ytick text, .g-xtitle, .g-ytitle, .legendtext';
+            const boxes = [...arguments[0].querySelectorAll(texts)]
+                .map((e) => [e.textContent, e.getBoundingClientRect()]);
+            const found = [];
+            boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+                const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+                const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+                if (wide > 2 && high > 4) found.push([a, b]);
+            }));
+            const plot = arguments[0].querySelector('.plot').getBoundingClientRect();
+            for (const [a, p] of boxes)
+                if (p.left < plot.left - 1 || p.right > plot.right + 1) found.push([a, 'cut']);
+            return found;
+        """
+        for chart in driver.find_elements(By.CSS_SELECTOR, "figure.chart"):
+            assert driver.execute_script(script, chart) == [], chart.text
+
+
+class TestReaders:
+    @pytest.mark.parametrize("width", [WIDE, PHONE])
+    def test_no_page_scrolls_sideways(self, visit, width):
+        for name in ("hostile", "whole"):
+            driver = visit(name, width)
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            plots = driver.find_elements(By.CSS_SELECTOR, ".plot")
+            assert all(0 < plot.size["width"] <= width for plot in plots)
+        boxes = driver.find_elements(By.CSS_SELECTOR, ".sortable .scroll")
+        inside = "return arguments[0].scrollWidth > arguments[0].clientWidth"
+        assert driver.execute_script(inside, boxes[0]) == (width == PHONE)
+
+    def test_keyboard_alone(self, visit):
+        driver = visit()
+
+        def press(*keys):
+            ActionChains(driver, duration=0).send_keys(*keys).perform()
+            return driver.switch_to.active_element
+
+        assert press(Keys.TAB).text == "Skip to the findings"
+        outline = "return getComputedStyle(document.activeElement).outlineStyle"
+        assert driver.execute_script(outline) == "solid"
+        press(Keys.ENTER)
+        assert driver.current_url.endswith("#main")
+        heads(driver)[0].send_keys("")  # where a reader would have come to by tabs
+        driver.execute_script("document.querySelector('select[data-filter]').focus()")
+        reached = [press(Keys.TAB) for _ in range(3)]
+        assert reached[0].get_attribute("data-filter") == "damping"
+        assert reached[1].get_attribute("role") == "region"
+        assert reached[2].text.startswith("method")
+        press(Keys.TAB)
+        press(Keys.ENTER)
+        assert column(driver, 0)[0] == "ief"
+        chart = figure(driver, "γ over training")
+        select = chart.find_element(By.TAG_NAME, "select")
+        driver.execute_script("arguments[0].focus()", select)
+        press(Keys.ARROW_DOWN)
+        assert Select(select).first_selected_option.text == "0.001"
+        wait(
+            driver,
+            lambda: (
+                "0.001"
+                in driver.execute_script(
+                    "return arguments[0].querySelector('.plot').data[0].customdata[0][4]", chart
+                )
+            ),
+        )
+        press(Keys.TAB)
+        focused = driver.switch_to.active_element
+        assert focused.tag_name in {"button", "summary"}  # the chart's tools, or its numbers
+
+    def test_dark(self, visit):
+        driver = visit(scheme="dark")
+        page = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert page == "rgb(21, 24, 28)"
+        chart = figure(driver, "γ over training")
+        script = """
+            const plot = arguments[0].querySelector('.plot');
+            const line = plot.data.find((t) => t.name === 'sgd').line.color;
+            return [line, plot.layout.font.color];
+        """
+        assert driver.execute_script(script, chart) == ["#f0f0f0", "#e6e8eb"]
+        feature = {"name": "prefers-color-scheme", "value": "light"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [feature]})
+        wait(driver, lambda: driver.execute_script(script, chart)[0] == "#000000")
+
+    def test_print(self, visit):
+        driver = visit(scheme="dark")
+        driver.execute_script(
+            "addEventListener('beforeprint', () => { const plot = document.querySelector('.plot');"
+            " window.printed = [plot.layout.width, plot.layout.font.color,"
+            " document.querySelector('#measured details').open]; })"
+        )
+        sheet = driver.execute_cdp_cmd(
+            "Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69}
+        )
+        content = base64.b64decode(sheet["data"])
+        assert content.startswith(b"%PDF")
+        assert len(content) > 50_000
+        assert driver.execute_script("return window.printed") == [660, "#1b1f24", True]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        hidden = driver.find_elements(By.CSS_SELECTOR, ".controls, nav, .save")
+        assert not any(entry.is_displayed() for entry in hidden)
+        assert "damping λ: 1e-6" in driver.find_element(By.CSS_SELECTOR, "figure .chosen").text
+
+    def test_save(self, visit):
+        driver = visit()
+        driver.find_element(By.CSS_SELECTOR, ".save[data-name='g.csv']").click()
+        path = driver.downloads / "g.csv"
+        wait(driver, path.exists)
+        saved = pd.read_csv(path, keep_default_na=True)
+        original = gammas().assign(reason=float("nan"))
+        assert_frame_equal(saved, original, check_dtype=False)
+
+    def test_hostile_names(self, visit):
+        driver = visit("hostile")
+        chart = figure(driver, "γ over training")
+        names = driver.execute_script(
+            "return [...arguments[0].querySelectorAll('.legendtext')].map((e) => e.textContent)",
+            chart,
+        )
+        assert names[0].startswith("a<b>b</b>")
+        text = hovered(
+            driver,
+            chart,
+            driver.execute_script("return arguments[0].querySelector('.plot').data[0].name", chart),
+            1,
+        )
+        assert text.startswith("a<b>b</b>%{x}…")
+        driver.execute_script("arguments[0].querySelector('details').open = true", chart)
+        wait(driver, lambda: chart.find_elements(By.CSS_SELECTOR, "details tbody tr"))
+        assert "a<b>b</b>%{x}…" in chart.find_element(By.CSS_SELECTOR, "details tbody").text
+        shown = driver.find_element(By.TAG_NAME, "body").text
+        assert HOSTILE["reason"] in shown
+        assert HOSTILE["method"] in shown
+        assert driver.title == HOSTILE["task"]
+        assert not chart.find_elements(By.CSS_SELECTOR, "a[href^='javascript']")
+        time.sleep(0.1)  # what would have been started by a name
+        assert driver.execute_script("return window.hit") is None
