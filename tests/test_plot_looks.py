@@ -15,8 +15,10 @@ from test_performance import tuned
 from test_plot_layers import gammas as kfac_gammas
 from test_plot_layers import layers
 from test_plots import gammas, samples, tasks
+from typer.testing import CliRunner
 
 from ngeval import InputError
+from ngeval.cli import app
 from ngeval.methods import all_methods
 from ngeval.plots import (
     COLUMN,
@@ -242,17 +244,77 @@ class TestKinds:
             kind_of({"a": pd.DataFrame({"study": ["diagonal"]})})
 
     def test_a_kind_that_the_table_has_not(self):
-        with pytest.raises(InputError, match=r"a holds a table of layers.*--kind layers can"):
-            figure_of({"a": layers()}, "damping")
+        with pytest.raises(InputError, match="a holds a table of gamma, which does not go"):
+            figure_of({"a": gammas(), "b": samples()}, "imbalance")
+        with pytest.raises(InputError, match="no column gamma_over_sgd"):
+            figure_of({"a": layers().drop(columns="gamma_over_sgd")}, "damping")
+        with pytest.raises(InputError, match="no column method"):
+            figure_of({"a": samples()}, "stages")
         with pytest.raises(InputError, match="unknown picture 'stage'; did you mean 'stages'"):
             figure_of({"a": gammas()}, "stage")
-        with pytest.raises(InputError, match="needs a γ table"):
-            figure_of({"a": samples()}, "stages")
 
     def test_files_of_one_task_have_their_names_in_the_titles(self):
         figure = figure_of({"lora": gammas(), "prompt": gammas(), "norms": samples()})
         titles = [axes.get_title().splitlines()[0] for axes in figure.axes[:2]]
         assert titles == ["t (lora)", "t (prompt)"]
+
+
+class TestCommand:
+    @pytest.fixture
+    def files(self, tmp_path):
+        tables = {"lora": gammas(), "prompt": gammas(), "norms": samples().assign(task="t")}
+        for name, table in tables.items():
+            table.to_parquet(tmp_path / f"{name}.parquet")
+        return [tmp_path / f"{name}.parquet" for name in tables]
+
+    def test_several_files_and_what_fits_them(self, files, tmp_path):
+        assert "drawn: stages" in run("plot", *files, "--output", tmp_path / "a.svg")
+        text = (tmp_path / "a.svg").read_text()
+        for word in ("t (lora)", "t (prompt)", "sf/ief", "ef/ief", "max/min"):
+            assert f">{word}</text>" in text
+        plain = tmp_path / "b.svg"
+        assert not run("plot", *files[1:], "--relative", "none", "--quiet", "--output", plain)
+        assert "sf/ief" not in plain.read_text()
+        chosen = tmp_path / "c.svg"
+        run("plot", files[0], "--kind", "stages", "--relative", "ef/sf, sf/ng", "-o", chosen)
+        assert ">ef/sf</text>" in chosen.read_text()
+        assert ">sf/ng</text>" in chosen.read_text()
+
+    @pytest.mark.parametrize(("name", "points"), [("column", 244.8), ("page", 504.0)])
+    def test_width(self, files, tmp_path, name, points):
+        run("plot", files[0], "--width", name, "--output", tmp_path / "a.svg")
+        assert f'width="{points:g}pt"' in (tmp_path / "a.svg").read_text()
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--width", "pages"], "unknown width 'pages'; did you mean 'page'"),
+            (["--kind", "stage"], "unknown picture 'stage'; did you mean 'stages'"),
+            (["--relative", "sf"], "--relative 'sf' is not a list of pairs"),
+            (["--relative", "sf/ie"], "no rows for method 'ie'"),
+            (["--kind", "layers"], "no column layer"),
+        ],
+    )
+    def test_bad_options(self, files, tmp_path, options, told):
+        output = tmp_path / "a.svg"
+        assert told in run("plot", files[0], *options, "--output", output, code=2)
+        assert not output.exists()
+
+    def test_the_same_file_twice(self, files, tmp_path):
+        shown = run("plot", files[0], files[0], "--output", tmp_path / "a.svg", code=2)
+        assert "twice" in shown
+
+    def test_files_of_one_name_in_two_folders(self, files, tmp_path):
+        (tmp_path / "other").mkdir()
+        other = files[0].rename(tmp_path / "other" / files[1].name)
+        run("plot", other, files[1], "--output", tmp_path / "a.svg")
+        assert "other/prompt.parquet)" in (tmp_path / "a.svg").read_text()
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
 
 
 def test_an_interval_below_zero_leaves_the_logarithmic_axis_at_its_edge():

@@ -88,10 +88,10 @@ def plot(
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
     tables = read_tables(results)
     chosen = Chosen(damping, checkpoint, relative_pairs(relative), WIDTHS.get(width or ""))
+    drawn = kind_of(tables) if kind is None else kind
+    save_figure(figure_of(tables, drawn, chosen), output)
     if kind is None:
-        kind = kind_of(tables)
-        say(console.table_console(quiet), f"drawn: {kind} (--kind: {', '.join(FIGURES)})")
-    save_figure(figure_of(tables, kind, chosen), output)
+        say(console.table_console(quiet), f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
 
 
 def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:

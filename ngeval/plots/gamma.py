@@ -53,7 +53,7 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
     rows, value = at_damping(table, damping)
     with own_axes(ax, (COLUMN, 2.9)) as axes:
         draw_stages(rows, axes, styles_of(table))
-        axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
+        axes.set_title(f"damping λ = {number_text(value)} ({scale_of(table)})")
         legend_under(axes)
     return axes
 

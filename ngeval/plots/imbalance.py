@@ -64,7 +64,7 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         log_scale(axes, "y")
         stage_ticks(axes, rows["x"])
         axes.set_xlabel(stage_label(rows))
-        axes.set_ylabel("per-sample gradient\nnorm ‖gₙ‖ (nats)")
+        axes.set_ylabel("per-sample gradient norm\n‖gₙ‖ (nats)")
         zeros = int((rows["gradient_norm"] == 0).sum())
         if zeros:
             axes.set_title(f"{zeros} of {len(rows)} norms are 0")

@@ -42,13 +42,10 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def _stages(tables: Tables, chosen: Chosen) -> Figure:
-    samples = [table for table in tables.values() if table_kind(table) == "imbalance"]
-    gammas = {name: table for name, table in tables.items() if table_kind(table) != "imbalance"}
-    if not gammas:
-        raise InputError(
-            "a picture of stages needs a γ table (of ngeval gamma, sweep or compare) besides the "
-            "samples; --kind imbalance draws these alone"
-        )
+    samples = [table for table in tables.values() if _is_samples(table)]
+    gammas = {name: table for name, table in tables.items() if not _is_samples(table)}
+    if not gammas:  # let the picture say which columns it wants
+        gammas, samples = dict(tables), []
     return stages_figure(
         by_task(gammas),
         None if chosen.damping is None else [chosen.damping],
@@ -159,14 +156,15 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
     kind = kind_of(tables) if kind is None else kind
     if kind not in FIGURES:
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
-    for name, table in tables.items():
-        found = table_kind(table)
-        joins = (*KINDS_OF_TABLE[found], *(["stages"] if found == "imbalance" else []))
-        if kind not in joins:
-            raise InputError(
-                f"{name} holds a table of {found}, of which a picture of {kind} cannot be drawn; "
-                f"--kind {' or '.join(KINDS_OF_TABLE[found])} can"
-            )
+    if len(tables) > 1:
+        for name, table in tables.items():
+            found = table_kind(table)
+            joins = (*KINDS_OF_TABLE[found], *(["stages"] if found == "imbalance" else []))
+            if kind not in joins:
+                raise InputError(
+                    f"{name} holds a table of {found}, which does not go into a picture of {kind}; "
+                    f"--kind {' or '.join(KINDS_OF_TABLE[found])} draws it"
+                )
     return FIGURES[kind](tables, chosen or Chosen())
 
 
@@ -185,6 +183,10 @@ def by_task(tables: Tables) -> Tables:
         (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
         for task, name, part in parts
     }
+
+
+def _is_samples(table: pd.DataFrame) -> bool:
+    return "gradient_norm" in table and "gamma" not in table
 
 
 def _tasks(table: pd.DataFrame) -> Sequence[tuple[object, pd.DataFrame]]:

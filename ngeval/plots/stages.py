@@ -78,7 +78,8 @@ def stages_figure(
             plot_stages(table, damping, panel["stages"])
             without_legend(panel["stages"])
             if title:
-                panel["stages"].set_title(f"{title}\n{panel['stages'].get_title()}")
+                where = panel["stages"].get_title().removeprefix("damping ")
+                panel["stages"].set_title(f"{title}\n{where}")
             if relative:
                 _draw_relative(table, damping, relative, panel["relative"])
             if samples is not None:
