@@ -19,7 +19,7 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.domains.python import ObjectEntry
+from sphinx.domains.python import ObjectEntry, PyObject
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 from sphinx.util.nodes import make_refnode
@@ -58,13 +58,16 @@ nitpick_ignore_regex = [  # other packages: their inventories are on the network
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+smartquotes = False  # two hyphens are an option
+nb_merge_streams = True
 nb_execution_mode = "off"  # as they were committed; tests/test_notebooks.py runs them
 
 default_role = "py:obj"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-maximum_signature_line_length = 88
+maximum_signature_line_length = 140
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -116,7 +119,12 @@ def commands() -> str:
     text = get_docs_for_click(obj=group, ctx=context, name="ngeval")
     text = text[text.index("\n## ") :]  # behind the list of commands, which has cut sentences
     text = re.sub(r"\[/?bold\]", "**", text)
-    return re.sub(r"^(ngeval .*)", r"```bash\n\1\n```", text, flags=re.MULTILINE)
+    text = re.sub(r"^(\*\*Example:\*\*) (ngeval .*)", r"\1\n\n\2", text, flags=re.MULTILINE)
+    return re.sub(r"^ngeval .*(?:\n.+)*", _as_block, text, flags=re.MULTILINE)
+
+
+def _as_block(example: re.Match[str]) -> str:
+    return f"```bash\n{' '.join(example[0].splitlines())}\n```"
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -185,6 +193,9 @@ def find_by_name(
 
 def setup(app: Sphinx) -> None:
     """Register what is defined above."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)

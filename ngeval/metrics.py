@@ -70,6 +70,16 @@ def gamma(problem: Problem, direction: Direction) -> float:
     Raises:
         InputError: the direction does not fit.
         NumericalError: dᵀg = 0, so the update buys no loss and γ is not defined.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, inputs = torch.nn.Linear(4, 3).double(), torch.eye(4).double()
+        >>> problem = ngeval.Problem(model, inputs, torch.arange(4) % 3, "categorical")
+        >>> natural = ngeval.get_method("ng").prepare(problem).direction(0.0)
+        >>> bool(abs(ngeval.gamma(problem, natural) / ngeval.gamma_min(problem) - 1) < 1e-6)
+        True
+        >>> bool(abs(problem.gamma(-3 * natural) / problem.gamma(natural) - 1) < 1e-12)
+        True
     """
     value = float(quadratics(problem, problem.jvp(direction).unsqueeze(0)).gammas[0])
     if math.isnan(value):
@@ -92,6 +102,14 @@ def loss_change(problem: Problem, direction: Direction) -> Tensor:
 
     EF at λ → 0 changes all alike, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
     Float64, in nats per unit learning rate.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, inputs = torch.nn.Linear(5, 3).double(), torch.eye(5).double()
+        >>> problem = ngeval.Problem(model, inputs, torch.arange(5) % 3, "categorical")
+        >>> ef = ngeval.get_method("ef").prepare(problem).direction(0.0)
+        >>> bool(torch.allclose(ngeval.loss_change(problem, ef), -torch.ones(5).double()))
+        True
     """
     return -(problem.residual * problem.jvp(direction)).flatten(1).sum(1)
 
@@ -103,6 +121,16 @@ def gradient_norms(problem: Problem) -> pd.DataFrame:
         Columns ``sample``, ``gradient_norm`` (‖g_n‖), ``residual_norm`` (‖u_n‖), ``loss`` (ℓ_n,
         nats). In ``.attrs["imbalance"]``: the largest over the smallest ‖g_n‖ (∞ where one is
         zero).
+
+    Example:
+        >>> import torch, ngeval
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.ones(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.zero_()
+        >>> table = ngeval.gradient_norms(ngeval.Problem(model, inputs, targets, "gaussian"))
+        >>> table["gradient_norm"].tolist(), table.attrs["imbalance"]
+        ([1.0, 2.0], 2.0)
     """
     norms = torch.zeros(problem.num_samples, dtype=torch.float64, device=problem.device)
     for block, rows in problem.rows.iterate(problem.residual.unsqueeze(1)):

@@ -40,6 +40,18 @@ def summarize(
         (``gamma_over_sgd``, ``gamma_over_ng``): ``r_mean, r_mean_low, r_mean_high, r_geomean,
         r_geomean_low, r_geomean_high``; and ``floor_over_sgd``, the geometric mean of the floor
         over γ_SGD. Intervals of fewer than two batches are NaN.
+
+    Example:
+        >>> import pandas as pd, torch, ngeval
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3) * size, torch.tensor([0, 1, 1])) for size in (1.0, 2.0)]
+        >>> tables = [
+        ...     ngeval.evaluate(ngeval.Problem(model, *batch, "categorical"), ["ief"], [1e-6])
+        ...     for batch in batches
+        ... ]
+        >>> summary = ngeval.summarize(pd.concat(tables))
+        >>> summary[["method", "damping", "batches"]].values.tolist()
+        [['ief', 1e-06, 2]]
     """
     if not (0 < confidence < 1) or resamples < 1:
         raise InputError("confidence must lie between 0 and 1, and resamples be at least 1")

@@ -30,6 +30,7 @@ PUBLIC = (
     "ngeval.optim",
     "ngeval.performance",
     "ngeval.plots",
+    "ngeval.report",
     "ngeval.results",
     "ngeval.studies",
     "ngeval.tasks",

@@ -75,7 +75,18 @@ class EF(ExactOptimizer):
 
 
 class iEF(EF):  # noqa: N801  (the method's name)
-    """The improved empirical Fisher's update d = Gᵀ(K + λI)⁻¹s with s_n = ‖u_n‖²."""
+    """The improved empirical Fisher's update d = Gᵀ(K + λI)⁻¹s with s_n = ‖u_n‖².
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, inputs = torch.nn.Linear(5, 3).double(), torch.eye(5).double()
+        >>> problem = ngeval.Problem(model, inputs, torch.arange(5) % 3, "categorical")
+        >>> optimizer = ngeval.optim.iEF(model.parameters(), lr=0.1)
+        >>> before = optimizer.step(problem)  # the mean loss before the step, in nats
+        >>> problem = problem.with_batch(inputs, torch.arange(5) % 3)
+        >>> bool(problem.loss.mean() < before)
+        True
+    """
 
     improved = True
 
