@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from pages import blocks, run_here, shell_lines
 from pandas.testing import assert_frame_equal
 from plotly import graph_objects as go
 from report_cases import (
@@ -621,3 +622,28 @@ class TestCommand:
         command = [sys.executable, "-W", "ignore", "-c", code]
         result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
         assert "plotly" not in result.stdout
+
+
+class TestItsPage:
+    def test_examples_as_written(self, tmp_path, monkeypatch):
+        """Those of docs/report.md, on files of those names."""
+        files = {"results.parquet": gammas(), "imbalance.parquet": samples()}
+        for task in ("lora", "prompt"):
+            files[f"{task}/gamma.parquet"] = gammas(task=task)
+        files["lora/imbalance.parquet"] = samples("lora")
+        (tmp_path / "lora").mkdir()
+        (tmp_path / "prompt").mkdir()
+        for name, table in files.items():
+            table.to_parquet(tmp_path / name, index=False)
+        monkeypatch.chdir(tmp_path)
+        for language, text in blocks("report.md"):
+            if language == "python":
+                exec(compile(text, "report.md", "exec"), {})
+                assert "a linear model" in (tmp_path / "report.html").read_text()
+                (tmp_path / "report.html").unlink()
+            for command in shell_lines(text) if language == "bash" else []:
+                run_here(command)
+                page = (tmp_path / "report.html").read_text()
+                (tmp_path / "report.html").unlink()
+        assert "<h1>LoRA and prompts</h1>" in page
+        assert page.count("<h3>prompt</h3>") == 4

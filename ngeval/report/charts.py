@@ -176,7 +176,7 @@ def _ranking(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> C
 def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
     """Gradient norms and their imbalance over training."""
     samples = in_order(samples)
-    names = list(dict.fromkeys(samples["checkpoint"]))
+    names = [str(name) for name in samples["checkpoint"].unique()]
     x, axis = stage_axis(samples, names, labels)
     yield _norms(samples, x, [chart_text(labels[name]) for name in names], axis)
     means = imbalance_means(samples)

@@ -101,7 +101,7 @@ def _batches(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
 
 
 def _methods(table: pd.DataFrame, name: str) -> list[tuple[str, str]]:
-    methods = list(dict.fromkeys(table["method"]))
+    methods = [str(name) for name in table["method"].unique()]
     dampings = sorted(table["damping"].dropna().unique())
     shown = ", ".join(damping_text(value) for value in dampings)
     if len(dampings) > 6:
@@ -148,7 +148,7 @@ def _run_of(values: Sequence[str]) -> bool:
 def _trainings(rows: pd.DataFrame) -> list[tuple[str, str]]:
     final = rows[rows["phase"] == "final"].drop_duplicates(["optimizer", "seed"])
     search = rows[rows["phase"] == "search"].drop_duplicates(["optimizer", "trial"])
-    told = [("optimizers", _some(list(dict.fromkeys(rows["optimizer"]))))]
+    told = [("optimizers", _some([str(name) for name in rows["optimizer"].unique()]))]
     told.append(("trainings", f"{len(search)} of a search, {len(final)} with the tuned settings"))
     told.append(("chosen by", _some(_values([rows], "monitor"))))
     return told
@@ -198,7 +198,7 @@ def _where(rows: pd.DataFrame) -> list[tuple[str, str]]:
     told = []
     for name, column in (("methods", "method"), ("optimizers", "optimizer"), ("layers", "layer")):
         if column in rows:
-            told.append((name, _some(list(dict.fromkeys(rows[column].astype(str))))))
+            told.append((name, _some([str(value) for value in rows[column].unique()])))
     if "damping" in rows and rows["damping"].notna().any():
         values = sorted(rows["damping"].dropna().unique())
         told.append(("λ", _some([damping_text(value) for value in values])))

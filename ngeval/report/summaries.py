@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -33,17 +34,17 @@ class Grades:
     stages: pd.DataFrame
     natural: pd.DataFrame
 
-    @property
+    @cached_property
     def checkpoints(self) -> list[str]:
         """In order of training."""
-        return list(dict.fromkeys(self.summary["checkpoint"]))
+        return [str(name) for name in self.summary["checkpoint"].unique()]
 
-    @property
+    @cached_property
     def methods(self) -> list[str]:
         """Without SGD, which the others are told over."""
-        return [name for name in dict.fromkeys(self.summary["method"]) if name != "sgd"]
+        return [str(name) for name in self.summary["method"].unique() if name != "sgd"]
 
-    @property
+    @cached_property
     def dampings(self) -> list[float]:
         """From the smallest."""
         return sorted(float(value) for value in self.summary["damping"].unique())
