@@ -58,7 +58,6 @@ nitpick_ignore_regex = [  # other packages: their inventories are on the network
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
-smartquotes = False  # two hyphens are an option
 nb_merge_streams = True
 nb_execution_mode = "off"  # as they were committed; tests/test_notebooks.py runs them
 
@@ -120,11 +119,18 @@ def commands() -> str:
     text = text[text.index("\n## ") :]  # behind the list of commands, which has cut sentences
     text = re.sub(r"\[/?bold\]", "**", text)
     text = re.sub(r"^(\*\*Example:\*\*) (ngeval .*)", r"\1\n\n\2", text, flags=re.MULTILINE)
-    return re.sub(r"^ngeval .*(?:\n.+)*", _as_block, text, flags=re.MULTILINE)
+    return re.sub(
+        r"^(?P<example>ngeval .*(?:\n.+)*)|`[^`\n]+`|--[a-z][a-z-]*",
+        _as_code,
+        text,
+        flags=re.MULTILINE,
+    )
 
 
-def _as_block(example: re.Match[str]) -> str:
-    return f"```bash\n{' '.join(example[0].splitlines())}\n```"
+def _as_code(found: re.Match[str]) -> str:
+    if found["example"]:
+        return f"```bash\n{' '.join(found[0].splitlines())}\n```"
+    return found[0] if found[0].startswith("`") else f"`{found[0]}`"
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
