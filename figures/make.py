@@ -1,37 +1,230 @@
-"""Make the pictures and the table of the README: ``python figures/make.py`` (90 s, 2 cores)."""
+"""Every picture of the README and of docs/: ``python figures/make.py [NAME …]``.
+
+A picture is drawn from rows in figures/data; ``--rows`` runs the commands that make them anew
+(an hour for all, so give names). figures/structure.json keeps what each picture consists of: its
+panels' labels, scales and series, which a test compares with those of pictures made of quick rows.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Annotated, Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from ngeval.demo import Demo
-from ngeval.summary import summarize
+from ngeval import plots
+from ngeval.comparison import three_stages
+from ngeval.errors import InputError, nearest_name
+from ngeval.studies import STUDIES
+from ngeval.toy import LeastSquares
+
+HERE = Path(__file__).parent
+DATA = HERE / "data"
+STRUCTURE = HERE / "structure.json"
 
 
-def stages_text(results: Path) -> str:
-    """The README's table: γ/γ_SGD at the smallest λ for epochs 0, 6 and 12."""
-    table = pd.read_parquet(results)
-    rows = table[(table["damping"] == table["damping"].min()) & table["epoch"].isin([0, 6, 12])]
-    summary = summarize(rows, ("epoch", "method"))
-    shown = summary.pivot(index="epoch", columns="method", values="gamma_over_sgd_geomean")
-    return shown.assign(floor=summary.groupby("epoch")["floor_over_sgd"].median()).to_string()
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of figures/data come from: a command, run in an empty folder.
+
+    Attributes:
+        command: at full size.
+        quick: options added for a size of seconds, for the test.
+        files: what it writes, by the name in figures/data.
+        after: the command whose output it reads.
+    """
+
+    command: str
+    quick: str
+    files: dict[str, str]
+    after: str | None = None
 
 
-def main() -> None:
-    """Run the demo in a temporary folder and keep its three figures."""
+CHECKPOINTS = "--task digits-mlp -c demo/checkpoints"
+SOME = f"{CHECKPOINTS}/epoch-*2.safetensors"  # in a quick run, too, the last is among them
+ROWS = {
+    "demo": Rows(
+        "ngeval demo --output demo",
+        "--epochs 2 --batch-size 16 --num-batches 1",
+        {"digits": "demo/results.parquet", "digits-norms": "demo/imbalance.parquet"},
+    ),
+    "compare": Rows(
+        f"ngeval compare {CHECKPOINTS} --output compare",
+        "--batch-size 8 --num-batches 1 --dampings 1e-6,1",
+        {"digits-compare": "compare/results.parquet"},
+        after="demo",
+    ),
+    "layers": Rows(
+        f"ngeval layers {SOME} --methods sgd,adam:20,kfac,ief --damping 1e-3 -o layers.parquet",
+        "--batch-size 8 --num-batches 1",
+        {"digits-layers": "layers.parquet"},
+        after="demo",
+    ),
+    "docstrings": Rows(
+        f"{sys.executable} {HERE / 'docstrings.py'} --output docstrings",
+        "--quick",
+        {
+            f"docstrings-{name}{end}": f"docstrings/docstrings-{name}{end}.parquet"
+            for name in ("lora", "prompt")
+            for end in ("", "-norms")
+        },
+    ),
+} | {
+    name: Rows(
+        f"ngeval study {name} --output studies", "--quick", {name: f"studies/{name}.parquet"}
+    )
+    for name in STUDIES
+}
+"""The commands behind figures/data, by name."""
+
+TASKS = {
+    "digits": "MLP on digits",
+    "docstrings-lora": "T5 with LoRA",
+    "docstrings-prompt": "T5 with prompt tuning",
+}
+"""The training runs that stand side by side."""
+
+Read = Callable[[str], pd.DataFrame]
+"""Gives rows by their name in figures/data."""
+
+
+def draw_damping(read: Read) -> Figure:
+    """γ against λ at the first, the middle and the last epoch."""
+    rows = read("digits")
+    return plots.damping_figure(rows, three_stages(rows))
+
+
+def draw_tasks(read: Read) -> Figure:
+    """γ over training of three models, with the imbalance of gradient norms below."""
+
+    def together(end: str) -> pd.DataFrame:
+        parts = [read(f"{name}{end}").assign(task=title) for name, title in TASKS.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    gammas = together("")
+    shown = gammas[gammas["method"].isin(["sgd", "ef", "ief", "sf"])]
+    return plots.stages_figure(shown, samples=together("-norms"))
+
+
+PICTURES: dict[str, Callable[[Read], Figure]] = {
+    "stages": lambda read: plots.stages_figure(read("digits")),
+    "damping": draw_damping,
+    "imbalance": lambda read: plots.imbalance_figure(read("digits-norms")),
+    "tasks": draw_tasks,
+    "kfac": lambda read: plots.kfac_figure(read("digits-compare")),
+    "ranking": lambda read: plots.ranking_figure(read("digits-compare")),
+    "layers": lambda read: plots.layers_figure(read("digits-layers")),
+    "toy": lambda _: plots.toy_figure(LeastSquares()),
+} | {name: lambda read, name=name: STUDIES[name].figure(read(name)) for name in STUDIES}
+"""What draws each picture."""
+
+
+def committed(name: str) -> pd.DataFrame:
+    """The rows in figures/data."""
+    return pd.read_parquet(DATA / f"{name}.parquet")
+
+
+def structure(figure: Figure) -> list[dict[str, Any]]:
+    """The panels of a picture: labels, scales, series and legend; numbers in texts become #."""
+    panels = [_panel(axes) for axes in figure.axes]
+    legends = [legend_texts(legend) for legend in figure.legends]
+    return [*panels, *({"legend": texts} for texts in legends)]
+
+
+def _panel(axes: Axes) -> dict[str, Any]:
+    legend = axes.get_legend()
+    return {
+        "title": _plain(axes.get_title() or axes.get_title(loc="left")),
+        "x": [_plain(axes.get_xlabel()), axes.get_xscale()],
+        "y": [_plain(axes.get_ylabel()), axes.get_yscale()],
+        "series": sorted({_plain(label) for label in axes.get_legend_handles_labels()[1]}),
+        "legend": legend_texts(legend) if legend else [],
+    }
+
+
+def legend_texts(legend: Any) -> list[str]:
+    """What a legend says, in any order, each once."""
+    return sorted({_plain(text.get_text()) for text in legend.get_texts()})
+
+
+def _plain(text: str) -> str:
+    """Without what differs between a quick and a full run: numbers, and where a line breaks."""
+    numbers = r"[−-]?\d+(\.\d+)?(e[−+-]?\d+)?[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]*"
+    return re.sub(numbers, "#", " ".join(text.split()))
+
+
+def make_rows(name: str, folder: Path, *, quick: bool) -> dict[str, Path]:
+    """Run the command behind some rows, after the one that it needs; returns its files."""
+    rows = ROWS[name]
+    if rows.after is not None and not all(
+        (folder / file).exists() for file in ROWS[rows.after].files.values()
+    ):
+        make_rows(rows.after, folder, quick=quick)
+    words = shlex.split(f"{rows.command} {rows.quick}" if quick else rows.command)
+    words = [sys.executable, "-m", *words] if words[0] == "ngeval" else words
+    subprocess.run(words, cwd=folder, check=True)  # noqa: S603  # the commands are those above
+    return {kept: folder / file for kept, file in rows.files.items()}
+
+
+def behind(picture: str) -> list[str]:
+    """The names of the commands that make a picture's rows."""
+    asked: list[str] = []
+
+    def read(name: str) -> pd.DataFrame:
+        asked.append(name)
+        return committed(name)
+
+    PICTURES[picture](read)
+    plt.close("all")
+    return [name for name, rows in ROWS.items() if set(rows.files) & set(asked)]
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Pictures; default: all.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Make their rows anew, too.")] = False,
+) -> None:
+    """Draw pictures, and keep their structure."""
     mpl.use("Agg")
+    chosen = names or list(PICTURES)
+    for name in chosen:
+        if name not in PICTURES:
+            raise InputError(f"unknown picture {name!r}; {nearest_name(name, PICTURES)}")
+    if rows:
+        renew(dict.fromkeys(made for name in chosen for made in behind(name)))
+    kept = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
+    read = cache(committed)
+    for name in chosen:
+        figure = PICTURES[name](read)
+        kept[name] = structure(figure)
+        plots.save_figure(figure, HERE / f"{name}.png")
+        print(f"{name}.png")
+    ordered = {name: kept[name] for name in PICTURES if name in kept}
+    text = json.dumps(ordered, indent=1, ensure_ascii=False)
+    STRUCTURE.write_text(text + "\n", encoding="utf-8")
+
+
+def renew(commands: Sequence[str] | dict[str, None]) -> None:
+    """Make rows at full size in a temporary folder and keep them in figures/data."""
     with tempfile.TemporaryDirectory() as folder:
-        demo = Demo(Path(folder) / "demo")
-        demo.run(lambda report: print(f"epoch {report.epoch}"), lambda step, total: None)
-        for kind, path in demo.figures.items():
-            shutil.copy(path, Path(__file__).parent / f"{kind}.png")
-        print(stages_text(demo.output / "results.parquet"))
+        for name in commands:
+            for kept, path in make_rows(name, Path(folder), quick=False).items():
+                shutil.copy(path, DATA / f"{kept}.parquet")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from committed_figures import KEPT, make
 
 from ngeval.studies import get_study
 from ngeval.studies.preconditioners import METHODS, MOMENTS, SMALL, STUDY
@@ -62,7 +63,9 @@ class TestRows:
 
     def test_figure_and_findings_of_the_rows(self, rows):
         assert len(STUDY.findings(rows)) == 10
-        assert [axes.get_ylabel() for axes in STUDY.figure(rows).axes] == ["γ/γ_SGD"] * 3
+        figure = STUDY.figure(rows)
+        assert [axes.get_ylabel() for axes in figure.axes] == ["γ/γ_SGD"] * 3
+        assert make.structure(figure) == KEPT["preconditioners"]
 
     def test_it_is_registered(self):
         assert get_study("preconditioners") is STUDY

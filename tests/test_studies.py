@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from committed_figures import KEPT, make
 from scipy.integrate import solve_ivp
 from typer.testing import CliRunner
 
@@ -86,6 +87,12 @@ class TestQuick:
             assert finding.verdict in out
             assert finding.rule
             assert "nan" not in finding.evidence
+
+    def test_the_figure_consists_of_what_the_committed_one_does(self, quick):
+        name, folder = quick
+        figure = get_study(name).figure(pd.read_parquet(folder / f"{name}.parquet"))
+        assert make.structure(figure) == KEPT[name]
+        plt.close("all")
 
     def test_rows_that_break_off_are_told(self, quick):
         name, folder = quick

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from committed_figures import KEPT, make
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
@@ -313,6 +314,7 @@ def test_the_quick_size_through_the_command(tmp_path):
     done = runner.invoke(app, ["study", "fadam", "--quick", "-o", str(tmp_path), "--quiet"])
     assert done.exit_code == 0, done.output
     rows = pd.read_parquet(tmp_path / "fadam.parquet")
+    assert make.structure(STUDY.figure(rows)) == KEPT["fadam"]
     training, gammas = (rows[rows["part"] == part] for part in ("training", "gamma"))
     assert (gammas["status"] == "ok").all()
     assert (gammas["gamma"] > 0).all()

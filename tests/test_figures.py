@@ -1,0 +1,86 @@
+"""The pictures of README and docs: made anew of quick rows, each consists of the same things.
+
+The studies' pictures are compared where the studies are run, in tests/test_studies*.py and
+tests/test_preconditioners.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from committed_figures import FIGURES, KEPT, make
+
+from ngeval.studies import STUDIES
+
+ROOT = FIGURES.parent
+OWN = [name for name in make.PICTURES if name not in STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Rows by name: each command is run once, with its quick options, when its rows are read."""
+    folder = tmp_path_factory.mktemp("rows")
+    made: dict[str, Path] = {}
+
+    def read(name: str) -> pd.DataFrame:
+        if name not in made:
+            command = next(key for key, rows in make.ROWS.items() if name in rows.files)
+            made.update(make.make_rows(command, folder, quick=True))
+        return pd.read_parquet(made[name])
+
+    return read
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_quick_rows_make_the_same_picture(name, quick):
+    assert make.structure(make.PICTURES[name](quick)) == KEPT[name]
+
+
+def test_another_picture_is_told_apart():
+    _, (left, right) = plt.subplots(1, 2)
+    for axes in (left, right):
+        axes.plot([1, 2], [1, 2], label="ef")
+        axes.set_xlabel("epoch 12")
+    before = make.structure(left.figure)
+    right.set_xlabel("epoch 3")
+    assert make.structure(left.figure) == before
+    for change in (
+        lambda: right.set_xlabel("step"),
+        lambda: right.set_yscale("log"),
+        lambda: right.plot([1, 2], [2, 1], label="sf"),
+        left.legend,
+        left.figure.add_subplot,
+    ):
+        change()
+        after = make.structure(left.figure)
+        assert after != before
+        before = after
+
+
+def test_every_picture_and_every_command_is_listed():
+    page = (FIGURES / "README.md").read_text(encoding="utf-8")
+    assert set(KEPT) == set(make.PICTURES) == {path.stem for path in FIGURES.glob("*.png")}
+    for name in make.PICTURES:
+        assert f"`{name}.png`" in page, name
+    for rows in make.ROWS.values():
+        command = re.sub(r"^\S*python\S* \S*/figures/", "python figures/", rows.command)
+        assert f"`{command}`" in page, command
+    kept = {path.stem for path in (FIGURES / "data").glob("*.parquet")}
+    assert kept == {name for rows in make.ROWS.values() for name in rows.files}
+
+
+def test_every_picture_on_a_page_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
