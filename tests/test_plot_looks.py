@@ -81,6 +81,7 @@ FIGURES = {
     "layers": lambda: layers_figure(layers(12, ("sgd", "ef", "ief", "ng"))),
     "layers-column": lambda: layers_figure(layers(24, ("sgd",))),
     "performance": lambda: performance_figure(seven_optimizers()),
+    "performance-loss": lambda: plot_performance(seven_optimizers(), what="train_loss").figure,
     "performance-column": lambda: plot_performance(seven_optimizers()).figure,
 }
 
@@ -156,9 +157,12 @@ class TestTicks:
     @pytest.mark.parametrize("name", ["x", "y"])
     @pytest.mark.parametrize(
         ("low", "high"),
-        [(1.0, 1.01), (0.95, 1.3), (0.2, 3.0), (3.0, 30.0), (1e-8, 1e4), (1e-30, 1e30), (2, 9)],
+        [
+            *[(1.0, 1.01), (0.95, 1.3), (0.2, 3.0), (3.0, 30.0), (1e-8, 1e4), (1e-30, 1e30)],
+            *[(2, 9), (0.25, 0.25), (0.25, 0.25 + 1e-16)],
+        ],
     )
-    def test_two_numbers_at_least_and_none_over_another(self, name, low, high):
+    def test_at_least_two_numbers_and_none_over_another(self, name, low, high):
         with mpl.rc_context(STYLE):
             figure, axes = plt.subplots(figsize=(1.7, 1.5), layout="constrained")
             axes.plot(*[[low, high]] * 2)

@@ -29,6 +29,7 @@ def log_scale(axes: Axes, *names: Literal["x", "y"]) -> None:
         axis = axes.xaxis if name == "x" else axes.yaxis
         getattr(axes, f"set_{name}scale")("log")
         plain_ticks(axis)
+    axes.autoscale_view()  # by the new ticks' own rule; limits that were set stay
 
 
 def plain_ticks(axis: Axis) -> None:
@@ -68,6 +69,13 @@ class _LogTicks(LogLocator):
             if 2 <= len(found) <= room:
                 return found
         return MaxNLocator(room, min_n_ticks=2).tick_values(low, high)
+
+    def nonsingular(self, v0: float, v1: float) -> tuple[float, float]:
+        low, high = sorted((v0, v1))
+        if low > 0 and high / low < 1 + 1e-9:  # values that differ by rounding, or not at all
+            return low / 2, high * 2
+        limits: tuple[float, float] = super().nonsingular(v0, v1)
+        return limits
 
     def _room(self) -> int:
         """How many numbers fit; side by side they need more than one above the other."""
