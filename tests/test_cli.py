@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 COMMANDS = (
     *("demo", "train", "gamma", "sweep", "compare", "layers", "imbalance", "plot", "tasks"),
+    "report",
     "methods",
 )
 KINDS = ("json", "optimizer.pt", "safetensors")

@@ -112,6 +112,7 @@ class TestCommands:
         assert (told["run"]["batch_size"], told["run"]["num_batches"]) == (8, 2)
         assert "ategorical" in told["run"]["likelihood"]
         assert told["format"] == 1
+        assert "padding_side" not in told["options"]  # of Hugging Face models alone
 
     def test_layers_and_imbalance_have_one(self, weights, tmp_path):
         which = ("-t", "digits-mlp", "-c", weights, *SMALL, "-m", "sgd")

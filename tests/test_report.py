@@ -412,6 +412,11 @@ class TestCharts:
         assert looks["sgd"].colours == ("#000000", "#f0f0f0")
         assert dark("#ffffff") == "#ffffff"
 
+    def test_narrow_intervals_are_told_from_one(self):
+        assert with_interval(1.0052, 1.0021, 1.0093) == "1.005 [1.002, 1.009]"
+        assert with_interval(0.5, 0.5, 0.5) == "0.5 [0.5, 0.5]"
+        assert with_interval(0.5, np.nan, np.nan) == "0.5"
+
     def test_many_methods_have_no_bands(self):
         table = gammas({"sgd": 1.0, **{f"m{i}": 0.5 for i in range(12)}})
         chart = next(gamma_charts(grades(table), checkpoint_labels([table])))

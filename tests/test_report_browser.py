@@ -301,6 +301,11 @@ class TestReaders:
         assert len(content) > 50_000
         assert driver.execute_script("return window.printed") == [660, "#1b1f24", True]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        tables = driver.find_elements(By.CSS_SELECTOR, ".sortable table")
+        metrics = {"width": 680, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        assert len(tables) == 2
+        assert all(table.size["width"] <= 680 for table in tables)  # of a sheet of A4
         hidden = driver.find_elements(By.CSS_SELECTOR, ".controls, nav, .save")
         assert not any(entry.is_displayed() for entry in hidden)
         assert "damping λ: 1e-6" in driver.find_element(By.CSS_SELECTOR, "figure .chosen").text

@@ -117,7 +117,7 @@ def layers(
         return job.layers(names, values, together, damping_scale, how, on_step)
 
     asked = as_options(
-        *(run, hub, step),
+        *_groups(run, hub, step),
         methods=names,
         dampings=values,
         groups=groups,
@@ -150,7 +150,7 @@ def imbalance(
     check_dampings([damping])
     check_result(out)
     job = make_run(run, hub, step)
-    asked = as_options(run, hub, step, methods=names, damping=damping)
+    asked = as_options(*_groups(run, hub, step), methods=names, damping=damping)
     table = collect(
         *(job, lambda job, _: job.imbalances(names, damping), "gradient norms", out), options=asked
     )
@@ -159,6 +159,11 @@ def imbalance(
 
 def _dampings(text: str) -> list[float]:
     return check_dampings(parse_dampings(text))
+
+
+def _groups(run: RunOptions, hub: HubOptions, step: StepOptions) -> list[object]:
+    """The options that a manifest tells: those of the hub where a model of it is asked for."""
+    return [run, step] if hub.hf_model is None else [run, hub, step]
 
 
 def grade(
@@ -177,7 +182,7 @@ def grade(
     def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
         return job.gammas(names, dampings, grading.damping_scale, how, on_step)
 
-    asked = as_options(*which, grading, methods=names, dampings=dampings)
+    asked = as_options(*_groups(*which), grading, methods=names, dampings=dampings)
     table = collect(job, tables, "grading updates", out, names, asked)
     report_failures(table)
     return table

@@ -311,7 +311,11 @@ def training_charts(rows: pd.DataFrame) -> Iterator[Chart]:
             "Tuned settings: mean over seeds with its 95 % t-interval.",
             "figure",
             options,
-            {"xaxis": {"automargin": True}, "yaxis": {"automargin": True}, "showlegend": False},
+            {
+                "xaxis": {"title": {"text": "mean over seeds"}, "automargin": True},
+                "yaxis": {"automargin": True},
+                "showlegend": False,
+            },
             ("optimizer", "of", "mean"),
             0,
             True,

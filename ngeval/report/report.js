@@ -26,11 +26,12 @@
   }
 
   // Ticks of a logarithmic axis: powers of ten alone, or with twos and fives, or as plotly has it.
-  function decades(traces, letter) {
+  function decades(traces, letter, width) {
     const values = traces.flatMap((trace) => trace[letter]).filter((value) => value > 0);
     const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 1e-300)) -
       Math.log10(values.reduce((a, b) => Math.min(a, b), 1e300));
-    if (span > 2.5) return { dtick: Math.ceil(span / 7) };
+    const room = letter === "x" ? Math.max(2, Math.floor(width / 80)) : 7;
+    if (span > 2.5) return { dtick: Math.ceil(span / room) };
     return span > 0.8 ? { dtick: "D2" } : { nticks: 7 };
   }
 
@@ -40,7 +41,7 @@
       gridcolor: grid,
       zerolinecolor: grid,
       ...told,
-      ...(told.type === "log" ? decades(traces, letter) : {}),
+      ...(told.type === "log" ? decades(traces, letter, width) : {}),
     });
     const names = traces.filter((trace) => trace.name && trace.showlegend !== false);
     const longest = Math.max(0, ...names.map((trace) => plain(trace.name).length));

@@ -146,7 +146,8 @@ def training_table(rows: pd.DataFrame) -> Table:
             mean, low, high = (told[f"{figure}_{end}"] for end in ("mean", "low", "high"))
             cells += [_numbered(mean), Cell(interval_text(low, high) or "–", _key(low))]
         cells += [_numbered(told["seeds"]), _numbered(told["diverged"])]
-        cells += [_numbered(told["learning_rate"]), _numbered(told["damping"])]
+        for setting in (told["learning_rate"], told["damping"]):
+            cells.append(_numbered(setting, "–" if math.isnan(setting) else damping_text(setting)))
         shown.append(Row(cells))
     data = next((name for name in table["data"] if name), "test")
     interval = ("interval", True)

@@ -60,7 +60,7 @@ def with_interval(value: float, low: float, high: float) -> str:
 def _digits(low: float, high: float) -> int:
     """As many as tell the ends of a narrow interval apart, and from 1."""
     spread = abs(high / low - 1) if low else math.inf
-    return 5 if spread < 0.002 else 4 if spread < 0.02 else 3
+    return 5 if 1e-4 < spread < 0.002 else 4 if 0.002 <= spread < 0.02 else 3
 
 
 def method_text(method: str) -> str:
