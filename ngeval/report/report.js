@@ -12,6 +12,10 @@
   const shown = (value) =>
     typeof value === "number" ? String(Number(value.toPrecision(4))) : plain(value);
 
+  // What a list shows, for paper.
+  const chosen = ({ labels, selectedOptions }) =>
+    `${labels[0].firstChild.textContent.trim()}: ${selectedOptions[0].text}`;
+
   function painted(trace, dark, ink) {
     const { points, colours, band } = trace.meta;
     if (points) {
@@ -76,7 +80,7 @@
   function draw(figure) {
     const chart = charts[figure.id];
     const select = figure.querySelector("select");
-    const traces = chart.traces[select ? Number(select.value) : 0];
+    const traces = chart.traces[Number(select?.value ?? 0)];
     const dark = darkPage.matches && !printing;
     const ink = dark ? "#e6e8eb" : "#1b1f24";
     const plot = figure.querySelector(".plot");
@@ -86,25 +90,16 @@
     config.modeBarButtons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
     plot.style.minHeight = `${layout.height}px`;
     Plotly.react(plot, traces.map((trace) => painted(trace, dark, ink)), layout, config);
-    if (select) {
-      const chosen = select.selectedOptions[0].text;
-      figure.querySelector(".chosen").textContent =
-        `${select.parentElement.firstChild.textContent.trim()}: ${chosen}`;
-    }
+    if (select) figure.querySelector(".chosen").textContent = chosen(select);
     if (figure.querySelector("details").open) fill(figure, chart, traces);
   }
 
   function fill(figure, chart, traces) {
     const table = figure.querySelector("details table");
     table.replaceChildren();
-    const heads = [...chart.columns, "low", "high"];
     const head = table.createTHead().insertRow();
-    for (const text of heads) {
-      const cell = document.createElement("th");
-      cell.scope = "col";
-      cell.textContent = text;
-      head.append(cell);
-    }
+    for (const textContent of [...chart.columns, "low", "high"])
+      head.append(Object.assign(document.createElement("th"), { scope: "col", textContent }));
     const body = table.createTBody();
     for (const trace of traces.filter((entry) => !entry.meta.band)) {
       trace.x.forEach((x, i) => {
@@ -115,9 +110,8 @@
         const row = body.insertRow();
         const values = [...where, chart.sideways ? x : trace.y[i], told[0], told[1]];
         values.forEach((value, place) => {
-          const cell = row.insertCell();
-          cell.textContent = shown(value);
-          if (place > 1) cell.className = "number";
+          const look = { textContent: shown(value), className: place > 1 ? "number" : "" };
+          Object.assign(row.insertCell(), look);
         });
       });
     }
@@ -138,8 +132,7 @@
     const keyOf = (row) => {
       const cell = row.cells[column];
       const { key } = cell.dataset;
-      if (key === undefined) return cell.textContent;
-      return key === "" ? NaN : Number(key);
+      return key === undefined ? cell.textContent : key === "" ? NaN : Number(key);
     };
     const rows = [...body.rows].map((row) => [keyOf(row), row]);
     rows.sort(([a], [b]) => {
@@ -159,8 +152,7 @@
       );
       count += !row.hidden;
     }
-    const told = selects.map((s) => `${s.parentElement.firstChild.textContent.trim()}: ${s.selectedOptions[0].text}`);
-    box.querySelector(".chosen").textContent = told.join("; ");
+    box.querySelector(".chosen").textContent = selects.map(chosen).join("; ");
     box.querySelector(".count").textContent = `${count} ${count === 1 ? "row" : "rows"}`;
   }
 
@@ -168,9 +160,9 @@
     const text = button.parentElement.querySelector("script").textContent;
     const packed = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([await new Response(stream).arrayBuffer()], { type: "text/csv" }));
-    link.download = button.dataset.name;
+    const content = new Blob([await new Response(stream).arrayBuffer()], { type: "text/csv" });
+    const link = Object.assign(document.createElement("a"), { download: button.dataset.name });
+    link.href = URL.createObjectURL(content);
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   }
@@ -181,15 +173,15 @@
     figure.querySelector("select")?.addEventListener("change", () => draw(figure));
     figure.querySelector("details").addEventListener("toggle", () => draw(figure));
   }
-  for (const button of document.querySelectorAll("th button"))
-    button.addEventListener("click", () => sorted(button));
+  const onClick = (what, done) =>
+    document.querySelectorAll(what).forEach((b) => b.addEventListener("click", () => done(b)));
+  onClick("th button", sorted);
+  onClick(".save", save);
   for (const box of document.querySelectorAll(".sortable")) {
     if (!box.querySelector("select")) continue;
     box.addEventListener("change", () => filtered(box));
     filtered(box);
   }
-  for (const button of document.querySelectorAll(".save"))
-    button.addEventListener("click", () => save(button));
   darkPage.addEventListener("change", drawAll);
   const folded = [...document.querySelectorAll("#measured details")];
   let closed = [];
