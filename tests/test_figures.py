@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from committed_figures import FIGURES, KEPT, make
+from looks import faults
 
 from ngeval.studies import STUDIES
 
@@ -39,6 +40,11 @@ def quick(tmp_path_factory):
         return pd.read_parquet(made[name])
 
     return read
+
+
+@pytest.mark.parametrize("name", sorted(set(OWN) - {"toy"}))  # toy: tests/test_toy.py
+def test_nothing_overlaps_in_the_committed_pictures(name):
+    assert faults(make.PICTURES[name](make.committed)) == []
 
 
 @pytest.mark.parametrize("name", OWN)

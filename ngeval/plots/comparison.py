@@ -23,6 +23,7 @@ from ngeval.plots.style import (
     own_axes,
     panels,
     styles_of,
+    without_legend,
 )
 from ngeval.plots.ticks import log_scale, number_text
 
@@ -114,8 +115,8 @@ def plot_ranking(
         axes.set_ylim(len(methods) - 0.4, -0.6)
         axes.axvline(1, color="#CC79A7", linewidth=1)
         log_scale(axes, "x")
-        axes.set_xlabel("γ/γ_min at the best λ (1: the natural gradient itself)")
-        legend_under(axes, 3)
+        axes.set_xlabel("γ/γ_min at the best λ (1: exact NG)")
+        legend_under(axes, 2)
     return axes
 
 
@@ -153,6 +154,8 @@ def ranking_figure(
     with in_style():
         figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
         plot_ranking(table, checkpoints, axes)
+        without_legend(axes)
+        legend_below(axes)  # as wide as the figure, names of methods and all
     return figure
 
 
