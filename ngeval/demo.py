@@ -11,6 +11,7 @@ import pandas as pd
 
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
+from ngeval.manifest import manifest
 from ngeval.plots import (
     FIGURE_SUFFIXES,
     damping_figure,
@@ -57,9 +58,14 @@ class Demo:
         task = get_task("digits-mlp")
         checkpoints = self.output / "checkpoints"
         self._check(task)
+        options = {
+            **{"task": task.name, "epochs": self.epochs, "batch_size": self.batch_size},
+            **{"num_batches": self.num_batches, "seed": self.seed},
+        }
+        told = manifest(options)
         with (
-            ResultFile(self.output / "results.parquet", force=self.force) as gammas,
-            ResultFile(self.output / "imbalance.parquet", force=self.force) as samples,
+            ResultFile(self.output / "results.parquet", force=self.force, told=told) as gammas,
+            ResultFile(self.output / "imbalance.parquet", force=self.force, told=told) as samples,
         ):
             training = Training(
                 task, checkpoints, epochs=self.epochs, seed=self.seed, force=self.force

@@ -1,7 +1,7 @@
 """Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, written so that none is lost.
 
 A file is replaced atomically, at most every few seconds and always at the end, also after an
-error or Ctrl-C: what a reader finds is a whole table.
+error or Ctrl-C: what a reader finds is a whole table. Its manifest comes with the first rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pandas as pd
 
 from ngeval.errors import OutputError
+from ngeval.manifest import write_manifest
 
 
 def _write_jsonl(table: pd.DataFrame, path: Path) -> None:
@@ -57,18 +59,22 @@ class ResultFile:
         rows: how many rows it has so far.
     """
 
-    def __init__(self, path: Path, *, force: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, force: bool = False, told: Mapping[str, Any] | None = None
+    ) -> None:
         """Check now, before any work, that the file can be written.
 
         Args:
             path: ``.csv``, ``.parquet`` or ``.jsonl``; missing folders are made.
             force: replace an existing file (not before there is something to replace it with).
+            told: its manifest, which is written as the first rows are; None: it has none.
 
         Raises:
             OutputError: unknown extension, the file exists, or its folder cannot be written.
         """
         self.path = path
         self._frames: list[pd.DataFrame] = []
+        self._told = told
         self._unsaved = False
         self._saved_at = time.monotonic()
         check_output(path, tuple(_WRITERS), force=force)
@@ -82,7 +88,8 @@ class ResultFile:
         """Add rows; they reach the disk within a few seconds and at the end."""
         self._frames.append(frame)
         self._unsaved = True
-        if time.monotonic() - self._saved_at > FLUSH_SECONDS:
+        first = self._told is not None
+        if first or time.monotonic() - self._saved_at > FLUSH_SECONDS:
             self.flush()
 
     def table(self) -> pd.DataFrame:
@@ -109,6 +116,9 @@ class ResultFile:
         finally:
             temporary.unlink(missing_ok=True)
         self._unsaved, self._saved_at = False, time.monotonic()
+        if self._told is not None:  # after the rows: it never lies beside another run's
+            write_manifest(self.path, self._told)
+            self._told = None
 
     def __enter__(self) -> ResultFile:
         return self

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import scipy
 
+from ngeval.bootstrap import mean_intervals
 from ngeval.errors import InputError
 
 SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
@@ -93,17 +93,10 @@ def _intervals(
     low, high = np.full((2, len(groups)), math.nan)
     for length in sorted({len(group) for group in groups} - {0, 1}):
         chosen = [i for i, group in enumerate(groups) if len(group) == length]
-        # Through the package, so that scipy.stats (a second to import) is loaded when needed.
-        result = scipy.stats.bootstrap(
-            (np.stack([groups[i] for i in chosen]),),
-            np.mean,
-            axis=-1,
-            confidence_level=confidence,
-            n_resamples=resamples,
-            method="percentile",
-            vectorized=True,
-            batch=100,
-            rng=np.random.default_rng(seed),
+        low[chosen], high[chosen] = mean_intervals(
+            np.stack([groups[i] for i in chosen]),
+            confidence=confidence,
+            resamples=resamples,
+            seed=seed,
         )
-        low[chosen], high[chosen] = result.confidence_interval
     return means, low, high

@@ -569,8 +569,10 @@ class TestDemo:
             *(f"checkpoints/epoch-00{i}.{kind}" for i in (0, 1) for kind in KINDS),
             "damping.png",
             "imbalance.parquet",
+            "imbalance.parquet.manifest.json",
             "imbalance.png",
             "results.parquet",
+            "results.parquet.manifest.json",
             "stages.png",
         ]
         for kind in ("stages", "damping", "imbalance"):

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import problems
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
 import ngeval
+from ngeval.bootstrap import mean_intervals
 from ngeval.evaluate import COLUMNS
 from ngeval.updates import DirectionUpdates
 
@@ -336,6 +338,15 @@ class TestSummary:
             # Two Monte Carlo estimates: three percent of the interval's width apart.
             tolerance = 0.03 * (interval[1] - interval[0])
             np.testing.assert_allclose(found.to_numpy(float), interval, rtol=0, atol=tolerance)
+
+    def test_intervals_are_scipys_with_the_same_draws(self):
+        values = np.random.default_rng(3).lognormal(size=(7, 5))
+        draws = np.random.default_rng(4)
+        expected = scipy.stats.bootstrap(
+            (values,), np.mean, axis=-1, method="percentile", n_resamples=500, rng=draws
+        ).confidence_interval
+        found = mean_intervals(values, resamples=500, seed=4)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
     def test_two_batches_are_a_known_case(self):
         # Means of two draws: 1, 2 or 3 with probabilities ¼, ½, ¼.

@@ -17,6 +17,7 @@ from trainings import ALONE, CLASSES, DROPPED, MISLED, NUMBERS, load_batches
 
 import ngeval.training.search
 from ngeval.errors import InputError, OutputError, TaskError
+from ngeval.manifest import read_manifest
 from ngeval.training import COLUMNS, Search, Training, default_grids
 from ngeval.training.grids import plan_trials
 
@@ -326,6 +327,9 @@ class TestFiles:
             next(job.run())
         assert len(list(tmp_path.iterdir())) == 3  # and no folder for a seed
         rows_of(dataclasses.replace(job, force=True))
+        told = read_manifest(tmp_path / "training.parquet")
+        assert told["options"]["learning_rates"] == [0.1, 0.2]
+        (tmp_path / "training.parquet.manifest.json").unlink()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["sgd", "training.parquet"]
 
 

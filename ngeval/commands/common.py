@@ -16,7 +16,7 @@ from ngeval import console
 from ngeval.checkpoints import Checkpoint
 from ngeval.errors import InputError
 from ngeval.evaluate import Progress
-from ngeval.manifest import manifest, write_manifest
+from ngeval.manifest import manifest
 from ngeval.options import OutputOptions
 from ngeval.results import ResultFile
 from ngeval.runs import Run
@@ -60,7 +60,10 @@ def collect(
         steps: the methods that are told of in each unit; none where a unit is one step.
         options: the command's, for the manifest.
     """
-    target = ResultFile(out.output, force=out.force) if out.output is not None else None
+    target = None
+    if out.output is not None:
+        told = manifest(options or {}, facts=facts(job))
+        target = ResultFile(out.output, force=out.force, told=told)
     size = max(1, len(steps))
     frames: list[pd.DataFrame] = []
     with console.progress_bar(out.quiet) as bar, target or contextlib.nullcontext():
@@ -78,9 +81,6 @@ def collect(
             frames.append(table)
             if target is not None:
                 target.append(table)
-                if len(frames) == 1:
-                    target.flush()  # so that a manifest never lies beside another run's rows
-                    write_manifest(target.path, manifest(options or {}, facts=facts(job)))
             bar.update(task, completed=len(frames) * size)
     if target is not None and not out.quiet:
         print(f"written: {target.path} ({target.rows} rows)", file=sys.stderr)

@@ -14,6 +14,7 @@ from rich.table import Table
 from ngeval import console
 from ngeval.commands.common import say
 from ngeval.errors import InputError, OutputError
+from ngeval.manifest import manifest
 from ngeval.optional import optional_module
 from ngeval.options import ForceOption, QuietOption, SeedOption
 from ngeval.plots import save_figure
@@ -71,7 +72,9 @@ def study(
         for package in chosen.needs:
             optional_module(package)  # what is missing is told now, not in the midst of the work
         size: Size = "quick" if quick else "full"
-        rows = _run(chosen, size, seed, data_dir, ResultFile(files.rows, force=force), quiet)
+        told = manifest({"study": name, "size": size, "seed": seed})
+        target = ResultFile(files.rows, force=force, told=told)
+        rows = _run(chosen, size, seed, data_dir, target, quiet)
     else:
         rows = check_rows(read_results(rows_from), chosen)
     findings = files.write(chosen, rows)

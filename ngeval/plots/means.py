@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ngeval.summary import summarize
+from ngeval import bootstrap
 
 
 def geometric_means(x: pd.Series, values: pd.Series[float]) -> pd.DataFrame:
@@ -15,10 +15,10 @@ def geometric_means(x: pd.Series, values: pd.Series[float]) -> pd.DataFrame:
         Columns ``x, gamma_over_sgd_geomean`` and that with ``_low`` and ``_high``, in order of x;
         intervals of a single value are NaN.
     """
-    # `summarize` is what intervals are made by; of its columns only the ratio is of interest here.
-    table = pd.DataFrame({"x": x, "gamma_over_sgd": values}).dropna()
-    table = table.assign(gamma=1.0, gamma_over_ng=1.0, gamma_floor=1.0, status="ok")
-    return summarize(table, "x").sort_values("x")
+    found = bootstrap.geometric_means(pd.DataFrame({"x": x, "value": values}), ["x"], "value")
+    mean = "gamma_over_sgd_geomean"
+    names = {"mean": mean, "low": f"{mean}_low", "high": f"{mean}_high"}
+    return found.rename(columns=names).sort_values("x")
 
 
 def line_with_band(

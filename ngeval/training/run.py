@@ -17,6 +17,7 @@ from torch import nn
 from ngeval.checkpoints import save_checkpoint, save_optimizer
 from ngeval.checks import check_device
 from ngeval.errors import InputError, ModelError, OutputError
+from ngeval.manifest import SUFFIX
 from ngeval.results import check_folder
 from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
@@ -224,10 +225,10 @@ def check_earlier(folder: Path, force: bool) -> None:
     Raises:
         OutputError: it does (without ``force``).
     """
-    earlier = _earlier(folder)
+    earlier = [path for path in _earlier(folder) if not path.name.endswith(SUFFIX)]
     if not earlier or force:
         return
-    if earlier[-1].name == RESULTS:
+    if any(path.name == RESULTS for path in earlier):
         raise OutputError(
             f"{folder} holds {RESULTS} of an earlier search; pass --force to replace it"
         )
@@ -237,15 +238,16 @@ def check_earlier(folder: Path, force: bool) -> None:
     )
 
 
-def remove_earlier(folder: Path, but: Path | None = None) -> None:
-    """Remove an earlier run's or search's files, but for one that is new."""
+def remove_earlier(folder: Path, but: str | None = None) -> None:
+    """Remove an earlier run's or search's files, but for a table that is new, and its manifest."""
     for path in _earlier(folder):
-        if path != but:
+        if but is None or path.name.removesuffix(SUFFIX) != but:
             path.unlink()
 
 
 def _earlier(folder: Path) -> list[Path]:
-    """The files of an earlier run or search in the folder itself, a search's table last."""
-    ours = re.compile(rf"epoch-\d+\.(safetensors|json|optimizer\.pt)|{re.escape(RESULTS)}")
+    """The files of an earlier run or search in the folder itself."""
+    table = rf"{re.escape(RESULTS)}({re.escape(SUFFIX)})?"
+    ours = re.compile(rf"epoch-\d+\.(safetensors|json|optimizer\.pt)|{table}")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if ours.fullmatch(path.name)]

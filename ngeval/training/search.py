@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from ngeval.errors import InputError, NgevalError, OutputError, TaskError
+from ngeval.manifest import as_options, manifest
 from ngeval.results import ResultFile
 from ngeval.tasks import Task
 from ngeval.training.grids import Grids, Trial, check_count, plan_trials
@@ -193,14 +195,19 @@ class Search:
         self._tell()
         target = None
         if self.output is not None:
-            target = ResultFile(self.output / RESULTS, force=self.force)
+            target = ResultFile(self.output / RESULTS, force=self.force, told=self._told())
         with target or nullcontext():
             for rows in self._all(on_epoch or (lambda report: None)):
                 if target is not None:
                     target.append(rows)
                     target.flush()  # at once: the next training may take hours
-                    remove_earlier(target.path.parent, but=target.path)
+                    remove_earlier(target.path.parent, but=target.path.name)
                 yield rows
+
+    def _told(self) -> dict[str, Any]:
+        """The manifest: all that was asked for."""
+        told = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return manifest(as_options(told | {"task": self.task.name, "on_note": None}))
 
     def _all(self, on_epoch: OnEpoch) -> Iterator[pd.DataFrame]:
         for name, trials in self.plan().items():
