@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from ngeval import plots
 from ngeval.comparison import three_stages
 from ngeval.errors import InputError, nearest_name
+from ngeval.manifest import manifest_path
 from ngeval.studies import STUDIES
 from ngeval.toy import LeastSquares
 
@@ -223,7 +224,10 @@ def renew(commands: Sequence[str] | dict[str, None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in commands:
             for kept, path in make_rows(name, Path(folder), quick=False).items():
-                shutil.copy(path, DATA / f"{kept}.parquet")
+                target = DATA / f"{kept}.parquet"
+                shutil.copy(path, target)
+                if (told := manifest_path(path)).exists():
+                    shutil.copy(told, manifest_path(target))
 
 
 if __name__ == "__main__":
