@@ -28,6 +28,7 @@ from ngeval.comparison import three_stages
 from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
+from ngeval.names import whole_or_short
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
@@ -93,7 +94,7 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
         label = str(name)[-40:]
         for told in ("step", "epoch"):
             if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
-                label = f"{told} {value:g}"
+                label = f"{told} {whole_or_short(value)}"
         labels[str(name)] = escape(label)
     if len(set(labels.values())) < len(labels):  # several runs
         return {name: escape(name[-40:]) for name in labels}

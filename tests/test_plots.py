@@ -473,3 +473,12 @@ def test_checkpoints_of_several_runs_keep_their_names():
     assert style.stage_label(steps) == "training step"
     assert style.with_stage(steps)["x"].tolist() == [10.0, 20.0]
     assert list(console.checkpoint_labels(steps).values()) == ["step 10", "step 20"]
+
+
+def test_steps_of_a_million_are_told_in_full():
+    steps = [999_999.0, 1_234_567.0, 1_234_568.0]
+    rows = [{"checkpoint": f"{step}.pt", "epoch": math.nan, "step": step} for step in steps]
+    table = pd.DataFrame(rows)
+    expected = [f"step {step:.0f}" for step in steps]
+    assert list(console.checkpoint_labels(table).values()) == expected
+    assert [style.checkpoint_title(table, row["checkpoint"]) for row in rows] == expected

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from ngeval.errors import InputError, OutputError
+from ngeval.names import whole_or_short
 
 STYLE: dict[Any, Any] = dict(
     mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)
@@ -151,7 +152,7 @@ def stage_ticks(axes: Axes, x: pd.Series) -> None:
     if x.nunique() == 1:
         where = float(x.iloc[0])
         axes.set_xlim(where - 1, where + 1)
-        axes.set_xticks([where], [f"{where:g}"])
+        axes.set_xticks([where], [whole_or_short(where)])
         return
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -170,7 +171,7 @@ def checkpoint_title(table: pd.DataFrame, name: str) -> str:
     """A checkpoint's epoch or step, or else its name."""
     rows = table[table["checkpoint"] == name]
     told = _told(rows)
-    return str(name) if told is None or rows.empty else f"{told} {rows[told].iloc[0]:g}"
+    return str(name) if told is None or rows.empty else f"{told} {whole_or_short(rows[told].iloc[0])}"
 
 
 def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
