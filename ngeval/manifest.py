@@ -149,7 +149,11 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
+    except RecursionError as error:
+        raise OutputError(
+            f"{path} cannot be read as a manifest: it is nested too deep; delete it"
+        ) from error
     except (OSError, ValueError) as error:
         raise OutputError(
             f"{path} cannot be read as a manifest: {error}; delete it, if it is of no use"

@@ -175,10 +175,12 @@ def read_results(path: Path) -> pd.DataFrame:
     """Read a result file back.
 
     Raises:
-        OutputError: it does not exist, has another extension or is not such a table.
+        OutputError: it does not exist, is a folder, has another extension or is not such a table.
     """
     if path.suffix not in _READERS:
         raise OutputError(f"{path}: results are {', '.join(_READERS)} files")
+    if path.is_dir():
+        raise OutputError(f"result file {path} is a folder; name a file in it")
     if not path.is_file():
         raise OutputError(f"result file {path} does not exist")
     try:

@@ -8,12 +8,20 @@ from typing import Any
 import pandas as pd
 
 from ngeval.comparison import three_stages
-from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.layer_summary import leading_layers, with_rest
 from ngeval.performance import performance
 from ngeval.report import colours
 from ngeval.report.colours import Look, looks_of
-from ngeval.report.summaries import Grades, at_best, imbalance_means, in_order, norm_quantiles
-from ngeval.report.text import chart_text, damping_text
+from ngeval.report.summaries import (
+    Grades,
+    are_norms,
+    at_best,
+    imbalance_means,
+    in_order,
+    layer_means,
+    norm_quantiles,
+)
+from ngeval.report.text import chart_text, damping_text, with_interval
 from ngeval.report.traces import Chart, Line, Trace, dots, log_axis, reference, rounded, stage_axis
 
 RATIO = "γ / γ<sub>SGD</sub>"
@@ -96,15 +104,15 @@ def _ratio_line(
     band: bool = True,
 ) -> list[Trace]:
     """γ/γ_SGD of a method; hover tells method, checkpoint, λ, value and interval."""
-    interval = "" if rows["low"].isna().all() else " [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]"
     hover = (
         "%{fullData.name}<br>%{customdata[3]}, λ = %{customdata[4]}<br>"
-        f"{RATIO} = %{{y:.3~g}}{interval}<br>batches: %{{customdata[2]}}<extra></extra>"
+        f"{RATIO} = %{{customdata[5]}}<br>batches: %{{customdata[2]}}<extra></extra>"
     )
     extra = (
         [int(count) for count in rows["batches"]],
         [chart_text(labels[name]) for name in rows["checkpoint"]],
         [damping_text(value) for value in rows["damping"]],
+        [with_interval(*row) for row in rows[["ratio", "low", "high"]].to_numpy(dtype=float)],
     )
     ends = (rows["low"].tolist(), rows["high"].tolist())
     line = Line(method, look, x, rows["ratio"].tolist(), *ends, hover, extra, markers, band)
@@ -176,6 +184,9 @@ def _ranking(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> C
 def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
     """Gradient norms and their imbalance over training."""
     samples = in_order(samples)
+    samples = samples[are_norms(samples)]
+    if samples.empty:
+        return
     names = [str(name) for name in samples["checkpoint"].unique()]
     x, axis = stage_axis(samples, names, labels)
     yield _norms(samples, x, [chart_text(labels[name]) for name in names], axis)
@@ -184,14 +195,15 @@ def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Cha
         return
     place = dict(zip(names, x, strict=True))
     hover = (
-        "%{customdata[3]}<br>max/min = %{y:.3~g} [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]"
-        "<br>batches: %{customdata[2]}<extra></extra>"
+        "%{customdata[3]}<br>max/min = %{customdata[4]}<br>batches: %{customdata[2]}<extra></extra>"
     )
     where = [place[name] for name in means["checkpoint"]]
     ends = (means["low"].tolist(), means["high"].tolist())
     told = [chart_text(labels[name]) for name in means["checkpoint"]]
     counts = [int(count) for count in means["count"]]
-    line = Line("max/min", NATURAL, where, means["mean"].tolist(), *ends, hover, (counts, told))
+    shown = [with_interval(*row) for row in means[["mean", "low", "high"]].to_numpy(dtype=float)]
+    extra = (counts, told, shown)
+    line = Line("max/min", NATURAL, where, means["mean"].tolist(), *ends, hover, extra)
     yield Chart(
         "Imbalance of gradient norms",
         "Largest over smallest per-sample gradient norm of a batch: geometric mean over batches "
@@ -234,10 +246,9 @@ def _norms(
 
 def layer_charts(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
     """What each layer of an update buys and spends."""
-    rows = table[table["status"] != "failed"]
-    if rows.empty:
+    summary = layer_means(table)
+    if summary is None:
         return
-    summary = summarize_layers(in_order(rows))
     keys = summary[["checkpoint", "method", "damping"]].drop_duplicates().to_numpy().tolist()
     if len(keys) > MAX_OPTIONS:
         kept = three_stages(summary)

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy
 
-from ngeval.layer_summary import summarize_layers
-from ngeval.performance import performance
-from ngeval.report.sources import GAMMAS, LAYERS, SAMPLES, TRAINING, Topic
+from ngeval.report.other_findings import (
+    FEW,
+    imbalance_findings,
+    imbalance_with_ef,
+    layer_findings,
+    training_findings,
+)
+from ngeval.report.rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.sources import Topic
 from ngeval.report.summaries import (
     Grades,
     at_best,
     free_of_damping,
     grades,
-    imbalance_means,
-    imbalances,
     paired,
 )
 from ngeval.report.text import (
+    above_one,
+    below_one,
+    counted,
     damping_text,
     interval_text,
     listed,
     method_text,
     number,
+    value_text,
     with_interval,
 )
-
-FEW = 5
-"""Batches below which a bootstrap interval is too narrow to lean on."""
 
 SHOWN = 6
 """Methods that a sentence names with their numbers."""
@@ -55,14 +59,14 @@ def findings(topic: Topic, made: Grades | None = None) -> list[str]:
         found += list(_gammas(short, labels)) if short else ["No row could be computed."]
         if short and SAMPLES in topic.tables:
             samples = topic.tables[SAMPLES]
-            found += [*_imbalance(samples, labels), *_together(short, samples)]
+            found += [*imbalance_findings(samples, labels), *imbalance_with_ef(short, samples)]
         found += list(_bounds(short, labels)) if short else []
     elif SAMPLES in topic.tables:
-        found += list(_imbalance(topic.tables[SAMPLES], labels))
+        found += list(imbalance_findings(topic.tables[SAMPLES], labels))
     if LAYERS in topic.tables:
-        found += list(_layers(topic.tables[LAYERS], labels))
+        found += list(layer_findings(topic.tables[LAYERS], labels))
     if TRAINING in topic.tables:
-        found += list(_training(topic.tables[TRAINING]))
+        found += list(training_findings(topic.tables[TRAINING]))
     return found
 
 
@@ -74,7 +78,7 @@ def _gammas(short: Grades, labels: dict[str, str]) -> Iterator[str]:
     if not part.empty:
         yield _headline(part, f"λ = {damping_text(damping)} and {labels[last]}")
         yield from _verdicts(part)
-    yield from _caution(short)
+    yield from _caution(short, last)
     yield from _nearest(short, labels[last])
     yield from _over_training(short, labels)
     yield from _ranges(short, labels[last])
@@ -85,15 +89,16 @@ def _headline(part: pd.DataFrame, where: str) -> str:
     """Each method's γ over SGD's."""
     known = [part[part["method"] == name] for name in FIRST]
     ordered = pd.concat([*known, part[~part["method"].isin(FIRST)].sort_values("ratio")])
-    told = [
-        f"{method_text(row['method'])} {'' if index else 'is '}{number(row['ratio'])} × "
-        f"{'' if index else 'SGD '}{interval_text(row['low'], row['high'])}".rstrip()
-        for index, row in enumerate(ordered.head(SHOWN).to_dict("records"))
-    ]
+    told = []
+    for index, row in enumerate(ordered.head(SHOWN).to_dict("records")):
+        ends = (row["low"], row["high"])
+        is_, sgd = ("", "") if index else ("is ", "SGD ")
+        value = f"{value_text(row['ratio'], *ends)} × {sgd}{interval_text(*ends)}".rstrip()
+        told.append(f"{method_text(row['method'])} {is_}{value}")
     rest = len(ordered) - SHOWN
     more = f"; {rest} more in the table" if rest > 0 else ""
     batches = part["batches"]
-    over = _count(int(batches.min()), int(batches.max()), "batch", "batches")
+    over = counted(int(batches.min()), int(batches.max()), "batch", "batches")
     means = f"geometric mean over {over}, 95 % bootstrap interval" if batches.max() > 1 else over
     return f"At {where}, {listed(told)} (γ over SGD's, {means}; smaller is better{more})."
 
@@ -104,28 +109,44 @@ def _verdicts(part: pd.DataFrame) -> Iterator[str]:
         yield "There is one batch, so no interval, and which of these differ from SGD is not told."
         return
     groups = {
-        "nearer to the natural gradient than SGD": part["high"] < 1,
-        "farther from it than SGD": part["low"] > 1,
+        "nearer to the natural gradient than SGD": below_one(part["high"]),
+        "farther from it than SGD": above_one(part["low"]),
     }
-    decided = groups["nearer to the natural gradient than SGD"] | groups["farther from it than SGD"]
+    groups["cannot be told from SGD with these batches"] = part["low"].notna() & ~(
+        below_one(part["high"]) | above_one(part["low"])
+    )
+    groups["not told, for one batch has no interval"] = part["low"].isna()
     told = [
         f"{what}: {listed([method_text(name) for name in part.loc[chosen, 'method']])}"
         for what, chosen in groups.items()
         if chosen.any()
     ]
-    if (unknown := part.loc[~decided, "method"]).size:
-        names = listed([method_text(name) for name in unknown])
-        told.append(f"cannot be told from SGD with these batches: {names}")
     sentence = "; ".join(told)
     yield f"There, {sentence}."
 
 
-def _caution(short: Grades) -> Iterator[str]:
-    if 1 < short.batches < FEW:
-        yield (
-            f"Caution: intervals over {short.batches} batches are too narrow, and say little more "
-            f"than the range of the batches; grade {FEW} or more."
-        )
+def _caution(short: Grades, checkpoint: str) -> Iterator[str]:
+    """Which intervals rest on few batches: all of them, or whose and where."""
+    summary = short.summary[short.summary["method"] != "sgd"]
+    known = summary[summary["batches"] > 1]
+    few = known[known["batches"] < FEW]
+    if few.empty:
+        return
+    batches = counted(int(few["batches"].min()), int(few["batches"].max()), "batch", "batches")
+    whose = "intervals"
+    if len(few) < len(known):
+        names = list(dict.fromkeys(few["method"]))
+        shown = [method_text(name) for name in names[:SHOWN]]
+        rest = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        everywhere = known["method"].isin(names) & (known["batches"] >= FEW)
+        where = "" if not everywhere.any() else " at some checkpoints and λ"
+        if where and (few["checkpoint"] == checkpoint).all():
+            where = " at the last checkpoint"
+        whose = f"intervals of {listed([*shown, *rest])}{where}"
+    yield (
+        f"Caution: {whose} over {batches} are too narrow, and say little more than the range of "
+        f"the batches; grade {FEW} or more."
+    )
 
 
 def _nearest(short: Grades, label: str) -> Iterator[str]:
@@ -146,7 +167,7 @@ def _nearest(short: Grades, label: str) -> Iterator[str]:
     )
     ratio, low, high = paired(_rows(short, second), _rows(short, first))
     behind = f"{_at(second, free)}, {with_interval(ratio, low, high)} × that batch by batch"
-    if low > 1:
+    if above_one(low):
         sentence += f"; the next is {behind}"
     elif not math.isnan(low):
         sentence += f", which cannot be told from {behind}"
@@ -181,8 +202,9 @@ def _over_training(short: Grades, labels: dict[str, str]) -> Iterator[str]:
         rows = [_rows(short, key | {"checkpoint": name}) for name in ends]
         values = [number(float(part["ratio"][method])) for part in at]
         times, low, high = paired(rows[1], rows[0])
-        sure = low > 1 or high < 1
-        change = f"× {with_interval(times, low, high)}" if sure else "no change that can be told"
+        sure = above_one(low) or below_one(high)
+        change = "no change that can be told" if not math.isnan(low) else "without an interval"
+        change = f"× {with_interval(times, low, high)}" if sure else change
         changes.append((abs(math.log(times)) if sure else 0.0, method, values, change))
     # The largest changes, in the order in which methods are named everywhere.
     largest = sorted(changes, key=lambda entry: (entry[1] not in FIRST, -entry[0]))[:5]
@@ -208,7 +230,8 @@ def _ranges(short: Grades, label: str) -> Iterator[str]:
     told: dict[str, list[str]] = {}
     for method in [*FIRST, *(m for m in short.methods if m not in FIRST)]:
         rows = last[(last["method"] == method) & (last["damping"] > 0)].sort_values("damping")
-        if method in free or rows["high"].isna().all():
+        rows = rows[rows["high"].notna()]
+        if method in free or rows.empty:
             continue
         told.setdefault(_range(rows, len(dampings)), []).append(method_text(method))
     if told:
@@ -218,12 +241,16 @@ def _ranges(short: Grades, label: str) -> Iterator[str]:
 
 
 def _range(rows: pd.DataFrame, count: int) -> str:
-    below = (rows["high"] < 1).to_numpy()
-    dampings = rows["damping"].to_numpy()
-    places = np.flatnonzero(below)
+    """Where the interval is below 1, of the λ that the method has one for."""
+    own = "" if len(rows) == count else f" of the {len(rows)} that it has an interval for"
+    where = _places(rows["damping"].tolist(), np.flatnonzero(below_one(rows["high"])))
+    return f"{where}{own}"
+
+
+def _places(dampings: Sequence[float], places: np.ndarray) -> str:
     if not len(places):
         return "at none"
-    if len(places) == count:
+    if len(places) == len(dampings):
         return "at all"
     ends = [damping_text(float(dampings[place])) for place in (places[0], places[-1])]
     if len(places) < places[-1] - places[0] + 1:
@@ -258,46 +285,6 @@ def _at_an_end(short: Grades, label: str) -> Iterator[str]:
         )
 
 
-def _imbalance(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
-    """Largest over smallest gradient norm, at the first and the last checkpoint."""
-    means = imbalance_means(samples)
-    if means.empty:
-        yield "Every batch has a sample with no gradient, so the imbalance of norms is infinite."
-        return
-    told = [
-        f"{number(row['mean'])} {interval_text(row['low'], row['high'])}".rstrip()
-        + f" × the smallest at {labels[row['checkpoint']]}"
-        for row in means.iloc[[0, -1] if len(means) > 1 else [0]].to_dict("records")
-    ]
-    over = _count(int(means["count"].min()), int(means["count"].max()), "batch", "batches")
-    sentence = " and ".join(told)
-    yield f"The largest per-sample gradient norm of a batch is {sentence} (means over {over})."
-    lost = int((~np.isfinite(imbalances(samples)["imbalance"])).sum())
-    if lost:
-        holders = "One batch holds" if lost == 1 else f"{lost} batches hold"
-        yield f"{holders} a sample without a gradient, whose imbalance is not counted."
-
-
-def _together(short: Grades, samples: pd.DataFrame) -> Iterator[str]:
-    """Whether EF's ratio goes with the imbalance, over checkpoints."""
-    means = imbalance_means(samples).rename(columns={"mean": "imbalance"})
-    ef = short.summary[
-        (short.summary["method"] == "ef") & (short.summary["damping"] == short.smallest)
-    ]
-    both = ef[["checkpoint", "ratio"]].merge(means[["checkpoint", "imbalance"]])
-    if len(both) < FEW:
-        return
-    # Through the package, so that scipy.stats is loaded when needed.
-    rank = float(scipy.stats.spearmanr(both["ratio"], both["imbalance"]).statistic)
-    if math.isnan(rank):
-        return
-    what = "grows with the imbalance" if rank > 0.5 else "does not simply go with the imbalance"
-    yield (
-        f"EF's γ over SGD's {what}: Spearman's ρ is {rank:.2f} over the {len(both)} checkpoints at "
-        f"λ = {damping_text(short.smallest)} (checkpoints of one run are not independent)."
-    )
-
-
 def _bounds(short: Grades, labels: dict[str, str]) -> Iterator[str]:
     """How far down γ can go."""
     last = short.stages.to_dict("records")[-1]
@@ -313,68 +300,3 @@ def _bounds(short: Grades, labels: dict[str, str]) -> Iterator[str]:
         yield f"{sentence}, which is the closed-form floor to within 0.5 %."
     else:
         yield f"{sentence}, {number(gap)} × the closed-form floor."
-
-
-def _layers(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
-    """The layer of each update that spends most above what it buys."""
-    if (table["status"] == "failed").all():
-        yield "No layer could be graded."
-        return
-    summary = summarize_layers(table)
-    last = summary[summary["checkpoint"] == summary["checkpoint"].iloc[-1]]
-    last = last[last["damping"] == last["damping"].min()]
-    ordered = last.loc[last.groupby("method", sort=False)["excess"].idxmax()]
-    told = [
-        f"{method_text(row['method'])} in layer {row['layer']} ({_percent(row['curvature_share'])} "
-        f"of its KL for {_percent(row['decrease_share'])} of the loss it buys)"
-        for row in ordered.nlargest(3, "excess").to_dict("records")
-        if row["excess"] > 0.005
-    ]
-    if told:
-        where = (
-            f"{labels[str(last['checkpoint'].iloc[0])]}, λ = {damping_text(last['damping'].min())}"
-        )
-        yield f"Updates lose most at {where}: {'; '.join(told)}."
-
-
-def _training(rows: pd.DataFrame) -> Iterator[str]:
-    """The optimizer with the best mean, and whether the next is told from it."""
-    for task, table in performance(rows).groupby("task", sort=False):
-        ranked = table[table["seeds"] > 0].sort_values("rank")
-        if ranked.empty:
-            yield f"On {task} no tuned training came to its end."
-            continue
-        metric, data = str(ranked["metric"].iloc[0]), str(ranked["data"].iloc[0])
-        figure = f"{data} {metric.removeprefix('test_')}"
-        best, *others = ranked.to_dict("records")
-        seeds = _count(best["seeds"], best["seeds"], "seed", "seeds")
-        sentence = (
-            f"On {task}, {best['optimizer']} has the best mean {figure}: {_mean(best, metric)}"
-        )
-        if others:
-            second = others[0]
-            apart = _apart(best, second, metric)
-            verdict = "" if apart else " (their intervals overlap)"
-            sentence += f", before {second['optimizer']} with {_mean(second, metric)}{verdict}"
-        yield f"{sentence} ({seeds}, 95 % t-interval)."
-        if edges := [row["optimizer"] for row in ranked.to_dict("records") if row["edge"]]:
-            yield f"On {task} a tuned setting lies at an end of those tried for {listed(edges)}."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _mean(row: dict[Any, Any], metric: str) -> str:
-    values = (row[f"{metric}_{end}"] for end in ("mean", "low", "high"))
-    return with_interval(*values)
-
-
-def _apart(first: dict[Any, Any], second: dict[Any, Any], metric: str) -> bool:
-    ends = [(row[f"{metric}_low"], row[f"{metric}_high"]) for row in (first, second)]
-    return bool(ends[0][0] > ends[1][1] or ends[0][1] < ends[1][0])
-
-
-def _count(least: int, most: int, one: str, many: str) -> str:
-    amount = f"{least}" if least == most else f"{least} to {most}"
-    return f"{amount} {one if most == 1 else many}"

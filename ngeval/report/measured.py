@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from ngeval.memory import describe_bytes
-from ngeval.report.sources import GAMMAS, LAYERS, SAMPLES, TRAINING, Source, Topic
-from ngeval.report.text import checkpoint_labels, damping_text, listed
+from ngeval.report.rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.sources import Source, Topic
+from ngeval.report.text import checkpoint_labels, damping_text, listed, shortened
 
 SCALES = {
     "absolute": "absolute: λ is added to the sum-reduced curvature",
@@ -42,6 +43,12 @@ NOT_RECORDED = "not recorded"
 MANY = 12
 """Names in a list before the rest is counted."""
 
+LONG = 2_000
+"""Characters of a manifest's entry that are shown."""
+
+MOST_MEMORY = 2**60
+"""Bytes of memory that no machine has."""
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -65,7 +72,7 @@ class Trouble:
 def facts(topic: Topic) -> list[tuple[str, str]]:
     """What was measured on a task, and how, as pairs of a name and its value."""
     graded = [topic.tables[kind] for kind in (GAMMAS, LAYERS, SAMPLES) if kind in topic.tables]
-    told: list[tuple[str, str]] = [("files", listed([str(s.path.name) for s in topic.sources]))]
+    told: list[tuple[str, str]] = [("files", listed([source.shown for source in topic.sources]))]
     if graded:
         told += _checkpoints(graded)
         told += _batches(graded)
@@ -105,10 +112,10 @@ def _methods(table: pd.DataFrame, name: str) -> list[tuple[str, str]]:
     dampings = sorted(table["damping"].dropna().unique())
     shown = ", ".join(damping_text(value) for value in dampings)
     if len(dampings) > 6:
-        zero = "0 and " if dampings[0] == 0 else ""
-        positive = [value for value in dampings if value > 0]
-        ends = f"{damping_text(positive[0])} to {damping_text(positive[-1])}"
-        shown = f"{zero}{len(positive)} values from {ends}"
+        zero = "0 and " if 0 in dampings else ""
+        others = [value for value in dampings if value != 0]
+        ends = f"{damping_text(others[0])} to {damping_text(others[-1])}"
+        shown = f"{zero}{len(others)} values from {ends}"
     scale = _values([table], "damping_scale")
     words = "; ".join(SCALES.get(value, value) for value in scale) or f"scale {NOT_RECORDED}"
     return [(name, ", ".join(methods)), ("damping λ", f"{shown} ({words})")]
@@ -142,7 +149,8 @@ def _settings(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
 
 def _run_of(values: Sequence[str]) -> bool:
     """Whether seeds follow each other, as those of a run's batches do."""
-    return values == [str(int(values[0]) + place) for place in range(len(values))]
+    first = int(values[0]) if values[0].removeprefix("-").isdecimal() else None
+    return first is not None and values == [str(first + i) for i in range(len(values))]
 
 
 def _trainings(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -161,9 +169,9 @@ def run_facts(source: Source) -> list[tuple[str, str]]:
         return []
     versions, machine = _mapping(told, "versions"), _mapping(told, "machine")
     found = [
-        ("command", str(told.get("command", NOT_RECORDED))),
-        ("created", str(told.get("created", NOT_RECORDED))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or NOT_RECORDED),
+        ("command", _text(told.get("command", NOT_RECORDED))),
+        ("created", _text(told.get("created", NOT_RECORDED))),
+        ("versions", ", ".join(f"{k} {_text(v)}" for k, v in versions.items()) or NOT_RECORDED),
         ("machine", _machine(machine) or NOT_RECORDED),
     ]
     run, options = _mapping(told, "run"), _mapping(told, "options")
@@ -172,12 +180,16 @@ def run_facts(source: Source) -> list[tuple[str, str]]:
 
 
 def _machine(told: dict[str, Any]) -> str:
-    parts = [str(told.get("cpu", "")), f"{told['cores']} cores" if "cores" in told else ""]
-    parts.append(f"{told['threads']} threads" if "threads" in told else "")
-    if isinstance(told.get("memory"), int):
-        parts.append(describe_bytes(told["memory"]))
-    parts += [str(name) for name in told.get("gpus") or ["no GPU"]] if told else []
-    return ", ".join(part for part in [*parts, str(told.get("platform", ""))] if part)
+    if not told:
+        return ""
+    parts = [_text(told.get("cpu"))]
+    parts += [f"{_text(told[name])} {name}" for name in ("cores", "threads") if name in told]
+    memory = told.get("memory")
+    if isinstance(memory, int) and 0 < memory < MOST_MEMORY:
+        parts.append(describe_bytes(memory))
+    gpus = told.get("gpus") or ["no GPU"]
+    parts += [_text(name) for name in (gpus if isinstance(gpus, list) else [gpus])]
+    return ", ".join(part for part in [*parts, _text(told.get("platform"))] if part)
 
 
 def troubles(topic: Topic) -> list[Trouble]:
@@ -232,5 +244,10 @@ def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return _some([str(entry) for entry in value])
-    return "" if value is None else str(value)
+        return _some([_text(entry) for entry in value[: MANY + 1]]) + (
+            f" and {len(value) - MANY - 1} more" if len(value) > MANY + 1 else ""
+        )
+    try:
+        return "" if value is None else shortened(str(value), LONG)
+    except RecursionError:
+        return "(nested too deep to be shown)"

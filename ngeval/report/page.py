@@ -29,9 +29,11 @@ from ngeval.report.charts import (
 from ngeval.report.colours import DARK
 from ngeval.report.findings import findings
 from ngeval.report.measured import CONVENTIONS, Trouble, facts, run_facts, troubles
-from ngeval.report.sources import GAMMAS, LAYERS, SAMPLES, TRAINING, Source, Topic, topics
+from ngeval.report.rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table, training_table
+from ngeval.report.text import printable
 from ngeval.report.traces import Chart
 
 MAX_CELLS = 4_000_000
@@ -93,14 +95,19 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     charts = {key: chart for entry in shown for key, chart in entry.charts.items()}
     told: list[Trouble] = [trouble for topic in found for trouble in troubles(topic)]
     scripts = {"plotly": get_plotlyjs() if charts else "", "own": _file("report.js")}
-    return _template().render(
+    page = _template().render(
         title=title or "ngeval: " + ", ".join(topic.name for topic in found),
         dark=DARK,
         shown=shown,
         several=len(shown) > 1,
         conventions=CONVENTIONS if any(made.values()) else (),
-        runs=[(source.path.name, run_facts(source)) for source in sources],
+        runs=[(source.shown, run_facts(source)) for source in sources],
         failures=[trouble for trouble in told if trouble.status != "ok"],
+        notes=list(
+            dict.fromkeys(
+                [*(n for s in sources for n in s.notes), *(n for t in found for n in t.notes)]
+            )
+        ),
         remarks=[trouble for trouble in told if trouble.status == "ok"],
         downloads=[_download(source, made, found) for source in sources],
         data=json_text({key: chart.payload() for key, chart in charts.items()}),
@@ -110,6 +117,7 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("ngeval"),
     )
+    return printable(page)  # a name that is no text must not cost the page
 
 
 def json_text(value: Any) -> str:
@@ -147,7 +155,8 @@ def _shown(topic: Topic, short: Grades | None, ids: count[int]) -> Shown:
 
 
 def _download(source: Source, made: dict[str, Grades | None], found: Sequence[Topic]) -> Download:
-    table, name = source.table, f"{source.path.stem}.csv"
+    table, stem = source.table, source.shown.removesuffix(source.path.suffix).replace("/", "-")
+    name = f"{stem}.csv"
     note = f"{len(table):,} rows, all columns"
     if table.size > MAX_CELLS:
         parts = [
@@ -159,13 +168,13 @@ def _download(source: Source, made: dict[str, Grades | None], found: Sequence[To
         ]
         lost = f"the {len(table):,} rows themselves are too many for a page"
         if not parts:
-            return Download(name, source.path.name, "", lost)
-        name, note = f"{source.path.stem}-means.csv", f"means over batches; {lost}"
+            return Download(name, source.shown, "", lost)
+        name, note = f"{stem}-means.csv", f"means over batches; {lost}"
         table = pd.concat(parts)
     text = io.BytesIO()
-    table.to_csv(text, index=False, encoding="utf-8")
+    table.to_csv(text, index=False, encoding="utf-8", errors="replace")
     packed = gzip.compress(text.getvalue(), compresslevel=6, mtime=0)
-    return Download(name, source.path.name, base64.b64encode(packed).decode("ascii"), note)
+    return Download(name, source.shown, base64.b64encode(packed).decode("ascii"), note)
 
 
 def _policy(scripts: dict[str, str]) -> str:

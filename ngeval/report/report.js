@@ -7,10 +7,11 @@
   let printing = false;
 
   // Names in charts carry entities, because plotly reads some HTML in labels.
-  const ENTITIES = { "&lt;": "<", "&gt;": ">", "&#36;": "$", "&amp;": "&" };
-  const plain = (text) => String(text ?? "").replace(/&(lt|gt|#36|amp);/g, (e) => ENTITIES[e]);
+  const ENTITIES = { "&lt;": "<", "&gt;": ">", "&#36;": "$", "&#37;": "%", "&amp;": "&" };
+  const plain = (text) => String(text ?? "").replace(/&(lt|gt|#36|#37|amp);/g, (e) => ENTITIES[e]);
   const shown = (value) =>
-    typeof value === "number" ? String(Number(value.toPrecision(4))) : plain(value);
+    typeof value !== "number" ? plain(value)
+      : String(Number.isInteger(value) ? value : Number(value.toPrecision(4))); // steps in full
 
   // What a list shows, for paper.
   const chosen = ({ labels, selectedOptions }) =>

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, OutputError
 from ngeval.manifest import read_manifest
-from ngeval.performance import NUMBERS, TEXTS, WHOLE, checked_rows
-from ngeval.report.text import checkpoint_labels
+from ngeval.performance import NUMBERS, TEXTS, WHOLE
+from ngeval.report.rows import (
+    GAMMAS,
+    IDENTITY,
+    LAYERS,
+    OF_BATCHES,
+    SAMPLES,
+    SETTINGS,
+    TRAINING,
+    checked,
+    differs_within_batches,
+    runs,
+    single,
+)
+from ngeval.report.text import checkpoint_labels, printable
 from ngeval.results import read_results
 from ngeval.summary import SUMMARIZED
 
@@ -21,8 +34,6 @@ ACCEPTED = (
     "a report takes the result files of ngeval gamma, sweep, compare (results.parquet), "
     "imbalance and layers, and training.parquet of ngeval train"
 )
-
-GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
 
 NEEDED: dict[str, tuple[str, ...]] = {
     TRAINING: (*TEXTS, *WHOLE, *NUMBERS),
@@ -35,26 +46,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 """The columns that tell a kind of table, the first that fits."""
 
-NUMERIC = (
-    *("gradient_norm", "damping", "decrease_share", "curvature_share", "excess"),
-    *("num_parameters", "gamma_ng_lower", "gamma_ng_upper", "gamma_min", "epoch", "step"),
-    *("loss", *SUMMARIZED),
-)
-"""Columns of numbers, where a table has them."""
-
-IDENTITY: dict[str, tuple[str, ...]] = {
-    GAMMAS: ("checkpoint", "batch", "method", "damping"),
-    SAMPLES: ("checkpoint", "batch", "sample"),
-    LAYERS: ("checkpoint", "batch", "method", "damping", "layer"),
-    TRAINING: ("optimizer", "phase", "trial", "seed", "epoch"),
-}
-"""What tells one row of a kind from the next, within a task."""
-
-SETTINGS = (
-    *("damping_scale", "likelihood", "dtype", "num_samples", "metric_samples", "num_parameters"),
-)
-"""What rows must share to be means of one run."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -65,12 +56,21 @@ class Source:
         kind: of its table, a key of `NEEDED`.
         table: its rows, as they are.
         manifest: what is told beside it, None where nothing is.
+        name: as much of the path's end as tells it from the other files; "" takes the file's name.
+        notes: warnings about the file.
     """
 
     path: Path
     kind: str
     table: pd.DataFrame
     manifest: dict[str, Any] | None = None
+    name: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """Its name on the page."""
+        return printable(self.name or self.path.name)
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,16 @@ class Topic:
     """A task of the report, with its rows of each kind.
 
     Attributes:
-        name: the task, with the file's name where several files have different runs of it.
+        name: the task, with the file's name and settings where there are different runs of it.
         tables: rows by kind.
         sources: where they come from.
+        notes: warnings about the files' rows.
     """
 
     name: str
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -103,13 +105,37 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     """
     seen: set[Path] = set()
     sources = []
+    names = ends_of(paths)
     for path in paths:
         if path.resolve() in seen:
             raise InputError(f"{path} is given twice")
         seen.add(path.resolve())
         table = read_results(path)
-        sources.append(Source(path, kind_of(table, str(path)), table, read_manifest(path)))
+        kind = kind_of(table, str(path))
+        notes: tuple[str, ...] = ()
+        try:
+            told = read_manifest(path)
+        except OutputError as error:  # it costs the report nothing but what it would have told
+            told, notes = None, (printable(str(error)),)
+        sources.append(Source(path, kind, table, told, names[path], notes))
     return sources
+
+
+def ends_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """As much of each path's end as tells it from the others.
+
+    >>> list(ends_of([Path("a/g.csv"), Path("b/g.csv"), Path("b/i.csv")]).values())
+    ['a/g.csv', 'b/g.csv', 'i.csv']
+    """
+    parts = {path: path.absolute().parts for path in paths}
+    ends = dict.fromkeys(parts, 1)
+    while True:
+        names = {path: "/".join(parts[path][-length:]) for path, length in ends.items()}
+        counts = Counter(names.values())
+        longer = [p for p, name in names.items() if counts[name] > 1 and ends[p] < len(parts[p])]
+        if not longer:
+            return names
+        ends |= {path: ends[path] + 1 for path in longer}
 
 
 def kind_of(table: pd.DataFrame, name: str) -> str:
@@ -131,77 +157,106 @@ def topics(sources: Sequence[Source]) -> list[Topic]:
     """The tasks of some files, in order of appearance.
 
     Files with parts of one run (other checkpoints, methods or dampings, the same settings) are
-    taken together; different runs of a task stay apart under the files' names.
+    taken together; different runs of a task stay apart, under the files' names, and those of one
+    file under their settings as well.
 
     Raises:
-        InputError: a column of numbers holds something else.
+        InputError: a column of numbers holds something else, or rows contradict each other.
     """
     found: dict[str, Topic] = {}
+    heads = _heads(sources)
     for kind in (GAMMAS, SAMPLES, LAYERS, TRAINING):
-        parts: dict[str, list[tuple[list[Source], pd.DataFrame]]] = {}
-        for source in sources:
-            if source.kind != kind:
-                continue
-            for task, rows in _checked(source).groupby("task", sort=False):
-                _add(parts.setdefault(str(task), []), source, rows, kind)
-        for task, runs in parts.items():
-            for origins, rows in runs:
-                stems = ", ".join(source.path.stem for source in origins)
-                name = task if len(runs) == 1 else f"{task} ({stems})"
-                topic = found.setdefault(name, Topic(name))
-                topic.tables[kind] = rows.reset_index(drop=True)
-                topic.sources.extend(s for s in origins if s not in topic.sources)
+        parts: dict[str, list[_Run]] = {}
+        for source in (source for source in sources if source.kind == kind):
+            for task, run in _runs_of(source):
+                _add(parts.setdefault(task, []), run, kind)
+        for task, together in parts.items():
+            for run in together:
+                head = task
+                if len(together) > 1:
+                    files = ", ".join(heads[source.shown] for source in run.sources)
+                    head = f"{task} ({files}{'; ' if run.settings else ''}{run.settings})"
+                while head in found and kind in found[head].tables:  # a task is called like a run
+                    head += "′"
+                topic = found.setdefault(head, Topic(head))
+                topic.tables[kind] = run.rows.reset_index(drop=True)
+                topic.sources.extend(s for s in run.sources if s not in topic.sources)
+                topic.notes.extend(run.notes)
     return list(found.values())
 
 
-def _add(
-    runs: list[tuple[list[Source], pd.DataFrame]], source: Source, rows: pd.DataFrame, kind: str
-) -> None:
-    """Put rows to those of the same run, or begin another."""
-    for index, (origins, others) in enumerate(runs):
-        if _one_run(others, rows, kind):
-            runs[index] = ([*origins, source], pd.concat([others, rows], ignore_index=True))
+def _heads(sources: Sequence[Source]) -> dict[str, str]:
+    """The files' names in headings: without extension, where that tells them apart."""
+    stems = {s.shown: s.shown.removesuffix(s.path.suffix) for s in sources}
+    return stems if len(set(stems.values())) == len(stems) else {name: name for name in stems}
+
+
+@dataclass
+class _Run:
+    """Rows of one task with one setting."""
+
+    sources: list[Source]
+    rows: pd.DataFrame
+    settings: str
+    notes: list[str]
+
+
+def _runs_of(source: Source) -> Iterator[tuple[str, _Run]]:
+    """The runs of a file, each with its task."""
+    name = str(source.path)
+    stem = printable(source.path.stem)
+    table, twice = single(checked(source.table, source.kind, name, stem), source.kind)
+    notes = []
+    if twice:
+        rows = "1 row stands" if twice == 1 else f"{twice:,} rows stand"
+        notes.append(
+            f"{source.shown}: {rows} there more than once, with all columns alike; counted once."
+        )
+    for task, of_task in table.groupby("task", sort=False):
+        found = list(runs(of_task, source.kind, name))
+        told = list(notes)
+        if len(found) > 1:
+            each = "; ".join(settings for settings, _ in found)
+            told.append(
+                f"{source.shown} holds {len(found)} runs of {task}, each with settings of its own "
+                f"({each}); they are not averaged, and stand apart here."
+            )
+        for settings, part in found:
+            yield str(task), _Run([source], part, settings, told)
+
+
+def _add(together: list[_Run], run: _Run, kind: str) -> None:
+    """Put rows to those of the same run in other files, or begin another."""
+    for other in together:
+        apart = run.sources[0] in other.sources
+        if not apart and _one_run(other.rows, run.rows, kind):
+            other.rows = pd.concat([other.rows, run.rows], ignore_index=True)
+            other.sources += run.sources
+            other.notes += [note for note in run.notes if note not in other.notes]
+            other.settings = other.settings or run.settings
             return
-    runs.append(([source], rows))
+    together.append(run)
 
 
 def _one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
     """Whether two tables are parts of one: no row in both, and the same settings."""
-    for name in SETTINGS if kind != LAYERS else SETTINGS[:-1]:
-        if name in first and name in second:
-            values = pd.concat([first[name], second[name]]).dropna()
-            if values.nunique() > max(first[name].nunique(), 1):
+    if kind != TRAINING:
+        sizes = OF_BATCHES[:-1]
+        for name in (*(SETTINGS if kind != LAYERS else SETTINGS[:-1]), *sizes):
+            if name in first and name in second:
+                own = first[name].where(first[name] != "")
+                other = second[name].where(second[name] != "")
+                values = {*own.dropna().unique(), *other.dropna().unique()}
+                if len(values) > max(own.nunique(), 1):
+                    return False
+        if "seed" in first and "seed" in second:
+            columns = ["checkpoint", "batch", "seed"]
+            both = pd.concat([first[columns].astype(str), second[columns].astype(str)])
+            if differs_within_batches(both, "seed"):
                 return False
     keys = list(IDENTITY[kind])
-    both = first[keys].drop_duplicates().merge(second[keys].drop_duplicates(), on=keys)
-    return both.empty
-
-
-def _checked(source: Source) -> pd.DataFrame:
-    """A table whose columns are what they are taken for; what a single table has not is filled."""
-    table, name = source.table, str(source.path)
-    if source.kind == TRAINING:
-        return checked_rows(table, name)
-    columns: dict[str, Any] = {}
-    for column in (column for column in NUMERIC if column in table):
-        columns[column] = _numbers(table[column], column, name)
-    for column, default in (("task", source.path.stem), ("checkpoint", ""), ("reason", "")):
-        given = table[column] if column in table else pd.Series(default, index=table.index)
-        columns[column] = given.astype(object).where(given.notna(), default).astype(str)
-    for column in ("method", "status", "layer", "damping_scale"):
-        if column in table:
-            columns[column] = table[column].astype(object).fillna("").astype(str)
-    if "batch" not in table:
-        columns["batch"] = 0
-    return table.assign(**columns)
-
-
-def _numbers(column: pd.Series, label: str, name: str) -> np.ndarray:
-    values = pd.to_numeric(column, errors="coerce")
-    wrong = column[values.isna() & column.notna()]
-    if not wrong.empty:
-        raise InputError(
-            f"{name}: column {label} holds {wrong.iloc[0]!r} in row {wrong.index[0]}, which is no "
-            "number"
-        )
-    return values.to_numpy(dtype=float)
+    one, two = (rows[keys].drop_duplicates() for rows in (first, second))
+    for key in keys:
+        if one[key].dtype != two[key].dtype:  # batches 0, 1 in one file and "a", "b" in the other
+            one, two = (part.assign(**{key: part[key].astype(str)}) for part in (one, two))
+    return one.merge(two, on=keys).empty

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ngeval.bootstrap import geometric_means
+from ngeval.layer_summary import GEOMETRIC, summarize_layers
+from ngeval.report.rows import LEFT_OUT
 
 KEYS = ["checkpoint", "method", "damping"]
 
@@ -51,18 +53,19 @@ class Grades:
 
     @property
     def smallest(self) -> float:
-        """The smallest positive λ, 0 where there is no other."""
-        return next((value for value in self.dampings if value > 0), 0.0)
-
-    @property
-    def batches(self) -> int:
-        """The least number of batches behind a mean."""
-        return int(self.summary["batches"].min())
+        """The smallest positive λ; where there is none, the largest of the others."""
+        return smallest_positive(self.dampings)
 
     def at(self, checkpoint: str, damping: float | None = None) -> pd.DataFrame:
         """The summary at a checkpoint, for all λ or one."""
         part = self.summary[self.summary["checkpoint"] == checkpoint]
         return part if damping is None else part[part["damping"] == damping]
+
+
+def smallest_positive(dampings: Iterable[float]) -> float:
+    """The smallest positive λ; where there is none, the largest of the others."""
+    values = sorted(map(float, dampings))
+    return next((value for value in values if value > 0), values[-1])
 
 
 def grades(table: pd.DataFrame) -> Grades | None:
@@ -157,11 +160,22 @@ def paired(
 
 
 def imbalances(samples: pd.DataFrame) -> pd.DataFrame:
-    """Largest over smallest gradient norm of every batch; ∞ where the smallest is 0."""
-    norms = in_order(samples).groupby(["checkpoint", "batch"], sort=False)["gradient_norm"]
-    ends = norms.agg(["min", "max"]).reset_index()
-    with np.errstate(divide="ignore", invalid="ignore"):
+    """Largest over smallest gradient norm of every batch.
+
+    ∞ where the smallest is 0; NaN where some norm is none (NaN, infinite, negative), or all are 0.
+    """
+    rows = in_order(samples).assign(norm=lambda table: table["gradient_norm"])
+    rows.loc[~are_norms(rows), "norm"] = np.nan
+    norms = rows.groupby(["checkpoint", "batch"], sort=False)["norm"]
+    ends = norms.agg(["min", "max", "size", "count"]).reset_index()
+    ends.loc[ends["count"] < ends["size"], ["min", "max"]] = np.nan
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return ends.assign(imbalance=ends["max"] / ends["min"])
+
+
+def are_norms(samples: pd.DataFrame) -> pd.Series:
+    """Which rows have a finite norm that is not negative."""
+    return samples["gradient_norm"].between(0, np.inf, inclusive="left")
 
 
 def imbalance_means(samples: pd.DataFrame) -> pd.DataFrame:
@@ -176,3 +190,12 @@ def norm_quantiles(samples: pd.DataFrame, levels: Sequence[float]) -> pd.DataFra
     """Quantiles of ‖g_n‖ over all samples of all batches: a row per checkpoint, a column each."""
     norms = in_order(samples).groupby("checkpoint", sort=False)["gradient_norm"]
     return norms.quantile(np.asarray(levels)).unstack().reset_index()
+
+
+def layer_means(table: pd.DataFrame) -> pd.DataFrame | None:
+    """What each layer buys and spends, over batches, in order of training; None without rows."""
+    rows = table[~table["status"].isin({"failed", LEFT_OUT})]
+    if rows.empty:
+        return None
+    unused = [name for name in GEOMETRIC if name in rows]  # which may hold anything
+    return summarize_layers(in_order(rows.drop(columns=unused)))

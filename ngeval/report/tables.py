@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ngeval.performance import performance
 from ngeval.report.summaries import Grades, at_best
-from ngeval.report.text import damping_text, interval_text, number
+from ngeval.report.text import damping_text, interval_text, number, value_text
 
 MAX_ROWS = 5_000
 """Rows of a table in the page; beyond, dampings are thinned out."""
@@ -90,9 +91,9 @@ def gamma_table(short: Grades, labels: dict[str, str]) -> Table:
         label = labels[told["checkpoint"]]
         cells = [
             Cell(told["method"]),
-            _numbered(told["ratio"]),
+            _ratio(told, "ratio", "low", "high"),
             Cell(interval_text(told["low"], told["high"]) or "–", _key(told["low"])),
-            _numbered(told["best"]),
+            _ratio(told, "best", "best_low", "best_high"),
             Cell(interval_text(told["best_low"], told["best_high"]) or "–", _key(told["best_low"])),
             _numbered(told["damping"], damping_text(told["damping"])),
             Cell(label, filters["checkpoint"]),
@@ -161,6 +162,12 @@ def training_table(rows: pd.DataFrame) -> Table:
         ],
         shown,
     )
+
+
+def _ratio(told: dict[Any, Any], *names: str) -> Cell:
+    """The first of value, low and high end, with as many digits as the interval has."""
+    value, low, high = (float(told[name]) for name in names)
+    return _numbered(value, value_text(value, low, high))
 
 
 def _numbered(value: float, text: str | None = None) -> Cell:

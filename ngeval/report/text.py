@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+LEAST = 1e-4
+"""Relative difference from 1 below which nothing is told apart: what five digits show."""
+
 KNOWN = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
 
 
@@ -25,7 +29,7 @@ def number(value: float, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits}g}")
     size = abs(rounded)
     if size >= 1e6 or 0 < size < 1e-3:
-        mantissa, _, exponent = f"{rounded:.{digits - 1}e}".partition("e")
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
         power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
         factor = f"{float(mantissa):g}".replace("-", "−")
         return power if factor == "1" else f"{factor} × {power}"
@@ -52,15 +56,35 @@ def interval_text(low: float, high: float) -> str:
     return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
+def value_text(value: float, low: float, high: float) -> str:
+    """A value with as many digits as its interval has."""
+    return number(value, _digits(low, high))
+
+
 def with_interval(value: float, low: float, high: float) -> str:
     """A value with its interval behind it."""
-    return f"{number(value, _digits(low, high))} {interval_text(low, high)}".rstrip()
+    return f"{value_text(value, low, high)} {interval_text(low, high)}".rstrip()
 
 
 def _digits(low: float, high: float) -> int:
     """As many as tell the ends of a narrow interval apart, and from 1."""
     spread = abs(high / low - 1) if low else math.inf
-    return 5 if 1e-4 < spread < 0.002 else 4 if 0.002 <= spread < 0.02 else 3
+    digits = 5 if LEAST < spread < 0.002 else 4 if 0.002 <= spread < 0.02 else 3
+    # An end that is shown as 1 would contradict a verdict that it lies beyond.
+    ends = [end for end in (low, high) if below_one(end) or above_one(end)]
+    while digits < 6 and any(float(f"{end:.{digits}g}") == 1 for end in ends):
+        digits += 1
+    return digits
+
+
+def below_one(end: Any) -> Any:
+    """Whether an end of an interval lies below 1 by more than rounding, and is shown so."""
+    return end < 1 - LEAST
+
+
+def above_one(end: Any) -> Any:
+    """Whether an end of an interval lies above 1 by more than rounding, and is shown so."""
+    return end > 1 + LEAST
 
 
 def method_text(method: str) -> str:
@@ -82,6 +106,12 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
+def counted(least: int, most: int, one: str, many: str) -> str:
+    """How many, or from how many to how many."""
+    amount = f"{least}" if least == most else f"{least} to {most}"
+    return f"{amount} {one if most == 1 else many}"
+
+
 def shortened(name: str, length: int = 28) -> str:
     """A name that fits a chart: its beginning and its end."""
     if len(name) <= length:
@@ -95,7 +125,25 @@ def chart_text(name: str) -> str:
     flat = re.sub(r"\s+", " ", shortened(name))
     for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         flat = flat.replace(sign, entity)
+    flat = flat.replace("%{", "&#37;{")  # which would begin a value in hover text
     return flat.replace("$", "&#36;")  # which would begin a formula
+
+
+def printable(name: str) -> str:
+    """A name of a file as text: what is no text in it (bytes of another encoding) as ``?``."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def whole_text(values: Sequence[float]) -> list[str]:
+    """Epochs or steps: whole numbers in full, different ones never alike.
+
+    >>> whole_text([0.0, 1234567.0]), whole_text([0.5, 1.25])
+    (['0', '1234567'], ['0.5', '1.25'])
+    """
+    shown = [str(int(v)) if v.is_integer() else f"{v:g}" for v in map(float, values)]
+    if len(set(shown)) == len(shown):
+        return shown
+    return [str(int(v)) if v.is_integer() else repr(v) for v in map(float, values)]
 
 
 def checkpoint_labels(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
@@ -106,7 +154,8 @@ def checkpoint_labels(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
     names = [str(name) for name in single["checkpoint"]]
     for told in ("epoch", "step"):
         if single[told].notna().all() and single[told].is_unique:
-            return {n: f"{told} {v:g}" for n, v in zip(names, single[told], strict=True)}
+            shown = whole_text(single[told].tolist())
+            return {n: f"{told} {text}" for n, text in zip(names, shown, strict=True)}
     ends = [name.replace("\\", "/").rstrip("/").rpartition("/")[2] for name in names]
     chosen = ends if len(set(ends)) == len(names) else names
     return dict(zip(names, (name or "the checkpoint" for name in chosen), strict=True))

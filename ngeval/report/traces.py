@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ngeval.report.colours import Look
-from ngeval.report.text import chart_text
+from ngeval.report.text import chart_text, with_interval
 
 Trace = dict[str, Any]
 """A trace of plotly; ``meta.colours`` has its colour on a light and on a dark page."""
@@ -86,7 +86,7 @@ class Line:
             "type": "scatter",
             "mode": "lines+markers" if self.markers else "lines",
             "name": chart_text(self.name),
-            "legendgroup": chart_text(self.name),
+            "legendgroup": f"of {chart_text(self.name)}",  # plotly keys by it: no "constructor"
             "x": list(self.x),
             "y": rounded(self.y),
             "customdata": [list(entry) for entry in zip(*ends, *self.extra, strict=True)],
@@ -103,7 +103,7 @@ class Line:
             yield {
                 "type": "scatter",
                 "mode": "lines",
-                "legendgroup": chart_text(self.name),
+                "legendgroup": f"of {chart_text(self.name)}",
                 "x": x + x[::-1],
                 "y": [ends[1][i] for i in known] + [ends[0][i] for i in reversed(known)],
                 "fill": "toself",
@@ -116,7 +116,8 @@ class Line:
 
 def rounded(values: Iterable[float]) -> list[float | None]:
     """Five significant digits, None for what JSON has no word for."""
-    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in map(float, values)]
+    short = (float(f"{v:.5g}") for v in map(float, values))
+    return [v if math.isfinite(v) else None for v in short]
 
 
 def dots(
@@ -151,12 +152,13 @@ def dots(
         },
         "text": [chart_text(name) for name in names],
         "customdata": [
-            [*ends, chart_text(note)]
-            for *ends, note in zip(rounded(below), rounded(above), told, strict=True)
+            [*ends, chart_text(note), with_interval(*row)]
+            for *ends, note, row in zip(
+                rounded(below), rounded(above), told, values.to_numpy(dtype=float), strict=True
+            )
         ],
         "hovertemplate": (
-            f"%{{text}}<br>%{{customdata[2]}}<br>{title} = %{{x:.3~g}} "
-            "[%{customdata[0]:.3~g}, %{customdata[1]:.3~g}]<extra></extra>"
+            f"%{{text}}<br>%{{customdata[2]}}<br>{title} = %{{customdata[3]}}<extra></extra>"
         ),
         "marker": {"size": 9},
         "meta": {"points": [list(pair) for pair in pairs]},
@@ -177,9 +179,9 @@ def stage_axis(
     """Where each checkpoint stands on the axis of stages: at its epoch or step, if all tell it."""
     single = rows.drop_duplicates("checkpoint").set_index("checkpoint").loc[list(checkpoints)]
     for told in ("epoch", "step"):
-        if told in single and single[told].notna().all() and single[told].is_unique:
+        if told in single and np.isfinite(single[told]).all() and single[told].is_unique:
             axis = {"title": {"text": f"training {told}"}, "rangemode": "tozero"}
-            return rounded(single[told].tolist()), axis
+            return [float(value) for value in single[told]], axis
     names = [chart_text(labels[name]) for name in checkpoints]
     ticks = {"tickvals": list(range(len(names))), "ticktext": names, "automargin": True}
     return list(range(len(names))), {"title": {"text": "checkpoint"}, **ticks}
