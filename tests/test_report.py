@@ -220,7 +220,7 @@ class TestFindings:
         for method, name in names.items():
             low = last["gamma_over_sgd_geomean_low"][method]
             high = last["gamma_over_sgd_geomean_high"][method]
-            where = "nearer" if high < 1 else "farther" if low > 1 else "cannot"
+            where = "nearer" if high < 1 - 1e-4 else "farther" if low > 1 + 1e-4 else "cannot"
             found = [key for key, told in parts.items() if name in re.split(", | and ", told)]
             assert found == [where]
 

@@ -123,7 +123,7 @@ def _judged(table: pd.DataFrame, kind: str, name: str) -> pd.DataFrame:
     ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
     if kind == LAYERS:
         finite = np.isfinite(table[["decrease_share", "curvature_share", "excess"]]).all(axis=1)
-        wrong: dict[str, pd.Series] = {"a share is NaN or infinite": ~finite}
+        wrong = {"a share is NaN or infinite": pd.Series(~finite)}
     else:
         told, column = ("γ/γ_SGD", "gamma_over_sgd")
         if kind == SAMPLES:
@@ -177,7 +177,11 @@ def runs(rows: pd.DataFrame, kind: str, name: str) -> Iterator[tuple[str, pd.Dat
     for column in (column for column in settings if column in rows):
         if rows[column].where(rows[column] != "").nunique() > 1:
             by[column] = rows[column]
-    for column in () if kind == TRAINING else OF_BATCHES:
+    # Without numbers, batches with a seed each look like runs: then no row is told from the next.
+    numbered = kind != TRAINING and rows["batch"].nunique() > 1
+    for column in OF_BATCHES if kind != TRAINING else ():
+        if column == "seed" and not numbered:
+            continue
         if column in rows and differs_within_batches(rows, column):
             by[column] = _first_seeds(rows) if column == "seed" else rows[column]
     for key, part in rows.groupby(list(by.values()), sort=False) if by else [((), rows)]:
