@@ -14,10 +14,57 @@ import numpy as np
 import pandas as pd
 
 from ngeval.errors import InputError, nearest_name
-from ngeval.summary import summarize
+from ngeval.summary import SUMMARIZED, summarize
 
 NAMES = ("early", "middle", "late")
 RATIOS = ("gamma_over_ng", "gamma_over_sgd")
+
+
+def graded(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a γ table that are a grade: status ok, with finite positive γ and γ/γ_SGD.
+
+    Only these have a logarithm, a place in a ranking and one in a picture. A γ/γ_min or floor that
+    is none becomes NaN; methods become text.
+
+    Raises:
+        InputError: a column is missing, or one of numbers has a text in it.
+    """
+    missing = [name for name in ("method", "damping", "status", *SUMMARIZED) if name not in table]
+    if missing:
+        raise InputError(f"the table has no column {', '.join(missing)}; is it evaluate's?")
+    rows = numbers(table[table["status"] == "ok"], "damping", *SUMMARIZED)
+    kept = _positive(rows["gamma"]) & _positive(rows["gamma_over_sgd"])
+    found: pd.DataFrame = rows[kept & rows["damping"].between(0, math.inf, inclusive="left")]
+    floor, least = found["gamma_floor"], found["gamma_over_ng"]
+    return found.assign(
+        method=found["method"].fillna("").astype(str),
+        gamma_over_ng=least.where(_positive(least)),
+        gamma_floor=floor.where(floor.between(0, math.inf, inclusive="left")),
+    )
+
+
+def numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """A table with float columns, of those that it has.
+
+    Raises:
+        InputError: a column has a text in it, as its name where files were joined by hand.
+    """
+    found = {}
+    for name in columns:
+        if name not in table:
+            continue
+        values = pd.to_numeric(table[name], errors="coerce")
+        lost = table[name][values.isna() & table[name].notna()]
+        if len(lost):
+            text = str(lost.iloc[0])
+            hint = "; a header row among the rows?" if text == name else ""
+            raise InputError(f"the column {name} holds {text[:40]!r}, which is no number{hint}")
+        found[name] = values.astype(float)
+    return table.assign(**found)
+
+
+def _positive(values: pd.Series[float]) -> pd.Series[bool]:
+    return values.between(0, math.inf, inclusive="neither")
 
 
 def at_best_damping(table: pd.DataFrame, *, whole_run: bool = False) -> pd.DataFrame:
@@ -33,7 +80,7 @@ def at_best_damping(table: pd.DataFrame, *, whole_run: bool = False) -> pd.DataF
     """
     keys = ["method"] if whole_run else ["checkpoint", "method"]
     keys = [key for key in keys if key in table]
-    usable = table[table["status"] == "ok"]
+    usable = graded(table)
     logs = usable.assign(log=np.log(usable["gamma_over_sgd"]))
     found = logs.groupby([*keys, "damping"], sort=False)["log"].agg(["mean", "size"]).reset_index()
     most = found.groupby(keys)["size"].transform("max")
@@ -69,6 +116,7 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
     Raises:
         InputError: no such checkpoint.
     """
+    table = table.assign(method=table["method"].fillna("").astype(str))
     if "checkpoint" not in table:  # ngeval.evaluate's own
         table = table.assign(checkpoint="")
     names = list(dict.fromkeys(table["checkpoint"]))
@@ -110,7 +158,8 @@ def _ranked(rows: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
     by = RATIOS[0] if joined[RATIOS[0]].notna().any() else RATIOS[1]
     joined = joined.sort_values(by, kind="stable", na_position="last")
     lost = joined["batches"].isna()
-    reasons = rows[rows["status"] != "ok"].groupby("method")["reason"].first()
+    told = rows if "reason" in rows else rows.assign(reason="")
+    reasons = told[told["status"] != "ok"].groupby("method")["reason"].first()
     return joined.assign(
         rank=joined[by].rank(method="min"),
         batches=joined["batches"].fillna(0).astype(int),
@@ -140,7 +189,7 @@ def _without_damping(table: pd.DataFrame) -> set[str]:
     if table["damping"].nunique() < 2:
         return set()
     keys = [key for key in ("checkpoint", "batch", "method") if key in table]
-    usable = table[table["status"] == "ok"]
+    usable = graded(table)
     spread = usable.groupby(keys)["gamma"].agg(lambda gammas: gammas.max() == gammas.min())
     same = spread.groupby("method").all()
     return set(same[same].index)

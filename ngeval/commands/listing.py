@@ -31,6 +31,8 @@ from ngeval.results import check_output, read_results
 from ngeval.tasks import BUILTIN_TASKS, get_task
 
 WIDTHS = {"column": COLUMN, "page": PAGE}
+MANY = 24
+"""Entries of a legend that can be told apart, at the most."""
 
 
 def plot(
@@ -51,6 +53,10 @@ def plot(
         typer.Option(
             "--checkpoint", "-c", help="Panels of damping, stages of ranking; the one of layers."
         ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", "-m", help="Comma list of those drawn; default: all."),
     ] = None,
     relative: Annotated[
         str | None,
@@ -79,6 +85,8 @@ def plot(
 
     ngeval plot lora.parquet prompt.parquet imbalance.parquet --kind stages --output stages.pdf
 
+    ngeval plot compare.parquet --kind ranking --methods sgd,ief,kfac,adamw --output ranking.pdf
+
     ngeval plot training.parquet --kind performance --output performance.png
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
@@ -87,11 +95,22 @@ def plot(
     if kind is not None and kind not in FIGURES:
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
     tables = read_tables(results)
-    chosen = Chosen(damping, checkpoint, relative_pairs(relative), WIDTHS.get(width or ""))
+    chosen = Chosen(
+        damping,
+        checkpoint,
+        relative_pairs(relative),
+        WIDTHS.get(width or ""),
+        None if methods is None else [name.strip() for name in methods.split(",")],
+    )
     drawn = kind_of(tables) if kind is None else kind
-    save_figure(figure_of(tables, drawn, chosen), output)
+    figure = figure_of(tables, drawn, chosen)
+    most = max((len(legend.get_texts()) for legend in figure.legends), default=0)
+    save_figure(figure, output)
+    out = console.table_console(quiet)
     if kind is None:
-        say(console.table_console(quiet), f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
+        say(out, f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
+    if most > MANY:
+        say(out, f"{most} lines are more than can be told apart: choose some with --methods")
 
 
 def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:

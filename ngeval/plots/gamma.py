@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ngeval.comparison import graded, numbers
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
@@ -27,6 +28,7 @@ from ngeval.plots.style import (
     with_stage,
     without_legend,
 )
+from ngeval.plots.texts import name_text
 from ngeval.plots.ticks import log_scale, number_text
 from ngeval.prepared import check_dampings
 from ngeval.summary import SUMMARIZED, summarize
@@ -76,7 +78,8 @@ def draw_stages(
     summary = summarize(staged, ("x", "method"))
     for method in _drawn_methods(summary):
         part = summary[summary["method"] == method].sort_values("x")
-        line_with_band(axes, part, "x", styles[method], (labels or {}).get(method, method))
+        label = (labels or {}).get(method) or name_text(method)
+        line_with_band(axes, part, "x", styles[method], label)
     _ratio_axis(axes)
     stage_ticks(axes, staged["x"])
     axes.set_xlabel(stage_label(staged))
@@ -118,7 +121,7 @@ def plot_damping(
         for method in _drawn_methods(summary):
             part = summary[summary["method"] == method].sort_values("damping")
             single = len(part) == 1  # a line through one point would not be seen
-            line_with_band(axes, part, "damping", styles[method], method, markers=single)
+            line_with_band(axes, part, "damping", styles[method], name_text(method), markers=single)
         floor = float(summary["floor_over_sgd"].median())
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=0.9, label="floor")
         log_scale(axes, "x")
@@ -138,7 +141,8 @@ def with_natural(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     keys = [key for key in ("checkpoint", "batch", "damping") if key in rows]
     single = rows.drop_duplicates(keys)
-    gamma = np.sqrt(single["gamma_ng_lower"] * single["gamma_ng_upper"])
+    lower, upper = single["gamma_ng_lower"], single["gamma_ng_upper"]
+    gamma = np.sqrt(lower.where(lower > 0) * upper.where(upper > 0))
     over_sgd = gamma * single["gamma_over_sgd"] / single["gamma"]
     least = single.get("gamma_min", np.nan)
     natural = single.assign(
@@ -176,16 +180,19 @@ def damping_figure(
 
 
 def usable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows of a γ table that could be computed.
+    """The rows of a γ table that can be drawn; see `ngeval.comparison.graded`.
 
     Raises:
         InputError: there are none, or the table has not the columns.
     """
     require(table, *columns, "method", "damping", "status", *SUMMARIZED)
-    usable = table[table["status"] == "ok"]
+    usable = graded(table)
     if usable.empty:
-        raise InputError("no row of the table has status 'ok', so there is nothing to draw")
-    return usable
+        raise InputError(
+            "no row of the table has status 'ok' and a finite positive γ and γ/γ_SGD, so there is "
+            "nothing to draw"
+        )
+    return numbers(usable, "gamma_ng_lower", "gamma_ng_upper")
 
 
 def chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
@@ -213,7 +220,7 @@ def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame
 
 def scale_of(table: pd.DataFrame) -> str:
     """What λ multiplies."""
-    return str(table["damping_scale"].iloc[0]) if "damping_scale" in table else "absolute"
+    return name_text(table["damping_scale"].iloc[0]) if "damping_scale" in table else "absolute"
 
 
 def _drawn_methods(summary: pd.DataFrame) -> list[str]:

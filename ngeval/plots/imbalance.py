@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 
+from ngeval.comparison import numbers
 from ngeval.errors import InputError
 from ngeval.plots.means import geometric_means, line_with_band
 from ngeval.plots.style import (
@@ -39,8 +40,8 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Up to `MAX_VIOLINS` stages: a density each (of the logarithms, Gaussian kernel, Scott's width),
     all of the same width, from the least norm to the greatest; more stages: bands of quantiles.
-    The line joins the medians. A norm of 0 has no place on the logarithmic axis; how many there
-    are is told above.
+    The line joins the medians. A norm of 0 has no place on the logarithmic axis, nor has one that
+    is no finite number; how many there are is told above.
 
     Args:
         table: ``ngeval imbalance``'s output, one row for each sample.
@@ -50,8 +51,8 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         InputError: the table has not the columns, or no norm above 0.
     """
     require(table, "checkpoint", "gradient_norm")
-    rows = with_stage(table)
-    positive = rows[rows["gradient_norm"] > 0]
+    rows = _with_norms(table)
+    positive = rows[rows["is_norm"]]
     if positive.empty:
         raise InputError("no sample has a gradient norm above 0, so there is nothing to draw")
     with own_axes(ax) as axes:
@@ -66,8 +67,11 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         axes.set_xlabel(stage_label(rows))
         axes.set_ylabel("per-sample gradient norm\n‖gₙ‖ (nats)")
         zeros = int((rows["gradient_norm"] == 0).sum())
-        if zeros:
-            axes.set_title(f"{zeros} of {len(rows)} norms are 0")
+        told = [f"{zeros} of {len(rows)} norms are 0"] if zeros else []
+        if others := len(rows) - len(positive) - zeros:
+            told.append(f"{others} of {len(rows)} norms are not finite")
+        if told:
+            axes.set_title("\n".join(told))
         legend_under(axes)
     return axes
 
@@ -76,22 +80,25 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Imbalance of the gradient norms, max‖gₙ‖/min‖gₙ‖ of a batch, against the training stage.
 
     The line is the geometric mean over batches, the band its 95 % bootstrap interval. A batch with
-    a norm of 0 has no such ratio and does not count.
+    a norm that is 0, or no finite number, has no such ratio and does not count.
 
     Args:
         table: ``ngeval imbalance``'s output, one row for each sample.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or every batch has a norm of 0.
+        InputError: the table has not the columns, or every batch has such a norm.
     """
     require(table, "checkpoint", "gradient_norm")
-    rows = with_stage(table)
+    rows = _with_norms(table)
     keys = [key for key in ("x", "batch") if key in rows]
-    extremes = rows.groupby(keys)["gradient_norm"].agg(["min", "max"]).reset_index()
-    extremes = extremes[extremes["min"] > 0]
+    whole = rows[rows.groupby(keys, dropna=False)["is_norm"].transform("all")]
+    extremes = whole.groupby(keys, dropna=False)["gradient_norm"].agg(["min", "max"]).reset_index()
     if extremes.empty:
-        raise InputError("every batch has a sample of gradient norm 0, so max/min is not defined")
+        raise InputError(
+            "every batch has a sample of gradient norm 0, or one that is no finite number, so "
+            "max/min is not defined"
+        )
     means = geometric_means(extremes["x"], extremes["max"] / extremes["min"])
     with own_axes(ax, (COLUMN, 1.9)) as axes:
         line_with_band(axes, means, "x", (_GREY, "o", "-"), "max/min")
@@ -130,6 +137,13 @@ def norms_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
 def imbalance_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
     """`norms_figure`, by the name of its kind in ``ngeval plot``."""
     return norms_figure(table, width=width)
+
+
+def _with_norms(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows with ``x``, and with ``is_norm``: whether a norm is positive and finite."""
+    rows = numbers(with_stage(table), "gradient_norm")
+    norms = rows["gradient_norm"]
+    return rows.assign(is_norm=np.isfinite(norms) & (norms > 0))
 
 
 def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:

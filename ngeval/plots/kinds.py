@@ -29,12 +29,14 @@ class Chosen:
         checkpoints: likewise.
         relative: the pairs of methods of ``stages``; None leaves them to the picture.
         width: of the figure in inches; None leaves it to the picture.
+        methods: those that are drawn (of trainings: optimizers); None draws all.
     """
 
     damping: float | None = None
     checkpoints: list[str] | None = None
     relative: list[tuple[str, str]] | None = None
     width: float | None = None
+    methods: list[str] | None = None
 
 
 Tables = Mapping[str, pd.DataFrame]
@@ -78,7 +80,7 @@ FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
             width=c.width,
         )
     ),
-    "kfac": _single(lambda t, c: kfac_figure(t, c.damping, width=c.width)),
+    "kfac": _single(lambda t, c: kfac_figure(t, c.damping, c.methods, width=c.width)),
     "ranking": _single(lambda t, c: ranking_figure(t, c.checkpoints, width=c.width)),
     "performance": _single(lambda t, c: performance_figure(t, width=c.width)),
 }
@@ -165,7 +167,39 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
                     f"{name} holds a table of {found}, which does not go into a picture of {kind}; "
                     f"--kind {' or '.join(KINDS_OF_TABLE[found])} draws it"
                 )
-    return FIGURES[kind](tables, chosen or Chosen())
+    chosen = chosen or Chosen()
+    if chosen.methods is not None:
+        tables = of_methods(tables, chosen.methods)
+    return FIGURES[kind](tables, chosen)
+
+
+def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
+    """The rows of some methods, or optimizers; samples have none and stay, empty tables go.
+
+    Raises:
+        InputError: a method is in none of the tables, or no table tells methods.
+    """
+    columns = {name: _method_column(table) for name, table in tables.items()}
+    present = {
+        str(method)
+        for name, column in columns.items()
+        if column
+        for method in tables[name][column].unique()
+    }
+    if not present:
+        raise InputError("methods were chosen, and the tables have none: leave --methods out")
+    for method in methods:
+        if method not in present:
+            raise InputError(f"no rows for method {method!r}; {nearest_name(method, present)}")
+    parts = {
+        name: table[table[column].astype(str).isin(methods)] if column else table
+        for (name, table), column in zip(tables.items(), columns.values(), strict=True)
+    }
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _method_column(table: pd.DataFrame) -> str | None:
+    return next((name for name in ("method", "optimizer") if name in table), None)
 
 
 def by_task(tables: Tables) -> Tables:

@@ -11,8 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ngeval.comparison import numbers
 from ngeval.errors import InputError, nearest_name
-from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.layer_summary import (
+    GEOMETRIC,
+    SUMMED,
+    leading_layers,
+    summarize_layers,
+    with_rest,
+)
 from ngeval.plots.gamma import at_damping
 from ngeval.plots.style import (
     COLUMN,
@@ -26,6 +33,7 @@ from ngeval.plots.style import (
     require,
     without_legend,
 )
+from ngeval.plots.texts import name_text
 from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24
@@ -76,12 +84,12 @@ def plot_layers(
             axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
         axes.axvline(0, color="black", linewidth=0.8)
         _write_ratios(axes, places, rows["gamma_over_best"])
-        axes.set_yticks(places, [_shortened(name) for name in rows["layer"]])
+        axes.set_yticks(places, [name_text(name) for name in rows["layer"]])
         axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("share of the whole update")
-        axes.set_title(f"{method}: γ = {rows['gamma_total'].iloc[0]:.3g}")
+        axes.set_title(f"{name_text(method)}: γ = {rows['gamma_total'].iloc[0]:.3g}")
         legend_under(axes, 2)
     return axes
 
@@ -126,9 +134,7 @@ def layers_figure(
 def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) -> pd.DataFrame:
     """The means over batches at one λ and checkpoint."""
     require(table, "method", "damping", "layer", "decrease_share", "curvature_share", "status")
-    rows = table[table["status"] != "failed"]
-    if rows.empty:
-        raise InputError("every row of the table has status 'failed', so there is nothing to draw")
+    rows = _finite(table[table["status"] != "failed"])
     if "checkpoint" in rows:
         names = list(dict.fromkeys(rows["checkpoint"].astype(str)))
         checkpoint = names[-1] if checkpoint is None else checkpoint
@@ -138,6 +144,24 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
             )
         rows = rows[rows["checkpoint"] == checkpoint]
     return summarize_layers(at_damping(rows, damping)[0])
+
+
+def _finite(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose two shares can be drawn; γ ratios that are none become NaN.
+
+    Raises:
+        InputError: there are none, or a column of numbers has a text in it.
+    """
+    rows = numbers(rows, "damping", "num_parameters", *SUMMED, "excess", *GEOMETRIC)
+    rows = rows.replace([np.inf, -np.inf], np.nan).dropna(subset=[*SUMMED, "damping"])
+    rows = rows[rows["damping"] >= 0]
+    if rows.empty:
+        raise InputError(
+            "every row of the table has status 'failed' or shares that are no finite numbers, so "
+            "there is nothing to draw"
+        )
+    ratios = {name: rows[name].where(rows[name] > 0) for name in GEOMETRIC if name in rows}
+    return rows.assign(**ratios, method=rows["method"].fillna("").astype(str))
 
 
 def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> None:
@@ -155,8 +179,3 @@ def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> N
 def _height(bars: int) -> float:
     """Of a panel, in inches."""
     return 0.6 + 0.21 * bars
-
-
-def _shortened(name: str, most: int = 32) -> str:
-    """The end of a name tells layers apart better than its beginning."""
-    return name if len(name) <= most else "…" + name[1 - most :]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ngeval.errors import InputError, nearest_name
 from ngeval.performance import FIGURES, outcomes, performance
 from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
+from ngeval.plots.texts import name_text
 from ngeval.plots.ticks import log_scale
 
 
@@ -40,7 +41,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
         )
         for task, (left, right) in zip(counts.index, grid, strict=True):
             _panel(table, ended, str(task), None, left)
-            left.set_title(str(task), loc="left")
+            left.set_title(name_text(task, 60), loc="left")
             _panel(table, ended, str(task), "train_loss", right)
             right.tick_params(labelleft=False)
     return figure
@@ -91,7 +92,7 @@ def _panel(
 ) -> None:
     """One task's results in one number."""
     part, seeds = table[table["task"] == task], ended[ended["task"] == task]
-    metric, data = part["metric"].iloc[0], part["data"].iloc[0] or "test"
+    metric, data = part["metric"].iloc[0], name_text(part["data"].iloc[0] or "test")
     what = metric if what is None else what
     if what not in FIGURES:
         raise InputError(f"unknown figure {what!r}; {nearest_name(what, FIGURES)}")
@@ -146,5 +147,5 @@ def _draw(
             marker=marker or "o",
             elinewidth=0.8,
         )
-    axes.set_yticks(np.arange(len(optimizers)), optimizers)
+    axes.set_yticks(np.arange(len(optimizers)), [name_text(name) for name in optimizers])
     axes.set_ylim(len(optimizers) - 0.4, -0.6)

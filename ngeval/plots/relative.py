@@ -9,6 +9,7 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping, scale_of, usable
 from ngeval.plots.means import geometric_means, line_with_band
 from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
+from ngeval.plots.texts import name_text
 from ngeval.plots.ticks import log_scale, number_text
 
 
@@ -40,13 +41,14 @@ def plot_relative(
     ratios = with_stage(_ratios(rows, method, reference))
     means = geometric_means(ratios["x"], ratios["ratio"])
     colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
+    upper, lower = name_text(method), name_text(reference)
     with own_axes(ax, (COLUMN, 2.2)) as axes:
-        line_with_band(axes, means, "x", (colour, marker, "--"), f"{method}/{reference}")
+        line_with_band(axes, means, "x", (colour, marker, "--"), f"{upper}/{lower}")
         axes.axhline(1, color="black", linewidth=0.8)
         log_scale(axes, "y")
         stage_ticks(axes, ratios["x"])
         axes.set_xlabel(stage_label(ratios))
-        axes.set_ylabel(f"γ of {method}\nover {reference}'s")
+        axes.set_ylabel(f"γ of {upper}\nover {lower}'s")
         axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
     return axes
 

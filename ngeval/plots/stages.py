@@ -14,6 +14,7 @@ from ngeval.plots.gamma import plot_stages, usable
 from ngeval.plots.imbalance import plot_imbalance
 from ngeval.plots.relative import plot_relative
 from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below, without_legend
+from ngeval.plots.texts import name_text
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
 """The ratios that are drawn of those methods that the table has."""
@@ -79,7 +80,7 @@ def stages_figure(
             without_legend(panel["stages"])
             if title:
                 where = panel["stages"].get_title().removeprefix("damping ")
-                panel["stages"].set_title(f"{title}\n{where}")
+                panel["stages"].set_title(f"{name_text(title, 60)}\n{where}")
             if relative:
                 _draw_relative(table, damping, relative, panel["relative"])
             if samples is not None:
@@ -134,7 +135,9 @@ def _draw_relative(
         plot_relative(table, method, reference, damping, axes)
     axes.set_title("")  # told above
     references = list(dict.fromkeys(reference for _, reference in pairs))
-    axes.set_ylabel(f"γ relative\nto {references[0]}" if len(references) == 1 else "ratio of γ")
+    axes.set_ylabel(
+        f"γ relative\nto {name_text(references[0])}" if len(references) == 1 else "ratio of γ"
+    )
 
 
 def _draw_imbalance(samples: pd.DataFrame, axes: Axes) -> None:

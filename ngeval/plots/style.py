@@ -14,11 +14,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from ngeval.comparison import numbers
 from ngeval.errors import InputError, OutputError
 from ngeval.names import whole_or_short
+from ngeval.plots.texts import name_text
 
 STYLE: dict[Any, Any] = dict(
     mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)
@@ -28,6 +32,9 @@ which ``plt.style.use("ngeval.plots.ngeval")`` sets for pictures of one's own.""
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths in inches of a column and of a page of a paper."""
+
+LEGEND = 0.6
+"""Height in inches that figures have for their legends without growing: four lines of names."""
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 """What `save_figure` writes."""
@@ -115,7 +122,10 @@ def own_axes(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iter
         yield ax
         return
     with in_style():
-        yield plt.subplots(figsize=size, layout="constrained")[1]
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        yield axes
+        if (legend := axes.get_legend()) is not None:
+            _make_room(figure, legend)
 
 
 def require(table: pd.DataFrame, *columns: str) -> None:
@@ -134,7 +144,12 @@ def require(table: pd.DataFrame, *columns: str) -> None:
 
 
 def with_stage(table: pd.DataFrame) -> pd.DataFrame:
-    """Add ``x``: the epoch or step, where every checkpoint tells it, else its place in the list."""
+    """Add ``x``: the epoch or step, where every checkpoint tells it, else its place in the list.
+
+    Raises:
+        InputError: an epoch or a step is a text.
+    """
+    table = numbers(table, "epoch", "step")
     if (told := _told(table)) is not None:
         return table.assign(x=table[told])
     order = {name: i for i, name in enumerate(dict.fromkeys(table["checkpoint"]))}
@@ -159,10 +174,10 @@ def stage_ticks(axes: Axes, x: pd.Series) -> None:
 
 def _told(rows: pd.DataFrame) -> str | None:
     """Whether all checkpoints tell the epoch, or else the step, each its own (as one run's do)."""
-    single = rows.drop_duplicates("checkpoint")
+    single = numbers(rows.drop_duplicates("checkpoint"), "epoch", "step")
     columns = (name for name in ("epoch", "step") if name in rows)
     return next(
-        (name for name in columns if bool(single[name].notna().all() and single[name].is_unique)),
+        (name for name in columns if np.isfinite(single[name]).all() and single[name].is_unique),
         None,
     )
 
@@ -171,7 +186,9 @@ def checkpoint_title(table: pd.DataFrame, name: str) -> str:
     """A checkpoint's epoch or step, or else its name."""
     rows = table[table["checkpoint"] == name]
     told = _told(rows)
-    return str(name) if told is None or rows.empty else f"{told} {whole_or_short(rows[told].iloc[0])}"
+    if told is None or rows.empty:
+        return name_text(name)
+    return f"{told} {whole_or_short(rows[told].iloc[0])}"
 
 
 def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
@@ -250,25 +267,40 @@ def keep_to_lines(axes: Axes) -> None:
 def legend_below(*axes: Axes) -> None:
     """One legend for several axes, below the figure; a label that comes twice is shown once.
 
-    It has as many columns as the figure is wide enough for.
+    It has as many columns as the figure is wide enough for; where it has many lines, the figure
+    grows for them.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[tuple[str, Any], Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+            # Two long names may have the same end; the same method has the same look.
+            look = handle.get_color() if isinstance(handle, Line2D) else None
+            entries.setdefault((label, look), handle)
     if not entries:
         return
-    figure = axes[0].figure
-    for lines in range(1, len(entries) + 1):
+    figure: Any = axes[0].figure
+    labels, handles = [label for label, _ in entries], list(entries.values())
+    for lines in _line_counts(len(entries)):
         legend = figure.legend(
-            list(entries.values()),
-            list(entries),
-            loc="outside lower center",
-            ncols=-(-len(entries) // lines),
+            handles, labels, loc="outside lower center", ncols=-(-len(entries) // lines)
         )
         if legend.get_window_extent().width <= figure.bbox.width or lines == len(entries):
+            _make_room(figure, legend)
             return
         legend.remove()
+
+
+def _line_counts(entries: int) -> Iterator[int]:
+    """Lines of a legend, from one to one for each entry; those that make other columns."""
+    columns = [-(-entries // lines) for lines in range(1, entries + 1)]
+    yield from (columns.index(count) + 1 for count in dict.fromkeys(columns))
+
+
+def _make_room(figure: Figure, legend: Legend) -> None:
+    """Let a figure grow by what its legend takes beyond `LEGEND`: panels keep their size."""
+    more = legend.get_window_extent().height / figure.dpi - LEGEND
+    if more > 0:
+        figure.set_figheight(figure.get_figheight() + more)
 
 
 def legend_under(axes: Axes, columns: int = 4) -> None:

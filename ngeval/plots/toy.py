@@ -24,6 +24,7 @@ from ngeval.plots.style import (
     require,
     styles_of,
 )
+from ngeval.plots.texts import name_text
 from ngeval.plots.ticks import log_scale, number_text
 from ngeval.toy import LeastSquares, trajectories
 
@@ -249,7 +250,7 @@ def _title(methods: list[str], paths: pd.DataFrame, window: Window) -> str:
     rate = float(f"{paths['learning_rate'].iloc[0]:.2g}")
     held = window.holds(paths[["theta_1", "theta_2"]].to_numpy())
     unseen = "" if held.all() else f"; {int((~held).sum())} steps outside"
-    return f"{' = '.join(methods)}, η = {number_text(rate)}{unseen}"
+    return f"{' = '.join(map(name_text, methods))}, η = {number_text(rate)}{unseen}"
 
 
 def _draw(axes: Axes, toy: LeastSquares, field: Field, paths: pd.DataFrame, window: Window) -> None:
@@ -344,7 +345,7 @@ def _paths(axes: Axes, paths: pd.DataFrame, *, several: bool = False) -> None:
                 markersize=1.8,
                 linewidth=0.6 if restless else 3.5 if band else 1.4,
                 alpha=0.45 if band else 1,
-                label=str(method) if number == 0 else None,
+                label=name_text(method) if number == 0 else None,
                 zorder=4,
             )
             axes.plot(
