@@ -36,14 +36,17 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page with everything, and one with hostile names."""
+    """A page with everything, one with names that mean something to scripts, a hostile one."""
     folder = tmp_path_factory.mktemp("pages")
     tables = {"g.csv": gammas(), "i.csv": samples(), "l.csv": layers(), "t.csv": trainings()}
     for name, table in tables.items():
         table.to_csv(folder / name, index=False)
+    ratios = {"sgd": 1.0, "%{y}": 0.5, "constructor": 2.0, "__proto__": 3.0}
+    gammas(ratios).to_csv(folder / "n.csv", index=False)
     hostile().to_parquet(folder / "h.parquet", index=False)
     return {
         "whole": write_report([folder / name for name in tables], folder / "whole.html"),
+        "names": write_report([folder / "n.csv"], folder / "names.html"),
         "hostile": write_report(
             [folder / "h.parquet"], folder / "hostile.html", title=HOSTILE["task"]
         ),
@@ -318,6 +321,17 @@ class TestReaders:
         saved = pd.read_csv(path, keep_default_na=True)
         original = gammas().assign(reason=float("nan"))
         assert_frame_equal(saved, original, check_dtype=False)
+
+    def test_names_that_mean_something_to_scripts(self, visit):
+        driver = visit("names")
+        chart = figure(driver, "γ over training")
+        legend = chart.find_elements(By.CSS_SELECTOR, ".legendtext")
+        names = ["%{y}", "constructor", "__proto__"]
+        assert [entry.get_attribute("textContent") for entry in legend][:3] == names
+        script = "return arguments[0].querySelector('.plot').data.map((t) => t.name)"
+        traces = [name for name in driver.execute_script(script, chart) if name][:3]
+        for name, trace in zip(names, traces, strict=True):
+            assert hovered(driver, chart, trace, 2).startswith(name)
 
     def test_hostile_names(self, visit):
         driver = visit("hostile")

@@ -317,7 +317,7 @@ class TestAnyTable:
             assert make_page([source]).rstrip().endswith("</html>")
 
     @settings(
-        max_examples=60,
+        max_examples=12,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from ngeval.names import whole_or_short
+
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LEAST = 1e-4
 """Relative difference from 1 below which nothing is told apart: what five digits show."""
@@ -140,10 +142,8 @@ def whole_text(values: Sequence[float]) -> list[str]:
     >>> whole_text([0.0, 1234567.0]), whole_text([0.5, 1.25])
     (['0', '1234567'], ['0.5', '1.25'])
     """
-    shown = [str(int(v)) if v.is_integer() else f"{v:g}" for v in map(float, values)]
-    if len(set(shown)) == len(shown):
-        return shown
-    return [str(int(v)) if v.is_integer() else repr(v) for v in map(float, values)]
+    shown = [whole_or_short(value) for value in values]
+    return shown if len(set(shown)) == len(shown) else [repr(float(value)) for value in values]
 
 
 def checkpoint_labels(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
