@@ -13,7 +13,9 @@ from matplotlib.colors import to_hex
 from ngeval import InputError, console
 from ngeval.plots import (
     PAGE,
+    Chosen,
     damping_figure,
+    figure_of,
     imbalance_figure,
     norms_figure,
     plot_damping,
@@ -482,3 +484,40 @@ def test_steps_of_a_million_are_told_in_full():
     expected = [f"step {step:.0f}" for step in steps]
     assert list(console.checkpoint_labels(table).values()) == expected
     assert [style.checkpoint_title(table, row["checkpoint"]) for row in rows] == expected
+
+
+class TestSeveralTasks:
+    """Rows of another task are no more batches of this one."""
+
+    @pytest.mark.parametrize("kind", ["damping", "ranking", "kfac"])
+    def test_are_refused_where_one_is_drawn(self, kind):
+        tables = {"a": gammas(), "b": gammas().assign(task="other")}
+        with pytest.raises(InputError, match=r"tasks t, other .*--task"):
+            figure_of(tables, kind)
+        with pytest.raises(InputError, match="tasks t, other"):
+            figure_of({"both": pd.concat(tables.values())}, kind)
+
+    def test_one_is_chosen(self):
+        tables = {"a": gammas(), "b": gammas().assign(task="other", gamma_over_sgd=7.0)}
+        figure = figure_of(tables, "damping", Chosen(task="t"))
+        alone = figure_of({"a": gammas()}, "damping")
+        drawn, expected = (
+            [list(item.get_ydata()) for item in made.axes[0].get_lines()]
+            for made in (figure, alone)
+        )
+        assert drawn == expected
+        with pytest.raises(InputError, match="no rows of task 'mine'"):
+            figure_of(tables, "damping", Chosen(task="mine"))
+
+    def test_two_runs_with_the_same_rows_are_refused(self):
+        with pytest.raises(InputError, match="a and b have rows of the same"):
+            figure_of({"a": gammas(), "b": gammas()}, "damping")
+        norms = samples().assign(sample=list(range(16)) * 6)
+        with pytest.raises(InputError, match="a and b have rows of the same"):
+            figure_of({"a": norms, "b": norms}, "imbalance")
+
+    def test_parts_of_a_run_are_put_together(self):
+        whole = gammas()
+        parts = {str(name): part for name, part in whole.groupby("checkpoint")}
+        titles = [axes.get_title() for axes in figure_of(parts, "damping").axes]
+        assert titles == [axes.get_title() for axes in figure_of({"w": whole}, "damping").axes]

@@ -58,6 +58,10 @@ def plot(
         str | None,
         typer.Option("--methods", "-m", help="Comma list of those drawn; default: all."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", "-t", help="Of files with several; stages has them side by side."),
+    ] = None,
     relative: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +105,7 @@ def plot(
         relative_pairs(relative),
         WIDTHS.get(width or ""),
         None if methods is None else [name.strip() for name in methods.split(",")],
+        task,
     )
     drawn = kind_of(tables) if kind is None else kind
     figure = figure_of(tables, drawn, chosen)

@@ -30,6 +30,7 @@ class Chosen:
         relative: the pairs of methods of ``stages``; None leaves them to the picture.
         width: of the figure in inches; None leaves it to the picture.
         methods: those that are drawn (of trainings: optimizers); None draws all.
+        task: whose rows are drawn, by pictures of one task.
     """
 
     damping: float | None = None
@@ -37,6 +38,7 @@ class Chosen:
     relative: list[tuple[str, str]] | None = None
     width: float | None = None
     methods: list[str] | None = None
+    task: str | None = None
 
 
 Tables = Mapping[str, pd.DataFrame]
@@ -63,9 +65,40 @@ def _single(
     """A picture of one table: several of the same kind are put together."""
 
     def figure(tables: Tables, chosen: Chosen) -> Figure:
-        return draw(pd.concat(list(tables.values()), ignore_index=True), chosen)
+        return draw(_of_one_run(tables, chosen.task), chosen)
 
     return figure
+
+
+ROW = ("task", "checkpoint", "batch", "method", "damping", "layer", "sample")
+"""Columns that tell the rows of one run apart."""
+
+
+def _of_one_run(tables: Tables, task: str | None) -> pd.DataFrame:
+    """Tables put together, for a picture that would take another run's rows for more batches.
+
+    Raises:
+        InputError: there are several tasks, or no rows of the one that was chosen, or two tables
+            have the same rows of a run.
+    """
+    joined = pd.concat(list(tables.values()), ignore_index=True)
+    names = list(dict.fromkeys(joined["task"].astype(str))) if "task" in joined else []
+    if task is not None:
+        if task not in names:
+            raise InputError(f"no rows of task {task!r}; {nearest_name(task, names)}")
+        joined = joined[joined["task"].astype(str) == task]
+    elif len(names) > 1:
+        raise InputError(
+            f"rows of the tasks {', '.join(names)} do not go into one picture of this kind: choose "
+            "one with --task; --kind stages sets tasks side by side"
+        )
+    keys = [name for name in ROW if name in joined]
+    if len(tables) > 1 and bool(joined.duplicated(keys).any()):
+        raise InputError(
+            f"{' and '.join(tables)} have rows of the same {', '.join(keys)}: two runs do not go "
+            "into one picture of this kind; draw them apart"
+        )
+    return joined
 
 
 FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
@@ -82,7 +115,9 @@ FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
     ),
     "kfac": _single(lambda t, c: kfac_figure(t, c.damping, c.methods, width=c.width)),
     "ranking": _single(lambda t, c: ranking_figure(t, c.checkpoints, width=c.width)),
-    "performance": _single(lambda t, c: performance_figure(t, width=c.width)),
+    "performance": lambda tables, c: performance_figure(
+        pd.concat(list(tables.values()), ignore_index=True), width=c.width
+    ),
 }
 """Pictures by ``--kind``."""
 
