@@ -127,7 +127,7 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
     labels = [NAMES[0], NAMES[-1]] if len(chosen) == 2 else list(NAMES)
     labels = labels if len(chosen) <= len(labels) else [f"stage {i}" for i in range(len(chosen))]
     run = _summary(at_best_damping(table, whole_run=True))
-    free = _without_damping(table)
+    free = without_damping(table)
     parts = []
     for label, name in zip(labels, chosen, strict=False):
         rows = table[table["checkpoint"] == name]
@@ -184,7 +184,7 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
     return summarize(rows)[columns].rename(columns=names)
 
 
-def _without_damping(table: pd.DataFrame) -> set[str]:
+def without_damping(table: pd.DataFrame) -> set[str]:
     """Methods whose γ is the same at every λ, if there are several."""
     if table["damping"].nunique() < 2:
         return set()

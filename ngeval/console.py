@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import typer
 from rich import box
@@ -24,7 +25,7 @@ from rich.table import Table
 from torch import nn
 from typer.core import TyperGroup
 
-from ngeval.comparison import three_stages
+from ngeval.comparison import three_stages, without_damping
 from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
@@ -133,6 +134,7 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
 def sweep_table(table: pd.DataFrame) -> Table:
     """For each checkpoint and method: γ/γ_min at the smallest λ, and the best over λ."""
     summary = summarize(table)
+    free = without_damping(table)
     smallest = summary["damping"].min()
     shown = Table(
         title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
@@ -148,7 +150,8 @@ def sweep_table(table: pd.DataFrame) -> Table:
             if values.empty:
                 continue
             at_smallest = f"{values[smallest]:.3g}" if smallest in values else "–"
-            cells = (at_smallest, f"{values.min():.3g}", f"{values.idxmin():.1e}")
+            where = "–" if method in free else f"{values.idxmin():.1e}"
+            cells = (at_smallest, f"{values.min():.3g}", where)
             shown.add_row(label if first else "", str(method), *cells)
             first = False
         shown.add_section()
@@ -258,14 +261,15 @@ def cell(value: float, form: str = ".3g") -> str:
 def imbalance_table(table: pd.DataFrame) -> Table:
     """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
     shown = Table(
-        title="per-sample gradient norms ‖g_n‖ (nats)", caption="max/min: median over batches"
+        title="per-sample gradient norms ‖g_n‖ (nats)",
+        caption="max/min: geometric mean over batches",
     )
     for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
         shown.add_column(column, justify="left" if column == "checkpoint" else "right")
     for name, label in checkpoint_labels(table).items():
         rows = table[table["checkpoint"] == name]
         quantiles = rows["gradient_norm"].quantile([0, 0.05, 0.5, 0.95, 1])
-        ratio = rows.groupby("batch")["gradient_norm"].apply(imbalance).median()
+        ratio = math.exp(np.log(rows.groupby("batch")["gradient_norm"].apply(imbalance)).mean())
         shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
     return shown
 
