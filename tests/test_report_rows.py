@@ -195,6 +195,10 @@ class TestRows:
         assert dict(trouble.where)["methods"] == "ef"
         assert not re.search(r"\bEF\b", "".join(findings(found)))
 
+    def test_bounds_of_two_signs_are_no_value(self):
+        table = gammas().assign(gamma_ng_lower=-1.0)
+        assert grades(table).natural.empty
+
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_shares_that_cannot_be_used_are_told(self, tmp_path, value):
         table = layers()

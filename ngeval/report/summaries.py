@@ -114,7 +114,8 @@ def _natural(rows: pd.DataFrame) -> pd.DataFrame:
     if not {"gamma_ng_lower", "gamma_ng_upper"} <= set(rows):
         return pd.DataFrame(columns=["checkpoint", "damping", "ratio"])
     single = rows.drop_duplicates(["checkpoint", "batch", "damping"])
-    between = np.sqrt(single["gamma_ng_lower"] * single["gamma_ng_upper"])
+    product = single["gamma_ng_lower"] * single["gamma_ng_upper"]
+    between = np.sqrt(product.where(product >= 0))
     single = single.assign(ratio=between / (single["gamma"] / single["gamma_over_sgd"]))
     means = geometric_means(single, ["checkpoint", "damping"], "ratio", resamples=1)
     return means[["checkpoint", "damping", "mean"]].rename(columns={"mean": "ratio"})
