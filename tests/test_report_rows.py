@@ -20,6 +20,7 @@ from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.findings import findings
 from ngeval.report.measured import facts, troubles
 from ngeval.report.sources import Source, Topic, ends_of, topics
+from ngeval.report.summaries import grades
 from ngeval.report.text import checkpoint_labels, interval_text, with_interval
 from ngeval.results import read_results
 
