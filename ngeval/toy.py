@@ -22,6 +22,7 @@ from torch import nn
 
 from ngeval.errors import InputError
 from ngeval.methods import Method, get_method
+from ngeval.prepared import check_dampings
 from ngeval.problem import Problem
 
 Point = tuple[float, float]
@@ -31,6 +32,13 @@ OFFSETS = ((-2.0, 0.8), (-0.15, -2.2), (1.2, -1.2))
 
 PARALLEL = 1e-6
 """Sine of the angle between inputs below which they count as parallel."""
+
+LARGEST, LENGTHS, UNLIKE = 1e6, (1e-4, 1e4), 1e4
+"""Bounds: of targets, of the minimum, and of starts as seen from it; of an input's length; of the
+longer input over the shorter one. Within them what is computed keeps six digits."""
+
+NEAR = 1e-12
+"""A start at which the residuals are this small, in units of the targets and 1, is the minimum."""
 
 FAR = 1e6
 """A path that is so many times as far from the minimum as its start diverges."""
@@ -45,7 +53,8 @@ class LeastSquares:
         targets: y_n.
 
     Raises:
-        InputError: other shapes, numbers that are not finite, or parallel inputs.
+        InputError: other shapes, numbers that are not finite, too large or too small, or inputs
+            that are parallel or of too different lengths; a minimum too far away.
 
     Example:
         >>> toy = LeastSquares(inputs=((1, 0), (0, 2)), targets=(3, 2))
@@ -60,13 +69,26 @@ class LeastSquares:
         """Check the data, and make them tuples of floats, whatever arrays were given."""
         inputs = _numbers("inputs", self.inputs, (2, 2), "two samples of two numbers")
         targets = _numbers("targets", self.targets, (2,), "one number for each of two samples")
+        _check_size("targets", targets)
         lengths = np.hypot(*inputs.T)
+        least, most = LENGTHS
+        if lengths.all() and not (least <= lengths.min() and lengths.max() <= most):
+            raise InputError(
+                f"the inputs have lengths {lengths[0]:.3g} and {lengths[1]:.3g}; give samples of "
+                f"lengths from {least:g} to {most:g} (in other units the picture is the same)"
+            )
+        if lengths.max() > UNLIKE * lengths.min() > 0:
+            raise InputError(
+                f"one input is {lengths.max() / lengths.min():.3g} times as long as the other; "
+                f"{UNLIKE:g} times is the most of which a picture shows both"
+            )
         if abs(np.linalg.det(inputs)) <= PARALLEL * lengths.prod():
             first, second = (f"({x:g}, {y:g})" for x, y in inputs)
             raise InputError(
                 f"the inputs {first} and {second} are parallel, so that no single θ fits best; "
                 "give two that are not multiples of each other"
             )
+        _check_size("the minimum", np.linalg.solve(inputs, targets))
         object.__setattr__(self, "inputs", tuple(map(tuple, inputs.tolist())))
         object.__setattr__(self, "targets", tuple(targets.tolist()))
 
@@ -130,13 +152,20 @@ class LeastSquares:
         """A learning rate that shows a method's path.
 
         Half of the largest that SGD is stable at, 1/λ_max(XᵀX); for EF, which lowers every ℓ_n by
-        η a step, a hundredth of the mean ℓ_n at the starts; 0.1 for all others.
+        η a step, a hundredth of the mean ℓ_n at the starts (the default ones, where all that are
+        given are the minimum); 0.1 for all others.
         """
         if method == "sgd":
             return float(1 / np.linalg.norm(np.array(self.inputs), 2) ** 2)
         if method == "ef":
-            return float(self.loss(self.starts if starts is None else starts).mean() / 200)
+            points = [point for point in _starts(self, starts) if not self.is_minimum(point)]
+            return float(self.loss(points or self.starts).mean() / 200)
         return 0.1
+
+    def is_minimum(self, theta: ArrayLike) -> bool:
+        """Whether a point is θ* up to rounding, so that no method has anywhere to go."""
+        size = 1 + np.abs(np.array(self.targets)).max()
+        return bool(np.abs(self.residuals(theta)).max() <= NEAR * size)
 
 
 DEFAULT_METHODS = ("sgd", "ng", "ief", "ef")
@@ -168,12 +197,11 @@ def trajectories(
         natural gradient at λ = 0, which is θ − θ* here (NaN where one of them is 0).
 
     Raises:
-        InputError: an unknown method, a learning rate that is not positive, no steps or starts, or
-            a path that diverges.
+        InputError: an unknown method, a learning rate that is not positive, no steps or starts,
+            starts too far away, or a path that diverges. From the minimum a path goes nowhere.
     """
-    points = _numbers(
-        "starts", toy.starts if starts is None else starts, (None, 2), "two numbers for each start"
-    )
+    points = _starts(toy, starts)
+    check_dampings([damping])
     if len(points) == 0 or steps < 1:
         raise InputError(f"paths need a start and a step: {len(points)} starts, {steps} steps")
     chosen = (
@@ -205,6 +233,8 @@ def _path(
     damping: float,
     seed: int,
 ) -> list[tuple[int, float, float, float]]:
+    if toy.is_minimum(theta):
+        return [(step, float(theta[0]), float(theta[1]), math.nan) for step in range(steps + 1)]
     place = _Place(toy)
     bound = FAR * (np.linalg.norm(theta - toy.minimum) + np.linalg.norm(toy.minimum) + 1)
     rows = []
@@ -245,6 +275,20 @@ class _Place:
 def _cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     size = np.linalg.norm(first) * np.linalg.norm(second)
     return float(first @ second / size) if size > 0 else math.nan
+
+
+def _starts(toy: LeastSquares, starts: Sequence[Point] | None) -> NDArray[np.float64]:
+    points = _numbers(
+        "starts", toy.starts if starts is None else starts, (None, 2), "two numbers for each start"
+    )
+    _check_size("starts, as seen from the minimum,", points - toy.minimum)
+    return points
+
+
+def _check_size(name: str, values: ArrayLike) -> None:
+    found = np.asarray(values)
+    if np.abs(found).max(initial=0) > LARGEST:
+        raise InputError(f"{name} must be of size {LARGEST:g} at most, not {found.tolist()}")
 
 
 def _numbers(

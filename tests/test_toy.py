@@ -180,6 +180,38 @@ class TestTrajectories:
         pd.testing.assert_frame_equal(drawn[0], drawn[1])
         assert not drawn[0].equals(drawn[2])
 
+    def test_from_the_minimum_nothing_moves(self):
+        """Also where rounding leaves EF a residual to be thrown off by."""
+        for toy in (LeastSquares(), LeastSquares(((0.7, 0.1), (0.3, 0.9)), (0.1, 0.3))):
+            start = toy.minimum.tolist()
+            paths = pd.concat(trajectories(toy, starts=[start], steps=5), ignore_index=True)
+            assert set(paths["method"]) == set(DEFAULT_METHODS)
+            np.testing.assert_array_equal(paths["theta_1"], start[0])
+            np.testing.assert_array_equal(paths["theta_2"], start[1])
+            assert (paths["learning_rate"] > 0).all()
+            figure = toy_figure(toy, paths, arrows=3)
+            figure.draw_without_rendering()
+            assert figure.axes[0].get_xlim() == pytest.approx((start[0] - 1, start[0] + 1))
+
+    @pytest.mark.parametrize(
+        ("inputs", "targets"),
+        [
+            (((1e4, 0), (0, 1)), (1, 1)),
+            (((1e-4, 0), (0, 1)), (1, 1)),
+            (((1, 0), (1, 1e-5)), (2, 1)),
+            (((1e-4, 0), (0, 1e-4)), (1, -3)),
+            (((1e4, 0), (0, 1e4)), (1e6, 1e6)),
+        ],
+    )
+    def test_default_rates_draw_what_is_let_in(self, inputs, targets):
+        toy = LeastSquares(inputs, targets)
+        starts = toy.starts[:2]
+        rates = {name: toy.rate(name, starts) for name in DEFAULT_METHODS}
+        for path in trajectories(toy, rates, starts, steps=20):
+            assert np.isfinite(path["loss"]).all()
+        away = np.array(starts) - toy.minimum
+        np.testing.assert_allclose(toy.updates("ief", starts), away, rtol=1e-6, atol=1e-6)
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -193,6 +225,12 @@ class TestBadInput:
             (((1, 2), (2,)), (1, 1), "two samples of two numbers"),
             (((1, 2), (2, 1)), (1, 1, 1), "one number for each of two samples"),
             (((1, 2), (2, "x")), (1, 1), "two samples of two numbers"),
+            (((1e150, 0), (0, 1)), (1, 1), r"lengths 1e\+150 and 1; give samples of lengths from"),
+            (((1e200, 0), (0, 1e200)), (1, 1), r"lengths 1e\+200 and 1e\+200"),
+            (((1e-200, 0), (0, 1e-200)), (1, 1), "lengths 1e-200 and 1e-200"),
+            (((1e3, 0), (0, 1e-3)), (1, 1), r"1e\+06 times as long"),
+            (((1, 2), (2, 1)), (1e300, 1), r"targets must be of size 1e\+06 at most"),
+            (((1e-3, 0), (0, 1e-3)), (1e5, 1), "the minimum must be of size"),
         ],
     )
     def test_of_data(self, inputs, targets, message):
@@ -209,6 +247,8 @@ class TestBadInput:
             ({"ief": 0.1}, {"starts": [(1.0, 2.0, 3.0)]}, "two numbers for each start"),
             ({"ief": 0.1}, {"starts": [(1.0, float("nan"))]}, "starts must be finite"),
             ({"muon": 0.1}, {}, "muon:0"),
+            ({"ief": 0.1}, {"starts": [(1e300, 1e300)]}, "starts, as seen from the minimum, must"),
+            ({"ief": 0.1}, {"damping": float("inf")}, "damping inf is not allowed"),
         ],
     )
     def test_of_paths(self, rates, options, message):
@@ -352,6 +392,9 @@ class TestCommand:
             (("--learning-rate", "fast"), "--learning-rate 'fast': write one number"),
             (("--learning-rate", "kfac=1"), "--learning-rate names kfac"),
             (("--learning-rate", "-1"), "must be positive"),
+            (("--start", "1e300,1e300"), "starts, as seen from the minimum, must be of size 1e+06"),
+            (("--damping", "inf"), "damping inf is not allowed"),
+            (("--inputs", "1e150,0;0,1"), "give samples of lengths from"),
             (("--learning-rate", "sgd=100", "--steps", "50"), "diverges"),
             (("--table", "paths.txt"), "the extension '.txt'"),
         ],

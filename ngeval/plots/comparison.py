@@ -25,7 +25,7 @@ from ngeval.plots.style import (
     styles_of,
     without_legend,
 )
-from ngeval.plots.texts import name_text
+from ngeval.plots.texts import SIDE, name_text
 from ngeval.plots.ticks import log_scale, number_text
 
 KFAC_METHODS = {
@@ -112,7 +112,7 @@ def plot_ranking(
             label = f"{rows['stage_name'].dropna().iloc[0]}: {checkpoint_title(table, name)}"
             offset = 0.22 * (index - (len(stages) - 1) / 2)
             _draw_stage(axes, rows, np.arange(len(methods)) + offset, style, label)
-        axes.set_yticks(np.arange(len(methods)), [name_text(method) for method in methods])
+        axes.set_yticks(np.arange(len(methods)), [name_text(method, SIDE) for method in methods])
         axes.set_ylim(len(methods) - 0.4, -0.6)
         axes.axvline(1, color="#CC79A7", linewidth=1)
         log_scale(axes, "x")

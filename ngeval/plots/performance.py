@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ngeval.errors import InputError, nearest_name
 from ngeval.performance import FIGURES, outcomes, performance
 from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
-from ngeval.plots.texts import name_text
+from ngeval.plots.texts import SIDE, name_text
 from ngeval.plots.ticks import log_scale
 
 
@@ -147,5 +147,5 @@ def _draw(
             marker=marker or "o",
             elinewidth=0.8,
         )
-    axes.set_yticks(np.arange(len(optimizers)), [name_text(name) for name in optimizers])
+    axes.set_yticks(np.arange(len(optimizers)), [name_text(name, SIDE) for name in optimizers])
     axes.set_ylim(len(optimizers) - 0.4, -0.6)

@@ -12,6 +12,9 @@ from matplotlib import font_manager
 from ngeval.names import MOST, shortened
 
 _GENERIC = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
+SIDE = 24
+"""Letters of names beside a panel, which has what they leave of a column's width."""
+
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Stands for what cannot be drawn: control characters, and what no font at hand has."""
 

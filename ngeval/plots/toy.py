@@ -60,7 +60,8 @@ class Window:
         points = np.vstack([starts, toy.minimum])
         low, high = points.min(0), points.max(0)
         first, second = ((low + high) / 2).tolist()
-        return cls((first, second), 0.65 * float((high - low).max()) or 1.0)
+        apart = not all(map(toy.is_minimum, starts))
+        return cls((first, second), 0.65 * float((high - low).max()) if apart else 1.0)
 
     @property
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
