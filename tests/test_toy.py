@@ -103,6 +103,12 @@ class TestLeastSquares:
                 state = ngeval.get_method(method).prepare(problem, 5 + number)
                 np.testing.assert_allclose(found[number], state.direction(0.1).numpy(), rtol=1e-9)
 
+    def test_several_methods_at_once_have_the_numbers_of_each(self, toy):
+        methods = ("sgd", "sf", "ef", "ng")
+        together = toy.all_updates(methods, points(4), 0.1, seed=2)
+        for method, found in zip(methods, together, strict=True):
+            np.testing.assert_array_equal(found, toy.updates(method, points(4), 0.1, seed=2))
+
     def test_ief_is_the_natural_gradient_at_no_damping_only(self, toy):
         places = points(8)
         natural = toy.updates("ng", places)

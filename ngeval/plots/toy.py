@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,17 +101,26 @@ class Field:
 
     @classmethod
     def of(
-        cls, toy: LeastSquares, method: str, window: Window, arrows: int, damping: float, seed: int
-    ) -> Field:
-        """At ``arrows × arrows`` points, but those at which a sample is fitted.
+        cls,
+        toy: LeastSquares,
+        methods: Sequence[str],
+        window: Window,
+        arrows: int,
+        damping: float,
+        seed: int,
+    ) -> dict[str, Field]:
+        """Of methods by name, at ``arrows × arrows`` points, but those where a sample is fitted.
 
         There EF has a pole, and the pseudo-inverse of EF and iEF at λ = 0 jumps.
         """
         points = window.grid(arrows).reshape(-1, 2)
         residuals = np.abs(toy.residuals(points))
         points = points[residuals.min(1) > 1e-9 * residuals.max()]
-        updates = toy.updates(method, points, damping, seed)
-        return cls(points, updates, 2 * window.radius / arrows)
+        cell = 2 * window.radius / arrows
+        found = toy.all_updates(methods, points, damping, seed)
+        return {
+            name: cls(points, updates, cell) for name, updates in zip(methods, found, strict=True)
+        }
 
     def is_like(self, other: Field) -> bool:
         """Whether the updates are the same up to rounding."""
@@ -163,7 +172,7 @@ def plot_toy(
     if own.empty:
         raise InputError(f"the paths have no rows of {method!r}")
     window = window or Window.around(toy, own)
-    field = Field.of(toy, method, window, arrows, damping, seed)
+    field = Field.of(toy, [method], window, arrows, damping, seed)[method]
     with own_axes(ax, (COLUMN, COLUMN)) as axes:
         _draw(axes, toy, field, own, window)
         axes.set_title(_title([method], own, window))
@@ -219,7 +228,7 @@ def toy_figure(
         paths = pd.concat(trajectories(toy, damping=damping, seed=seed), ignore_index=True)
     methods = list(dict.fromkeys(paths["method"]))
     window = Window.around(toy, paths)
-    fields = {name: Field.of(toy, name, window, arrows, damping, seed) for name in methods}
+    fields = Field.of(toy, methods, window, arrows, damping, seed)
     enlarged = "ef" in fields
     with in_style():
         made, axes = panels(len(methods) + 1 + enlarged, PAGE, 2.25, least=2.2)
@@ -232,7 +241,7 @@ def toy_figure(
             small = window.magnified(toy)
             _mark(axes[methods.index("ef")], small)
             ax = next(rest)
-            field = Field.of(toy, "ef", small, arrows, damping, seed)
+            field = Field.of(toy, ["ef"], small, arrows, damping, seed)["ef"]
             _draw(ax, toy, field, paths[paths["method"] == "ef"], small)
             ax.set_title(f"ef, {MAGNIFIED} times enlarged")
         _losses(axes[-1], paths)
