@@ -166,15 +166,56 @@ class TestSources:
             dict.fromkeys(table["checkpoint"])
         )
 
-    @pytest.mark.parametrize("change", [{}, {"num_samples": 64}, {"damping_scale": "mean"}])
+    @pytest.mark.parametrize("change", [{"num_samples": 64}, {"damping_scale": "mean"}])
     def test_other_runs_stay_apart(self, tmp_path, change):
-        first = gammas()
-        second = first.assign(**change)
-        if change:
-            second = second[second["epoch"] == 10]
-            first = first[first["epoch"] < 10]
+        table = gammas()
+        late = table[table["epoch"] == 10].assign(**change)
+        for first in (table, table[table["epoch"] < 10]):
+            files = [source(tmp_path, first, "a.csv"), source(tmp_path, late, "b.csv")]
+            assert [entry.name for entry in topics(files)] == ["t (a)", "t (b)"]
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_files_that_agree_where_they_overlap_are_one_run(self, tmp_path, swapped):
+        """As of a tutorial: all checkpoints at one λ, and two of them at all λ."""
+        table = gammas()
+        stages = table[table["damping"] == DAMPINGS[0]]
+        sweep = table[table["epoch"] != 5].assign(gamma=lambda t: t["gamma"] * (1 + 3e-7))
+        parts = {"stages.csv": stages, "sweep.csv": sweep, "norms.csv": samples()}
+        files = [source(tmp_path, rows, name) for name, rows in parts.items()]
+        (found,) = topics(files[::-1] if swapped else files)
+        assert found.name == "t"
+        assert list(found.tables) == ["gammas", "samples"]
+        keys = ["checkpoint", "batch", "method", "damping"]
+        kept = found.tables["gammas"]
+        assert not kept.duplicated(keys).any()
+        once = pd.concat([stages, sweep]).drop_duplicates(keys)
+        assert len(kept) == len(once) == 72 + 2 * 48
+        text = "\n".join(findings(found))
+        assert text.count("iEF is ") == 1
+        assert "From epoch 0 to epoch 10" in text
+        assert "Surely below SGD" in text
+        assert "largest per-sample gradient norm" in text
+
+    @pytest.mark.parametrize("times", [1 + 3e-6, np.nan])
+    @pytest.mark.parametrize("column", ["gamma", "gamma_over_sgd"])
+    def test_one_row_that_does_not_agree_keeps_files_apart(self, tmp_path, column, times):
+        first, second = gammas(), gammas(dampings=DAMPINGS[:1])
+        second.loc[7, column] *= times
         files = [source(tmp_path, first, "a.csv"), source(tmp_path, second, "b.csv")]
         assert [entry.name for entry in topics(files)] == ["t (a)", "t (b)"]
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_of_two_rows_that_agree_the_one_with_the_natural_gradient_stays(
+        self, tmp_path, swapped
+    ):
+        plain = gammas().assign(gamma_over_ng=np.nan, gamma_min=np.nan)
+        late = gammas()[lambda t: t["epoch"] == 10]
+        files = [source(tmp_path, plain, "a.csv"), source(tmp_path, late, "b.csv")]
+        (found,) = topics(files[::-1] if swapped else files)
+        rows = found.tables["gammas"]
+        assert len(rows) == len(plain)
+        told = rows["gamma_over_ng"].notna()
+        assert told.tolist() == (rows["epoch"] == 10).tolist()
 
     def test_a_table_of_evaluate_alone(self, tmp_path):
         table = gammas(epochs=(0,)).drop(columns=["task", "checkpoint", "epoch", "step", "stage"])
@@ -199,7 +240,7 @@ class TestFindings:
 
     def test_verdicts(self):
         text = said(gammas=gammas())
-        assert "nearer to the natural gradient than SGD: iEF;" in text
+        assert "At λ = 1e-6 and epoch 10, nearer to the natural gradient than SGD: iEF;" in text
         assert "farther from it than SGD: EF;" in text
         assert "cannot be told from SGD with these batches: diag." in text
 
@@ -238,7 +279,13 @@ class TestFindings:
 
     def test_nearest_and_an_end_of_the_range(self):
         text = said(gammas=gammas())
-        assert "Nearest to the least γ there is comes iEF (λ = 1e-6) at epoch 10: " in text
+        assert "Nearest to the least γ there is at epoch 10: iEF (λ = 1e-6) with " in text
+        assert " × γ_min. The next is SGD, whose γ is 2 [1.84, 2.17] × iEF's, batch by" in text
+        assert "left out" not in text
+        natural = gammas({"sgd": 1.0, "ief": 0.5, "ef": 10.0, "ng": 0.25})
+        assert "there is at epoch 10, exact NG left out: iEF (λ = 1e-6) with " in said(
+            gammas=natural
+        )
         ends = "EF (the largest, 1); iEF (the smallest, 1e-6)"
         assert f"At epoch 10 the best λ lies at an end of the range for {ends}" in text
         zero = gammas(dampings=(0.0, 1e-3, 1.0, 10.0))
@@ -246,7 +293,9 @@ class TestFindings:
 
     def test_two_that_are_equal_cannot_be_told_apart(self):
         table = gammas({"sgd": 1.0, "ief": 0.5, "twin": 0.5})
-        assert "which cannot be told from " in said(gammas=table)
+        text = said(gammas=table)
+        assert "It cannot be told from twin (λ = 1e-6), whose γ is " in text
+        assert "× iEF's, batch by batch (each method at the λ that is best" in text
 
     def test_change_over_training(self):
         text = said(gammas=gammas(noise=0.0))
@@ -261,6 +310,21 @@ class TestFindings:
         table.loc[rising & (table["damping"] > 1e-3), "gamma_over_sgd"] = 2.0
         assert "iEF up to 0.001" in said(gammas=table)
 
+    def test_means_below_sgd_whose_intervals_are_not(self):
+        """The table shows means below 1: a sentence that counts intervals says so."""
+        table = gammas({"sgd": 1.0, "ief": 0.5, "ef": 0.999, "diag": 1.5}, noise=0.4)
+        text = said(gammas=table)
+        start = "Surely below SGD (95 % interval below 1) at epoch 10, of the 3 λ from 1e-6 to 1: "
+        assert start in text
+        means = ngeval.summarize(table, ("method", "damping", "epoch"))
+        below = means[(means["epoch"] == 10) & (means["gamma_over_sgd_geomean"] < 1 - 1e-4)]
+        count = int((below["method"] == "ef").sum())
+        assert count > 0
+        assert (means[means["method"] == "ef"]["gamma_over_sgd_geomean_high"] > 1).all()
+        assert f"EF at none, its mean at {count}" in text
+        twins = said(gammas=gammas({"sgd": 1.0, "a": 0.999, "b": 1.0, "c": 0.999}, noise=0.4))
+        assert f"a and c at none, their means at {count} each" in twins
+
     def test_methods_that_damping_does_not_enter_have_no_best(self):
         table = gammas()
         same = table["method"] == "diag"
@@ -273,6 +337,7 @@ class TestFindings:
         text = said(gammas=gammas(), samples=samples())
         assert "is 2.05 [" in text
         assert "× the smallest at epoch 0 and 205 [" in text
+        assert "(geometric means over 6 batches)" in text
         assert "Spearman" not in text  # of three checkpoints
         epochs = tuple(range(6))
         many = [samples().query("epoch == 0").assign(epoch=float(e)) for e in epochs]
@@ -564,6 +629,28 @@ class TestFacts:
         told = dict(facts(topic(gammas=bare)))
         for name in ("likelihood", "parameters", "model's dtype", "Jacobian engine", "seed"):
             assert told[name] == "not recorded"
+
+    def test_what_the_table_has_not_is_taken_from_the_manifest(self, tmp_path):
+        """Rows of ngeval imbalance have neither likelihood nor dtype, engine or seed."""
+        told = {"likelihood": "Categorical(ignore_index=-100)", "dtype": "float64"}
+        beside = manifest({"seed": 7, "engine": "auto"}, facts=told)
+        norms = Source(tmp_path / "i.csv", "samples", samples(), beside)
+        found = dict(facts(Topic("t", {"samples": norms.table}, [norms])))
+        meant = "Categorical(ignore_index=-100): softmax cross-entropy, in nats"
+        assert found["likelihood"] == meant
+        settings = ("model's dtype", "Jacobian engine", "seed", "parameters")
+        assert [found[name] for name in settings] == ["float64", "auto", "7", "not recorded"]
+        graded = Source(tmp_path / "g.csv", "gammas", gammas())
+        both = Topic("t", {"gammas": graded.table, "samples": norms.table}, [graded, norms])
+        assert dict(facts(both))["model's dtype"] == "float32"  # what the rows say goes first
+        beside = manifest({"batch_size": 160, "dtype": None}, facts={"dtype": "the model's"})
+        parts = Source(tmp_path / "l.csv", "layers", layers(), beside)
+        found = dict(facts(Topic("t", {"layers": parts.table}, [parts])))
+        assert found["batches"] == "3 for each checkpoint, N = 160 samples each"
+        assert found["model's dtype"] == "its own (no other was asked for)"
+        training = Source(tmp_path / "t.csv", "training", trainings(), manifest({"seed": 9}))
+        other = Topic("t", {"layers": layers(), "training": training.table}, [training])
+        assert dict(facts(other))["seed"] == "not recorded"  # that of a training is another
 
     def test_another_metric_is_told(self):
         told = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))

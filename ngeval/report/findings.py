@@ -76,8 +76,9 @@ def _gammas(short: Grades, labels: dict[str, str]) -> Iterator[str]:
     part = short.at(last, damping)
     part = part[part["method"] != "sgd"]
     if not part.empty:
-        yield _headline(part, f"λ = {damping_text(damping)} and {labels[last]}")
-        yield from _verdicts(part)
+        where = f"λ = {damping_text(damping)} and {labels[last]}"
+        yield _headline(part, where)
+        yield from _verdicts(part, where)
     yield from _caution(short, last)
     yield from _nearest(short, labels[last])
     yield from _over_training(short, labels)
@@ -103,7 +104,7 @@ def _headline(part: pd.DataFrame, where: str) -> str:
     return f"At {where}, {listed(told)} (γ over SGD's, {means}; smaller is better{more})."
 
 
-def _verdicts(part: pd.DataFrame) -> Iterator[str]:
+def _verdicts(part: pd.DataFrame, where: str) -> Iterator[str]:
     """Nearer, farther, or neither: only where the interval excludes 1."""
     if part["low"].isna().all():
         yield "There is one batch, so no interval, and which of these differ from SGD is not told."
@@ -122,7 +123,7 @@ def _verdicts(part: pd.DataFrame) -> Iterator[str]:
         if chosen.any()
     ]
     sentence = "; ".join(told)
-    yield f"There, {sentence}."
+    yield f"At {where}, {sentence}."
 
 
 def _caution(short: Grades, checkpoint: str) -> Iterator[str]:
@@ -152,26 +153,31 @@ def _caution(short: Grades, checkpoint: str) -> Iterator[str]:
 def _nearest(short: Grades, label: str) -> Iterator[str]:
     """Which method comes nearest to γ_min, at its best λ, and whether the second is told from it.
 
-    The least γ is the natural gradient's own, so that is left out.
+    The least γ is the natural gradient's own, so that is left out, which the sentence says.
     """
     best = at_best(short)
     last = best[(best["checkpoint"] == short.checkpoints[-1]) & best["best"].notna()]
-    last = last[last["method"] != "ng"].sort_values("best")
+    natural = last["method"] == "ng"
+    last = last[~natural].sort_values("best")
     if len(last) < 2:
         return
     first, second = last.to_dict("records")[:2]
     free = free_of_damping(short)
+    but = f", {method_text('ng')} left out" if natural.any() else ""
     sentence = (
-        f"Nearest to the least γ there is comes {_at(first, free)} at {label}: "
+        f"Nearest to the least γ there is at {label}{but}: {_at(first, free)} with "
         f"{with_interval(first['best'], first['best_low'], first['best_high'])} × γ_min"
     )
+    at = "each method at the λ that is best for these batches"
     ratio, low, high = paired(_rows(short, second), _rows(short, first))
-    behind = f"{_at(second, free)}, {with_interval(ratio, low, high)} × that batch by batch"
-    if above_one(low):
-        sentence += f"; the next is {behind}"
-    elif not math.isnan(low):
-        sentence += f", which cannot be told from {behind}"
-    yield f"{sentence} (each method at the λ that is best for these batches)."
+    if math.isnan(low):
+        yield f"{sentence} ({at})."
+        return
+    relation = "The next is" if above_one(low) else "It cannot be told from"
+    yield (
+        f"{sentence}. {relation} {_at(second, free)}, whose γ is {with_interval(ratio, low, high)} "
+        f"× {method_text(first['method'])}'s, batch by batch ({at})."
+    )
 
 
 def _at(row: dict[Any, Any], free: set[str]) -> str:
@@ -221,23 +227,31 @@ def _over_training(short: Grades, labels: dict[str, str]) -> Iterator[str]:
 
 
 def _ranges(short: Grades, label: str) -> Iterator[str]:
-    """Over which λ a method is below SGD, by its interval."""
+    """Over which λ a method is below SGD by its interval; if at none, at how many by its mean."""
     last = short.at(short.checkpoints[-1])
     dampings = sorted(value for value in last["damping"].unique() if value > 0)
     if len(dampings) < 3:
         return
     free = free_of_damping(short)
-    told: dict[str, list[str]] = {}
+    told: dict[tuple[str, int], list[str]] = {}
     for method in [*FIRST, *(m for m in short.methods if m not in FIRST)]:
         rows = last[(last["method"] == method) & (last["damping"] > 0)].sort_values("damping")
         rows = rows[rows["high"].notna()]
         if method in free or rows.empty:
             continue
-        told.setdefault(_range(rows, len(dampings)), []).append(method_text(method))
+        means = 0 if below_one(rows["high"]).any() else int(below_one(rows["ratio"]).sum())
+        place = (_range(rows, len(dampings)), means)
+        told.setdefault(place, []).append(method_text(method))
     if told:
-        sentence = "; ".join(f"{listed(names)} {where}" for where, names in told.items())
+        sentence = "; ".join(
+            f"{listed(names)} {where}{_by_mean(len(names), means)}"
+            for (where, means), names in told.items()
+        )
         ends = f"{damping_text(dampings[0])} to {damping_text(dampings[-1])}"
-        yield f"Below SGD at {label}, of the {len(dampings)} λ from {ends}: {sentence}."
+        yield (
+            f"Surely below SGD (95 % interval below 1) at {label}, of the {len(dampings)} λ from "
+            f"{ends}: {sentence}."
+        )
 
 
 def _range(rows: pd.DataFrame, count: int) -> str:
@@ -245,6 +259,13 @@ def _range(rows: pd.DataFrame, count: int) -> str:
     own = "" if len(rows) == count else f" of the {len(rows)} that it has an interval for"
     where = _places(rows["damping"].tolist(), np.flatnonzero(below_one(rows["high"])))
     return f"{where}{own}"
+
+
+def _by_mean(methods: int, means: int) -> str:
+    """At how many λ the mean alone is below 1, of one or of several methods."""
+    if not means:
+        return ""
+    return f", its mean at {means}" if methods == 1 else f", their means at {means} each"
 
 
 def _places(dampings: Sequence[float], places: np.ndarray) -> str:

@@ -40,6 +40,12 @@ CONVENTIONS = (
 """What holds for every γ table."""
 
 NOT_RECORDED = "not recorded"
+GRADED = (GAMMAS, LAYERS, SAMPLES)
+"""Kinds of tables whose rows are of checkpoints and batches."""
+
+OWN = {"the model's": "its own (no other was asked for)"}
+"""What a manifest says of a model's dtype, behind that name."""
+
 MANY = 12
 """Names in a list before the rest is counted."""
 
@@ -71,16 +77,17 @@ class Trouble:
 
 def facts(topic: Topic) -> list[tuple[str, str]]:
     """What was measured on a task, and how, as pairs of a name and its value."""
-    graded = [topic.tables[kind] for kind in (GAMMAS, LAYERS, SAMPLES) if kind in topic.tables]
+    graded = [topic.tables[kind] for kind in GRADED if kind in topic.tables]
     told: list[tuple[str, str]] = [("files", listed([source.shown for source in topic.sources]))]
     if graded:
         told += _checkpoints(graded)
-        told += _batches(graded)
+        told += _batches(graded, topic)
     for kind in (GAMMAS, LAYERS):
         if kind in topic.tables:
-            told += _methods(topic.tables[kind], "methods" if kind == GAMMAS else "layers of")
+            name = "methods" if kind == GAMMAS else "layers of"
+            told += _methods(topic.tables[kind], name, _told(topic, "damping_scale", kind))
     if graded:
-        told += _settings(graded)
+        told += _settings(graded, topic)
     if TRAINING in topic.tables:
         told += _trainings(topic.tables[TRAINING])
     return told
@@ -93,12 +100,13 @@ def _checkpoints(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
     return [("checkpoints", f"{count}: {', '.join(shown)}")]
 
 
-def _batches(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
+def _batches(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:
     first = tables[0]
     batches = first.groupby("checkpoint")["batch"].nunique()
     sizes = _values(tables, "num_samples")
     if not sizes and "sample" in first:
         sizes = [str(first.groupby(["checkpoint", "batch"]).size().max())]
+    sizes = sizes or _told(topic, "batch_size")
     size = f"N = {', '.join(sizes)} samples each" if sizes else f"N {NOT_RECORDED}"
     told = [("batches", f"{batches.max()} for each checkpoint, {size}")]
     metric = _values(tables, "metric_samples")
@@ -107,7 +115,7 @@ def _batches(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
     return told
 
 
-def _methods(table: pd.DataFrame, name: str) -> list[tuple[str, str]]:
+def _methods(table: pd.DataFrame, name: str, scales: Sequence[str]) -> list[tuple[str, str]]:
     methods = [str(name) for name in table["method"].unique()]
     dampings = sorted(table["damping"].dropna().unique())
     shown = ", ".join(damping_text(value) for value in dampings)
@@ -116,12 +124,12 @@ def _methods(table: pd.DataFrame, name: str) -> list[tuple[str, str]]:
         others = [value for value in dampings if value != 0]
         ends = f"{damping_text(others[0])} to {damping_text(others[-1])}"
         shown = f"{zero}{len(others)} values from {ends}"
-    scale = _values([table], "damping_scale")
+    scale = _values([table], "damping_scale") or scales
     words = "; ".join(SCALES.get(value, value) for value in scale) or f"scale {NOT_RECORDED}"
     return [(name, ", ".join(methods)), ("damping λ", f"{shown} ({words})")]
 
 
-def _settings(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
+def _settings(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:
     told = []
     likelihoods = _values(tables, "likelihood")
     words = [
@@ -130,6 +138,7 @@ def _settings(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
         else name
         for name in likelihoods
     ]
+    words = words or [_likelihood(value) for value in _told(topic, "likelihood")]
     told.append(("likelihood", "; ".join(words) or NOT_RECORDED))
     for label, column in (
         ("parameters", "num_parameters"),
@@ -143,8 +152,25 @@ def _settings(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
             values = [f"{float(value):,.0f}" for value in values]
         if column == "seed" and len(values) > 1 and _run_of(values):
             values = [f"{values[0]} (batch b draws its labels with seed {values[0]} + b)"]
+        values = values or [OWN.get(value, value) for value in _told(topic, column)]
         told.append((label, _some(values) or NOT_RECORDED))
     return told
+
+
+def _told(topic: Topic, name: str, kind: str | None = None) -> list[str]:
+    """What the manifests of graded files (of a kind) tell of a setting that no table has."""
+    found: dict[str, None] = {}
+    for source in topic.sources:
+        if source.manifest is not None and source.kind in ((kind,) if kind else GRADED):
+            settings = _mapping(source.manifest, "options") | _mapping(source.manifest, "run")
+            found[_text(settings.get(name))] = None
+    return [value for value in found if value]
+
+
+def _likelihood(shown: str) -> str:
+    """A likelihood as a manifest has it, ``Categorical(ignore_index=-100)``, with its meaning."""
+    meaning = LIKELIHOODS.get(shown.partition("(")[0].lower(), "")
+    return f"{shown}: {meaning.partition(';')[0]}" if meaning else shown
 
 
 def _run_of(values: Sequence[str]) -> bool:

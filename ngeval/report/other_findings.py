@@ -59,8 +59,8 @@ def _imbalance_means(means: pd.DataFrame, labels: dict[str, str]) -> str:
     narrow = means["count"].between(2, FEW - 1).any()
     caution = ", too few for an interval to lean on" if narrow else ""
     return (
-        f"The largest per-sample gradient norm of a batch is {sentence} (means over {over}"
-        f"{caution})."
+        f"The largest per-sample gradient norm of a batch is {sentence} (geometric "
+        f"{'mean' if len(told) == 1 else 'means'} over {over}{caution})."
     )
 
 

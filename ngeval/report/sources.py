@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ngeval.errors import InputError, OutputError
@@ -45,6 +46,13 @@ NEEDED: dict[str, tuple[str, ...]] = {
     GAMMAS: ("method", "damping", "status", *SUMMARIZED),
 }
 """The columns that tell a kind of table, the first that fits."""
+
+
+GRADED = {GAMMAS: ("gamma", "gamma_over_sgd")}
+"""The numbers by which a row that stands in two files is known as the same one."""
+
+ROUNDING = 1e-6
+"""Relative difference of γ that the order of sums may make from one command to the next."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,9 @@ def topics(sources: Sequence[Source]) -> list[Topic]:
     """The tasks of some files, in order of appearance.
 
     Files with parts of one run (other checkpoints, methods or dampings, the same settings) are
-    taken together; different runs of a task stay apart, under the files' names, and those of one
-    file under their settings as well.
+    taken together, also where they overlap in rows that agree, each of which counts once;
+    different runs of a task stay apart, under the files' names, and those of one file under their
+    settings as well.
 
     Raises:
         InputError: a column of numbers holds something else, or rows contradict each other.
@@ -230,7 +239,7 @@ def _add(together: list[_Run], run: _Run, kind: str) -> None:
     for other in together:
         apart = run.sources[0] in other.sources
         if not apart and _one_run(other.rows, run.rows, kind):
-            other.rows = pd.concat([other.rows, run.rows], ignore_index=True)
+            other.rows = _together(other.rows, run.rows, kind)
             other.sources += run.sources
             other.notes += [note for note in run.notes if note not in other.notes]
             other.settings = other.settings or run.settings
@@ -239,7 +248,7 @@ def _add(together: list[_Run], run: _Run, kind: str) -> None:
 
 
 def _one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
-    """Whether two tables are parts of one: no row in both, and the same settings."""
+    """Whether two tables are parts of one: the same settings, and rows in both agree."""
     if kind != TRAINING:
         sizes = OF_BATCHES[:-1]
         for name in (*(SETTINGS if kind != LAYERS else SETTINGS[:-1]), *sizes):
@@ -255,8 +264,52 @@ def _one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
             if differs_within_batches(both, "seed"):
                 return False
     keys = list(IDENTITY[kind])
-    one, two = (rows[keys].drop_duplicates() for rows in (first, second))
-    for key in keys:
-        if one[key].dtype != two[key].dtype:  # batches 0, 1 in one file and "a", "b" in the other
-            one, two = (part.assign(**{key: part[key].astype(str)}) for part in (one, two))
-    return one.merge(two, on=keys).empty
+    numbers = list(GRADED.get(kind, ()))
+    one, two = (rows[keys + numbers].drop_duplicates() for rows in (first, second))
+    one, two = _alike(one, two, keys)
+    shared = one.merge(two, on=keys, suffixes=("", "_again"))
+    return shared.empty or (bool(numbers) and _agree(shared, numbers))
+
+
+def _alike(
+    first: pd.DataFrame, second: pd.DataFrame, keys: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two tables with keys of the same types: one may have batches 0, 1, the other "a", "b"."""
+    other = [key for key in keys if first[key].dtype != second[key].dtype]
+    types = dict.fromkeys(other, "str")
+    return first.astype(types), second.astype(types)
+
+
+def _agree(shared: pd.DataFrame, values: Sequence[str]) -> bool:
+    """Whether rows with the same keys have the same numbers, but for rounding; none is as none."""
+    return all(
+        np.isclose(
+            shared[name].to_numpy(dtype=float),
+            shared[f"{name}_again"].to_numpy(dtype=float),
+            rtol=ROUNDING,
+            atol=0,
+            equal_nan=True,
+        ).all()
+        for name in values
+    )
+
+
+def _together(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of two parts of a run, each once.
+
+    Of two that agree the first stays, but where only the other has been compared with the exact
+    natural gradient.
+    """
+    keys = list(IDENTITY[kind])
+    first, second = _alike(first, second, keys)
+    if kind in GRADED:
+        least, others = first["gamma_over_ng"], second[second["gamma_over_ng"].notna()]
+        first = first[~(least.isna() & _stands_in(others, first, keys))]
+        second = second[~_stands_in(first, second, keys)]
+    return pd.concat([first, second], ignore_index=True)
+
+
+def _stands_in(table: pd.DataFrame, rows: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Which rows have the keys of one of a table."""
+    own, others = (pd.MultiIndex.from_frame(part[list(keys)]) for part in (rows, table))
+    return own.isin(others)
