@@ -331,7 +331,9 @@ class TestReaders:
         script = "return arguments[0].querySelector('.plot').data.map((t) => t.name)"
         traces = [name for name in driver.execute_script(script, chart) if name][:3]
         for name, trace in zip(names, traces, strict=True):
-            assert hovered(driver, chart, trace, 2).startswith(name)
+            hovered(driver, chart, trace, 2)  # the last one's text may still be there
+            layer = chart.find_element(By.CSS_SELECTOR, ".hoverlayer")
+            wait(driver, lambda layer=layer, name=name: layer.text.startswith(name))
 
     def test_hostile_names(self, visit):
         driver = visit("hostile")
