@@ -486,6 +486,15 @@ def test_steps_of_a_million_are_told_in_full():
     assert [style.checkpoint_title(table, row["checkpoint"]) for row in rows] == expected
 
 
+def test_a_label_that_comes_twice_is_shown_once():
+    figure, (left, right) = plt.subplots(1, 2)
+    left.plot([1, 2], color="black", label="sgd")
+    right.plot([1, 2], color="#000000", label="sgd")
+    right.plot([2, 1], color="red", label="sgd")  # another method, of whose name the end is shown
+    style.legend_below(left, right)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sgd", "sgd"]
+
+
 class TestSeveralTasks:
     """Rows of another task are no more batches of this one."""
 

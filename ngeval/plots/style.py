@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -274,7 +275,7 @@ def legend_below(*axes: Axes) -> None:
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             # Two long names may have the same end; the same method has the same look.
-            look = handle.get_color() if isinstance(handle, Line2D) else None
+            look = to_hex(handle.get_color()) if isinstance(handle, Line2D) else None
             entries.setdefault((label, look), handle)
     if not entries:
         return
