@@ -66,7 +66,8 @@ ROWS = {
     ),
     "compare": Rows(
         f"ngeval compare {CHECKPOINTS} --output compare",
-        "--batch-size 8 --num-batches 1 --dampings 1e-6,1",
+        "--batch-size 8 --num-batches 1 --dampings 1e-6,1 "
+        "--methods sgd,ief,kfac,kfac-sf,kfac-ef,kfac-ief",
         {"digits-compare": "compare/results.parquet"},
         after="demo",
     ),
