@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import psutil
 import torch
 
 from ngeval.errors import OutputError
+from ngeval.files import replace_file
 
 FORMAT = 1
 """Raised when a key changes its meaning; new keys may come at any time."""
@@ -123,19 +123,8 @@ def write_manifest(results: Path, told: Mapping[str, Any]) -> Path:
         OutputError: it cannot be written.
     """
     path = manifest_path(results)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=SUFFIX)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(told, file, ensure_ascii=False, indent=2)
-                file.write("\n")
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
+    text = json.dumps(told, ensure_ascii=False, indent=2) + "\n"
+    replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from ngeval.errors import OutputError
+from ngeval.files import replace_file
 from ngeval.manifest import write_manifest
 
 
@@ -102,19 +103,8 @@ class ResultFile:
         Raises:
             OutputError: the disk is full or the folder cannot be written any more.
         """
-        handle, name = tempfile.mkstemp(
-            dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=self.path.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            _WRITERS[self.path.suffix](self.table(), temporary)
-            temporary.chmod(0o644)
-            temporary.replace(self.path)
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write = _WRITERS[self.path.suffix]
+        replace_file(self.path, lambda place: write(self.table(), place))
         self._unsaved, self._saved_at = False, time.monotonic()
         if self._told is not None:  # after the rows: it never lies beside another run's
             write_manifest(self.path, self._told)

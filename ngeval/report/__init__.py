@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ngeval.errors import OutputError
+from ngeval.files import replace_file
 from ngeval.report.page import make_page
 from ngeval.report.sources import Source, read_sources
 from ngeval.results import check_output
@@ -40,16 +38,5 @@ def write_report(
     """
     check_output(output, SUFFIXES, force=force)
     page = make_page(read_sources(results), title)
-    try:
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=".", suffix=output.suffix)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            temporary.chmod(0o644)
-            temporary.replace(output)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error}") from error
+    replace_file(output, lambda place: place.write_text(page, encoding="utf-8"))
     return output
