@@ -14,7 +14,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a temporary file beside the output, then put it in its place.
 
     A reader finds the earlier file or the new one, never a part; where writing fails, the earlier
-    one stays.
+    one stays. What has returned from here is on the disk, whatever happens to the machine then.
 
     Args:
         path: the output.
@@ -30,8 +30,22 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
             temporary.chmod(0o644)
+            _to_disk(temporary)
             temporary.replace(path)
+            _to_disk(path.parent)  # the name, too
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write what it keeps of a file, or of a folder's names."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -103,8 +103,7 @@ class ResultFile:
         Raises:
             OutputError: the disk is full or the folder cannot be written any more.
         """
-        write = _WRITERS[self.path.suffix]
-        replace_file(self.path, lambda place: write(self.table(), place))
+        write_results(self.table(), self.path)
         self._unsaved, self._saved_at = False, time.monotonic()
         if self._told is not None:  # after the rows: it never lies beside another run's
             write_manifest(self.path, self._told)
@@ -121,6 +120,24 @@ class ResultFile:
     ) -> None:
         if self._unsaved:
             self.flush()
+
+
+SUFFIXES = tuple(_WRITERS)
+"""What result files end in."""
+
+
+def write_results(table: pd.DataFrame, path: Path) -> None:
+    """Put a whole table in the place of a result file, or of none.
+
+    Args:
+        table: all rows.
+        path: ``.csv``, ``.parquet`` or ``.jsonl``.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    write = _WRITERS[path.suffix]
+    replace_file(path, lambda place: write(table, place))
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:

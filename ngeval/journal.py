@@ -1,0 +1,212 @@
+"""The journal of a run: a file for each unit that is done, so that nothing done is done again.
+
+While ``gamma.csv`` is made, ``gamma.csv.journal/`` lies beside it. A unit's rows are one file in
+it (Arrow, with every type as it was), which appears whole or not at all and is on the disk before
+the next unit begins. Units may come in any order and from any number of processes; the table is
+put together from the files in the order of the units, so that it does not depend on who made
+them, when, or how often the run was stopped on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import pyarrow as pa
+
+from ngeval.errors import OutputError
+from ngeval.files import replace_file
+
+SUFFIX = ".journal"
+RUN = "run.json"
+WRITER = "writer.json"
+FAILURE = b"ngeval.failure"
+
+Key = tuple[int, int]
+"""A unit: the number of its checkpoint, and of its batch."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a unit came to.
+
+    Attributes:
+        table: its rows.
+        failure: why there is nothing of it (its checkpoint cannot be read, …); empty where it was
+            graded, whatever became of single methods.
+    """
+
+    table: pd.DataFrame
+    failure: str = ""
+
+
+class Journal:
+    """The units of one output file that are done."""
+
+    def __init__(self, output: Path) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            output: the result file that it is of.
+        """
+        self.output = output
+        self.folder = output.with_name(output.name + SUFFIX)
+        self._read: dict[Key, Entry] = {}
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun, and not finished or not without failures."""
+        return (self.folder / RUN).is_file()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only run that writes this output.
+
+        The lock is the operating system's: one that is killed holds it no longer.
+
+        Raises:
+            OutputError: another run is writing it, or the folder cannot be made.
+        """
+        lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise OutputError(
+                f"{self.output} is being written by another run ({self._writer()}); wait for it, "
+                "or give another output"
+            ) from error
+        except OSError as error:
+            raise OutputError(f"{self.output} cannot be written: {error}") from error
+        try:
+            self._sign()
+            yield
+        finally:
+            lock.release()
+            if self.folder.is_dir() and not self.exists:
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing but the lock
+
+    def begin(self, told: str) -> None:
+        """Start with no unit done.
+
+        Args:
+            told: of the run, for `told` when it is resumed.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with _reported(self.folder):
+            for path in self.folder.glob("*.arrow"):
+                path.unlink()
+        self._read = {}
+        self.tell(told)
+
+    def tell(self, told: str) -> None:
+        """Say something else of the run.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        replace_file(self.folder / RUN, lambda place: place.write_text(told, encoding="utf-8"))
+
+    def told(self) -> str:
+        """What was told of the run.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        with _reported(self.folder):
+            return (self.folder / RUN).read_text(encoding="utf-8", errors="replace")
+
+    def write(self, key: Key, entry: Entry) -> None:
+        """Put a unit on the disk.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written.
+        """
+        made = pa.Table.from_pandas(entry.table, preserve_index=False)
+        metadata = {**(made.schema.metadata or {}), FAILURE: entry.failure.encode()}
+        made = made.replace_schema_metadata(metadata)
+
+        def write(place: Path) -> None:
+            with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
+                writer.write_table(made)
+
+        replace_file(self._path(key), write)
+
+    def entries(self) -> dict[Key, Entry]:
+        """All units that are done, in their order; a file that cannot be read is not done."""
+        found = {}
+        for path in self.folder.glob("*.arrow"):
+            if name := re.fullmatch(r"(\d+)-(\d+)", path.stem):
+                found[int(name[1]), int(name[2])] = path
+        for key in found.keys() - self._read.keys():
+            if (entry := _read_entry(found[key])) is not None:
+                self._read[key] = entry
+        return {key: self._read[key] for key in sorted(found) if key in self._read}
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """These are to be done again.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with _reported(self.folder):
+            for key in keys:
+                self._read.pop(key, None)
+                self._path(key).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """All units are done and in the output."""
+        (self.folder / RUN).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / f"{key[0]:05d}-{key[1]:05d}.arrow"
+
+    def _sign(self) -> None:
+        """Leave word of who is writing, for those who come second."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        who = {"process": os.getpid(), "machine": platform.node(), "since": since}
+        replace_file(self.folder / WRITER, lambda place: place.write_text(json.dumps(who)))
+
+    def _writer(self) -> str:
+        try:
+            who = json.loads((self.folder / WRITER).read_text(encoding="utf-8"))
+            return f"process {who['process']} on {who['machine']} since {who['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "which has just begun"
+
+
+def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
+    """The rows of units, one after the other."""
+    frames = [entry.table for entry in entries if not entry.table.empty]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _read_entry(path: Path) -> Entry | None:
+    try:
+        with pa.OSFile(str(path), "rb") as source:
+            made = pa.ipc.open_file(source).read_all()
+        failure = (made.schema.metadata or {}).get(FAILURE, b"").decode()
+        return Entry(made.to_pandas(), failure)
+    except (OSError, ValueError, pa.ArrowException):  # damaged: the unit is done again
+        return None
+
+
+@contextlib.contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be read or written: {error}") from error
