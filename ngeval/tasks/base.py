@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ngeval.likelihoods import Likelihood, get_likelihood
 
 Batch = tuple[Inputs, Tensor]
 LoadBatches = Callable[[int, int | None, int], Iterable[Batch]]
+LoadIndices = Callable[[int, int | None, int], Iterable[Iterable[int]]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Task:
         output: which of the model's outputs is z, as in `ngeval.Problem`.
         load_test: optional; as ``load_validation``, other held-out data, which no choice is made
             by: for the figures of a tuned optimizer that are reported.
+        load_indices: optional; which samples of the data are in the batches that ``load_batches``
+            gives for the same arguments, in that order: for the manifest beside results.
 
     Example:
         >>> import torch, ngeval
@@ -56,6 +60,7 @@ class Task:
     description: str = ""
     output: Output = None
     load_test: Callable[[], Iterable[Batch]] | None = None
+    load_indices: LoadIndices | None = None
 
     def model(self) -> nn.Module:
         """Build the network and check that it is one.
@@ -93,6 +98,25 @@ class Task:
                 f"task {self.name!r}: load_batches gave {count} batches"
                 + ("" if num_batches is None else f" of {num_batches} asked for")
             )
+
+    def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
+        """Which samples of the data the batches hold, None where the task does not tell.
+
+        Raises:
+            TaskError: ``load_indices`` failed, or tells of fewer batches than asked for.
+        """
+        if self.load_indices is None:
+            return None
+        with self._errors("load_indices"):
+            batches = iter(self.load_indices(batch_size, num_batches, seed))
+            found = [
+                [int(index) for index in batch] for batch in itertools.islice(batches, num_batches)
+            ]
+        if len(found) < num_batches:
+            raise TaskError(
+                f"task {self.name!r}: load_indices tells of {len(found)} batches of {num_batches}"
+            )
+        return found
 
     def validation(self) -> Iterator[Batch]:
         """The held-out batches, checked like the others; none if the task has none."""

@@ -38,8 +38,12 @@ class Split:
 
         ``num_batches=None`` is one whole pass, its last batch possibly smaller.
         """
-        for chosen in shuffled_batches(len(self.train_targets), batch_size, num_batches, seed):
+        for chosen in self.indices(batch_size, num_batches, seed):
             yield self.train_inputs[chosen], self.train_targets[chosen]
+
+    def indices(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Tensor]:
+        """Which of the training images, in scikit-learn's split, are in the batches."""
+        return shuffled_batches(len(self.train_targets), batch_size, num_batches, seed)
 
     def validation(self) -> Iterator[Batch]:
         """The images for validation in one batch."""
@@ -127,6 +131,7 @@ def digits_mlp() -> Task:
         split.validation,
         "MLP 64-256-256-10 on scikit-learn's handwritten digits (softmax cross-entropy)",
         load_test=split.test,
+        load_indices=split.indices,
     )
 
 
@@ -141,6 +146,7 @@ def digits_cnn() -> Task:
         images.validation,
         "three convolutions on the same digits, 15,338 parameters (softmax cross-entropy)",
         load_test=images.test,
+        load_indices=images.indices,
     )
 
 
@@ -162,4 +168,5 @@ def digits_regression() -> Task:
         moments.validation,
         "the MLP predicts centre, spread and slant of the ink (Gaussian, σ² = 1)",
         load_test=moments.test,
+        load_indices=moments.indices,
     )

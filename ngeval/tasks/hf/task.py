@@ -115,6 +115,7 @@ def hub_task(
         likelihood=data.likelihood,
         description=f"{model} ({source.objective}) on {place}",
         output=_last_logits if samples == "token" else None,
+        load_indices=data.indices,
     )
 
 
@@ -126,11 +127,15 @@ class _Data(ABC):
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
         """See `ngeval.Task.load_batches`."""
-        usable = self.usable()
-        drawn = shuffled_batches(len(usable), batch_size, num_batches, seed)
         generator = torch.Generator().manual_seed(seed)
-        for chosen in drawn:
-            yield self.batch([self.rows[usable[int(i)]] for i in chosen], generator)
+        for chosen in self.indices(batch_size, num_batches, seed):
+            yield self.batch([self.rows[index] for index in chosen], generator)
+
+    def indices(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[list[int]]:
+        """Which rows are in the batches."""
+        usable = self.usable()
+        for chosen in shuffled_batches(len(usable), batch_size, num_batches, seed):
+            yield [usable[int(index)] for index in chosen]
 
     def usable(self) -> Sequence[int]:
         """The rows that make samples."""
