@@ -1,0 +1,219 @@
+"""From small problems to a large one: what a unit of N samples will cost, by units of fewer.
+
+Time and memory are sums of parts that grow in ways that are known: what does not depend on N,
+passes through the model (∝ N), inner products of rows (∝ N²), all with coefficients ≥ 0 that are
+fitted to the measurements; factorisations of matrices whose sizes go with N, which are timed by
+themselves at their size; and Krylov iterations, each ∝ N, of a number that is unknown until the
+run is made: their trend is followed to the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from ngeval.passes import Passes
+
+ITERATION = Passes(forward=1, backward=1, tangent=1)
+"""A Krylov iteration: J d, and Jᵀw with the run that it goes back through."""
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """A matrix that was factored.
+
+    Attributes:
+        kind: ``"gram"``, symmetric n × n; or ``"rows"``, n × P.
+        shape: of the matrix.
+        seconds: what it took.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    seconds: float
+
+    @property
+    def operations(self) -> float:
+        """Up to a factor."""
+        rows, columns = self.shape
+        return rows * columns * min(rows, columns)
+
+
+TimeOf = Callable[[str, tuple[int, int]], float]
+"""The seconds that a factorisation of a kind and shape takes."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A unit of n samples, as measured.
+
+    Attributes:
+        samples: n.
+        seconds: for all of it.
+        factorisations: in order, part of that time.
+        krylov_seconds: likewise.
+        iterations: of the Krylov run; 0 where there is none.
+        gradient_seconds: a plain forward and backward pass of the n samples.
+        memory: bytes above what the process held before, at the peak.
+        passes: through the model.
+        rows: of the result table.
+        repeats: how often it was run; times are those of the median run.
+    """
+
+    samples: int
+    seconds: float
+    factorisations: tuple[Factorisation, ...] = ()
+    krylov_seconds: float = 0.0
+    iterations: int = 0
+    gradient_seconds: float = 0.0
+    memory: float = 0.0
+    passes: Passes = Passes()
+    rows: int = 0
+    repeats: int = 1
+
+    @property
+    def rest(self) -> float:
+        """Seconds that are neither factorisations nor Krylov iterations."""
+        named = sum(one.seconds for one in self.factorisations) + self.krylov_seconds
+        return max(self.seconds - named, 0.0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a unit of N samples costs, measured or extrapolated.
+
+    Attributes:
+        seconds: in all.
+        factoring: seconds of it for factorisations.
+        krylov: and for Krylov iterations.
+        iterations: how many of these.
+        gradient_seconds: a plain forward and backward pass of the batch.
+        memory: bytes at the peak, besides what is there before.
+        passes: through the model.
+        rows: of the result table.
+    """
+
+    seconds: float
+    factoring: float
+    krylov: float
+    iterations: int
+    gradient_seconds: float
+    memory: float
+    passes: Passes
+    rows: int
+
+
+def rung_sizes(num_samples: int, most: int | None = None) -> list[int]:
+    """N/16, N/8, N/4, N/2 and N, from two samples on, up to ``most``.
+
+    A single sample is another kind of problem (nothing tells samples from features), so that it
+    is a rung only where it is the whole batch, or all that is allowed.
+
+    >>> rung_sizes(160), rung_sizes(8), rung_sizes(160, 40)
+    ([10, 20, 40, 80, 160], [2, 4, 8], [10, 20, 40])
+    """
+    limit = num_samples if most is None else max(1, min(most, num_samples))
+    sizes = {max(2, math.ceil(num_samples / 2**power)) for power in range(5)}
+    return sorted(size for size in sizes if size <= limit) or [limit]
+
+
+def extrapolate(
+    sizes: Sequence[int], values: Sequence[float], target: int, powers: Sequence[int] = (0, 1, 2)
+) -> float:
+    """Σ_p c_p Nᵖ with the c_p ≥ 0 that fit the values best, relative to each.
+
+    With fewer values than powers the last ones that are left out are left out: a single value
+    grows as N does.
+
+    >>> round(extrapolate([10, 20, 40], [12.0, 24.0, 48.0], 160), 6)
+    192.0
+    """
+    if len(sizes) == 1:
+        return values[0] * target / sizes[0] if max(powers) else values[0]
+    if max(values) <= 0:
+        return 0.0
+    chosen = np.array(powers[: len(sizes)])
+    scale = np.array(sizes, dtype=np.float64)[:, None] / target
+    weights = 1 / np.maximum(values, 1e-3 * max(values))
+    fitted, _ = nnls((scale**chosen) * weights[:, None], np.asarray(values) * weights)
+    return float(fitted.sum())
+
+
+def iterations_at(rungs: Sequence[Rung], target: int, limit: int) -> int:
+    """Krylov iterations by the trend of the last two rungs that had any, a power of N."""
+    known = [(rung.samples, rung.iterations) for rung in rungs if rung.iterations]
+    if not known:
+        return 0
+    size, count = known[-1]
+    power = 0.0
+    if len(known) > 1:
+        before, fewer = known[-2]
+        power = min(max(math.log(count / fewer) / math.log(size / before), 0.0), 1.0)
+    return min(limit, math.ceil(count * (target / size) ** power))
+
+
+def shapes_at(rungs: Sequence[Rung], target: int) -> list[tuple[str, tuple[int, int]]]:
+    """The matrices that the unit of N samples will factor.
+
+    A side that has grown from one rung to the next goes with n. With one rung, a side that is a
+    multiple of n does.
+    """
+    last = rungs[-1]
+    before: Sequence[Factorisation] = rungs[-2].factorisations if len(rungs) > 1 else ()
+    same = len(before) == len(last.factorisations)
+    found = []
+    for index, one in enumerate(last.factorisations):
+        sides = [
+            round(side * target / last.samples)
+            if (side != before[index].shape[axis] if same else side % last.samples == 0)
+            else side
+            for axis, side in enumerate(one.shape)
+        ]
+        found.append((one.kind, (sides[0], sides[1])))
+    return found
+
+
+def predict(
+    rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, memory: float
+) -> Cost:
+    """What the unit of ``target`` samples costs.
+
+    Args:
+        rungs: of growing size; where the last one is the unit itself, it is taken as it is.
+        target: N.
+        time_of: times factorisations.
+        limit: the most Krylov iterations that there can be.
+        memory: the most bytes that ngeval works in, besides one pass of the batch.
+    """
+    last = rungs[-1]
+    if last.samples == target:
+        factoring = sum(one.seconds for one in last.factorisations)
+        return Cost(
+            *(last.seconds, factoring, last.krylov_seconds, last.iterations),
+            *(last.gradient_seconds, last.memory, last.passes, last.rows),
+        )
+    sizes = [rung.samples for rung in rungs]
+    rest = extrapolate(sizes, [rung.rest for rung in rungs], target)
+    factoring = sum(time_of(kind, shape) for kind, shape in shapes_at(rungs, target))
+    iterations = iterations_at(rungs, target, limit)
+    krylov = 0.0
+    if iterations:
+        each = [r.krylov_seconds / r.iterations for r in rungs if r.iterations]
+        ran = [r.samples for r in rungs if r.iterations]
+        krylov = iterations * extrapolate(ran, each, target, (0, 1))
+    gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, (0, 1))
+    peak = extrapolate(sizes, [rung.memory for rung in rungs], target)
+    return Cost(
+        rest + factoring + krylov,
+        factoring,
+        krylov,
+        iterations,
+        gradient,
+        min(peak, max(memory, last.memory)),
+        last.passes.plus(ITERATION, iterations - last.iterations),
+        last.rows,
+    )
