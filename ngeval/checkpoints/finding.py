@@ -103,13 +103,14 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
     for pattern in patterns:
         try:
             found = _matches(pattern)
-        except OSError as error:
+            below = [] if found else _folders_below(pattern)
+        except (OSError, ValueError) as error:  # also of a name with a NUL
             raise CheckpointError(
-                f"checkpoint {pattern[:80]!r} cannot be looked up: {error.strerror}"
+                f"checkpoint {pattern[:80]!r} cannot be looked up: "
+                f"{getattr(error, 'strerror', None) or error}"
             ) from error
         if not found:
             kinds = ", ".join(SUFFIXES)
-            below = _folders_below(pattern)
             hint = f"; there are some in {', '.join(below[:4])}" if below else ""
             raise CheckpointError(
                 f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
@@ -157,7 +158,7 @@ def weights_file(folder: Path) -> Path:
 def optimizer_file(path: Path) -> Path | None:
     """Where the optimizer's state of a checkpoint is; never that of another one beside it."""
     own = path.with_name(f"{path.stem}.optimizer.pt")
-    if not path.is_dir() and own.is_file():
+    if not path.is_dir() and _is_file(own):
         return own
     if path.is_dir() or path.name in WEIGHTS + ADAPTER:
         folder = path if path.is_dir() else path.parent
@@ -186,9 +187,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
             if key in content
         }
     beside = path.with_suffix(".json")
-    if path.is_file() and beside.is_file() and not path.name.endswith(".index.json"):
+    if path.is_file() and _is_file(beside) and not path.name.endswith(".index.json"):
         told |= _read_json(beside)
     return told
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; none is under a name that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _in_folder(folder: Path) -> list[Path]:

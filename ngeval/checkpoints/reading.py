@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from ngeval.checkpoints.finding import weights_file
-from ngeval.checkpoints.pickles import asks_for_code
+from ngeval.checkpoints.pickles import asks_for_code, unreadable_because
 from ngeval.errors import CheckpointError
+from ngeval.names import shortened
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Under which of these a training program may keep the weights beside other things."""
+
+LONGEST = 200
+"""Letters of a name in a message: a file may hold names of a million."""
 
 
 def read_state(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -44,7 +48,7 @@ def read_state(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
 def listed(names: list[str], most: int = 8) -> str:
     """The first of some names, and how many there are."""
     more = f", … ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(shortened(name, LONGEST) for name in names[:most]) + more
 
 
 def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -68,15 +72,19 @@ def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
     Raises:
         CheckpointError: unreadable, truncated, or asks for code to be run.
     """
+    reason = "" if allow_pickle else unreadable_because(path)
+    if reason:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # a broken file, or an allowed pickle, may raise anything
-        if not allow_pickle and asks_for_code(path):
+        if not allow_pickle and (named := asks_for_code(path)):
             raise CheckpointError(
-                f"{path} is a pickle that asks to run code on loading, which was refused; save "
-                f"{instead} instead, or pass --allow-pickle if you trust its source"
+                f"{path} is a pickle that asks to run code on loading ({listed(named, 3)}), which "
+                f"was refused; save {instead} instead, or pass --allow-pickle if you trust its "
+                "source"
             ) from error
         raise _unreadable(path, error) from error
 
@@ -93,12 +101,18 @@ def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
-        shards = [index.parent / Path(file).name for file in files]
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        shards = [index.parent / file for file in files]
+        outside = [file for file in files if not _is_beside(index, file)]
+        missing = [shard.name for shard in shards if not (outside or shard.is_file())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index} cannot be read as the index of a sharded checkpoint: {repr(error)[:200]}"
         ) from error
+    if outside:
+        raise CheckpointError(
+            f"{index} names shards outside its folder, which was refused: {listed(outside)}; put "
+            "the files themselves beside it"
+        )
     if missing:
         raise CheckpointError(
             f"{index} names {len(shards)} shards, of which {listed(missing)} "
@@ -114,6 +128,15 @@ def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if lost:
         raise CheckpointError(f"the shards of {index} lack {listed(lost)}, which it names")
     return state
+
+
+def _is_beside(index: Path, file: str) -> bool:
+    """Whether a shard is a file of its index's folder, links followed.
+
+    In the hub's cache both are links, into one folder.
+    """
+    folders = {index.parent.resolve(), index.resolve().parent}
+    return Path(file).name == file and (index.parent / file).resolve().parent in folders
 
 
 def _unwrapped(state: Any) -> Any:
