@@ -124,40 +124,34 @@ def _simulated(data: Any) -> Iterator[tuple[_Item, str | None]]:
     memo: dict[Any, _Item] = {}
     for opcode, argument, _ in _opcodes(data):
         name = opcode.name
-        called = None
         try:
-            if name == "PROTO":
-                continue
             if name == "STOP":
                 stack, memo = [], {}
-                continue
-            if name == "MEMOIZE":
+            elif name == "MEMOIZE":
                 memo[len(memo)] = stack[-1]
-                continue
-            if name.endswith("PUT"):
+            elif name.endswith("PUT"):
                 memo[argument] = stack[-1]
-                continue
-            if name.endswith("GET"):
-                item = memo[argument]
+            elif name.endswith("GET"):
+                stack.append(memo[argument])
             elif name == "DUP":
-                item = stack[-1]
+                stack.append(stack[-1])
             elif name == "MARK":
-                item = _MARK
+                stack.append(_MARK)
             else:
                 taken = _taken(stack, opcode)
-                if name == "STACK_GLOBAL":
-                    called = ".".join(part.text or "?" for part in taken)
-                elif name in ("GLOBAL", "INST"):
-                    called = str(argument).replace(" ", ".")
-                if not opcode.stack_after:
-                    yield _MARK, called
-                    continue
-                text = argument if isinstance(argument, str) else None
-                item = _Item(_depth(name, [part.depth for part in taken]), text)
+                if opcode.stack_after:
+                    text = argument if isinstance(argument, str) else None
+                    stack.append(_Item(_depth(name, [part.depth for part in taken]), text))
+                    yield stack[-1], _called(name, argument, taken)
         except (IndexError, KeyError):  # no unpickler goes on from here
             return
-        stack.append(item)
-        yield item, called
+
+
+def _called(name: str, argument: Any, taken: list[_Item]) -> str | None:
+    """The function or class that an opcode names, if it is one that does."""
+    if name == "STACK_GLOBAL":
+        return ".".join(part.text or "?" for part in taken)
+    return str(argument).replace(" ", ".") if name in ("GLOBAL", "INST") else None
 
 
 def _depth(name: str, parts: list[int]) -> int:
