@@ -12,12 +12,14 @@ from ngeval.errors import CheckpointError, InputError, nearest_name
 from ngeval.methods.stage import OptimizerOptions
 from ngeval.options import (
     REDUCTIONS,
+    SHARDS,
     HubOptions,
     RunOptions,
     StepOptions,
     parse_bytes,
     parse_dtype,
 )
+from ngeval.ranks import own_device, world_size
 from ngeval.runs import Run
 from ngeval.tasks import Task, get_task
 
@@ -51,19 +53,24 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         checkpoints = find_checkpoints(_required([*(options.checkpoint or []), *more]))
     else:
         task, checkpoints = _hub_run(options, hub, more)
+    if options.shard not in SHARDS:
+        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
+    num_units = len(checkpoints) * options.num_batches
+    few = options.shard == "auto" and num_units < world_size()
     return Run(
         task,
         checkpoints,
         batch_size=options.batch_size,
         num_batches=options.num_batches,
         seed=options.seed,
-        device=options.device,
+        device=own_device(options.device),
         dtype=dtype,
         engine=options.engine,
         memory=memory,
         allow_pickle=options.allow_pickle,
         optimizer_states=step.optimizer_state or (),
         optimizer_options=OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle),
+        together=options.shard == "samples" or few,
     )
 
 

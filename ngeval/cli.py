@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import matplotlib as mpl
@@ -36,6 +37,7 @@ for command in (
 def main() -> None:
     """Entry point of the command ``ngeval``."""
     mpl.use("Agg")
+    signal.signal(signal.SIGTERM, console.terminate)
     app()
 
 

@@ -40,23 +40,45 @@ WIDE = 160
 """Characters in a line of a file or pipe."""
 
 
+KEPT = "finished rows are in the output file, if one was asked for"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: somebody else wants the program to end, and what is finished is kept as well."""
+
+
+def terminate(*_: object) -> None:
+    """The handler of SIGTERM.
+
+    Raises:
+        Terminated: always.
+    """
+    raise Terminated
+
+
 class Commands(TyperGroup):
-    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into code 130."""
+    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into 130, SIGTERM 143."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except NgevalError as error:
-            Console(stderr=True).print(
-                f"ngeval: {error}", markup=False, highlight=False, soft_wrap=True
-            )
+            _complain(str(error))
             raise typer.Exit(2) from error
+        except Terminated:
+            _complain(f"terminated; {KEPT}")
+            raise typer.Exit(143) from None
         except KeyboardInterrupt:
-            Console(stderr=True).print(
-                "ngeval: interrupted; finished rows are in the output file, if one was asked for"
-            )
+            _complain(f"interrupted; {KEPT}")
             raise typer.Exit(130) from None
+
+
+def _complain(text: str) -> None:
+    """On standard error; of torchrun's processes all but the first say who they are."""
+    rank = os.environ.get("RANK", "0")
+    name = "ngeval" if rank == "0" else f"ngeval (rank {rank})"
+    Console(stderr=True).print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def trainable_line(model: nn.Module) -> str:

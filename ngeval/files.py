@@ -10,8 +10,8 @@ from pathlib import Path
 from ngeval.errors import OutputError
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside the output, then put it in its place.
+def replace_file(path: Path, write: Callable[[Path], object], scratch: Path | None = None) -> None:
+    """Write a temporary file, then put it in its place.
 
     A reader finds the earlier file or the new one, never a part; where writing fails, the earlier
     one stays. What has returned from here is on the disk, whatever happens to the machine then.
@@ -19,12 +19,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the output.
         write: writes all of it to the path that it is given.
+        scratch: a folder of the same file system for the temporary file, which a killed process
+            leaves behind; default: the output's own.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written (any more).
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:

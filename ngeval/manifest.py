@@ -59,8 +59,8 @@ def manifest(
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv if command is None else command),
-        "options": _plain(options),
-        "run": _plain(facts or {}),
+        "options": plain(options),
+        "run": plain(facts or {}),
         "versions": versions(),
         "machine": machine(),
     }
@@ -162,12 +162,12 @@ def _processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Values as JSON has them; what it has not (paths, types, ∞) as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and math.isfinite(value):

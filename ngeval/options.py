@@ -27,6 +27,10 @@ SeedOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace output that exists.")]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Do only what is missing of a run that was stopped, or start."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
 MethodsOption = Annotated[
     str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` shows them.")
@@ -46,6 +50,8 @@ HUB = "Hugging Face model and data"
 
 STEP = "Steps of optimizers (methods such as adamw, adamw:20, muon)"
 """The panel of ``--help`` for how an optimizer's step is taken."""
+
+SHARDS = ("auto", "units", "samples")
 
 REDUCTIONS = ("mean", "sum", "token-mean")
 
@@ -71,6 +77,13 @@ class RunOptions:
     num_batches: Annotated[int, typer.Option(help="Graded batches for each checkpoint.")] = 5
     seed: SeedOption = 0
     device: DeviceOption = "cpu"
+    shard: Annotated[
+        str,
+        typer.Option(
+            help="Under torchrun: units spreads checkpoints and batches over processes, samples "
+            "splits every batch among all; auto: samples if there are fewer units than processes."
+        ),
+    ] = "auto"
     dtype: Annotated[
         str | None,
         typer.Option(help="Run the model in float32, float64 or bfloat16; default: as it is."),
@@ -213,6 +226,7 @@ class OutputOptions:
         Path | None, typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl.")
     ] = None
     force: ForceOption = False
+    resume: ResumeOption = False
     quiet: QuietOption = False
 
 

@@ -126,18 +126,19 @@ SUFFIXES = tuple(_WRITERS)
 """What result files end in."""
 
 
-def write_results(table: pd.DataFrame, path: Path) -> None:
+def write_results(table: pd.DataFrame, path: Path, scratch: Path | None = None) -> None:
     """Put a whole table in the place of a result file, or of none.
 
     Args:
         table: all rows.
         path: ``.csv``, ``.parquet`` or ``.jsonl``.
+        scratch: a folder of the same file system for what is not yet whole; default: its own.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
     write = _WRITERS[path.suffix]
-    replace_file(path, lambda place: write(table, place))
+    replace_file(path, lambda place: write(table, place), scratch)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:

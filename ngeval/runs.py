@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,43 +12,30 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ngeval.checkpoints import Checkpoint, CheckpointLoader
+from ngeval.checkpoints import Checkpoint
 from ngeval.checks import check_device
-from ngeval.errors import CheckpointError, InputError
-from ngeval.evaluate import Progress, evaluate
+from ngeval.errors import CheckpointError, InputError, TaskError
+from ngeval.evaluate import COLUMNS, Progress, evaluate
 from ngeval.functional import map_inputs
 from ngeval.groups import Groups
+from ngeval.journal import Key
 from ngeval.krylov import GAP
+from ngeval.layers import COLUMNS as LAYER_COLUMNS
 from ngeval.layers import layer_table
-from ngeval.methods import Method, get_methods
+from ngeval.methods import Method
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.metric import Metric
-from ngeval.metrics import gradient_norms, loss_change
+from ngeval.prepared import failure_reason
 from ngeval.problem import Problem
+from ngeval.ranks import OneProcess, Ranks
 from ngeval.tasks import Batch, Task
+from ngeval.units import Unit, Units, failed_rows, labelled, sample_table
 
 OTHER_BATCHES = 715_827_883
 """Added to the seed for batches that optimizers accumulate their state over, so that they are not
 those that are graded."""
 
 NUM_SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One checkpoint on one batch.
-
-    Attributes:
-        problem: the model with that checkpoint's weights on that batch.
-        columns: what identifies the unit in a table: ``task, checkpoint, stage`` (its place in
-            the list), ``epoch`` and ``step`` (where the checkpoint tells them, else NaN),
-            ``batch``.
-        methods: those that were asked for, at this checkpoint.
-    """
-
-    problem: Problem
-    columns: dict[str, Any]
-    methods: Sequence[Method] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +73,10 @@ class Run:
         optimizer_states: files with the optimizer's state, one for each checkpoint; none: those
             that are found with the checkpoints.
         optimizer_options: how an optimizer's step is taken.
+        keys: the units that are wanted, in this order; None: all, by checkpoint and batch.
+        together: where several processes share the run, they do every unit together, each a part
+            of its samples.
+        ranks: the processes that share the run.
     """
 
     task: Task
@@ -100,6 +92,9 @@ class Run:
     on_model: Callable[[Checkpoint, nn.Module], None] = lambda *_: None
     optimizer_states: Sequence[Path] = ()
     optimizer_options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    keys: Iterable[Key] | None = None
+    together: bool = False
+    ranks: Ranks = field(default_factory=OneProcess)
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no batch, and a device or a state that is not there."""
@@ -140,6 +135,23 @@ class Run:
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
             yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
 
+    def all_keys(self) -> list[Key]:
+        """Every unit, by checkpoint and batch."""
+        return list(itertools.product(range(len(self.checkpoints)), range(self.num_batches)))
+
+    def columns(self, key: Key) -> dict[str, Any]:
+        """What identifies a unit in a table; see `Unit`."""
+        stage, batch = key
+        checkpoint = self.checkpoints[stage]
+        return {
+            "task": self.task.name,
+            "checkpoint": checkpoint.name,
+            "stage": stage,
+            "epoch": _number(checkpoint.epoch),
+            "step": _number(checkpoint.step),
+            "batch": batch,
+        }
+
     def units(self, methods: Sequence[str | Method] = ()) -> Iterator[Unit]:
         """Load each checkpoint once and go through the batches.
 
@@ -147,39 +159,38 @@ class Run:
             InputError: unknown method.
             CheckpointError: a method needs what a checkpoint has not; before any is loaded.
         """
-        resolved = get_methods(methods) if methods else []
-        for index in range(len(self.checkpoints)):
-            methods_at(resolved, self.stage(index))  # what is missing is an error now
-        base = self.task.model().to(self.device).eval()
-        loader = CheckpointLoader(base, allow_pickle=self.allow_pickle)
-        for stage, checkpoint in enumerate(self.checkpoints):
-            model = loader.load(checkpoint).to(self.device).eval()
-            self.on_model(checkpoint, model)
-            bound = methods_at(resolved, self.stage(stage))
-            batches = self.task.batches(self.batch_size, self.num_batches, self.seed)
-            for index, (inputs, targets) in enumerate(batches):
-                problem = Problem(
-                    model,
-                    map_inputs(inputs, lambda t: t.to(self.device)),
-                    targets.to(self.device),
-                    self.task.resolved_likelihood(),
-                    output=self.task.output,
-                    dtype=self.dtype,
-                    engine=self.engine,
-                    memory=self.memory,
-                )
-                yield Unit(
-                    problem,
-                    {
-                        "task": self.task.name,
-                        "checkpoint": checkpoint.name,
-                        "stage": stage,
-                        "epoch": _number(checkpoint.epoch),
-                        "step": _number(checkpoint.step),
-                        "batch": index,
-                    },
-                    bound,
-                )
+        units = Units(self, methods)
+        for key in self.all_keys() if self.keys is None else self.keys:
+            yield units.unit(key)
+
+    def _tables(
+        self,
+        methods: Sequence[str | Method],
+        make: Callable[[Unit], pd.DataFrame],
+        failed: Callable[[str, int], pd.DataFrame],
+    ) -> Iterator[pd.DataFrame]:
+        """One table for each unit, with the unit's columns first.
+
+        A unit that cannot be had (an unreadable checkpoint, NaN weights) has the rows that
+        ``failed`` makes of the reason and the seed. In ``attrs``: ``"unit"``, its key, and
+        ``"failure"``, why there is nothing of it.
+
+        Raises:
+            TaskError: the task has no such batch.
+        """
+        units = Units(self, methods)
+        for key in self.all_keys() if self.keys is None else self.keys:
+            failure = ""
+            try:
+                table = make(units.unit(key))
+            except TaskError:  # that every checkpoint would fail by
+                raise
+            except Exception as error:  # a model may be anybody's; its failure is data
+                failure = failure_reason(error)
+                table = failed(failure, self._seed_of(key))
+            labelled_table = labelled(table, self.columns(key))
+            labelled_table.attrs = {"unit": key, "failure": failure}
+            yield labelled_table
 
     def gammas(
         self,
@@ -189,20 +200,29 @@ class Run:
         grading: Grading = Grading(),
         on_step: Progress | None = None,
     ) -> Iterator[pd.DataFrame]:
-        """`ngeval.evaluate` on every unit: one table for each, with the unit's columns first."""
-        for unit in self.units(methods):
-            table = evaluate(
+        """`ngeval.evaluate` on every unit: one table for each; see `_tables`."""
+
+        def make(unit: Unit) -> pd.DataFrame:
+            return evaluate(
                 unit.problem,
                 unit.methods,
                 dampings,
                 damping_scale=damping_scale,
-                seed=self._seed_of(unit),
+                seed=self._seed_of(unit.key),
                 metric=self._metric(unit.problem, grading),
                 natural=grading.natural,
                 gap=grading.gap,
                 on_step=on_step,
             )
-            yield labelled(table, unit)
+
+        def failed(reason: str, seed: int) -> pd.DataFrame:
+            counts = {"num_parameters": 0}
+            if grading.natural and grading.metric_batches is None:
+                counts["iterations"] = 0
+            rows = failed_rows(methods, dampings, damping_scale, reason, seed)
+            return rows.assign(**counts).reindex(columns=COLUMNS)
+
+        yield from self._tables(methods, make, failed)
 
     def layers(
         self,
@@ -213,24 +233,30 @@ class Run:
         grading: Grading = Grading(),
         on_step: Progress | None = None,
     ) -> Iterator[pd.DataFrame]:
-        """`ngeval.layer_table` on every unit: one table for each, with the unit's columns first."""
-        for unit in self.units(methods):
-            table = layer_table(
+        """`ngeval.layer_table` on every unit: one table for each; see `_tables`."""
+
+        def make(unit: Unit) -> pd.DataFrame:
+            return layer_table(
                 unit.problem,
                 unit.methods,
                 dampings,
                 groups=groups,
                 damping_scale=damping_scale,
-                seed=self._seed_of(unit),
+                seed=self._seed_of(unit.key),
                 metric=self._metric(unit.problem, grading),
                 natural=grading.natural,
                 on_step=on_step,
             )
-            yield labelled(table, unit)
 
-    def _seed_of(self, unit: Unit) -> int:
+        def failed(reason: str, seed: int) -> pd.DataFrame:
+            rows = failed_rows(methods, dampings, damping_scale, reason, seed)
+            return rows.assign(layer="", num_parameters=0).reindex(columns=LAYER_COLUMNS)
+
+        yield from self._tables(methods, make, failed)
+
+    def _seed_of(self, key: Key) -> int:
         """Another draw of labels for every batch, the same for every checkpoint."""
-        return self.seed + int(unit.columns["batch"])
+        return self.seed + key[1]
 
     def _metric(self, problem: Problem, grading: Grading) -> Metric | None:
         """The metric's batches: the same for every checkpoint and every batch of updates."""
@@ -241,37 +267,17 @@ class Run:
         return Metric(problem, lambda: self.task.batches(self.batch_size, count, self.seed))
 
     def imbalances(self, methods: Sequence[str | Method], damping: float) -> Iterator[pd.DataFrame]:
-        """`ngeval.gradient_norms` on every unit, one row for each sample.
+        """`ngeval.gradient_norms` on every unit, one row for each sample; see `_tables`.
 
         For each method a column ``loss_change_<method>``: the first-order change of that sample's
-        loss for the unit step −d(λ), in nats.
+        loss for the unit step −d(λ), in nats. A unit that cannot be had has no rows.
         """
-        for unit in self.units(methods):
-            table = sample_table(unit.problem, unit.methods, damping, self._seed_of(unit))
-            yield labelled(table, unit)
 
+        def make(unit: Unit) -> pd.DataFrame:
+            return sample_table(unit.problem, unit.methods, damping, self._seed_of(unit.key))
 
-def methods_at(methods: Sequence[Method], stage: Stage) -> list[Method]:
-    """The methods at a checkpoint: those that have ``at(stage)`` are asked, others are the same."""
-    return [method.at(stage) if hasattr(method, "at") else method for method in methods]
+        yield from self._tables(methods, make, lambda *_: pd.DataFrame())
 
 
 def _number(told: float | None) -> float:
     return float("nan") if told is None else told
-
-
-def sample_table(
-    problem: Problem, methods: Sequence[Method], damping: float, seed: int
-) -> pd.DataFrame:
-    """Per-sample norms, and what each method's update (absolute λ) does to each sample's loss."""
-    table = gradient_norms(problem)
-    for method in methods:
-        direction = method.prepare(problem, seed).direction(damping)
-        table[f"loss_change_{method.name}"] = loss_change(problem, direction).cpu().numpy()
-    return table
-
-
-def labelled(table: pd.DataFrame, unit: Unit) -> pd.DataFrame:
-    """Put the unit's columns in front of a table."""
-    front = pd.DataFrame({key: [value] * len(table) for key, value in unit.columns.items()})
-    return pd.concat([front, table.reset_index(drop=True)], axis=1)

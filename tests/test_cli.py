@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import ngeval
 import ngeval.runs
+import ngeval.units
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli import app
 from ngeval.manifest import manifest_path
@@ -764,10 +765,11 @@ class TestInterruption:
         table = read(output)
         assert len(table) == 4
         assert set(table["stage"]) == {0}
-        assert sorted(tmp_path.iterdir()) == [output, manifest_path(output)]
+        journal = output.with_name(f"{output.name}.journal")
+        assert sorted(tmp_path.iterdir()) == [output, journal, manifest_path(output)]
 
     def test_finished_rows_of_imbalance_are_saved(self, cnn, tmp_path, monkeypatch):
-        norms, calls = ngeval.runs.gradient_norms, []
+        norms, calls = ngeval.units.gradient_norms, []
 
         def interrupted(problem):
             calls.append(1)
@@ -775,7 +777,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return norms(problem)
 
-        monkeypatch.setattr(ngeval.runs, "gradient_norms", interrupted)
+        monkeypatch.setattr(ngeval.units, "gradient_norms", interrupted)
         args = (*CNN, "-c", cnn.folder, *SMALL, "--quiet", "-o", tmp_path / "i.csv")
         run("imbalance", *args, code=130)
         assert len(read(tmp_path / "i.csv")) == 16

@@ -21,6 +21,7 @@ from ngeval.options import (
     MethodsOption,
     OutputOptions,
     QuietOption,
+    ResumeOption,
     RunOptions,
     StepOptions,
     parse_dampings,
@@ -78,6 +79,7 @@ def compare(
         float | None, typer.Option(help="λ for all in kfac.png; default: the smallest.")
     ] = None,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Rank many methods over a training run by γ/γ_min, or trained optimizers by test performance.
@@ -108,20 +110,23 @@ def compare(
     names = [method.name for method in get_methods(methods)]
     values = check_dampings(parse_dampings(dampings))
     files = _files(output, names)
-    for path in files.values():
-        check_output(path, (*FIGURE_SUFFIXES, ".csv", ".parquet"), force=force)
+    for name, path in files.items():
+        if name != "results":  # which is looked at by itself: it may be gone on with
+            check_output(path, (*FIGURE_SUFFIXES, ".csv", ".parquet"), force=force or resume)
     if damping is not None:
         values = check_dampings([*values, damping])
-    out = OutputOptions(files["results"], force, quiet)
-    table = grade((run, hub, step), grading, out, methods, values)
+    out = OutputOptions(files["results"], force, resume, quiet)
+    made = grade((run, hub, step), grading, out, methods, values)
+    table = made.table
     ranked = ranking(table)
-    with ResultFile(files["ranking"], force=force) as target:
+    with ResultFile(files["ranking"], force=force or resume) as target:
         target.append(ranked)
     _draw(table, files, damping)
     shown = console.table_console(quiet)
     for part in console.ranking_tables(ranked, table):
         shown.print(part)
     say(shown, "written: " + ", ".join(str(path) for path in files.values()))
+    made.finish()
 
 
 def _refuse_grading(run: RunOptions, hub: HubOptions) -> None:

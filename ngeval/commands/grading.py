@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
 
-import pandas as pd
 import typer
 
 from ngeval import console
 from ngeval.assemble import make_run
-from ngeval.commands.common import check_result, collect, report_failures
-from ngeval.evaluate import Progress
+from ngeval.commands.collect import Collected, check_result, collect
 from ngeval.manifest import as_options
 from ngeval.methods import get_methods
 from ngeval.options import (
@@ -29,7 +28,7 @@ from ngeval.options import (
     takes_options,
 )
 from ngeval.prepared import check_dampings
-from ngeval.runs import Grading, Run
+from ngeval.work import Work
 
 
 @takes_options
@@ -54,9 +53,10 @@ def gamma(
 
     ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
     """
-    table = grade((run, hub, step), grading, out, methods, _dampings(damping))
-    for value in list(dict.fromkeys(table["damping"]))[:3]:
-        console.table_console(out.quiet).print(console.stages_table(table, value))
+    made = grade((run, hub, step), grading, out, methods, _dampings(damping))
+    for value in list(dict.fromkeys(made.table["damping"]))[:3]:
+        console.table_console(out.quiet).print(console.stages_table(made.table, value))
+    made.finish()
 
 
 @takes_options
@@ -75,8 +75,9 @@ def sweep(
 
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
-    table = grade((run, hub, step), grading, out, methods, _dampings(dampings))
-    console.table_console(out.quiet).print(console.sweep_table(table))
+    made = grade((run, hub, step), grading, out, methods, _dampings(dampings))
+    console.table_console(out.quiet).print(console.sweep_table(made.table))
+    made.finish()
 
 
 @takes_options
@@ -107,28 +108,16 @@ def layers(
     --kind layers --output layers.png
     """
     names = [method.name for method in get_methods(methods)]
-    values = _dampings(damping)
-    together = parse_groups(groups)
-    check_result(out)
-    how = Grading(parse_metric(metric_batches), natural)
-    job = make_run(run, hub, step)
-
-    def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
-        return job.layers(names, values, together, damping_scale, how, on_step)
-
-    asked = as_options(
-        *_groups(run, hub, step),
-        methods=names,
-        dampings=values,
-        groups=groups,
-        damping_scale=damping_scale,
-        metric_batches=metric_batches,
-        natural=natural,
-    )
-    table = collect(job, tables, "grading layers", out, names, asked)
-    report_failures(table)
-    for shown in console.layer_tables(table):
+    work = {
+        **{"methods": names, "dampings": _dampings(damping), "groups": parse_groups(groups)},
+        **{"damping_scale": damping_scale, "metric_batches": parse_metric(metric_batches)},
+        "natural": natural,
+    }
+    made = _do("layers", work, (run, hub, step), out, {"groups": groups})
+    made.report_failures()
+    for shown in console.layer_tables(made.table):
         console.table_console(out.quiet).print(shown)
+    made.finish()
 
 
 @takes_options
@@ -148,13 +137,9 @@ def imbalance(
     """
     names = [method.name for method in get_methods(methods)] if methods else []
     check_dampings([damping])
-    check_result(out)
-    job = make_run(run, hub, step)
-    asked = as_options(*_groups(run, hub, step), methods=names, damping=damping)
-    table = collect(
-        *(job, lambda job, _: job.imbalances(names, damping), "gradient norms", out), options=asked
-    )
-    console.table_console(out.quiet).print(console.imbalance_table(table))
+    made = _do("imbalance", {"methods": names, "damping": damping}, (run, hub, step), out, {})
+    console.table_console(out.quiet).print(console.imbalance_table(made.table))
+    made.finish()
 
 
 def _dampings(text: str) -> list[float]:
@@ -172,17 +157,24 @@ def grade(
     out: OutputOptions,
     methods: str,
     dampings: Sequence[float],
-) -> pd.DataFrame:
-    """What ``gamma``, ``sweep`` and ``compare`` share; returns the table of all rows."""
+) -> Collected:
+    """What ``gamma``, ``sweep`` and ``compare`` share."""
     names = [method.name for method in get_methods(methods)]
+    work = {"methods": names, "dampings": list(dampings)} | asdict(grading)
+    work["metric_batches"] = parse_metric(grading.metric_batches)
+    made = _do("gamma", work, which, out, {})
+    made.report_failures()
+    return made
+
+
+def _do(
+    kind: str,
+    options: dict[str, Any],
+    which: tuple[RunOptions, HubOptions, StepOptions],
+    out: OutputOptions,
+    as_typed: dict[str, Any],
+) -> Collected:
+    """A run from its options to its rows."""
     check_result(out)
-    how = Grading(parse_metric(grading.metric_batches), grading.natural, grading.gap)
-    job = make_run(*which)
-
-    def tables(job: Run, on_step: Progress) -> Iterator[pd.DataFrame]:
-        return job.gammas(names, dampings, grading.damping_scale, how, on_step)
-
-    asked = as_options(*_groups(*which), grading, methods=names, dampings=dampings)
-    table = collect(job, tables, "grading updates", out, names, asked)
-    report_failures(table)
-    return table
+    job, work = make_run(*which), Work(kind, options)
+    return collect(job, work, out, as_options(*_groups(*which), options, as_typed))

@@ -28,11 +28,12 @@ from ngeval.methods.diagonal import DiagonalState
 from ngeval.plots.gamma import draw_stages
 from ngeval.plots.style import PAGE, in_style, legend_below, styles_of
 from ngeval.problem import Problem
-from ngeval.runs import Run, Unit, labelled
+from ngeval.runs import Run
 from ngeval.studies.base import Advance, Finding, Size, Study, decide
 from ngeval.studies.statistics import Interval, mean_interval
 from ngeval.tasks import get_task
 from ngeval.training import Training
+from ngeval.units import Unit, labelled
 
 KRONECKER = ("ief", "kfac-ief", "kfac-sf", "kfac-ef", "kfac")
 DIAGONALS = ("adam", "diag-ema", "diag-ef:0.5", "diag-ef", "diag")
@@ -97,7 +98,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
             for unit in job.units(METHODS):
                 table = evaluate(unit.problem, unit.methods, dampings, seed=number)
                 parts = [table[KEPT].assign(part="gamma"), _moments(unit, number)]
-                rows = labelled(pd.concat(parts, ignore_index=True), unit)
+                rows = labelled(pd.concat(parts, ignore_index=True), unit.columns)
                 # The same name in every run: the folder is gone after it.
                 stage = f"epoch {unit.columns['epoch']:g}"
                 yield rows.assign(checkpoint=stage, seed=number)

@@ -1,0 +1,409 @@
+"""A run from its first unit to its file: what is done is kept, and shared among processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import typer
+from rich.progress import Progress as Bar
+from torch import nn
+
+from ngeval import console
+from ngeval.checkpoints import Checkpoint
+from ngeval.commands.common import say
+from ngeval.errors import InputError, OutputError
+from ngeval.identity import check_same, identity
+from ngeval.journal import Entry, Journal, Key, table_of
+from ngeval.manifest import manifest, read_manifest, write_manifest
+from ngeval.options import OutputOptions
+from ngeval.ranks import Ranks, joined, own_rank
+from ngeval.results import SUFFIXES, check_output, read_results, write_results
+from ngeval.runs import Run
+from ngeval.work import Work
+
+FLUSH_SECONDS = 5.0
+"""How often the table is put together anew while a run goes on, at most."""
+
+FLUSH_SHARE = 0.05
+"""And what part of the time that may take."""
+
+INCOMPLETE = 3
+"""The exit code of a run that left units out."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a run came to.
+
+    Attributes:
+        table: the rows of all units.
+        failures: why units are missing, by key.
+        num_units: how many there are in all.
+        names: of checkpoints, by their place.
+    """
+
+    table: pd.DataFrame
+    failures: Mapping[Key, str]
+    num_units: int
+    names: Sequence[str]
+
+    def report_failures(self) -> None:
+        """Say how many rows of graded units could not be computed, and why.
+
+        Raises:
+            InputError: none could.
+        """
+        lost = self.table[self.table["status"] != "ok"]
+        if len(lost) == len(self.table):
+            raise InputError(_lost(lost, self.table))
+        keys = pd.Series(list(zip(lost["stage"], lost["batch"], strict=True)), index=lost.index)
+        lost = lost[~keys.isin(list(self.failures))]
+        if not lost.empty:
+            print(f"ngeval: {_lost(lost, self.table)}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Say which units are missing.
+
+        Raises:
+            typer.Exit: with code 3, if one is.
+        """
+        if not self.failures:
+            return
+        reasons: dict[str, list[str]] = {}
+        for (stage, batch), reason in self.failures.items():
+            reasons.setdefault(reason, []).append(f"{self.names[stage]} batch {batch}")
+        lines = [
+            f"\n  {units[0]}{f' and {len(units) - 1} more' * (len(units) > 1)}: {reason}"
+            for reason, units in reasons.items()
+        ]
+        print(
+            f"ngeval: {len(self.failures)} of {self.num_units} units (checkpoint × batch) could "
+            f"not be graded, the others are done:{''.join(lines)}\nOnce that is mended, the same "
+            "command with --resume does what is missing",
+            file=sys.stderr,
+        )
+        raise typer.Exit(INCOMPLETE)
+
+
+def check_result(out: OutputOptions) -> None:
+    """Before any work.
+
+    Raises:
+        OutputError: the file exists, or cannot be written.
+        InputError: --force and --resume together.
+    """
+    if out.force and out.resume:
+        raise InputError("--resume goes on with a run, --force starts it anew: give one of them")
+    if out.output is None:
+        if out.resume:
+            raise InputError("--resume needs the --output that is to be gone on with")
+        return
+    if own_rank():  # the first process has it, and may have begun to write
+        return
+    check_output(out.output, SUFFIXES, force=True)
+    journal = Journal(out.output)
+    if journal.exists and not (out.force or out.resume):
+        raise OutputError(
+            f"output {out.output} is of a run that is not finished; pass --resume to go on with "
+            "it, or --force to start anew"
+        )
+    check_output(out.output, SUFFIXES, force=out.force or out.resume)
+
+
+def collect(job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]) -> Collected:
+    """Do the units of a run, with a progress bar; each that is done is kept.
+
+    Beside the output file lie its manifest and, until all is done, its journal.
+
+    Args:
+        job: the run.
+        work: what is made of each unit.
+        out: where the rows go.
+        asked: the command's options, for the manifest.
+
+    Raises:
+        InputError: no unit could be graded.
+        OutputError: the output cannot be written, another run is writing it, or ``--resume``
+            finds a run of something else.
+    """
+    with joined(job.device, together=job.together) as ranks:
+        quiet = out.quiet or ranks.rank > 0
+        job = replace(job, ranks=ranks)
+        if out.output is None:
+            if ranks.count > 1:
+                raise InputError("a run of several processes needs a file for its rows: --output")
+            entries = _in_memory(job, work, quiet)
+        else:
+            entries = _in_journal(job, work, replace(out, quiet=quiet), asked)
+    if ranks.rank:
+        raise typer.Exit
+    return _checked(job, entries)
+
+
+def _checked(job: Run, entries: Mapping[Key, Entry]) -> Collected:
+    failures = {key: entry.failure for key, entry in entries.items() if entry.failure}
+    if failures and len(failures) == len(entries):
+        reasons = "; ".join(dict.fromkeys(failures.values()))
+        raise InputError(f"none of {len(entries)} units could be graded: {reasons}")
+    names = [checkpoint.name for checkpoint in job.checkpoints]
+    return Collected(table_of(entries.values()), failures, job.num_units, names)
+
+
+def _in_memory(job: Run, work: Work, quiet: bool) -> dict[Key, Entry]:
+    """Where there is no output, nothing outlives the process."""
+    with _Shown.of(job, work, quiet, 0) as shown:
+        return dict(_made(job, work, job.all_keys(), shown))
+
+
+def _in_journal(
+    job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]
+) -> dict[Key, Entry]:
+    """Unit by unit onto the disk."""
+    output = out.output or Path()
+    journal, ranks = Journal(output), job.ranks
+    with journal.held() if ranks.rank == 0 else contextlib.nullcontext():
+        started = ranks.told(lambda: _start(job, work, journal, out, asked))
+        missing = [(stage, batch) for stage, batch in started["missing"]]
+        if not missing and not journal.exists:  # the table is complete
+            return _of_table(read_results(output)) if ranks.rank == 0 else {}
+        file = _Table(journal, output, started["manifest"])
+        done = job.num_units - len(missing)
+        try:
+            with _Shown.of(job, work, out.quiet, done) as shown:
+                if done and not out.quiet:
+                    print(f"{done} of {job.num_units} units were done before", file=sys.stderr)
+                for key, entry in _made(job, work, ranks.keys(missing), shown):
+                    if ranks.rank == 0 or ranks.group is None:
+                        journal.write(key, entry)
+                    if ranks.rank == 0:
+                        file.flush_if_due()
+                ranks.finish(file.flush_if_due)
+        except BaseException:
+            if ranks.rank == 0:
+                file.leave(job.num_units)
+            raise
+        return file.finish(out.quiet) if ranks.rank == 0 else {}
+
+
+def _made(
+    job: Run, work: Work, keys: Iterator[Key] | Sequence[Key], shown: _Shown
+) -> Iterator[tuple[Key, Entry]]:
+    for table in work.tables(replace(job, keys=keys, on_model=shown.tell), shown.advance):
+        key, failure = table.attrs["unit"], table.attrs["failure"]
+        table.attrs = {}
+        shown.end_unit()
+        yield key, Entry(table, failure)
+
+
+def _start(
+    job: Run, work: Work, journal: Journal, out: OutputOptions, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is missing, and the manifest; only the first process comes here."""
+    now = identity(job, {"kind": work.kind, **work.options})
+    told = manifest(asked, facts=facts(job)) | {"identity": now}
+    check_result(out)  # again, now that nobody else writes
+    if out.resume and journal.exists:
+        saved = _read(journal)
+        entries = journal.entries()
+        journal.forget([key for key, entry in entries.items() if entry.failure])
+        entries = {key: entry for key, entry in entries.items() if not entry.failure}
+        names = list(saved["identity"]["checkpoints"])
+        loose = set(names) - {names[stage] for stage, _ in entries if stage < len(names)}
+        check_same(journal.output, saved["identity"], now, loose)
+        told = _resumed(saved, told)
+        journal.tell(json.dumps(told, ensure_ascii=False))
+        return {"missing": [k for k in job.all_keys() if k not in entries], "manifest": told}
+    if out.resume and journal.output.exists():
+        saved = read_manifest(journal.output) or {}
+        if not saved.get("complete") or "identity" not in saved:
+            raise OutputError(
+                f"{journal.output} has no journal and no manifest of a complete run beside it, so "
+                "it cannot be gone on with; give another output, or --force to replace it"
+            )
+        check_same(journal.output, saved["identity"], now, set())
+        return {"missing": [], "manifest": saved}
+    journal.begin(json.dumps(told, ensure_ascii=False))
+    return {"missing": job.all_keys(), "manifest": told}
+
+
+def _read(journal: Journal) -> dict[str, Any]:
+    try:
+        saved = json.loads(journal.told())
+        if isinstance(saved["identity"]["checkpoints"], dict):
+            return dict(saved)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise OutputError(
+        f"{journal.folder} is damaged: it does not tell what run it is of; --force starts anew"
+    )
+
+
+def _resumed(saved: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the first start, with a line for every later one."""
+    again = {name: now[name] for name in ("created", "command", "machine")}
+    known = saved.get("resumed")
+    saved["resumed"] = [*(known if isinstance(known, list) else []), again]
+    return saved | {"identity": now["identity"]}
+
+
+def _of_table(table: pd.DataFrame) -> dict[Key, Entry]:
+    """A finished table as if its units had just been made."""
+    keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
+    where: dict[Key, list[int]] = {}
+    for row, key in enumerate(keys):
+        where.setdefault(key, []).append(row)
+    return {key: Entry(table.iloc[rows]) for key, rows in where.items()}
+
+
+class _Table:
+    """The output file while it grows; one process writes it."""
+
+    def __init__(self, journal: Journal, output: Path, told: dict[str, Any]) -> None:
+        self.journal, self.output, self.told = journal, output, told
+        self.due = 0.0
+        self.shown: frozenset[Key] = frozenset()
+
+    def flush_if_due(self) -> None:
+        """Put the table together, unless that was just done."""
+        if time.monotonic() >= self.due:
+            self.flush()
+
+    def flush(self) -> dict[Key, Entry]:
+        """The units so far, in the output; nothing is written before one of them is graded."""
+        entries, start = self.journal.entries(), time.monotonic()
+        if entries.keys() != self.shown and not all(one.failure for one in entries.values()):
+            first = not self.shown
+            write_results(table_of(entries.values()), self.output, self.journal.folder)
+            self.shown = frozenset(entries)
+            if first:  # after the rows: it never lies beside another run's
+                write_manifest(self.output, self.told)
+        now = time.monotonic()
+        self.due = now + max(FLUSH_SECONDS, (now - start) / FLUSH_SHARE)
+        return entries
+
+    def leave(self, num_units: int) -> None:
+        """Before the end: what is there is kept."""
+        with contextlib.suppress(OutputError):  # a full disk; the journal has all that fitted
+            entries = self.flush()
+            print(
+                f"{len(entries)} of {num_units} units are done; the same command with --resume "
+                "goes on",
+                file=sys.stderr,
+            )
+
+    def finish(self, quiet: bool) -> dict[Key, Entry]:
+        """All units are there. The journal stays where one of them has failed."""
+        entries = self.flush()
+        failed = [list(key) for key, entry in entries.items() if entry.failure]
+        if len(failed) == len(entries):
+            self.journal.remove()
+            return entries
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        self.told |= {"complete": not failed, "ended": ended, "failed_units": failed}
+        write_manifest(self.output, self.told)
+        if not failed:
+            self.journal.remove()
+        if not quiet:
+            rows = sum(len(entry.table) for entry in entries.values())
+            print(f"written: {self.output} ({rows} rows)", file=sys.stderr)
+        return entries
+
+
+@dataclass
+class _Shown:
+    """How far a run is: one bar, whoever does the work."""
+
+    ranks: Ranks
+    steps: Sequence[str]
+    bar: Bar
+    task: Any
+    before: int
+    told: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, job: Run, work: Work, quiet: bool, done: int) -> Iterator[_Shown]:
+        """Show it while this lasts.
+
+        Args:
+            job: the run.
+            work: its steps.
+            quiet: show nothing.
+            done: units that were done before.
+        """
+        size = max(1, len(work.steps))
+        with console.progress_bar(quiet) as bar:
+            task = bar.add_task(work.description, total=job.num_units * size, completed=done * size)
+            shown = cls(job.ranks, work.steps, bar, task, done * size)
+            watch = threading.Thread(target=shown._watch, daemon=True)
+            if job.ranks.count > 1 and not quiet:
+                watch.start()
+            try:
+                yield shown
+            finally:
+                shown.ended.set()
+                if watch.is_alive():
+                    watch.join()
+                shown._update()
+
+    def advance(self, step: str) -> None:
+        """A method of the unit is done."""
+        if step in self.steps:
+            self._count(1)
+
+    def end_unit(self) -> None:
+        """All its steps count as done, told of or not."""
+        size = max(1, len(self.steps))
+        self._count(size - self.told)
+        self.told = 0
+
+    def tell(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        """What an adapter leaves trainable."""
+        if checkpoint.is_adapter and not self.bar.disable:
+            say(self.bar.console, f"{checkpoint.name}: {console.trainable_line(model)}")
+
+    def _count(self, steps: int) -> None:
+        self.told += steps
+        self.ranks.count_step(steps)
+        self._update()
+
+    def _update(self) -> None:
+        if not self.bar.disable:
+            self.bar.update(self.task, completed=self.before + self.ranks.steps())
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.5):
+            self._update()
+
+
+def facts(job: Run) -> dict[str, Any]:
+    """What a run's options came to, for its manifest."""
+    return {
+        "task": job.task.name,
+        "description": job.task.description,
+        "likelihood": repr(job.task.resolved_likelihood()),
+        "checkpoints": [checkpoint.name for checkpoint in job.checkpoints],
+        "batch_size": job.batch_size,
+        "num_batches": job.num_batches,
+        "seed": job.seed,
+        "device": job.device,
+        "dtype": "the model's" if job.dtype is None else str(job.dtype).removeprefix("torch."),
+        "engine": job.engine,
+        "ranks": job.ranks.count,
+    }
+
+
+def _lost(lost: pd.DataFrame, table: pd.DataFrame) -> str:
+    reasons = "; ".join(dict.fromkeys(lost["reason"]))
+    return f"{len(lost)} of {len(table)} rows could not be computed: {reasons}"

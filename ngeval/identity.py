@@ -1,0 +1,232 @@
+"""What the numbers of a run depend on, as text that can be kept and compared.
+
+Two runs with the same identity make the same table: the same weights and data (by SHA-256), the
+same options, the same code. ``--resume`` goes on only where it is the same, ``ngeval verify``
+says where it is not, and the manifest beside the results tells it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ngeval
+from ngeval.checkpoints import Checkpoint
+from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
+from ngeval.checks import Inputs, named_tensors
+from ngeval.errors import OutputError
+from ngeval.manifest import plain, versions
+from ngeval.runs import Run
+from ngeval.tasks import Task
+
+MANY = 12
+"""Differences that a message lists."""
+
+PROCESSING = ("dtype", "engine", "seed", "batch_size", "num_batches")
+"""Options of a run that its numbers depend on. How much memory there is, and how many processes
+there are, changes no more than the order of sums."""
+
+
+def identity(job: Run, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the numbers depend on.
+
+    Args:
+        job: the run.
+        options: what is computed of each unit: methods, dampings, …
+
+    Returns:
+        ``options, settings, checkpoints`` (SHA-256 by name, in order; what cannot be read has its
+        error there), ``optimizer_states``, ``task`` (name, likelihood, parameters, its file),
+        ``batches`` (SHA-256 of inputs and targets, and the samples' indices where the task tells
+        them) and ``code``; plain values only.
+
+    Raises:
+        TaskError: the task's model or batches cannot be had.
+    """
+    settings = {name: getattr(job, name) for name in PROCESSING}
+    settings["device"] = torch.device(job.device).type
+    reads = {c.name: c.optimizer for c in job.checkpoints} if not job.optimizer_states else {}
+    states = [*job.optimizer_states, *(path for path in reads.values() if path is not None)]
+    found: dict[str, Any] = {
+        "options": dict(options),
+        "settings": settings,
+        "checkpoints": {one.name: _hash_checkpoint(one) for one in job.checkpoints},
+        "optimizer_states": {str(path): hash_files([path]) for path in states},
+        "task": _task(
+            job.task, base=any(one.is_adapter or one.as_built for one in job.checkpoints)
+        ),
+        "batches": _batches(job),
+        "code": code(),
+    }
+    made: dict[str, Any] = plain(found)
+    return made
+
+
+def code() -> dict[str, str]:
+    """Versions of what computes, and the hash of ngeval's own files: a version may be edited."""
+    folder = Path(ngeval.__file__).parent
+    return versions() | {"ngeval_files": hash_files(sorted(folder.rglob("*.py")), folder)}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, a line each, by dotted name.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": 0}})
+    ['a.c: 2 then, 3 now', 'a.d: nothing then, 0 now']
+    """
+    before, after = dict(_flat(then)), dict(_flat(now))
+    lines = []
+    for name in dict.fromkeys([*before, *after]):
+        one, other = before.get(name, "nothing"), after.get(name, "nothing")
+        if one != other:
+            lines.append(f"{name}: {_short(one)} then, {_short(other)} now")
+    return lines
+
+
+def check_same(
+    output: Path, then: Mapping[str, Any], now: Mapping[str, Any], loose: set[str]
+) -> None:
+    """Refuse to go on with a run of something else.
+
+    Args:
+        output: the result file.
+        then: the identity of the run that is to be gone on with.
+        now: that of this one.
+        loose: checkpoints of which nothing is done yet, which may have been mended since.
+
+    Raises:
+        OutputError: they differ; it says where.
+    """
+    kept = [dict(one, checkpoints=dict(one["checkpoints"])) for one in (then, now)]
+    for one in kept:
+        one["checkpoints"] |= dict.fromkeys(loose & one["checkpoints"].keys(), "free")
+    if lines := differences(*kept):
+        raise OutputError(
+            f"{output} is of another run, which --resume cannot go on with:{listed(lines)}\n"
+            "Restore what it was, give another output, or start anew with --force"
+        )
+
+
+def listed(lines: list[str]) -> str:
+    """Differences below each other, as many as one reads."""
+    shown = [f"\n  {line}" for line in lines[:MANY]]
+    more = len(lines) - MANY
+    return "".join(shown) + (f"\n  and {more} more" if more > 0 else "")
+
+
+def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
+    """SHA-256 of files' contents, with their names below a folder if one is given.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        if below is not None:
+            total.update(path.relative_to(below).as_posix().encode() + b"\0")
+        total.update(digest)
+    return total.hexdigest()
+
+
+def _hash_checkpoint(checkpoint: Checkpoint) -> str:
+    if checkpoint.as_built:
+        return "as the task builds it"
+    try:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        return hash_files(weight_files(checkpoint.path), folder)
+    except OSError as error:  # it will be a failed unit
+        return f"cannot be read: {error}"
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or those of its folder or index that tell of weights."""
+    if path.is_file() and path.suffix != ".json":
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    kinds = (*SUFFIXES, ".json")
+    return sorted(
+        one
+        for one in folder.iterdir()
+        if one.is_file() and one.suffix in kinds and not NOT_WEIGHTS.fullmatch(one.stem)
+    )
+
+
+def _task(task: Task, *, base: bool) -> dict[str, Any]:
+    """The model's parameters by name, and the weights that checkpoints do not replace."""
+    model = task.model()
+    described = {
+        name: f"{tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        for name, p in model.named_parameters()
+    }
+    return {
+        "name": task.name,
+        "likelihood": repr(task.resolved_likelihood()),
+        "model": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
+        "weights": _hash_model(model) if base else "each checkpoint's",
+        "file": _source_file(task),
+    }
+
+
+def _hash_model(model: nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + b"\0" + _bytes(tensor))
+    return total.hexdigest()
+
+
+def _source_file(task: Task) -> str:
+    """The hash of the file that the task's model is built in, unless it is ngeval's own."""
+    module = sys.modules.get(getattr(task.build_model, "__module__", ""), None)
+    if module is None or module.__name__.partition(".")[0] == "ngeval":
+        return "ngeval's"
+    try:
+        return hash_files([Path(inspect.getfile(module))])
+    except (OSError, TypeError):  # a notebook's
+        return "unknown"
+
+
+def _batches(job: Run) -> list[dict[str, Any]]:
+    indices = job.task.indices(job.batch_size, job.num_batches, job.seed)
+    found: list[dict[str, Any]] = []
+    for inputs, targets in job.task.batches(job.batch_size, job.num_batches, job.seed):
+        told = {} if indices is None else {"samples": indices[len(found)]}
+        found.append({"sha256": hash_batch(inputs, targets), **told})
+    return found
+
+
+def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:
+    """SHA-256 of a batch's tensors, by name."""
+    total = hashlib.sha256()
+    for name, tensor in [*named_tensors(inputs), ("targets", targets)]:
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + _bytes(tensor))
+    return total.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _flat(told: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(told, Mapping) and told:
+        for key, value in told.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(told, list) and any(isinstance(value, Mapping) for value in told):
+        for index, value in enumerate(told):
+            yield from _flat(value, f"{name}[{index}]")
+    else:
+        yield name, json.dumps(told, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-12:]}"
