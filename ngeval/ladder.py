@@ -18,6 +18,8 @@ from scipy.optimize import nnls
 
 from ngeval.passes import Passes
 
+NO_PASSES = Passes()
+
 ITERATION = Passes(forward=1, backward=1, tangent=1)
 """A Krylov iteration: J d, and Jᵀw with the run that it goes back through."""
 
@@ -71,7 +73,7 @@ class Rung:
     iterations: int = 0
     gradient_seconds: float = 0.0
     memory: float = 0.0
-    passes: Passes = Passes()
+    passes: Passes = NO_PASSES
     rows: int = 0
     repeats: int = 1
 
@@ -153,7 +155,7 @@ def iterations_at(rungs: Sequence[Rung], target: int, limit: int) -> int:
     if len(known) > 1:
         before, fewer = known[-2]
         power = min(max(math.log(count / fewer) / math.log(size / before), 0.0), 1.0)
-    return min(limit, math.ceil(count * (target / size) ** power))
+    return min(limit, math.ceil(count * math.pow(target / size, power)))
 
 
 def shapes_at(rungs: Sequence[Rung], target: int) -> list[tuple[str, tuple[int, int]]]:
@@ -177,9 +179,7 @@ def shapes_at(rungs: Sequence[Rung], target: int) -> list[tuple[str, tuple[int, 
     return found
 
 
-def predict(
-    rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, memory: float
-) -> Cost:
+def predict(rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, memory: float) -> Cost:
     """What the unit of ``target`` samples costs.
 
     Args:

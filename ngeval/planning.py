@@ -1,0 +1,335 @@
+"""What a run will cost, before it starts: its first unit is graded on more and more samples.
+
+If all N samples of a batch are reached in the time that the probe may take, that unit's time is
+the unit's time; otherwise what the smaller ones cost is extrapolated (`ngeval.ladder`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import nn
+
+from ngeval.checkpoints import CheckpointLoader
+from ngeval.errors import InputError
+from ngeval.footprint import disk_bytes, memory_in_use
+from ngeval.functional import map_inputs
+from ngeval.krylov import MAX_ITERATIONS
+from ngeval.ladder import Cost, Rung, extrapolate, predict, rung_sizes
+from ngeval.memory import free_memory
+from ngeval.methods import Method, get_methods
+from ngeval.passes import Passes
+from ngeval.prepared import check_dampings, check_scale
+from ngeval.probing import (
+    Clock,
+    FactorTimer,
+    Job,
+    Measured,
+    Probe,
+)
+from ngeval.runs import Grading, Run
+from ngeval.units import labelled, methods_at
+
+MARGIN = 0.3
+"""How far from the truth a plan may be: relative."""
+
+PROBE_SECONDS = 60.0
+
+OWN_BATCH = Grading()
+"""Grading by the batch that updates are made from."""
+
+KINDS = ("gamma", "layers", "imbalance")
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        command: what is done with each unit.
+        checkpoints: how many.
+        batches: for each of them.
+        batch_size: N.
+        num_parameters: P.
+        num_outputs: C, of a sample.
+        methods: how many.
+        dampings: how many.
+        engine: of Jacobian rows.
+        kernel: the form in which Θ is kept: ``"jacobian"``, ``"gram"``, ``"strip"`` or
+            ``"matrix-free"``.
+        solver: of the natural gradient: ``"dense"`` or ``"krylov"``.
+        unit: what a unit costs.
+        measured: N was reached: nothing is extrapolated.
+        startup_seconds: building the model, and what a process does once.
+        load_seconds: a checkpoint with its batches' data.
+        model_bytes: of parameters and buffers.
+        process_bytes: what the process holds with the model, before the first unit.
+        memory: bytes that ngeval works in at most.
+        disk: bytes of the result file by extension.
+        rungs: what was measured.
+        probe_seconds: what that took.
+        device: where.
+        threads: of this process.
+        cores: of this machine, or its devices where the run is on a GPU.
+        notes: what the plan takes for granted.
+    """
+
+    command: str
+    checkpoints: int
+    batches: int
+    batch_size: int
+    num_parameters: int
+    num_outputs: int
+    methods: int
+    dampings: int
+    engine: str
+    kernel: str
+    solver: str
+    unit: Cost
+    measured: bool
+    startup_seconds: float
+    load_seconds: float
+    model_bytes: int
+    process_bytes: int
+    memory: int
+    disk: dict[str, int]
+    rungs: tuple[Rung, ...]
+    probe_seconds: float
+    device: str
+    threads: int
+    cores: int
+    notes: tuple[str, ...]
+
+    @property
+    def units(self) -> int:
+        """Checkpoints × batches."""
+        return self.checkpoints * self.batches
+
+    @property
+    def passes(self) -> Passes:
+        """Through the model, of all units."""
+        return Passes().plus(self.unit.passes, self.units)
+
+    @property
+    def gradient_equivalents(self) -> float:
+        """A unit's time over that of a plain forward and backward pass of its batch."""
+        return self.unit.seconds / self.unit.gradient_seconds
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the process: what it holds with the model, and a unit's peak."""
+        return self.process_bytes + self.unit.memory
+
+    def seconds(self, ranks: int = 1) -> float:
+        """On k ranks with a device of their own each.
+
+        Units are handed out one by one, so that the last rank to be done has ⌈units/k⌉, and loads
+        no more checkpoints than that.
+        """
+        units = math.ceil(self.units / ranks)
+        loads = min(self.checkpoints, units)
+        return self.startup_seconds + loads * self.load_seconds + units * self.unit.seconds
+
+    def seconds_here(self, ranks: int) -> float:
+        """On k ranks of this machine, if they wait for each other wherever they share a core."""
+        share = max(1.0, ranks * self.threads / max(self.cores, self.threads))
+        return self.seconds(ranks) * share
+
+
+def plan(
+    run: Run,
+    methods: Sequence[str | Method],
+    dampings: Sequence[float],
+    damping_scale: str = "absolute",
+    grading: Grading = OWN_BATCH,
+    *,
+    command: str = "gamma",
+    groups: str | int = "layer",
+    probe_seconds: float = PROBE_SECONDS,
+    max_samples: int | None = None,
+    on_step: Told | None = None,
+    clock: Clock = time.perf_counter,
+) -> Plan:
+    """What a run will cost: passes, time, memory, disk.
+
+    Args:
+        run: which checkpoints on which batches.
+        methods: as for `Run.gammas`.
+        dampings: λ.
+        damping_scale: what λ multiplies.
+        grading: how updates are graded.
+        command: ``"gamma"`` (``sweep`` and ``compare`` do the same), ``"layers"`` or
+            ``"imbalance"``.
+        groups: of ``"layers"``.
+        probe_seconds: what may be measured for; the first and smallest unit is always run.
+        max_samples: the most samples of a batch to try; None: all, if there is time.
+        on_step: told what is measured next.
+        clock: seconds.
+
+    Raises:
+        InputError: unknown command, method or scale, or a time that is not positive.
+        NgevalError: what the run itself would raise at its first unit.
+    """
+    resolved = get_methods(methods) if methods else []
+    job = Job(command, resolved, check_dampings(dampings), damping_scale, grading, groups)
+    _check(job, probe_seconds)
+    for index in range(len(run.checkpoints)):
+        methods_at(resolved, run.stage(index))  # what is missing is an error now
+    tell = on_step or (lambda _: None)
+    tell("loading")
+    started = clock()
+    probe, startup, load = _loaded(run, job, clock)
+    held = memory_in_use(run.device)
+    until = started + probe_seconds
+    rungs, last, first = _climb(probe, resolved, held, until, max_samples, tell)
+    problem, size = last.problem, probe.num_samples
+    tell("extrapolating")
+    unit = predict(
+        rungs,
+        size,
+        FactorTimer(run.device, clock),
+        _most_iterations(probe, last),
+        probe.memory + size * problem.rows.sample_bytes,
+    )
+    if command == "imbalance":
+        unit = replace(unit, rows=size)
+    form = probe.form(problem, resolved)
+    return Plan(
+        command,
+        *(len(run.checkpoints), run.num_batches, size),
+        *(problem.num_parameters, problem.num_outputs),
+        *(len(resolved), len(job.dampings)),
+        *(problem.engine, form.kernel, "dense" if form.dense else "krylov"),
+        unit,
+        rungs[-1].samples == size,
+        startup + max(0.0, first - rungs[0].seconds),
+        load,
+        _model_bytes(probe.model),
+        held,
+        probe.memory,
+        disk_bytes(labelled(last.table, run.columns((0, 0))), unit.rows, run.num_units),
+        tuple(rungs),
+        clock() - started,
+        run.device,
+        torch.get_num_threads(),
+        _devices(run.device),
+        tuple(_notes(last, unit)),
+    )
+
+
+def _check(job: Job, probe_seconds: float) -> None:
+    check_scale(job.damping_scale)
+    if job.kind not in KINDS:
+        raise InputError(f"unknown command {job.kind!r} to plan; one of {', '.join(KINDS)}")
+    if not probe_seconds > 0:
+        raise InputError(f"the probe needs a positive number of seconds, not {probe_seconds}")
+
+
+def _loaded(run: Run, job: Job, clock: Clock) -> tuple[Probe, float, float]:
+    """The first checkpoint with the first batch, the seconds to build, and to load one."""
+    start = clock()
+    base = run.task.model().to(run.device).eval()
+    built = clock()
+    loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
+    model = loader.load(run.checkpoints[0]).to(run.device).eval()
+    run.on_model(run.checkpoints[0], model)
+    loaded = clock()
+    batches = run.task.batches(run.batch_size, run.num_batches, run.seed)
+    inputs, targets = next(batches)
+    first = clock()
+    more = len(list(islice(batches, 1)))
+    second = clock()
+    # The other batches are made as they are needed, for each checkpoint again.
+    data = first - loaded + more * (second - first) * (run.num_batches - 1)
+    probe = Probe(
+        run,
+        job,
+        model,
+        map_inputs(inputs, lambda t: t.to(run.device)),
+        targets.to(run.device),
+        run.memory or free_memory(torch.device(run.device)),
+        clock=clock,
+    )
+    return probe, built - start, loaded - built + data
+
+
+def _climb(
+    probe: Probe,
+    methods: Sequence[Method],
+    held: int,
+    until: float,
+    most: int | None,
+    tell: Told,
+) -> tuple[list[Rung], Measured, float]:
+    """The rungs that there is time for, the last of them, and the seconds of the very first run."""
+    sizes = rung_sizes(probe.num_samples, most)
+    tell(f"{sizes[0]} of {probe.num_samples} samples")
+    # What a process does once (imports, kernels that are chosen) is in the first run alone.
+    last = probe.rung(methods, sizes[0], held, repeats=1)
+    first = last.rung.seconds
+    rungs: list[Rung] = []
+    for size in sizes:
+        if rungs and probe.clock() + _expected(rungs, size) > until:
+            break
+        tell(f"{size} of {probe.num_samples} samples")
+        del last  # one problem at a time
+        last = probe.rung(methods, size, held)
+        rungs.append(last.rung)
+    return rungs, last, first
+
+
+def _expected(rungs: Sequence[Rung], size: int) -> float:
+    """What the next rung will take, roughly, and rather more."""
+    if len(rungs) == 1:
+        return rungs[0].seconds * (size / rungs[0].samples) ** 2
+    return extrapolate([r.samples for r in rungs], [r.seconds for r in rungs], size, (0, 1, 2, 3))
+
+
+def _most_iterations(probe: Probe, last: Measured) -> int:
+    """The Krylov iterations that the whole batch may take, if the run takes any."""
+    krylov = last.problem.recall("krylov_run")
+    if krylov is None:
+        return 0
+    problem = last.problem
+    size = min(problem.num_parameters, problem.num_outputs * probe.num_samples)
+    return int(min(MAX_ITERATIONS, size, max(2, probe.memory // (2 * 8 * size))))
+
+
+def _model_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _devices(device: str) -> int:
+    """GPUs, or cores that this process may use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.device_count()
+    usable = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def _notes(last: Measured, unit: Cost) -> list[str]:
+    """What the plan takes for granted."""
+    notes = []
+    if "status" in last.table:
+        lost = last.table[last.table["status"] == "failed"]
+        if len(lost):
+            reasons = "; ".join(dict.fromkeys(lost["reason"]))
+            notes.append(f"{len(lost)} of {len(last.table)} rows of the probe failed: {reasons}")
+    if unit.iterations and unit.iterations != last.rung.iterations:
+        notes.append(
+            f"the natural gradient's Krylov run took {last.rung.iterations} iterations on "
+            f"{last.rung.samples} samples, and is taken to need {unit.iterations} on all: by the "
+            f"trend, and {MAX_ITERATIONS} at most"
+        )
+    elif unit.iterations:
+        notes.append("other checkpoints may take more Krylov iterations than the first")
+    return notes
