@@ -41,6 +41,8 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         raise InputError(
             f"unknown reduction {step.reduction!r}; {nearest_name(step.reduction, REDUCTIONS)}"
         )
+    if options.shard not in SHARDS:
+        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
     if (options.task is None) == (hub.hf_model is None):
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])
@@ -53,8 +55,6 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         checkpoints = find_checkpoints(_required([*(options.checkpoint or []), *more]))
     else:
         task, checkpoints = _hub_run(options, hub, more)
-    if options.shard not in SHARDS:
-        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
     num_units = len(checkpoints) * options.num_batches
     few = options.shard == "auto" and num_units < world_size()
     return Run(

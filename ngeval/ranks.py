@@ -24,6 +24,7 @@ from ngeval.errors import InputError, NgevalError
 from ngeval.journal import Key
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
@@ -110,19 +111,15 @@ class ManyProcesses:
 
     group: ProcessGroup | None = None
 
-    def __init__(self) -> None:
-        """Join the others.
+    def __init__(self, store: Store, rank: int, count: int) -> None:
+        """Nothing is said yet.
 
-        Raises:
-            InputError: they cannot be reached.
+        Args:
+            store: the same one for all.
+            rank: this process's number.
+            count: how many there are.
         """
-        try:
-            self.store, self.rank, self.count = next(iter(rendezvous("env://")))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(
-                f"the other processes of torchrun cannot be reached: {error}; start them with "
-                "torchrun -m ngeval …"
-            ) from error
+        self.store, self.rank, self.count = store, rank, count
         self._told = 0
 
     def told(self, make: Callable[[], T]) -> T:
@@ -178,14 +175,16 @@ class InStep(ManyProcesses):
         group: for the sums over samples.
     """
 
-    def __init__(self, device: str) -> None:
-        """Join the others.
+    def __init__(self, store: Store, rank: int, count: int, device: str) -> None:
+        """Make the group, which all do at once.
 
         Args:
+            store: the same one for all.
+            rank: this process's number.
+            count: how many there are.
             device: where it is computed: ``nccl`` on GPUs, ``gloo`` elsewhere.
         """
-        super().__init__()
-        self.store = PrefixStore("together", self.store)
+        super().__init__(store, rank, count)
         dist.init_process_group(
             "nccl" if torch.device(device).type == "cuda" else "gloo",
             store=PrefixStore("group", self.store),
@@ -265,12 +264,22 @@ def joined(device: str, *, together: bool) -> Iterator[Ranks]:
     Args:
         device: where it is computed.
         together: every unit is done by all processes, in step.
+
+    Raises:
+        InputError: they cannot be reached.
     """
     if world_size() == 1:
         yield OneProcess()
         return
+    try:
+        store, rank, count = next(iter(rendezvous("env://")))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"the other processes of torchrun cannot be reached: {error}; start them with "
+            "torchrun -m ngeval …"
+        ) from error
     if not together:
-        yield ManyProcesses()
+        yield ManyProcesses(store, rank, count)
         return
-    yield InStep(device)
+    yield InStep(store, rank, count, device)
     dist.destroy_process_group()  # after a failure, it might wait for who is not there

@@ -26,7 +26,7 @@ from ngeval.identity import check_same, identity
 from ngeval.journal import Entry, Journal, Key, table_of
 from ngeval.manifest import manifest, read_manifest, write_manifest
 from ngeval.options import OutputOptions
-from ngeval.ranks import Ranks, joined, own_rank
+from ngeval.ranks import Ranks, joined, own_rank, world_size
 from ngeval.results import SUFFIXES, check_output, read_results, write_results
 from ngeval.runs import Run
 from ngeval.work import Work
@@ -107,6 +107,8 @@ def check_result(out: OutputOptions) -> None:
     if out.output is None:
         if out.resume:
             raise InputError("--resume needs the --output that is to be gone on with")
+        if world_size() > 1:
+            raise InputError("a run of several processes needs a file for its rows: --output")
         return
     if own_rank():  # the first process has it, and may have begun to write
         return
@@ -140,8 +142,6 @@ def collect(job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]) 
         quiet = out.quiet or ranks.rank > 0
         job = replace(job, ranks=ranks)
         if out.output is None:
-            if ranks.count > 1:
-                raise InputError("a run of several processes needs a file for its rows: --output")
             entries = _in_memory(job, work, quiet)
         else:
             entries = _in_journal(job, work, replace(out, quiet=quiet), asked)
