@@ -13,6 +13,7 @@ from ngeval import console
 from ngeval.commands.compare import compare
 from ngeval.commands.grading import gamma, imbalance, layers, sweep
 from ngeval.commands.listing import methods, plot, tasks
+from ngeval.commands.plan import plan
 from ngeval.commands.report import report
 from ngeval.commands.study import study
 from ngeval.commands.toy import toy
@@ -29,7 +30,7 @@ app = typer.Typer(
 
 for command in (
     *(demo, train, gamma, sweep, compare, layers, imbalance, study),
-    *(plot, report, toy, tasks, methods),
+    *(plan, plot, report, toy, tasks, methods),
 ):
     app.command()(command)
 

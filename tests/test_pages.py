@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -15,10 +16,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from pages import DOCS, blocks, run_here, run_python, shell_lines
+from typer.testing import CliRunner
 
 import ngeval
 import ngeval.plots
 from ngeval.checkpoints import find_checkpoints
+from ngeval.cli import app
 from ngeval.methods import METHODS
 from ngeval.plots import FIGURES
 from ngeval.runs import Run
@@ -129,7 +132,9 @@ class TestCluster:
             ["-m", "ngeval", "train", "--task", "digits-mlp", "--output", "runs/mlp"],
             *("--epochs", "1", "--num-batches", "2", "--quiet"),
         )
-        script, _, plot = (text for language, text in blocks("cluster.md") if language == "bash")
+        shell = [text for language, text in blocks("cluster.md") if language == "bash"]
+        script = next(text for text in shell if "SLURM_ARRAY_TASK_ID" in text)
+        plot = next(text for text in shell if "ngeval plot" in text)
         (tmp_path / "grade.sh").write_text(
             script.replace(
                 "ngeval sweep", f"{sys.executable} -m ngeval sweep --batch-size 8 --num-batches 2"
@@ -146,6 +151,27 @@ class TestCluster:
         ]
         assert "gamma_over_sgd_geomean" in capsys.readouterr().out
         run_here(shell_lines(plot)[0])
+
+    def test_commands_of_long_runs_in_a_smaller_size(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Each by one process: what torchrun adds is tested with the processes themselves."""
+        monkeypatch.chdir(tmp_path)
+        list(Training(get_task("digits-mlp"), Path("runs/mlp"), epochs=1, num_batches=2).run())
+        shell = [text for language, text in blocks("cluster.md") if language == "bash"]
+        lines = [line for text in shell for line in text.replace("\\\n", " ").splitlines()]
+        long = [
+            line
+            for line in lines
+            if "ngeval" in line and "ARRAY" not in line and "plot" not in line
+        ]
+        assert sum("torchrun" in line for line in long) == 3
+        for line in long:
+            words = shlex.split(line)[shlex.split(line).index("ngeval") + 1 :]
+            words = [word.replace("100", "1") for word in words if word not in ("--device", "cuda")]
+            sizes = ["--batch-size", "8", "--dampings" if words[0] != "gamma" else "--damping", "1"]
+            done = CliRunner().invoke(app, [*words, *sizes, "--quiet"])
+            assert done.exit_code == 0, (line, done.output)
 
     def test_joined_rows_are_those_of_one_run(self, tmp_path: Path):
         """What the page promises of the seed: also the sampled labels of sf."""
