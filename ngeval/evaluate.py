@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading import Grades, families, grade
 from ngeval.kernel import PushingKernel, logit_kernel
-from ngeval.krylov import GAP, MAX_ITERATIONS
+from ngeval.krylov import GAP, MAX_ITERATIONS, Bounds
 from ngeval.methods import Method, get_methods
 from ngeval.methods.gradient import Sgd
 from ngeval.methods.natural import NaturalGradient
 from ngeval.methods.sampled import SampledFisher
 from ngeval.metric import Metric
 from ngeval.metrics import gamma_floor
-from ngeval.natural import LOST, lost_to_rounding, natural_solver
+from ngeval.natural import LOST, NaturalGradientSolver, lost_to_rounding, natural_solver
 from ngeval.prepared import check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem import Problem
 from ngeval.updates import Updates
@@ -114,7 +114,9 @@ def evaluate(
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         # The methods that need it will say so.
         with contextlib.suppress(NgevalError, RuntimeError, MemoryError):
-            logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
+            problem.shards.together(
+                lambda: logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
+            )
         rated = [_Rated(method, lambdas) for method in resolved]
         plain = next((one for one in rated if isinstance(one.method, Sgd)), _Rated(Sgd(), lambdas))
         everyone = rated if plain in rated else [*rated, plain]
@@ -194,7 +196,9 @@ class _Rated:
         if isinstance(method, NaturalGradient):
             method = replace(method, gap=limits[0], max_iterations=limits[1])
         try:
-            prepared = prepare(problem, method, self.dampings, scale, seed)
+            prepared = problem.shards.together(
+                lambda: prepare(problem, method, self.dampings, scale, seed)
+            )
             self.absolute, self.updates = prepared.absolute, prepared.updates
             self.coverage, self.reason = prepared.coverage, prepared.remarks
         except Exception as error:  # a method may be anybody's; its failure is data
@@ -249,7 +253,8 @@ def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) ->
 def _grade(problem: Problem, group: Sequence[_Rated], metric: Metric | None) -> None:
     try:
         updates = [one.updates for one in group if one.updates is not None]
-        for one, grades in zip(group, grade(problem, updates, metric), strict=True):
+        found = problem.shards.together(lambda: grade(problem, updates, metric))
+        for one, grades in zip(group, found, strict=True):
             one.grades = grades
     except Exception as error:  # a method may be anybody's; its failure is data
         for one in group:
@@ -293,13 +298,17 @@ def _with_natural(
     table: pd.DataFrame, problem: Problem, gap: float, max_iterations: int
 ) -> pd.DataFrame:
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
-    try:
+    # γ_min belongs to λ = 0, whatever is asked for.
+    dampings = sorted({0.0, *table["damping_absolute"].dropna()})
+
+    def solved() -> tuple[NaturalGradientSolver, Bounds, float]:
         solver = natural_solver(problem, gap, max_iterations)
-        # γ_min belongs to λ = 0, whatever is asked for.
-        dampings = sorted({0.0, *table["damping_absolute"].dropna()})
         solver.updates(dampings)
-        found = solver.bounds(dampings)
         least = max(solver.gamma_min(), gamma_floor(problem))  # equal but for rounding, or above
+        return solver, solver.bounds(dampings), least
+
+    try:
+        solver, found, least = problem.shards.together(solved)
     except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
         return _noted(table.assign(**missing), str(error))

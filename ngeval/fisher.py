@@ -8,6 +8,7 @@ Source: Martens, "New insights and perspectives on the natural gradient method"
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -134,7 +135,15 @@ def jacobian_columns(problem: Problem) -> Iterator[Tensor]:
             device=problem.device,
         )
         unit[:, chosen].fill_diagonal_(1)
-        yield push_directions(problem.function, unit)
+        yield problem.shards.joined(partial(_pushed, problem, unit)).movedim(0, 1)
+
+
+def _pushed(problem: Problem, directions: Tensor) -> Tensor:
+    """The tangents at this rank's samples: float64, shape ``(n, k, *positions, C)``."""
+    part = problem.function.own_part()
+    if part.num_samples == 0:
+        return problem.outputs.new_zeros(0, len(directions), *problem.outputs.shape[1:])
+    return push_directions(part, directions).movedim(1, 0)
 
 
 def factor_columns(problem: Problem) -> Tensor:

@@ -35,6 +35,7 @@ from ngeval.probes import (
     check_gradients_add_up,
     check_outputs,
     check_repeatable,
+    check_same_problem,
     run_model,
 )
 
@@ -78,6 +79,7 @@ class Chain:
 def following(problem: Problem, inputs: Inputs, targets: Tensor) -> Problem:
     """See `ngeval.problem.Problem.with_batch`."""
     function = at_present(problem.function, inputs)
+    check_same_problem(function, targets)
     key = batch_key(function)
     found = problem._chain.found.get(key)
     if found is None:
@@ -166,6 +168,7 @@ def _afresh(problem: Problem, inputs: Inputs, targets: Tensor) -> Problem:
         engine=problem._chain.engine,
         memory=problem.rows.memory,
         probes=problem._chain.probes,
+        group=problem.shards.group,
     )
     problem._chain.found.update(made._chain.found)
     made._chain = problem._chain

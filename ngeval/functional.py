@@ -21,6 +21,7 @@ from ngeval.checks import Inputs, check_inputs, check_mode, check_model, named_t
 from ngeval.errors import ModelError, NgevalError
 from ngeval.memory import is_out_of_memory
 from ngeval.operations import plain_operations
+from ngeval.sharding import SINGLE, Shards, at_least
 
 Parameters = dict[str, Tensor]
 Output = str | int | Callable[[Any], Tensor] | None
@@ -47,6 +48,7 @@ class ModelFunction:
         inner_epsilon: the coarsest rounding to which the model's own code narrows anything.
         forward_mode: take J d by forward-mode AD where every operation has a rule.
         notes: what had to be worked around.
+        shards: which of the batch's samples this process has, where several have a part each.
     """
 
     model: nn.Module
@@ -62,10 +64,16 @@ class ModelFunction:
     inner_epsilon: float = 0.0
     forward_mode: bool = True
     notes: set[str] = field(default_factory=set)
+    shards: Shards = SINGLE
 
     @classmethod
     def of(
-        cls, model: nn.Module, inputs: Inputs, dtype: torch.dtype | None, output: Output = None
+        cls,
+        model: nn.Module,
+        inputs: Inputs,
+        dtype: torch.dtype | None,
+        output: Output = None,
+        shards: Shards = SINGLE,
     ) -> ModelFunction:
         """Check the model and the inputs, and take θ as it is now.
 
@@ -74,6 +82,7 @@ class ModelFunction:
             inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
             dtype: compute in this floating-point type; None keeps the model's own.
             output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
+            shards: of the process group over which the samples are spread.
 
         Raises:
             ModelError: no trainable parameter, NaN weights, active dropout or batch statistics.
@@ -88,7 +97,9 @@ class ModelFunction:
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         versions = {n: version_of(p) for n, p in named.items()}
         function = cls(
-            model, inputs, trainable, {}, buffers, named, slots_of(model), versions, output=output
+            *(model, inputs, trainable, {}, buffers, named, slots_of(model), versions),
+            output=output,
+            shards=shards,
         )
         return function if dtype is None else function.converted(dtype)
 
@@ -105,8 +116,20 @@ class ModelFunction:
         )
 
     def on(self, samples: slice) -> ModelFunction:
-        """The same function on some samples of its batch."""
-        return replace(self, inputs=map_inputs(self.inputs, itemgetter(samples)))
+        """The same function on some samples of its batch, which nobody has a part of."""
+        inputs = map_inputs(self.inputs, itemgetter(samples))
+        return replace(self, inputs=inputs, shards=SINGLE)
+
+    def own_part(self, at_least_one: bool = False) -> ModelFunction:
+        """The same function on this rank's samples: all of them, for a process by itself.
+
+        Args:
+            at_least_one: some other sample where this rank has none.
+        """
+        if self.shards.alone:
+            return self
+        own = self.shards.own(self.num_samples)
+        return self.on(at_least(own, 1, self.num_samples) if at_least_one else own)
 
     @property
     def num_samples(self) -> int:

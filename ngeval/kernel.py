@@ -26,7 +26,7 @@ from ngeval.fisher import (
     jacobian_columns,
     unit_cotangents,
 )
-from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
+from ngeval.jacobians import CapturedRows, every_row, gram_matrix, row_combinations
 from ngeval.memory import describe_bytes
 from ngeval.problem import Problem
 from ngeval.spectrum import UNSEEN, Spectrum
@@ -132,8 +132,7 @@ class JacobianKernel(DenseKernel):
             columns = [part.flatten(1) for part in jacobian_columns(problem)]
             self.jacobian = torch.cat(columns).T.contiguous()
             return
-        blocks = [part for _, part in problem.rows.iterate(unit_cotangents(problem))]
-        self.jacobian = torch.cat([torch.cat(list(part.values()), 1).double() for part in blocks])
+        self.jacobian = every_row(problem.rows, unit_cotangents(problem))
 
     @property
     def matrix(self) -> Tensor:

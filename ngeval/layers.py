@@ -234,7 +234,7 @@ def _least_gammas(
     if not wanted:
         return nothing, ""
     try:
-        found = fisher_blocks(problem, groups).least_gammas()
+        found = problem.shards.together(lambda: fisher_blocks(problem, groups).least_gammas())
     except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
         return nothing, f"no least γ of layers: {failure_reason(error)}"
     least = np.array([found[group.name] for group in groups])
@@ -264,13 +264,16 @@ def _method_rows(
         "num_parameters": [group.num_parameters for group in groups],
     }
     absolute = [math.nan] * len(dampings)
+    shards = metric.problem.shards
     try:
-        prepared = prepare(metric.problem, method, dampings, scale, seed)
+        prepared = shards.together(lambda: prepare(metric.problem, method, dampings, scale, seed))
         absolute = prepared.absolute
-        found = [
-            _part_columns(parts_of(metric, prepared.updates.direction(i), groups), prepared)
-            for i in range(prepared.updates.count)
-        ]
+        found = shards.together(
+            lambda: [
+                _part_columns(parts_of(metric, prepared.updates.direction(i), groups), prepared)
+                for i in range(prepared.updates.count)
+            ]
+        )
     except Exception as error:  # a method may be anybody's; its failure is data
         missing = dict.fromkeys(NUMBERS, math.nan)
         found = [{**missing, "status": "failed", "reason": failure_reason(error)}]

@@ -10,22 +10,25 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ngeval.checks import Inputs, check_inputs
+from ngeval.checks import Inputs, check_inputs, named_tensors
 from ngeval.errors import InputError
 from ngeval.forward import chunk_sizes, push_directions, slices
 from ngeval.functional import ModelFunction, cast_inputs, map_inputs, model_errors
 from ngeval.likelihoods import OutputDistribution
 from ngeval.memory import halving
 from ngeval.problem import Problem
+from ngeval.sharding import PRIME, fingerprint
 
 TANGENT_BYTES = 2**29
 """Bytes of tangents that are passed through a model together; more is slower, not faster."""
 
 Batches = Iterable[tuple[Inputs, Tensor]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,20 @@ class Metric:
             )
         self.problem = problem
         self.batches = batches
+        self._seen = 0
 
     @cached_property
     def totals(self) -> Totals:
         """One forward and backward pass over all samples."""
+        numbers, gradient = self.summed(self._totals)
+        count, floor, loss = numbers.tolist()
+        if count == 0:
+            raise InputError("the metric has no batch")
+        bound = floor**-0.5 if floor > 0 else math.inf
+        return Totals(int(count), bound, float(gradient.norm()), loss / count)
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """M, Σ uᵀH⁺u and Σ ℓ; and g: of this rank's samples."""
         count, floor, loss = 0, 0.0, 0.0
         gradient = torch.zeros(self.problem.num_parameters, dtype=torch.float64)
         for chunk in self.chunks(1):
@@ -125,10 +138,19 @@ class Metric:
             with model_errors():
                 part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
             gradient += part.to(torch.float64).cpu()
-        if count == 0:
-            raise InputError("the metric has no batch")
-        bound = floor**-0.5 if floor > 0 else math.inf
-        return Totals(count, bound, float(gradient.norm()), loss / count)
+        return torch.tensor([count, floor, loss], dtype=torch.float64), gradient
+
+    def summed(self, compute: Callable[[], T]) -> T:
+        """Tensors that sum over samples, of which every rank has its own part.
+
+        Raises:
+            InputError: the ranks were given different batches.
+        """
+        shards = self.problem.shards
+        found = shards.total(compute)
+        if not shards.alone and self.batches is not None:
+            shards.check_same({"the metric's batches": self._seen})
+        return found
 
     def forms(self, directions: Tensor) -> Forms:
         """The Fisher's and the gradient's products with k directions.
@@ -136,9 +158,12 @@ class Metric:
         Args:
             directions: B in the model's dtype, shape ``(k, P)``.
         """
-        return halving(lambda memory: self._forms(directions, memory), self.problem.rows.memory)
+        memory = self.problem.rows.memory
+        return Forms(
+            *self.summed(lambda: halving(lambda some: self._forms(directions, some), memory))
+        )
 
-    def _forms(self, directions: Tensor, memory: int) -> Forms:
+    def _forms(self, directions: Tensor, memory: int) -> tuple[Tensor, Tensor]:
         count, device = len(directions), directions.device
         curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
         decrease = torch.zeros(count, dtype=torch.float64, device=device)
@@ -157,28 +182,35 @@ class Metric:
                 parts.append(whitened.flatten(1))
             whole = torch.cat(parts)
             curvature += whole @ whole.T
-        return Forms(curvature, decrease)
+        return curvature, decrease
 
     def chunks(self, num_directions: int, memory: int | None = None) -> Iterator[Chunk]:
-        """The samples, as many at a time as that many tangents leave room for."""
+        """This rank's samples, as many at a time as that many tangents leave room for."""
         problem = self.problem
         budget = problem.rows.memory if memory is None else memory
         # A tangent, its whitened copy and the activations that it passes through.
         sample = problem.rows.sample_bytes + 24 * num_directions * problem.num_outputs
-        for function, targets in self._sources():
+        for function, targets in self.sources():
             step = chunk_sizes(function.num_samples, num_directions, sample, budget)[0]
-            for samples in slices(function.num_samples, step):
-                yield self._chunk(function, targets, samples)
+            own = problem.shards.own(function.num_samples)
+            for samples in slices(own.stop - own.start, step):
+                chosen = slice(own.start + samples.start, own.start + samples.stop)
+                yield self._chunk(function, targets, chosen)
 
-    def _sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
+    def sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
+        """The model on each batch, whole, with the batch's targets."""
         problem = self.problem
         if self.batches is None:
             yield problem.function, problem.distribution.targets
             return
         batches = self.batches() if callable(self.batches) else self.batches
+        self._seen = 0
         for batch in batches:
             inputs, targets = _pair(batch)
             check_inputs(inputs)
+            if not problem.shards.alone:
+                tensors = [tensor for _, tensor in named_tensors(inputs)]
+                self._seen = (self._seen * PRIME + fingerprint([*tensors, targets])) % 2**63
             function = problem.function
             cast = cast_inputs(inputs, function.cast)
             moved = map_inputs(cast, lambda t: t.to(problem.device))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import NumericalError
+from ngeval.jacobians import squared_norms
 from ngeval.problem import Direction, Problem
 
 
@@ -132,10 +133,7 @@ def gradient_norms(problem: Problem) -> pd.DataFrame:
         >>> table["gradient_norm"].tolist(), table.attrs["imbalance"]
         ([1.0, 2.0], 2.0)
     """
-    norms = torch.zeros(problem.num_samples, dtype=torch.float64, device=problem.device)
-    for block, rows in problem.rows.iterate(problem.residual.unsqueeze(1)):
-        for gradients in rows.values():
-            norms[block.rows] += gradients.to(torch.float64).square().sum(1)
+    norms = squared_norms(problem.rows, problem.residual.unsqueeze(1))
     table = pd.DataFrame(
         {
             "sample": range(problem.num_samples),

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
-from ngeval.checks import is_finite
+from ngeval.checks import is_finite, named_tensors
 from ngeval.errors import EngineError, ModelError
 from ngeval.functional import ModelFunction, Parameters, map_inputs, model_errors
 from ngeval.jacobians import Choice
 from ngeval.jacobians.products import inner_product
+from ngeval.sharding import at_least, fingerprint
 
 
 def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
-    """The raw outputs of the batch, or of some of its samples."""
+    """The raw outputs of the batch, each rank's part joined, or of some of its samples."""
     inputs = None
     if chosen is not None:
         inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
-    with torch.no_grad(), model_errors():
-        return function(function.parameters, inputs, fused=True)
+
+    def run() -> Tensor:
+        part = function.own_part(at_least_one=True)
+        with torch.no_grad(), model_errors():
+            outputs = part(part.parameters, inputs, fused=True)
+        if part is function:
+            return outputs
+        own = function.shards.own(function.num_samples)
+        return outputs[: own.stop - own.start]  # none, where the sample is not one's own
+
+    return function.shards.joined(run)
+
+
+def check_same_problem(function: ModelFunction, targets: Tensor, options: object = ()) -> None:
+    """Refuse a problem that is not the same on all ranks of its group.
+
+    Args:
+        function: the model at θ on the whole batch.
+        targets: the labels.
+        options: what else has to be the same; its ``repr`` is compared.
+
+    Raises:
+        InputError: it names a rank and what is another there.
+    """
+    if function.shards.alone:
+        return
+    weights = {**function.originals, **function.buffers}
+    function.shards.check_same(
+        {
+            "the inputs": fingerprint(tensor for _, tensor in named_tensors(function.inputs)),
+            "the targets": fingerprint([targets] if isinstance(targets, Tensor) else []),
+            "the weights": fingerprint(weights.values()),
+            "the options": zlib.crc32(repr(options).encode()),
+        }
+    )
 
 
 def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
@@ -42,10 +78,21 @@ def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
 def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
     """A second run gives the same outputs, and so do the halves of a shuffled batch.
 
+    Every rank looks at its own part, and at another's sample where it has only one.
+
     Raises:
         ModelError: two runs differ, or the model does not run on half of the batch.
         EngineError: a sample's outputs depend on the others.
     """
+    shards, count = function.shards, function.num_samples
+    if shards.alone:
+        _check_repeatable(function, outputs)
+        return
+    tried = at_least(shards.own(count), 2, count)
+    shards.together(lambda: _check_repeatable(function.on(tried), outputs[tried]))
+
+
+def _check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
     halves = list(order.chunk(2)) if len(outputs) > 1 else []
     again = [_run_half(function, half) for half in halves]

@@ -23,9 +23,18 @@ from ngeval.jacobians import OnePass, RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
 from ngeval.operations import OperationWatch
-from ngeval.probes import check_gradients_add_up, check_outputs, check_repeatable, run_model
+from ngeval.probes import (
+    check_gradients_add_up,
+    check_outputs,
+    check_repeatable,
+    check_same_problem,
+    run_model,
+)
+from ngeval.sharding import Shards, shards_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ngeval.fisher import FisherOperator
 
 Direction = Tensor | Mapping[str, Tensor]
@@ -71,6 +80,7 @@ class Problem:
         engine: str = "auto",
         memory: int | None = None,
         probes: bool = True,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Run the model and check that it can be graded.
 
@@ -91,15 +101,25 @@ class Problem:
                 four fifths of what is free. Chunks are cut to it.
             probes: check that two forward passes agree, that a sample's outputs do not depend on
                 the others in the batch, and that Σ_n g_n is the batch gradient.
+            group: a ``torch.distributed`` process group over which the samples are spread. Every
+                rank makes the same Problem, of the whole batch, and asks for the same things in
+                the same order; each passes its own part of the samples through the model, and all
+                get the same results. ``memory`` is then that of each rank.
 
         Raises:
             ModelError: train mode, NaN weights, nothing trainable, random outputs.
-            InputError: inputs or targets do not fit.
+            InputError: inputs or targets do not fit, or differ between the ranks of the group.
             EngineError: samples see each other, or per-sample gradients do not add up to the
                 batch gradient.
         """
+        shards = shards_of(group)
         with torch.inference_mode(False):  # tensors made here take part in backward passes
-            self._set_up(model, inputs, targets, likelihood, output, dtype, engine, memory, probes)
+            shards.together(
+                lambda: self._set_up(
+                    *(model, inputs, targets, likelihood, output, dtype, engine, memory, probes),
+                    shards,
+                )
+            )
 
     def _set_up(
         self,
@@ -112,15 +132,17 @@ class Problem:
         engine: str,
         memory: int | None,
         probes: bool,
+        shards: Shards,
     ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
-        self.function = ModelFunction.of(model, inputs, dtype, output)
+        self.function = ModelFunction.of(model, inputs, dtype, output, shards)
         self.likelihood = get_likelihood(likelihood)
+        check_same_problem(self.function, targets, (self.likelihood.name, engine, dtype, probes))
         with OperationWatch() as watch:
             raw = run_model(self.function)
-        self._attention = watch.attention
-        self.function = replace(self.function, inner_epsilon=watch.epsilon)
+        self._attention = any(shards.gathered(watch.attention))
+        self.function = replace(self.function, inner_epsilon=max(shards.gathered(watch.epsilon)))
         self._bind(raw, targets)
         if probes:
             check_repeatable(self.function, raw)
@@ -130,6 +152,7 @@ class Problem:
             raise InputError(
                 f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
             )
+        memory = min(shards.gathered(memory))  # it decides what is computed
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self._take(choice.rows)
         self._chain = Chain(engine, probes, {batch_key(self.function): self.rows})
@@ -186,7 +209,7 @@ class Problem:
             (5, 'layers')
         """
         with torch.inference_mode(False):
-            return following(self, inputs, targets)
+            return self.shards.together(lambda: following(self, inputs, targets))
 
     def one_pass(self) -> OnePass | None:
         """A recorded forward pass of the batch, for whoever takes rows and an update from it.
@@ -215,6 +238,11 @@ class Problem:
     def num_parameters(self) -> int:
         """P, the number of trainable scalars."""
         return self.function.num_parameters
+
+    @property
+    def shards(self) -> Shards:
+        """This process's place in the group over which the samples are spread."""
+        return self.function.shards
 
     @property
     def engine(self) -> str:
@@ -274,10 +302,13 @@ class Problem:
         if scale == 0:
             return torch.zeros_like(self.outputs)
         tangent = self.function.unflatten(vector / scale)
-        with model_errors():
-            parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole * scale
+
+        def pushed() -> Tensor:
+            with model_errors():
+                parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
+            return parts[0] if len(parts) == 1 else torch.cat([self.outputs[:0], *parts])
+
+        return self.shards.joined(pushed) * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
@@ -293,23 +324,29 @@ class Problem:
         scale = cotangent.abs().max()
         if scale == 0:
             return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
-        with model_errors():
-            parts = self._parts()
-            samples, part = next(parts)
-            total = part.flatten(part.vjp(cotangent[samples] / scale))
-            for samples, part in parts:
-                total += part.flatten(part.vjp(cotangent[samples] / scale))
-        return total.mul_(scale.to(self.dtype))
+
+        def pulled() -> Tensor:
+            total: Tensor | None = None
+            with model_errors():
+                for samples, part in self._parts():
+                    found = part.flatten(part.vjp(cotangent[samples] / scale))
+                    total = found if total is None else total.add_(found)
+            if total is None:
+                return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+            return total
+
+        return self.shards.total(pulled).mul_(scale.to(self.dtype))
 
     def _parts(self) -> Iterator[tuple[slice, ModelFunction]]:
-        """The batch in as few parts as the memory budget has room for a pass over."""
+        """This rank's samples in as few parts as the memory budget has room for a pass over."""
         # Activations, and gradients or tangents of the same size beside them.
         limit = max(1, self.rows.memory // max(1, 3 * self.rows.sample_bytes))
-        if limit >= self.num_samples:
-            yield slice(0, self.num_samples), self.function
+        own = self.shards.own(self.num_samples)
+        if self.shards.alone and limit >= self.num_samples:
+            yield own, self.function
             return
-        for start in range(0, self.num_samples, limit):
-            samples = slice(start, min(start + limit, self.num_samples))
+        for start in range(own.start, own.stop, limit):
+            samples = slice(start, min(start + limit, own.stop))
             yield samples, self.function.on(samples)
 
     def fisher(self) -> FisherOperator:
@@ -353,7 +390,8 @@ class Problem:
     def remember(self, key: str, compute: Callable[[], T]) -> T:
         """Compute something derived from this problem once (the kernel, a factorisation)."""
         if key not in self._memory:
-            self._memory[key] = compute()
+            # By all ranks or by none, so that they go on in step.
+            self._memory[key] = self.shards.together(compute)
         result: T = self._memory[key]
         return result
 

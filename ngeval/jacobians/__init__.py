@@ -10,8 +10,10 @@ from ngeval.jacobians.choose import Choice, choose_rows, still_right
 from ngeval.jacobians.onepass import OnePass, PassRows
 from ngeval.jacobians.rows import (
     RowSource,
+    every_row,
     gram_matrix,
     squared_column_sums,
+    squared_norms,
     squared_sums,
 )
 
@@ -22,9 +24,11 @@ __all__ = [
     "PassRows",
     "RowSource",
     "choose_rows",
+    "every_row",
     "gram_matrix",
     "row_combinations",
     "squared_column_sums",
+    "squared_norms",
     "squared_sums",
     "still_right",
 ]

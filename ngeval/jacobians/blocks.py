@@ -45,7 +45,10 @@ def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[s
                     add_inner_products(gram, own, _of_group(right, names))
         return grams
 
-    grams = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    shards = source.function.shards
+    grams = halving(
+        lambda memory: shards.total(lambda: attempt(replace(source, memory=memory))), source.memory
+    )
     return {group: from_lower(gram) for group, gram in grams.items()}
 
 
@@ -63,7 +66,9 @@ def group_squares(
     Returns:
         By group, float64, shapes ``(P_l, P_l)`` and ``(P_l,)``.
     """
-    parameters = source.function.parameters
+    parameters, shards = source.function.parameters, source.function.shards
+    part, vectors = source.own_part(), shards.part(cotangents)
+    own = shards.part(weights.unflatten(0, cotangents.shape[:2])).flatten()
 
     def attempt(limited: RowSource) -> dict[str, tuple[Tensor, Tensor]]:
         found = {}
@@ -71,14 +76,16 @@ def group_squares(
             size = sum(parameters[name].numel() for name in names)
             zeros = torch.zeros(size, size + 1, dtype=torch.float64, device=source.function.device)
             found[group] = (zeros[:, :size], zeros[:, size])
-        for block, terms in CapturedRows(limited, cotangents).captures():
-            chosen = weights[block.rows].unflatten(0, (terms[0].num_samples, -1))
+        for block, terms in CapturedRows(limited, vectors).captures():
+            chosen = own[block.rows].unflatten(0, (terms[0].num_samples, -1))
             for group, names in groups.items():
-                own = _of_group(terms, names)
-                _add_squares(found[group], own, {n: parameters[n] for n in names}, chosen)
+                part_of = _of_group(terms, names)
+                _add_squares(found[group], part_of, {n: parameters[n] for n in names}, chosen)
         return found
 
-    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    return shards.total(
+        lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
+    )
 
 
 def group_combinations(
@@ -97,18 +104,23 @@ def group_combinations(
     starts, total = {}, 0
     for name, parameter in source.function.parameters.items():
         starts[name], total = total, total + parameter.numel()
-    count = len(next(iter(weights.values())))
+    count, shards = len(next(iter(weights.values()))), source.function.shards
+    part, vectors = source.own_part(), shards.part(cotangents)
+    samples = shards.own(len(cotangents))
+    own = slice(samples.start * cotangents.shape[1], samples.stop * cotangents.shape[1])
 
     def attempt(limited: RowSource) -> Tensor:
         function = limited.function
         out = torch.zeros(count, total, dtype=function.dtype, device=function.device)
-        for block, terms in CapturedRows(limited, cotangents).captures():
+        for block, terms in CapturedRows(limited, vectors).captures():
             for group, names in groups.items():
-                own = _of_group(terms, names)
-                add_row_combinations(out, starts, own, weights[group][:, block.rows])
+                chosen = weights[group][:, own][:, block.rows]
+                add_row_combinations(out, starts, _of_group(terms, names), chosen)
         return out
 
-    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    return shards.total(
+        lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
+    )
 
 
 def _of_group(terms: list[Term], names: Sequence[str]) -> list[Term]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ngeval.jacobians.rows import ENGINES, Block, RowSource
 from ngeval.jacobians.terms import Term
 from ngeval.memory import is_out_of_memory
 from ngeval.operations import OperationWatch
+from ngeval.sharding import at_least
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,24 @@ def choose_rows(
             f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
         )
     names = ENGINES if engine == "auto" else (engine,)
-    probe = _Probe(function, outputs, residual)
+    shards = function.shards
+    probe = shards.together(lambda: _Probe(function, outputs, residual))
     chosen, reasons = _first_right(names, memory, check, probe)
     if chosen is None and check and function.dtype.itemsize < 8:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
-            double = _Probe(_watched(function.converted(torch.float64)), outputs.double(), residual)
+            double = shards.together(
+                lambda: _Probe(
+                    _watched(function.converted(torch.float64)), outputs.double(), residual
+                )
+            )
             wide, again = _first_right(names, memory, check, double)
             if wide is not None:
                 mode = wide.rows.function.forward_mode
                 rows = replace(wide.rows, function=replace(function, forward_mode=mode))
-                own = {n: part[:, 1] for n, part in probe.row_products(rows).items()}
-                return Choice(rows, probe.direction, own)
+                both = shards.together(lambda: probe.row_products(rows))
+                own = {n: part[:, 1] for n, part in both.items()}
+                return Choice(rows, probe.direction, probe.of_all(own))
             reasons = again
     if chosen is None:
         hint = "" if engine == "auto" else "; use engine='auto'"
@@ -99,8 +107,8 @@ def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | 
         outputs: of the model on the batch, in its own dtype.
         residual: u.
     """
-    function = rows.function
-    probe = _Probe(function, outputs, residual)
+    function, shards = rows.function, rows.function.shards
+    probe = shards.together(lambda: _Probe(function, outputs, residual))
     both = _products_if_right(rows, probe)
     if both is None and function.dtype.itemsize < 8:
         # As in `choose_rows`: a ReLU that rounding flips is no fault.
@@ -109,23 +117,25 @@ def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | 
                 _watched(function.converted(torch.float64)), forward_mode=function.forward_mode
             )
             wide = replace(rows, function=double)
-            if _products_if_right(wide, _Probe(double, outputs.double(), residual)) is not None:
-                both = probe.row_products(rows)
+            other = shards.together(lambda: _Probe(double, outputs.double(), residual))
+            if _products_if_right(wide, other) is not None:
+                both = shards.together(lambda: probe.row_products(rows))
     if both is None:
         return None
-    return Choice(rows, probe.direction, {n: part[:, 1] for n, part in both.items()})
+    own = {n: part[:, 1] for n, part in both.items()}
+    return Choice(rows, probe.direction, probe.of_all(own))
 
 
 def _products_if_right(rows: RowSource, probe: _Probe) -> Parameters | None:
     """The probe's products of rows, None where they are wrong or cannot be made."""
     try:
-        both = probe.row_products(rows)
+        both = rows.function.shards.together(lambda: probe.row_products(rows))
     except Exception as error:  # a plan may fail in any way where the model is wired otherwise
         if is_out_of_memory(error):
             raise
         return None
     products = {n: part[:, 0] for n, part in both.items()}
-    if probe.wrong_parameters(products):
+    if _anywhere(probe, probe.wrong_parameters(products)):
         return None
     right = probe.agrees_with_tangent(products, rows.function.forward_mode)
     return both if right else None
@@ -138,17 +148,17 @@ def _first_right(
     function, reasons = probe.function, []
     for name in names:
         try:
-            source, both = _source(name, memory, probe)
+            source, both = function.shards.together(partial(_source, name, memory, probe))
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
                 raise
             reasons.append(f"{name}: {_first_line(error)}")
             continue
         products, own = ({n: part[:, i] for n, part in both.items()} for i in (0, 1))
-        choice = Choice(source, probe.direction, own)
+        choice = Choice(source, probe.direction, probe.of_all(own))
         if not check:
             return choice, []
-        if wrong := probe.wrong_parameters(products):
+        if wrong := _anywhere(probe, probe.wrong_parameters(products)):
             reasons.append(f"{name}: wrong per-sample gradients of {', '.join(sorted(wrong)[:3])}")
             continue
         for forward_mode in (True, False):
@@ -175,26 +185,38 @@ def _source(name: str, memory: int, probe: _Probe) -> tuple[RowSource, Parameter
             source = RowSource(function, name, memory, plan, planner.sample_bytes)
             products = probe.row_products(source)
             wrong = probe.wrong_parameters({n: part[:, 0] for n, part in products.items()})
+            wrong = _anywhere(probe, wrong)
             if not wrong or not planner.demote(wrong):
                 return source, products
 
 
+def _anywhere(probe: _Probe, names: set[str]) -> set[str]:
+    """The names that any rank has: all must take the same way."""
+    return set().union(*probe.function.shards.gathered(names))
+
+
 class _Probe:
-    """Random cotangents w and a random direction v, and what they must give."""
+    """Random cotangents w and a random direction v, and what they must give.
+
+    Every rank looks at its own samples, or at one of another's if it has none.
+    """
 
     def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
         self.function = function
-        self.residual = residual
+        self.part = function.own_part(at_least_one=True)
+        count = function.num_samples
+        tried = at_least(function.shards.own(count), 1, count)
+        self.residual = residual[tried]
         generator = torch.Generator().manual_seed(0)
 
         def random(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like)
 
-        self.cotangents = random(outputs)
+        self.cotangents = random(outputs)[tried]
         self.direction: Parameters = {n: random(p) for n, p in function.parameters.items()}
         epsilon = torch.finfo(outputs.dtype).eps
         self.tolerance = 4 * max(epsilon, function.epsilon) ** 0.5
-        self.ends = sorted({0, len(outputs) - 1})
+        self.ends = sorted({0, len(self.cotangents) - 1})
         with model_errors():
             singles = [self._single(n) for n in self.ends]
         self.end_products = {n: torch.stack([s[n] for s in singles]) for n in self.direction}
@@ -207,15 +229,23 @@ class _Probe:
         cotangents = torch.stack([self.cotangents, self.residual.to(self.cotangents)], 1)
         # Without the memory for a row there is no probe: the errors that say so come later.
         enough = max(source.memory, source.captured_bytes + source.sample_bytes)
-        for block in replace(source, memory=enough).blocks(cotangents):
+        part = replace(source, function=self.part, memory=enough)
+        for block in part.blocks(cotangents):
 
             def use(terms: list[Term], vectors: slice, block: Block = block) -> None:
                 for name, found in row_products(terms, self.direction).items():
                     part = products[name][block.samples, block.vectors]
                     part[:, vectors] += found.cpu()
 
-            source.stream(cotangents, block, use)
+            part.stream(cotangents, block, use)
         return products
+
+    def of_all(self, products: Parameters) -> Parameters:
+        """The products of all ranks' samples, this one's given."""
+        shards = self.function.shards
+        own = shards.own(self.function.num_samples)
+        count = own.stop - own.start
+        return shards.joined(lambda: {name: part[:count] for name, part in products.items()})
 
     def wrong_parameters(self, products: Parameters) -> set[str]:
         """The parameters whose rows differ from autograd's at the first or the last sample."""
@@ -232,7 +262,8 @@ class _Probe:
             self._tangents[forward_mode] = self._along(self.direction, forward_mode)
         tangents = self._tangents[forward_mode]
         total = torch.stack(list(products.values())).sum(0)
-        return tangents is not None and self._close(total, tangents)
+        agrees = tangents is not None and self._close(total, tangents)
+        return all(self.function.shards.gathered(agrees))
 
     def unseen(self, products: Parameters) -> str:
         """Which parameters' forward derivatives are not those of their rows, for a message."""
@@ -247,7 +278,7 @@ class _Probe:
 
     def _along(self, direction: Parameters, forward_mode: bool) -> Tensor | None:
         """w_n·(Jv)_n for every sample; None where this mode does not work."""
-        function = replace(self.function, forward_mode=forward_mode)
+        function = replace(self.part, forward_mode=forward_mode)
         try:
             with model_errors():
                 tangent = function.jvp(direction).double()
@@ -258,7 +289,7 @@ class _Probe:
     def _single(self, n: int) -> Parameters:
         """The products for one sample, run alone through plain autograd."""
         one = slice(n, n + 1)
-        rows = loop_rows(self.function, one, self.cotangents[one].unsqueeze(1))
+        rows = loop_rows(self.part, one, self.cotangents[one].unsqueeze(1))
         return {name: inner_product(rows[name], v).cpu() for name, v in self.direction.items()}
 
     def _close(self, found: Tensor, expected: Tensor, floor: float = 0.0) -> bool:

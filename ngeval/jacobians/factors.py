@@ -21,6 +21,7 @@ from torch import Tensor
 from ngeval.jacobians.capture import Plan
 from ngeval.jacobians.products import add_squared_column_sums
 from ngeval.jacobians.terms import AffineTerm, Term
+from ngeval.sharding import SINGLE, Shards
 
 EXPAND, REDUCE = "expand", "reduce"
 SHARINGS = (EXPAND, REDUCE)
@@ -90,6 +91,34 @@ class SecondMoment:
             for part in (*self._rows, rows):
                 _add_lower(self._matrix, part)
             self._rows = []
+
+    def summed(self, shards: Shards) -> None:
+        """Add up over ranks, each of which has added the rows of its own samples."""
+        if shards.alone:
+            return
+        kept = shards.gathered((sum(len(rows[0]) for rows in self._rows), self._matrix is None))
+        few = self.thin and all(thin for _, thin in kept)
+        if few and sum(count for count, _ in kept) < self.shape[1]:
+            self._rows = [shards.joined(self._kept).transpose(0, 1)]
+            return
+        self._matrix = shards.total(self._whole)
+        self._rows = []
+
+    def _kept(self) -> Tensor:
+        """The rows, first in the order of samples: ``(rows, g, size)``."""
+        groups, size = self.shape
+        nothing = torch.zeros(groups, 0, size, dtype=torch.float64, device=self.device)
+        return torch.cat([nothing, *self._rows], 1).transpose(0, 1)
+
+    def _whole(self) -> Tensor:
+        """The matrix's lower triangle, whether it has been made or not."""
+        groups, size = self.shape
+        matrix = self._matrix
+        if matrix is None:
+            matrix = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
+        for rows in self._rows:
+            _add_lower(matrix, rows)
+        return matrix
 
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
@@ -165,22 +194,50 @@ def affine_layers(plan: Plan) -> list[Layer]:
 
 
 def layer_factors(
-    captures: Iterable[tuple[Curvature, list[Term]]], layers: Sequence[Layer], sharing: str
+    captures: Iterable[tuple[Curvature, list[Term]]],
+    layers: Sequence[Layer],
+    sharing: str,
+    shards: Shards = SINGLE,
 ) -> list[Factors]:
     """The factors of some layers from captures of the whole batch.
 
     Args:
-        captures: terms, block by block.
+        captures: terms, block by block; of this rank's samples where they are spread.
         layers: which layers.
         sharing: ``"expand"`` or ``"reduce"``.
+        shards: this process's place in the group over which samples are spread.
     """
     found: dict[Layer, Factors] = {}
-    for curvature, terms in captures:
-        for layer, term in _of_layers(terms, layers):
-            if layer not in found:
-                found[layer] = _empty(layer, term, thin=sharing == EXPAND)
-            _add_term(found[layer], term, curvature, sharing)
-    return [found[layer] for layer in layers if layer in found]
+
+    def add_up() -> None:
+        for curvature, terms in captures:
+            for layer, term in _of_layers(terms, layers):
+                if layer not in found:
+                    sizes = (*term.cotangents.shape[3:], _width(term))
+                    found[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
+                _add_term(found[layer], term, curvature, sharing)
+
+    shards.together(add_up)
+    return [
+        _over_ranks(found.get(layer), layer, sharing, shards)
+        for layer in layers
+        if any(shards.gathered(layer in found))
+    ]
+
+
+def _over_ranks(own: Factors | None, layer: Layer, sharing: str, shards: Shards) -> Factors:
+    """The sums of all ranks, of which some have no samples, and no factors."""
+    if shards.alone and own is not None:
+        return own
+    everyone = shards.gathered(None if own is None else (own.gradient.shape, own.gradient.device))
+    shape, device = next(one for one in everyone if one is not None)
+    sums = _empty(layer, tuple(shape), device, sharing) if own is None else own
+    count = torch.tensor(sums.count, dtype=torch.float64, device=sums.gradient.device)
+    sums.gradient, count = shards.total(lambda: (sums.gradient, count))
+    sums.count = float(count)
+    sums.inputs.summed(shards)
+    sums.outputs.summed(shards)
+    return sums
 
 
 def corrected_eigenvalues(
@@ -221,10 +278,15 @@ def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Lay
             yield known[term.weight, term.bias], term
 
 
-def _empty(layer: Layer, term: AffineTerm, *, thin: bool) -> Factors:
-    groups, outputs = term.cotangents.shape[3:]
-    inputs = (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
-    device = term.cotangents.device
+def _width(term: AffineTerm) -> int:
+    """Length of ā, per group."""
+    return (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
+
+
+def _empty(layer: Layer, sizes: tuple[int, ...], device: torch.device, sharing: str) -> Factors:
+    """Nothing added yet; ``sizes`` are g, o and i."""
+    groups, outputs, inputs = sizes
+    thin = sharing == EXPAND
     return Factors(
         layer,
         SecondMoment(groups, inputs, device, thin=thin),
@@ -281,8 +343,7 @@ def _add_lower(target: Tensor, rows: Tensor) -> None:
 def _augmented(term: AffineTerm, samples: slice) -> Tensor:
     """The ā of a layer, float64, shape ``(g, n, t, i)``."""
     count = len(term.cotangents[samples])
-    width = (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
-    shape = (term.groups, count, term.positions, width)
+    shape = (term.groups, count, term.positions, _width(term))
     augmented = torch.empty(shape, dtype=torch.float64, device=term.cotangents.device)
     if term.bias:
         augmented[..., -1] = 1

@@ -60,8 +60,11 @@ class OnePass:
 
     @staticmethod
     def fits(source: RowSource, num_samples: int, vectors: int = 1) -> bool:
-        """Whether such a pass can be recorded, and the captures of all rows kept beside it."""
-        if source.plan is None:
+        """Whether such a pass can be recorded, and the captures of all rows kept beside it.
+
+        Not where samples are spread over ranks: rows are then exchanged.
+        """
+        if source.plan is None or not source.function.shards.alone:
             return False
         whole = num_samples * (vectors * source.captured_bytes + source.sample_bytes)
         return whole <= KEPT_SHARE * source.memory

@@ -16,6 +16,7 @@ from ngeval.errors import EngineError
 from ngeval.functional import ModelFunction, Parameters, model_errors
 from ngeval.jacobians.capture import Plan, Use, capture, stream
 from ngeval.jacobians.engines import loop_rows, vmap_rows
+from ngeval.jacobians.exchange import of_others
 from ngeval.jacobians.products import (
     add_inner_products,
     add_squared_column_sums,
@@ -31,6 +32,9 @@ TILE = 256
 """Rows and columns of a matrix that are transposed at one time."""
 
 ENGINES = ("layers", "vmap", "loop")
+
+Pair = tuple[slice, slice, list[Term], list[Term]]
+"""Rows and columns of a Gram matrix, and the terms of both."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class RowSource:
     memory: int
     plan: Plan | None = None
     sample_bytes: int = 0
+
+    def own_part(self) -> RowSource:
+        """The rows of this rank's samples: all of them, for a process by itself."""
+        return replace(self, function=self.function.own_part())
 
     @property
     def row_bytes(self) -> int:
@@ -176,11 +184,12 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
         EngineError: not even two single rows fit in the memory budget.
     """
     size = cotangents.shape[0] * cotangents.shape[1]
+    shards = source.function.shards
 
     def attempt(limited: RowSource) -> Tensor:
         gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
         blocks = limited.blocks(cotangents)
-        if len(blocks) == 1 and cotangents.shape[1] == 1:
+        if shards.alone and len(blocks) == 1 and cotangents.shape[1] == 1:
             limited.stream(
                 cotangents,
                 blocks[0],
@@ -191,17 +200,22 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
             add_inner_products(gram[rows, columns], left, right, symmetric=left is right)
         return gram
 
-    gram = halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    # An error of one rank is raised on all, so that all try again together.
+    gram = halving(
+        lambda memory: shards.total(lambda: attempt(replace(source, memory=memory))), source.memory
+    )
     return from_lower(gram)
 
 
-def pairs(
-    source: RowSource, cotangents: Tensor
-) -> Iterator[tuple[slice, slice, list[Term], list[Term]]]:
+def pairs(source: RowSource, cotangents: Tensor) -> Iterator[Pair]:
     """All that the lower triangle of a Gram matrix is made of: its rows, its columns, their terms.
 
-    On the diagonal both lists of terms are the same one.
+    On the diagonal both lists of terms are the same one. Where samples are spread over ranks, each
+    has its part of these: see `pairs_over_ranks`.
     """
+    if not source.function.shards.alone:
+        yield from pairs_over_ranks(source, cotangents)
+        return
     blocks = source.blocks(cotangents)
     if len(blocks) > 1:
         blocks = source.blocks(cotangents, share=0.5)
@@ -210,6 +224,51 @@ def pairs(
         yield block.rows, block.rows, terms, terms
         for other in blocks[i + 1 :]:
             yield other.rows, block.rows, source.capture(cotangents, other), terms
+
+
+def pairs_over_ranks(
+    source: RowSource, cotangents: Tensor, kept: Sequence[tuple[Block, list[Term]]] = ()
+) -> Iterator[Pair]:
+    """The pairs of this rank's rows with each other, and with those of half of the other ranks.
+
+    Everybody's terms are sent round, so that every pair of ranks is computed once. Rows are
+    numbered as in the whole batch.
+
+    Args:
+        source: the model, engine and memory budget.
+        cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+        kept: captures of all of this rank's rows, where there are any.
+    """
+    shards, part = source.function.shards, source.own_part()
+    own, vectors = shards.own(len(cotangents)), shards.part(cotangents)
+    blocks = [block for block, _ in kept] or part.blocks(vectors)
+    if several := max(shards.gathered(len(blocks))) > 1:
+        # Beside the block that is sent round, another one's and another of one's own.
+        blocks = [block for block, _ in kept] or part.blocks(vectors, share=1 / 3)
+
+    def captured(block: Block) -> list[Term]:
+        known = [terms for other, terms in kept if other is block]
+        return known[0] if known else part.capture(vectors, block)
+
+    def place(block: Block) -> slice:
+        first = own.start * cotangents.shape[1]
+        return slice(first + block.rows.start, first + block.rows.stop)
+
+    for i in range(max(shards.gathered(len(blocks)))):
+        sent = blocks[i : i + 1]
+        terms = captured(sent[0]) if sent else []
+        rows = place(sent[0]) if sent else slice(0, 0)
+        if sent:
+            yield rows, rows, terms, terms
+        for other in blocks[i + 1 :]:
+            yield place(other), rows, captured(other), terms
+        for theirs, foreign in of_others(source.function, rows, terms, once=True, whole=several):
+            for other in blocks:
+                mine, left = place(other), terms if other in sent else captured(other)
+                if mine.start > theirs.start:
+                    yield mine, theirs, left, foreign
+                else:
+                    yield theirs, mine, foreign, left
 
 
 def from_lower(matrix: Tensor) -> Tensor:
@@ -242,6 +301,8 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
         cotangents: v of shape ``(N, Q, *positions, C)``.
         names: which parameters; with one of a layer's, all of that layer's.
     """
+    shards, part = source.function.shards, source.own_part()
+    vectors = shards.part(cotangents)
 
     def attempt(limited: RowSource) -> Parameters:
         parameters = source.function.parameters
@@ -251,12 +312,52 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
             )
             for name in names
         }
-        for block in limited.blocks(cotangents):
-            terms = limited.capture(cotangents, block)
+        for block in limited.blocks(vectors):
+            terms = limited.capture(vectors, block)
             add_squared_column_sums(sums, [t for t in terms if t.shapes.keys() <= sums.keys()])
         return sums
 
-    return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+    return shards.total(
+        lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
+    )
+
+
+def every_row(source: RowSource, cotangents: Tensor) -> Tensor:
+    """All rows J_nᵀv_nq as a matrix: float64, shape ``(N·Q, P)``.
+
+    Args:
+        source: the model and engine.
+        cotangents: v of shape ``(N, Q, *positions, C)``.
+    """
+    shards, part = source.function.shards, source.own_part()
+    vectors = shards.part(cotangents)
+
+    def made() -> Tensor:
+        blocks = [torch.cat(list(rows.values()), 1).double() for _, rows in part.iterate(vectors)]
+        nothing = vectors.new_zeros(0, source.function.num_parameters)
+        return torch.cat(blocks) if blocks else nothing
+
+    return shards.joined(made)
+
+
+def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
+    """‖J_nᵀv_nq‖² of every row: float64, shape ``(N·Q,)``.
+
+    Args:
+        source: the model and engine.
+        cotangents: v of shape ``(N, Q, *positions, C)``.
+    """
+    shards, part = source.function.shards, source.own_part()
+    vectors = shards.part(cotangents)
+
+    def made() -> Tensor:
+        norms = vectors.new_zeros(vectors.shape[0] * vectors.shape[1])
+        for block, rows in part.iterate(vectors):
+            for row in rows.values():
+                norms[block.rows] += row.to(torch.float64).square().sum(1)
+        return norms
+
+    return shards.joined(made)
 
 
 def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:

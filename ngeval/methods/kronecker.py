@@ -106,7 +106,8 @@ class Kronecker:
             EngineError: see `prepare`.
         """
         layers = _covered(problem)
-        return layer_factors(_captures(problem, self.labels, seed), layers, self.sharing)
+        captures = _captures(problem, self.labels, seed)
+        return layer_factors(captures, layers, self.sharing, problem.shards)
 
     def _blocks(self, problem: Problem, seed: int) -> list[KroneckerBlock]:
         factors, blocks = self.factors(problem, seed), []
@@ -119,7 +120,9 @@ class Kronecker:
         self, problem: Problem, seed: int, blocks: list[KroneckerBlock]
     ) -> list[KroneckerBlock]:
         bases = {block.layer: (block.input_vectors, block.output_vectors) for block in blocks}
-        values = corrected_eigenvalues(_captures(problem, self.labels, seed), bases)
+        values = problem.shards.total(
+            lambda: corrected_eigenvalues(_captures(problem, self.labels, seed), bases)
+        )
         return [replace(block, corrected=values[block.layer]) for block in blocks]
 
 
@@ -219,8 +222,9 @@ def _covered(problem: Problem) -> list[Layer]:
 def _captures(
     problem: Problem, labels: Labels, seed: int
 ) -> Iterator[tuple[Curvature, list[Term]]]:
-    """All rows that the curvature and the gradient are made of, block by block."""
+    """All rows of this rank's that the curvature and the gradient are made of, block by block."""
     vectors, share, gradient = labels.with_residual(problem, seed)
+    gradient = problem.shards.part(gradient)
     for block, terms in CapturedRows(problem.rows, vectors).captures():
         part = Curvature(
             gradient[block.samples, block.vectors], share[block.vectors], block.vectors.start == 0

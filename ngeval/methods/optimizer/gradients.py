@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,15 +32,21 @@ def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
         InputError: no such reduction, or every position is masked.
     """
     check_reduction(reduction)
-    if reduction == "sum":
-        return 1.0
-    if reduction == "mean":
+    return 1.0 if reduction == "sum" else _some(_counted(distribution, reduction))
+
+
+def _counted(distribution: OutputDistribution, reduction: str) -> float:
+    """How many samples, or positions that are not masked."""
+    if reduction != "token-mean":
         return float(len(distribution.logits))
     mask: Tensor | None = getattr(distribution, "mask", None)
-    positions = distribution.logits[..., 0].numel() if mask is None else float(mask.sum())
+    return float(distribution.logits[..., 0].numel() if mask is None else mask.sum())
+
+
+def _some(positions: float) -> float:
     if positions == 0:
         raise InputError("every position of a batch is masked: its mean over tokens is undefined")
-    return float(positions)
+    return positions
 
 
 def batch_gradient(problem: Problem, reduction: str) -> Gradients:
@@ -64,17 +71,26 @@ def batch_gradients(
     number = 0
     for batch in batches() if callable(batches) else batches:
         number += 1
-        terms = 0.0
-        total = torch.zeros(problem.num_parameters, dtype=torch.float64, device=problem.device)
-        for chunk in Metric(problem, [batch]).chunks(1):
-            with model_errors():
-                part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
-            total += part.to(torch.float64)
-            found = loss_terms(chunk.distribution, reduction)
-            terms = 1.0 if reduction == "sum" else terms + found
-        yield taking_part(divided(problem, total, terms), chunk.function)
+        metric = Metric(problem, [batch])
+        total, counts = metric.summed(partial(_summed, metric, reduction))
+        terms = 1.0 if reduction == "sum" else _some(float(counts))
+        function, _ = next(metric.sources())
+        yield taking_part(divided(problem, total, terms), function)
     if number == 0:
         raise InputError("warmup holds no batch to accumulate the optimizer's state over")
+
+
+def _summed(metric: Metric, reduction: str) -> tuple[Tensor, Tensor]:
+    """The gradient of Σ_n ℓ_n, and what it is divided by: of this rank's samples."""
+    problem = metric.problem
+    total = torch.zeros(problem.num_parameters, dtype=torch.float64, device=problem.device)
+    terms = 0.0
+    for chunk in metric.chunks(1):
+        with model_errors():
+            part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
+        total += part.to(torch.float64)
+        terms += _counted(chunk.distribution, reduction)
+    return total, torch.tensor(terms, dtype=torch.float64)
 
 
 def divided(problem: Problem, vector: Tensor, terms: float) -> Gradients:
