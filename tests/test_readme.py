@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import in_folder
 
 from ngeval.methods import METHODS
 
@@ -45,9 +46,7 @@ def test_the_worked_example_runs_as_written(tmp_path):
     (tmp_path / "my_task.py").write_text(block_with("# my_task.py"))
     for line in block_with("ngeval train --task my_task.py").splitlines():
         words = shlex.split(line, comments=True)
-        command = [sys.executable, "-m", *words, *(["--quiet"] if "plot" not in words else [])]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        in_folder(tmp_path, ["-m", *words, *(["--quiet"] if "plot" not in words else [])])
     for name in ("gamma.csv", "sweep.csv", "imbalance.csv", "stages.png", "damping.pdf"):
         assert (tmp_path / name).stat().st_size > 1000
     reader = block_with("import pandas, ngeval")
