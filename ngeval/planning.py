@@ -41,6 +41,9 @@ MARGIN = 0.3
 
 PROBE_SECONDS = 60.0
 
+LITTLE = 0.7
+"""Below this share of one core the probe's times say more of the neighbours than of the run."""
+
 OWN_BATCH = Grading()
 """Grading by the batch that updates are made from."""
 
@@ -188,8 +191,10 @@ def plan(
     started = clock()
     probe, startup, load = _loaded(run, job, clock)
     held = memory_in_use(run.device)
+    busy = time.perf_counter(), time.process_time()
     until = started + probe_seconds
     rungs, last, first = _climb(probe, resolved, held, until, max_samples, tell)
+    share = (time.process_time() - busy[1]) / max(time.perf_counter() - busy[0], 1e-9)
     problem, size = last.problem, probe.num_samples
     tell("extrapolating")
     unit = predict(
@@ -201,6 +206,7 @@ def plan(
     )
     if command == "imbalance":
         unit = replace(unit, rows=size)
+    unit, ratio = _averaged(probe, resolved, held, until, unit, last.rung, tell)
     form = probe.form(problem, resolved)
     return Plan(
         command,
@@ -221,7 +227,7 @@ def plan(
         run.device,
         torch.get_num_threads(),
         _devices(run.device),
-        tuple(_notes(last, unit)),
+        tuple(_notes(last, unit, ratio, share)),
     )
 
 
@@ -252,6 +258,7 @@ def _loaded(run: Run, job: Job, clock: Clock) -> tuple[Probe, float, float]:
     probe = Probe(
         run,
         job,
+        loader,
         model,
         map_inputs(inputs, lambda t: t.to(run.device)),
         targets.to(run.device),
@@ -286,6 +293,36 @@ def _climb(
     return rungs, last, first
 
 
+def _averaged(
+    probe: Probe,
+    methods: Sequence[Method],
+    held: int,
+    until: float,
+    unit: Cost,
+    rung: Rung,
+    tell: Told,
+) -> tuple[Cost, float | None]:
+    """The mean over the first and the last checkpoint, and the ratio of the two in time.
+
+    Without the time for it, or where there is one checkpoint, the first one's; the ratio is None.
+    """
+    run, index = probe.run, len(probe.run.checkpoints) - 1
+    if index == 0 or probe.clock() + 2 * rung.seconds > until:
+        return unit, None
+    tell("the last checkpoint")
+    model = probe.loader.load(run.checkpoints[index]).to(run.device).eval()
+    other = replace(probe, model=model, stage=index).rung(methods, rung.samples, held).rung
+    ratio = other.seconds / rung.seconds
+    mean = (1 + ratio) / 2
+    return replace(
+        unit,
+        seconds=mean * unit.seconds,
+        factoring=mean * unit.factoring,
+        krylov=mean * unit.krylov,
+        memory=max(unit.memory, unit.memory + other.memory - rung.memory),
+    ), ratio
+
+
 def _expected(rungs: Sequence[Rung], size: int) -> float:
     """What the next rung will take, roughly, and rather more."""
     if len(rungs) == 1:
@@ -316,9 +353,19 @@ def _devices(device: str) -> int:
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
-def _notes(last: Measured, unit: Cost) -> list[str]:
+def _notes(last: Measured, unit: Cost, ratio: float | None, share: float) -> list[str]:
     """What the plan takes for granted."""
     notes = []
+    if share < LITTLE and last.problem.device.type == "cpu":
+        notes.append(
+            f"other programs keep this machine busy: the probe had {share:.0%} of a core, and "
+            "alone a run would be faster by as much"
+        )
+    if ratio is not None and not 1 / (1 + MARGIN) < ratio < 1 + MARGIN:
+        notes.append(
+            f"a unit of the last checkpoint takes {ratio:.2g} times as long as one of the first; "
+            "the plan goes by their mean"
+        )
     if "status" in last.table:
         lost = last.table[last.table["status"] == "failed"]
         if len(lost):
@@ -330,6 +377,4 @@ def _notes(last: Measured, unit: Cost) -> list[str]:
             f"{last.rung.samples} samples, and is taken to need {unit.iterations} on all: by the "
             f"trend, and {MAX_ITERATIONS} at most"
         )
-    elif unit.iterations:
-        notes.append("other checkpoints may take more Krylov iterations than the first")
     return notes

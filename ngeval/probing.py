@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ngeval.checkpoints import CheckpointLoader
 from ngeval.checks import Inputs
 from ngeval.evaluate import evaluate
 from ngeval.fisher import factor_columns, has_few_parameters
@@ -159,6 +160,7 @@ class Probe:
     Attributes:
         run: that is planned.
         job: what is done with every unit.
+        loader: of other checkpoints, into the same model.
         model: with the checkpoint's weights.
         inputs: of the batch, on the device.
         targets: likewise.
@@ -169,6 +171,7 @@ class Probe:
 
     run: Run
     job: Job
+    loader: CheckpointLoader
     model: nn.Module
     inputs: Inputs
     targets: Tensor
@@ -219,6 +222,7 @@ class Probe:
             repeats: at most.
         """
         runs: list[Measured] = []
+        gc.collect()  # what earlier rungs have left
         started = self.clock()
         while not runs or (len(runs) < repeats and self.clock() - started < SHORT_SECONDS):
             runs.append(self._once(methods, samples, baseline))
@@ -232,7 +236,6 @@ class Probe:
         part = replace(self.run, batch_size=samples)
         wanted = self.job.grading.metric_batches
         count = None if isinstance(wanted, str) else wanted
-        gc.collect()
         with (
             watch_memory(self.run.device) as peak,
             count_passes() as counter,

@@ -299,7 +299,8 @@ class TestPlan:
     @pytest.fixture(scope="class")
     @staticmethod
     def made():
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ngeval.probing.SHORT_SECONDS", 0.0)
             return plan(run_of(), ["sgd", "ief", "ng"], [1e-3, 1.0], probe_seconds=30)
 
     def test_reaches_a_small_batch(self, made):
