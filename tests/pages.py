@@ -46,7 +46,7 @@ def run_here(command: list[str], *more: str) -> None:
     """A command of ``ngeval`` in this process and folder: torch is imported already."""
     assert command[:2] == ["-m", "ngeval"]
     done = CliRunner().invoke(app, [*command[2:], *more])
-    assert done.exit_code == 0, (command, done.output[-2000:])
+    assert done.exit_code == 0, (command, done.output[-2000:], done.exception)
 
 
 def run_python(page: str) -> dict[str, object]:

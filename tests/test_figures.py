@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from committed_figures import FIGURES, KEPT, make
 from looks import faults
+from pages import in_folder
 
 from ngeval.studies import STUDIES
 
@@ -29,7 +31,10 @@ def _close_figures():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Rows by name: each command is run once, with its quick options, when its rows are read."""
+    """Rows by name: each command is run once, with its quick options, when its rows are read.
+
+    Those of ngeval in this process, which has imported torch.
+    """
     folder = tmp_path_factory.mktemp("rows")
     made: dict[str, Path] = {}
 
@@ -39,7 +44,10 @@ def quick(tmp_path_factory):
             made.update(make.make_rows(command, folder, quick=True))
         return pd.read_parquet(made[name])
 
-    return read
+    here = SimpleNamespace(run=lambda words, cwd, check: in_folder(cwd, words[1:]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "subprocess", here)
+        yield read
 
 
 @pytest.mark.parametrize("name", sorted(set(OWN) - {"toy"}))  # toy: tests/test_toy.py
