@@ -141,7 +141,7 @@ class Problem:
         check_same_problem(self.function, targets, (self.likelihood.name, engine, dtype, probes))
         with OperationWatch() as watch:
             raw = run_model(self.function)
-        self._attention = any(shards.gathered(watch.attention))
+        self._attention = any(shards.numbers(int(watch.attention)))
         self.function = replace(self.function, inner_epsilon=max(shards.gathered(watch.epsilon)))
         self._bind(raw, targets)
         if probes:
@@ -152,7 +152,7 @@ class Problem:
             raise InputError(
                 f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
             )
-        memory = min(shards.gathered(memory))  # it decides what is computed
+        memory = min(shards.numbers(memory))  # it decides what is computed
         choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
         self._take(choice.rows)
         self._chain = Chain(engine, probes, {batch_key(self.function): self.rows})

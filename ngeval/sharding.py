@@ -106,9 +106,13 @@ class Shards:
         """A small picklable value of every rank, in their order."""
         return [value]
 
-    def decided(self, value: Kind) -> Kind:
-        """The first rank's value: for a decision that rounding could turn out otherwise."""
-        return value
+    def numbers(self, value: int) -> list[int]:
+        """A whole number of every rank, in their order."""
+        return [value]
+
+    def decided(self, answer: bool) -> bool:
+        """The first rank's answer: for a decision that rounding could turn out otherwise."""
+        return answer
 
     def passed(self, tensors: list[Tensor], to: int | None, made: list[Tensor], by: int) -> None:
         """Send tensors to one rank (None: to nobody) and fill others with what one sends."""
@@ -169,9 +173,13 @@ class GroupShards(Shards):
         self._agreed(lambda: None, lambda _: "gathered")
         return self._objects(value)
 
-    def decided(self, value: Kind) -> Kind:
+    def numbers(self, value: int) -> list[int]:
+        """See `Shards.numbers`."""
+        return self._agreed(lambda: None, lambda _: "numbers", value)[1]
+
+    def decided(self, answer: bool) -> bool:
         """See `Shards.decided`."""
-        return self.gathered(value)[0]
+        return bool(self.numbers(int(answer))[0])
 
     def passed(self, tensors: list[Tensor], to: int | None, made: list[Tensor], by: int) -> None:
         """See `Shards.passed`; a rank that is to get nothing gives no tensors to fill."""
@@ -198,9 +206,15 @@ class GroupShards(Shards):
                     )
 
     def _agreed(
-        self, action: Callable[[], T], signature: Callable[[T], object]
+        self, action: Callable[[], T], signature: Callable[[T], object], number: int | None = None
     ) -> tuple[T, list[int]]:
-        """What an action gives, and every rank's length of it, once it went well on all ranks."""
+        """What an action gives, once it went well on all ranks, and a number of each.
+
+        Args:
+            action: what may fail.
+            signature: of what it gives, the same on all ranks that do the same.
+            number: to tell the others; default: the length of what is given.
+        """
         if self.out_of_step:
             raise EngineError(
                 "the ranks have lost step earlier (see the first error); start the group anew"
@@ -215,11 +229,11 @@ class GroupShards(Shards):
         first = leaves[0] if leaves else None
         length = len(first) if isinstance(first, Tensor) and first.ndim else 0
         sign = zlib.crc32(repr(signature(made)).encode())
-        return made, self._meet(None, sign, length)
+        return made, self._meet(None, sign, length if number is None else number)
 
-    def _meet(self, error: Exception | None, sign: int, length: int) -> list[int]:
-        """Tell all ranks how it went here, and hear how it went there: their lengths."""
-        own = torch.tensor([int(error is not None), sign, length], dtype=torch.int64)
+    def _meet(self, error: Exception | None, sign: int, number: int) -> list[int]:
+        """Tell all ranks how it went here, and hear how it went there: their numbers."""
+        own = torch.tensor([int(error is not None), sign, number], dtype=torch.int64)
         own = self._carried(own)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self.group)
@@ -234,7 +248,7 @@ class GroupShards(Shards):
                     "same, in the same order, on the same kind of machine"
                 )
             )
-        return [length for _, _, length in told]
+        return [number for _, _, number in told]
 
     def _objects(self, value: Kind) -> list[Kind]:
         found: list[Any] = [None] * self.size

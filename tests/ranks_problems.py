@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 import ngeval
 from ngeval import kernel
-from ngeval.jacobians import CapturedRows
+from ngeval.functional import ModelFunction
+from ngeval.jacobians import CapturedRows, gram_matrix
 
-DAMPINGS = (0.0, 1e-4, 1e-2, 1.0)
+DAMPINGS = (1e-2, 1.0)
 METHODS = (
     *("sgd", "ef", "ief", "sf:2", "ng", "diag", "diag-ef", "diag-sf:2", "diag-ief"),
     *("kfac", "ekfac", "kfac-ief", "kfac-sf:2", "kfac:reduce", "block-ng", "adamw:0"),
@@ -49,6 +50,8 @@ class Case:
         options: of `ngeval.Problem`.
         forced: values of constants of `ngeval.kernel`, which choose the kernel.
         kernel: the kernel's class that comes of it.
+        dampings: to grade at. Small ones magnify rounding where only products of rows are kept.
+        natural: also γ_min, for which the same is true.
     """
 
     model: str
@@ -57,6 +60,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     forced: dict[str, int] = field(default_factory=dict)
     kernel: str = "JacobianKernel"
+    dampings: tuple[float, ...] = DAMPINGS
+    natural: bool = True
 
 
 class Words(nn.Module):
@@ -87,7 +92,7 @@ STRIP = {"EXPLICIT_ENTRIES": 0, "DENSE_SIZE": 0}
 FREE = {**STRIP, "STRIP_OUTPUTS": 0}
 
 CASES = {
-    "mlp": Case("mlp", methods=METHODS),
+    "mlp": Case("mlp", methods=METHODS, dampings=(0.0, 1e-6, *DAMPINGS)),
     "mlp, fewer samples than ranks": Case("mlp", 1, METHODS),
     "mlp, two samples": Case("mlp", 2),
     "mlp, a row at a time": Case(
@@ -103,8 +108,10 @@ CASES = {
     "sequence, strip": Case("sequence", methods=METHODS, forced=STRIP, kernel="StripKernel"),
     "words, gram": Case("words", forced=GRAM, kernel="GramKernel"),
     "words, free": Case("words", forced=FREE, kernel="MatrixFreeKernel"),
-    "gpt, gram": Case("gpt", forced=GRAM, kernel="GramKernel"),
+    "gpt, gram": Case("gpt", forced=GRAM, kernel="GramKernel", natural=False),
 }
+TWO = ("mlp", "conv, gram", "sequence, strip", "words, free")
+"""Those that are also asked of two ranks."""
 
 
 def problem_of(case: Case, group: Any = None, seed: int = 0) -> ngeval.Problem:
@@ -137,13 +144,14 @@ def answers(case: Case, group: Any = None) -> Answers:
     with forced(case):
         problem = problem_of(case, group)
         found: Answers = {}
-        table = ngeval.evaluate(problem, case.methods, DAMPINGS, seed=3, gap=1e-12)
+        dampings, natural = case.dampings, case.natural
+        table = ngeval.evaluate(problem, case.methods, dampings, seed=3, gap=1e-12, natural=natural)
         found |= _numbers("table", table)
         assert type(kernel.logit_kernel(problem)).__name__ == case.kernel
         few = [method for method in FEW if method in case.methods]
         metric = ngeval.Metric(problem, [_batch(case, 5), _batch(case, 1), _batch(case, 2)])
-        found |= _numbers("metric", ngeval.evaluate(problem, few, DAMPINGS, metric=metric))
-        found |= _numbers("layers", ngeval.layer_table(problem, ["sgd", "ief"], [1e-3]))
+        found |= _numbers("metric", ngeval.evaluate(problem, few, dampings, metric=metric))
+        found |= _numbers("layers", ngeval.layer_table(problem, ["ief"], [1.0], natural=natural))
         found |= _numbers("norms", ngeval.gradient_norms(problem))
         direction = torch.linspace(-1, 1, problem.num_parameters, dtype=torch.float64)
         found["jvp"], found["product"] = problem.jvp(direction), problem.fisher() @ direction
@@ -154,7 +162,7 @@ def answers(case: Case, group: Any = None) -> Answers:
         found["combinations"] = captured.combinations(weights.reshape(2, -1))
         found["products"] = captured.products(weights.reshape(case.samples, 2, 1))
         other = problem.with_batch(*_batch(case, 4))
-        found |= _numbers("other batch", ngeval.evaluate(other, few, [1e-3]))
+        found |= _numbers("other batch", ngeval.evaluate(other, few, [1.0], natural=natural))
     return found
 
 
@@ -171,6 +179,124 @@ def _numbers(name: str, table: Any) -> Answers:
     return {f"{name} {column}": torch.tensor(columns[column].to_numpy()) for column in columns}
 
 
+def _told(action: Callable[[], Any]) -> str:
+    """What an action raises, in words; nothing if it goes well."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _failing(method: str, rank: int, own: int, error: Exception, times: int) -> Any:
+    """With a method of `ModelFunction` that fails on one rank the first few times."""
+    plain, left = getattr(ModelFunction, method), [times if rank == own else 0]
+
+    def wrapped(self: ModelFunction, *args: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return plain(self, *args, **options)
+
+    return mock.patch.object(ModelFunction, method, wrapped)
+
+
+def out_of_memory(group: Any, rank: int) -> dict[str, Any]:
+    """One rank has no memory for its part of a product; the next product is right."""
+    problem = problem_of(CASES["mlp"], group)
+    with _failing("vjp", rank, 1, torch.OutOfMemoryError("no room"), 1):
+        told = _told(lambda: problem.vjp(problem.residual))
+    again = problem.vjp(problem.residual)
+    return {"told": told, "gap": float((again - problem.gradient()).norm())}
+
+
+def memory_that_half_of_is_enough(group: Any, rank: int) -> dict[str, Any]:
+    """One rank runs out of memory in a Gram matrix: all try again with half of it."""
+    problem = problem_of(CASES["conv, gram"], group)
+    vectors = problem.residual.unsqueeze(1)
+    expected = gram_matrix(problem.rows, vectors)
+    with _failing("__call__", rank, 2, torch.OutOfMemoryError("no room"), 1):
+        found = gram_matrix(problem.rows, vectors)
+    return {"gap": float((found - expected).norm() / expected.norm())}
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A method that fails on one rank, while the others make a product."""
+
+    rank: int
+    name: str = "fails"
+
+    def prepare(self, problem: ngeval.Problem, seed: int = 0) -> Any:
+        if self.rank == 1:
+            raise ValueError("a bug of mine")
+        return problem.vjp(problem.residual)
+
+
+def failing_method(group: Any, rank: int) -> dict[str, Any]:
+    """Its rows fail, and the other methods' rows are what they are without it."""
+    problem = problem_of(CASES["mlp"], group)
+    table = ngeval.evaluate(problem, ["sgd", Fails(rank), "ef", "ng"], [1.0])
+    expected = ngeval.evaluate(problem_of(CASES["mlp"], group), ["sgd", "ef", "ng"], [1.0])
+    own = table[table["method"] != "fails"]["gamma"].to_numpy()
+    return {
+        "told": table.set_index("method")["reason"]["fails"],
+        "gap": float(abs(own / expected["gamma"].to_numpy() - 1).max()),
+    }
+
+
+def poor_sample(group: Any, rank: int) -> dict[str, Any]:
+    """A rank's sample makes an infinite output."""
+
+    class Divides(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / x[:, :1]
+
+    inputs = torch.ones(6, 4)
+    inputs[5, 0] = 0.0
+    targets = torch.zeros(6, dtype=torch.int64)
+    torch.manual_seed(0)
+    model = Divides(4, 3)
+    return {
+        "told": _told(lambda: ngeval.Problem(model, inputs, targets, "categorical", group=group))
+    }
+
+
+def other_things(group: Any, rank: int) -> dict[str, Any]:
+    """Ranks with inputs, weights or metric batches of their own."""
+    model, inputs, targets = problems.mlp(), torch.ones(6, 4), torch.zeros(6, dtype=torch.int64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+
+    def made(shift: float = 0.0) -> ngeval.Problem:
+        return ngeval.Problem(model, inputs + shift, targets, "categorical", group=group)
+
+    found = {"inputs": _told(lambda: made(shift=float(rank == 2)))}
+    metric = ngeval.Metric(made(), [(inputs + rank, targets)])
+    found["metric"] = _told(lambda: metric.totals)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += rank
+    return {**found, "weights": _told(made)}
+
+
+def out_of_step(group: Any, rank: int) -> dict[str, Any]:
+    """One rank asks for something else: all say so, then and from then on."""
+    problem = problem_of(CASES["mlp"], group)
+    ones = torch.ones(problem.num_parameters, dtype=torch.float64)
+    ask = (lambda: problem.jvp(ones)) if rank == 1 else (lambda: problem.vjp(problem.residual))
+    return {"told": _told(ask), "later": _told(lambda: problem.jvp(ones))}
+
+
+TROUBLES = {
+    trouble.__name__: trouble
+    for trouble in (
+        *(out_of_memory, memory_that_half_of_is_enough, failing_method, poor_sample),
+        *(other_things, out_of_step),
+    )
+}
+
+
 def main(rank: int, size: int, store: str, output: str) -> None:
     """Answer everything as a rank of everyone, and as one of two."""
     torch.set_num_threads(1)
@@ -178,10 +304,13 @@ def main(rank: int, size: int, store: str, output: str) -> None:
         "gloo", f"file://{store}", timedelta(seconds=60), rank=rank, world_size=size
     )
     two = dist.new_group([0, 1])
-    groups = {f"{size} ranks": dist.group.WORLD, **({"2 ranks": two} if rank < 2 else {})}
-    found = {
-        name: {case: answers(CASES[case], group) for case in CASES}
-        for name, group in groups.items()
+    found: dict[str, Any] = {
+        "all ranks": {name: answers(case, dist.group.WORLD) for name, case in CASES.items()}
+    }
+    if rank < 2:
+        found["two ranks"] = {name: answers(CASES[name], two) for name in TWO}
+    found["troubles"] = {
+        name: trouble(dist.group.WORLD, rank) for name, trouble in TROUBLES.items()
     }
     torch.save(found, Path(output) / f"rank{rank}.pt")
     dist.barrier()

@@ -130,7 +130,7 @@ class CapturedRows:
             size = (len(self._own) * vectors, count * width)
             out = torch.zeros(size, dtype=torch.float64, device=device)
             blocks = limited.blocks(others, share=KEPT_SHARE)
-            for i in range(max(self.shards.gathered(len(blocks)))):
+            for i in range(max(self.shards.numbers(len(blocks)))):
                 sent, terms, rows = blocks[i : i + 1], list[Term](), slice(0, 0)
                 for block in sent:
                     first = start * width

@@ -263,7 +263,7 @@ class _Probe:
         tangents = self._tangents[forward_mode]
         total = torch.stack(list(products.values())).sum(0)
         agrees = tangents is not None and self._close(total, tangents)
-        return all(self.function.shards.gathered(agrees))
+        return all(self.function.shards.numbers(int(agrees)))
 
     def unseen(self, products: Parameters) -> str:
         """Which parameters' forward derivatives are not those of their rows, for a message."""

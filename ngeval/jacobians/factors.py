@@ -221,7 +221,7 @@ def layer_factors(
     return [
         _over_ranks(found.get(layer), layer, sharing, shards)
         for layer in layers
-        if any(shards.gathered(layer in found))
+        if any(shards.numbers(int(layer in found)))
     ]
 
 

@@ -242,7 +242,7 @@ def pairs_over_ranks(
     shards, part = source.function.shards, source.own_part()
     own, vectors = shards.own(len(cotangents)), shards.part(cotangents)
     blocks = [block for block, _ in kept] or part.blocks(vectors)
-    if several := max(shards.gathered(len(blocks))) > 1:
+    if several := max(shards.numbers(len(blocks))) > 1:
         # Beside the block that is sent round, another one's and another of one's own.
         blocks = [block for block, _ in kept] or part.blocks(vectors, share=1 / 3)
 
@@ -254,7 +254,7 @@ def pairs_over_ranks(
         first = own.start * cotangents.shape[1]
         return slice(first + block.rows.start, first + block.rows.stop)
 
-    for i in range(max(shards.gathered(len(blocks)))):
+    for i in range(max(shards.numbers(len(blocks)))):
         sent = blocks[i : i + 1]
         terms = captured(sent[0]) if sent else []
         rows = place(sent[0]) if sent else slice(0, 0)

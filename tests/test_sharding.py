@@ -1,0 +1,168 @@
+"""Samples spread over ranks: the numbers of a single process, and failures that all share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks_problems
+import torch
+from ranks_problems import CASES
+
+from ngeval.errors import EngineError, InputError
+from ngeval.memory import free_memory, local_ranks
+from ngeval.sharding import SINGLE, Shards, at_least, fingerprint, shards_of
+
+RANKS = 3
+VECTORS = ("jvp", "product", "combinations", "products", "captured gram", "diagonal")
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What each of three ranks answered."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(ranks_problems.__file__)
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(RANKS), str(folder / "store"), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    told = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * RANKS, "\n\n".join(told)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_of_a_single_process(ranks, name):
+    expected = ranks_problems.answers(CASES[name])
+    for group in ("all ranks", "two ranks"):
+        found = ranks[0][group].get(name, expected)
+        assert found.keys() == expected.keys()
+        off = {key: gap(found[key], value, key in VECTORS) for key, value in expected.items()}
+        assert {key: value for key, value in off.items() if value > 1e-10} == {}, group
+
+
+def test_all_ranks_have_the_same_bits(ranks):
+    for other in ranks[1:]:
+        for group in ("all ranks", "two ranks"):
+            for name, answers in other.get(group, {}).items():
+                for key, value in answers.items():
+                    first = ranks[0][group][name][key]
+                    assert torch.equal(first.nan_to_num(), value.nan_to_num()), (group, name, key)
+
+
+def troubles(ranks: Ranks, name: str) -> dict[str, Any]:
+    """What happened on the first rank, and on all others alike."""
+    first = ranks[0]["troubles"][name]
+    texts = {key: value for key, value in first.items() if isinstance(value, str)}
+    for other in ranks[1:]:
+        assert other["troubles"][name].items() >= texts.items()
+    assert first.get("gap", 0.0) < 1e-10
+    return texts
+
+
+def test_a_rank_without_memory_is_told_of_by_all(ranks):
+    told = troubles(ranks, "out_of_memory")["told"]
+    assert told.startswith("RankMemoryError: rank 1 of 3: out of memory; use a smaller batch")
+    assert "no room" in told
+
+
+def test_all_ranks_try_a_gram_matrix_again_with_half_the_memory(ranks):
+    troubles(ranks, "memory_that_half_of_is_enough")
+
+
+def test_a_method_that_fails_on_one_rank_fails_on_all_and_the_others_go_on(ranks):
+    told = troubles(ranks, "failing_method")["told"]
+    assert told == "rank 1 of 3: ValueError: a bug of mine"
+
+
+def test_the_errors_of_one_rank_keep_their_class(ranks):
+    told = troubles(ranks, "poor_sample")["told"]
+    assert told == "ModelError: the outputs of samples [5] are NaN or infinite"
+
+
+def test_ranks_that_were_given_different_things_are_told_so(ranks):
+    told = troubles(ranks, "other_things")
+    assert "the inputs of rank 2 and of rank 0 differ" in told["inputs"]
+    assert "the metric's batches of rank 1 and of rank 0 differ" in told["metric"]
+    assert "the weights of rank 1 and of rank 0 differ" in told["weights"]
+
+
+def test_ranks_out_of_step_are_stopped(ranks):
+    told = troubles(ranks, "out_of_step")
+    assert "do not compute the same thing" in told["told"]
+    assert "lost step" in told["later"]
+
+
+def gap(found: torch.Tensor, expected: torch.Tensor, together: bool) -> float:
+    """The largest relative difference; of a vector, relative to its largest entry."""
+    assert found.shape == expected.shape
+    size = expected.abs().max() if together else expected.abs()
+    apart = (found - expected).abs() / size.clamp_min(1e-300)
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return float(torch.where(same, 0.0, apart.double()).max())
+
+
+class Part(Shards):
+    """One of several ranks, which never meet."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 3), (1, 4), (8, 4), (5, 1)])
+def test_every_sample_belongs_to_one_rank(count, size):
+    parts = [Part(rank, size).own(count) for rank in range(size)]
+    assert [n for part in parts for n in range(count)[part]] == list(range(count))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    for part in parts:
+        more = at_least(part, 2, count)
+        assert len(range(count)[more]) == more.stop - more.start >= min(2, count)
+        assert set(range(count)[part]) <= set(range(count)[more])
+
+
+def test_fingerprints_tell_bits_dtypes_and_shapes_apart():
+    values = torch.arange(6.0)
+    swapped = values[[1, 0, 2, 3, 4, 5]]
+    tensors = [values, swapped, values.reshape(2, 3), values.double(), values.to(torch.bfloat16)]
+    tensors += [-values, values[:5], values.bool(), values.to(torch.int8), torch.zeros(0)]
+    assert len({fingerprint([tensor]) for tensor in tensors}) == len(tensors)
+    assert fingerprint([values]) == fingerprint([values.clone()])
+    wide = torch.arange(12.0).reshape(2, 6)
+    assert fingerprint([wide.T]) == fingerprint([wide.T.contiguous()])
+    assert fingerprint([values, swapped]) != fingerprint([swapped, values])
+
+
+def test_free_memory_is_shared_between_local_ranks(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert local_ranks() == 1
+    alone = free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert local_ranks() == 4
+    assert free_memory(torch.device("cpu")) < alone / 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
+    assert local_ranks() == 1
+
+
+def test_a_group_is_a_process_group():
+    assert shards_of(None) is SINGLE
+    with pytest.raises(InputError, match="process group"):
+        shards_of("gloo")
+
+
+def test_a_single_process_has_all_samples_and_nobody_to_pass_them_to():
+    assert SINGLE.own(5) == slice(0, 5)
+    assert SINGLE.gathered("x") == ["x"]
+    assert SINGLE.numbers(3) == [3]
+    assert SINGLE.decided(True) is True
+    with pytest.raises(EngineError, match="nobody"):
+        SINGLE.passed([], None, [], 0)
