@@ -29,7 +29,7 @@ from ngeval.comparison import three_stages, without_damping
 from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
-from ngeval.names import whole_or_short
+from ngeval.names import visible, whole_or_short
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
@@ -78,7 +78,9 @@ def _complain(text: str) -> None:
     """On standard error; of torchrun's processes all but the first say who they are."""
     rank = os.environ.get("RANK", "0")
     name = "ngeval" if rank == "0" else f"ngeval (rank {rank})"
-    Console(stderr=True).print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"{name}: {visible(text)}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def trainable_line(model: nn.Module) -> str:
@@ -114,13 +116,13 @@ def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
     """A short label for each checkpoint: its epoch or step where known, else its path's end."""
     labels = {}
     for name, rows in table.groupby("checkpoint", sort=False):
-        label = str(name)[-40:]
+        label = visible(str(name)[-40:])
         for told in ("step", "epoch"):
             if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
                 label = f"{told} {whole_or_short(value)}"
         labels[str(name)] = escape(label)
     if len(set(labels.values())) < len(labels):  # several runs
-        return {name: escape(name[-40:]) for name in labels}
+        return {name: escape(visible(name[-40:])) for name in labels}
     return labels
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of signs that a terminal acts on, or that no encoding has."""
+
 MOST = 32
 """Letters of a name in a picture or table, unless told otherwise."""
 
@@ -14,6 +19,21 @@ def whole_or_short(value: float) -> str:
     """
     value = float(value)
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:g}"
+
+
+def visible(text: str, most: int = 8_000) -> str:
+    r"""A text for a terminal: what would move its cursor or colour it is spelt out instead.
+
+    Names in files may hold escape sequences, line breaks, or a million letters.
+
+    >>> print(visible("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    shown = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+    return "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign) in HIDDEN else sign
+        for sign in shown
+    )
 
 
 def shortened(name: str, most: int = MOST) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from ngeval.names import visible
+
 
 def say(out: Console, text: str) -> None:
-    """Print as it is: a path may hold brackets."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print as it is: a path may hold brackets, or escape sequences."""
+    out.print(visible(text), highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ngeval.names import visible
 from ngeval.options import ForceOption, QuietOption
 from ngeval.results import check_output
 
@@ -40,6 +41,6 @@ def report(
     write_report(results, output, title=title, force=force)
     if not quiet:
         size = output.stat().st_size / 1e6
-        typer.echo(f"written: {output} ({size:.1f} MB)")
+        typer.echo(visible(f"written: {output} ({size:.1f} MB)"))
     if open_page:
         webbrowser.open(output.resolve().as_uri())

@@ -82,11 +82,12 @@ def _of_one_run(tables: Tables, task: str | None) -> pd.DataFrame:
             have the same rows of a run.
     """
     joined = pd.concat(list(tables.values()), ignore_index=True)
-    names = list(dict.fromkeys(joined["task"].astype(str))) if "task" in joined else []
+    told = joined["task"].fillna("").astype(str) if "task" in joined else pd.Series(dtype=str)
+    names = list(dict.fromkeys(told))
     if task is not None:
         if task not in names:
             raise InputError(f"no rows of task {task!r}; {nearest_name(task, names)}")
-        joined = joined[joined["task"].astype(str) == task]
+        joined = joined[told == task]
     elif len(names) > 1:
         raise InputError(
             f"rows of the tasks {', '.join(names)} do not go into one picture of this kind: choose "
