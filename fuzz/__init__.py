@@ -1,0 +1,1 @@
+"""Inputs that try to break ngeval: two engines, four targets, one oracle; see ``README.md``."""
