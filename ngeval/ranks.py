@@ -13,15 +13,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ngeval.errors import InputError, NgevalError
+from ngeval.errors import InputError
 from ngeval.journal import Key
+from ngeval.sharding import shards_of
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -207,21 +208,9 @@ class InStep(ManyProcesses):
         """What each process makes for itself; where one fails, all do.
 
         Raises:
-            NgevalError: the failure of the first process that has one.
+            NgevalError: what a process failed by, on all of them.
         """
-        failure, made = None, None
-        try:
-            made = make()
-        except Exception as error:  # whatever it is, the others must hear of it
-            failure = error
-        told: list[Any] = [None] * self.count
-        dist.all_gather_object(told, None if failure is None else f"{failure}", self.group)
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(told):
-            if reason is not None:
-                raise NgevalError(f"rank {rank}: {reason}")
-        return made  # type: ignore[return-value]
+        return shards_of(self.group).together(make)
 
 
 def world_size() -> int:

@@ -86,6 +86,7 @@ class Units:
             dtype=run.dtype,
             engine=run.engine,
             memory=run.memory,
+            group=run.ranks.group,
         )
         return Unit(problem, run.columns(key), methods_at(self.methods, run.stage(stage)), key)
 
