@@ -20,6 +20,12 @@ from ngeval.optional import optional_module
 PROMPTS_BY_ENCODER = ("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 """Virtual tokens that are not themselves the trained parameters, or not plainly so."""
 
+MEGATRON = "megatron.core"
+"""What every LoRA configuration has as ``megatron_core``, a module that PEFT may import."""
+
+SIZES = {"LORA": "r", "PROMPT_TUNING": "num_virtual_tokens", "PREFIX_TUNING": "num_virtual_tokens"}
+"""Under which name a configuration has a dimension of the adapter's tensors, by type."""
+
 
 class AlignedOutputs(nn.Module):
     """A PEFT model without the outputs at its virtual tokens: one for each token of the input.
@@ -72,6 +78,11 @@ def _unsupported(content: dict[str, Any]) -> str:
             "an encoder of virtual tokens whose weights PEFT does not save, so its update cannot "
             "be graded; prompt tuning and plain prefix tuning can"
         )
+    if content.get("megatron_core") not in (None, MEGATRON):
+        return (
+            f"megatron_core is {str(content['megatron_core'])[:80]!r}, a module that PEFT would "
+            "import, which was refused"
+        )
     if content.get("target_parameters"):
         return "target_parameters (LoRA on bare parameters) is not supported; use target_modules"
     return ""
@@ -105,6 +116,7 @@ class AdapterLoader:
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
         told = read_adapter_config(folder)
+        _check_sizes(folder, told, state)
         key = (told, sorted(state))
         with _peft_errors(folder):
             if self._model is None or key != self._made_for:
@@ -113,6 +125,22 @@ class AdapterLoader:
         if not any(parameter.requires_grad for parameter in self._model.parameters()):
             raise CheckpointError(f"{folder} has nothing trainable: there is no update to grade")
         return AlignedOutputs(self._model) if _is_prompt(self._model) else self._model
+
+
+def _check_sizes(folder: Path, told: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuse a configuration whose tensors would be larger than those that there are.
+
+    PEFT makes them before it finds that the file's do not fit, and may take all of the memory.
+    """
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    name = SIZES.get(told["peft_type"], "")
+    ranks = told.get("rank_pattern") if name == "r" else None
+    numbers = [told.get(name), *(ranks.values() if isinstance(ranks, dict) else ())]
+    for number in numbers:
+        if isinstance(number, int | float) and number > largest:
+            raise CheckpointError(
+                f"{folder}: {name} is {number}, and no tensor of the adapter is as large"
+            )
 
 
 def _adapted(
