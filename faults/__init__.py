@@ -1,0 +1,1 @@
+"""Faults on purpose: runs that are killed, starved and misled, and what is lost by it."""

@@ -1,0 +1,11 @@
+"""Imports what a run of ngeval imports, for processes that are forked from here."""
+
+import pandas as pd
+import pyarrow as pa
+import torch
+import torch.distributed
+
+import ngeval.cli
+import ngeval.commands.collect
+
+_ = (pd, pa, torch, ngeval.cli)
