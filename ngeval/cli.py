@@ -18,6 +18,7 @@ from ngeval.commands.report import report
 from ngeval.commands.study import study
 from ngeval.commands.toy import toy
 from ngeval.commands.training import demo, train
+from ngeval.commands.verify import verify
 
 app = typer.Typer(
     cls=console.Commands,
@@ -30,7 +31,7 @@ app = typer.Typer(
 
 for command in (
     *(demo, train, gamma, sweep, compare, layers, imbalance, study),
-    *(plan, plot, report, toy, tasks, methods),
+    *(plan, verify, plot, report, toy, tasks, methods),
 ):
     app.command()(command)
 

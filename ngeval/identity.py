@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
 from ngeval.checks import Inputs, named_tensors
 from ngeval.errors import OutputError
 from ngeval.manifest import plain, versions
+from ngeval.methods import Method, get_methods
 from ngeval.runs import Run
 from ngeval.tasks import Task
 
@@ -35,12 +36,15 @@ PROCESSING = ("dtype", "engine", "seed", "batch_size", "num_batches")
 there are, changes no more than the order of sums."""
 
 
-def identity(job: Run, options: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    job: Run, options: Mapping[str, Any], on_checkpoint: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Everything that the numbers depend on.
 
     Args:
         job: the run.
         options: what is computed of each unit: methods, dampings, …
+        on_checkpoint: called when another checkpoint has been read.
 
     Returns:
         ``options, settings, checkpoints`` (SHA-256 by name, in order; what cannot be read has its
@@ -53,13 +57,15 @@ def identity(job: Run, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {name: getattr(job, name) for name in PROCESSING}
     settings["device"] = torch.device(job.device).type
-    reads = {c.name: c.optimizer for c in job.checkpoints} if not job.optimizer_states else {}
-    states = [*job.optimizer_states, *(path for path in reads.values() if path is not None)]
+    checkpoints = {}
+    for one in job.checkpoints:
+        checkpoints[one.name] = _hash_checkpoint(one)
+        on_checkpoint()
     found: dict[str, Any] = {
         "options": dict(options),
         "settings": settings,
-        "checkpoints": {one.name: _hash_checkpoint(one) for one in job.checkpoints},
-        "optimizer_states": {str(path): hash_files([path]) for path in states},
+        "checkpoints": checkpoints,
+        "optimizer_states": {str(p): hash_files([p]) for p in _optimizer_states(job, options)},
         "task": _task(
             job.task, base=any(one.is_adapter or one.as_built for one in job.checkpoints)
         ),
@@ -68,6 +74,19 @@ def identity(job: Run, options: Mapping[str, Any]) -> dict[str, Any]:
     }
     made: dict[str, Any] = plain(found)
     return made
+
+
+def _optimizer_states(job: Run, options: Mapping[str, Any]) -> list[Path]:
+    """The files that a method may read."""
+    if not any(hasattr(method, "at") for method in _methods(options)):
+        return []
+    beside = [one.optimizer for one in job.checkpoints] if not job.optimizer_states else []
+    return [*job.optimizer_states, *(path for path in beside if path is not None)]
+
+
+def _methods(options: Mapping[str, Any]) -> list[Method]:
+    """None where a table of samples is made without any."""
+    return get_methods(options["methods"]) if options["methods"] else []
 
 
 def code() -> dict[str, str]:
@@ -105,9 +124,10 @@ def check_same(
     Raises:
         OutputError: they differ; it says where.
     """
+    free = loose & then["checkpoints"].keys() & now["checkpoints"].keys()
     kept = [dict(one, checkpoints=dict(one["checkpoints"])) for one in (then, now)]
     for one in kept:
-        one["checkpoints"] |= dict.fromkeys(loose & one["checkpoints"].keys(), "free")
+        one["checkpoints"] |= dict.fromkeys(free, "free")
     if lines := differences(*kept):
         raise OutputError(
             f"{output} is of another run, which --resume cannot go on with:{listed(lines)}\n"

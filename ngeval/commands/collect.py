@@ -5,28 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import typer
-from rich.progress import Progress as Bar
-from torch import nn
 
 from ngeval import console
-from ngeval.checkpoints import Checkpoint
-from ngeval.commands.common import say
+from ngeval.commands.shown import Shown
 from ngeval.errors import InputError, OutputError
-from ngeval.identity import check_same, identity
+from ngeval.identity import check_same, identity, weight_files
 from ngeval.journal import Entry, Journal, Key, table_of
 from ngeval.manifest import manifest, read_manifest, write_manifest
 from ngeval.options import OutputOptions
-from ngeval.ranks import Ranks, joined, own_rank, world_size
+from ngeval.ranks import joined, own_rank, world_size
 from ngeval.results import SUFFIXES, check_output, read_results, write_results
 from ngeval.runs import Run
 from ngeval.work import Work
@@ -36,6 +32,9 @@ FLUSH_SECONDS = 5.0
 
 FLUSH_SHARE = 0.05
 """And what part of the time that may take."""
+
+LARGE = 2**31
+"""Bytes of checkpoints whose hashing is worth a bar."""
 
 INCOMPLETE = 3
 """The exit code of a run that left units out."""
@@ -161,7 +160,7 @@ def _checked(job: Run, entries: Mapping[Key, Entry]) -> Collected:
 
 def _in_memory(job: Run, work: Work, quiet: bool) -> dict[Key, Entry]:
     """Where there is no output, nothing outlives the process."""
-    with _Shown.of(job, work, quiet, 0) as shown:
+    with Shown.of(job, work, quiet, 0) as shown:
         return dict(_made(job, work, job.all_keys(), shown))
 
 
@@ -179,7 +178,7 @@ def _in_journal(
         file = _Table(journal, output, started["manifest"])
         done = job.num_units - len(missing)
         try:
-            with _Shown.of(job, work, out.quiet, done) as shown:
+            with Shown.of(job, work, out.quiet, done) as shown:
                 if done and not out.quiet:
                     print(f"{done} of {job.num_units} units were done before", file=sys.stderr)
                 for key, entry in _made(job, work, ranks.keys(missing), shown):
@@ -196,7 +195,7 @@ def _in_journal(
 
 
 def _made(
-    job: Run, work: Work, keys: Iterator[Key] | Sequence[Key], shown: _Shown
+    job: Run, work: Work, keys: Iterator[Key] | Sequence[Key], shown: Shown
 ) -> Iterator[tuple[Key, Entry]]:
     for table in work.tables(replace(job, keys=keys, on_model=shown.tell), shown.advance):
         key, failure = table.attrs["unit"], table.attrs["failure"]
@@ -209,20 +208,20 @@ def _start(
     job: Run, work: Work, journal: Journal, out: OutputOptions, asked: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is missing, and the manifest; only the first process comes here."""
-    now = identity(job, {"kind": work.kind, **work.options})
+    now = _identity(job, work, out.quiet)
     told = manifest(asked, facts=facts(job)) | {"identity": now}
     check_result(out)  # again, now that nobody else writes
     if out.resume and journal.exists:
         saved = _read(journal)
         entries = journal.entries()
-        journal.forget([key for key, entry in entries.items() if entry.failure])
-        entries = {key: entry for key, entry in entries.items() if not entry.failure}
+        good = {key for key, entry in entries.items() if not entry.failure}
         names = list(saved["identity"]["checkpoints"])
-        loose = set(names) - {names[stage] for stage, _ in entries if stage < len(names)}
+        loose = set(names) - {names[stage] for stage, _ in good if stage < len(names)}
         check_same(journal.output, saved["identity"], now, loose)
+        journal.forget(entries.keys() - good)
         told = _resumed(saved, told)
         journal.tell(json.dumps(told, ensure_ascii=False))
-        return {"missing": [k for k in job.all_keys() if k not in entries], "manifest": told}
+        return {"missing": [key for key in job.all_keys() if key not in good], "manifest": told}
     if out.resume and journal.output.exists():
         saved = read_manifest(journal.output) or {}
         if not saved.get("complete") or "identity" not in saved:
@@ -234,6 +233,18 @@ def _start(
         return {"missing": [], "manifest": saved}
     journal.begin(json.dumps(told, ensure_ascii=False))
     return {"missing": job.all_keys(), "manifest": told}
+
+
+def _identity(job: Run, work: Work, quiet: bool) -> dict[str, Any]:
+    """With a bar of its own where reading the checkpoints takes a while."""
+    files = [
+        path for one in job.checkpoints if one.path.exists() for path in weight_files(one.path)
+    ]
+    small = sum(path.stat().st_size for path in files) < LARGE
+    with console.progress_bar(quiet or small) as bar:
+        task = bar.add_task("reading checkpoints", total=len(job.checkpoints))
+        options = {"kind": work.kind, **work.options}
+        return identity(job, options, lambda: bar.advance(task))
 
 
 def _read(journal: Journal) -> dict[str, Any]:
@@ -317,74 +328,6 @@ class _Table:
             rows = sum(len(entry.table) for entry in entries.values())
             print(f"written: {self.output} ({rows} rows)", file=sys.stderr)
         return entries
-
-
-@dataclass
-class _Shown:
-    """How far a run is: one bar, whoever does the work."""
-
-    ranks: Ranks
-    steps: Sequence[str]
-    bar: Bar
-    task: Any
-    before: int
-    told: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    @classmethod
-    @contextlib.contextmanager
-    def of(cls, job: Run, work: Work, quiet: bool, done: int) -> Iterator[_Shown]:
-        """Show it while this lasts.
-
-        Args:
-            job: the run.
-            work: its steps.
-            quiet: show nothing.
-            done: units that were done before.
-        """
-        size = max(1, len(work.steps))
-        with console.progress_bar(quiet) as bar:
-            task = bar.add_task(work.description, total=job.num_units * size, completed=done * size)
-            shown = cls(job.ranks, work.steps, bar, task, done * size)
-            watch = threading.Thread(target=shown._watch, daemon=True)
-            if job.ranks.count > 1 and not quiet:
-                watch.start()
-            try:
-                yield shown
-            finally:
-                shown.ended.set()
-                if watch.is_alive():
-                    watch.join()
-                shown._update()
-
-    def advance(self, step: str) -> None:
-        """A method of the unit is done."""
-        if step in self.steps:
-            self._count(1)
-
-    def end_unit(self) -> None:
-        """All its steps count as done, told of or not."""
-        size = max(1, len(self.steps))
-        self._count(size - self.told)
-        self.told = 0
-
-    def tell(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """What an adapter leaves trainable."""
-        if checkpoint.is_adapter and not self.bar.disable:
-            say(self.bar.console, f"{checkpoint.name}: {console.trainable_line(model)}")
-
-    def _count(self, steps: int) -> None:
-        self.told += steps
-        self.ranks.count_step(steps)
-        self._update()
-
-    def _update(self) -> None:
-        if not self.bar.disable:
-            self.bar.update(self.task, completed=self.before + self.ranks.steps())
-
-    def _watch(self) -> None:
-        while not self.ended.wait(0.5):
-            self._update()
 
 
 def facts(job: Run) -> dict[str, Any]:
