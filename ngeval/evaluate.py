@@ -107,7 +107,8 @@ def evaluate(
     lambdas = check_dampings(dampings)
     check_scale(damping_scale)
     _check_options(problem, metric, gap, max_iterations)
-    problem.function.check_unchanged()  # what is graded from memory would not notice
+    # What is graded from memory would not notice.
+    problem.shards.together(problem.function.check_unchanged)
     done = on_step or (lambda _: None)
     asked = any(isinstance(method, NaturalGradient) for method in resolved)
     exact = (natural or asked) and metric is None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ngeval.checks import Inputs, check_finite, check_inputs, named_tensors
 from ngeval.errors import ModelError
+from ngeval.fsdp import put_apart
 from ngeval.functional import (
     ModelFunction,
     cast_all,
@@ -190,11 +191,17 @@ def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
         InputError: as `of`.
     """
     check_inputs(inputs)
+    if function.split:
+        put_apart(function.model)
     _check_same_parameters(function)
     named, buffers = function.originals, dict(function.model.named_buffers())
     trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
     versions = {n: version_of(p) for n, p in named.items()}
-    moved = {n: p for n, p in named.items() if versions[n] != function.versions.get(n)}
+    moved = {
+        n: p
+        for n, p in named.items()
+        if versions[n] != function.versions.get(n) and n not in function.split
+    }
     check_finite("parameter", {**moved, **trainable})
     check_finite("buffer", buffers)
     moved_function = replace(

@@ -48,7 +48,8 @@ class ModelFunction:
         inner_epsilon: the coarsest rounding to which the model's own code narrows anything.
         forward_mode: take J d by forward-mode AD where every operation has a rule.
         notes: what had to be worked around.
-        shards: which of the batch's samples this process has, where several have a part each.
+        shards: this process's place in the group over which samples are spread.
+        split: parameters that FSDP2 keeps in parts; they are left to the model.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class ModelFunction:
     forward_mode: bool = True
     notes: set[str] = field(default_factory=set)
     shards: Shards = SINGLE
+    split: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class ModelFunction:
         dtype: torch.dtype | None,
         output: Output = None,
         shards: Shards = SINGLE,
+        split: frozenset[str] = frozenset(),
     ) -> ModelFunction:
         """Check the model and the inputs, and take θ as it is now.
 
@@ -83,12 +86,13 @@ class ModelFunction:
             dtype: compute in this floating-point type; None keeps the model's own.
             output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
             shards: of the process group over which the samples are spread.
+            split: parameters that FSDP2 keeps in parts.
 
         Raises:
             ModelError: no trainable parameter, NaN weights, active dropout or batch statistics.
             InputError: inputs of the wrong kind, of unequal length, empty, or not finite.
         """
-        model = _unwrapped(model)
+        model = unwrapped(model)
         check_model(model)
         check_inputs(inputs)
         inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
@@ -100,6 +104,7 @@ class ModelFunction:
             *(model, inputs, trainable, {}, buffers, named, slots_of(model), versions),
             output=output,
             shards=shards,
+            split=split,
         )
         return function if dtype is None else function.converted(dtype)
 
@@ -121,11 +126,7 @@ class ModelFunction:
         return replace(self, inputs=inputs, shards=SINGLE)
 
     def own_part(self, at_least_one: bool = False) -> ModelFunction:
-        """The same function on this rank's samples: all of them, for a process by itself.
-
-        Args:
-            at_least_one: some other sample where this rank has none.
-        """
+        """On this rank's samples, or (``at_least_one``) another's where it has none."""
         if self.shards.alone:
             return self
         own = self.shards.own(self.num_samples)
@@ -207,7 +208,8 @@ class ModelFunction:
         """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
-            if version_of(parameter) != self.versions.get(name):
+            changed = version_of(parameter) != self.versions.get(name)
+            if changed and name not in self.split:
                 raise ModelError(
                     f"parameter {name!r} was modified after this Problem was made; make a new "
                     "Problem for the new weights"
@@ -321,7 +323,7 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s or ``DataParallel``'s wrapper."""
     if isinstance(model, nn.DataParallel):
         return cast(nn.Module, model.module)

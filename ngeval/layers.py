@@ -135,7 +135,7 @@ def layer_table(
     if metric is not None and metric.problem is not problem:
         raise InputError("the metric was made for another problem; make one for this one")
     chosen = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
-    problem.function.check_unchanged()
+    problem.shards.together(problem.function.check_unchanged)
     done = on_step or (lambda _: None)
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         graded = Metric(problem) if metric is None else metric

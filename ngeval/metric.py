@@ -226,6 +226,10 @@ class Metric:
         if function is self.problem.function and samples == slice(0, function.num_samples):
             return Chunk(function, self.problem.distribution, self.problem.residual)
         part = function.on(samples)
+        if function is self.problem.function and not function.shards.alone:
+            known = self.problem.outputs[samples]  # a rank has a part of the batch, as it was
+            distribution = self.problem.likelihood.bind(known, targets[samples])
+            return Chunk(part, distribution, distribution.residual())
         with torch.no_grad(), model_errors():
             outputs = part(part.parameters, fused=True)
         if not bool(torch.isfinite(outputs).all()):

@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ngeval.directions import Direction
 from ngeval.errors import NumericalError
 from ngeval.jacobians import squared_norms
-from ngeval.problem import Direction, Problem
+from ngeval.problem import Problem
 
 
 class Quadratics(NamedTuple):

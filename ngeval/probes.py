@@ -46,7 +46,8 @@ def check_same_problem(function: ModelFunction, targets: Tensor, options: object
     """
     if function.shards.alone:
         return
-    weights = {**function.originals, **function.buffers}
+    weights = {n: p for n, p in function.originals.items() if n not in function.split}
+    weights |= function.buffers
     function.shards.check_same(
         {
             "the inputs": fingerprint(tensor for _, tensor in named_tensors(function.inputs)),

@@ -7,8 +7,7 @@ have the model's own dtype.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.checks import Inputs
+from ngeval.directions import Direction, largest, vector_of
 from ngeval.errors import InputError
 from ngeval.following import Chain, batch_key, following
-from ngeval.functional import ModelFunction, Output, model_errors
+from ngeval.fsdp import split_parameters
+from ngeval.functional import ModelFunction, Output, model_errors, unwrapped
 from ngeval.jacobians import OnePass, RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.memory import free_memory
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from ngeval.fisher import FisherOperator
 
-Direction = Tensor | Mapping[str, Tensor]
 T = TypeVar("T")
 
 
@@ -136,7 +136,11 @@ class Problem:
     ) -> None:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
-        self.function = ModelFunction.of(model, inputs, dtype, output, shards)
+        model = unwrapped(model)
+        split = split_parameters(model, shards)
+        if split and dtype is not None:
+            raise InputError("dtype= is not for models in parts: convert before fully_shard")
+        self.function = ModelFunction.of(model, inputs, dtype, output, shards, split)
         self.likelihood = get_likelihood(likelihood)
         check_same_problem(self.function, targets, (self.likelihood.name, engine, dtype, probes))
         with OperationWatch() as watch:
@@ -298,7 +302,7 @@ class Problem:
         if not vector.is_floating_point():
             vector = vector.to(torch.float64)
         # At unit size in the model's dtype, so that 1/λ neither overflows nor loses digits.
-        scale = _largest(vector)
+        scale = largest(vector)
         if scale == 0:
             return torch.zeros_like(self.outputs)
         tangent = self.function.unflatten(vector / scale)
@@ -369,23 +373,7 @@ class Problem:
         Raises:
             InputError: wrong length or shape, missing or unknown names, values not finite.
         """
-        if isinstance(direction, Tensor):
-            if direction.shape != (self.num_parameters,):
-                raise InputError(
-                    f"the direction has shape {tuple(direction.shape)}; it needs "
-                    f"({self.num_parameters},), one entry for each trainable scalar"
-                )
-            vector = direction.detach()
-        elif isinstance(direction, Mapping):
-            vector = self._named_vector(direction)
-        else:
-            raise InputError(
-                "a direction is a torch vector or a dict of tensors by parameter name, not "
-                f"{type(direction).__name__}"
-            )
-        if not math.isfinite(_largest(vector)):
-            raise InputError("the direction holds NaN or infinite values")
-        return vector.to(self.device)
+        return vector_of(direction, self.function).to(self.device)
 
     def remember(self, key: str, compute: Callable[[], T]) -> T:
         """Compute something derived from this problem once (the kernel, a factorisation)."""
@@ -398,28 +386,3 @@ class Problem:
     def recall(self, key: str) -> Any:
         """What was remembered under a key, or None."""
         return self._memory.get(key)
-
-    def _named_vector(self, direction: Mapping[str, Tensor]) -> Tensor:
-        expected = self.function.parameters
-        missing = [name for name in expected if name not in direction]
-        unknown = [name for name in direction if name not in expected]
-        if missing or unknown:
-            raise InputError(
-                f"the direction's names differ from the trainable parameters: missing {missing}, "
-                f"unknown {unknown}"
-            )
-        for name, parameter in expected.items():
-            if not isinstance(direction[name], Tensor):
-                raise InputError(f"the direction's {name!r} is not a tensor")
-            if direction[name].shape != parameter.shape:
-                raise InputError(
-                    f"the direction's {name!r} has shape {tuple(direction[name].shape)}, the "
-                    f"parameter {tuple(parameter.shape)}"
-                )
-        return torch.cat([direction[name].detach().reshape(-1) for name in expected])
-
-
-def _largest(vector: Tensor) -> float:
-    """Max |v|, NaN if v has one: one pass, no copy."""
-    wide = vector if vector.is_floating_point() else vector.to(torch.float64)
-    return float(torch.linalg.vector_norm(wide, math.inf)) if wide.numel() else 0.0

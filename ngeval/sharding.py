@@ -48,11 +48,13 @@ class Shards:
         size: how many ranks there are.
         rank: this one's number.
         group: the process group, None for a process by itself.
+        even: every rank needs equally many samples.
     """
 
     size = 1
     rank = 0
     group: ProcessGroup | None = None
+    even = False
 
     @property
     def alone(self) -> bool:
@@ -60,8 +62,18 @@ class Shards:
         return self.size == 1
 
     def own(self, count: int) -> slice:
-        """This rank's samples of so many: a contiguous part, empty where ranks outnumber them."""
+        """This rank's samples of so many: a contiguous part, empty where ranks outnumber them.
+
+        Raises:
+            InputError: they cannot be spread evenly, where they have to be.
+        """
         base, more = divmod(count, self.size)
+        if self.even and more:
+            raise InputError(
+                f"{count} samples cannot be spread evenly over {self.size} ranks, which the passes "
+                "of a model with parameters in parts (fully_shard) need: give a multiple of "
+                f"{self.size}, also in each batch of a metric"
+            )
         start = self.rank * base + min(self.rank, more)
         return slice(start, start + base + (self.rank < more))
 

@@ -96,6 +96,23 @@ def test_ranks_that_were_given_different_things_are_told_so(ranks):
     assert "the weights of rank 1 and of rank 0 differ" in told["weights"]
 
 
+@pytest.mark.parametrize("kernels", ["free explicit", "gram"])
+def test_frozen_layers_may_be_kept_in_parts(ranks, kernels):
+    expected = ranks_problems.adapted_answers(kernels)
+    for rank in ranks:
+        found = rank["troubles"]["parts"][kernels]
+        assert found.keys() == expected.keys()
+        off = {key: gap(found[key], value, value.ndim == 1) for key, value in expected.items()}
+        assert {key: value for key, value in off.items() if value > 1e-10} == {}
+
+
+def test_models_in_parts_that_cannot_be_treated_are_refused(ranks):
+    told = troubles(ranks, "parts")
+    assert "7 samples cannot be spread evenly over 3 ranks" in told["uneven"]
+    assert "parameter 'down.weight' is a DTensor" in told["trainable"]
+    assert "ignored_params" in told["trainable"]
+
+
 def test_ranks_out_of_step_are_stopped(ranks):
     told = troubles(ranks, "out_of_step")
     assert "do not compute the same thing" in told["told"]

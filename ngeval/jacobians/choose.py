@@ -71,11 +71,13 @@ def choose_rows(
         raise InputError(
             f"unknown engine {engine!r}; {nearest_name(str(engine), ('auto', *ENGINES))}"
         )
-    names = ENGINES if engine == "auto" else (engine,)
+    # Single samples cannot be passed through a model whose parameters are in parts.
+    every = ("layers",) if function.split else ENGINES
+    names = every if engine == "auto" else (engine,)
     shards = function.shards
     probe = shards.together(lambda: _Probe(function, outputs, residual))
     chosen, reasons = _first_right(names, memory, check, probe)
-    if chosen is None and check and function.dtype.itemsize < 8:
+    if chosen is None and check and function.dtype.itemsize < 8 and not function.split:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
             double = shards.together(
@@ -110,7 +112,7 @@ def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | 
     function, shards = rows.function, rows.function.shards
     probe = shards.together(lambda: _Probe(function, outputs, residual))
     both = _products_if_right(rows, probe)
-    if both is None and function.dtype.itemsize < 8:
+    if both is None and function.dtype.itemsize < 8 and not function.split:
         # As in `choose_rows`: a ReLU that rounding flips is no fault.
         with contextlib.suppress(ModelError):
             double = replace(
@@ -182,6 +184,12 @@ def _source(name: str, memory: int, probe: _Probe) -> tuple[RowSource, Parameter
         planner = Planner(function)
         while True:
             plan = planner.plan()
+            if plan.looped and function.split:
+                raise EngineError(
+                    f"rows of {', '.join(plan.looped[:3])} would take passes of single samples, or "
+                    "of modules that fully_shard keeps in parts; train only parameters of modules "
+                    "that hold no such parts (adapters as layers of their own, a head)"
+                )
             source = RowSource(function, name, memory, plan, planner.sample_bytes)
             products = probe.row_products(source)
             wrong = probe.wrong_parameters({n: part[:, 0] for n, part in products.items()})

@@ -121,9 +121,16 @@ class Planner:
 
     def _is_unit(self, path: str) -> bool:
         calls = self.trial.calls.get(id(self.modules[path]), [])
-        return bool(calls) and all(
-            any(layout is not None for layout in call.outputs) for call in calls
+        return (
+            bool(calls)
+            and all(any(layout is not None for layout in call.outputs) for call in calls)
+            and not self._has_parts(path)
         )
+
+    def _has_parts(self, path: str) -> bool:
+        """Whether it holds parameters in parts, which are there only while the model runs."""
+        slots, prefix = self.function.slots, f"{path}." if path else ""
+        return any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
 
     def plan(self) -> Plan:
         """The plan of the first way left for each place, tried on two samples."""
