@@ -45,6 +45,9 @@ class Factorisation:
         return rows * columns * min(rows, columns)
 
 
+MISFIT = 0.05
+"""Relative; times of units vary by about as much."""
+
 TimeOf = Callable[[str, tuple[int, int]], float]
 """The seconds that a factorisation of a kind and shape takes."""
 
@@ -123,25 +126,27 @@ def rung_sizes(num_samples: int, most: int | None = None) -> list[int]:
     return sorted(size for size in sizes if size <= limit) or [limit]
 
 
-def extrapolate(
-    sizes: Sequence[int], values: Sequence[float], target: int, powers: Sequence[int] = (0, 1, 2)
-) -> float:
+def extrapolate(sizes: Sequence[int], values: Sequence[float], target: int, most: int = 2) -> float:
     """Σ_p c_p Nᵖ with the c_p ≥ 0 that fit the values best, relative to each.
 
-    With fewer values than powers the last ones that are left out are left out: a single value
-    grows as N does.
+    The degree is the least, from 1 to ``most``, whose worst misfit is below `MISFIT`: a term in N²
+    that is nothing but noise would be sixteen times as large at 4N. A single value grows as N.
 
     >>> round(extrapolate([10, 20, 40], [12.0, 24.0, 48.0], 160), 6)
     192.0
     """
     if len(sizes) == 1:
-        return values[0] * target / sizes[0] if max(powers) else values[0]
+        return values[0] * target / sizes[0]
     if max(values) <= 0:
         return 0.0
-    chosen = np.array(powers[: len(sizes)])
     scale = np.array(sizes, dtype=np.float64)[:, None] / target
     weights = 1 / np.maximum(values, 1e-3 * max(values))
-    fitted, _ = nnls((scale**chosen) * weights[:, None], np.asarray(values) * weights)
+    for degree in range(1, min(most, len(sizes) - 1) + 1):
+        terms = scale ** np.arange(degree + 1) * weights[:, None]
+        fitted, _ = nnls(terms, np.asarray(values) * weights)
+        misfit = np.abs(terms @ fitted - np.asarray(values) * weights).max()
+        if misfit < MISFIT:
+            break
     return float(fitted.sum())
 
 
@@ -204,8 +209,8 @@ def predict(rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, mem
     if iterations:
         each = [r.krylov_seconds / r.iterations for r in rungs if r.iterations]
         ran = [r.samples for r in rungs if r.iterations]
-        krylov = iterations * extrapolate(ran, each, target, (0, 1))
-    gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, (0, 1))
+        krylov = iterations * extrapolate(ran, each, target, 1)
+    gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, 1)
     peak = extrapolate(sizes, [rung.memory for rung in rungs], target)
     return Cost(
         rest + factoring + krylov,

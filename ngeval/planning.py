@@ -327,7 +327,7 @@ def _expected(rungs: Sequence[Rung], size: int) -> float:
     """What the next rung will take, roughly, and rather more."""
     if len(rungs) == 1:
         return rungs[0].seconds * (size / rungs[0].samples) ** 2
-    return extrapolate([r.samples for r in rungs], [r.seconds for r in rungs], size, (0, 1, 2, 3))
+    return extrapolate([r.samples for r in rungs], [r.seconds for r in rungs], size, 3)
 
 
 def _most_iterations(probe: Probe, last: Measured) -> int:

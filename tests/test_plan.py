@@ -164,13 +164,17 @@ class TestLadder:
         assert extrapolate([10], [3.0], 160) == pytest.approx(48.0)
         assert extrapolate(sizes, [0.0] * 3, 160) == 0
 
+    def test_noise_makes_no_square(self):
+        values = [1.0 * 1.03, 2.0, 4.0 * 1.03]  # a parabola through these gives 22 at 160
+        assert extrapolate([10, 20, 40], values, 160) == pytest.approx(16, rel=0.06)
+
     def test_coefficients_are_not_negative(self):
         # Falling times, as noise makes them, are not continued below what was measured.
         assert extrapolate([10, 20, 40], [1.2, 1.1, 1.0], 160) >= 1.0
 
     def test_a_unit_is_the_sum_of_its_parts(self):
         def rung(n):
-            rest, each, factor = 0.1 + 0.02 * n + 1e-4 * n**2, 0.5 + 0.01 * n, 1e-6 * (10 * n) ** 3
+            rest, each, factor = 0.1 + 0.02 * n + 1e-3 * n**2, 0.5 + 0.01 * n, 1e-6 * (10 * n) ** 3
             return Rung(
                 n,
                 rest + 8 * each + factor,
@@ -191,7 +195,7 @@ class TestLadder:
             return 1e-6 * shape[0] ** 3
 
         cost = predict(rungs, 160, time_of, 300, 1e9)
-        rest, each = 0.1 + 0.02 * 160 + 1e-4 * 160**2, 0.5 + 0.01 * 160
+        rest, each = 0.1 + 0.02 * 160 + 1e-3 * 160**2, 0.5 + 0.01 * 160
         assert asked == [("gram", (1600, 1600))]
         assert cost.factoring == pytest.approx(1e-6 * 1600**3)
         assert cost.krylov == pytest.approx(8 * each)

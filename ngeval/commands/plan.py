@@ -148,11 +148,13 @@ def figures(made: Plan, ranks: list[int]) -> dict[str, Any]:
 def duration(seconds: float) -> str:
     """A time with two digits or so, as people say it.
 
-    >>> [duration(value) for value in (0.0312, 7.26, 75, 12_060, 400_000)]
-    ['0.031 s', '7.3 s', '75 s', '3 h 20 min', '4 d 15 h']
+    >>> [duration(value) for value in (0.0312, 7.26, 99.6, 12_000, 400_000)]
+    ['0.031 s', '7.3 s', '2 min', '3 h 20 min', '4 d 15 h']
     """
-    if seconds < 100:
+    if seconds < 9.95:
         return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
@@ -199,9 +201,7 @@ def unit_table(made: Plan) -> Table:
         once = getattr(unit.passes, name)
         table.add_row(f"{name} passes", f"{once:.4g}", f"{getattr(whole, name):,.0f}")
     table.add_row("loading, a checkpoint", duration(made.load_seconds), "")
-    table.add_row(
-        "peak memory, the model with torch in it", describe_bytes(made.peak_bytes), "the same"
-    )
+    table.add_row("peak memory of the process", describe_bytes(made.peak_bytes), "the same")
     for suffix, size in made.disk.items():
         table.add_row(f"results as {suffix}", f"{unit.rows:,} rows", describe_bytes(size))
     return table
