@@ -29,7 +29,7 @@ from ngeval.comparison import three_stages, without_damping
 from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
-from ngeval.names import visible, whole_or_short
+from ngeval.names import message, visible, whole_or_short
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
@@ -64,22 +64,22 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except NgevalError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(2) from error
         except Terminated:
-            _complain(f"terminated; {KEPT}")
+            complain(f"terminated; {KEPT}")
             raise typer.Exit(143) from None
         except KeyboardInterrupt:
-            _complain(f"interrupted; {KEPT}")
+            complain(f"interrupted; {KEPT}")
             raise typer.Exit(130) from None
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     """On standard error; of torchrun's processes all but the first say who they are."""
     rank = os.environ.get("RANK", "0")
     name = "ngeval" if rank == "0" else f"ngeval (rank {rank})"
     Console(stderr=True).print(
-        f"{name}: {visible(text)}", markup=False, highlight=False, soft_wrap=True
+        f"{name}: {message(text)}", markup=False, highlight=False, soft_wrap=True
     )
 
 
@@ -191,6 +191,8 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
     summary = summarize_layers(table[table["damping"] == table["damping"].iloc[0]])
     for name in names:
         rows = summary[summary["checkpoint"] == name] if name else summary
+        if rows.empty:  # none of its units could be graded
+            continue
         where = f"{labels[name]}, " if name else ""
         shown = Table(
             title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",

@@ -7,6 +7,9 @@ import unicodedata
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of signs that a terminal acts on, or that no encoding has."""
 
+MOST_LINES = 100
+"""Of a message."""
+
 MOST = 32
 """Letters of a name in a picture or table, unless told otherwise."""
 
@@ -34,6 +37,19 @@ def visible(text: str, most: int = 8_000) -> str:
         sign.encode("unicode_escape").decode() if unicodedata.category(sign) in HIDDEN else sign
         for sign in shown
     )
+
+
+def message(text: str) -> str:
+    r"""A message for a terminal: `visible`, but for its own line breaks.
+
+    Its further lines are indented, so that a name with a line break begins no message of its own.
+
+    >>> print(message("of another run:\n  seed: 0 then\x07"))
+    of another run:
+      seed: 0 then\x07
+    """
+    first, *others = (visible(line) for line in text.split("\n")[:MOST_LINES])
+    return "\n".join([first, *(f"  {line.strip()}" for line in others)])
 
 
 def shortened(name: str, most: int = MOST) -> str:

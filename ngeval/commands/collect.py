@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ class Collected:
         keys = pd.Series(list(zip(lost["stage"], lost["batch"], strict=True)), index=lost.index)
         lost = lost[~keys.isin(list(self.failures))]
         if not lost.empty:
-            print(f"ngeval: {_lost(lost, self.table)}", file=sys.stderr)
+            console.complain(_lost(lost, self.table))
 
     def finish(self) -> None:
         """Say which units are missing.
@@ -85,11 +86,10 @@ class Collected:
             f"\n  {units[0]}{f' and {len(units) - 1} more' * (len(units) > 1)}: {reason}"
             for reason, units in reasons.items()
         ]
-        print(
-            f"ngeval: {len(self.failures)} of {self.num_units} units (checkpoint × batch) could "
-            f"not be graded, the others are done:{''.join(lines)}\nOnce that is mended, the same "
-            "command with --resume does what is missing",
-            file=sys.stderr,
+        console.complain(
+            f"{len(self.failures)} of {self.num_units} units (checkpoint × batch) could not be "
+            f"graded, the others are done:{''.join(lines)}\nOnce that is mended, the same command "
+            "with --resume does what is missing"
         )
         raise typer.Exit(INCOMPLETE)
 
@@ -172,6 +172,7 @@ def _in_journal(
     journal, ranks = Journal(output), job.ranks
     with journal.held() if ranks.rank == 0 else contextlib.nullcontext():
         started = ranks.told(lambda: _start(job, work, journal, out, asked))
+        journal.run = started["manifest"].get("id", "")
         missing = [(stage, batch) for stage, batch in started["missing"]]
         if not missing and not journal.exists:  # the table is complete
             return _of_table(read_results(output)) if ranks.rank == 0 else {}
@@ -191,7 +192,7 @@ def _in_journal(
             if ranks.rank == 0:
                 file.leave(job.num_units)
             raise
-        return file.finish(out.quiet) if ranks.rank == 0 else {}
+        return file.finish(out.quiet, job.num_units) if ranks.rank == 0 else {}
 
 
 def _made(
@@ -209,10 +210,11 @@ def _start(
 ) -> dict[str, Any]:
     """What is missing, and the manifest; only the first process comes here."""
     now = _identity(job, work, out.quiet)
-    told = manifest(asked, facts=facts(job)) | {"identity": now}
+    told = manifest(asked, facts=facts(job)) | {"identity": now, "id": secrets.token_hex(8)}
     check_result(out)  # again, now that nobody else writes
     if out.resume and journal.exists:
         saved = _read(journal)
+        journal.run = saved.get("id", "")
         entries = journal.entries()
         good = {key for key, entry in entries.items() if not entry.failure}
         names = list(saved["identity"]["checkpoints"])
@@ -297,7 +299,7 @@ class _Table:
             write_results(table_of(entries.values()), self.output, self.journal.folder)
             self.shown = frozenset(entries)
             if first:  # after the rows: it never lies beside another run's
-                write_manifest(self.output, self.told)
+                write_manifest(self.output, self.told, self.journal.folder)
         now = time.monotonic()
         self.due = now + max(FLUSH_SECONDS, (now - start) / FLUSH_SHARE)
         return entries
@@ -312,16 +314,25 @@ class _Table:
                 file=sys.stderr,
             )
 
-    def finish(self, quiet: bool) -> dict[Key, Entry]:
-        """All units are there. The journal stays where one of them has failed."""
+    def finish(self, quiet: bool, num_units: int) -> dict[Key, Entry]:
+        """All units are there. The journal stays where one of them has failed.
+
+        Raises:
+            OutputError: one that was done is not there, since somebody deleted its file.
+        """
         entries = self.flush()
+        if len(entries) < num_units:
+            raise OutputError(
+                f"{num_units - len(entries)} of {num_units} units are not in {self.journal.folder} "
+                "any more; the same command with --resume does them again"
+            )
         failed = [list(key) for key, entry in entries.items() if entry.failure]
         if len(failed) == len(entries):
             self.journal.remove()
             return entries
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         self.told |= {"complete": not failed, "ended": ended, "failed_units": failed}
-        write_manifest(self.output, self.told)
+        write_manifest(self.output, self.told, self.journal.folder)
         if not failed:
             self.journal.remove()
         if not quiet:

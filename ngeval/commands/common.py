@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ngeval.names import visible
+from ngeval.names import message
 
 
 def say(out: Console, text: str) -> None:
     """Print as it is: a path may hold brackets, or escape sequences."""
-    out.print(visible(text), highlight=False, markup=False, soft_wrap=True)
+    out.print(message(text), highlight=False, markup=False, soft_wrap=True)
