@@ -30,7 +30,9 @@ from ngeval.files import replace_file
 SUFFIX = ".journal"
 RUN = "run.json"
 WRITER = "writer.json"
+LOCK = "lock"
 FAILURE = b"ngeval.failure"
+OF_RUN = b"ngeval.run"
 
 Key = tuple[int, int]
 """A unit: the number of its checkpoint, and of its batch."""
@@ -51,7 +53,15 @@ class Entry:
 
 
 class Journal:
-    """The units of one output file that are done."""
+    """The units of one output file that are done.
+
+    Attributes:
+        output: the result file.
+        folder: where the units lie.
+        run: a name of the run that is told with each of its units. A process that outlives its
+            run, since torchrun was killed, cannot add to the next one of the same output. Empty:
+            units of any run are read.
+    """
 
     def __init__(self, output: Path) -> None:
         """Nothing is read or written yet.
@@ -61,6 +71,7 @@ class Journal:
         """
         self.output = output
         self.folder = output.with_name(output.name + SUFFIX)
+        self.run = ""
         self._read: dict[Key, Entry] = {}
 
     @property
@@ -77,7 +88,7 @@ class Journal:
         Raises:
             OutputError: another run is writing it, or the folder cannot be made.
         """
-        lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        lock = filelock.FileLock(self.folder / LOCK, timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -92,9 +103,9 @@ class Journal:
             self._sign()
             yield
         finally:
+            if self.folder.is_dir() and not self.exists:  # nothing but the lock, which still holds
+                shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
-            if self.folder.is_dir() and not self.exists:
-                shutil.rmtree(self.folder, ignore_errors=True)  # nothing but the lock
 
     def begin(self, told: str) -> None:
         """Start with no unit done.
@@ -135,7 +146,8 @@ class Journal:
             OutputError: the disk is full or the folder cannot be written.
         """
         made = pa.Table.from_pandas(entry.table, preserve_index=False)
-        metadata = {**(made.schema.metadata or {}), FAILURE: entry.failure.encode()}
+        told = {FAILURE: entry.failure.encode(), OF_RUN: self.run.encode()}
+        metadata = {**(made.schema.metadata or {}), **told}
         made = made.replace_schema_metadata(metadata)
 
         def write(place: Path) -> None:
@@ -151,7 +163,7 @@ class Journal:
             if name := re.fullmatch(r"(\d+)-(\d+)", path.stem):
                 found[int(name[1]), int(name[2])] = path
         for key in found.keys() - self._read.keys():
-            if (entry := _read_entry(found[key])) is not None:
+            if (entry := _read_entry(found[key], self.run)) is not None:
                 self._read[key] = entry
         return {key: self._read[key] for key in sorted(found) if key in self._read}
 
@@ -167,9 +179,13 @@ class Journal:
                 self._path(key).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """All units are done and in the output."""
-        (self.folder / RUN).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """All units are done and in the output; a lock that is held stays as long as it is."""
+        with contextlib.suppress(OSError):
+            (self.folder / RUN).unlink(missing_ok=True)  # first: from here on there is no run
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            self.folder.rmdir()
 
     def _path(self, key: Key) -> Path:
         return self.folder / f"{key[0]:05d}-{key[1]:05d}.arrow"
@@ -194,13 +210,16 @@ def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _read_entry(path: Path) -> Entry | None:
+def _read_entry(path: Path, run: str) -> Entry | None:
+    """None where it is damaged or another run's: the unit is done again."""
     try:
         with pa.OSFile(str(path), "rb") as source:
             made = pa.ipc.open_file(source).read_all()
-        failure = (made.schema.metadata or {}).get(FAILURE, b"").decode()
-        return Entry(made.to_pandas(), failure)
-    except (OSError, ValueError, pa.ArrowException):  # damaged: the unit is done again
+        metadata = made.schema.metadata or {}
+        if run and metadata.get(OF_RUN, b"").decode() != run:
+            return None
+        return Entry(made.to_pandas(), metadata.get(FAILURE, b"").decode())
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pa.ArrowException):
         return None
 
 

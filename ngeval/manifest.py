@@ -116,15 +116,20 @@ def manifest_path(results: Path) -> Path:
     return results.with_name(results.name + SUFFIX)
 
 
-def write_manifest(results: Path, told: Mapping[str, Any]) -> Path:
+def write_manifest(results: Path, told: Mapping[str, Any], scratch: Path | None = None) -> Path:
     """Write the manifest of a result file in one step, in place of an earlier one.
+
+    Args:
+        results: the result file.
+        told: the manifest.
+        scratch: a folder for what is not yet whole; see `replace_file`.
 
     Raises:
         OutputError: it cannot be written.
     """
     path = manifest_path(results)
     text = json.dumps(told, ensure_ascii=False, indent=2) + "\n"
-    replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda place: place.write_text(text, encoding="utf-8"), scratch)
     return path
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, NgevalError
 from ngeval.journal import Key
 from ngeval.sharding import shards_of
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-LONGEST = timedelta(days=30)
-"""How long a process waits for the first one's word."""
 
 
 class Ranks(Protocol):
@@ -128,9 +126,13 @@ class ManyProcesses:
         self._told += 1
         name = f"told/{self._told}"
         if self.rank == 0:
-            self.store.set(name, json.dumps(make()))
-        self.store.wait([name], LONGEST)
-        made: T = json.loads(self.store.get(name))
+            text = json.dumps(make())
+            with _reachable():
+                self.store.set(name, text)
+        with _reachable():
+            while not self.store.check([name]):  # and not wait(), which no signal ends
+                time.sleep(POLL_SECONDS)
+            made: T = json.loads(self.store.get(name))
         return made
 
     def keys(self, missing: Sequence[Key]) -> Iterator[Key]:
@@ -146,16 +148,17 @@ class ManyProcesses:
         first = self.rank * len(order) // self.count
         for stage in order[first:] + order[:first]:
             units = stages[stage]
-            while (claimed := self.store.add(f"claimed/{stage}", 1)) <= len(units):
+            while (claimed := self._add(f"claimed/{stage}", 1)) <= len(units):
                 yield units[claimed - 1]
 
     def count_step(self, steps: int) -> None:
-        """In the store."""
-        self.store.add("steps", steps)
+        """In the store; where that is gone, it is the next claim that fails, and not this unit."""
+        with contextlib.suppress(NgevalError):
+            self._add("steps", steps)
 
     def steps(self) -> int:
         """Of all processes."""
-        return int(self.store.add("steps", 0))
+        return self._add("steps", 0)
 
     def agreed(self, make: Callable[[], T]) -> T:
         """As it is made: a unit is one process's."""
@@ -163,10 +166,15 @@ class ManyProcesses:
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
         """A process that dies never says so: then torchrun ends this one."""
-        self.store.add("finished", 1)
-        while self.rank == 0 and self.store.add("finished", 0) < self.count:
+        self._add("finished", 1)
+        while self.rank == 0 and self._add("finished", 0) < self.count:
             meanwhile()
             time.sleep(POLL_SECONDS)
+
+    def _add(self, name: str, amount: int) -> int:
+        """To a counter; its new value."""
+        with _reachable():
+            return int(self.store.add(name, amount))
 
 
 class InStep(ManyProcesses):
@@ -211,6 +219,22 @@ class InStep(ManyProcesses):
             NgevalError: what a process failed by, on all of them.
         """
         return shards_of(self.group).together(make)
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """While the store is asked something.
+
+    Raises:
+        NgevalError: it is not there any more.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        raise NgevalError(
+            "torchrun is not there any more, or its other processes are not; the same command "
+            f"with --resume goes on ({f'{error}'.partition(chr(10))[0][:200]})"
+        ) from error
 
 
 def world_size() -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from ngeval import console
 from ngeval.checkpoints import Checkpoint
 from ngeval.commands.common import say
+from ngeval.errors import NgevalError
 from ngeval.ranks import Ranks
 from ngeval.runs import Run
 from ngeval.work import Work
@@ -79,7 +80,9 @@ class Shown:
         self._update()
 
     def _update(self) -> None:
-        if not self.bar.disable:
+        if self.bar.disable:
+            return
+        with contextlib.suppress(NgevalError):  # no bar is worth a run
             self.bar.update(self.task, completed=self.before + self.ranks.steps())
 
     def _watch(self) -> None:
