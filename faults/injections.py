@@ -1,4 +1,4 @@
-"""ngeval with a fault in it, in a process of its own: ``python -m faults.injections`` …
+"""The command ngeval with a fault in it: ``python -m faults.injections`` in place of ``ngeval``.
 
 What goes wrong is told by the environment variable ``FAULTS``, a list in JSON of names and
 arguments; see `INJECTIONS`. All else is the command ``ngeval`` as it is.

@@ -24,21 +24,24 @@ def one_process(place: Place, kills: int, random: Random) -> Outcome:
 
 def _killed(scene: Scene, random: Random) -> None:
     for kill in range(KILLS):
-        name = list(SIGNALS)[kill % len(SIGNALS)]
-        before = scene.done()
-        process = start(scene.place, scene.arguments())
-        scene.outcome.starts += 1
-        wanted = len(before) + random.randrange(60 if kill else 20) // 2
-        until(lambda b=before, w=wanted: process.ended or len(scene.done()) > max(len(b), w))  # type: ignore[misc]
-        time.sleep(random.uniform(0, 0.1))
-        process.send(SIGNALS[name])
-        ended = process.wait()
-        scene.outcome.faults += 1
-        scene.check_quiet(ended, {CODES[name]})
-        scene.check_remembered(before, ended)
-        scene.check_visible()
+        _kill(scene, list(SIGNALS)[kill % len(SIGNALS)], random)
         scene.outcome.told[f"units after kill {kill + 1}"] = len(scene.done())
     scene.resume(fork=False)
+
+
+def _kill(scene: Scene, name: str, random: Random) -> None:
+    before = scene.done()
+    process = start(scene.place, scene.arguments())
+    scene.outcome.starts += 1
+    wanted = len(before) + 1 + random.randrange(30)
+    until(lambda: process.ended or len(scene.done()) >= wanted)
+    time.sleep(random.uniform(0, 0.1))
+    process.send(SIGNALS[name])
+    ended = process.wait()
+    scene.outcome.faults += 1
+    scene.check_quiet(ended, {CODES[name]})
+    scene.check_remembered(before, ended)
+    scene.check_visible()
 
 
 def two_ranks(place: Place, kills: int, random: Random) -> Outcome:
