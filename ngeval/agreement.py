@@ -96,7 +96,7 @@ def compare(
     columns = list(dict.fromkeys([*then.columns, *now.columns]))
     order = [name for name in ROW if name in columns]
     then, now = (
-        part.reindex(columns=columns).sort_values(order).reset_index(drop=True)
+        part.reindex(columns=columns).sort_values(order, key=_sortable).reset_index(drop=True)
         for part in (then, now)
     )
     if len(then) != len(now):
@@ -151,9 +151,10 @@ def _tolerances(then: pd.DataFrame, tolerance: float | None) -> np.ndarray:
 
 def _krylov_limits(name: str, then: pd.DataFrame, now: pd.DataFrame, gap: float) -> np.ndarray:
     """What the gap between the bounds of a Krylov run allows."""
-    if "iterations" not in then or then["iterations"].isna().all():
+    if "iterations" not in then:
         return np.zeros(len(then))
-    ran = np.fmax(then["iterations"].to_numpy(dtype=float), now["iterations"].to_numpy(float)) > 0
+    made = [pd.to_numeric(part["iterations"], errors="coerce") for part in (then, now)]
+    ran = ((made[0] > 0) | (made[1] > 0)).to_numpy()
     natural = (then["method"] == "ng").to_numpy()
     if name in NATURAL:
         return np.where(ran, gap, 0.0)
@@ -172,6 +173,11 @@ def _texts_differ(then: pd.DataFrame, now: pd.DataFrame, names: Sequence[str]) -
             of = ", ".join(f"{key} {then[key].iloc[row]}" for key in ROW if key in then)
             return f"{name}: {one.iloc[row]!r} in the file, {other.iloc[row]!r} now ({of})"
     return ""
+
+
+def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
+    """A file may hold anything, also what cannot be compared."""
+    return column if is_number(column) else column.astype(str)
 
 
 def is_number(column: pd.Series[Any]) -> bool:

@@ -128,7 +128,11 @@ def check_same(
     kept = [dict(one, checkpoints=dict(one["checkpoints"])) for one in (then, now)]
     for one in kept:
         one["checkpoints"] |= dict.fromkeys(free, "free")
-    if lines := differences(*kept):
+    lines = differences(*kept)
+    names = [list(one["checkpoints"]) for one in (then, now)]
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        lines.append("checkpoints: in another order, which is their number in the table")
+    if lines:
         raise OutputError(
             f"{output} is of another run, which --resume cannot go on with:{listed(lines)}\n"
             "Restore what it was, give another output, or start anew with --force"

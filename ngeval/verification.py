@@ -355,6 +355,8 @@ def _check_sizes(run: RunOptions, found: Mapping[str, Any], place: Path) -> None
 
 def _check_table(table: pd.DataFrame, found: Mapping[str, Any], path: Path) -> None:
     """The rows must be of units that the manifest tells of."""
+    if not table.columns.is_unique:
+        raise OutputError(f"{path} has a column twice")
     ends = {"stage": len(found["checkpoints"]), "batch": len(found["batches"])}
     for name, end in ends.items():
         values = table[name] if name in table else pd.Series([math.nan])
