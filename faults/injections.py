@@ -60,7 +60,8 @@ def at_call(name: str, number: int, when: str, action: str) -> None:
         action: ``"SIGKILL"``, ``"SIGTERM"`` or ``"SIGINT"``; ``"power"``: what was not written to
             the disk is gone as well; or the name of an error, which stays, as ``"ENOSPC"``.
     """
-    real, calls, synced = getattr(os, name), [0], _watch_syncs() if action == "power" else set()
+    synced = _watch_syncs() if action == "power" else set()
+    real, calls = getattr(os, name), [0]
 
     def called(*args: Any, **kwargs: Any) -> Any:
         if name == "open" and not _writes(args):
@@ -163,9 +164,24 @@ def note_units(log: str) -> None:
     Journal.write = write  # type: ignore[method-assign]
 
 
+def no_sync() -> None:
+    """Nothing is written to the disk before the system cares to: what ngeval must not do."""
+    os.fsync = lambda _: None
+
+
+def put(path: str, content: str) -> None:
+    """As the last unit ends, somebody else writes a file of the journal (bytes in hex)."""
+    from ngeval.ranks import OneProcess  # noqa: PLC0415
+
+    def finish(self: OneProcess, meanwhile: Callable[[], None]) -> None:
+        Path(path).write_bytes(bytes.fromhex(content))
+
+    OneProcess.finish = finish  # type: ignore[method-assign]
+
+
 INJECTIONS: dict[str, Callable[..., None]] = {
     one.__name__: one
-    for one in (flush_often, count_calls, at_call, at_unit, nan_at, slow, note_units)
+    for one in (flush_often, count_calls, at_call, at_unit, nan_at, slow, note_units, no_sync, put)
 }
 
 

@@ -5,7 +5,8 @@ import pyarrow as pa
 import torch
 import torch.distributed
 
+import faults.processes
 import ngeval.cli
 import ngeval.commands.collect
 
-_ = (pd, pa, torch, ngeval.cli)
+_ = (faults.processes, pd, pa, torch, ngeval.cli)
