@@ -109,7 +109,7 @@ CASES = {
     "tied, gram": Case("tied", forced=GRAM, kernel="GramKernel"),
     "sequence, strip": Case("sequence", methods=METHODS, forced=STRIP, kernel="StripKernel"),
     "words, free": Case("words", forced=FREE, kernel="MatrixFreeKernel"),
-    "gpt, gram": Case("gpt", 7, ROWS, {}, GRAM, "GramKernel", natural=False),
+    "gpt, strip": Case("gpt", 7, ROWS, {}, STRIP, "StripKernel", natural=False),
 }
 TWO = ("conv, gram", "words, free")
 """Those that are also asked of two ranks."""
