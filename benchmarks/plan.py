@@ -65,7 +65,7 @@ def settings(
     name: str, count: int, natural: bool
 ) -> tuple[tuple[str, ...], list[float], str, Grading]:
     """Methods, dampings, their scale and the grading."""
-    light = name in HEAVY and not natural
+    light = name in HEAVY if natural is None else not natural
     return LIGHT if light else METHODS, dampings(count), "absolute", Grading(natural=not light)
 
 
@@ -75,7 +75,7 @@ def planned(
     device: str,
     quick: bool,
     count: int,
-    natural: bool,
+    natural: bool | None,
     clock: str,
     part: int,
 ) -> tuple[float, float, int]:
@@ -87,7 +87,7 @@ def planned(
 
 
 def true(
-    name: str, units: int, device: str, quick: bool, count: int, natural: bool, clock: str
+    name: str, units: int, device: str, quick: bool, count: int, natural: bool | None, clock: str
 ) -> tuple[float, float, int]:
     """The run's seconds and its process's peak memory."""
     run = make_run(name, units, device, quick)
@@ -112,8 +112,9 @@ def main(
     count: Annotated[int, typer.Option("--dampings", help="How many.")] = 50,
     repeats: Annotated[int, typer.Option(min=1, help="Ratios are medians of so many.")] = 3,
     natural: Annotated[
-        bool, typer.Option("--natural", help="The exact natural gradient also of gpt and t5.")
-    ] = False,
+        bool | None,
+        typer.Option(help="With the exact natural gradient; default: but of gpt and t5."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     clock: Annotated[
         str, typer.Option(help="wall, or cpu (with OMP_NUM_THREADS=1) on a busy machine.")
