@@ -72,7 +72,9 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: both")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: both"
+    )
     parser.add_argument("--findings", type=Path, default=REGRESSIONS, help="where inputs go")
     parser.add_argument("--output", type=Path, help="the table as JSON")
     told = parser.parse_args()

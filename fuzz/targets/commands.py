@@ -26,7 +26,7 @@ CODES = {0, 1, 2, 3, 130, 143}
 """Done; a comparison failed; refused; done but for a part; interrupted; terminated."""
 
 SLOW = ("demo", "study")
-"""Commands that would train for minutes; their arguments are tried with a wrong one behind."""
+"""Commands that would train for minutes; their arguments are tried behind a wrong one."""
 
 TASK = """
 import torch
@@ -57,7 +57,7 @@ def attempt(data: bytes, folder: Path) -> None:
     """Run the command in the folder, and judge exit code, messages and traces."""
     words = [part.decode("utf-8", "surrogateescape") for part in data.split(b"\0")]
     if words[0] in SLOW:
-        words.append("--no-such-option")
+        words[1:1] = ["--no-such-option"]
     place = folder / "place"
     _furnish(place)
     with _inside(place):

@@ -59,7 +59,11 @@ def get_task(spec: str) -> Task:
 
 
 def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that the file system does not take
+        raise TaskError(f"task file {str(path)[:80]} cannot be read: {error.strerror}") from error
+    if not there:
         raise TaskError(f"task file {path} does not exist")
     name = f"ngeval_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
