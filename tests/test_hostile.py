@@ -260,7 +260,6 @@ def test_names_in_messages(tmp_path, name):
     (place / f"{name}.safetensors").write_bytes(b"nothing of the kind")
     done = CliRunner().invoke(app, ["gamma", "--task", "digits-mlp", "--checkpoint", str(place)])
     assert done.exit_code in (2, 3)
-    assert visible(name) in done.stderr or " ".join(name.split()) in done.stderr
     assert not set(done.stderr) & {"\x1b", "\r", "\u202e"}
     assert not any(line.startswith("ngeval: written") for line in done.stderr.splitlines())
 

@@ -139,7 +139,7 @@ def _folders_below(pattern: str) -> list[str]:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
-    return (path / "adapter_config.json").is_file()
+    return _is_file(path / "adapter_config.json")
 
 
 def weights_file(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def _advice(name: str, what: str, error: Exception) -> str:
             f"{what} {name!r} asks to run Python code from its repository, which was refused; pass "
             "--trust-remote-code (trust_remote_code=True) if you trust its source"
         )
-    if Path(name).expanduser().exists():
+    if _exists(name):
         return f"{what} in {name!r} cannot be loaded: {type(error).__name__}: {text}"
     near = Path(name).parent
     if near != Path() and near.is_dir():  # more likely a folder's name with a slip
@@ -85,13 +85,21 @@ def adapter_folder(name: str) -> str:
     Raises:
         TaskError: it cannot be had.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or _exists(name):
         return name
     with loading(name, "adapter"):
         found: str = optional_module("huggingface_hub").snapshot_download(
             name, allow_patterns=["adapter_*"], local_files_only=not hub_is_reachable()
         )
     return found
+
+
+def _exists(name: str) -> bool:
+    """Whether a path is there; none is under a name that the file system does not take."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
 
 
 @cache

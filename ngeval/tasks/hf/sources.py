@@ -56,8 +56,14 @@ def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) 
         DependencyError: datasets is not installed.
     """
     folder = data_dir if data_dir is not None else Path(name)
-    if data_dir is not None or folder.is_dir():
-        if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # a name that the file system does not take
+        raise TaskError(
+            f"data {str(folder)[:80]!r} cannot be looked up: {error.strerror}"
+        ) from error
+    if data_dir is not None or there:
+        if not there:
             raise TaskError(f"data folder {folder} does not exist")
         rows = _local(name, subset, split, folder)
     else:
