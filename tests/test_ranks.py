@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ngeval import InputError
+import ngeval.ranks
+from ngeval import InputError, NgevalError
 from ngeval.cli import app
 from ngeval.manifest import read_manifest
 from ngeval.ranks import ManyProcesses, OneProcess, joined, own_device, own_rank, world_size
@@ -69,6 +70,25 @@ class TestTalk:
         assert second.told(lambda: pytest.fail(wrong)) == {"a": [1]}
         assert second.told(lambda: pytest.fail(wrong)) == "b"
 
+    def test_where_the_store_is_gone_the_message_says_so(self):
+        class Gone:
+            def add(self, *_):
+                raise dist.DistNetworkError("Connection reset by peer\nat …")
+
+            set = check = add
+
+        for ranks in (ManyProcesses(Gone(), 0, 2), ManyProcesses(Gone(), 1, 2)):
+            ranks.count_step(1)  # no bar is worth a run
+            for ask in (
+                lambda one=ranks: next(one.keys(UNITS)),
+                lambda one=ranks: one.told(lambda: 1),
+                lambda one=ranks: one.finish(lambda: None),
+            ):
+                with pytest.raises(
+                    NgevalError, match=r"--resume goes on \(Connection reset by peer\)"
+                ):
+                    ask()
+
     def test_steps_are_counted_together(self):
         first, second = processes(2)
         first.count_step(2)
@@ -106,6 +126,20 @@ class TestEnvironment:
         assert own_device("cuda:3") == "cuda:3"
         assert own_device("cpu") == "cpu"
         assert own_rank() == 5
+
+    def test_a_restart_finds_nothing_claimed(self, monkeypatch):
+        """torchrun's store outlives its processes, what they had claimed is not done."""
+        store = dist.HashStore()
+        monkeypatch.setattr(ngeval.ranks, "rendezvous", lambda _: iter([(store, 0, 2)]))
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        for restarts in ("0", "1", "2"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+            with joined("cpu", together=False) as ranks:
+                assert ranks.told(lambda now=restarts: now) == restarts
+                assert list(ranks.keys(UNITS)) == UNITS
+                assert ranks.steps() == 0
+                ranks.count_step(1)
 
     def test_nonsense_is_named(self, monkeypatch):
         monkeypatch.setenv("RANK", "0")
