@@ -2,11 +2,15 @@
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.pandas_compat
+import pydantic.type_adapter
 import torch
+import torch._decomp.decompositions_for_jvp
 import torch.distributed
+import torch.fx.experimental.symbolic_shapes
 
 import faults.processes
 import ngeval.cli
 import ngeval.commands.collect
 
-_ = (faults.processes, pd, pa, torch, ngeval.cli)
+_ = (faults.processes, pydantic, pd, pa, torch, ngeval.cli)

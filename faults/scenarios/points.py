@@ -18,13 +18,13 @@ CHECKPOINTS, BATCHES = 2, 2
 
 def crash_points(place: Place, kills: int, random: Random) -> Outcome:
     """SIGKILL before each call, and after each that puts a file in its place."""
-    outcome = Outcome("crash-points", "SIGKILL before and after every call to the file system")
+    outcome = Outcome("crash-points", "SIGKILL at every call to the file system")
     return _at_points(outcome, place, "SIGKILL", ("before", "after"), None)
 
 
 def power_cuts(place: Place, kills: int, random: Random) -> Outcome:
-    """Likewise, and what was not synchronised with the disk is empty."""
-    what = "likewise, with files emptied that were not yet synchronised with the disk"
+    """Likewise around what makes a file last, and what was not synchronised is empty."""
+    what = "SIGKILL at calls to the file system, files emptied that were not yet synchronised"
     return _at_points(Outcome("power-cuts", what), place, "power", ("before", "after"), None)
 
 
@@ -48,10 +48,11 @@ def _at_points(
             for name in CALLS
             for number in range(1, counts[name] + 1)
             for when in times
-            if when == "before" or name in ("fsync", "replace", "unlink")
+            if when == "before" or name == "replace"
+            if action != "power" or name in ("fsync", "replace")
         ]
         if random is not None:
-            points = random.sample(points, min(len(points), 30))
+            points = random.sample(points, min(len(points), 20))
         for point in points:
             guarded(outcome, f"{action} at {point}", lambda p=point: kill_at(scene, p, action))  # type: ignore[misc]
             scene.clear()
