@@ -102,10 +102,12 @@ class Form:
     Attributes:
         kernel: ``"jacobian"``, ``"gram"``, ``"strip"`` or ``"matrix-free"``.
         dense: the natural gradient is exact, by a factorisation; else by a Krylov run.
+        solved: it is computed.
     """
 
     kernel: str
     dense: bool
+    solved: bool = True
 
 
 def form_of(problem: Problem, num_samples: int, memory: int, *, exact: bool, pushes: int) -> Form:
@@ -141,6 +143,8 @@ def take_form(problem: Problem, form: Form, gap: float) -> None:
         problem.remember("dense_kernel", lambda: StripKernel(problem))
     elif form.kernel == "matrix-free":
         problem.remember("dense_kernel", lambda: MatrixFreeKernel(problem))
+    if not form.solved:
+        return
     if not form.dense:
         problem.remember("dense_solver", lambda: KrylovSolver(problem, gap, MAX_ITERATIONS))
     elif form.kernel in ("strip", "matrix-free"):
@@ -204,7 +208,8 @@ class Probe:
         exact = (self.job.grading.natural or asked) and self.job.grading.metric_batches is None
         pushes = len(methods) * len(self.job.dampings)
         size, memory = self.num_samples, problem.rows.memory
-        return form_of(problem, size, memory, exact=exact, pushes=pushes)
+        form = form_of(problem, size, memory, exact=exact, pushes=pushes)
+        return replace(form, solved=exact or asked)
 
     def rung(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from ngeval.ladder import (
 )
 from ngeval.passes import Passes, count_passes
 from ngeval.planning import plan
-from ngeval.probing import FactorTimer, form_of, take_form
+from ngeval.probing import FactorTimer, form_of, take_form, timed_parts
 from ngeval.results import ResultFile
 from ngeval.runs import Grading, Run
 
@@ -343,6 +344,21 @@ class TestPlan:
         )
         assert not made.measured
         assert made.rungs[-1].samples < 32
+
+    @pytest.mark.parametrize("metric", [None, 1])
+    @pytest.mark.parametrize("methods", [["sgd", "ief"], ["sgd", "ng"]])
+    def test_no_work_is_done_that_the_run_does_not_do(self, monkeypatch, methods, metric):
+        # As a whole batch that keeps Θ's strips would be treated, on the batch itself.
+        monkeypatch.setattr("ngeval.kernel.EXPLICIT_ENTRIES", 0)
+        monkeypatch.setattr("ngeval.probing.EXPLICIT_ENTRIES", 0)
+        grading = Grading(metric, natural=False)
+        run = run_of(batch_size=4, num_batches=1, checkpoints=1)
+        made = plan(run, methods, [1e-3, 1.0], grading=grading)
+        with count_passes() as counter, timed_parts(time.perf_counter) as parts:
+            list(run.gammas(methods, [1e-3, 1.0], grading=grading))
+        factored = sorted(one.shape for one in parts.factorisations)
+        assert sorted(one.shape for one in made.rungs[-1].factorisations) == factored
+        assert made.unit.passes == counter.per_batch(4)
 
     def test_most_samples(self):
         made = plan(run_of(), ["sgd", "ief"], [1e-3], grading=OWN, max_samples=8)
