@@ -3,7 +3,6 @@
 import pandas as pd
 import pyarrow as pa
 import pyarrow.pandas_compat
-import pydantic.type_adapter
 import torch
 import torch._decomp.decompositions_for_jvp
 import torch.distributed
@@ -13,4 +12,4 @@ import faults.processes
 import ngeval.cli
 import ngeval.commands.collect
 
-_ = (faults.processes, pydantic, pd, pa, torch, ngeval.cli)
+_ = (faults.processes, pd, pa, torch, ngeval.cli)

@@ -134,7 +134,9 @@ class Scene:
         return run_forked(self.place, arguments)
 
     def done(self) -> set[str]:
-        """The units that are on the disk."""
+        """The units that are on the disk, where there is a run to go on with."""
+        if not (self.journal / "run.json").exists():
+            return set()
         names = (path.stem for path in self.journal.glob("*.arrow"))
         return {name for name in names if re.match(r"\d", name)}
 

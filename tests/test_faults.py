@@ -37,8 +37,6 @@ class TestKills:
             (("replace", 4, "before"), "SIGKILL"),
             (("replace", 7, "after"), "SIGKILL"),
             (("fsync", 11, "before"), "power"),
-            (("fsync", 9, "before"), "SIGTERM"),
-            (("replace", 6, "after"), "SIGINT"),
         ],
         ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
     )
@@ -68,9 +66,8 @@ class TestDisks:
         [
             (("fsync", 8), "ENOSPC", "No space left on device"),
             (("replace", 5), "EROFS", "Read-only file system"),
-            (("open", 2), "EACCES", "Permission denied"),
         ],
-        ids=["full", "read-only", "forbidden"],
+        ids=["full", "read-only"],
     )
     def test_a_call_that_fails_from_then_on(self, scene, call, error, said):
         ended = scene.fork([("at_call", *call, "before", error)])
