@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
+from ngeval.finite import FiniteUpdates
 from ngeval.kernel import DenseKernel, LogitKernel, PushingKernel, columns_in, logit_kernel
 from ngeval.metric import Forms, Metric
 from ngeval.metrics import Quadratics, gammas_of, quadratics
@@ -52,7 +53,23 @@ def grade(
         updates: of each method.
         metric: the batch that grades; None for the problem's own.
 
+    Returns:
+        Those of each method; NaN for a λ at which its update is not finite.
     """
+    finite = [FiniteUpdates(one) for one in updates]
+    graded = _grade_finite(problem, [one.updates for one in finite], metric)
+    return [
+        Grades(
+            Quadratics(*(one.told(column) for column in grades.quadratics)),
+            one.told(grades.squared_norms),
+        )
+        for one, grades in zip(finite, graded, strict=True)
+    ]
+
+
+def _grade_finite(
+    problem: Problem, updates: Sequence[Updates], metric: Metric | None
+) -> list[Grades]:
     if metric is None:
         of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
         kernel = _kernel(problem) if of_rows else None

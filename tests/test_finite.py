@@ -1,0 +1,68 @@
+"""An update that is not finite at one λ costs that λ, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ngeval
+from ngeval.grading import grade
+from ngeval.metric import Metric
+from ngeval.prepared import prepare
+from ngeval.updates import CotangentUpdates, DirectionUpdates, FieldUpdates
+
+# The first forward-mode product imports a part of torch that warns of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+DAMPINGS = (1e-3, 1e-1, 10.0)
+
+
+def problem() -> ngeval.Problem:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    inputs = torch.randn(6, 3, dtype=torch.float64)
+    return ngeval.Problem(model.double(), inputs, torch.arange(6) % 3, "categorical")
+
+
+def rows(of: ngeval.Problem, method: str) -> CotangentUpdates:
+    made = prepare(of, ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
+    assert isinstance(made, CotangentUpdates)
+    return made
+
+
+def spoiled(updates: CotangentUpdates, value: float) -> CotangentUpdates:
+    coefficients = updates.coefficients.clone()
+    coefficients[1, -1, 0] = value
+    return replace(updates, coefficients=coefficients)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("other_batch", [False, True])
+@pytest.mark.parametrize("kind", ["rows", "fields", "directions"])
+def test_the_others_are_what_they_were(kind, other_batch, value):
+    of = problem()
+    ief, ef = rows(of, "ief"), rows(of, "ef")
+    makes = {
+        "rows": lambda updates: updates,
+        "fields": lambda updates: FieldUpdates(
+            of, torch.einsum("lnq,nqc->lnc", updates.coefficients, updates.vectors)
+        ),
+        "directions": lambda updates: DirectionUpdates(3, updates.direction),
+    }
+    make = makes[kind]
+    metric = Metric(of) if other_batch else None
+    expected = grade(of, [make(ief), make(ef)], metric)
+    found = grade(of, [make(spoiled(ief, value)), make(ef)], metric)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        columns = zip(
+            (*one.quadratics, one.squared_norms),
+            (*other.quadratics, other.squared_norms),
+            strict=True,
+        )
+        for now, then in columns:
+            lost = torch.arange(3) == 1 if index == 0 else torch.zeros(3, dtype=torch.bool)
+            assert now.isnan().tolist() == lost.tolist()
+            torch.testing.assert_close(now[~lost], then[~lost], rtol=1e-9, atol=0)
