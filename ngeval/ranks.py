@@ -264,19 +264,9 @@ def own_device(device: str) -> str:
     >>> own_device("cpu")
     'cpu'
     """
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None and world_size() > 1:
+    if device == "cuda" and world_size() > 1:  # of another text `Run` says whether it is a device
         return f"cuda:{_number('LOCAL_RANK', 0)}"
     return device
-
-
-def _attempt() -> str:
-    """A name of this start of all processes: after a restart, torchrun's store is the old one.
-
-    What the processes of an earlier start have claimed there, they may never have finished.
-    """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"start {count} of {world_size()} processes"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ from ngeval.evaluate import Progress
 from ngeval.identity import differences, identity, listed
 from ngeval.journal import Key
 from ngeval.manifest import machine, manifest_path, read_manifest
+from ngeval.methods import get_methods
 from ngeval.options import MAX_SEED, HubOptions, RunOptions, StepOptions
+from ngeval.prepared import check_dampings
 from ngeval.results import read_results, write_results
 from ngeval.runs import Run
 from ngeval.tasks.resolve import BUILTIN_TASKS
@@ -137,7 +139,7 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
             f"{path} is of the task {own!r}, which is code that would be run: a manifest may name "
             "any file; look at it, and pass it with --task"
         )
-    _check_methods(work, trust)
+    _check_work(work, trust)
     groups = (
         _group(RunOptions, options | trusted, place),
         _group(HubOptions, options | trusted, place),
@@ -280,7 +282,7 @@ def _malformed(place: Path, what: str) -> OutputError:
 
 def _work(told: dict[str, Any], place: Path) -> Work:
     kind = told.get("kind")
-    if kind not in DESCRIPTIONS:
+    if not isinstance(kind, str) or kind not in DESCRIPTIONS:
         raise _malformed(place, f"unknown kind of work {str(kind)[:40]!r}")
     given = {name: value for name, value in told.items() if name != "kind"}
     wanted = OPTIONS[kind]
@@ -328,13 +330,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kinds[hint]) and isinstance(value, bool) == (hint is bool)
 
 
-def _check_methods(work: Work, trust: Trust) -> None:
-    """A name with a dot is a class, whose module is imported.
+def _check_work(work: Work, trust: Trust) -> None:
+    """The methods and dampings; a name with a dot is a class, whose module is imported.
 
     Raises:
-        InputError: of other packages than torch's, without having been asked for.
+        InputError: a class of other packages than torch's, without having been asked for; an
+            unknown method, or a damping that is none.
     """
-    for name in work.options["methods"]:
+    names = work.options["methods"]
+    for name in names:
         family = name.strip().partition(":")[0]
         foreign = "." in family and not family.startswith("torch.optim.")
         if foreign and name not in trust.methods:
@@ -342,6 +346,9 @@ def _check_methods(work: Work, trust: Trust) -> None:
                 f"the run's method {name!r} is a class that would be imported, and a manifest may "
                 f"name any; pass --methods {name} if you trust it"
             )
+    if names or work.kind != "imbalance":
+        get_methods(names)
+    check_dampings(work.options.get("dampings", [work.options.get("damping")]))
 
 
 def _check_sizes(run: RunOptions, found: Mapping[str, Any], place: Path) -> None:
