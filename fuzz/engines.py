@@ -114,7 +114,8 @@ def with_atheris(counter: Counter, count: int, seed: int) -> None:
     for number, data in enumerate(counter.target.seeds()):
         (corpus / f"{number:03d}").write_bytes(data)
     words = counter.folder / "words"
-    words.write_text("\n".join(f'"{_escaped(word)}"' for word in counter.target.words) + "\n")
+    lines = [f'"{_escaped(word)}"' for word in counter.target.words if word]
+    words.write_text("\n".join(lines) + "\n")
     flags = [f"-atheris_runs={count}", f"-seed={seed + 1}", f"-dict={words}", "-timeout=0"]
     flags += ["-rss_limit_mb=0", "-malloc_limit_mb=0", "-max_len=4096", "-len_control=0"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], counter.attempt)

@@ -22,6 +22,22 @@ HOSTILE = {
 }
 """Names that must be shown and never be run."""
 
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "javascript:alert(4)",
+    '<a href="javascript:alert(5)">x</a>',
+    "'-alert(6)-'",
+    "]]>--><svg/onload=alert(7)>",
+    "</title><body onload=alert(8)>",
+    "{{ 7 * 7 }}{% raw %}",
+    "%{y}\u2028alert(9)\u2029",
+    "<b>b</b>&lt;script&gt;$x$",
+    "</style><iframe srcdoc='<script>alert(10)</script>'>",
+)
+"""Names that would run where a page took them for more than text."""
+
 
 def gammas(
     ratios: dict[str, float] | None = None,

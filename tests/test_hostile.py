@@ -23,7 +23,7 @@ import hypothesis
 import pytest
 import safetensors.torch
 import torch
-from report_cases import gammas, layers, samples, trainings
+from report_cases import PAYLOADS, gammas, layers, samples, trainings
 from torch import nn
 from typer.testing import CliRunner
 
@@ -288,21 +288,6 @@ def test_a_name_as_long_as_a_name_can_be(tmp_path):
 
 # The page.
 
-PAYLOADS = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(2)</script>",
-    '"><img src=x onerror=alert(3)>',
-    "javascript:alert(4)",
-    '<a href="javascript:alert(5)">x</a>',
-    "'-alert(6)-'",
-    "]]>--><svg/onload=alert(7)>",
-    "</title><body onload=alert(8)>",
-    "{{ 7 * 7 }}{% raw %}",
-    "%{y}\u2028alert(9)\u2029",
-    "<b>b</b>&lt;script&gt;$x$",
-    "</style><iframe srcdoc='<script>alert(10)</script>'>",
-)
-
 TEXTS = ("task", "checkpoint", "method", "layer", "optimizer", "reason", "likelihood", "engine")
 
 
@@ -417,7 +402,7 @@ def test_security_policy_is_first_of_the_page(plain_page):
     assert "unsafe-eval" not in page
 
 
-def test_the_fuzzer_counts_and_keeps_what_it_finds(tmp_path, monkeypatch):
+def test_the_fuzzer_counts_and_keeps_what_it_finds(tmp_path, judged):
     folder, findings = tmp_path / "run", tmp_path / "findings"
     folder.mkdir()
     counter = engines.Counter("texts", folder, findings, folder / "status.json")

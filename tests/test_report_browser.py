@@ -12,7 +12,7 @@ import time
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
-from report_cases import HOSTILE, gammas, hostile, layers, samples, trainings
+from report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples, trainings
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -43,10 +43,15 @@ def pages(tmp_path_factory):
         table.to_csv(folder / name, index=False)
     ratios = {"sgd": 1.0, "%{y}": 0.5, "constructor": 2.0, "__proto__": 3.0}
     gammas(ratios).to_csv(folder / "n.csv", index=False)
+    payloads = {"sgd": 1.0} | {text: 0.5 + i / 8 for i, text in enumerate(PAYLOADS)}
+    gammas(payloads, task=PAYLOADS[0], batches=2).to_parquet(folder / "p.parquet", index=False)
     hostile().to_parquet(folder / "h.parquet", index=False)
     return {
         "whole": write_report([folder / name for name in tables], folder / "whole.html"),
         "names": write_report([folder / "n.csv"], folder / "names.html"),
+        "payloads": write_report(
+            [folder / "p.parquet"], folder / "payloads.html", title="".join(PAYLOADS)
+        ),
         "hostile": write_report(
             [folder / "h.parquet"], folder / "hostile.html", title=HOSTILE["task"]
         ),
@@ -360,3 +365,20 @@ class TestReaders:
         assert not chart.find_elements(By.CSS_SELECTOR, "a[href^='javascript']")
         time.sleep(0.1)  # what would have been started by a name
         assert driver.execute_script("return window.hit") is None
+
+    def test_no_name_raises_an_alert(self, visit):
+        driver = visit("payloads")  # an open alert would make every later command fail
+        chart = figure(driver, "γ over training")
+        script = "return arguments[0].querySelector('.plot').data.map((t) => t.name)"
+        names = [name for name in driver.execute_script(script, chart) if name]
+        assert any(name.startswith("&lt;script&gt;") for name in names)
+        for name in names[1:4]:
+            hovered(driver, chart, name, 1)
+        for detail in driver.find_elements(By.TAG_NAME, "details"):
+            driver.execute_script("arguments[0].open = true", detail)
+        time.sleep(0.2)  # what would have been started by a name
+        assert driver.title == "".join(PAYLOADS)
+        shown = driver.find_element(By.TAG_NAME, "body").text
+        assert all(payload.split("\u2028")[0] in shown for payload in PAYLOADS)
+        foreign = "iframe, object, embed, img, a[href^='javascript'], [onerror], [onload]"
+        assert driver.find_elements(By.CSS_SELECTOR, foreign) == []

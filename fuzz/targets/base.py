@@ -85,7 +85,7 @@ def as_json(value: Any) -> bytes:
 def damaged(draw: st.DrawFn, contents: st.SearchStrategy[bytes]) -> bytes:
     """Valid bytes with a few of them changed, cut off, doubled or left out."""
     data = bytearray(draw(contents))
-    chance = random.Random(draw(st.integers(0, 2**32)))  # noqa: S311
+    chance = random.Random(draw(st.integers(0, 2**32)))
     for _ in range(chance.choice((1, 1, 2, 3, 8))):
         if not data:
             break
