@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--big", action="store_true", help="20 checkpoints x 20 batches, ten kills")
     parser.add_argument("--output", type=Path, help="figures as JSON, added to what is there")
     told = parser.parse_args()
+    # A shell starts what is in the background with SIGINT ignored, which its children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     told.output = told.output and told.output.absolute()
     work = Path(tempfile.mkdtemp(prefix="ngeval-faults-"))
     try:

@@ -54,7 +54,7 @@ def _one_run(scene: Scene, kills: int, random: Random) -> None:
         scene.outcome.starts += 1
         early = random.random() < EARLY
         _wait(scene, process, random, before, early=early)
-        was_running = not process.ended
+        was_running, done = not process.ended, len(scene.done())
         process.send(SIGNALS[name])
         ended = process.wait()
         if was_running:
@@ -65,6 +65,8 @@ def _one_run(scene: Scene, kills: int, random: Random) -> None:
         scene.check_quiet(ended, {0, CODES[name]})
         scene.check_remembered(before, ended)
         if ended.code == 0:
+            if was_running and done and done < scene.outcome.units - 5:
+                raise LostError(f"{name} after {done} units had no effect")
             scene.check_complete()
             scene.clear()
             return
