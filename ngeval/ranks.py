@@ -269,6 +269,15 @@ def own_device(device: str) -> str:
     return device
 
 
+def _attempt() -> str:
+    """A name of this start of all processes: after a restart, torchrun's store is the old one.
+
+    What the processes of an earlier start have claimed there, they may never have finished.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"start {count} of {world_size()} processes"
+
+
 @contextlib.contextmanager
 def joined(device: str, *, together: bool) -> Iterator[Ranks]:
     """The processes of this run.
