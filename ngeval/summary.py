@@ -63,6 +63,7 @@ def summarize(
     if missing:
         raise InputError(f"the table has no column {', '.join(missing)}; is it evaluate's?")
     usable = table[table["status"] == "ok"]
+    usable = usable.assign(**{name: _numbers(usable[name], name) for name in SUMMARIZED})
     grouped = usable.groupby(keys, sort=False, dropna=False)
     summary = grouped.size().rename("batches").reset_index()
     floors = usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"]
@@ -100,3 +101,10 @@ def _intervals(
             seed=seed,
         )
     return means, low, high
+
+
+def _numbers(column: pd.Series, name: str) -> np.ndarray:
+    try:
+        return pd.to_numeric(column).to_numpy(dtype=float, na_value=np.nan)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"column {name} of the table holds no numbers: {error!s:.200}") from error

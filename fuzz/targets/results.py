@@ -216,25 +216,33 @@ def _table(draw: st.DrawFn) -> bytes:
     )
     for _ in range(draw(st.integers(0, 3))):
         column = draw(st.sampled_from(list(table.columns)))
-        match draw(st.sampled_from(["value", "value", "value", "column", "drop", "rename"])):
-            case "value":
-                row = draw(st.integers(0, len(table) - 1))
-                table.at[row, column] = draw(odd)
-            case "column":
-                value = draw(odd)
-                table[column] = [value for _ in range(len(table))]
-            case "drop" if len(table.columns) > 1:
-                table = table.drop(columns=column)
-            case _:
-                new = draw(names() | st.sampled_from(["method", "gamma", "task", "batch"]))
-                if new not in table and "\ud800" not in new:  # which pandas has no column for
-                    table = table.rename(columns={column: new})
+        change = draw(st.sampled_from(["value", "value", "value", "column", "drop", "rename"]))
+        row, value = draw(st.integers(0, len(table) - 1)), draw(odd)
+        name = draw(names() | st.sampled_from(["method", "gamma", "task", "batch"]))
+        with contextlib.suppress(Exception):  # what pandas does not take is not written either
+            table = _changed(table, change, column, row, value, name)
     table = table.iloc[: draw(st.integers(0, len(table)))]
-    kind = draw(st.integers(0, 2))
-    if kind != 2 and draw(st.booleans()):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):  # pandas refuses some
-            table = table.convert_dtypes()
-    return _of(draw(st.integers(0, len(USES) - 1)), kind, WRITERS[kind](table))
+    kind, typed = draw(st.integers(0, 2)), draw(st.booleans())
+    content = b""
+    with contextlib.suppress(Exception):
+        content = WRITERS[kind](table.convert_dtypes() if typed and kind != 2 else table)
+    return _of(draw(st.integers(0, len(USES) - 1)), kind, content)
+
+
+def _changed(
+    table: pd.DataFrame, change: str, column: str, row: int, value: Any, name: str
+) -> pd.DataFrame:
+    match change:
+        case "value":
+            table = table.copy()
+            table.at[row, column] = value  # noqa: PD008
+            return table
+        case "column":
+            return table.assign(**{column: [value for _ in range(len(table))]})
+        case "drop" if len(table.columns) > 1:
+            return table.drop(columns=column)
+        case _:
+            return table if name in table else table.rename(columns={column: name})
 
 
 @st.composite
