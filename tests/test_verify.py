@@ -155,11 +155,11 @@ class TestDiffers:
         assert told in f"{units[0]['problem']} {units[0]['where']}"
 
     def test_rows_missing_or_too_many(self, small):
-        table = read_results(Path("gamma.csv"))
+        table = read_results(Path("gamma.csv")).iloc[:4]
         write_results(table.iloc[1:], Path("gamma.csv"))
-        assert "3 rows in the file, 4 now" in verify("gamma.csv", "--units", UNITS, code=1).stdout
+        assert "3 rows in the file, 4 now" in verify("gamma.csv", code=1).stdout
         write_results(pd.concat([table, table.iloc[:1]]), Path("gamma.csv"))
-        assert "5 rows in the file, 4 now" in verify("gamma.csv", "--units", UNITS, code=1).stdout
+        assert "5 rows in the file, 4 now" in verify("gamma.csv", code=1).stdout
 
     def test_a_column_more_or_less(self, small):
         table = read_results(Path("imbalance.parquet"))
@@ -171,7 +171,7 @@ class TestDiffers:
     def test_a_tolerance(self, small):
         gamma = read_results(Path("gamma.csv"))["gamma"].iloc[0]
         edit("gamma.csv", gamma=gamma * (1 + 1e-5))
-        words = ("gamma.csv", "--units", UNITS, "-q")
+        words = ("gamma.csv", "-q")
         verify(*words)  # float32: half the digits
         verify(*words, "--tolerance", "1e-6", code=1)
         verify(*words, "--tolerance", "1e-4")
