@@ -181,6 +181,7 @@ def plan(
         InputError: unknown command, method or scale, or a time that is not positive.
         NgevalError: what the run itself would raise at its first unit.
     """
+    started = clock()
     resolved = get_methods(methods) if methods else []
     job = Job(command, resolved, check_dampings(dampings), damping_scale, grading, groups)
     _check(job, probe_seconds)
@@ -188,8 +189,7 @@ def plan(
         methods_at(resolved, run.stage(index))  # what is missing is an error now
     tell = on_step or (lambda _: None)
     tell("loading")
-    started = clock()
-    probe, startup, load = _loaded(run, job, clock)
+    probe, startup, load = _loaded(run, job, clock, started)
     held = memory_in_use(run.device)
     busy = time.perf_counter(), time.process_time()
     until = started + probe_seconds
@@ -239,9 +239,8 @@ def _check(job: Job, probe_seconds: float) -> None:
         raise InputError(f"the probe needs a positive number of seconds, not {probe_seconds}")
 
 
-def _loaded(run: Run, job: Job, clock: Clock) -> tuple[Probe, float, float]:
+def _loaded(run: Run, job: Job, clock: Clock, started: float) -> tuple[Probe, float, float]:
     """The first checkpoint with the first batch, the seconds to build, and to load one."""
-    start = clock()
     base = run.task.model().to(run.device).eval()
     built = clock()
     loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
@@ -265,7 +264,7 @@ def _loaded(run: Run, job: Job, clock: Clock) -> tuple[Probe, float, float]:
         run.memory or free_memory(torch.device(run.device)),
         clock=clock,
     )
-    return probe, built - start, loaded - built + data
+    return probe, built - started, loaded - built + data
 
 
 def _climb(
