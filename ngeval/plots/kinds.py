@@ -194,6 +194,10 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
     kind = kind_of(tables) if kind is None else kind
     if kind not in FIGURES:
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
+    for name, table in tables.items():
+        if not table.columns.is_unique:
+            twice = table.columns[table.columns.duplicated()][0]
+            raise InputError(f"{name} has the column {twice!r} twice")
     if len(tables) > 1:
         for name, table in tables.items():
             found = table_kind(table)

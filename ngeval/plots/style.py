@@ -153,8 +153,7 @@ def with_stage(table: pd.DataFrame) -> pd.DataFrame:
     table = numbers(table, "epoch", "step")
     if (told := _told(table)) is not None:
         return table.assign(x=table[told])
-    order = {name: i for i, name in enumerate(dict.fromkeys(table["checkpoint"]))}
-    return table.assign(x=table["checkpoint"].map(order))
+    return table.assign(x=pd.factorize(table["checkpoint"], use_na_sentinel=False)[0])
 
 
 def stage_label(rows: pd.DataFrame) -> str:
