@@ -235,7 +235,7 @@ def _changed(
     match change:
         case "value":
             table = table.copy()
-            table.at[row, column] = value  # noqa: PD008
+            table.at[row, column] = value
             return table
         case "column":
             return table.assign(**{column: [value for _ in range(len(table))]})
