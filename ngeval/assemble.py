@@ -21,7 +21,7 @@ from ngeval.options import (
 )
 from ngeval.ranks import own_device, world_size
 from ngeval.runs import Run
-from ngeval.tasks import Task, get_task
+from ngeval.tasks import Task, get_task, source_of
 
 HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
 """Options that are called otherwise in `ngeval.tasks.hf.hub_task`."""
@@ -71,6 +71,7 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         optimizer_states=step.optimizer_state or (),
         optimizer_options=OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle),
         together=options.shard == "samples" or few,
+        source=source_of(options.task) if options.task is not None else None,
     )
 
 

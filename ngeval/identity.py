@@ -7,11 +7,12 @@ says where it is not, and the manifest beside the results tells it.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
-import inspect
 import json
-import sys
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from ngeval.errors import OutputError
 from ngeval.manifest import plain, versions
 from ngeval.methods import Method, get_methods
 from ngeval.runs import Run
-from ngeval.tasks import Task
+
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+"""What a checkpoint's folder tells of its model."""
 
 MANY = 12
 """Differences that a message lists."""
@@ -48,15 +51,17 @@ def identity(
 
     Returns:
         ``options, settings, checkpoints`` (SHA-256 by name, in order; what cannot be read has its
-        error there), ``optimizer_states``, ``task`` (name, likelihood, parameters, its file),
+        error there), ``optimizer_states``, ``task`` (name, likelihood, model, its own files),
         ``batches`` (SHA-256 of inputs and targets, and the samples' indices where the task tells
-        them) and ``code``; plain values only.
+        them), ``metric_batches`` and ``code``; plain values only.
 
     Raises:
         TaskError: the task's model or batches cannot be had.
     """
     settings = {name: getattr(job, name) for name in PROCESSING}
     settings["device"] = torch.device(job.device).type
+    step = job.optimizer_options
+    settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
     checkpoints = {}
     for one in job.checkpoints:
         checkpoints[one.name] = _hash_checkpoint(one)
@@ -66,10 +71,9 @@ def identity(
         "settings": settings,
         "checkpoints": checkpoints,
         "optimizer_states": {str(p): hash_files([p]) for p in _optimizer_states(job, options)},
-        "task": _task(
-            job.task, base=any(one.is_adapter or one.as_built for one in job.checkpoints)
-        ),
+        "task": _task(job),
         "batches": _batches(job),
+        "metric_batches": _metric_batches(job, options.get("metric_batches")),
         "code": code(),
     }
     made: dict[str, Any] = plain(found)
@@ -139,6 +143,13 @@ def check_same(
         )
 
 
+def is_identity(told: object) -> bool:
+    """Whether something that was read has the parts that are looked into."""
+    if not isinstance(told, dict) or not isinstance(told.get("checkpoints"), dict):
+        return False
+    return all(isinstance(told.get(name), dict) for name in ("options", "settings", "task", "code"))
+
+
 def listed(lines: list[str]) -> str:
     """Differences below each other, as many as one reads."""
     shown = [f"\n  {line}" for line in lines[:MANY]]
@@ -167,7 +178,9 @@ def _hash_checkpoint(checkpoint: Checkpoint) -> str:
         return "as the task builds it"
     try:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        return hash_files(weight_files(checkpoint.path), folder)
+        weights = hash_files(weight_files(checkpoint.path), folder)
+        told = json.dumps(plain(checkpoint.metadata), sort_keys=True)  # epoch, optimizer's name
+        return _hash_text(f"{weights} {told}")
     except OSError as error:  # it will be a failed unit
         return f"cannot be read: {error}"
 
@@ -177,46 +190,96 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix != ".json":
         return [path]
     folder = path if path.is_dir() else path.parent
-    kinds = (*SUFFIXES, ".json")
-    return sorted(
-        one
-        for one in folder.iterdir()
-        if one.is_file() and one.suffix in kinds and not NOT_WEIGHTS.fullmatch(one.stem)
-    )
+    return sorted(one for one in folder.iterdir() if one.is_file() and _tells_weights(one))
 
 
-def _task(task: Task, *, base: bool) -> dict[str, Any]:
-    """The model's parameters by name, and the weights that checkpoints do not replace."""
-    model = task.model()
-    described = {
+def _tells_weights(path: Path) -> bool:
+    """Results may lie there, too."""
+    if path.suffix == ".json":
+        return path.name in CONFIGURATIONS or path.name.endswith(".index.json")
+    return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
+
+
+def _task(job: Run) -> dict[str, Any]:
+    """The model as it is built, as far as checkpoints do not replace it, and the user's files."""
+    task, model = job.task, job.task.model()
+    base = any(one.is_adapter or one.as_built for one in job.checkpoints)
+    return {
+        "name": task.name,
+        "likelihood": _without_addresses(task.resolved_likelihood()),
+        "model": _hash_text(_described(model)),
+        "weights": _hash_tensors(model.state_dict().items()) if base else "each checkpoint's",
+        "files": _own_files(job.source),
+    }
+
+
+def _described(model: nn.Module) -> str:
+    """Its modules with their options, its parameters, constants and configuration."""
+    kept = model.state_dict().keys()
+    constants = [(name, b) for name, b in model.named_buffers() if name not in kept]
+    configure = getattr(getattr(model, "config", None), "to_dict", None)
+    told = configure() if callable(configure) else {}
+    parameters = {
         name: f"{tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
         for name, p in model.named_parameters()
     }
-    return {
-        "name": task.name,
-        "likelihood": repr(task.resolved_likelihood()),
-        "model": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
-        "weights": _hash_model(model) if base else "each checkpoint's",
-        "file": _source_file(task),
-    }
+    plainly = json.dumps([plain(told), parameters, _hash_tensors(constants)], sort_keys=True)
+    return _without_addresses(model) + plainly
 
 
-def _hash_model(model: nn.Module) -> str:
+def _without_addresses(value: object) -> str:
+    """Its ``repr``, without where in memory it is."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in named:
         total.update(name.encode() + b"\0" + _bytes(tensor))
     return total.hexdigest()
 
 
-def _source_file(task: Task) -> str:
-    """The hash of the file that the task's model is built in, unless it is ngeval's own."""
-    module = sys.modules.get(getattr(task.build_model, "__module__", ""), None)
-    if module is None or module.__name__.partition(".")[0] == "ngeval":
-        return "ngeval's"
-    try:
-        return hash_files([Path(inspect.getfile(module))])
-    except (OSError, TypeError):  # a notebook's
-        return "unknown"
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _own_files(source: Path | None) -> dict[str, str]:
+    """Hashes of the task's package, or of its file and of what that imports from its folder."""
+    if source is None:
+        return {}
+    folder = source if source.is_dir() else source.parent
+    files = set(source.rglob("*.py")) if source.is_dir() else imported_files(source)
+    return {path.relative_to(folder).as_posix(): hash_files([path]) for path in sorted(files)}
+
+
+def imported_files(file: Path) -> set[Path]:
+    """A Python file, and those in its folder that it imports, directly or by others.
+
+    Read from the text, so that it is the same whatever the process has imported besides.
+    """
+    folder, found, left = file.parent, set[Path](), [file]
+    while left:
+        path = left.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+            for name in _imported(ast.parse(path.read_bytes())):
+                parts = name.split(".")
+                for count in range(1, len(parts) + 1):
+                    place = folder.joinpath(*parts[:count])
+                    left += [place.with_suffix(".py"), place / "__init__.py"]
+    return found
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names in a file's import statements; what is not a module is not a file either."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            front = f"{node.module}." if node.module else ""
+            yield from (f"{front}{alias.name}" for alias in node.names)
 
 
 def _batches(job: Run) -> list[dict[str, Any]]:
@@ -226,6 +289,15 @@ def _batches(job: Run) -> list[dict[str, Any]]:
         told = {} if indices is None else {"samples": indices[len(found)]}
         found.append({"sha256": hash_batch(inputs, targets), **told})
     return found
+
+
+def _metric_batches(job: Run, wanted: int | str | None) -> list[str]:
+    """Of other batches that grade."""
+    if wanted is None:
+        return []
+    count = None if isinstance(wanted, str) else wanted
+    batches = job.task.batches(job.batch_size, count, job.seed)
+    return [hash_batch(inputs, targets) for inputs, targets in batches]
 
 
 def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +32,11 @@ WRITER = "writer.json"
 LOCK = "lock"
 FAILURE = b"ngeval.failure"
 OF_RUN = b"ngeval.run"
+
+UNIT = re.compile(r"\d{5,}-\d{5,}\.arrow")
+
+OWN = re.compile(rf"{UNIT.pattern}|{RUN}|{WRITER}|{LOCK}|\.\w+\.\w+")
+"""What lies in a journal's folder; the last are files that were not yet whole."""
 
 Key = tuple[int, int]
 """A unit: the number of its checkpoint, and of its batch."""
@@ -89,6 +93,7 @@ class Journal:
             OutputError: another run is writing it, or the folder cannot be made.
         """
         lock = filelock.FileLock(self.folder / LOCK, timeout=0)
+        self.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -103,9 +108,30 @@ class Journal:
             self._sign()
             yield
         finally:
-            if self.folder.is_dir() and not self.exists:  # nothing but the lock, which still holds
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.exists:  # nothing but the lock, which still holds
+                self.remove()
+                with contextlib.suppress(OSError):
+                    (self.folder / LOCK).unlink(missing_ok=True)
+                    self.folder.rmdir()
             lock.release()
+
+    def check(self) -> None:
+        """Find out whether the folder is a journal's, or can be made.
+
+        Raises:
+            OutputError: it is somebody else's, who would lose what is in it.
+        """
+        taken = self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir())
+        with _reported(self.folder):
+            strange = not taken and self.folder.is_dir() and self._strange()
+        if taken or strange:
+            raise OutputError(
+                f"{self.folder} is where the journal of {self.output} would be, and it is not "
+                "ngeval's; move it away, or give another output"
+            )
+
+    def _strange(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if not OWN.fullmatch(path.name)]
 
     def begin(self, told: str) -> None:
         """Start with no unit done.
@@ -117,7 +143,7 @@ class Journal:
             OutputError: the folder cannot be written.
         """
         with _reported(self.folder):
-            for path in self.folder.glob("*.arrow"):
+            for path in self._files():
                 path.unlink()
         self._read = {}
         self.tell(told)
@@ -158,10 +184,7 @@ class Journal:
 
     def entries(self) -> dict[Key, Entry]:
         """All units that are done, in their order; a file that cannot be read is not done."""
-        found = {}
-        for path in self.folder.glob("*.arrow"):
-            if name := re.fullmatch(r"(\d+)-(\d+)", path.stem):
-                found[int(name[1]), int(name[2])] = path
+        found = {_key(path): path for path in self._files()}
         for key in found.keys() - self._read.keys():
             if (entry := _read_entry(found[key], self.run)) is not None:
                 self._read[key] = entry
@@ -183,9 +206,15 @@ class Journal:
         with contextlib.suppress(OSError):
             (self.folder / RUN).unlink(missing_ok=True)  # first: from here on there is no run
             for path in self.folder.iterdir():
-                if path.name != LOCK:
+                if OWN.fullmatch(path.name) and path.name != LOCK:
                     path.unlink()
             self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        """Of units; none where the folder is gone."""
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if UNIT.fullmatch(path.name)]
 
     def _path(self, key: Key) -> Path:
         return self.folder / f"{key[0]:05d}-{key[1]:05d}.arrow"
@@ -218,9 +247,18 @@ def _read_entry(path: Path, run: str) -> Entry | None:
         metadata = made.schema.metadata or {}
         if run and metadata.get(OF_RUN, b"").decode() != run:
             return None
-        return Entry(made.to_pandas(), metadata.get(FAILURE, b"").decode())
+        if len(set(made.column_names)) < len(made.column_names):
+            return None
+        # What pandas has told of itself there is not needed: the types are Arrow's.
+        table = made.to_pandas(ignore_metadata=True)
+        return Entry(table, metadata.get(FAILURE, b"").decode())
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pa.ArrowException):
         return None
+
+
+def _key(path: Path) -> Key:
+    stage, batch = path.stem.split("-")
+    return int(stage), int(batch)
 
 
 @contextlib.contextmanager

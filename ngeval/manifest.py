@@ -30,7 +30,7 @@ FORMAT = 1
 
 SUFFIX = ".manifest.json"
 
-PACKAGES = ("torch", "numpy", "scipy", "pandas")
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "scikit-learn")
 """Packages whose versions numbers may depend on."""
 
 WHERE_IMPORTED = ("transformers", "peft", "datasets", "pytorch_optimizer")

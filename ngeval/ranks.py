@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
+
+PATIENCE = 20.0
+"""Seconds after which it is said that others are waited for."""
 
 
 class Ranks(Protocol):
@@ -269,6 +275,42 @@ def own_device(device: str) -> str:
     return device
 
 
+def _met() -> tuple[Store, int, int]:
+    """The store of all processes, this one's number, and how many there are.
+
+    Raises:
+        InputError: they cannot be reached.
+    """
+    found: list[tuple[Store, int, int]] = []
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(iter(rendezvous("env://"))))
+        except Exception as error:  # told by the thread that waits
+            failed.append(error)
+
+    # In a thread, since no signal ends it while it waits for others.
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    started = time.monotonic()
+    while meeting.is_alive():
+        meeting.join(POLL_SECONDS)
+        if time.monotonic() - started > PATIENCE:
+            started = math.inf
+            print(
+                f"waiting for the other {world_size() - 1} processes, as the environment variables "
+                "RANK and WORLD_SIZE say; unset them for a run by itself",
+                file=sys.stderr,
+            )
+    if failed:
+        raise InputError(
+            f"the other processes of torchrun cannot be reached: {failed[0]}; start them with "
+            "torchrun -m ngeval …"
+        ) from failed[0]
+    return found[0]
+
+
 def _attempt() -> str:
     """A name of this start of all processes: after a restart, torchrun's store is the old one.
 
@@ -292,13 +334,7 @@ def joined(device: str, *, together: bool) -> Iterator[Ranks]:
     if world_size() == 1:
         yield OneProcess()
         return
-    try:
-        store, rank, count = next(iter(rendezvous("env://")))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"the other processes of torchrun cannot be reached: {error}; start them with "
-            "torchrun -m ngeval …"
-        ) from error
+    store, rank, count = _met()
     store = PrefixStore(_attempt(), store)
     if not together:
         yield ManyProcesses(store, rank, count)

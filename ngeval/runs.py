@@ -77,6 +77,7 @@ class Run:
         together: where several processes share the run, they do every unit together, each a part
             of its samples.
         ranks: the processes that share the run.
+        source: the file or the package's folder that the task is from, None for ngeval's own.
     """
 
     task: Task
@@ -95,6 +96,7 @@ class Run:
     keys: Iterable[Key] | None = None
     together: bool = False
     ranks: Ranks = field(default_factory=OneProcess)
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no batch, and a device or a state that is not there."""

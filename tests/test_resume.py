@@ -269,7 +269,7 @@ class TestRefusal:
         "data": ("torch.randn", "2 * torch.randn", "batches[0].sha256: "),
         "likelihood": ('"categorical"', "ngeval.Categorical(ignore_index=2)", "task.likelihood: "),
         "name": ('"mine"', '"yours"', 'task.name: "mine" then, "yours" now'),
-        "comment": ("import ngeval", "import ngeval  # why", "task.file: "),
+        "comment": ("import ngeval", "import ngeval  # why", "task.files.mine.py: "),
     }
 
     @pytest.mark.parametrize("change", TASKS)
@@ -293,11 +293,66 @@ class TestRefusal:
         (Journal(output).folder / "run.json").write_text(text)
         assert "is damaged" in refused(half, "gamma", output, "--resume")
 
+    def test_a_module_beside_the_task(self, small):
+        """Also one that is imported by another, or within a function."""
+        mine, output = small.folder / "mine.py", small.folder / "g.csv"
+        (small.folder / "helping").mkdir()
+        (small.folder / "helping" / "__init__.py").write_text("from helping import inner\n")
+        (small.folder / "helping" / "inner.py").write_text("VALUE = 1\n")
+        mine.write_text(mine.read_text() + "\n\ndef later():\n    import helping\n")
+        interrupted(small, "gamma", output, 1)
+        (small.folder / "helping" / "inner.py").write_text("VALUE = 2\n")
+        (small.folder / "other.py").write_text("VALUE = 1\n")  # which nobody imports
+        said = refused(small, "gamma", output, "--resume")
+        assert "task.files.helping/inner.py: " in said
+        assert said.count(" then, ") == 1
+
+    def test_steps_of_optimizers(self, half):
+        output = half.folder / "g.csv"
+        for option in (("--reduction", "sum"), ("--no-weight-decay",)):
+            assert "settings.optimizer." in refused(half, "gamma", output, "--resume", *option)
+
+    def test_what_is_told_of_a_checkpoint(self, half):
+        first = min(half.folder.glob("epoch=*.safetensors"))
+        first.with_suffix(".json").write_text('{"epoch": 100}')
+        assert "checkpoints." in refused(half, "gamma", half.folder / "g.csv", "--resume")
+
+    def test_a_table_that_was_cut(self, small):
+        output = small.folder / "g.csv"
+        small.run("gamma", output)
+        lines = output.read_text().splitlines(keepends=True)
+        for cut in (lines[:-1], lines[:1] + lines[5:]):
+            output.write_text("".join(cut))
+            assert "was changed since its run" in refused(small, "gamma", output, "--resume")
+            assert output.read_text() == "".join(cut)
+
+    @pytest.mark.parametrize("kind", ["link", "folder", "file"])
+    def test_a_folder_that_is_no_journal_is_left_alone(self, small, kind):
+        output, own = small.folder / "g.csv", small.folder / "own"
+        own.mkdir()
+        (own / "notes.txt").write_text("mine")
+        folder = Journal(output).folder
+        if kind == "link":
+            folder.symlink_to(own, target_is_directory=True)
+        elif kind == "folder":
+            own.rename(folder)
+            own = folder
+        else:
+            folder.write_text("mine")
+        assert "is not ngeval's" in refused(small, "gamma", output)
+        if kind != "file":
+            assert [path.name for path in own.iterdir()] == ["notes.txt"]
+
+    def test_a_manifest_that_cannot_be_written_is_told_before_the_work(self, small, monkeypatch):
+        monkeypatch.setattr("ngeval.runs.Units", lambda *_: pytest.fail("work was begun"))
+        (small.folder / "g.csv.manifest.json").mkdir()
+        assert "is a folder" in refused(small, "gamma", small.folder / "g.csv")
+
     def test_a_journal_that_tells_nonsense(self, half):
         output = half.folder / "g.csv"
         told = {"identity": {"checkpoints": {}, "code": [{"a": 1}], "batches": 7}, "resumed": 1}
         (Journal(output).folder / "run.json").write_text(json.dumps(told))
-        assert "which --resume cannot go on with" in refused(half, "gamma", output, "--resume")
+        assert "is damaged: it does not tell" in refused(half, "gamma", output, "--resume")
 
     def test_neither_journal_nor_manifest(self, half):
         output = half.folder / "old.csv"

@@ -19,9 +19,9 @@ import typer
 from ngeval import console
 from ngeval.commands.shown import Shown
 from ngeval.errors import InputError, OutputError
-from ngeval.identity import check_same, identity, weight_files
+from ngeval.identity import check_same, identity, is_identity, weight_files
 from ngeval.journal import Entry, Journal, Key, table_of
-from ngeval.manifest import manifest, read_manifest, write_manifest
+from ngeval.manifest import manifest, manifest_path, read_manifest, write_manifest
 from ngeval.options import OutputOptions
 from ngeval.ranks import joined, own_rank, world_size
 from ngeval.results import SUFFIXES, check_output, read_results, write_results
@@ -113,6 +113,9 @@ def check_result(out: OutputOptions) -> None:
         return
     check_output(out.output, SUFFIXES, force=True)
     journal = Journal(out.output)
+    journal.check()
+    if manifest_path(out.output).is_dir():
+        raise OutputError(f"{manifest_path(out.output)}, where the manifest goes, is a folder")
     if journal.exists and not (out.force or out.resume):
         raise OutputError(
             f"output {out.output} is of a run that is not finished; pass --resume to go on with "
@@ -175,7 +178,7 @@ def _in_journal(
         journal.run = started["manifest"].get("id", "")
         missing = [(stage, batch) for stage, batch in started["missing"]]
         if not missing and not journal.exists:  # the table is complete
-            return _of_table(read_results(output)) if ranks.rank == 0 else {}
+            return _finished(job, output, started["manifest"]) if ranks.rank == 0 else {}
         file = _Table(journal, output, started["manifest"])
         done = job.num_units - len(missing)
         try:
@@ -220,13 +223,14 @@ def _start(
         names = list(saved["identity"]["checkpoints"])
         loose = set(names) - {names[stage] for stage, _ in good if stage < len(names)}
         check_same(journal.output, saved["identity"], now, loose)
+        good &= set(job.all_keys())
         journal.forget(entries.keys() - good)
         told = _resumed(saved, told)
         journal.tell(json.dumps(told, ensure_ascii=False))
         return {"missing": [key for key in job.all_keys() if key not in good], "manifest": told}
     if out.resume and journal.output.exists():
         saved = read_manifest(journal.output) or {}
-        if not saved.get("complete") or "identity" not in saved:
+        if saved.get("complete") is not True or not is_identity(saved.get("identity")):
             raise OutputError(
                 f"{journal.output} has no journal and no manifest of a complete run beside it, so "
                 "it cannot be gone on with; give another output, or --force to replace it"
@@ -252,7 +256,7 @@ def _identity(job: Run, work: Work, quiet: bool) -> dict[str, Any]:
 def _read(journal: Journal) -> dict[str, Any]:
     try:
         saved = json.loads(journal.told())
-        if isinstance(saved["identity"]["checkpoints"], dict):
+        if is_identity(saved["identity"]) and isinstance(saved["id"], str):
             return dict(saved)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -269,12 +273,25 @@ def _resumed(saved: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     return saved | {"identity": now["identity"]}
 
 
-def _of_table(table: pd.DataFrame) -> dict[Key, Entry]:
-    """A finished table as if its units had just been made."""
-    keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
-    where: dict[Key, list[int]] = {}
-    for row, key in enumerate(keys):
-        where.setdefault(key, []).append(row)
+def _finished(job: Run, output: Path, told: Mapping[str, Any]) -> dict[Key, Entry]:
+    """A finished table as if its units had just been made.
+
+    Raises:
+        OutputError: it is not all there any more.
+    """
+    table, where = read_results(output), dict[Key, list[int]]()
+    try:
+        keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
+        for row, key in enumerate(keys):
+            where.setdefault(key, []).append(row)
+    except (KeyError, TypeError, ValueError):
+        where = {}
+    if where.keys() != set(job.all_keys()) or told.get("rows", len(table)) != len(table):
+        raise OutputError(
+            f"{output} was changed since its run: it has {len(table)} rows of {len(where)} units, "
+            f"and the run had {told.get('rows', 'others')} of {job.num_units}; give another "
+            "output, or --force to make it anew"
+        )
     return {key: Entry(table.iloc[rows]) for key, rows in where.items()}
 
 
@@ -331,12 +348,12 @@ class _Table:
             self.journal.remove()
             return entries
         ended = datetime.now(UTC).isoformat(timespec="seconds")
-        self.told |= {"complete": not failed, "ended": ended, "failed_units": failed}
+        rows = sum(len(entry.table) for entry in entries.values())
+        self.told |= {"complete": not failed, "ended": ended, "rows": rows, "failed_units": failed}
         write_manifest(self.output, self.told, self.journal.folder)
         if not failed:
             self.journal.remove()
         if not quiet:
-            rows = sum(len(entry.table) for entry in entries.values())
             print(f"written: {self.output} ({rows} rows)", file=sys.stderr)
         return entries
 

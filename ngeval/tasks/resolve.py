@@ -58,6 +58,20 @@ def get_task(spec: str) -> Task:
     return found
 
 
+def source_of(spec: str) -> Path | None:
+    """The file, or the folder of the package, that a task was found in; None for ngeval's own."""
+    if spec in BUILTIN_TASKS:
+        return None
+    place = spec.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place).resolve()
+    told = getattr(sys.modules.get(place.partition(".")[0]), "__file__", None)
+    if told is None:
+        return None
+    file = Path(told).resolve()
+    return file.parent if file.name == "__init__.py" else file
+
+
 def _load_file(path: Path) -> ModuleType:
     try:
         there = path.is_file()
