@@ -8,26 +8,35 @@ be asked for again by whoever verifies.
 
 from __future__ import annotations
 
-import math
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import pandas as pd
 
-from ngeval.agreement import Verdict, compare, is_number
+from ngeval.agreement import Verdict, compare
 from ngeval.assemble import make_run
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
 from ngeval.evaluate import Progress
 from ngeval.identity import differences, identity, listed
 from ngeval.journal import Key
 from ngeval.manifest import machine, manifest_path, read_manifest
+from ngeval.manifest_checks import (
+    check_kind,
+    check_run_sizes,
+    check_table,
+    check_work_sizes,
+    malformed,
+    members,
+    part,
+    read_end,
+)
 from ngeval.methods import get_methods
-from ngeval.options import MAX_SEED, HubOptions, RunOptions, StepOptions
+from ngeval.options import HubOptions, RunOptions, StepOptions
 from ngeval.prepared import check_dampings
 from ngeval.results import read_results, write_results
 from ngeval.runs import Run
@@ -85,6 +94,8 @@ class Recorded:
         work: what was made of each unit.
         identity: what its numbers depended on.
         machine: on which it was computed.
+        finished: whether the run came to its end.
+        failed: its units that failed, which may have no rows.
     """
 
     path: Path
@@ -93,6 +104,26 @@ class Recorded:
     work: Work
     identity: dict[str, Any]
     machine: dict[str, Any]
+    finished: bool
+    failed: frozenset[Key]
+
+    @property
+    def num_units(self) -> int:
+        """How many units the run has."""
+        return len(self.identity["checkpoints"]) * len(self.identity["batches"])
+
+    @property
+    def units(self) -> list[Key]:
+        """Those that the file tells of, in their order."""
+        return sorted(self.rows.keys() | self.failed)
+
+    def missing(self, most: int) -> list[Key]:
+        """The first few of the others."""
+        there = set(self.units)
+        every = itertools.product(
+            range(len(self.identity["checkpoints"])), range(len(self.identity["batches"]))
+        )
+        return list(itertools.islice((key for key in every if key not in there), most))
 
     @property
     def rows(self) -> dict[Key, list[int]]:
@@ -124,9 +155,9 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
             "what it was computed of; ngeval writes one with every result file"
         )
     place = manifest_path(path)
-    found = _part(told, "identity", place)
-    options = _part(told, "options", place)
-    work = _work(_part(found, "options", place), place)
+    found = part(told, "identity", place)
+    options = part(told, "options", place)
+    work = _work(part(found, "options", place), place)
     trusted: dict[str, Any] = {
         "allow_pickle": trust.allow_pickle,
         "trust_remote_code": trust.trust_remote_code,
@@ -146,12 +177,20 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
         _group(StepOptions, options, place),
     )
     for name in ("checkpoints", "settings", "code", "task"):
-        _part(found, name, place)
-    _check_sizes(groups[0], found, place)
-    _check_table(table, found, path)
+        part(found, name, place)
+    check_run_sizes(groups[0], work.options, found, place)
+    finished, failed = read_end(told, found, place)
+    check_table(table, found, path)
     machine_then = told.get("machine")
     return Recorded(
-        path, table, groups, work, found, machine_then if isinstance(machine_then, dict) else {}
+        path,
+        table,
+        groups,
+        work,
+        found,
+        machine_then if isinstance(machine_then, dict) else {},
+        finished,
+        failed,
     )
 
 
@@ -191,7 +230,7 @@ def changes(recorded: Recorded, job: Run) -> tuple[list[str], list[str]]:
     try:
         lines = differences(then, now)
     except RecursionError as error:
-        raise _malformed(manifest_path(recorded.path), "it is nested too deep") from error
+        raise malformed(manifest_path(recorded.path), "it is nested too deep") from error
     elsewhere = [line for line in lines if line.startswith(ELSEWHERE)]
     return [line for line in lines if line not in elsewhere], elsewhere
 
@@ -218,14 +257,15 @@ def choose(recorded: Recorded, count: int, seed: int) -> list[Key]:
         seed: for the choice.
     """
     rows = recorded.rows
-    keys = sorted(rows)
+    keys = recorded.units
     shuffled = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
     chosen = shuffled[:count]
+    failed = np.zeros(len(recorded.table), dtype=bool)
     if "status" in recorded.table:
         failed = (recorded.table["status"] == "failed").to_numpy()
-        lost = [key for key in shuffled if failed[rows[key]].any()]
-        if lost and not set(lost) & set(chosen):
-            chosen.append(lost[0])
+    lost = [key for key in shuffled if key in recorded.failed or failed[rows[key]].any()]
+    if lost and not set(lost) & set(chosen):
+        chosen.append(lost[0])
     return sorted(chosen)
 
 
@@ -241,7 +281,7 @@ def verdicts(
     Args:
         recorded: the file.
         job: the run that made it.
-        keys: of units in the file.
+        keys: of units that the file tells of.
         tolerance: the relative difference of numbers that is allowed; None: see
             `ngeval.agreement.DIGITS`.
         on_step: called with the names of methods that are done.
@@ -254,7 +294,7 @@ def verdicts(
     for table in recorded.work.tables(replace(job, keys=keys), on_step):
         key = table.attrs["unit"]
         table.attrs = {}
-        then = recorded.table.iloc[rows[key]]
+        then = recorded.table.iloc[rows.get(key, [])]
         now = _through_file(table, recorded.path.suffix)
         yield compare(key, job.checkpoints[key[0]].name, then, now, tolerance, gap)
 
@@ -269,28 +309,18 @@ def _through_file(table: pd.DataFrame, suffix: str) -> pd.DataFrame:
         return read_results(path)
 
 
-def _part(told: Mapping[str, Any], name: str, place: Path) -> dict[str, Any]:
-    part = told.get(name)
-    if not isinstance(part, dict):
-        raise _malformed(place, f"it has no {name!r}; files of older versions have none")
-    return part
-
-
-def _malformed(place: Path, what: str) -> OutputError:
-    return OutputError(f"{place} is not a manifest that a run can be made of: {what}")
-
-
 def _work(told: dict[str, Any], place: Path) -> Work:
     kind = told.get("kind")
     if not isinstance(kind, str) or kind not in DESCRIPTIONS:
-        raise _malformed(place, f"unknown kind of work {str(kind)[:40]!r}")
+        raise malformed(place, f"unknown kind of work {str(kind)[:40]!r}")
     given = {name: value for name, value in told.items() if name != "kind"}
     wanted = OPTIONS[kind]
     if given.keys() != wanted.keys():
         odd = sorted(given.keys() ^ wanted.keys())
-        raise _malformed(place, f"options of {kind} that are missing or too many: {odd[:4]}")
+        raise malformed(place, f"options of {kind} that are missing or too many: {odd[:4]}")
     for name, hint in wanted.items():
-        _check_kind(name, given[name], hint, place)
+        check_kind(name, given[name], hint, place)
+    check_work_sizes(given, place)
     return Work(kind, given)
 
 
@@ -299,35 +329,13 @@ def _group(group: type[T], told: Mapping[str, Any], place: Path) -> T:
     hints = get_type_hints(group)
     given = {f.name: told[f.name] for f in fields(group) if f.name in told}  # type: ignore[arg-type]
     for name, value in given.items():
-        _check_kind(name, value, hints[name], place)
+        check_kind(name, value, hints[name], place)
     paths = {
         name: [Path(one) for one in value] if isinstance(value, list) else Path(value)
         for name, value in given.items()
-        if value is not None and Path in (hints[name], *_members(hints[name]))
+        if value is not None and Path in (hints[name], *members(hints[name]))
     }
     return group(**given | paths)
-
-
-def _members(hint: Any) -> list[Any]:
-    """All types within one."""
-    return [one for part in get_args(hint) for one in (part, *_members(part))]
-
-
-def _check_kind(name: str, value: Any, hint: Any, place: Path) -> None:
-    if not _fits(value, hint):
-        raise _malformed(place, f"{name} is {repr(value)[:60]}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is what an option takes."""
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
-    if isinstance(hint, UnionType) or get_origin(hint) is not None:
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint is NoneType:
-        return value is None
-    kinds: dict[Any, Any] = {Path: str, float: (int, float), str: str, int: int, bool: bool}
-    return isinstance(value, kinds[hint]) and isinstance(value, bool) == (hint is bool)
 
 
 def _check_work(work: Work, trust: Trust) -> None:
@@ -349,27 +357,3 @@ def _check_work(work: Work, trust: Trust) -> None:
     if names or work.kind != "imbalance":
         get_methods(names)
     check_dampings(work.options.get("dampings", [work.options.get("damping")]))
-
-
-def _check_sizes(run: RunOptions, found: Mapping[str, Any], place: Path) -> None:
-    """Before anything is made of them: a number may be anything."""
-    batches = found.get("batches")
-    if not isinstance(batches, list) or len(batches) != run.num_batches:
-        raise _malformed(place, f"it does not tell of {run.num_batches} batches")
-    if not 0 <= run.seed <= MAX_SEED:
-        raise _malformed(place, f"seed is {run.seed}")
-
-
-def _check_table(table: pd.DataFrame, found: Mapping[str, Any], path: Path) -> None:
-    """The rows must be of units that the manifest tells of."""
-    if not table.columns.is_unique:
-        raise OutputError(f"{path} has a column twice")
-    ends = {"stage": len(found["checkpoints"]), "batch": len(found["batches"])}
-    for name, end in ends.items():
-        values = table[name] if name in table else pd.Series([math.nan])
-        whole = is_number(values) and bool((values % 1 == 0).all())
-        if not whole or not bool(values.between(0, end - 1).all()):
-            raise OutputError(
-                f"{path} and its manifest are of different runs: its column {name!r} does not tell "
-                f"one of {end}"
-            )

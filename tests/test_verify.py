@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import BATCHES, STAGES, Small, run
+from small_runs import BATCH, BATCHES, STAGES, Small, run
 
 import ngeval.identity
+import ngeval.manifest_checks
+import ngeval.tasks.base
+import ngeval.verification
 from ngeval import NgevalError
-from ngeval.agreement import DIGITS, compare
+from ngeval.agreement import DIGITS, MOST_GAP, compare
+from ngeval.commands.verify import _lost
 from ngeval.manifest import manifest_path
 from ngeval.results import read_results, write_results
 from ngeval.runs import Run
+from ngeval.tasks import get_task
 from ngeval.verification import (
     Trust,
     changes,
@@ -63,7 +70,8 @@ def verify(name: object, *more: object, code: int = 0, task: bool = True):
 
 
 def edit(name: str, **columns) -> None:
-    """Change a file's first row, and leave the rows of its first checkpoint only."""
+    """Change a file's first row, and leave the rows of its first checkpoint only, as of a run that
+    is not finished."""
     table = read_results(Path(name))
     table = table[table["stage"] == 0].reset_index(drop=True)
     for column, value in columns.items():
@@ -71,6 +79,7 @@ def edit(name: str, **columns) -> None:
         kept.iloc[0] = value
         table[column] = kept
     write_results(table, Path(name))
+    tell(name, unfinish)
 
 
 def tell(name: str, change) -> None:
@@ -79,6 +88,12 @@ def tell(name: str, change) -> None:
     told = json.loads(place.read_text())
     change(told)
     place.write_text(json.dumps(told))
+
+
+def unfinish(told: dict) -> None:
+    """What the manifest of a run that goes on does not tell yet."""
+    for key in ("complete", "ended", "failed_units"):
+        told.pop(key, None)
 
 
 def begin(name: str) -> None:
@@ -109,10 +124,13 @@ class TestAgrees:
         write_results(table.sample(frac=1, random_state=0), Path("layers.csv"))
         verify("layers.csv", "--units", UNITS)
 
-    def test_part_of_a_run(self, small):
-        table = read_results(Path("gamma.csv"))
-        write_results(table[table["stage"] == 1], Path("gamma.csv"))
-        assert f"{BATCHES} of {BATCHES} units" in verify("gamma.csv", "--units", "9").stdout
+    def test_a_run_that_is_not_finished(self, small):
+        edit("gamma.csv")
+        shown = verify("gamma.csv", "--units", "9", "-o", "report.json").stdout
+        assert f"of a run that is not finished: {BATCHES} of {UNITS} units are in it" in shown
+        assert f"{BATCHES} of {BATCHES} units computed anew, all agree" in shown
+        told = json.loads(Path("report.json").read_text())
+        assert (told["finished"], told["units_there"], told["units_of_run"]) == (False, 2, UNITS)
 
     def test_a_unit_that_failed_and_fails(self, small):
         path = small.checkpoint(1)
@@ -122,6 +140,17 @@ class TestAgrees:
         for seed in range(4):  # one that failed is among them whatever is drawn
             assert any(key[0] == 1 for key in choose(recorded, 1, seed))
         assert "agrees" in verify("lost.csv", "--units", "1").stdout
+
+    def test_a_unit_that_failed_and_has_no_rows(self, small):
+        path, whole = small.checkpoint(1), small.checkpoint(1).read_bytes()
+        path.write_bytes(whole[:-5])
+        small.run("imbalance", small.folder / "lost.csv", code=3)
+        recorded = read_recorded(Path("lost.csv"), Trust("mine.py:task"))
+        assert (recorded.finished, recorded.missing(9)) == (True, [])
+        verify("lost.csv", "--units", UNITS)
+        path.write_bytes(whole)  # it could have been had
+        shown = verify("lost.csv", "--units", "1", "--anyway", code=1).stdout
+        assert f"0 rows in the file, {BATCH} now" in shown
 
     def test_the_choice(self, small):
         recorded = read_recorded(Path("gamma.csv"), Trust("mine.py:task"))
@@ -154,7 +183,42 @@ class TestDiffers:
         assert [unit["agrees"] for unit in units] == [False] + [True] * (BATCHES - 1)
         assert told in f"{units[0]['problem']} {units[0]['where']}"
 
+    @pytest.mark.parametrize("stages", [[0, 1], [2]])
+    def test_whole_units_are_missing(self, small, stages):
+        table = read_results(Path("gamma.csv"))
+        write_results(table[~table["stage"].isin(stages)], Path("gamma.csv"))
+        message = verify("gamma.csv", "--units", "1", "-o", "report.json", code=1).stderr
+        lost = len(stages) * BATCHES
+        assert f"{lost} of {UNITS} units of the run, which came to its end, are not in" in message
+        for stage in stages:
+            assert f"epoch={stage}.safetensors batch 1" in message
+        told = json.loads(Path("report.json").read_text())
+        assert told["first_missing"] == [[s, b] for s in stages for b in range(BATCHES)]
+        assert all(unit["agrees"] for unit in told["units"])
+
+    def test_many_units_are_missing(self, small):
+        recorded = read_recorded(Path("gamma.csv"), Trust("mine.py:task"))
+        more = {f"c{i}": "" for i in range(20)}
+        found = recorded.identity | {"checkpoints": recorded.identity["checkpoints"] | more}
+        message = _lost(replace(recorded, identity=found), UNITS)
+        assert message.startswith("40 of 46 units")
+        assert message.endswith("c5 batch 1\n  and 28 more")
+
+    def test_no_rows(self, small):
+        write_results(read_results(Path("gamma.parquet")).iloc[:0], Path("gamma.parquet"))
+        assert "has no rows" in verify("gamma.parquet", code=2).stderr
+
+    def test_a_gap_and_iterations_that_would_excuse_anything(self, small):
+        table = read_results(Path("gamma.csv"))
+        for name in ("gamma_ng_upper", "gamma_min"):
+            table[name] *= 100
+        write_results(table.assign(iterations=1), Path("gamma.csv"))
+        tell("gamma.csv", lambda told: told["identity"]["options"].update(gap=1e9))
+        message = verify("gamma.csv", "--units", UNITS, code=1).stderr
+        assert f"{UNITS} of {UNITS} units of gamma.csv are not what it says" in message
+
     def test_rows_missing_or_too_many(self, small):
+        tell("gamma.csv", unfinish)
         table = read_results(Path("gamma.csv")).iloc[:4]
         write_results(table.iloc[1:], Path("gamma.csv"))
         assert "3 rows in the file, 4 now" in verify("gamma.csv", code=1).stdout
@@ -208,8 +272,10 @@ class TestChanged:
         monkeypatch.setattr(ngeval.identity, "code", lambda: CODE | {"ngeval": "1"})
         tell("gamma.csv", lambda m: m["machine"].update(cpu="abacus"))
         shown = verify("gamma.csv").stdout
-        assert 'code.ngeval: "0" then, "1" now' in shown
-        assert 'machine.cpu: "abacus" then, ' in shown
+        assert '\n  code.ngeval: "0" then, "1" now\n  machine.cpu: "abacus" then, ' in shown
+        lines = shown[shown.index("computed elsewhere:") :].splitlines()
+        assert lines[0] == "computed elsewhere:"
+        assert [line.split(":")[0] for line in lines[1:3]] == ["  code.ngeval", "  machine.cpu"]
 
     def test_more_checkpoints_since(self, small):
         shutil.copy(small.checkpoint(0), "epoch=00.safetensors")
@@ -261,22 +327,35 @@ class TestTrust:
     ODD: ClassVar = {
         "identity": [None, [], 7, {}],
         "options": [None, "x", {}],
-        "options.batch_size": ["5", 5.0, True, None, 0, 6],
-        "options.num_batches": [10**12, -1, 3],
+        "options.batch_size": ["5", 5.0, True, None, 0, 6, -5, 10**15],
+        "options.num_batches": [10**12, -1, 3, 0],
         "options.seed": [-1, 2**70],
         "options.checkpoint": ["epoch", [1], [["a"]], []],
         "options.device": ["nowhere", 3],
-        "options.memory": [5, "much"],
+        "options.memory": [5, "much", True, ["1GiB"], "9" * 400, "9" * 5000 + "GiB"],
         "options.optimizer_state": ["x", [None], ["nowhere.pt"]],
         "identity.options": [None, {}, []],
         "identity.options.kind": ["study", None, ["gamma"]],
-        "identity.options.methods": ["sgd", [], [None], ["nothing"], [["sgd"]]],
-        "identity.options.dampings": [[], [-1.0], ["x"], 1.0, [True]],
-        "identity.options.gap": ["x", None],
+        "identity.options.methods": ["sgd", [], [None], ["nothing"], [["sgd"]], ["sgd"] * 1001],
+        "identity.options.dampings": [[], [-1.0], ["x"], 1.0, [True], [10**400], [0.5] * 10_001],
+        "identity.options.gap": ["x", None, 0, -1e-4, math.nan, math.inf, 10**400],
+        "identity.options.metric_batches": [0, -1, 10**12, "every", 2.0, True],
         "identity.options.more": [1],
         "identity.checkpoints": [None, [], {}, {"x": 1}],
         "identity.batches": [None, {}, [], [1], 10**9],
         "identity.settings": [None, [1]],
+        "complete": [None, 1, "yes", False],
+        "failed_units": [
+            None,
+            3,
+            [3],
+            [[0]],
+            [[0, 9]],
+            [[-1, 0]],
+            [[0, 0, 0]],
+            [["0", 0]],
+            [[0, 0]],
+        ],
     }
 
     @pytest.mark.parametrize("name", ODD)
@@ -294,6 +373,28 @@ class TestTrust:
             with pytest.raises(NgevalError):
                 begin("gamma.csv")
             shutil.copy("kept.json", manifest_path(Path("gamma.csv")))
+
+    def test_more_units_than_there_can_be(self, small, monkeypatch):
+        monkeypatch.setattr(ngeval.manifest_checks, "MOST_UNITS", UNITS - 1)
+        with pytest.raises(NgevalError, match="more than 5 units"):
+            begin("gamma.csv")
+
+    def test_a_batch_of_10_to_the_15_is_refused_before_it_is_made(self, small, monkeypatch):
+        monkeypatch.setattr(ngeval.verification, "make_run", lambda *_: pytest.fail("made"))
+        tell("gamma.csv", lambda told: told["options"].update(batch_size=10**15))
+        message = verify("gamma.csv", code=2).stderr
+        assert "num_batches × batch_size is 2.0e+15 samples; at most 1e+07 are" in message
+
+    @pytest.mark.parametrize("told", [lambda *_: [range(10**15)], lambda *_: [itertools.count()]])
+    def test_indices_without_end(self, monkeypatch, told):
+        monkeypatch.setattr(ngeval.tasks.base, "MOST_SAMPLES", 1000)
+        task = replace(get_task("digits-mlp"), load_indices=told)
+        assert task.indices(10, 1, 0) is None  # whatever the task says of ten
+        assert task.indices(10**15, 1, 0) is None
+        monkeypatch.setattr(ngeval.tasks.base, "MOST_SAMPLES", 10)
+        assert replace(task, load_indices=lambda *_: [range(10)]).indices(10, 1, 0) == [
+            [*range(10)]
+        ]
 
     def test_no_manifest_or_none_of_a_run(self, small):
         place = manifest_path(Path("gamma.csv"))
@@ -344,8 +445,21 @@ class TestCompare:
         assert not self.agrees(rows(gamma=[1.0, 2 + 1e-6]))  # sgd's own: no run is behind it
         assert self.agrees(rows(decrease=[3 * (1 + 9e-3), 3.0]))  # √gap: γ is stationary there
         assert not self.agrees(rows(decrease=[3.0, 3 * (1 + 9e-3)]))
-        exact = rows(iterations=0)
-        assert not self.agrees(rows(iterations=0, gamma_min=1 + 9e-5), exact)
+        assert not self.agrees(rows(iterations=0, gamma_min=1 + 9e-5), rows(iterations=0))
+
+    def test_a_gap_has_an_end(self):
+        for factor, expected in ((0.9, True), (1.1, False)):
+            now = rows(gamma_min=1 / (1 - factor * MOST_GAP))
+            assert compare((0, 0), "c", rows(), now, None, gap=1e9).agrees is expected
+
+    def test_the_file_does_not_say_what_is_a_krylov_runs(self):
+        now = rows(iterations=0)
+        for change in ({"gamma_min": 1 + 9e-5}, {"decrease": [3 * (1 + 9e-3), 3.0]}):
+            verdict = compare((0, 0), "c", rows(iterations=1, **change), now, None, gap=1e-4)
+            assert not verdict.agrees
+            assert "--tolerance allows their gap" in verdict.note
+        assert self.agrees(now, rows(iterations=1))
+        assert self.agrees(rows(gamma_min=1 + 9e-5), rows(iterations=0))
 
     def test_a_cosine_is_of_one(self):
         assert self.agrees(rows(cosine_sgd=2e-9))

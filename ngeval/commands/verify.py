@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +17,12 @@ from ngeval.agreement import Verdict, as_record
 from ngeval.commands.common import say
 from ngeval.errors import OutputError
 from ngeval.files import replace_file
-from ngeval.identity import listed
+from ngeval.identity import MANY, listed
 from ngeval.manifest import machine, plain, versions
 from ngeval.options import ForceOption, QuietOption
 from ngeval.results import check_output
 from ngeval.verification import (
+    Recorded,
     Trust,
     changes,
     check_unchanged,
@@ -77,7 +77,10 @@ def verify(
     an optimizer's class, pickles, a repository's code) you pass again. Changed checkpoints, data or
     settings are refused, other versions or hardware are told.
 
-    Exit code 0: all agree; 1: some do not; 2: it cannot be verified.
+    The units are counted, too: a table that lacks some of a run that came to its end does not
+    agree.
+
+    Exit code 0: all agree; 1: some do not, or are missing; 2: it cannot be verified.
 
     [bold]Examples:[/bold]
 
@@ -100,6 +103,9 @@ def verify(
     for what, lines in (("made of something else", changed), ("computed elsewhere", elsewhere)):
         if lines:
             say(out, f"{what}:{listed(lines)}")
+    missing, there = recorded.missing(MANY), len(recorded.units)
+    if missing and not recorded.finished:
+        say(out, f"of a run that is not finished: {there} of {recorded.num_units} units are in it")
     keys, found = choose(recorded, units, seed), list[Verdict]()
     steps = max(1, len(recorded.work.steps))
     with console.progress_bar(quiet) as bar:
@@ -114,20 +120,34 @@ def verify(
     if output is not None:
         told = {
             **{"results": results, "seed": seed, "changed": changed, "elsewhere": elsewhere},
+            **{"finished": recorded.finished, "units_there": there},
+            **{"units_of_run": recorded.num_units, "first_missing": missing},
             **{"units": [as_record(verdict) for verdict in found]},
             **{"versions": versions(), "machine": machine()},
         }
         text = json.dumps(plain(told), ensure_ascii=False, indent=2) + "\n"
         replace_file(output, lambda place: place.write_text(text, encoding="utf-8"))
-    out.print(_table(found, len(recorded.rows)))
+    out.print(_table(found, there))
     wrong = sum(not verdict.agrees for verdict in found)
     if wrong:
-        print(
-            f"ngeval: {wrong} of {len(found)} units of {results} are not what it says",
-            file=sys.stderr,
-        )
+        console.complain(f"{wrong} of {len(found)} units of {results} are not what it says")
+    lost = bool(missing) and recorded.finished
+    if lost:
+        console.complain(_lost(recorded, there))
+    if wrong or lost:
         raise typer.Exit(DISAGREES)
-    say(out, f"{results}: {len(found)} of {len(recorded.rows)} units computed anew, all agree")
+    say(out, f"{results}: {len(found)} of {there} units computed anew, all agree")
+
+
+def _lost(recorded: Recorded, there: int) -> str:
+    """Which units of a run that came to its end are not in its table."""
+    names, lost = list(recorded.identity["checkpoints"]), recorded.num_units - there
+    shown = [f"\n  {names[stage]} batch {batch}" for stage, batch in recorded.missing(MANY)]
+    more = f"\n  and {lost - len(shown)} more" if lost > len(shown) else ""
+    return (
+        f"{lost} of {recorded.num_units} units of the run, which came to its end, are not in "
+        f"{recorded.path}:{''.join(shown)}{more}"
+    )
 
 
 def _table(found: list[Verdict], count: int) -> Table:
@@ -158,4 +178,5 @@ def _place(one: Verdict) -> str:
     if one.difference == 0:
         return "–"
     told: dict[str, Any] = dict(one.where)
-    return ", ".join([str(told.pop("column")), *(f"{k} {v}" for k, v in told.items())])
+    place = ", ".join([str(told.pop("column")), *(f"{k} {v}" for k, v in told.items())])
+    return place if one.agrees or not one.note else f"{place} ({one.note})"

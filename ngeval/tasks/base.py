@@ -19,6 +19,9 @@ Batch = tuple[Inputs, Tensor]
 LoadBatches = Callable[[int, int | None, int], Iterable[Batch]]
 LoadIndices = Callable[[int, int | None, int], Iterable[Iterable[int]]]
 
+MOST_SAMPLES = 10_000_000
+"""In a run's batches: no manifest tells the indices of more."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -100,18 +103,24 @@ class Task:
             )
 
     def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
-        """Which samples of the data the batches hold, None where the task does not tell.
+        """Which samples of the data the batches hold.
+
+        None where the task does not tell, or where there are more than `MOST_SAMPLES`: a manifest
+        is no place for them.
 
         Raises:
             TaskError: ``load_indices`` failed, or tells of fewer batches than asked for.
         """
-        if self.load_indices is None:
+        if self.load_indices is None or batch_size * num_batches > MOST_SAMPLES:
             return None
+        found, left = list[list[int]](), MOST_SAMPLES
         with self._errors("load_indices"):
             batches = iter(self.load_indices(batch_size, num_batches, seed))
-            found = [
-                [int(index) for index in batch] for batch in itertools.islice(batches, num_batches)
-            ]
+            for batch in itertools.islice(batches, num_batches):
+                found.append([int(index) for index in itertools.islice(batch, left + 1)])
+                left -= len(found[-1])
+                if left < 0:
+                    return None
         if len(found) < num_batches:
             raise TaskError(
                 f"task {self.name!r}: load_indices tells of {len(found)} batches of {num_batches}"
