@@ -457,7 +457,9 @@ class TestCompare:
         for change in ({"gamma_min": 1 + 9e-5}, {"decrease": [3 * (1 + 9e-3), 3.0]}):
             verdict = compare((0, 0), "c", rows(iterations=1, **change), now, None, gap=1e-4)
             assert not verdict.agrees
-            assert "--tolerance allows their gap" in verdict.note
+            assert "if it had less memory, pass a --tolerance" in verdict.note
+        far = compare((0, 0), "c", rows(iterations=1, gamma_min=2.0), now, None, gap=1e-4)
+        assert (far.agrees, far.note) == (False, "")
         assert self.agrees(now, rows(iterations=1))
         assert self.agrees(rows(gamma_min=1 + 9e-5), rows(iterations=0))
 
