@@ -19,6 +19,7 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.krylov import GAP
 
 MAX_SEED = 2**32 - 1
+MOST_BYTES = 2**60
 MAX_COUNT = 10_000
 """Values in a range; more are a typing error."""
 
@@ -332,7 +333,10 @@ def parse_bytes(text: str | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise InputError(f"memory {text!r}: write an amount like 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    count = float(match[1]) * _UNITS[match[2].upper()]
+    if not count < MOST_BYTES:
+        raise InputError(f"memory {text[:40]!r} is more than there is anywhere")
+    return int(count)
 
 
 def parse_metric(text: str | None) -> int | str | None:

@@ -84,7 +84,7 @@ def check_dampings(dampings: Iterable[float]) -> list[float]:
         raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
     try:
         values = [float(damping) for damping in dampings]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"dampings must be numbers: {error}") from error
     if not values:
         raise InputError("no damping given; λ = 0 asks for the pseudo-inverse")

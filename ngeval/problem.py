@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ngeval.checks import Inputs
 from ngeval.directions import Direction, largest, vector_of
@@ -34,8 +35,6 @@ from ngeval.probes import (
 from ngeval.sharding import Shards, shards_of
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from ngeval.fisher import FisherOperator
 
 T = TypeVar("T")

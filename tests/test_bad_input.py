@@ -297,6 +297,15 @@ def run(line):
     return CliRunner().invoke(app, shlex.split(line))
 
 
+def assert_incomplete(result, *words):
+    """Exit code 3: units are missing, which one message says with these words."""
+    assert result.exit_code == 3, (result.exit_code, result.output, repr(result.exception))
+    assert "Traceback" not in result.output
+    assert result.stderr.count("ngeval: ") == 1
+    for word in (*words, "could not be graded, the others are done"):
+        assert word in result.stderr, (word, result.stderr)
+
+
 def assert_refused(result, *words):
     """Exit code 2, one message and nothing else on stderr, with these words."""
     shown = result.output
@@ -564,31 +573,38 @@ class TestPickle:
 class TestFinishedRowsSurvive:
     def test_a_bad_second_checkpoint(self, place, tmp_path):
         more = f"{place}/wrong.safetensors"
-        result = run(f"gamma {grade(place)} {more} --methods sgd,ef -o {tmp_path}/g.csv")
-        assert_refused(result, "wrong.safetensors", "missing: bias")
+        result = run(f"gamma {grade(place)} {more} --methods sgd,ef -q -o {tmp_path}/g.csv")
+        assert_incomplete(result, "wrong.safetensors", "missing: bias")
         table = pd.read_csv(tmp_path / "g.csv")
-        assert set(table["checkpoint"]) == {f"{place}/good.safetensors"}
-        assert len(table) == 8
+        good = table["checkpoint"] == f"{place}/good.safetensors"
+        assert (good.sum(), len(table)) == (8, 16)
+        assert (table.loc[good, "status"] == "ok").all()
+        assert (table.loc[~good, "status"] == "failed").all()
+        assert table.loc[~good, "reason"].str.contains("missing: bias").all()
 
     def test_infinite_weights_in_a_second_checkpoint_are_told_by_file(self, place, tmp_path):
         more = f"{place}/infinite.safetensors"
-        result = run(f"gamma {grade(place)} {more} --methods sgd -o {tmp_path}/g.csv")
-        assert_refused(result, "'weight'", "infinite.safetensors")
-        assert len(pd.read_csv(tmp_path / "g.csv")) == 4
+        result = run(f"gamma {grade(place)} {more} --methods sgd -q -o {tmp_path}/g.csv")
+        assert_incomplete(result, "'weight'", "infinite.safetensors")
+        assert pd.read_csv(tmp_path / "g.csv")["status"].value_counts()["ok"] == 4
+
+    def test_a_bad_second_batch(self, place, tmp_path):
+        task = grade(place, task="second_batch")
+        result = run(f"gamma {task} --methods sgd,ef -q -o {tmp_path}/g.jsonl")
+        assert_incomplete(result, "batch 1: ", "outside the classes 0..2")
+        table = pd.read_json(tmp_path / "g.jsonl", lines=True)
+        assert table.groupby("batch")["status"].unique().explode().tolist() == ["ok", "failed"]
 
     @pytest.mark.parametrize(
-        ("task", "words"),
-        [
-            ("second_batch", ("outside the classes 0..2",)),
-            ("later_batches_raise", ("disk went away",)),
-            ("too_few", ("1 batches of 2",)),
-        ],
+        ("task", "word"),
+        [("later_batches_raise", "disk went away"), ("too_few", "1 batches of 2")],
     )
-    def test_a_bad_second_batch(self, place, tmp_path, task, words):
-        result = run(f"gamma {grade(place, task=task)} --methods sgd,ef -o {tmp_path}/g.jsonl")
-        assert_refused(result, *words)
-        table = pd.read_json(tmp_path / "g.jsonl", lines=True)
-        assert set(table["batch"]) == {0}
+    def test_a_second_batch_that_is_not_there_is_told_before_the_work(
+        self, place, tmp_path, task, word
+    ):
+        words = f"gamma {grade(place, task=task)} --methods sgd,ef -o"
+        assert_refused(run(f"{words} {tmp_path}/g.jsonl"), word)
+        assert list(tmp_path.iterdir()) == []
 
 
 COMMANDS = {

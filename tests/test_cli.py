@@ -62,10 +62,16 @@ def dict_batches(*args):
     return (({"right": x[:, 2:], "left": x[:, :2]}, y) for x, y in batches(*args))
 
 
+passes = []
+
+
 def interrupted_batches(*args):
+    """In the second pass, in which the batches are graded; in the first they are hashed."""
     first, second, *_ = batches(*args)
+    passes.append(args)
     yield first
-    os.kill(os.getpid(), signal.SIGINT)
+    if len(passes) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
     yield second
 
 

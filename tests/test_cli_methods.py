@@ -441,7 +441,7 @@ class TestCompare:
         result = run("compare", *args, "--dampings", "1", "-o", tmp_path / "out", code=130)
         assert "interrupted" in result.stderr
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["results.parquet", MANIFEST]
+        assert names == ["results.parquet", "results.parquet.journal", MANIFEST]
         assert len(pd.read_parquet(tmp_path / "out" / "results.parquet")) == 4
 
     @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class TestInterruption:
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
         told = read_manifest(output)
         assert told["complete"]
-        assert len(told["resumed"]) == 1
+        assert len(told.get("resumed", [])) == (units > 0)  # of nothing, a new run was begun
         assert files(output.parent) == {"g.csv", "g.csv.manifest.json"}
 
     @pytest.mark.parametrize("kind", [".parquet", ".jsonl"])

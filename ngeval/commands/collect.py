@@ -322,9 +322,12 @@ class _Table:
         return entries
 
     def leave(self, num_units: int) -> None:
-        """Before the end: what is there is kept."""
+        """Before the end: what is there is kept; where there is nothing, no trace of a run is."""
         with contextlib.suppress(OutputError):  # a full disk; the journal has all that fitted
             entries = self.flush()
+            if not entries:
+                self.journal.remove()
+                return
             print(
                 f"{len(entries)} of {num_units} units are done; the same command with --resume "
                 "goes on",

@@ -105,7 +105,7 @@ class Task:
     def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
         """Which samples of the data the batches hold.
 
-        None where the task does not tell, or where there are more than `MOST_SAMPLES`: a manifest
+        None where the task does not tell, or where there are more than ten million: a manifest
         is no place for them.
 
         Raises:
