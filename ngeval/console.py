@@ -67,7 +67,8 @@ class Commands(TyperGroup):
             complain(str(error))
             raise typer.Exit(2) from error
         except Terminated:
-            complain(f"terminated; {KEPT}")
+            if os.environ.get("RANK", "0") == "0":  # torchrun ends the others as it ends itself
+                complain(f"terminated; {KEPT}")
             raise typer.Exit(143) from None
         except KeyboardInterrupt:
             complain(f"interrupted; {KEPT}")
