@@ -1,8 +1,9 @@
-"""What a run takes up: bytes of a process at its peak, and of the files that it writes."""
+"""What a run takes up, and of what: bytes of a process at its peak, of files; cores and GPUs."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from torch import nn
 
 from ngeval.results import ResultFile
 
@@ -35,9 +37,28 @@ class Peak:
         self.bytes = number
 
 
+def is_gpu(device: str) -> bool:
+    """Whether a device is one of CUDA's."""
+    return torch.device(device).type == "cuda"
+
+
+def device_count(device: str) -> int:
+    """GPUs, or cores that this process may use."""
+    if is_gpu(device):
+        return torch.cuda.device_count()
+    usable = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def memory_in_use(device: str) -> int:
     """Bytes that this process holds on a device; on the CPU, its resident set."""
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
@@ -50,7 +71,7 @@ def watch_memory(device: str) -> Iterator[Peak]:
     thread has seen: what lives shorter than `WATCH_SECONDS` may be missed.
     """
     peak = Peak(memory_in_use(device))
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         try:
             yield peak

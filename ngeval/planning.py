@@ -7,7 +7,6 @@ the unit's time; otherwise what the smaller ones cost is extrapolated (`ngeval.l
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import CheckpointLoader
-from ngeval.errors import InputError
-from ngeval.footprint import disk_bytes, memory_in_use
+from ngeval.errors import CheckpointError, InputError, NgevalError
+from ngeval.footprint import device_count, disk_bytes, is_gpu, memory_in_use, model_bytes
 from ngeval.functional import map_inputs
 from ngeval.krylov import MAX_ITERATIONS
 from ngeval.ladder import Cost, Rung, extrapolate, predict, rung_sizes
@@ -26,13 +25,7 @@ from ngeval.memory import free_memory
 from ngeval.methods import Method, get_methods
 from ngeval.passes import Passes
 from ngeval.prepared import check_dampings, check_scale
-from ngeval.probing import (
-    Clock,
-    FactorTimer,
-    Job,
-    Measured,
-    Probe,
-)
+from ngeval.probing import Clock, FactorTimer, Job, Measured, Probe
 from ngeval.runs import Grading, Run
 from ngeval.units import labelled, methods_at
 
@@ -71,6 +64,7 @@ class Plan:
         solver: of the natural gradient: ``"dense"`` or ``"krylov"``.
         unit: what a unit costs.
         measured: N was reached: nothing is extrapolated.
+        launch_seconds: until the process begins with the run: Python's start and imports.
         startup_seconds: building the model, and what a process does once.
         load_seconds: a checkpoint with its batches' data.
         model_bytes: of parameters and buffers.
@@ -80,7 +74,7 @@ class Plan:
         rungs: what was measured.
         probe_seconds: what that took.
         device: where.
-        threads: of this process.
+        threads: of this process; on a GPU, where they decide nothing, 1.
         cores: of this machine, or its devices where the run is on a GPU.
         notes: what the plan takes for granted.
     """
@@ -98,6 +92,7 @@ class Plan:
     solver: str
     unit: Cost
     measured: bool
+    launch_seconds: float
     startup_seconds: float
     load_seconds: float
     model_bytes: int
@@ -139,7 +134,8 @@ class Plan:
         """
         units = math.ceil(self.units / ranks)
         loads = min(self.checkpoints, units)
-        return self.startup_seconds + loads * self.load_seconds + units * self.unit.seconds
+        once = self.launch_seconds + self.startup_seconds
+        return once + loads * self.load_seconds + units * self.unit.seconds
 
     def seconds_here(self, ranks: int) -> float:
         """On k ranks of this machine, if they wait for each other wherever they share a core."""
@@ -158,6 +154,7 @@ def plan(
     groups: str | int = "layer",
     probe_seconds: float = PROBE_SECONDS,
     max_samples: int | None = None,
+    launch_seconds: float = 0.0,
     on_step: Told | None = None,
     clock: Clock = time.perf_counter,
 ) -> Plan:
@@ -174,10 +171,14 @@ def plan(
         groups: of ``"layers"``.
         probe_seconds: what may be measured for; the first and smallest unit is always run.
         max_samples: the most samples of a batch to try; None: all, if there is time.
+        launch_seconds: what a process takes to start, besides what is measured here.
         on_step: told what is measured next.
         clock: seconds.
 
+    A checkpoint that cannot be loaded is passed over, as the run would pass over it, and noted.
+
     Raises:
+        CheckpointError: none can be loaded: why the first cannot.
         InputError: unknown command, method or scale, or a time that is not positive.
         NgevalError: what the run itself would raise at its first unit.
     """
@@ -189,7 +190,7 @@ def plan(
         methods_at(resolved, run.stage(index))  # what is missing is an error now
     tell = on_step or (lambda _: None)
     tell("loading")
-    probe, startup, load = _loaded(run, job, clock, started)
+    probe, startup, load, notes = _loaded(run, job, clock, started)
     held = memory_in_use(run.device)
     busy = time.perf_counter(), time.process_time()
     until = started + probe_seconds
@@ -206,7 +207,8 @@ def plan(
     )
     if command == "imbalance":
         unit = replace(unit, rows=size)
-    unit, ratio = _averaged(probe, resolved, held, until, unit, last.rung, tell)
+    unit, more = _averaged(probe, resolved, held, until, unit, last.rung, tell)
+    notes += [*more, *_notes(last, unit, share)]
     form = probe.form(problem, resolved)
     return Plan(
         command,
@@ -216,18 +218,19 @@ def plan(
         *(problem.engine, form.kernel, "dense" if form.dense else "krylov"),
         unit,
         rungs[-1].samples == size,
+        launch_seconds,
         startup + max(0.0, first - rungs[0].seconds),
         load,
-        _model_bytes(probe.model),
+        model_bytes(probe.model),
         held,
         probe.memory,
         disk_bytes(labelled(last.table, run.columns((0, 0))), unit.rows, run.num_units),
         tuple(rungs),
         clock() - started,
         run.device,
-        torch.get_num_threads(),
-        _devices(run.device),
-        tuple(_notes(last, unit, ratio, share)),
+        1 if is_gpu(run.device) else torch.get_num_threads(),
+        device_count(run.device),
+        tuple(notes),
     )
 
 
@@ -239,13 +242,15 @@ def _check(job: Job, probe_seconds: float) -> None:
         raise InputError(f"the probe needs a positive number of seconds, not {probe_seconds}")
 
 
-def _loaded(run: Run, job: Job, clock: Clock, started: float) -> tuple[Probe, float, float]:
-    """The first checkpoint with the first batch, the seconds to build, and to load one."""
+def _loaded(
+    run: Run, job: Job, clock: Clock, started: float
+) -> tuple[Probe, float, float, list[str]]:
+    """The first good checkpoint with the first batch; seconds to build, and to load one; notes."""
     base = run.task.model().to(run.device).eval()
     built = clock()
     loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
-    model = loader.load(run.checkpoints[0]).to(run.device).eval()
-    run.on_model(run.checkpoints[0], model)
+    stage, model, begun, notes = _first_good(run, loader, clock)
+    run.on_model(run.checkpoints[stage], model)
     loaded = clock()
     batches = run.task.batches(run.batch_size, run.num_batches, run.seed)
     inputs, targets = next(batches)
@@ -262,9 +267,30 @@ def _loaded(run: Run, job: Job, clock: Clock, started: float) -> tuple[Probe, fl
         map_inputs(inputs, lambda t: t.to(run.device)),
         targets.to(run.device),
         run.memory or free_memory(torch.device(run.device)),
-        clock=clock,
+        stage,
+        clock,
     )
-    return probe, built - started, loaded - built + data
+    return probe, built - started, loaded - begun + data, notes
+
+
+def _first_good(
+    run: Run, loader: CheckpointLoader, clock: Clock
+) -> tuple[int, nn.Module, float, list[str]]:
+    """The first checkpoint that can be loaded: its place, the model, since when; notes."""
+    errors: list[CheckpointError] = []
+    for stage, checkpoint in enumerate(run.checkpoints):
+        begun = clock()
+        try:
+            model = loader.load(checkpoint).to(run.device).eval()
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        return stage, model, begun, [_unusable(error) for error in errors]
+    raise errors[0]
+
+
+def _unusable(error: Exception) -> str:
+    return f"a checkpoint cannot be graded, and its rows will be failed ones: {error}"
 
 
 def _climb(
@@ -300,18 +326,27 @@ def _averaged(
     unit: Cost,
     rung: Rung,
     tell: Told,
-) -> tuple[Cost, float | None]:
-    """The mean over the first and the last checkpoint, and the ratio of the two in time.
+) -> tuple[Cost, list[str]]:
+    """The mean over the probe's checkpoint and the last one, and what there is to note.
 
-    Without the time for it, or where there is one checkpoint, the first one's; the ratio is None.
+    Without the time for it, or where the last one is the probe's or none to grade, the probe's.
     """
     run, index = probe.run, len(probe.run.checkpoints) - 1
-    if index == 0 or probe.clock() + 2 * rung.seconds > until:
-        return unit, None
+    if index == probe.stage or probe.clock() + 2 * rung.seconds > until:
+        return unit, []
     tell("the last checkpoint")
-    model = probe.loader.load(run.checkpoints[index]).to(run.device).eval()
-    other = replace(probe, model=model, stage=index).rung(methods, rung.samples, held).rung
+    try:
+        model = probe.loader.load(run.checkpoints[index]).to(run.device).eval()
+        other = replace(probe, model=model, stage=index).rung(methods, rung.samples, held).rung
+    except NgevalError as error:  # which the run goes on after
+        return unit, [_unusable(error)]
     ratio = other.seconds / rung.seconds
+    notes = []
+    if not 1 / (1 + MARGIN) < ratio < 1 + MARGIN:
+        notes.append(
+            f"a unit of the last checkpoint takes {ratio:.2g} times as long as one of the first; "
+            "the plan goes by their mean"
+        )
     mean = (1 + ratio) / 2
     return replace(
         unit,
@@ -319,7 +354,7 @@ def _averaged(
         factoring=mean * unit.factoring,
         krylov=mean * unit.krylov,
         memory=max(unit.memory, unit.memory + other.memory - rung.memory),
-    ), ratio
+    ), notes
 
 
 def _expected(rungs: Sequence[Rung], size: int) -> float:
@@ -339,31 +374,13 @@ def _most_iterations(probe: Probe, last: Measured) -> int:
     return int(min(MAX_ITERATIONS, size, max(2, probe.memory // (2 * 8 * size))))
 
 
-def _model_bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _devices(device: str) -> int:
-    """GPUs, or cores that this process may use."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.device_count()
-    usable = getattr(os, "sched_getaffinity", None)  # not everywhere
-    return len(usable(0)) if usable else os.cpu_count() or 1
-
-
-def _notes(last: Measured, unit: Cost, ratio: float | None, share: float) -> list[str]:
+def _notes(last: Measured, unit: Cost, share: float) -> list[str]:
     """What the plan takes for granted."""
     notes = []
     if share < LITTLE and last.problem.device.type == "cpu":
         notes.append(
-            f"other programs keep this machine busy: the probe had {share:.0%} of a core, and "
-            "alone a run would be faster by as much"
-        )
-    if ratio is not None and not 1 / (1 + MARGIN) < ratio < 1 + MARGIN:
-        notes.append(
-            f"a unit of the last checkpoint takes {ratio:.2g} times as long as one of the first; "
-            "the plan goes by their mean"
+            f"other programs took {1 - share:.0%} of the processor meanwhile; on an idle machine "
+            f"the run is about {1 / max(share, 0.01):.2g} × faster"
         )
     if "status" in last.table:
         lost = last.table[last.table["status"] == "failed"]

@@ -453,7 +453,8 @@ class TestCommand:
         options = ("--methods", "sgd,ef", "--dampings", "1e-3,1", "--ranks", "1,16")
         shown = call(*asked, *options, "--output", path).stdout
         assert "5 units: 1 checkpoints × 5 batches of 8" in shown
-        assert "measured on all 8 samples" in shown
+        assert "a unit, measured on all 8 samples" in shown
+        assert "starting the program" in shown
         assert "on 16 ranks" in shown
         assert "--shard samples" in shown
         told = json.loads(path.read_text())
@@ -461,6 +462,29 @@ class TestCommand:
         assert told["unit"]["rows"] == 4
         assert told["ranks"]["16"]["seconds"] < told["ranks"]["1"]["seconds"]
         assert told["disk"].keys() == {".csv", ".parquet", ".jsonl"}
+
+    def test_checkpoints_that_cannot_be_loaded_are_noted(self, asked, tmp_path):
+        folder, path = tmp_path / "several", tmp_path / "plan.json"
+        folder.mkdir()
+        for name in ("epoch-1.pt", "epoch-3.pt"):
+            (folder / name).write_bytes(b"no checkpoint")
+        torch.save(torch.nn.Linear(4, 3).state_dict(), folder / "epoch-2.pt")
+        options = ("-m", "sgd", "--no-natural", "--output", path)
+        shown = call(*asked[:3], folder, *asked[4:], *options).stdout
+        assert "15 units" in shown
+        assert shown.count("cannot be graded") == 2
+        assert "epoch-1.pt" in shown
+        assert "epoch-3.pt" in shown
+        told = json.loads(path.read_text())
+        parts = told["launch_seconds"] + told["startup_seconds"] + 3 * told["load_seconds"]
+        assert told["ranks"]["1"]["seconds"] == pytest.approx(parts + 15 * told["unit"]["seconds"])
+        assert told["launch_seconds"] > 0
+
+    def test_other_ranks_of_torchrun_are_silent(self, asked, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr("ngeval.planning.plan", lambda *_, **__: pytest.fail("a plan is made"))
+        assert call(*asked).output == ""
 
     def test_quiet(self, asked):
         assert call(*asked, "--methods", "sgd", "--no-natural", "--quiet").output == ""

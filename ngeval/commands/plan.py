@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,8 +34,11 @@ from ngeval.options import (
 )
 from ngeval.planning import MARGIN, PROBE_SECONDS, Plan
 from ngeval.prepared import check_dampings
+from ngeval.ranks import own_rank
 from ngeval.results import check_output
 from ngeval.runs import Grading
+
+PASSES = ("forward", "backward", "tangent")
 
 STEPS = 8
 """At most so many things are told of while a plan is made."""
@@ -77,6 +81,9 @@ def plan(
 
     ngeval plan --task my.py:task -c 'runs/*.safetensors' -m sgd,kfac,ng --ranks 1,4,16 -o plan.json
     """
+    launched = time.process_time()  # imports; a wall clock would count what other programs took
+    if own_rank() > 0:  # one plan is enough, and others would only slow its probe down
+        return
     counts = parse_ranks(ranks)
     if output is not None:
         check_output(output, (".json",), force=force)
@@ -99,6 +106,7 @@ def plan(
             how,
             command=command,
             probe_seconds=probe_seconds,
+            launch_seconds=launched,
             on_step=tell,
         )
         bar.update(task, description="planning", completed=STEPS)
@@ -171,47 +179,66 @@ def between(value: float) -> str:
 
 def unit_table(made: Plan) -> Table:
     """What a unit and the whole run take."""
-    unit, whole = made.unit, made.passes
+    unit = made.unit
     if made.measured:
         how = f"measured on all {made.batch_size} samples"
     else:
         how = f"from up to {made.rungs[-1].samples} of {made.batch_size} samples"
     table = Table(
         title=f"{made.units:,} units: {made.checkpoints:,} checkpoints × {made.batches:,} batches "
-        f"of {made.batch_size:,}; {made.methods} methods, {made.dampings} dampings; {how}"
+        f"of {made.batch_size:,}; {made.methods} methods, {made.dampings} dampings"
     )
-    for name in ("", "a unit", "the run"):
+    for name in ("", "one", "times", "the run"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("time", duration(unit.seconds), duration(made.seconds()))
+
+    def add(name: str, seconds: float, times: int) -> None:
+        table.add_row(name, duration(seconds), f"{times:,}", duration(times * seconds))
+
+    add("starting the program", made.launch_seconds, 1)
+    add("starting the run: the model, first calls", made.startup_seconds, 1)
+    add("loading a checkpoint with its data", made.load_seconds, made.checkpoints)
+    add(f"a unit, {how}", unit.seconds, made.units)
+    table.add_row("time in all", "", "", duration(made.seconds()), end_section=True)
     if unit.factoring:
-        share = made.units * unit.factoring
-        table.add_row("  factorisations", duration(unit.factoring), duration(share))
+        add("factorisations of a unit", unit.factoring, made.units)
     if unit.iterations:
-        table.add_row(
-            f"  Krylov run, {unit.iterations} iterations",
-            duration(unit.krylov),
-            duration(made.units * unit.krylov),
-        )
+        add(f"Krylov run of a unit, {unit.iterations} iterations", unit.krylov, made.units)
+    amounts = {
+        "a unit in gradient equivalents": made.gradient_equivalents,
+        **{f"{name} passes of a unit": getattr(unit.passes, name) for name in PASSES},
+    }
+    for name, once in amounts.items():
+        table.add_row(name, amount(once), f"{made.units:,}", amount(made.units * once))
     table.add_row(
-        "in gradients (forward and backward)",
-        f"{made.gradient_equivalents:.3g}",
-        f"{made.units * made.gradient_equivalents:,.0f}",
+        "rows of a unit", f"{unit.rows:,}", f"{made.units:,}", f"{made.units * unit.rows:,}"
     )
-    for name in ("forward", "backward", "tangent"):
-        once = getattr(unit.passes, name)
-        table.add_row(f"{name} passes", f"{once:.4g}", f"{getattr(whole, name):,.0f}")
-    table.add_row("loading, a checkpoint", duration(made.load_seconds), "")
-    table.add_row("peak memory of the process", describe_bytes(made.peak_bytes), "the same")
+    table.add_row("peak memory of the process", "", "", describe_bytes(made.peak_bytes))
     for suffix, size in made.disk.items():
-        table.add_row(f"results as {suffix}", f"{unit.rows:,} rows", describe_bytes(size))
+        table.add_row(f"results as {suffix}", "", "", describe_bytes(size))
     return table
+
+
+def amount(value: float) -> str:
+    """A number with three digits at most.
+
+    >>> [amount(value) for value in (0.0625, 18, 1234.5, 2_345_678)]
+    ['0.0625', '18', '1,230', '2,350,000']
+    """
+    return f"{float(f'{value:.3g}'):,.12g}"
 
 
 def ranks_table(made: Plan, ranks: list[int]) -> Table:
     """What it takes on several ranks."""
-    device = "device" if made.device.startswith("cuda") else "machine"
-    table = Table(title="with torchrun")
-    for name in ("ranks", "units of the last to be done", f"a {device} each", "on this machine"):
+    on_gpu = made.device.startswith("cuda")
+    own = "a GPU" if on_gpu else "a machine"
+    here = f"{made.cores} {'GPUs' if on_gpu else 'cores'}"
+    table = Table(title="time with torchrun")
+    for name in (
+        "ranks",
+        "units on the busiest rank",
+        f"if every rank has {own} like this",
+        f"if all share this machine's {here}",
+    ):
         table.add_column(name, justify="right")
     for count in ranks:
         table.add_row(
@@ -230,7 +257,8 @@ def verdict(made: Plan, ranks: list[int]) -> str:
     line = (
         f"about {duration(made.seconds())} here"
         f"{', ' + ', '.join(several) if several else ''} with a device each "
-        f"(± {MARGIN:.0%}); peak memory {describe_bytes(made.peak_bytes)}; {size} of results"
+        f"(± {MARGIN:.0%}), from the program's start to its end; "
+        f"peak memory {describe_bytes(made.peak_bytes)}; {size} of results"
     )
     if any(count > made.units for count in ranks):
         line += (
