@@ -6,7 +6,6 @@ The first byte says which option the others are for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -16,7 +15,7 @@ from fuzz.targets.base import Target, names, remembered
 from ngeval.checkpoints import find_checkpoints
 from ngeval.commands.listing import relative_pairs
 from ngeval.likelihoods import get_likelihood
-from ngeval.methods import METHODS, get_method, get_methods, registry
+from ngeval.methods import METHODS, get_method, get_methods
 from ngeval.options import (
     parse_bytes,
     parse_dampings,
@@ -72,10 +71,6 @@ VALID: tuple[tuple[str, ...], ...] = (
     ("review: {text}", "{a} and {b}", "{{x}}"),
 )
 """For each reader, what it takes."""
-
-
-registry._plugins = cache(registry._plugins)
-"""Reading all installed packages' entry points for each unknown name takes a tenth of a second."""
 
 
 def attempt(data: bytes, folder: Path) -> None:
