@@ -53,7 +53,8 @@ def identity(
         ``options, settings, checkpoints`` (SHA-256 by name, in order; what cannot be read has its
         error there), ``optimizer_states``, ``task`` (name, likelihood, model, its own files),
         ``batches`` (SHA-256 of inputs and targets, and the samples' indices where the task tells
-        them), ``metric_batches`` and ``code``; plain values only.
+        them), ``metric_batches``, ``code``, and ``accumulated_batches`` where a method has such;
+        plain values only.
 
     Raises:
         TaskError: the task's model or batches cannot be had.
@@ -76,6 +77,8 @@ def identity(
         "metric_batches": _metric_batches(job, options.get("metric_batches")),
         "code": code(),
     }
+    if count := _accumulated(options):  # batches of another seed: seldom those that are graded
+        found["accumulated_batches"] = [hash_batch(*batch) for batch in job.other_batches(count)]
     made: dict[str, Any] = plain(found)
     return made
 
@@ -91,6 +94,12 @@ def _optimizer_states(job: Run, options: Mapping[str, Any]) -> list[Path]:
 def _methods(options: Mapping[str, Any]) -> list[Method]:
     """None where a table of samples is made without any."""
     return get_methods(options["methods"]) if options["methods"] else []
+
+
+def _accumulated(options: Mapping[str, Any]) -> int:
+    """The most batches that an optimizer's state is accumulated over."""
+    counts = [getattr(method, "warmup_batches", None) or 0 for method in _methods(options)]
+    return max(counts, default=0)
 
 
 def code() -> dict[str, str]:

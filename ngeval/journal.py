@@ -48,12 +48,19 @@ class Entry:
 
     Attributes:
         table: its rows.
-        failure: why there is nothing of it (its checkpoint cannot be read, …); empty where it was
-            graded, whatever became of single methods.
+        failure: why it is to be done again: its checkpoint cannot be read, a method had no memory,
+            …; empty where it was graded, whatever else became of single methods.
     """
 
     table: pd.DataFrame
     failure: str = ""
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is nothing of it."""
+        if not self.failure or "status" not in self.table:
+            return bool(self.failure)
+        return bool((self.table["status"] == "failed").all())
 
 
 class Journal:

@@ -51,7 +51,8 @@ def manifest(
         facts: what became of the options (task's name, checkpoints that were found, …).
 
     Returns:
-        ``format, created`` (UTC, ISO 8601), ``command``, ``options``, ``run`` (the facts),
+        ``format, created`` (UTC, ISO 8601), ``command``, ``directory`` (where it was typed, which
+        relative paths in it start from), ``options``, ``run`` (the facts),
         ``versions`` (of ngeval, Python and packages) and ``machine``; plain values only, so that
         it can be written as JSON.
     """
@@ -59,6 +60,7 @@ def manifest(
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv if command is None else command),
+        "directory": _directory(),
         "options": plain(options),
         "run": plain(facts or {}),
         "versions": versions(),
@@ -155,6 +157,14 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     if not isinstance(told, dict):
         raise OutputError(f"{path} is not a manifest: it holds no JSON object; delete it")
     return told
+
+
+def _directory() -> str:
+    """The folder that the process is in; nothing where it was deleted meanwhile."""
+    try:
+        return os.fsencode(Path.cwd()).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _processor() -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
 from ngeval.methods import Method, State
@@ -58,6 +60,18 @@ def failure_reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return f"{OUT_OF_MEMORY} ({str(error).partition(chr(10))[0][:100]})"
     return f"{type(error).__name__}: {error}"
+
+
+def lost_memory(table: pd.DataFrame) -> str:
+    """Why a unit that was graded is to be done again: what it had no memory for, or nothing.
+
+    A method that cannot be computed would fail again; with more memory this would not.
+    """
+    if "reason" not in table:
+        return ""
+    lost = table[table["reason"].str.contains(OUT_OF_MEMORY, regex=False, na=False)]
+    told = zip(lost["method"], lost["reason"], strict=True)
+    return "; ".join(dict.fromkeys(f"{method}: {reason}" for method, reason in told))
 
 
 def check_scale(scale: str) -> None:

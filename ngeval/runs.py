@@ -25,7 +25,7 @@ from ngeval.layers import layer_table
 from ngeval.methods import Method
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.metric import Metric
-from ngeval.prepared import failure_reason
+from ngeval.prepared import failure_reason, lost_memory
 from ngeval.problem import Problem
 from ngeval.ranks import OneProcess, Ranks
 from ngeval.tasks import Batch, Task
@@ -127,12 +127,12 @@ class Run:
             checkpoint.name,
             given[index] if given else checkpoint.optimizer,
             told if isinstance(told, str) else None,
-            self._other_batches,
+            self.other_batches,
             self.optimizer_options,
         )
 
-    def _other_batches(self, count: int) -> Iterator[Batch]:
-        """Batches of the task that are not those that are graded."""
+    def other_batches(self, count: int) -> Iterator[Batch]:
+        """Other batches of the task than are graded, for optimizers to accumulate over."""
         seed = (self.seed + OTHER_BATCHES) % NUM_SEEDS
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
             yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
@@ -175,16 +175,16 @@ class Run:
 
         A unit that cannot be had (an unreadable checkpoint, NaN weights) has the rows that
         ``failed`` makes of the reason and the seed. In ``attrs``: ``"unit"``, its key, and
-        ``"failure"``, why there is nothing of it.
+        ``"failure"``, why it is to be done again, if it is.
 
         Raises:
             TaskError: the task has no such batch.
         """
         units = Units(self, methods)
         for key in self.all_keys() if self.keys is None else self.keys:
-            failure = ""
             try:
                 table = make(units.unit(key))
+                failure = lost_memory(table)
             except TaskError:  # that every checkpoint would fail by
                 raise
             except Exception as error:  # a model may be anybody's; its failure is data

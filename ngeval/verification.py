@@ -45,6 +45,9 @@ from ngeval.work import DESCRIPTIONS, Work
 
 T = TypeVar("T")
 
+MOST_LETTERS = 300
+"""Of what a manifest says of a folder."""
+
 ELSEWHERE = ("code.", "machine.", "settings.device:")
 """Where and by what it was computed: a difference there is told, and should make none."""
 
@@ -96,6 +99,7 @@ class Recorded:
         machine: on which it was computed.
         finished: whether the run came to its end.
         failed: its units that failed, which may have no rows.
+        directory: in which it was started, as the manifest says.
     """
 
     path: Path
@@ -106,6 +110,7 @@ class Recorded:
     machine: dict[str, Any]
     finished: bool
     failed: frozenset[Key]
+    directory: str = ""
 
     @property
     def num_units(self) -> int:
@@ -191,6 +196,7 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
         machine_then if isinstance(machine_then, dict) else {},
         finished,
         failed,
+        str(told.get("directory", "")),
     )
 
 
@@ -205,10 +211,14 @@ def rebuild(recorded: Recorded) -> Run:
         job = make_run(*recorded.groups)
         found = {checkpoint.name: checkpoint for checkpoint in job.checkpoints}
     except (CheckpointError, TaskError) as error:
-        raise type(error)(f"{error}\n{AS_TYPED}") from error
+        raise type(error)(f"{error}\n{_where(recorded)}") from error
     if lost := [name for name in names if name not in found]:
-        raise CheckpointError(f"checkpoint {lost[0]!r} of the run is not there\n{AS_TYPED}")
+        raise CheckpointError(f"checkpoint {lost[0]!r} of the run is not there\n{_where(recorded)}")
     return replace(job, checkpoints=[found[name] for name in names])
+
+
+def _where(recorded: Recorded) -> str:
+    return f"{AS_TYPED}{f' ({recorded.directory[:MOST_LETTERS]})' if recorded.directory else ''}"
 
 
 def changes(recorded: Recorded, job: Run) -> tuple[list[str], list[str]]:

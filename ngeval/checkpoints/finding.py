@@ -47,11 +47,13 @@ class Checkpoint:
         path: the file or folder.
         metadata: what is told beside it (epoch, step, losses, …); empty where nothing is.
         as_built: it is the model as the task builds it, and nothing is loaded.
+        error: why it cannot be graded, where that is known before it is loaded.
     """
 
     path: Path
     metadata: dict[str, Any]
     as_built: bool = False
+    error: str = ""
 
     @property
     def name(self) -> str:
@@ -94,10 +96,11 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
 
     A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter), or a Trainer's run with
     ``checkpoint-500/`` and others inside, or holds checkpoint files or such folders. What a folder
-    or a glob holds comes in natural order (``epoch-2`` before ``epoch-10``).
+    or a glob holds comes in natural order (``epoch-2`` before ``epoch-10``). One with a broken JSON
+    file beside it has its ``error``: the others can be graded.
 
     Raises:
-        CheckpointError: a pattern matches nothing, or a JSON file beside a checkpoint is broken.
+        CheckpointError: a pattern matches nothing.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -117,7 +120,14 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
                 f"save_pretrained's or a PEFT adapter's files), or a glob in quotes{hint}"
             )
         paths += sorted(_without_insides(found), key=_natural_key)
-    return [Checkpoint(path, read_metadata(path)) for path in dict.fromkeys(paths)]
+    return [_checkpoint(path) for path in dict.fromkeys(paths)]
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(path, read_metadata(path))
+    except CheckpointError as error:
+        return Checkpoint(path, {}, error=str(error))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -172,6 +182,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     From a Trainer's ``trainer_state.json``, from the JSON of the same name beside a file, or from
     a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
+
+    Raises:
+        CheckpointError: such a JSON file is broken.
     """
     told: dict[str, Any] = {}
     for word, number in re.findall(r"(epoch|step)=(\d+)", path.name):

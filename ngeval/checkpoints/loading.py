@@ -46,6 +46,8 @@ class CheckpointLoader:
             CheckpointError: see `load_checkpoint`; an adapter does not fit its base model; or
                 adapters and whole models are mixed.
         """
+        if checkpoint.error:
+            raise CheckpointError(checkpoint.error)
         if checkpoint.is_adapter:
             if self._loaded:
                 raise CheckpointError(

@@ -47,7 +47,7 @@ class Collected:
 
     Attributes:
         table: the rows of all units.
-        failures: why units are missing, by key.
+        failures: why units, or parts of them, are missing, by key.
         num_units: how many there are in all.
         names: of checkpoints, by their place.
     """
@@ -88,10 +88,19 @@ class Collected:
         ]
         console.complain(
             f"{len(self.failures)} of {self.num_units} units (checkpoint × batch) could not be "
-            f"graded, the others are done:{''.join(lines)}\nOnce that is mended, the same command "
-            "with --resume does what is missing"
+            f"graded{self._in_part}, the others are done:{''.join(lines)}\nOnce that is mended, "
+            "the same command with --resume does what is missing"
         )
         raise typer.Exit(INCOMPLETE)
+
+    @property
+    def _in_part(self) -> str:
+        """What is to be added where rows of units that are missing are good."""
+        if "status" not in self.table:
+            return ""
+        rows = self.table[self.table["status"] == "ok"]
+        there = set(zip(rows["stage"], rows["batch"], strict=True))
+        return ", or not by every method" if there & self.failures.keys() else ""
 
 
 def check_result(out: OutputOptions) -> None:
@@ -154,7 +163,7 @@ def collect(job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]) 
 
 def _checked(job: Run, entries: Mapping[Key, Entry]) -> Collected:
     failures = {key: entry.failure for key, entry in entries.items() if entry.failure}
-    if failures and len(failures) == len(entries):
+    if entries and all(entry.lost for entry in entries.values()):
         reasons = "; ".join(dict.fromkeys(failures.values()))
         raise InputError(f"none of {len(entries)} units could be graded: {reasons}")
     names = [checkpoint.name for checkpoint in job.checkpoints]
@@ -267,7 +276,7 @@ def _read(journal: Journal) -> dict[str, Any]:
 
 def _resumed(saved: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of the first start, with a line for every later one."""
-    again = {name: now[name] for name in ("created", "command", "machine")}
+    again = {name: now[name] for name in ("created", "command", "directory", "machine")}
     known = saved.get("resumed")
     saved["resumed"] = [*(known if isinstance(known, list) else []), again]
     return saved | {"identity": now["identity"]}
@@ -311,7 +320,7 @@ class _Table:
     def flush(self) -> dict[Key, Entry]:
         """The units so far, in the output; nothing is written before one of them is graded."""
         entries, start = self.journal.entries(), time.monotonic()
-        if entries.keys() != self.shown and not all(one.failure for one in entries.values()):
+        if entries.keys() != self.shown and not all(one.lost for one in entries.values()):
             first = not self.shown
             write_results(table_of(entries.values()), self.output, self.journal.folder)
             self.shown = frozenset(entries)
@@ -347,7 +356,7 @@ class _Table:
                 "any more; the same command with --resume does them again"
             )
         failed = [list(key) for key, entry in entries.items() if entry.failure]
-        if len(failed) == len(entries):
+        if all(entry.lost for entry in entries.values()):
             self.journal.remove()
             return entries
         ended = datetime.now(UTC).isoformat(timespec="seconds")
