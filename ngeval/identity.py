@@ -11,6 +11,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -177,7 +178,7 @@ def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         if below is not None:
-            total.update(path.relative_to(below).as_posix().encode() + b"\0")
+            total.update(os.fsencode(path.relative_to(below).as_posix()) + b"\0")
         total.update(digest)
     return total.hexdigest()
 

@@ -184,7 +184,7 @@ class Journal:
         made = made.replace_schema_metadata(metadata)
 
         def write(place: Path) -> None:
-            with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
+            with place.open("wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
                 writer.write_table(made)
 
         replace_file(self._path(key), write)
@@ -249,7 +249,7 @@ def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
 def _read_entry(path: Path, run: str) -> Entry | None:
     """None where it is damaged or another run's: the unit is done again."""
     try:
-        with pa.OSFile(str(path), "rb") as source:
+        with path.open("rb") as source:  # pyarrow's own takes no name that is not UTF-8
             made = pa.ipc.open_file(source).read_all()
         metadata = made.schema.metadata or {}
         if run and metadata.get(OF_RUN, b"").decode() != run:

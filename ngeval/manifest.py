@@ -24,6 +24,7 @@ import torch
 
 from ngeval.errors import OutputError
 from ngeval.files import replace_file
+from ngeval.names import encodable
 
 FORMAT = 1
 """Raised when a key changes its meaning; new keys may come at any time."""
@@ -59,7 +60,7 @@ def manifest(
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(sys.argv if command is None else command),
+        "command": encodable(command_line(sys.argv if command is None else command)),
         "directory": _directory(),
         "options": plain(options),
         "run": plain(facts or {}),
@@ -162,7 +163,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
 def _directory() -> str:
     """The folder that the process is in; nothing where it was deleted meanwhile."""
     try:
-        return os.fsencode(Path.cwd()).decode(errors="replace")
+        return encodable(str(Path.cwd()))
     except OSError:
         return ""
 
@@ -180,11 +181,11 @@ def _processor() -> str:
 def plain(value: Any) -> Any:
     """Values as JSON has them; what it has not (paths, types, ∞) as text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {encodable(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    return str(value)
+    return encodable(str(value))

@@ -39,6 +39,15 @@ def visible(text: str, most: int = 8_000) -> str:
     )
 
 
+def encodable(text: str) -> str:
+    r"""A text that every file can hold: bytes of a file's name that are not UTF-8 are spelt out.
+
+    >>> print(encodable("Jürgen\udcff.pt"))
+    Jürgen\udcff.pt
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def message(text: str) -> str:
     r"""A message for a terminal: `visible`, but for its own line breaks.
 

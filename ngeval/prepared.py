@@ -11,6 +11,7 @@ import pandas as pd
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.memory import OUT_OF_MEMORY, is_out_of_memory
 from ngeval.methods import Method, State
+from ngeval.names import encodable
 from ngeval.problem import Problem
 from ngeval.updates import Updates
 
@@ -56,10 +57,10 @@ def prepare(
 def failure_reason(error: Exception) -> str:
     """What a table says of a method that failed."""
     if isinstance(error, NgevalError):
-        return str(error)
+        return encodable(str(error))
     if is_out_of_memory(error):
         return f"{OUT_OF_MEMORY} ({str(error).partition(chr(10))[0][:100]})"
-    return f"{type(error).__name__}: {error}"
+    return encodable(f"{type(error).__name__}: {error}")
 
 
 def lost_memory(table: pd.DataFrame) -> str:

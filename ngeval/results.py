@@ -34,9 +34,20 @@ def _write_jsonl(table: pd.DataFrame, path: Path) -> None:
             file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Through Python's files: those of pyarrow take no name that is not UTF-8."""
+    with path.open("wb") as file:
+        table.to_parquet(file, index=False)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file:
+        return pd.read_parquet(file)
+
+
 _WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+    ".parquet": _write_parquet,
     ".jsonl": _write_jsonl,
 }
 _TEXT = {"layer": str}
@@ -44,7 +55,7 @@ _TEXT = {"layer": str}
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, keep_default_na=True, dtype=_TEXT),
-    ".parquet": pd.read_parquet,
+    ".parquet": _read_parquet,
     ".jsonl": lambda path: pd.read_json(
         path, orient="records", lines=True, precise_float=True, dtype=_TEXT
     ),

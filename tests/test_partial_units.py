@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pandas as pd
@@ -137,3 +138,24 @@ class TestBatchesOfOptimizers:
         assert all(line.startswith("accumulated_batches") for line in lines)
         assert bool(lines) != same
         assert json.loads(json.dumps(then)) == then
+
+
+class TestNamesThatAreNotUnicode:
+    """A file's name is bytes, and some are no UTF-8."""
+
+    ODD = os.fsdecode(b"\xff\xfe")
+
+    @pytest.mark.parametrize("kind", [".csv", ".parquet", ".jsonl"])
+    def test_of_outputs_and_checkpoints(self, small, kind):
+        small.run("gamma", small.folder / f"plain{kind}")
+        output = small.folder / f"{self.ODD}{kind}"
+        small.run("gamma", output)
+        assert output.read_bytes() == (small.folder / f"plain{kind}").read_bytes()
+        assert read_manifest(output)["complete"]
+        assert len(read_results(output)) == UNITS * 4
+        small.checkpoint(1).rename(small.folder / f"epoch={self.ODD}.safetensors")
+        told = small.run("gamma", small.folder / f"b{kind}", code=3).stderr
+        assert r"epoch=\udcff\udcfe.safetensors batch 0 and 1 more" in told
+        table = read_results(small.folder / f"b{kind}")
+        lost = table["checkpoint"] == r"epoch=\udcff\udcfe.safetensors"
+        assert (table["status"] == "failed").tolist() == lost.tolist()

@@ -12,6 +12,7 @@ from typing import Any
 
 from ngeval.checkpoints.pickles import names_any
 from ngeval.errors import CheckpointError
+from ngeval.names import encodable
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -58,7 +59,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The name in result tables, which is the path as it was found."""
-        return str(self.path)
+        return encodable(str(self.path))
 
     @property
     def epoch(self) -> float | None:
