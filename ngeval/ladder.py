@@ -1,10 +1,11 @@
 """From small problems to a large one: what a unit of N samples will cost, by units of fewer.
 
-Time and memory are sums of parts that grow in ways that are known: what does not depend on N,
-passes through the model (∝ N), inner products of rows (∝ N²), all with coefficients ≥ 0 that are
-fitted to the measurements; factorisations of matrices whose sizes go with N, which are timed by
-themselves at their size; and Krylov iterations, each ∝ N, of a number that is unknown until the
-run is made: their trend is followed to the limit.
+Time is a sum of parts that grow in ways that are known: what does not depend on N, passes through
+the model (∝ N), inner products of rows (∝ N²), all with coefficients ≥ 0 that are fitted to the
+measurements; factorisations of matrices whose sizes go with N, which are timed by themselves at
+their size; and Krylov iterations, each ∝ N, of a number that is unknown until the run is made:
+their trend is followed to the limit. A single unit is taken to grow as a plain gradient does, which
+is measured at N.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Factorisation:
         return rows * columns * min(rows, columns)
 
 
-MISFIT = 0.05
+MISFIT = 0.1
 """Relative; times of units vary by about as much."""
 
 TimeOf = Callable[[str, tuple[int, int]], float]
@@ -150,6 +151,23 @@ def extrapolate(sizes: Sequence[int], values: Sequence[float], target: int, most
     return float(fitted.sum())
 
 
+def memory_at(rungs: Sequence[Rung], target: int, square: float) -> float:
+    """Bytes at the peak for N samples.
+
+    Matrices of logits by logits, ``square`` · n², are known; the rest follows the line through the
+    last two rungs. Smaller ones say less: their blocks have not grown to their size. A single one
+    is taken to grow as √N, the middle between what does not grow and what grows as N.
+    """
+    rests = [max(rung.memory - square * rung.samples**2, 0.0) for rung in rungs]
+    last, size = rests[-1], rungs[-1].samples
+    if len(rungs) == 1:
+        rest = last * math.sqrt(target / size)
+    else:
+        slope = max(last - rests[-2], 0.0) / (size - rungs[-2].samples)
+        rest = last + slope * (target - size)
+    return rest + square * target**2
+
+
 def iterations_at(rungs: Sequence[Rung], target: int, limit: int) -> int:
     """Krylov iterations by the trend of the last two rungs that had any, a power of N."""
     known = [(rung.samples, rung.iterations) for rung in rungs if rung.iterations]
@@ -184,7 +202,16 @@ def shapes_at(rungs: Sequence[Rung], target: int) -> list[tuple[str, tuple[int, 
     return found
 
 
-def predict(rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, memory: float) -> Cost:
+def predict(
+    rungs: Sequence[Rung],
+    target: int,
+    time_of: TimeOf,
+    limit: int,
+    memory: float,
+    *,
+    square: float = 0.0,
+    gradient_seconds: float | None = None,
+) -> Cost:
     """What the unit of ``target`` samples costs.
 
     Args:
@@ -193,6 +220,8 @@ def predict(rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, mem
         time_of: times factorisations.
         limit: the most Krylov iterations that there can be.
         memory: the most bytes that ngeval works in, besides one pass of the batch.
+        square: see `memory_at`.
+        gradient_seconds: of a plain forward and backward pass of N samples; None: not measured.
     """
     last = rungs[-1]
     if last.samples == target:
@@ -202,16 +231,27 @@ def predict(rungs: Sequence[Rung], target: int, time_of: TimeOf, limit: int, mem
             *(last.gradient_seconds, last.memory, last.passes, last.rows),
         )
     sizes = [rung.samples for rung in rungs]
-    rest = extrapolate(sizes, [rung.rest for rung in rungs], target)
+    gradient = gradient_seconds
+    if gradient is None:
+        gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, 1)
+    growth = target / last.samples  # of a single rung
+    if gradient_seconds is not None and last.gradient_seconds > 0:
+        growth = min(growth, max(1.0, gradient_seconds / last.gradient_seconds))
+
+    def follow(sizes: Sequence[int], values: Sequence[float], most: int = 2) -> float:
+        if len(rungs) == 1:
+            return values[0] * growth
+        return extrapolate(sizes, values, target, most)
+
+    rest = follow(sizes, [rung.rest for rung in rungs])
     factoring = sum(time_of(kind, shape) for kind, shape in shapes_at(rungs, target))
     iterations = iterations_at(rungs, target, limit)
     krylov = 0.0
     if iterations:
         each = [r.krylov_seconds / r.iterations for r in rungs if r.iterations]
         ran = [r.samples for r in rungs if r.iterations]
-        krylov = iterations * extrapolate(ran, each, target, 1)
-    gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, 1)
-    peak = extrapolate(sizes, [rung.memory for rung in rungs], target)
+        krylov = iterations * follow(ran, each, 1)
+    peak = memory_at(rungs, target, square)
     return Cost(
         rest + factoring + krylov,
         factoring,

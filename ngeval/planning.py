@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import CheckpointLoader
+from ngeval.climbing import Told, climb
 from ngeval.errors import CheckpointError, InputError, NgevalError
 from ngeval.footprint import device_count, disk_bytes, is_gpu, memory_in_use, model_bytes
 from ngeval.functional import map_inputs
 from ngeval.krylov import MAX_ITERATIONS
-from ngeval.ladder import Cost, Rung, extrapolate, predict, rung_sizes
+from ngeval.ladder import Cost, Rung, predict
 from ngeval.memory import free_memory
 from ngeval.methods import Method, get_methods
 from ngeval.passes import Passes
@@ -34,6 +35,9 @@ MARGIN = 0.3
 
 PROBE_SECONDS = 60.0
 
+LOGIT_BYTES = 5 * 8
+"""Of matrices of logits by logits, for each entry: what a dense natural gradient works in."""
+
 LITTLE = 0.7
 """Below this share of one core the probe's times say more of the neighbours than of the run."""
 
@@ -41,8 +45,6 @@ OWN_BATCH = Grading()
 """Grading by the batch that updates are made from."""
 
 KINDS = ("gamma", "layers", "imbalance")
-
-Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,11 @@ def plan(
     held = memory_in_use(run.device)
     busy = time.perf_counter(), time.process_time()
     until = started + probe_seconds
-    rungs, last, first = _climb(probe, resolved, held, until, max_samples, tell)
+    climbed = climb(probe, resolved, held, until, max_samples, tell)
+    rungs, last = climbed.rungs, climbed.last
     share = (time.process_time() - busy[1]) / max(time.perf_counter() - busy[0], 1e-9)
     problem, size = last.problem, probe.num_samples
+    form = probe.form(problem, resolved)
     tell("extrapolating")
     unit = predict(
         rungs,
@@ -204,12 +208,13 @@ def plan(
         FactorTimer(run.device, clock),
         _most_iterations(probe, last),
         probe.memory + size * problem.rows.sample_bytes,
+        square=LOGIT_BYTES * problem.num_outputs**2 if form.dense and form.solved else 0.0,
+        gradient_seconds=climbed.gradient_seconds,
     )
     if command == "imbalance":
         unit = replace(unit, rows=size)
     unit, more = _averaged(probe, resolved, held, until, unit, last.rung, tell)
     notes += [*more, *_notes(last, unit, share)]
-    form = probe.form(problem, resolved)
     return Plan(
         command,
         *(len(run.checkpoints), run.num_batches, size),
@@ -219,7 +224,7 @@ def plan(
         unit,
         rungs[-1].samples == size,
         launch_seconds,
-        startup + max(0.0, first - rungs[0].seconds),
+        startup + climbed.once_seconds,
         load,
         model_bytes(probe.model),
         held,
@@ -293,31 +298,6 @@ def _unusable(error: Exception) -> str:
     return f"a checkpoint cannot be graded, and its rows will be failed ones: {error}"
 
 
-def _climb(
-    probe: Probe,
-    methods: Sequence[Method],
-    held: int,
-    until: float,
-    most: int | None,
-    tell: Told,
-) -> tuple[list[Rung], Measured, float]:
-    """The rungs that there is time for, the last of them, and the seconds of the very first run."""
-    sizes = rung_sizes(probe.num_samples, most)
-    tell(f"{sizes[0]} of {probe.num_samples} samples")
-    # What a process does once (imports, kernels that are chosen) is in the first run alone.
-    last = probe.rung(methods, sizes[0], held, repeats=1)
-    first = last.rung.seconds
-    rungs: list[Rung] = []
-    for size in sizes:
-        if rungs and probe.clock() + _expected(rungs, size) > until:
-            break
-        tell(f"{size} of {probe.num_samples} samples")
-        del last  # one problem at a time
-        last = probe.rung(methods, size, held)
-        rungs.append(last.rung)
-    return rungs, last, first
-
-
 def _averaged(
     probe: Probe,
     methods: Sequence[Method],
@@ -355,13 +335,6 @@ def _averaged(
         krylov=mean * unit.krylov,
         memory=max(unit.memory, unit.memory + other.memory - rung.memory),
     ), notes
-
-
-def _expected(rungs: Sequence[Rung], size: int) -> float:
-    """What the next rung will take, roughly, and rather more."""
-    if len(rungs) == 1:
-        return rungs[0].seconds * (size / rungs[0].samples) ** 2
-    return extrapolate([r.samples for r in rungs], [r.seconds for r in rungs], size, 3)
 
 
 def _most_iterations(probe: Probe, last: Measured) -> int:

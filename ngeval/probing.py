@@ -233,7 +233,7 @@ class Probe:
             runs.append(self._once(methods, samples, baseline))
         middle = sorted(runs, key=lambda one: one.rung.seconds)[(len(runs) - 1) // 2]
         peak = max(one.rung.memory for one in runs)
-        gradient = self._gradient_seconds(middle.problem)
+        gradient = self.gradient_seconds(middle.problem)
         rung = replace(middle.rung, memory=peak, gradient_seconds=gradient, repeats=len(runs))
         return replace(middle, rung=rung)
 
@@ -271,7 +271,7 @@ class Probe:
         )
         return Measured(rung, problem, table)
 
-    def _gradient_seconds(self, problem: Problem) -> float:
+    def gradient_seconds(self, problem: Problem) -> float:
         """A plain forward and backward pass, the median of three."""
         found = []
         for _ in range(3):
