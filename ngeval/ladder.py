@@ -1,11 +1,10 @@
 """From small problems to a large one: what a unit of N samples will cost, by units of fewer.
 
-Time is a sum of parts that grow in ways that are known: what does not depend on N, passes through
-the model (∝ N), inner products of rows (∝ N²), all with coefficients ≥ 0 that are fitted to the
-measurements; factorisations of matrices whose sizes go with N, which are timed by themselves at
-their size; and Krylov iterations, each ∝ N, of a number that is unknown until the run is made:
-their trend is followed to the limit. A single unit is taken to grow as a plain gradient does, which
-is measured at N.
+Time is the sum of factorisations of matrices whose sizes go with N, which are timed by themselves
+at their size; of Krylov iterations, of a number that is unknown until the run is made: their trend
+is followed to the limit; and of the rest, passes through the model and inner products of rows. A
+cost that is not known by itself grows by the power of N that it grew by last, and at least as a
+plain gradient does, which is measured at N.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from scipy.optimize import nnls
 
 from ngeval.passes import Passes
 
@@ -45,9 +41,6 @@ class Factorisation:
         rows, columns = self.shape
         return rows * columns * min(rows, columns)
 
-
-MISFIT = 0.1
-"""Relative; times of units vary by about as much."""
 
 TimeOf = Callable[[str, tuple[int, int]], float]
 """The seconds that a factorisation of a kind and shape takes."""
@@ -127,28 +120,31 @@ def rung_sizes(num_samples: int, most: int | None = None) -> list[int]:
     return sorted(size for size in sizes if size <= limit) or [limit]
 
 
-def extrapolate(sizes: Sequence[int], values: Sequence[float], target: int, most: int = 2) -> float:
-    """Σ_p c_p Nᵖ with the c_p ≥ 0 that fit the values best, relative to each.
+def extrapolate(
+    sizes: Sequence[int], values: Sequence[float], target: int, least: float = 0.0
+) -> float:
+    """A cost at N from that of fewer samples: a power of N, that of the last two, 2 at most.
 
-    The degree is the least, from 1 to ``most``, whose worst misfit is below `MISFIT`: a term in N²
-    that is nothing but noise would be sixteen times as large at 4N. A single value grows as N.
+    What goes with N beside what does not depend on it, or beside what goes with N², is met within
+    30 % from a quarter of N on, and a noisy measurement changes the power a little, where it would
+    change the terms of a polynomial much.
 
-    >>> round(extrapolate([10, 20, 40], [12.0, 24.0, 48.0], 160), 6)
-    192.0
+    Args:
+        sizes: n, growing.
+        values: what each costs.
+        target: N.
+        least: a factor that it grows by in any case, from the last size to N.
+
+    A single value grows by ``least``; where that is not given, as N.
+
+    >>> extrapolate([10, 20], [1.0, 2.0], 160), extrapolate([10, 20], [3.0, 3.0], 160, 1.5)
+    (16.0, 4.5)
     """
-    if len(sizes) == 1:
-        return values[0] * target / sizes[0]
-    if max(values) <= 0:
-        return 0.0
-    scale = np.array(sizes, dtype=np.float64)[:, None] / target
-    weights = 1 / np.maximum(values, 1e-3 * max(values))
-    for degree in range(1, min(most, len(sizes) - 1) + 1):
-        terms = scale ** np.arange(degree + 1) * weights[:, None]
-        fitted, _ = nnls(terms, np.asarray(values) * weights)
-        misfit = np.abs(terms @ fitted - np.asarray(values) * weights).max()
-        if misfit < MISFIT:
-            break
-    return float(fitted.sum())
+    last, growth = values[-1], target / sizes[-1]
+    if len(sizes) == 1 or min(values[-2:]) <= 0:
+        return last * (least or growth)
+    power = math.log(last / values[-2]) / math.log(sizes[-1] / sizes[-2])
+    return last * max(math.pow(growth, min(max(power, 0.0), 2.0)), least)
 
 
 def memory_at(rungs: Sequence[Rung], target: int, square: float) -> float:
@@ -231,26 +227,19 @@ def predict(
             *(last.gradient_seconds, last.memory, last.passes, last.rows),
         )
     sizes = [rung.samples for rung in rungs]
-    gradient = gradient_seconds
+    least, gradient = 0.0, gradient_seconds
     if gradient is None:
-        gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target, 1)
-    growth = target / last.samples  # of a single rung
-    if gradient_seconds is not None and last.gradient_seconds > 0:
-        growth = min(growth, max(1.0, gradient_seconds / last.gradient_seconds))
-
-    def follow(sizes: Sequence[int], values: Sequence[float], most: int = 2) -> float:
-        if len(rungs) == 1:
-            return values[0] * growth
-        return extrapolate(sizes, values, target, most)
-
-    rest = follow(sizes, [rung.rest for rung in rungs])
+        gradient = extrapolate(sizes, [rung.gradient_seconds for rung in rungs], target)
+    elif last.gradient_seconds > 0:
+        least = max(1.0, gradient / last.gradient_seconds)
+    rest = extrapolate(sizes, [rung.rest for rung in rungs], target, least)
     factoring = sum(time_of(kind, shape) for kind, shape in shapes_at(rungs, target))
     iterations = iterations_at(rungs, target, limit)
     krylov = 0.0
     if iterations:
         each = [r.krylov_seconds / r.iterations for r in rungs if r.iterations]
         ran = [r.samples for r in rungs if r.iterations]
-        krylov = iterations * follow(ran, each, 1)
+        krylov = iterations * extrapolate(ran, each, target, least)
     peak = memory_at(rungs, target, square)
     return Cost(
         rest + factoring + krylov,

@@ -339,8 +339,7 @@ def _averaged(
 
 def _most_iterations(probe: Probe, last: Measured) -> int:
     """The Krylov iterations that the whole batch may take, if the run takes any."""
-    krylov = last.problem.recall("krylov_run")
-    if krylov is None:
+    if not last.rung.iterations:
         return 0
     problem = last.problem
     size = min(problem.num_parameters, problem.num_outputs * probe.num_samples)

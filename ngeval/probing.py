@@ -269,6 +269,7 @@ class Probe:
             passes=counter.per_batch(samples),
             rows=len(table),
         )
+        problem.forget()
         return Measured(rung, problem, table)
 
     def gradient_seconds(self, problem: Problem) -> float:
@@ -284,7 +285,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Measured:
-    """A rung with the problem and the table of its median run."""
+    """A rung with the problem, without what was computed, and the table of its median run."""
 
     rung: Rung
     problem: Problem

@@ -385,3 +385,7 @@ class Problem:
     def recall(self, key: str) -> Any:
         """What was remembered under a key, or None."""
         return self._memory.get(key)
+
+    def forget(self) -> None:
+        """Let go of what was remembered, which holds this problem in turn and would outlive it."""
+        self._memory.clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from dataclasses import replace
 
 import pandas as pd
@@ -13,6 +15,7 @@ from small_runs import BATCHES, STAGES, Small
 from torch import nn
 
 import ngeval
+import ngeval.runs
 from ngeval.checkpoints import Checkpoint
 from ngeval.identity import differences, identity
 from ngeval.journal import Entry, Journal
@@ -159,3 +162,31 @@ class TestNamesThatAreNotUnicode:
         table = read_results(small.folder / f"b{kind}")
         lost = table["checkpoint"] == r"epoch=\udcff\udcfe.safetensors"
         assert (table["status"] == "failed").tolist() == lost.tolist()
+
+
+class TestMemory:
+    @pytest.mark.parametrize("command", ["gamma", "layers", "imbalance"])
+    def test_of_a_unit_is_free_before_the_next(self, small, monkeypatch, command):
+        """Θ and its factorisation hold their problem in turn: it has to forget them."""
+        kept, real = [], ngeval.Problem.remember
+
+        def remember(problem, key, compute):
+            found = real(problem, key, compute)
+            kept.append(weakref.ref(found)) if hasattr(found, "__weakref__") else None
+            return found
+
+        alive, build = [], ngeval.runs.Units.unit
+
+        def unit(self, key):
+            alive.append(sum(ref() is not None for ref in kept))
+            return build(self, key)
+
+        monkeypatch.setattr(ngeval.Problem, "remember", remember)
+        monkeypatch.setattr(ngeval.runs.Units, "unit", unit)
+        gc.disable()
+        try:
+            small.run(command, small.folder / "g.csv", "-m", "ief")
+        finally:
+            gc.enable()
+        assert len(kept) >= UNITS
+        assert alive == [0] * UNITS

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import ngeval
@@ -31,6 +33,7 @@ from ngeval.ladder import (
     Rung,
     extrapolate,
     iterations_at,
+    memory_at,
     predict,
     rung_sizes,
     shapes_at,
@@ -156,26 +159,39 @@ class TestLadder:
     def test_sizes(self, samples, most, sizes):
         assert rung_sizes(samples, most) == sizes
 
-    def test_a_polynomial_is_continued(self):
+    @pytest.mark.parametrize("power", [0, 0.5, 1, 2])
+    def test_a_power_is_continued(self, power):
         sizes = [10, 20, 40]
-        assert extrapolate(sizes, [3 + 2 * n + 0.5 * n**2 for n in sizes], 160) == pytest.approx(
-            3 + 2 * 160 + 0.5 * 160**2
-        )
-        assert extrapolate(sizes, [7.0] * 3, 160) == pytest.approx(7.0)
+        found = extrapolate(sizes, [3.0 * n**power for n in sizes], 160)
+        assert found == pytest.approx(3 * 160**power)
+
+    def test_a_single_value(self):
         assert extrapolate([10], [3.0], 160) == pytest.approx(48.0)
-        assert extrapolate(sizes, [0.0] * 3, 160) == 0
+        assert extrapolate([10], [3.0], 160, 5.0) == pytest.approx(15.0)
+        assert extrapolate([10, 20], [0.0, 0.0], 160) == 0
 
-    def test_noise_makes_no_square(self):
-        values = [1.0 * 1.03, 2.0, 4.0 * 1.03]  # a parabola through these gives 22 at 160
-        assert extrapolate([10, 20, 40], values, 160) == pytest.approx(16, rel=0.06)
+    @given(powers=st.sampled_from([(0, 1), (1, 2)]), share=st.floats(0, 1), noise=st.floats(0, 0.1))
+    def test_from_a_quarter_of_the_batch(self, powers, share, noise):
+        """What does not depend on N with what goes with N, or that with what goes with N²."""
 
-    def test_coefficients_are_not_negative(self):
-        # Falling times, as noise makes them, are not continued below what was measured.
-        assert extrapolate([10, 20, 40], [1.2, 1.1, 1.0], 160) >= 1.0
+        def cost(n):
+            return (1 - share) * (n / 40) ** powers[0] + share * (n / 40) ** powers[1]
+
+        found = extrapolate([20, 40], [cost(20), cost(40)], 160)
+        assert 0.7 * cost(160) <= found <= 1.0001 * cost(160)
+        noisy = extrapolate([20, 40], [cost(20), (1 + noise) * cost(40)], 160)
+        assert noisy <= found * (1 + noise) ** 3 * 1.0001
+
+    def test_what_falls_stays(self):
+        assert extrapolate([10, 20, 40], [1.2, 1.1, 1.0], 160) == 1.0
+
+    def test_at_least_as_a_gradient(self):
+        assert extrapolate([10, 20], [3.0, 3.0], 160, 6.0) == 18.0
+        assert extrapolate([10, 20], [1.0, 2.0], 160, 6.0) == 16.0
 
     def test_a_unit_is_the_sum_of_its_parts(self):
         def rung(n):
-            rest, each, factor = 0.1 + 0.02 * n + 1e-3 * n**2, 0.5 + 0.01 * n, 1e-6 * (10 * n) ** 3
+            rest, each, factor = 1e-3 * n**2, 0.01 * n, 1e-6 * (10 * n) ** 3
             return Rung(
                 n,
                 rest + 8 * each + factor,
@@ -196,7 +212,7 @@ class TestLadder:
             return 1e-6 * shape[0] ** 3
 
         cost = predict(rungs, 160, time_of, 300, 1e9)
-        rest, each = 0.1 + 0.02 * 160 + 1e-3 * 160**2, 0.5 + 0.01 * 160
+        rest, each = 1e-3 * 160**2, 0.01 * 160
         assert asked == [("gram", (1600, 1600))]
         assert cost.factoring == pytest.approx(1e-6 * 1600**3)
         assert cost.krylov == pytest.approx(8 * each)
@@ -216,6 +232,25 @@ class TestLadder:
         assert iterations_at(rungs, 160, 25) == 25
         assert iterations_at(rungs[1:], 160, 300) == 20
         assert iterations_at([Rung(10, 1.0)], 160, 300) == 0
+
+    def test_nothing_grows_less_than_a_gradient(self):
+        rungs = [
+            Rung(n, 3.0, krylov_seconds=1.0, iterations=4, gradient_seconds=1.0) for n in (5, 10)
+        ]
+        cost = predict(rungs, 40, lambda *_: 0.0, 300, 1.0, gradient_seconds=2.5)
+        assert (cost.krylov, cost.seconds) == (2.5, 7.5)
+        assert cost.gradient_seconds == 2.5
+        assert predict(rungs[1:], 40, lambda *_: 0.0, 300, 1.0, gradient_seconds=2.5).seconds == 7.5
+        assert predict(rungs[1:], 40, lambda *_: 0.0, 300, 1.0).seconds == 12.0
+
+    def test_memory_of_logits_is_known_and_the_rest_a_line(self):
+        def rungs(*sizes):
+            return [Rung(n, 1.0, memory=7 * n**2 + 1e3 * max(n, 10) + 500) for n in sizes]
+
+        assert memory_at(rungs(5, 10, 20), 80, 7.0) == 7 * 80**2 + 1e3 * 80 + 500
+        assert memory_at(rungs(5, 10), 80, 7.0) == 7 * 80**2 + 1e4 + 500  # no growth seen
+        assert memory_at(rungs(20), 80, 7.0) == 7 * 80**2 + 2 * (2e4 + 500)
+        assert memory_at(rungs(20), 20, 7.0) == rungs(20)[0].memory
 
     def test_more_iterations_are_more_passes(self):
         rungs = [
