@@ -177,12 +177,15 @@ class Scene:
     def check_remembered(self, before: set[str], ended: Ended) -> None:
         """A start that says how many units it has not to do: all that were on the disk.
 
+        One that was ended before it could say so says nothing.
+
         Raises:
             LostError: fewer.
         """
         told = re.search(r"(\d+) of \d+ units were done before", ended.err)
         if before and (told is None or int(told[1]) < len(before)):
-            if len(before) == self.outcome.units and told is None:  # nothing was left to do
+            nothing_to_do = len(before) == self.outcome.units
+            if told is None and (nothing_to_do or ended.code != 0):
                 return
             raise LostError(f"{len(before)} units were done, but: {ended.err[-800:]}")
 

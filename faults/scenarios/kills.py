@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from random import Random
 
@@ -75,6 +76,15 @@ def _one_run(scene: Scene, kills: int, random: Random) -> None:
     raise LostError(f"{STARTS} starts, and the run is not done")
 
 
+def _is_writing(scene: Scene, process: Started) -> bool:
+    """Whether the journal is signed by this process, and not by the one before it."""
+    try:
+        told = json.loads((scene.journal / "writer.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(told["process"] == process.process.pid)
+
+
 def _wait(scene: Scene, process: Started, random: Random, before: set[str], *, early: bool) -> None:
     """Until a random moment: of the start, or after as many units more."""
     if early:
@@ -83,8 +93,7 @@ def _wait(scene: Scene, process: Started, random: Random, before: set[str], *, e
     more = random.randrange(0, 40)
 
     def reached() -> bool:
-        begun = (scene.journal / "writer.json").exists()
-        return process.ended or (begun and len(scene.done() - before) >= more)
+        return process.ended or (_is_writing(scene, process) and len(scene.done() - before) >= more)
 
     until(reached)
     time.sleep(random.uniform(0.0, 0.05))
