@@ -25,8 +25,8 @@ import ngeval
 from benchmarks.models import BUILDERS, Inputs, build
 from benchmarks.sweeps import dampings
 from ngeval.checkpoints import Checkpoint
-from ngeval.footprint import watch_memory
 from ngeval.planning import plan
+from ngeval.planning.footprint import watch_memory
 from ngeval.runs import Grading, Run
 
 METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")

@@ -28,7 +28,8 @@ from ngeval.kernel import (
     dense_is_feasible,
     logit_kernel,
 )
-from ngeval.ladder import (
+from ngeval.planning import plan
+from ngeval.planning.ladder import (
     Factorisation,
     Rung,
     extrapolate,
@@ -38,9 +39,8 @@ from ngeval.ladder import (
     rung_sizes,
     shapes_at,
 )
-from ngeval.passes import Passes, count_passes
-from ngeval.planning import plan
-from ngeval.probing import FactorTimer, form_of, take_form, timed_parts
+from ngeval.planning.passes import Passes, count_passes
+from ngeval.planning.probing import FactorTimer, form_of, take_form, timed_parts
 from ngeval.results import ResultFile
 from ngeval.runs import Grading, Run
 
@@ -273,7 +273,7 @@ class TestLadder:
         assert shapes_at(both[1:], 160) == [("rows", (320, 640)), ("rows", (7, 7))]
 
     def test_a_large_factorisation_is_timed_at_a_smaller_size(self, monkeypatch):
-        monkeypatch.setattr("ngeval.probing.FACTORED_SIZE", 20)
+        monkeypatch.setattr("ngeval.planning.probing.FACTORED_SIZE", 20)
         ticks = itertools.count()
         timer = FactorTimer("cpu", lambda: float(next(ticks)))
         assert timer("gram", (20, 20)) == 1.0
@@ -332,7 +332,7 @@ class Broken:
 @pytest.fixture(autouse=True)
 def _once(monkeypatch):
     """Units are run once: no test is about how long they take."""
-    monkeypatch.setattr("ngeval.probing.SHORT_SECONDS", 0.0)
+    monkeypatch.setattr("ngeval.planning.probing.SHORT_SECONDS", 0.0)
 
 
 class TestPlan:
@@ -340,7 +340,7 @@ class TestPlan:
     @staticmethod
     def made():
         with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ngeval.probing.SHORT_SECONDS", 0.0)
+            patch.setattr("ngeval.planning.probing.SHORT_SECONDS", 0.0)
             return plan(run_of(), ["sgd", "ief", "ng"], [1e-3, 1.0], probe_seconds=30)
 
     def test_reaches_a_small_batch(self, made):
@@ -384,7 +384,7 @@ class TestPlan:
     def test_no_work_is_done_that_the_run_does_not_do(self, monkeypatch, methods, metric):
         # As a whole batch that keeps Θ's strips would be treated, on the batch itself.
         monkeypatch.setattr("ngeval.kernel.EXPLICIT_ENTRIES", 0)
-        monkeypatch.setattr("ngeval.probing.EXPLICIT_ENTRIES", 0)
+        monkeypatch.setattr("ngeval.planning.probing.EXPLICIT_ENTRIES", 0)
         grading = Grading(metric, natural=False)
         run = run_of(batch_size=4, num_batches=1, checkpoints=1)
         made = plan(run, methods, [1e-3, 1.0], grading=grading)

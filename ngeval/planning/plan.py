@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: its first unit is graded on more and more samples.
 
 If all N samples of a batch are reached in the time that the probe may take, that unit's time is
-the unit's time; otherwise what the smaller ones cost is extrapolated (`ngeval.ladder`).
+the unit's time; otherwise what the smaller ones cost is extrapolated (`ngeval.planning.ladder`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import CheckpointLoader
-from ngeval.climbing import Told, climb
 from ngeval.errors import CheckpointError, InputError, NgevalError
-from ngeval.footprint import device_count, disk_bytes, is_gpu, memory_in_use, model_bytes
 from ngeval.functional import map_inputs
 from ngeval.krylov import MAX_ITERATIONS
-from ngeval.ladder import Cost, Rung, predict
 from ngeval.memory import free_memory
 from ngeval.methods import Method, get_methods
-from ngeval.passes import Passes
+from ngeval.planning.climbing import Told, climb
+from ngeval.planning.footprint import device_count, disk_bytes, is_gpu, memory_in_use, model_bytes
+from ngeval.planning.ladder import Cost, Rung, predict
+from ngeval.planning.passes import Passes
+from ngeval.planning.probing import Clock, FactorTimer, Job, Measured, Probe
 from ngeval.prepared import check_dampings, check_scale
-from ngeval.probing import Clock, FactorTimer, Job, Measured, Probe
 from ngeval.runs import Grading, Run
 from ngeval.units import labelled, methods_at
 

@@ -23,7 +23,6 @@ from ngeval.checkpoints import CheckpointLoader
 from ngeval.checks import Inputs
 from ngeval.evaluate import evaluate
 from ngeval.fisher import factor_columns, has_few_parameters
-from ngeval.footprint import watch_memory
 from ngeval.functional import map_inputs
 from ngeval.groups import Groups
 from ngeval.kernel import (
@@ -36,13 +35,14 @@ from ngeval.kernel import (
     StripKernel,
 )
 from ngeval.krylov import MAX_ITERATIONS, KrylovRun
-from ngeval.ladder import Factorisation, Rung
 from ngeval.layers import layer_table
 from ngeval.methods import Method
 from ngeval.methods.natural import NaturalGradient
 from ngeval.metric import Metric
 from ngeval.natural import KrylovSolver
-from ngeval.passes import count_passes
+from ngeval.planning.footprint import watch_memory
+from ngeval.planning.ladder import Factorisation, Rung
+from ngeval.planning.passes import count_passes
 from ngeval.problem import Problem
 from ngeval.runs import Grading, Run
 from ngeval.spectrum import Spectrum

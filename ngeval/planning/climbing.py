@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ngeval.ladder import Rung, extrapolate, rung_sizes
 from ngeval.methods import Method
-from ngeval.probing import Measured, Probe
+from ngeval.planning.ladder import Rung, extrapolate, rung_sizes
+from ngeval.planning.probing import Measured, Probe
 
 SLACK = 1.2
 """A rung is begun where there is time for so many times of what it should take."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ngeval.passes import Passes
+from ngeval.planning.passes import Passes
 
 NO_PASSES = Passes()
 
