@@ -30,6 +30,7 @@ from ngeval.errors import NgevalError
 from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.metrics import imbalance
 from ngeval.names import message, visible, whole_or_short
+from ngeval.ranks import own_rank, world_size
 from ngeval.summary import summarize
 from ngeval.training import EpochReport
 
@@ -41,6 +42,10 @@ WIDE = 160
 
 
 KEPT = "finished rows are in the output file, if one was asked for"
+
+
+SHARED = ("gamma", "sweep", "layers", "imbalance", "compare")
+"""Commands that torchrun's processes do together."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -58,6 +63,19 @@ def terminate(*_: object) -> None:
 
 class Commands(TyperGroup):
     """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into 130, SIGTERM 143."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is asked for; of torchrun's processes one does what cannot be shared.
+
+        Raises:
+            typer.Exit: this is another one.
+        """
+        found = super().resolve_command(ctx, args)
+        if world_size() > 1 and found[0] not in SHARED:
+            if own_rank():
+                raise typer.Exit
+            complain(f"{found[0]} is the work of one process; the others have nothing to do")
+        return found
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

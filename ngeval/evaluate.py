@@ -141,6 +141,8 @@ def evaluate(
             done("gamma_min")
         elif metric is not None:
             table = _noted(table, "γ_min is not computed for another metric batch")
+        if plain not in rated and plain.grades is None:
+            table = _noted(table, f"no gamma_over_sgd: {plain.reason}")
         table = _noted(table, "; ".join(problem.notes))
     return table.reindex(columns=COLUMNS)
 
@@ -310,9 +312,9 @@ def _with_natural(
 
     try:
         solver, found, least = problem.shards.together(solved)
-    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
+    except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
-        return _noted(table.assign(**missing), str(error))
+        return _noted(table.assign(**missing), failure_reason(error))
     table = table.assign(
         gamma_min=least,
         gamma_over_ng=table["gamma"] / (least if math.isfinite(least) else math.nan),

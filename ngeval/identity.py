@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,16 +19,11 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.checkpoints import Checkpoint
-from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
-from ngeval.checks import Inputs, named_tensors
 from ngeval.errors import OutputError
+from ngeval.hashes import hash_batch, hash_checkpoint, hash_files, hash_tensors, hash_text
 from ngeval.manifest import plain, versions
 from ngeval.methods import Method, get_methods
 from ngeval.runs import Run
-
-CONFIGURATIONS = ("config.json", "adapter_config.json")
-"""What a checkpoint's folder tells of its model."""
 
 MANY = 12
 """Differences that a message lists."""
@@ -66,7 +59,7 @@ def identity(
     settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
     checkpoints = {}
     for one in job.checkpoints:
-        checkpoints[one.name] = _hash_checkpoint(one)
+        checkpoints[one.name] = hash_checkpoint(one)
         on_checkpoint()
     found: dict[str, Any] = {
         "options": dict(options),
@@ -167,49 +160,6 @@ def listed(lines: list[str]) -> str:
     return "".join(shown) + (f"\n  and {more} more" if more > 0 else "")
 
 
-def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
-    """SHA-256 of files' contents, with their names below a folder if one is given.
-
-    Raises:
-        OSError: one cannot be read.
-    """
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        if below is not None:
-            total.update(os.fsencode(path.relative_to(below).as_posix()) + b"\0")
-        total.update(digest)
-    return total.hexdigest()
-
-
-def _hash_checkpoint(checkpoint: Checkpoint) -> str:
-    if checkpoint.as_built:
-        return "as the task builds it"
-    try:
-        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        weights = hash_files(weight_files(checkpoint.path), folder)
-        told = json.dumps(plain(checkpoint.metadata), sort_keys=True)  # epoch, optimizer's name
-        return _hash_text(f"{weights} {told}")
-    except OSError as error:  # it will be a failed unit
-        return f"cannot be read: {error}"
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: itself, or those of its folder or index that tell of weights."""
-    if path.is_file() and path.suffix != ".json":
-        return [path]
-    folder = path if path.is_dir() else path.parent
-    return sorted(one for one in folder.iterdir() if one.is_file() and _tells_weights(one))
-
-
-def _tells_weights(path: Path) -> bool:
-    """Results may lie there, too."""
-    if path.suffix == ".json":
-        return path.name in CONFIGURATIONS or path.name.endswith(".index.json")
-    return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
-
-
 def _task(job: Run) -> dict[str, Any]:
     """The model as it is built, as far as checkpoints do not replace it, and the user's files."""
     task, model = job.task, job.task.model()
@@ -217,8 +167,8 @@ def _task(job: Run) -> dict[str, Any]:
     return {
         "name": task.name,
         "likelihood": _without_addresses(task.resolved_likelihood()),
-        "model": _hash_text(_described(model)),
-        "weights": _hash_tensors(model.state_dict().items()) if base else "each checkpoint's",
+        "model": hash_text(_described(model)),
+        "weights": hash_tensors(model.state_dict().items()) if base else "each checkpoint's",
         "files": _own_files(job.source),
     }
 
@@ -233,24 +183,13 @@ def _described(model: nn.Module) -> str:
         name: f"{tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
         for name, p in model.named_parameters()
     }
-    plainly = json.dumps([plain(told), parameters, _hash_tensors(constants)], sort_keys=True)
+    plainly = json.dumps([plain(told), parameters, hash_tensors(constants)], sort_keys=True)
     return _without_addresses(model) + plainly
 
 
 def _without_addresses(value: object) -> str:
     """Its ``repr``, without where in memory it is."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in named:
-        total.update(name.encode() + b"\0" + _bytes(tensor))
-    return total.hexdigest()
-
-
-def _hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _own_files(source: Path | None) -> dict[str, str]:
@@ -308,19 +247,6 @@ def _metric_batches(job: Run, wanted: int | str | None) -> list[str]:
     count = None if isinstance(wanted, str) else wanted
     batches = job.task.batches(job.batch_size, count, job.seed)
     return [hash_batch(inputs, targets) for inputs, targets in batches]
-
-
-def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:
-    """SHA-256 of a batch's tensors, by name."""
-    total = hashlib.sha256()
-    for name, tensor in [*named_tensors(inputs), ("targets", targets)]:
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + _bytes(tensor))
-    return total.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _flat(told: Any, name: str = "") -> Iterable[tuple[str, str]]:

@@ -32,6 +32,7 @@ WRITER = "writer.json"
 LOCK = "lock"
 FAILURE = b"ngeval.failure"
 OF_RUN = b"ngeval.run"
+OF_UNIT = b"ngeval.unit"
 
 UNIT = re.compile(r"\d{5,}-\d{5,}\.arrow")
 
@@ -179,7 +180,12 @@ class Journal:
             OutputError: the disk is full or the folder cannot be written.
         """
         made = pa.Table.from_pandas(entry.table, preserve_index=False)
-        told = {FAILURE: entry.failure.encode(), OF_RUN: self.run.encode()}
+        path = self._path(key)
+        told = {
+            FAILURE: entry.failure.encode(),
+            OF_RUN: self.run.encode(),
+            OF_UNIT: path.stem.encode(),  # a file that was renamed is none of the unit's
+        }
         metadata = {**(made.schema.metadata or {}), **told}
         made = made.replace_schema_metadata(metadata)
 
@@ -187,7 +193,7 @@ class Journal:
             with place.open("wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
                 writer.write_table(made)
 
-        replace_file(self._path(key), write)
+        replace_file(path, write)
 
     def entries(self) -> dict[Key, Entry]:
         """All units that are done, in their order; a file that cannot be read is not done."""
@@ -247,12 +253,14 @@ def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
 
 
 def _read_entry(path: Path, run: str) -> Entry | None:
-    """None where it is damaged or another run's: the unit is done again."""
+    """None where it is damaged, another run's or another unit's: the unit is done again."""
     try:
         with path.open("rb") as source:  # pyarrow's own takes no name that is not UTF-8
             made = pa.ipc.open_file(source).read_all()
         metadata = made.schema.metadata or {}
         if run and metadata.get(OF_RUN, b"").decode() != run:
+            return None
+        if metadata.get(OF_UNIT, b"").decode() != path.stem:
             return None
         if len(set(made.column_names)) < len(made.column_names):
             return None

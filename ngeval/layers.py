@@ -235,7 +235,7 @@ def _least_gammas(
         return nothing, ""
     try:
         found = problem.shards.together(lambda: fisher_blocks(problem, groups).least_gammas())
-    except (NgevalError, RuntimeError) as error:  # LAPACK's failures are RuntimeErrors
+    except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
         return nothing, f"no least γ of layers: {failure_reason(error)}"
     least = np.array([found[group.name] for group in groups])
     return np.where(np.isfinite(least), least, math.nan), ""

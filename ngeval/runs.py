@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,9 @@ class Run:
         together: where several processes share the run, they do every unit together, each a part
             of its samples.
         ranks: the processes that share the run.
+        checkpoint_hashes: by name, as they were when the run began; what is another one by the time
+            that it is loaded is refused. None: not looked at.
+        batch_hashes: of every batch, likewise.
         source: the file or the package's folder that the task is from, None for ngeval's own.
     """
 
@@ -97,6 +100,8 @@ class Run:
     together: bool = False
     ranks: Ranks = field(default_factory=OneProcess)
     source: Path | None = None
+    checkpoint_hashes: Mapping[str, str] = field(default_factory=dict)
+    batch_hashes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no batch, and a device or a state that is not there."""

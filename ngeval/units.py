@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
-from ngeval.checkpoints import CheckpointLoader
+from ngeval.checkpoints import Checkpoint, CheckpointLoader
+from ngeval.errors import CheckpointError, TaskError
 from ngeval.functional import map_inputs
+from ngeval.hashes import hash_batch, hash_checkpoint
 from ngeval.journal import Key
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
@@ -64,6 +66,7 @@ class Units:
         self.failure: Exception | None = None
         self.batches: Iterator[Batch] = iter(())
         self.next_batch = math.inf
+        self.batch_hashes = dict(enumerate(run.batch_hashes))
 
     def unit(self, key: Key) -> Unit:
         """One checkpoint on one batch.
@@ -95,23 +98,44 @@ class Units:
         run, checkpoint = self.run, self.run.checkpoints[stage]
         self.stage, self.failure = stage, None
         try:
-            self.model = run.ranks.agreed(
-                lambda: self.loader.load(checkpoint).to(run.device).eval()
-            )
+            self.model = run.ranks.agreed(lambda: self._as_it_was(checkpoint).to(run.device).eval())
         except Exception as error:  # of whatever kind: the other checkpoints are none the worse
             self.failure = error
         else:
             run.on_model(checkpoint, self.model)
 
+    def _as_it_was(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model with a checkpoint that nobody has written to since the run began."""
+        model = self.loader.load(checkpoint)
+        known = self.run.checkpoint_hashes.get(checkpoint.name)
+        if known is not None and hash_checkpoint(checkpoint) != known:
+            raise CheckpointError(
+                f"{checkpoint.name} was written to since the run began; where none of its units "
+                "was graded before, --resume takes it as it is now"
+            )
+        return model
+
     def _batch(self, index: int) -> Batch:
-        """A batch of the task; the same ones for every checkpoint."""
+        """A batch of the task; the same ones for every checkpoint.
+
+        Raises:
+            TaskError: it is another one than before.
+        """
         if index < self.next_batch:
             run = self.run
             self.batches = run.task.batches(run.batch_size, run.num_batches, run.seed)
             self.next_batch = 0
         skipped = int(index - self.next_batch)
         self.next_batch = index + 1
-        return next(itertools.islice(self.batches, skipped, None))
+        batch: Batch = next(itertools.islice(self.batches, skipped, None))
+        now = hash_batch(*batch)
+        if self.batch_hashes.setdefault(index, now) != now:
+            raise TaskError(
+                f"batch {index} of task {self.run.task.name} is another one when it is read again, "
+                "and every checkpoint has to be graded on the same: draw it by the seed that the "
+                "task's batches are asked for with"
+            )
+        return batch
 
 
 def failed_rows(

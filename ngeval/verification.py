@@ -306,7 +306,10 @@ def verdicts(
         table.attrs = {}
         then = recorded.table.iloc[rows.get(key, [])]
         now = _through_file(table, recorded.path.suffix)
-        yield compare(key, job.checkpoints[key[0]].name, then, now, tolerance, gap)
+        verdict = compare(key, job.checkpoints[key[0]].name, then, now, tolerance, gap)
+        if key in recorded.failed and not verdict.agrees:
+            verdict = replace(verdict, note="it failed in the run: --resume does it again")
+        yield verdict
 
 
 def _through_file(table: pd.DataFrame, suffix: str) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.checkpoints.finding import Checkpoint
 from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError
+from ngeval.files import replace_file
 
 T = TypeVar("T")
 
@@ -199,9 +200,14 @@ def _shared_prefix(names: list[str], own: list[str]) -> str:
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors checkpoint, and its metadata as JSON beside it."""
+    """Write a safetensors checkpoint, and its metadata as JSON beside it, each as a whole.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
     state = {
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
     }
-    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
-    path.with_suffix(".json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
+    told = json.dumps(dict(metadata), indent=2) + "\n"
+    replace_file(path, lambda place: safetensors.torch.save_file(state, place))
+    replace_file(path.with_suffix(".json"), lambda place: place.write_text(told, encoding="utf-8"))

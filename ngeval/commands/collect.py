@@ -13,13 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import typer
 
 from ngeval import console
 from ngeval.commands.shown import Shown
 from ngeval.errors import InputError, OutputError
-from ngeval.identity import check_same, identity, is_identity, weight_files
+from ngeval.hashes import weight_files
+from ngeval.identity import check_same, identity, is_identity
 from ngeval.journal import Entry, Journal, Key, table_of
 from ngeval.manifest import manifest, manifest_path, read_manifest, write_manifest
 from ngeval.options import OutputOptions
@@ -67,7 +69,9 @@ class Collected:
         if len(lost) == len(self.table):
             raise InputError(_lost(lost, self.table))
         keys = pd.Series(list(zip(lost["stage"], lost["batch"], strict=True)), index=lost.index)
-        lost = lost[~keys.isin(list(self.failures))]
+        pairs = zip(keys, lost["reason"], strict=True)
+        known = [reason in self.failures.get(key, "") for key, reason in pairs]
+        lost = lost[~np.array(known, dtype=bool)]
         if not lost.empty:
             console.complain(_lost(lost, self.table))
 
@@ -186,6 +190,12 @@ def _in_journal(
         started = ranks.told(lambda: _start(job, work, journal, out, asked))
         journal.run = started["manifest"].get("id", "")
         missing = [(stage, batch) for stage, batch in started["missing"]]
+        made_of = started["manifest"]["identity"]
+        job = replace(
+            job,
+            checkpoint_hashes=made_of["checkpoints"],
+            batch_hashes=[batch["sha256"] for batch in made_of["batches"]],
+        )
         if not missing and not journal.exists:  # the table is complete
             return _finished(job, output, started["manifest"]) if ranks.rank == 0 else {}
         file = _Table(journal, output, started["manifest"])

@@ -38,6 +38,7 @@ from ngeval.plots import (
 )
 from ngeval.plots.comparison import KFAC_METHODS
 from ngeval.prepared import check_dampings
+from ngeval.ranks import own_rank
 from ngeval.results import ResultFile, check_output, read_results
 from ngeval.training.run import RESULTS
 
@@ -100,6 +101,8 @@ def compare(
     ngeval compare --trained runs/tuned --trained runs/cnn/training.parquet --output table.csv
     """
     if trained:
+        if own_rank():  # a table is made by one process
+            return
         _refuse_grading(run, hub)
         compare_trained([*trained, *map(Path, run.more or ())], output, force, quiet)
         return

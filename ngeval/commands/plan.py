@@ -34,7 +34,6 @@ from ngeval.options import (
 )
 from ngeval.planning import MARGIN, PROBE_SECONDS, Plan
 from ngeval.prepared import check_dampings
-from ngeval.ranks import own_rank
 from ngeval.results import check_output
 from ngeval.runs import Grading
 
@@ -82,8 +81,6 @@ def plan(
     ngeval plan --task my.py:task -c 'runs/*.safetensors' -m sgd,kfac,ng --ranks 1,4,16 -o plan.json
     """
     launched = time.process_time()  # imports; a wall clock would count what other programs took
-    if own_rank() > 0:  # one plan is enough, and others would only slow its probe down
-        return
     counts = parse_ranks(ranks)
     if output is not None:
         check_output(output, (".json",), force=force)

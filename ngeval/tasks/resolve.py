@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -87,7 +89,8 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling in the file look it up there
     _make_importable(path.resolve().parent)  # as for a script: the file imports its neighbours
     try:
-        spec.loader.exec_module(module)
+        with _staying():
+            spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises, it is the file's
         raise TaskError(
             f"task file {path} failed on import: {type(error).__name__}: {error}"
@@ -98,11 +101,22 @@ def _load_file(path: Path) -> ModuleType:
 def _load_module(name: str) -> ModuleType:
     _make_importable(Path.cwd())  # as ``python -m`` does
     try:
-        return importlib.import_module(name)
+        with _staying():
+            return importlib.import_module(name)
     except Exception as error:  # whatever a user's module raises, it is the module's
         raise TaskError(
             f"task module {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """In the folder that the command was started in, which its paths are relative to."""
+    here = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _make_importable(folder: Path) -> None:
