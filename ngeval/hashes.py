@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from ngeval.checkpoints import Checkpoint
 from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
 from ngeval.checks import Inputs, named_tensors
-from ngeval.manifest import plain
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """What a checkpoint's folder tells of its model."""
@@ -27,23 +25,27 @@ def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
     """
     total = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
+        digest = _digest(path)
         if below is not None:
             total.update(os.fsencode(path.relative_to(below).as_posix()) + b"\0")
         total.update(digest)
     return total.hexdigest()
 
 
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def hash_checkpoint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weights and metadata; of one that cannot be read, why."""
+    """SHA-256 of a checkpoint's weights, of a single file its own; else why it cannot be read."""
     if checkpoint.as_built:
         return "as the task builds it"
     try:
-        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        weights = hash_files(weight_files(checkpoint.path), folder)
-        told = json.dumps(plain(checkpoint.metadata), sort_keys=True)  # epoch, optimizer's name
-        return hash_text(f"{weights} {told}")
+        files = weight_files(checkpoint.path)
+        if files == [checkpoint.path]:
+            return _digest(checkpoint.path).hex()
+        return hash_files(files, checkpoint.path if checkpoint.path.is_dir() else files[0].parent)
     except OSError as error:  # it will be a failed unit
         return f"cannot be read: {error}"
 

@@ -28,6 +28,11 @@ from ngeval.runs import Run
 MANY = 12
 """Differences that a message lists."""
 
+DRAWN_BY = tuple(f"settings.{name}:" for name in ("seed", "batch_size", "num_batches"))
+
+BATCHES = ("batches[", "metric_batches", "accumulated_batches")
+"""What follows from those."""
+
 PROCESSING = ("dtype", "engine", "seed", "batch_size", "num_batches")
 """Options of a run that its numbers depend on. How much memory there is, and how many processes
 there are, changes no more than the order of sums."""
@@ -45,9 +50,10 @@ def identity(
 
     Returns:
         ``options, settings, checkpoints`` (SHA-256 by name, in order; what cannot be read has its
-        error there), ``optimizer_states``, ``task`` (name, likelihood, model, its own files),
-        ``batches`` (SHA-256 of inputs and targets, and the samples' indices where the task tells
-        them), ``metric_batches``, ``code``, and ``accumulated_batches`` where a method has such;
+        error there), ``metadata`` (what is told beside each), ``optimizer_states``, ``task``
+        (name, likelihood, model, its own files), ``batches`` (SHA-256 of inputs and targets, and
+        the samples' indices where the task tells them), ``metric_batches``, ``code``, and
+        ``accumulated_batches`` where a method has such;
         plain values only.
 
     Raises:
@@ -65,6 +71,7 @@ def identity(
         "options": dict(options),
         "settings": settings,
         "checkpoints": checkpoints,
+        "metadata": {one.name: one.error or one.metadata for one in job.checkpoints},
         "optimizer_states": {str(p): hash_files([p]) for p in _optimizer_states(job, options)},
         "task": _task(job),
         "batches": _batches(job),
@@ -132,10 +139,12 @@ def check_same(
         OutputError: they differ; it says where.
     """
     free = loose & then["checkpoints"].keys() & now["checkpoints"].keys()
-    kept = [dict(one, checkpoints=dict(one["checkpoints"])) for one in (then, now)]
+    kept = [dict(one) for one in (then, now)]
     for one in kept:
-        one["checkpoints"] |= dict.fromkeys(free, "free")
-    lines = differences(*kept)
+        for part in ("checkpoints", "metadata"):
+            told = one.get(part, {})
+            one[part] = {name: "free" if name in free else told[name] for name in told}
+    lines = _causes(differences(*kept))
     names = [list(one["checkpoints"]) for one in (then, now)]
     if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         lines.append("checkpoints: in another order, which is their number in the table")
@@ -144,6 +153,13 @@ def check_same(
             f"{output} is of another run, which --resume cannot go on with:{listed(lines)}\n"
             "Restore what it was, give another output, or start anew with --force"
         )
+
+
+def _causes(lines: list[str]) -> list[str]:
+    """Without the batches, where what they are drawn by is another: that says it."""
+    if not any(line.startswith(DRAWN_BY) for line in lines):
+        return lines
+    return [line for line in lines if not line.startswith(BATCHES)]
 
 
 def is_identity(told: object) -> bool:

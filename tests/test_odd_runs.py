@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 
@@ -209,3 +210,23 @@ class TestTorchrun:
         told = run("methods")
         assert "methods is the work of one process; the others have nothing to do" in told.stderr
         assert "kfac" in told.stdout
+
+
+class TestWhatIsSaid:
+    @pytest.mark.parametrize("words", [("--seed", "1"), ("--batch-size", "4")])
+    def test_of_batches_that_follow_from_an_option(self, small, words):
+        output = small.folder / "g.csv"
+        small.run("gamma", output)
+        told = small.run("gamma", output, "--resume", *words, code=2).stderr
+        assert f"settings.{words[0][2:].replace('-', '_')}: " in told
+        assert "batches[" not in told
+
+    def test_failed_units_are_of_the_same_run_in_a_report(self, small):
+        small.checkpoint(1).write_bytes(b"torn")
+        output = small.folder / "g.csv"
+        small.run("gamma", output, code=3)
+        page = small.folder / "r.html"
+        run("report", output, "-o", page)
+        told = page.read_text()
+        assert "num_parameters" not in re.sub(r"<script.*?</script>", "", told, flags=re.DOTALL)
+        assert told.count("Jacobian engine") == 1

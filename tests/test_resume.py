@@ -315,7 +315,9 @@ class TestRefusal:
     def test_what_is_told_of_a_checkpoint(self, half):
         first = min(half.folder.glob("epoch=*.safetensors"))
         first.with_suffix(".json").write_text('{"epoch": 100}')
-        assert "checkpoints." in refused(half, "gamma", half.folder / "g.csv", "--resume")
+        told = refused(half, "gamma", half.folder / "g.csv", "--resume")
+        assert f"metadata.{first.name}.epoch: 0 then, 100 now" in told
+        assert "checkpoints." not in told  # whose bytes are the same
 
     def test_a_table_that_was_cut(self, small):
         output = small.folder / "g.csv"

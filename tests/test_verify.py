@@ -111,7 +111,7 @@ class TestAgrees:
 
     def test_what_is_shown_and_written(self, small):
         result = verify("gamma.csv", "-o", "report.json")
-        assert f"3 of {UNITS} units computed anew, all agree" in result.stdout
+        assert f"3 of {UNITS} units computed anew, all agree; --units {UNITS} " in result.stdout
         assert result.stdout.count(" agrees") == 3
         told = json.loads(Path("report.json").read_text())
         assert [unit["agrees"] for unit in told["units"]] == [True] * 3

@@ -10,7 +10,8 @@ import typer
 
 from ngeval import console
 from ngeval.assemble import make_run
-from ngeval.commands.collect import Collected, check_result, collect
+from ngeval.commands.collect import check_result, collect
+from ngeval.commands.collected import Collected
 from ngeval.manifest import as_options
 from ngeval.methods import get_methods
 from ngeval.options import (

@@ -136,7 +136,9 @@ def verify(
         console.complain(_lost(recorded, there))
     if wrong or lost:
         raise typer.Exit(DISAGREES)
-    say(out, f"{results}: {len(found)} of {there} units computed anew, all agree")
+    rest = f"; --units {there} looks at the other {there - len(found)}, too"
+    more = rest if len(found) < there else ""
+    say(out, f"{results}: {len(found)} of {there} units computed anew, all agree{more}")
 
 
 def _lost(recorded: Recorded, there: int) -> str:

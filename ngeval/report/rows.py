@@ -37,6 +37,9 @@ IDENTITY: dict[str, tuple[str, ...]] = {
 }
 """What tells one row of a kind from the next, within a task."""
 
+COUNTS = {"num_samples", "metric_samples", "num_parameters"}
+"""Columns that are 0 in rows of a unit that could not be had."""
+
 SETTINGS = ("damping_scale", "likelihood", "dtype", "num_parameters")
 """What rows must share to be means of one run; a layer has its own number of parameters."""
 
@@ -72,6 +75,10 @@ def checked(table: pd.DataFrame, kind: str, name: str, task: str) -> pd.DataFram
         elif column != "status":
             columns[column] = _texts(table[column], default)
     columns["batch"] = _batches(columns.get("batch"), name)
+    if "num_samples" in columns:  # of a unit that could not be had nothing is known
+        lost = (table["status"] == "failed") & (columns["num_samples"] == 0)
+        for column in COUNTS & columns.keys():
+            columns[column] = np.where(lost, np.nan, columns[column])
     return _judged(table.assign(**columns), kind, name)
 
 
@@ -175,8 +182,9 @@ def runs(rows: pd.DataFrame, kind: str, name: str) -> Iterator[tuple[str, pd.Dat
     by: dict[str, pd.Series] = {}
     settings = () if kind == TRAINING else SETTINGS if kind != LAYERS else SETTINGS[:-1]
     for column in (column for column in settings if column in rows):
-        if rows[column].where(rows[column] != "").nunique() > 1:
-            by[column] = rows[column]
+        known = rows[column].where(rows[column] != "")
+        if known.nunique() > 1:  # rows of what could not be had are of the run beside them
+            by[column] = known.ffill().bfill()
     # Without numbers, batches with a seed each look like runs: then no row is told from the next.
     numbered = kind != TRAINING and rows["batch"].nunique() > 1
     for column in OF_BATCHES if kind != TRAINING else ():
