@@ -31,7 +31,7 @@ def resolve_name(name: str, what: str) -> dict[str, Any]:
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # too long for a name, or ~ of nobody
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a NUL
         raise TaskError(f"{what} {name[:80]!r} cannot be looked up: {error!s:.200}") from error
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
