@@ -763,7 +763,7 @@ class TestOneImprobableLabel:
         assert best <= problem.gamma(step) * (1 + 1e-6)
         assert best >= ngeval.gamma_floor(problem) * (1 - 1e-6)
 
-    @pytest.mark.parametrize("shift", [10.0, 20.0, 28.0, 34.0, 40.0, 60.0])
+    @pytest.mark.parametrize("shift", [10.0, 20.0, 28.0, 34.0, 36.0, 40.0, 60.0])
     def test_no_natural_gradient_is_graded_wrongly(self, shift):
         table = ngeval.evaluate(self.problem(shift), ["ng", "block-ng"], [0.0])
         graded = table[table["status"] == "ok"].set_index("method")["gamma_over_ng"]
@@ -771,4 +771,5 @@ class TestOneImprobableLabel:
         lost = table[table["status"] == "failed"]
         assert lost["reason"].str.contains("lost to rounding|of layer").all()
         # Near 34 nats it is the processor's order of adding up that decides; both are right there.
-        assert len(lost) in {10: [0], 20: [0], 28: [0], 34: [0, 1, 2], 40: [2], 60: [2]}[int(shift)]
+        if shift != 34:
+            assert len(lost) == (0 if shift < 30 else 2)
