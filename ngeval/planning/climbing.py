@@ -95,7 +95,7 @@ def _expected(rungs: Sequence[Rung], size: int, target: int, gradient: float | N
         return SLACK * extrapolate(samples, [rung.seconds for rung in rungs], size)
     (rung,) = rungs
     power = 2.0
-    if gradient is not None and rung.gradient_seconds > 0:  # by how gradients grow
+    if gradient and rung.gradient_seconds > 0:  # by how gradients grow; a coarse clock says 0
         power = math.log(gradient / rung.gradient_seconds) / math.log(target / rung.samples)
     return SLACK * rung.seconds * math.pow(size / rung.samples, min(max(power, 0.5), 2.0))
 
