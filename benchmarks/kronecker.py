@@ -12,9 +12,9 @@ from benchmarks.models import Workload
 from benchmarks.pipeline import problem_of
 from benchmarks.sweeps import dampings
 from benchmarks.timing import Job, Settings, gradient_job, interleave
-from ngeval.kronecker import KroneckerBlock
-from ngeval.methods.kronecker import Kronecker
-from ngeval.methods.labels import DATA, SAMPLED, Labels
+from ngeval.curvature.kronecker_block import KroneckerBlock
+from ngeval.methods.kfac import Kronecker
+from ngeval.methods.label_sources import DATA, SAMPLED, Labels
 
 DAMPINGS = 50
 

@@ -27,7 +27,7 @@ from benchmarks.sweeps import dampings
 from ngeval.checkpoints import Checkpoint
 from ngeval.planning import plan
 from ngeval.planning.footprint import watch_memory
-from ngeval.runs import Grading, Run
+from ngeval.runs.run import Grading, Run
 
 METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 

@@ -20,7 +20,7 @@ from benchmarks.timing import (
     interleave,
     product_job,
 )
-from ngeval.fisher import unit_cotangents
+from ngeval.problem.fisher import unit_cotangents
 from ngeval.jacobians import gram_matrix
 
 

@@ -32,7 +32,7 @@ import typer  # noqa: E402
 from typer.cli import get_docs_for_click  # noqa: E402
 
 import ngeval  # noqa: E402
-from ngeval.cli import app as command_line  # noqa: E402
+from ngeval.cli.app import app as command_line  # noqa: E402
 
 # What is built
 

@@ -27,7 +27,7 @@ CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "open")
 
 def flush_often() -> None:
     """The table is put together after each unit, not every five seconds."""
-    from ngeval.commands import collect  # noqa: PLC0415  # imports are ngeval's own, and late
+    from ngeval.cli import collect  # noqa: PLC0415  # imports are ngeval's own, and late
 
     collect.FLUSH_SECONDS, collect.FLUSH_SHARE = 0.0, 1e9
 
@@ -124,7 +124,7 @@ def at_unit(number: int, action: str, argument: str = "") -> None:
 def nan_at(method: str, damping: float) -> None:
     """The update of a method is NaN at one λ."""
     from ngeval import evaluate  # noqa: PLC0415
-    from ngeval.prepared import prepare as real  # noqa: PLC0415
+    from ngeval.grading.prepare import prepare as real  # noqa: PLC0415
 
     module = sys.modules[evaluate.__module__]
 
@@ -152,7 +152,7 @@ def slow(seconds: float) -> None:
 
 def note_units(log: str) -> None:
     """Write down each unit that the journal says it has."""
-    from ngeval.journal import Journal  # noqa: PLC0415
+    from ngeval.results.journal import Journal  # noqa: PLC0415
 
     real = Journal.write
 
@@ -171,7 +171,7 @@ def no_sync() -> None:
 
 def put(path: str, content: str) -> None:
     """As the last unit ends, somebody else writes a file of the journal (bytes in hex)."""
-    from ngeval.ranks import OneProcess  # noqa: PLC0415
+    from ngeval.runs.ranks import OneProcess  # noqa: PLC0415
 
     def finish(self: OneProcess, meanwhile: Callable[[], None]) -> None:
         Path(path).write_bytes(bytes.fromhex(content))
@@ -200,7 +200,7 @@ def fill(folder: Path) -> None:
 
 def main(injections: Sequence[Injection] | None = None) -> None:
     """The command ``ngeval`` with the faults of ``FAULTS``."""
-    from ngeval.cli import main as ngeval_main  # noqa: PLC0415
+    from ngeval.cli.app import main as ngeval_main  # noqa: PLC0415
 
     told = json.loads(os.environ.get("FAULTS", "[]")) if injections is None else injections
     for name, *arguments in told:

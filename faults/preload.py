@@ -9,7 +9,7 @@ import torch.distributed
 import torch.fx.experimental.symbolic_shapes
 
 import faults.processes
-import ngeval.cli
-import ngeval.commands.collect
+import ngeval.cli.app
+import ngeval.runs.execute
 
 _ = (faults.processes, pd, pa, torch, ngeval.cli)

@@ -22,8 +22,8 @@ import typer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ngeval.cli import app
-from ngeval.studies.docstrings import (
+from ngeval.cli.app import app
+from studies.docstrings import (
     AREAS,
     TEMPLATE,
     Base,
@@ -32,7 +32,7 @@ from ngeval.studies.docstrings import (
     pretrain,
     split,
 )
-from ngeval.summary import summarize
+from ngeval.analysis.summary import summarize
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf import hub_task
 

@@ -12,11 +12,11 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from ngeval.performance import average_ranks, performance
+from ngeval.analysis.training_results import average_ranks, performance
 from ngeval.plots import save_figure
-from ngeval.results import read_results
-from ngeval.studies import STUDIES, Finding, Study
-from ngeval.studies.base import check_rows
+from ngeval.results.table_files import read_results
+from studies import STUDIES, Finding, Study
+from studies.base import check_rows
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "what-we-found.md"

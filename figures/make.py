@@ -28,11 +28,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngeval import plots
-from ngeval.comparison import three_stages
+from ngeval.analysis.ranking import three_stages
 from ngeval.errors import InputError, nearest_name
-from ngeval.manifest import manifest_path
-from ngeval.studies import STUDIES
-from ngeval.toy import LeastSquares
+from ngeval.results.manifest import manifest_path
+from studies import STUDIES
+from studies.toy.least_squares import LeastSquares
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"

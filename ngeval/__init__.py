@@ -14,18 +14,18 @@ from ngeval.errors import (
     OutputError,
     TaskError,
 )
-from ngeval.evaluate import evaluate
-from ngeval.fisher import FisherOperator
-from ngeval.layers import layer_table
+from ngeval.grading.evaluate import evaluate
+from ngeval.problem.fisher import FisherOperator
+from ngeval.grading.layer_table import layer_table
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, MethodEntry, get_method
-from ngeval.methods.accumulated import AccumulatedDiagonal
+from ngeval.methods.diag_ema import AccumulatedDiagonal
 from ngeval.methods.optimizer import OptimizerStep
-from ngeval.metric import Metric
-from ngeval.metrics import gamma, gamma_floor, gradient_norms, loss_change
-from ngeval.natural import gamma_min
-from ngeval.problem import Problem
-from ngeval.summary import summarize
+from ngeval.problem.metric_batch import Metric
+from ngeval.problem.gamma import gamma, gamma_floor, gradient_norms, loss_change
+from ngeval.curvature.natural_gradient import gamma_min
+from ngeval.problem.problem import Problem
+from ngeval.analysis.summary import summarize
 from ngeval.tasks import Task
 
 __version__ = _version("ngeval")

@@ -1,6 +1,6 @@
 """``python -m ngeval`` is the command ``ngeval``."""
 
-from ngeval.cli import main
+from ngeval.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from ngeval.cli import app
+from ngeval.cli.app import app
 
 DOCS = Path(__file__).parent.parent / "docs"
 

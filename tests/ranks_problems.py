@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import ngeval
-from ngeval import kernel
-from ngeval.functional import ModelFunction
+from ngeval.curvature import logit_kernel as kernel
+from ngeval.model.function import ModelFunction
 from ngeval.jacobians import CapturedRows, gram_matrix
 
 DAMPINGS = (1e-2, 1.0)

@@ -11,8 +11,8 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-import ngeval.runs
-from ngeval.cli import app
+import ngeval.runs.run
+from ngeval.cli.app import app
 
 BATCH = 5
 BATCHES = 2

@@ -10,7 +10,7 @@ from optimizers import batches, build, case, flat, graded_at, mean_gradients, ru
 import ngeval
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import CheckpointError, InputError
-from ngeval.methods.accumulated import AccumulatedDiagonal, NamedAccumulated
+from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
 from ngeval.methods.stage import Stage
 
 FULL = ("adam", "adamw", "nadam", "radam", "rmsprop", "adadelta", "adagrad")

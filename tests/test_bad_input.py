@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.
@@ -654,7 +654,7 @@ class TestOutput:
 
 
 def test_output_is_checked_before_the_work(place, monkeypatch):
-    monkeypatch.setattr("ngeval.runs.Units", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("ngeval.runs.run.Units", lambda *_: pytest.fail("work was begun"))
     assert_refused(run(command("gamma", place, place / "old.csv")), "--force")
 
 

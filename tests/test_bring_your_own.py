@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ngeval
-from ngeval.cli import app
+from ngeval.cli.app import app
 
 
 class BasicBlock(nn.Module):

@@ -19,11 +19,11 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 import ngeval
-import ngeval.runs
-import ngeval.units
+import ngeval.runs.run
+import ngeval.runs.units
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
-from ngeval.cli import app
-from ngeval.manifest import manifest_path
+from ngeval.cli.app import app
+from ngeval.results.manifest import manifest_path
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.

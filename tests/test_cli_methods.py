@@ -15,13 +15,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ngeval
-import ngeval.runs
+import ngeval.runs.run
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
-from ngeval.cli import app
-from ngeval.commands.compare import METHODS
-from ngeval.comparison import ranking
+from ngeval.cli.app import app
+from ngeval.cli.compare import METHODS
+from ngeval.analysis.ranking import ranking
 from ngeval.methods.stage import OptimizerOptions, Stage
-from ngeval.runs import Run
+from ngeval.runs.run import Run
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.

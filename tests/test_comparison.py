@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import ngeval
-from ngeval.comparison import COLUMNS, at_best_damping, ranking, three_stages
-from ngeval.summary import summarize
+from ngeval.analysis.ranking import COLUMNS, at_best_damping, ranking, three_stages
+from ngeval.analysis.summary import summarize
 
 DAMPINGS = (1e-4, 1e-2, 1.0)
 

@@ -11,8 +11,8 @@ import torch
 from pages import DOCS, blocks, in_folder, shell_lines
 from typer.testing import CliRunner
 
-from ngeval.cli import app
-from ngeval.layers import COLUMNS as LAYER_COLUMNS
+from ngeval.cli.app import app
+from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.methods import get_method
 from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF

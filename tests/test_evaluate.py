@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.bootstrap import mean_intervals
-from ngeval.evaluate import COLUMNS
-from ngeval.updates import DirectionUpdates
+from ngeval.analysis.intervals import mean_intervals
+from ngeval.grading.evaluate import COLUMNS
+from ngeval.curvature.updates import DirectionUpdates
 
 RATIOS = ("gamma_over_sgd", "gamma_over_ng")
 

@@ -17,10 +17,10 @@ from torch import nn
 import ngeval
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
-from ngeval.methods.accumulated import AccumulatedDiagonal, NamedAccumulated
+from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
 from ngeval.methods.optimizer import NamedOptimizer
 from ngeval.optim import FAdam
-from ngeval.optim.fadam import BLOCK, CORRECTIONS, WITHOUT_CORRECTIONS
+from ngeval.fadam.optimizer import BLOCK, CORRECTIONS, WITHOUT_CORRECTIONS
 
 SHAPES = ((3, 4), (5,), (), (2, 3, 2))
 EACH = [pytest.param(options, id=name.replace(" ", "-")) for name, options in CORRECTIONS.items()]

@@ -17,7 +17,7 @@ from committed_figures import FIGURES, KEPT, make
 from looks import faults
 from pages import in_folder
 
-from ngeval.studies import STUDIES
+from studies import STUDIES
 
 ROOT = FIGURES.parent
 OWN = [name for name in make.PICTURES if name not in STUDIES]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ngeval.studies import STUDIES
+from studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 

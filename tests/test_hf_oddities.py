@@ -21,7 +21,7 @@ import ngeval
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints
 from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.errors import CheckpointError, TaskError
-from ngeval.optional import optional_module
+from ngeval.utils.optional import optional_module
 from ngeval.tasks.hf import hub, hub_task
 from ngeval.tasks.hf.glue import TextForm
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import ngeval
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import CheckpointError, InputError, TaskError
 from ngeval.tasks.hf import hub_task
 from ngeval.tasks.hf.encoding import Encoder

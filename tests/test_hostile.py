@@ -34,10 +34,10 @@ from fuzz.targets import TARGETS
 from fuzz.targets.checkpoints import STATE, zipped
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints, read_optimizer, read_state
 from ngeval.checkpoints.finding import read_metadata
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import CheckpointError, InputError, NgevalError
-from ngeval.manifest import manifest, write_manifest
-from ngeval.names import visible
+from ngeval.results.manifest import manifest, write_manifest
+from ngeval.utils.text import visible
 from ngeval.report import make_page, read_sources
 from ngeval.tasks import get_task
 from ngeval.tasks.hf.hub import hub_is_reachable

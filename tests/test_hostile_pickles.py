@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import ngeval
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints, read_optimizer, read_state
 from ngeval.checkpoints.adapters import AdapterLoader, read_adapter_config
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import CheckpointError, OutputError, TaskError
-from ngeval.results import read_results
+from ngeval.results.table_files import read_results
 
 STATE = {"weight": torch.arange(12.0).reshape(3, 4) / 7, "bias": torch.zeros(3)}
 

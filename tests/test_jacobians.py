@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.fisher import unit_cotangents
+from ngeval.problem.fisher import unit_cotangents
 from ngeval.jacobians import gram_matrix, squared_column_sums
 
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
-import ngeval.files
+import ngeval.utils.atomic
 from ngeval import OutputError
-from ngeval.journal import Entry, Journal, table_of
+from ngeval.results.journal import Entry, Journal, table_of
 
 KEYS = [(stage, batch) for stage in range(3) for batch in range(2)]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ngeval
-from ngeval import kernel, spectrum
-from ngeval.spectrum import Spectrum
+from ngeval.curvature import logit_kernel as kernel
+from ngeval.curvature import spectrum
+from ngeval.curvature.spectrum import Spectrum
 
 EPSILON = torch.finfo(torch.float64).eps
 NAMES = [name for name in problems.NAMES if name.endswith("float64")]

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval import grading, kernel, natural
-from ngeval.forward import push_directions
-from ngeval.grading import families, grade
+from ngeval.grading import grade as grading
+from ngeval.curvature import logit_kernel as kernel
+from ngeval.curvature import natural_gradient as natural
+from ngeval.model.tangents import push_directions
+from ngeval.grading.grade import families, grade
 
 METHODS = ["sgd", "ef", "ief", "sf", "sf:3", "diag", "ng"]
 DAMPINGS = [0.0, 1e-4, 1e-2, 1.0, 100.0]

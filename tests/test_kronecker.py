@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.jacobians import blocks as group_rows
-from ngeval.jacobians.captured import KEPT_SHARE
-from ngeval.jacobians.rows import split_rows
+from ngeval.jacobians import parameter_blocks as group_rows
+from ngeval.jacobians.captured_rows import KEPT_SHARE
+from ngeval.jacobians.row_source import split_rows
 from ngeval.methods import get_method, registry
 
 LABELS = {
@@ -378,7 +378,7 @@ class TestBlocks:
         made = []
         original = group_rows.group_combinations
         monkeypatch.setattr(
-            "ngeval.methods.block.group_combinations",
+            "ngeval.methods.block_ng.group_combinations",
             lambda *args: made.append(1) or original(*args),
         )
         updates = state.updates(dampings)
@@ -387,7 +387,7 @@ class TestBlocks:
         assert len(made) == 1
 
     def test_too_large(self, monkeypatch):
-        monkeypatch.setattr("ngeval.methods.block.DENSE_SIZE", 10)
+        monkeypatch.setattr("ngeval.methods.block_ng.DENSE_SIZE", 10)
         table = ngeval.evaluate(make("mlp").problem(), ["block-ng"], [1e-3])
         assert table["status"].item() == "failed"
         assert "use fewer samples" in table["reason"].item()
@@ -544,11 +544,11 @@ class TestBadRequests:
         assert "engine='layers'" in table["reason"].item()
 
     def test_a_vocabulary_is_left_to_the_rest(self, monkeypatch):
-        monkeypatch.setattr("ngeval.methods.kronecker.LARGEST_FACTOR", 15)
+        monkeypatch.setattr("ngeval.methods.kfac.LARGEST_FACTOR", 15)
         state = get_method("kfac").prepare(make("conv").problem())
         assert [block.layer.name for block in state.blocks] == ["2", "4"]
         assert "0.weight, 0.bias" in state.notes[0]
-        monkeypatch.setattr("ngeval.methods.kronecker.LARGEST_FACTOR", 2)
+        monkeypatch.setattr("ngeval.methods.kfac.LARGEST_FACTOR", 2)
         with pytest.raises(ngeval.EngineError, match="covers no layer"):
             get_method("kfac").prepare(make("conv").problem())
 
@@ -628,7 +628,7 @@ class TestTransformersConv1D:
             assert problems.relative_gap(found[name], wanted) < 1e-9, name
 
     def test_rows_in_pieces(self, pair, monkeypatch):
-        monkeypatch.setattr("ngeval.jacobians.products.PIECE_ENTRIES", 20)
+        monkeypatch.setattr("ngeval.jacobians.inner_products.PIECE_ENTRIES", 20)
         linear, held = (case.problem() for case in pair)
         for method in ("ef", "diag-ef", "ekfac-ef", "block-ng"):
             expected = linear.gamma(direction(linear, method, 1e-2))
@@ -672,7 +672,7 @@ class TestPositions:
             "blocks",
             lambda _, cotangents, *share: split_rows(*cotangents.shape[:2], limit),
         )
-        monkeypatch.setattr("ngeval.jacobians.captured.KEPT_SHARE", 0.0)
+        monkeypatch.setattr("ngeval.jacobians.captured_rows.KEPT_SHARE", 0.0)
         assert problems.relative_gap(direction(problem, method, 1e-3), expected) < 1e-10
 
     @pytest.mark.parametrize("method", ["kfac", "kfac-ef", "kfac-ief"])

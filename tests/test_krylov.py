@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval import krylov, natural
-from ngeval.krylov import KrylovRun
+from ngeval.curvature import krylov
+from ngeval.curvature import natural_gradient as natural
+from ngeval.curvature.krylov import KrylovRun
 
 DAMPINGS = [0.0, 1e-8, 1e-4, 1e-2, 1.0, 1e2, 1e6, 1e10]
 CASES = ["categorical-mlp-float64", "gaussian-sequence-float64", "bernoulli-conv-float64"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.groups import make_groups
-from ngeval.layers import COLUMNS, parts_of
+from ngeval.model.parameter_groups import make_groups
+from ngeval.grading.layer_table import COLUMNS, parts_of
 
 METHODS = ("sgd", "ef", "ief", "ng", "diag", "diag-ef:0.5")
 DAMPINGS = (1e-3, 1.0)
@@ -327,7 +327,7 @@ def test_the_best_of_a_layer_is_left_out_where_it_is_out_of_reach(monkeypatch):
     table = ngeval.layer_table(problem, ["sgd"], [1.0], natural=False)
     assert table["gamma_over_best"].isna().all()
     assert (table["reason"] == "").all()
-    monkeypatch.setattr("ngeval.methods.block.DENSE_SIZE", 5)
+    monkeypatch.setattr("ngeval.methods.block_ng.DENSE_SIZE", 5)
     table = ngeval.layer_table(problem, ["sgd"], [1.0])
     assert table["gamma_over_best"].isna().all()
     assert table["reason"].str.contains("no least γ of layers: .*use fewer samples").all()

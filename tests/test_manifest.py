@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import ngeval
-import ngeval.units
+import ngeval.runs.units
 from ngeval import OutputError
-from ngeval.cli import app
-from ngeval.manifest import (
+from ngeval.cli.app import app
+from ngeval.results.manifest import (
     as_options,
     command_line,
     manifest,
@@ -23,7 +23,7 @@ from ngeval.manifest import (
     read_manifest,
     write_manifest,
 )
-from ngeval.options import RunOptions
+from ngeval.runs.options import RunOptions
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.

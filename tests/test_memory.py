@@ -8,8 +8,9 @@ import torch
 from problems import relative_gap
 
 import ngeval
-from ngeval.jacobians import gram_matrix, rows
-from ngeval.memory import LEAST, describe_bytes, free_memory, halving
+from ngeval.jacobians import gram_matrix
+from ngeval.jacobians import row_source as rows
+from ngeval.utils.memory import LEAST, describe_bytes, free_memory, halving
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
 

@@ -14,9 +14,9 @@ from problems import EXACT_NAMES, METHODS, relative_gap
 from torch import Tensor, distributions, nn
 
 import ngeval
-from ngeval.grading import grade
+from ngeval.grading.grade import grade
 from ngeval.jacobians import gram_matrix
-from ngeval.metrics import quadratics
+from ngeval.problem.gamma import quadratics
 
 DAMPINGS = (0.0, 1e-6, 1e-3, 1.0, 1e3)
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.jacobians import gram_matrix, products
+from ngeval.jacobians import gram_matrix
+from ngeval.jacobians import inner_products as products
 
 METHODS = ["sgd", "ef", "ief", "sf", "ng"]
 DAMPINGS = [1e-9, 1e-6, 1e-3, 1.0]

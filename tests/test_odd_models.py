@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval import kernel
+from ngeval.curvature import logit_kernel as kernel
 
 
 class RegisteredTwice(nn.Module):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import ngeval
 from ngeval.errors import NumericalError
-from ngeval.jacobians import onepass
+from ngeval.jacobians import one_pass as onepass
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.optim.base import ExactOptimizer
 from ngeval.optim.exact import draw_seed
-from ngeval.optim.updates import empirical_update, sampled_update
-from ngeval.solve import solve_damped
+from ngeval.optim.single_update import empirical_update, sampled_update
+from ngeval.curvature.cholesky import solve_damped
 
 CLASSES: dict[str, type[ExactOptimizer]] = {"ef": EF, "ief": iEF, "sf:2": SF, "ng": NG}
 

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 import ngeval
 import ngeval.plots
 from ngeval.checkpoints import find_checkpoints
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.methods import METHODS
 from ngeval.plots import FIGURES
-from ngeval.runs import Run
+from ngeval.runs.run import Run
 from ngeval.tasks import get_task
 from ngeval.training import Training
 

@@ -15,14 +15,14 @@ from small_runs import BATCHES, STAGES, Small
 from torch import nn
 
 import ngeval
-import ngeval.runs
+import ngeval.runs.run
 from ngeval.checkpoints import Checkpoint
-from ngeval.identity import differences, identity
-from ngeval.journal import Entry, Journal
-from ngeval.manifest import read_manifest
-from ngeval.methods.gradient import Sgd
-from ngeval.results import read_results
-from ngeval.runs import Run
+from ngeval.runs.identity import differences, identity
+from ngeval.results.journal import Entry, Journal
+from ngeval.results.manifest import read_manifest
+from ngeval.methods.sgd import Sgd
+from ngeval.results.table_files import read_results
+from ngeval.runs.run import Run
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import ngeval
-from ngeval import console
+from ngeval.cli import console
 from ngeval.checkpoints import Checkpoint
-from ngeval.commands import plan as command
+from ngeval.cli import plan as command
 from ngeval.errors import InputError
-from ngeval.forward import push_directions
+from ngeval.model.tangents import push_directions
 from ngeval.jacobians import gram_matrix
-from ngeval.kernel import (
+from ngeval.curvature.logit_kernel import (
     GramKernel,
     JacobianKernel,
     MatrixFreeKernel,
@@ -41,8 +41,8 @@ from ngeval.planning.ladder import (
 )
 from ngeval.planning.passes import Passes, count_passes
 from ngeval.planning.probing import FactorTimer, form_of, take_form, timed_parts
-from ngeval.results import ResultFile
-from ngeval.runs import Grading, Run
+from ngeval.results.table_files import ResultFile
+from ngeval.runs.run import Grading, Run
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -383,7 +383,7 @@ class TestPlan:
     @pytest.mark.parametrize(("methods", "metric"), [(["sgd", "ief"], 1), (["sgd", "ng"], None)])
     def test_no_work_is_done_that_the_run_does_not_do(self, monkeypatch, methods, metric):
         # As a whole batch that keeps Θ's strips would be treated, on the batch itself.
-        monkeypatch.setattr("ngeval.kernel.EXPLICIT_ENTRIES", 0)
+        monkeypatch.setattr("ngeval.curvature.logit_kernel.EXPLICIT_ENTRIES", 0)
         monkeypatch.setattr("ngeval.planning.probing.EXPLICIT_ENTRIES", 0)
         grading = Grading(metric, natural=False)
         run = run_of(batch_size=4, num_batches=1, checkpoints=1)

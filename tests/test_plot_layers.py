@@ -12,9 +12,10 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from ngeval import InputError, console
-from ngeval.comparison import ranking
-from ngeval.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval import InputError
+from ngeval.cli import console
+from ngeval.analysis.ranking import ranking
+from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.plots import (
     kfac_figure,
     layers_figure,
@@ -22,7 +23,7 @@ from ngeval.plots import (
     plot_ranking,
     ranking_figure,
 )
-from ngeval.results import ResultFile, read_results
+from ngeval.results.table_files import ResultFile, read_results
 
 KFAC = ("ief", "kfac", "kfac-ef", "kfac-ief")
 

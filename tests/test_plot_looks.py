@@ -18,7 +18,7 @@ from test_plots import gammas, samples, tasks
 from typer.testing import CliRunner
 
 from ngeval import InputError
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.methods import all_methods
 from ngeval.plots import (
     COLUMN,
@@ -39,7 +39,7 @@ from ngeval.plots import (
 )
 from ngeval.plots.style import styles_of
 from ngeval.plots.ticks import log_scale
-from ngeval.studies import get_study
+from studies import get_study
 
 DATA = Path(__file__).parents[1] / "figures" / "data"
 

@@ -15,8 +15,8 @@ from test_plots import below, gammas, samples
 from typer.testing import CliRunner
 
 from ngeval import InputError
-from ngeval.cli import app
-from ngeval.comparison import ranking
+from ngeval.cli.app import app
+from ngeval.analysis.ranking import ranking
 from ngeval.plots import (
     Chosen,
     damping_figure,
@@ -38,7 +38,7 @@ from ngeval.plots import (
     save_figure,
     stages_figure,
 )
-from ngeval.toy import LeastSquares
+from studies.toy.least_squares import LeastSquares
 
 NAMES = {
     r"$\frac{$": r"\$\frac{\$",

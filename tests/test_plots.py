@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ngeval import InputError, console
+from ngeval import InputError
+from ngeval.cli import console
 from ngeval.plots import (
     PAGE,
     Chosen,

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ngeval
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.methods import all_methods, get_method
 
 PAGE = Path(__file__).parent.parent / "docs" / "plug-ins.md"
@@ -67,7 +67,7 @@ def test_the_page_in_25_lines(install: Install, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_function_will_do(install: Install):
     source = (
-        "from ngeval.methods.gradient import Sgd\n"
+        "from ngeval.methods.sgd import Sgd\n"
         "def make(name, text):\n    'The gradient again.'\n    return Sgd(name)\n"
     )
     install("plain", "plain_method", source, {"again": "plain_method:make"})

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from committed_figures import KEPT, make
 
-from ngeval.studies import get_study
-from ngeval.studies.preconditioners import METHODS, MOMENTS, SMALL, STUDY
+from studies import get_study
+from studies.preconditioners import METHODS, MOMENTS, SMALL, STUDY
 
 ADAM = "Adam's step is nearer to the natural gradient than the gradient"
 

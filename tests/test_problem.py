@@ -16,9 +16,9 @@ from problems import EXACT_NAMES, NAMES, relative_gap
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.functional import map_inputs
+from ngeval.model.function import map_inputs
 from ngeval.jacobians import gram_matrix
-from ngeval.kernel import fisher_spectrum, logit_kernel
+from ngeval.curvature.logit_kernel import fisher_spectrum, logit_kernel
 
 
 def random_like(problem: ngeval.Problem, *shape: int) -> Tensor:

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import ngeval.ranks
+import ngeval.runs.ranks
 from ngeval import InputError, NgevalError
-from ngeval.cli import app
-from ngeval.manifest import read_manifest
-from ngeval.ranks import ManyProcesses, OneProcess, joined, own_device, own_rank, world_size
+from ngeval.cli.app import app
+from ngeval.results.manifest import read_manifest
+from ngeval.runs.ranks import ManyProcesses, OneProcess, joined, own_device, own_rank, world_size
 from ngeval.tasks import get_task
 
 UNITS = [(stage, batch) for stage in range(5) for batch in range(4)]

@@ -31,18 +31,18 @@ import ngeval
 import ngeval.report.page
 import ngeval.report.tables
 from ngeval import InputError, OutputError
-from ngeval.bootstrap import geometric_means
-from ngeval.cli import app
-from ngeval.manifest import manifest, write_manifest
+from ngeval.analysis.intervals import geometric_means
+from ngeval.cli.app import app
+from ngeval.results.manifest import manifest, write_manifest
 from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
 from ngeval.report.colours import CONTRAST, DARK, contrast, dark, looks_of
 from ngeval.report.findings import findings
-from ngeval.report.measured import facts, run_facts, troubles
+from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.sources import Source, Topic, kind_of, topics
 from ngeval.report.summaries import at_best, grades
 from ngeval.report.tables import gamma_table
-from ngeval.report.text import chart_text, checkpoint_labels, shortened, with_interval
+from ngeval.report.wording import chart_text, checkpoint_labels, shortened, with_interval
 
 
 def source(tmp_path, table, name="gamma.csv"):

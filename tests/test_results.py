@@ -9,7 +9,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from ngeval import OutputError
-from ngeval.results import ResultFile, check_output, read_results
+from ngeval.results.table_files import ResultFile, check_output, read_results
 
 KINDS = ("csv", "parquet", "jsonl")
 NUMBERS = [1 / 3, 1e-12, 2.5e-300, 1.7e300, -4.0, 123456789.123456789, 0.1 + 0.2]
@@ -75,7 +75,7 @@ class TestFormats:
         def disk_full(self, *args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("ngeval.results._WRITERS", {f".{kind}": disk_full})
+        monkeypatch.setattr("ngeval.results.table_files._WRITERS", {f".{kind}": disk_full})
         with pytest.raises(OutputError, match="No space left on device"):
             file.flush()
         assert path.read_text() == "old"
@@ -101,7 +101,7 @@ class TestFormats:
 
     def test_rows_reach_the_disk_while_the_run_goes_on(self, tmp_path, kind, monkeypatch):
         clock = [100.0]
-        monkeypatch.setattr("ngeval.results.time.monotonic", lambda: clock[0])
+        monkeypatch.setattr("ngeval.results.table_files.time.monotonic", lambda: clock[0])
         path = tmp_path / f"r.{kind}"
         with ResultFile(path) as file:
             file.append(table([1.0]))

@@ -28,14 +28,14 @@ from pandas.testing import assert_frame_equal
 from small_runs import BATCHES, STAGES, Small, files, run, stop_after
 
 import ngeval
-import ngeval.identity
+import ngeval.runs.identity
 import ngeval.methods
-import ngeval.runs
-import ngeval.units
-from ngeval.journal import Entry, Journal
-from ngeval.manifest import manifest_path, read_manifest
+import ngeval.runs.run
+import ngeval.runs.units
+from ngeval.results.journal import Entry, Journal
+from ngeval.results.manifest import manifest_path, read_manifest
 from ngeval.methods.registry import METHODS, MethodEntry
-from ngeval.results import read_results
+from ngeval.results.table_files import read_results
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -160,7 +160,7 @@ class TestInterruption:
     def test_killed(self, small, undisturbed):
         """SIGKILL, in a process of its own, while units come."""
         output = small.folder / "g.csv"
-        line = "import time, ngeval.runs as r; from ngeval.cli import main; make = r.evaluate\n"
+        line = "import time, ngeval.runs as r; from ngeval.cli.app import main; make = r.evaluate\n"
         line += "r.evaluate = lambda *a, **k: (time.sleep(0.3), make(*a, **k))[1]; main()"
         args = [sys.executable, "-c", line, *small.args("gamma", output)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -346,7 +346,7 @@ class TestRefusal:
             assert [path.name for path in own.iterdir()] == ["notes.txt"]
 
     def test_a_manifest_that_cannot_be_written_is_told_before_the_work(self, small, monkeypatch):
-        monkeypatch.setattr("ngeval.runs.Units", lambda *_: pytest.fail("work was begun"))
+        monkeypatch.setattr("ngeval.runs.run.Units", lambda *_: pytest.fail("work was begun"))
         (small.folder / "g.csv.manifest.json").mkdir()
         assert "is a folder" in refused(small, "gamma", small.folder / "g.csv")
 

@@ -17,7 +17,7 @@ from trainings import ALONE, CLASSES, DROPPED, MISLED, NUMBERS, load_batches
 
 import ngeval.training.search
 from ngeval.errors import InputError, OutputError, TaskError
-from ngeval.manifest import read_manifest
+from ngeval.results.manifest import read_manifest
 from ngeval.training import COLUMNS, Search, Training, default_grids
 from ngeval.training.grids import plan_trials
 

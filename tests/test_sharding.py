@@ -13,8 +13,8 @@ import torch
 from ranks_problems import CASES
 
 from ngeval.errors import EngineError, InputError
-from ngeval.memory import free_memory, local_ranks
-from ngeval.sharding import SINGLE, Shards, at_least, fingerprint, shards_of
+from ngeval.utils.memory import free_memory, local_ranks
+from ngeval.model.sharding import SINGLE, Shards, at_least, fingerprint, shards_of
 
 RANKS = 3
 VECTORS = ("jvp", "product", "combinations", "products", "captured gram", "diagonal")

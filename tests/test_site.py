@@ -16,7 +16,7 @@ import pytest
 import typer
 from sphinx.util.inventory import InventoryFile
 
-from ngeval.cli import app
+from ngeval.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "sphinx-build -W -c docs . build/site"

@@ -9,8 +9,9 @@ import zoo
 from torch import nn
 
 import ngeval
-from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations, rows
-from ngeval.jacobians.products import rows_of
+from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
+from ngeval.jacobians import row_source as rows
+from ngeval.jacobians.inner_products import rows_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),

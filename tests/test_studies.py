@@ -16,19 +16,20 @@ from scipy.integrate import solve_ivp
 from typer.testing import CliRunner
 
 from ngeval import InputError, Problem, Task, TaskError
-from ngeval.cli import app
-from ngeval.studies import STUDIES, get_study, images
-from ngeval.studies.base import decide
-from ngeval.studies.convergence import PLANS, descend, flow_time, predicted
-from ngeval.studies.convergence_findings import (
+from ngeval.cli.app import app
+from studies import STUDIES, get_study
+from studies import images
+from studies.base import decide
+from studies.convergence import PLANS, descend, flow_time, predicted
+from studies.convergence_findings import (
     CROSS_ENTROPY,
     FOUR_OUTPUTS,
     ONE_OUTPUT,
     exponential_rate,
     power_exponent,
 )
-from ngeval.studies.images import coloured_digits, image_task, vit_lora_task
-from ngeval.studies.texts import text_task
+from studies.images import coloured_digits, image_task, vit_lora_task
+from studies.texts import text_task
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

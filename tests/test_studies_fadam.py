@@ -13,12 +13,12 @@ from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import InputError
 from ngeval.optim import FAdam
-from ngeval.optim.fadam import CORRECTIONS
-from ngeval.studies import fadam_models as models
-from ngeval.studies.fadam import (
+from ngeval.fadam.optimizer import CORRECTIONS
+from studies import fadam_models as models
+from studies.fadam import (
     ADAM,
     EXPONENTS,
     FISHER,
@@ -30,7 +30,7 @@ from ngeval.studies.fadam import (
     graded_powers,
     trained,
 )
-from ngeval.studies.fadam_findings import FORMS, TEXT, final, findings, ratio
+from studies.fadam_findings import FORMS, TEXT, final, findings, ratio
 
 # Models and data
 

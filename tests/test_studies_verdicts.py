@@ -11,12 +11,14 @@ import pytest
 from scipy import stats
 
 from ngeval import InputError
-from ngeval.performance import outcomes
-from ngeval.studies import convergence_findings, diagonal_findings, optimization_findings
-from ngeval.studies import why_ef_fails_findings as ef_findings
-from ngeval.studies.base import Finding
-from ngeval.studies.convergence_findings import CROSS_ENTROPY, FOUR_OUTPUTS, ONE_OUTPUT
-from ngeval.studies.statistics import (
+from ngeval.analysis.training_results import outcomes
+from studies import convergence_findings
+from studies import diagonal_findings
+from studies import optimization_findings
+from studies import why_ef_fails_findings as ef_findings
+from studies.base import Finding
+from studies.convergence_findings import CROSS_ENTROPY, FOUR_OUTPUTS, ONE_OUTPUT
+from studies.statistics import (
     Interval,
     difference_interval,
     geometric_interval,

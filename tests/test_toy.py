@@ -17,13 +17,13 @@ from matplotlib.quiver import Quiver
 from typer.testing import CliRunner
 
 import ngeval
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import InputError
 from ngeval.plots import plot_paths, plot_toy, toy_figure
 from ngeval.plots.style import in_style
-from ngeval.plots.toy import Window
-from ngeval.studies.why_ef_fails import RATES
-from ngeval.toy import DEFAULT_METHODS, LeastSquares, trajectories
+from studies.toy.picture import Window
+from studies.why_ef_fails import RATES
+from studies.toy.least_squares import DEFAULT_METHODS, LeastSquares, trajectories
 
 TOYS = {
     "paper": LeastSquares(),

@@ -16,18 +16,18 @@ import pandas as pd
 import pytest
 from small_runs import BATCH, BATCHES, STAGES, Small, run
 
-import ngeval.identity
-import ngeval.manifest_checks
+import ngeval.runs.identity
+import ngeval.verification.manifest_checks
 import ngeval.tasks.base
-import ngeval.verification
+import ngeval.verification.recompute
 from ngeval import NgevalError
-from ngeval.agreement import DIGITS, MOST_GAP, compare
-from ngeval.commands.verify import _lost
-from ngeval.manifest import manifest_path
-from ngeval.results import read_results, write_results
-from ngeval.runs import Run
+from ngeval.verification.compare import DIGITS, MOST_GAP, compare
+from ngeval.cli.verify import _lost
+from ngeval.results.manifest import manifest_path
+from ngeval.results.table_files import read_results, write_results
+from ngeval.runs.run import Run
 from ngeval.tasks import get_task
-from ngeval.verification import (
+from ngeval.verification.recompute import (
     Trust,
     changes,
     check_unchanged,
@@ -299,7 +299,7 @@ class TestTrust:
         def ran(*_):
             pytest.fail("it was run")
 
-        monkeypatch.setattr("ngeval.assemble.get_task", ran)
+        monkeypatch.setattr("ngeval.runs.from_options.get_task", ran)
         message = verify("gamma.csv", task=False, code=2).stderr
         assert "is of the task 'mine.py:task', which is code that would be run" in message
 

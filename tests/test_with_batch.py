@@ -9,10 +9,10 @@ import zoo
 from torch import Tensor, nn
 
 import ngeval
-import ngeval.following
+import ngeval.problem.next_batch
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.jacobians.onepass import OnePass, PassRows
-from ngeval.optim.updates import empirical_update
+from ngeval.jacobians.one_pass import OnePass, PassRows
+from ngeval.optim.single_update import empirical_update
 
 
 def batches(count: int, size: int = 6) -> tuple[Tensor, Tensor]:

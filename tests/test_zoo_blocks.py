@@ -11,9 +11,9 @@ from test_zoo import problem_of as made_problem
 from torch import Tensor
 
 import ngeval
-from ngeval.fisher import factor_columns
-from ngeval.groups import make_groups
-from ngeval.jacobians.factors import affine_layers
+from ngeval.problem.fisher import factor_columns
+from ngeval.model.parameter_groups import make_groups
+from ngeval.curvature.kronecker_factors import affine_layers
 from ngeval.methods import get_method
 
 names = pytest.mark.parametrize("name", list(zoo.ENTRIES))

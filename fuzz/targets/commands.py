@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fuzz.targets.base import HOSTILE_NAMES, Target, damaged, remembered
 from fuzz.targets.checkpoints import STATE, _saved
 from fuzz.targets.results import _csv, _gammas, _samples
-from ngeval.cli import app
+from ngeval.cli.app import app
 from ngeval.errors import NgevalError
 
 CODES = {0, 1, 2, 3, 130, 143}

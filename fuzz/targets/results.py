@@ -30,13 +30,13 @@ from fuzz.targets.base import (
     names,
     remembered,
 )
-from ngeval.manifest import read_manifest
+from ngeval.results.manifest import read_manifest
 from ngeval.plots import Chosen, figure_of, kind_of
 from ngeval.report import make_page, read_sources
-from ngeval.report.measured import facts, run_facts, troubles
+from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.sources import topics
-from ngeval.results import read_results
-from ngeval.summary import summarize
+from ngeval.results.table_files import read_results
+from ngeval.analysis.summary import summarize
 
 mpl.use("Agg")
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fuzz.targets.base import Target, names, remembered
 from ngeval.checkpoints import find_checkpoints
-from ngeval.commands.listing import relative_pairs
+from ngeval.cli.listing import relative_pairs
 from ngeval.likelihoods import get_likelihood
 from ngeval.methods import METHODS, get_method, get_methods
-from ngeval.options import (
+from ngeval.runs.options import (
     parse_bytes,
     parse_dampings,
     parse_dtype,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError, NgevalError
-from ngeval.optional import optional_module
+from ngeval.utils.optional import optional_module
 
 PROMPTS_BY_ENCODER = ("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 """Virtual tokens that are not themselves the trained parameters, or not plainly so."""

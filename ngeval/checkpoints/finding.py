@@ -12,7 +12,7 @@ from typing import Any
 
 from ngeval.checkpoints.pickles import names_any
 from ngeval.errors import CheckpointError
-from ngeval.names import encodable
+from ngeval.utils.text import encodable
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 

@@ -17,7 +17,7 @@ from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.checkpoints.finding import Checkpoint
 from ngeval.checkpoints.reading import listed, read_state
 from ngeval.errors import CheckpointError
-from ngeval.files import replace_file
+from ngeval.utils.atomic import replace_file
 
 T = TypeVar("T")
 

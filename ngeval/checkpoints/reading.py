@@ -16,7 +16,7 @@ from torch import Tensor
 from ngeval.checkpoints.finding import weights_file
 from ngeval.checkpoints.pickles import asks_for_code, unreadable_because
 from ngeval.errors import CheckpointError
-from ngeval.names import shortened
+from ngeval.utils.text import shortened
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Under which of these a training program may keep the weights beside other things."""

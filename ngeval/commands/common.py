@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ngeval.names import message
+from ngeval.utils.text import message
 
 
 def say(out: Console, text: str) -> None:

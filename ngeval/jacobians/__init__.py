@@ -5,10 +5,10 @@ sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jac
 columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
 """
 
-from ngeval.jacobians.captured import CapturedRows, row_combinations
-from ngeval.jacobians.choose import Choice, choose_rows, still_right
-from ngeval.jacobians.onepass import OnePass, PassRows
-from ngeval.jacobians.rows import (
+from ngeval.jacobians.captured_rows import CapturedRows, row_combinations
+from ngeval.jacobians.engine_choice import Choice, choose_rows, still_right
+from ngeval.jacobians.one_pass import OnePass, PassRows
+from ngeval.jacobians.row_source import (
     RowSource,
     every_row,
     gram_matrix,

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ngeval.checks import named_tensors
+from ngeval.model.checks import named_tensors
 from ngeval.errors import EngineError
-from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
-from ngeval.jacobians.engines import loop_rows
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.jacobians.whole_model import loop_rows
 from ngeval.jacobians.layouts import one_for_each
-from ngeval.jacobians.rules import Call, Owner
+from ngeval.jacobians.layer_rules import Call, Owner
 from ngeval.jacobians.terms import RowsTerm, Term, merged
-from ngeval.jacobians.units import unit_term
-from ngeval.memory import is_out_of_memory
+from ngeval.jacobians.module_vjp import unit_term
+from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
 """Takes ``(terms, vectors=slice)``."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from ngeval.functional import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
 
 TRIAL_SIZES = (2, 3)
 

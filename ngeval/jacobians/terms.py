@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.functional import Parameters, model_errors
+from ngeval.model.function import Parameters, model_errors
 
 PATCH_ENTRIES = 2**21
 """Entries of the patches that a convolution's rows are made of at one time."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ngeval.checks import Inputs
+from ngeval.model.checks import Inputs
 from ngeval.errors import InputError, nearest_name
 
 REDUCTIONS = ("mean", "token-mean", "sum")

@@ -23,11 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from ngeval.errors import NumericalError
-from ngeval.methods.natural import NaturalGradient
-from ngeval.natural import KrylovSolver
+from ngeval.methods.ng import NaturalGradient
+from ngeval.curvature.natural_gradient import KrylovSolver
 from ngeval.optim.base import ExactOptimizer
-from ngeval.optim.updates import empirical_update, sampled_update
-from ngeval.problem import Problem
+from ngeval.optim.single_update import empirical_update, sampled_update
+from ngeval.problem.problem import Problem
 
 STEP_GAP = 1e-3
 """The relative gap between the bounds on γ up to which an update of `NG` is taken."""

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from ngeval.results import ResultFile
+from ngeval.results.table_files import ResultFile
 
 WATCH_SECONDS = 0.005
 """How often a process's memory is looked at."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ngeval.checks import named_tensors
-from ngeval.functional import ModelFunction
+from ngeval.model.checks import named_tensors
+from ngeval.model.function import ModelFunction
 
 
 @dataclass(frozen=True)

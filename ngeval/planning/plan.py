@@ -17,18 +17,18 @@ from torch import nn
 
 from ngeval.checkpoints import CheckpointLoader
 from ngeval.errors import CheckpointError, InputError, NgevalError
-from ngeval.functional import map_inputs
-from ngeval.krylov import MAX_ITERATIONS
-from ngeval.memory import free_memory
+from ngeval.model.function import map_inputs
+from ngeval.curvature.krylov import MAX_ITERATIONS
+from ngeval.utils.memory import free_memory
 from ngeval.methods import Method, get_methods
-from ngeval.planning.climbing import Told, climb
+from ngeval.planning.climb import Told, climb
 from ngeval.planning.footprint import device_count, disk_bytes, is_gpu, memory_in_use, model_bytes
 from ngeval.planning.ladder import Cost, Rung, predict
 from ngeval.planning.passes import Passes
 from ngeval.planning.probing import Clock, FactorTimer, Job, Measured, Probe
-from ngeval.prepared import check_dampings, check_scale
-from ngeval.runs import Grading, Run
-from ngeval.units import labelled, methods_at
+from ngeval.grading.prepare import check_dampings, check_scale
+from ngeval.runs.run import Grading, Run
+from ngeval.runs.units import labelled, methods_at
 
 MARGIN = 0.3
 """How far from the truth a plan may be: relative."""

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.checkpoints import CheckpointLoader
-from ngeval.checks import Inputs
-from ngeval.evaluate import evaluate
-from ngeval.fisher import factor_columns, has_few_parameters
-from ngeval.functional import map_inputs
-from ngeval.groups import Groups
-from ngeval.kernel import (
+from ngeval.model.checks import Inputs
+from ngeval.grading.evaluate import evaluate
+from ngeval.problem.fisher import factor_columns, has_few_parameters
+from ngeval.model.function import map_inputs
+from ngeval.model.parameter_groups import Groups
+from ngeval.curvature.logit_kernel import (
     COMMON_RANK,
     DENSE_SIZE,
     EXPLICIT_ENTRIES,
@@ -34,19 +34,19 @@ from ngeval.kernel import (
     MatrixFreeKernel,
     StripKernel,
 )
-from ngeval.krylov import MAX_ITERATIONS, KrylovRun
-from ngeval.layers import layer_table
+from ngeval.curvature.krylov import MAX_ITERATIONS, KrylovRun
+from ngeval.grading.layer_table import layer_table
 from ngeval.methods import Method
-from ngeval.methods.natural import NaturalGradient
-from ngeval.metric import Metric
-from ngeval.natural import KrylovSolver
+from ngeval.methods.ng import NaturalGradient
+from ngeval.problem.metric_batch import Metric
+from ngeval.curvature.natural_gradient import KrylovSolver
 from ngeval.planning.footprint import watch_memory
 from ngeval.planning.ladder import Factorisation, Rung
 from ngeval.planning.passes import count_passes
-from ngeval.problem import Problem
-from ngeval.runs import Grading, Run
-from ngeval.spectrum import Spectrum
-from ngeval.units import methods_at, sample_table
+from ngeval.problem.problem import Problem
+from ngeval.runs.run import Grading, Run
+from ngeval.curvature.spectrum import Spectrum
+from ngeval.runs.units import methods_at, sample_table
 
 SHORT_SECONDS = 1.0
 MOST_REPEATS = 5

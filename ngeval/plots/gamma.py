@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.comparison import graded, numbers
+from ngeval.analysis.ranking import graded, numbers
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
@@ -28,10 +28,10 @@ from ngeval.plots.style import (
     with_stage,
     without_legend,
 )
-from ngeval.plots.texts import name_text
+from ngeval.plots.names import name_text
 from ngeval.plots.ticks import log_scale, number_text
-from ngeval.prepared import check_dampings
-from ngeval.summary import SUMMARIZED, summarize
+from ngeval.grading.prepare import check_dampings
+from ngeval.analysis.summary import SUMMARIZED, summarize
 
 MAX_STAGES = 4
 """Panels of `damping_figure`, unless the checkpoints are chosen."""

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 
-from ngeval.comparison import numbers
+from ngeval.analysis.ranking import numbers
 from ngeval.errors import InputError
 from ngeval.plots.means import geometric_means, line_with_band
 from ngeval.plots.style import (

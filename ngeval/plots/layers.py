@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ngeval.comparison import numbers
+from ngeval.analysis.ranking import numbers
 from ngeval.errors import InputError, nearest_name
-from ngeval.layer_summary import (
+from ngeval.analysis.layer_summary import (
     GEOMETRIC,
     SUMMED,
     leading_layers,
@@ -33,7 +33,7 @@ from ngeval.plots.style import (
     require,
     without_legend,
 )
-from ngeval.plots.texts import name_text
+from ngeval.plots.names import name_text
 from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ngeval import bootstrap
+from ngeval.analysis import intervals as bootstrap
 
 
 def geometric_means(x: pd.Series, values: pd.Series[float]) -> pd.DataFrame:

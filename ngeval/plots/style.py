@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ngeval.comparison import numbers
+from ngeval.analysis.ranking import numbers
 from ngeval.errors import InputError, OutputError
-from ngeval.names import whole_or_short
-from ngeval.plots.texts import name_text
+from ngeval.utils.text import whole_or_short
+from ngeval.plots.names import name_text
 
 STYLE: dict[Any, Any] = dict(
     mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from ngeval.comparison import three_stages
-from ngeval.layer_summary import leading_layers, with_rest
-from ngeval.performance import performance
+from ngeval.analysis.ranking import three_stages
+from ngeval.analysis.layer_summary import leading_layers, with_rest
+from ngeval.analysis.training_results import performance
 from ngeval.report import colours
 from ngeval.report.colours import Look, looks_of
 from ngeval.report.summaries import (
@@ -21,7 +21,7 @@ from ngeval.report.summaries import (
     layer_means,
     norm_quantiles,
 )
-from ngeval.report.text import chart_text, damping_text, with_interval
+from ngeval.report.wording import chart_text, damping_text, with_interval
 from ngeval.report.traces import Chart, Line, Trace, dots, log_axis, reference, rounded, stage_axis
 
 RATIO = "γ / γ<sub>SGD</sub>"

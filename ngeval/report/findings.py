@@ -16,7 +16,7 @@ from ngeval.report.other_findings import (
     layer_findings,
     training_findings,
 )
-from ngeval.report.rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Topic
 from ngeval.report.summaries import (
     Grades,
@@ -25,7 +25,7 @@ from ngeval.report.summaries import (
     grades,
     paired,
 )
-from ngeval.report.text import (
+from ngeval.report.wording import (
     above_one,
     below_one,
     counted,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from ngeval.performance import performance
+from ngeval.analysis.training_results import performance
 from ngeval.report.summaries import (
     Grades,
     imbalance_means,
@@ -18,7 +18,7 @@ from ngeval.report.summaries import (
     layer_means,
     smallest_positive,
 )
-from ngeval.report.text import counted, damping_text, listed, method_text, with_interval
+from ngeval.report.wording import counted, damping_text, listed, method_text, with_interval
 
 FEW = 5
 """Batches below which a bootstrap interval is too narrow to lean on."""

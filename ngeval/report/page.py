@@ -28,12 +28,12 @@ from ngeval.report.charts import (
 )
 from ngeval.report.colours import DARK
 from ngeval.report.findings import findings
-from ngeval.report.measured import CONVENTIONS, Trouble, facts, run_facts, troubles
-from ngeval.report.rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.facts import CONVENTIONS, Trouble, facts, run_facts, troubles
+from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table, training_table
-from ngeval.report.text import printable
+from ngeval.report.wording import printable
 from ngeval.report.traces import Chart
 
 MAX_CELLS = 4_000_000

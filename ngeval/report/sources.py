@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from ngeval.errors import InputError, OutputError
-from ngeval.manifest import read_manifest
-from ngeval.performance import NUMBERS, TEXTS, WHOLE
-from ngeval.report.rows import (
+from ngeval.results.manifest import read_manifest
+from ngeval.analysis.training_results import NUMBERS, TEXTS, WHOLE
+from ngeval.report.checked_rows import (
     GAMMAS,
     IDENTITY,
     LAYERS,
@@ -27,9 +27,9 @@ from ngeval.report.rows import (
     runs,
     single,
 )
-from ngeval.report.text import checkpoint_labels, printable
-from ngeval.results import read_results
-from ngeval.summary import SUMMARIZED
+from ngeval.report.wording import checkpoint_labels, printable
+from ngeval.results.table_files import read_results
+from ngeval.analysis.summary import SUMMARIZED
 
 ACCEPTED = (
     "a report takes the result files of ngeval gamma, sweep, compare (results.parquet), "

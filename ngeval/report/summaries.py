@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from ngeval.bootstrap import geometric_means
-from ngeval.layer_summary import GEOMETRIC, summarize_layers
-from ngeval.report.rows import LEFT_OUT
+from ngeval.analysis.intervals import geometric_means
+from ngeval.analysis.layer_summary import GEOMETRIC, summarize_layers
+from ngeval.report.checked_rows import LEFT_OUT
 
 KEYS = ["checkpoint", "method", "damping"]
 

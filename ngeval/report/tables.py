@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.performance import performance
+from ngeval.analysis.training_results import performance
 from ngeval.report.summaries import Grades, at_best
-from ngeval.report.text import damping_text, interval_text, number, value_text
+from ngeval.report.wording import damping_text, interval_text, number, value_text
 
 MAX_ROWS = 5_000
 """Rows of a table in the page; beyond, dampings are thinned out."""

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ngeval.report.colours import Look
-from ngeval.report.text import chart_text, with_interval
+from ngeval.report.wording import chart_text, with_interval
 
 Trace = dict[str, Any]
 """A trace of plotly; ``meta.colours`` has its colour on a light and on a dark page."""

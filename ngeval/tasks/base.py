@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ngeval.checks import Inputs, check_inputs
+from ngeval.model.checks import Inputs, check_inputs
 from ngeval.errors import NgevalError, TaskError
-from ngeval.functional import Output
+from ngeval.model.function import Output
 from ngeval.likelihoods import Likelihood, get_likelihood
 
 Batch = tuple[Inputs, Tensor]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngeval.checks import Inputs
+from ngeval.model.checks import Inputs
 from ngeval.errors import InputError, ModelError, TaskError
-from ngeval.functional import map_inputs, model_errors, outputs_of
+from ngeval.model.function import map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import Categorical, CategoricalDistribution, OutputDistribution
 from ngeval.tasks import Batch, Task
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import save_checkpoint, save_optimizer
-from ngeval.checks import check_device
+from ngeval.model.checks import check_device
 from ngeval.errors import InputError, ModelError, OutputError
-from ngeval.manifest import SUFFIX
-from ngeval.results import check_folder
+from ngeval.results.manifest import SUFFIX
+from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
 from ngeval.training.optimizers import Settings, Stepper, eval_mode_note, make_stepper, resolved

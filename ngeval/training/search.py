@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from ngeval.errors import InputError, NgevalError, OutputError, TaskError
-from ngeval.manifest import as_options, manifest
-from ngeval.results import ResultFile
+from ngeval.results.manifest import as_options, manifest
+from ngeval.results.table_files import ResultFile
 from ngeval.tasks import Task
 from ngeval.training.grids import Grids, Trial, check_count, plan_trials
 from ngeval.training.measure import DivergedError, EpochReport, monitored_column

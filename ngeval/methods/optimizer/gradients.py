@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngeval.checks import Inputs
+from ngeval.model.checks import Inputs
 from ngeval.errors import InputError
-from ngeval.functional import ModelFunction, autograd_enabled, model_errors
+from ngeval.model.function import ModelFunction, autograd_enabled, model_errors
 from ngeval.likelihoods import OutputDistribution
 from ngeval.methods.stage import check_reduction
-from ngeval.metric import Metric
-from ngeval.problem import Problem
+from ngeval.problem.metric_batch import Metric
+from ngeval.problem.problem import Problem
 
 Batches = Iterable[tuple[Inputs, Tensor]]
 Gradients = dict[str, Tensor]

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ngeval.errors import NgevalError, TaskError
-from ngeval.optional import optional_module
+from ngeval.utils.optional import optional_module
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError, TaskError, nearest_name
-from ngeval.optional import optional_module
+from ngeval.utils.optional import optional_module
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm

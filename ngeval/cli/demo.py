@@ -1,0 +1,115 @@
+"""The main job on real data: train, grade every checkpoint at every damping, draw the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ngeval.checkpoints import find_checkpoints
+from ngeval.errors import InputError
+from ngeval.results.manifest import manifest
+from ngeval.plots import (
+    FIGURE_SUFFIXES,
+    damping_figure,
+    imbalance_figure,
+    save_figure,
+    stages_figure,
+)
+from ngeval.results.table_files import ResultFile, check_output
+from ngeval.runs.run import Run
+from ngeval.tasks import Task, get_task
+from ngeval.training import EpochReport, Training
+
+METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
+DAMPINGS = tuple(float(value) for value in np.logspace(-8, 4, 50))
+
+Advance = Callable[[str, int], None]
+"""Called with what is being done, and how many of its steps there are in all."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """``ngeval demo``: digits-mlp with AdamW, from the first epoch to convergence.
+
+    Attributes:
+        output: folder for ``checkpoints/``, ``results.parquet``, ``imbalance.parquet``, figures.
+        epochs: passes over the 1,437 training images.
+        batch_size: N of the graded batches.
+        num_batches: graded batches for each checkpoint.
+        seed: for training, batches and sampled labels.
+        force: replace the output of an earlier demo.
+    """
+
+    output: Path
+    epochs: int = 12
+    batch_size: int = 160
+    num_batches: int = 4
+    seed: int = 0
+    force: bool = False
+
+    def run(
+        self, on_epoch: Callable[[EpochReport], None], advance: Advance
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Do everything; returns the γ table and the table of samples, both also written."""
+        task = get_task("digits-mlp")
+        checkpoints = self.output / "checkpoints"
+        self._check(task)
+        options = {
+            **{"task": task.name, "epochs": self.epochs, "batch_size": self.batch_size},
+            **{"num_batches": self.num_batches, "seed": self.seed},
+        }
+        told = manifest(options)
+        with (
+            ResultFile(self.output / "results.parquet", force=self.force, told=told) as gammas,
+            ResultFile(self.output / "imbalance.parquet", force=self.force, told=told) as samples,
+        ):
+            training = Training(
+                task, checkpoints, epochs=self.epochs, seed=self.seed, force=self.force
+            )
+            for report in training.run():
+                on_epoch(report)
+                advance("training", self.epochs + 1)
+            run = Run(
+                task,
+                find_checkpoints([str(checkpoints)]),
+                batch_size=self.batch_size,
+                num_batches=self.num_batches,
+                seed=self.seed,
+            )
+            for table in run.gammas(METHODS, DAMPINGS):
+                gammas.append(table)
+                advance("grading updates", run.num_units)
+            for table in run.imbalances((), 0.0):
+                samples.append(table)
+                advance("gradient norms", run.num_units)
+        self._draw(gammas.table(), samples.table())
+        return gammas.table(), samples.table()
+
+    @property
+    def figures(self) -> dict[str, Path]:
+        """Where each figure goes, by kind."""
+        return {kind: self.output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")}
+
+    def _check(self, task: Task) -> None:
+        """Find out before training what would fail after it."""
+        for path in self.figures.values():
+            check_output(path, FIGURE_SUFFIXES, force=self.force)
+        if self.epochs < 0:
+            raise InputError("epochs must be ≥ 0")
+        Run(task, (), self.batch_size, self.num_batches, self.seed)
+        next(task.batches(self.batch_size, self.num_batches, self.seed))
+
+    def _draw(self, gammas: pd.DataFrame, samples: pd.DataFrame) -> None:
+        names = list(dict.fromkeys(gammas["checkpoint"]))
+        stages = [names[0], names[len(names) // 2], names[-1]]
+        figures = {
+            "stages": stages_figure(gammas),
+            "damping": damping_figure(gammas, list(dict.fromkeys(stages))),
+            "imbalance": imbalance_figure(samples),
+        }
+        for kind, figure in figures.items():
+            save_figure(figure, self.figures[kind])

@@ -1,0 +1,178 @@
+"""``plot``, ``tasks`` and ``methods``: the commands that compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ngeval.cli import console
+from ngeval.commands.common import say
+from ngeval.errors import InputError, nearest_name
+from ngeval.methods import all_methods
+from ngeval.runs.options import ForceOption, QuietOption
+from ngeval.plots import (
+    COLUMN,
+    FIGURE_SUFFIXES,
+    FIGURES,
+    PAGE,
+    Chosen,
+    figure_of,
+    kind_of,
+    save_figure,
+)
+from ngeval.results.table_files import check_output, read_results
+from ngeval.tasks import BUILTIN_TASKS, get_task
+
+WIDTHS = {"column": COLUMN, "page": PAGE}
+MANY = 24
+"""Entries of a legend that can be told apart, at the most."""
+
+
+def plot(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files of gamma, sweep, compare, layers, imbalance, train."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(FIGURES)}; default: what the columns of the files fit."),
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="λ of a picture at one λ; default: the smallest.")
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoint", "-c", help="Panels of damping, stages of ranking; the one of layers."
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", "-m", help="Comma list of those drawn; default: all."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", "-t", help="Of files with several; stages has them side by side."),
+    ] = None,
+    relative: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods over others in stages, as sf/ief,ef/ief; default: these, where there "
+            "are several tasks or samples; none: leave them out."
+        ),
+    ] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            help="As it is printed: column (3.4 in) or page (7 in); default: a column for one "
+            "panel, else a page."
+        ),
+    ] = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw result files, at the width they are printed at.
+
+    [bold]Examples:[/bold]
+
+    ngeval plot gamma.csv --output stages.pdf
+
+    ngeval plot sweep.parquet --kind damping --width column --output damping.svg
+
+    ngeval plot lora.parquet prompt.parquet imbalance.parquet --kind stages --output stages.pdf
+
+    ngeval plot compare.parquet --kind ranking --methods sgd,ief,kfac,adamw --output ranking.pdf
+
+    ngeval plot training.parquet --kind performance --output performance.png
+    """
+    check_output(output, FIGURE_SUFFIXES, force=force)
+    if width is not None and width not in WIDTHS:
+        raise InputError(f"unknown width {width!r}; {nearest_name(width, WIDTHS)}")
+    if kind is not None and kind not in FIGURES:
+        raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
+    tables = read_tables(results)
+    chosen = Chosen(
+        damping,
+        checkpoint,
+        relative_pairs(relative),
+        WIDTHS.get(width or ""),
+        None if methods is None else [name.strip() for name in methods.split(",")],
+        task,
+    )
+    drawn = kind_of(tables) if kind is None else kind
+    figure = figure_of(tables, drawn, chosen)
+    most = max((len(legend.get_texts()) for legend in figure.legends), default=0)
+    save_figure(figure, output)
+    out = console.table_console(quiet)
+    if kind is None:
+        say(out, f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
+    if most > MANY:
+        say(out, f"{most} lines are more than can be told apart: choose some with --methods")
+
+
+def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
+    """Result files by their stems, or by their paths where files share a stem.
+
+    Raises:
+        InputError: one cannot be read, or is given twice.
+    """
+    if len(set(paths)) < len(paths):
+        raise InputError("a result file is given twice")
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
+    return {name: read_results(path) for name, path in zip(names, paths, strict=True)}
+
+
+def relative_pairs(text: str | None) -> list[tuple[str, str]] | None:
+    """``sf/ief,ef/ief`` as pairs; ``none`` as no pairs.
+
+    Raises:
+        InputError: it is not such a list.
+    """
+    if text is None or text == "none":
+        return None if text is None else []
+    pairs = [tuple(pair.strip().split("/")) for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise InputError(f"--relative {text!r} is not a list of pairs such as sf/ief,ef/ief")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def tasks() -> None:
+    """List the built-in tasks.
+
+    [bold]Example:[/bold] ngeval tasks
+    """
+    shown = Table("task", "what it is", "parameters")
+    for name in BUILTIN_TASKS:
+        task = get_task(name)
+        count = sum(parameter.numel() for parameter in task.model().parameters())
+        shown.add_row(name, task.description, f"{count:,}")
+    console.table_console().print(shown)
+
+
+def methods() -> None:
+    """List the methods, with their formulas and parameters.
+
+    [bold]Example:[/bold] ngeval methods
+    """
+    shown = Table("method", "d(λ), or what it is", "labels from", "after a colon", "from")
+    for name, entry in all_methods().items():
+        cells = (name, entry.formula, entry.labels, entry.parameter or "–", entry.source)
+        shown.add_row(*(escape(cell) for cell in cells))
+    console.table_console().print(shown)
+    out = Console()
+    out.print("example: --methods sgd,ief,sf:4,diag-ef:0.5,adamw,muon:20", highlight=False)
+    say(
+        out,
+        "also the path of any torch.optim.Optimizer class, as pytorch_optimizer.SOAP:20; an "
+        "optimizer alone takes its state from the checkpoint, :0 its first step, :K a state "
+        "accumulated over K batches",
+    )

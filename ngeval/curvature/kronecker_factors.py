@@ -1,0 +1,379 @@
+"""Kronecker factors of affine layers, from the terms of any capture.
+
+For a layer z_nt = W ā_nt (ā = [a; 1] where the bias is trainable, t the positions at which it is
+applied to sample n) and gradients b_nqt of cotangent q at its output, the layer's block of
+Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ is that of the rows Σ_t b āᵀ, and about (1/M) A ⊗ B. Sources: Martens and
+Grosse (arXiv 1503.05671) for one position; Grosse and Martens (arXiv 1602.01407) for convolutions;
+Eschenhagen et al. (arXiv 2311.00636) for "expand" and "reduce" in general.
+
+Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs with the one for the
+bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ngeval.jacobians.capture import Plan
+from ngeval.jacobians.inner_products import add_squared_column_sums
+from ngeval.jacobians.terms import AffineTerm, Term
+from ngeval.model.sharding import SINGLE, Shards
+
+EXPAND, REDUCE = "expand", "reduce"
+SHARINGS = (EXPAND, REDUCE)
+"""What is done with the positions at which a layer's weight is shared; see `Factors`."""
+
+COPIED_ENTRIES = 2**20
+"""Entries that are copied to float64 together: more is slower, since it misses every cache."""
+
+STRIP = 96
+"""Columns of a symmetric product that are computed together at least."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An affine layer by its trainable parameters.
+
+    Attributes:
+        name: the module's path.
+        weight: the weight's parameter name, None if it is frozen.
+        bias: the bias's, None if it is frozen or absent.
+        transposed: the layer holds Wᵀ.
+    """
+
+    name: str
+    weight: str | None
+    bias: str | None
+    transposed: bool = False
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names that there are, the weight's first."""
+        return [name for name in (self.weight, self.bias) if name]
+
+
+class SecondMoment:
+    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length."""
+
+    def __init__(self, groups: int, size: int, device: torch.device, *, thin: bool) -> None:
+        """Nothing is added yet.
+
+        Args:
+            groups: g.
+            size: length of x.
+            device: of the rows.
+            thin: keep rows while they are few; False makes the matrix at once.
+        """
+        self.shape = (groups, size)
+        self.device = device
+        self.thin = thin
+        self._rows: list[Tensor] = []
+        self._matrix: Tensor | None = None
+
+    def keeps(self, count: int) -> bool:
+        """Whether that many rows more would be kept as rows."""
+        kept = sum(rows.shape[1] for rows in self._rows)
+        return self.thin and self._matrix is None and kept + count < self.shape[1]
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, float64, shape ``(g, rows, size)``."""
+        if self.keeps(rows.shape[1]):
+            self._rows.append(rows)
+        else:
+            if self._matrix is None:
+                groups, size = self.shape
+                shape = (groups, size, size)
+                self._matrix = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            for part in (*self._rows, rows):
+                _add_lower(self._matrix, part)
+            self._rows = []
+
+    def summed(self, shards: Shards) -> None:
+        """Add up over ranks, each of which has added the rows of its own samples."""
+        if shards.alone:
+            return
+        kept = shards.gathered((sum(len(rows[0]) for rows in self._rows), self._matrix is None))
+        few = self.thin and all(thin for _, thin in kept)
+        if few and sum(count for count, _ in kept) < self.shape[1]:
+            self._rows = [shards.joined(self._kept).transpose(0, 1)]
+            return
+        self._matrix = shards.total(self._whole)
+        self._rows = []
+
+    def _kept(self) -> Tensor:
+        """The rows, first in the order of samples: ``(rows, g, size)``."""
+        groups, size = self.shape
+        nothing = torch.zeros(groups, 0, size, dtype=torch.float64, device=self.device)
+        return torch.cat([nothing, *self._rows], 1).transpose(0, 1)
+
+    def _whole(self) -> Tensor:
+        """The matrix's lower triangle, whether it has been made or not."""
+        groups, size = self.shape
+        matrix = self._matrix
+        if matrix is None:
+            matrix = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
+        for rows in self._rows:
+            _add_lower(matrix, rows)
+        return matrix
+
+    def eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
+
+        With k < size where there are fewer rows: the vectors span them, and the eigenvalues of
+        what is orthogonal to them are exactly 0.
+        """
+        if self._matrix is not None:
+            values, vectors = torch.linalg.eigh(self._matrix, UPLO="L")
+        else:
+            # Xᵀ = QR: eigenvectors of RRᵀ are orthonormal whatever the condition of X.
+            basis, upper = torch.linalg.qr(torch.cat(self._rows, 1).mT)
+            values, inner = torch.linalg.eigh(upper @ upper.mT)
+            vectors = basis @ inner
+        return values.clamp_min(0), vectors
+
+
+@dataclass
+class Factors:
+    """A, B and M of a layer's block ≈ (1/M) A ⊗ B, and its gradient; all float64, summed.
+
+    With sharing ``"expand"`` A = Σ_nt ā āᵀ, B = Σ_nqt b bᵀ and M = NT: every position counts as a
+    sample. With ``"reduce"`` A = Σ_n (mean_t ā)(mean_t ā)ᵀ, B = Σ_nq (Σ_t b)(Σ_t b)ᵀ and M = N.
+    Tokens that no output depends on (padding) are no positions. Both agree for T = 1.
+
+    Attributes:
+        layer: whose.
+        inputs: A by group.
+        outputs: B by group.
+        gradient: Σ_nt b_nt āᵀ with b of the residual, shape ``(g, o, i)``.
+        count: M.
+    """
+
+    layer: Layer
+    inputs: SecondMoment
+    outputs: SecondMoment
+    gradient: Tensor
+    count: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the cotangents of a capture stand for, block by block.
+
+    Attributes:
+        gradient: c with u_n = Σ_q c_nq v_nq for the residual u, shape ``(n, q)``.
+        share: 1 for the cotangents that make the curvature, 0 for others, shape ``(q,)``.
+        first: the block has the first cotangent of its samples, which is nonzero at every output
+            that there is.
+    """
+
+    gradient: Tensor
+    share: Tensor
+    first: bool = True
+
+
+def affine_layers(plan: Plan) -> list[Layer]:
+    """The layers whose rows are sums of outer products, and whose weights are theirs alone."""
+    uses = plan.uses()
+    return [
+        Layer(
+            owner.name,
+            owner.parameters.get("weight"),
+            owner.parameters.get("bias"),
+            owner.rule.transposed,
+        )
+        for owner in plan.owners
+        if owner.rule is not None
+        and owner.rule.affine
+        and not owner.replicate
+        and all(uses[name] == 1 for name in owner.parameters.values())
+    ]
+
+
+def layer_factors(
+    captures: Iterable[tuple[Curvature, list[Term]]],
+    layers: Sequence[Layer],
+    sharing: str,
+    shards: Shards = SINGLE,
+) -> list[Factors]:
+    """The factors of some layers from captures of the whole batch.
+
+    Args:
+        captures: terms, block by block; of this rank's samples where they are spread.
+        layers: which layers.
+        sharing: ``"expand"`` or ``"reduce"``.
+        shards: this process's place in the group over which samples are spread.
+    """
+    found: dict[Layer, Factors] = {}
+
+    def add_up() -> None:
+        for curvature, terms in captures:
+            for layer, term in _of_layers(terms, layers):
+                if layer not in found:
+                    sizes = (*term.cotangents.shape[3:], _width(term))
+                    found[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
+                _add_term(found[layer], term, curvature, sharing)
+
+    shards.together(add_up)
+    return [
+        _over_ranks(found.get(layer), layer, sharing, shards)
+        for layer in layers
+        if any(shards.numbers(int(layer in found)))
+    ]
+
+
+def _over_ranks(own: Factors | None, layer: Layer, sharing: str, shards: Shards) -> Factors:
+    """The sums of all ranks, of which some have no samples, and no factors."""
+    if shards.alone and own is not None:
+        return own
+    everyone = shards.gathered(None if own is None else (own.gradient.shape, own.gradient.device))
+    shape, device = next(one for one in everyone if one is not None)
+    sums = _empty(layer, tuple(shape), device, sharing) if own is None else own
+    count = torch.tensor(sums.count, dtype=torch.float64, device=sums.gradient.device)
+    sums.gradient, count = shards.total(lambda: (sums.gradient, count))
+    sums.count = float(count)
+    sums.inputs.summed(shards)
+    sums.outputs.summed(shards)
+    return sums
+
+
+def corrected_eigenvalues(
+    captures: Iterable[tuple[Curvature, list[Term]]], bases: dict[Layer, tuple[Tensor, Tensor]]
+) -> dict[Layer, Tensor]:
+    """Σ_nq (U_Bᵀ (Σ_t b āᵀ) U_A)², the diagonal of a layer's exact block in a Kronecker basis.
+
+    Source: George et al., "Fast approximate natural gradient descent in a Kronecker-factored
+    eigenbasis" (arXiv 1806.03884), section 3.
+
+    Args:
+        captures: terms of the whole batch, block by block.
+        bases: by layer U_A, shape ``(g, i, k)``, and U_B, shape ``(g, o, m)``.
+
+    Returns:
+        By layer, float64, shape ``(g, m, k)``.
+    """
+    sums = {
+        layer.parameters[0]: inputs.new_zeros(len(inputs) * outputs.shape[2] * inputs.shape[2])
+        for layer, (inputs, outputs) in bases.items()
+    }
+    for curvature, terms in captures:
+        if not bool(curvature.share.any()):
+            continue
+        for layer, term in _of_layers(terms, list(bases)):
+            add_squared_column_sums(sums, [_rotated(term, layer, *bases[layer], curvature)])
+    return {
+        layer: sums[layer.parameters[0]].reshape(len(inputs), outputs.shape[2], inputs.shape[2])
+        for layer, (inputs, outputs) in bases.items()
+    }
+
+
+def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Layer, AffineTerm]]:
+    """The layers' terms: one each, since no other module has their parameters."""
+    known = {(layer.weight, layer.bias): layer for layer in layers}
+    for term in terms:
+        if isinstance(term, AffineTerm) and (term.weight, term.bias) in known:
+            yield known[term.weight, term.bias], term
+
+
+def _width(term: AffineTerm) -> int:
+    """Length of ā, per group."""
+    return (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
+
+
+def _empty(layer: Layer, sizes: tuple[int, ...], device: torch.device, sharing: str) -> Factors:
+    """Nothing added yet; ``sizes`` are g, o and i."""
+    groups, outputs, inputs = sizes
+    thin = sharing == EXPAND
+    return Factors(
+        layer,
+        SecondMoment(groups, inputs, device, thin=thin),
+        SecondMoment(groups, outputs, device, thin=thin),
+        torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device),
+    )
+
+
+def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing: str) -> None:
+    """Add the products of one capture, some samples at a time."""
+    chosen = curvature.share.nonzero().squeeze(1)
+    for samples in _sample_slices(term):
+        inputs = _augmented(term, samples)  # (g, n, t, i)
+        cotangents = term.cotangents[samples].to(torch.float64).movedim(3, 0)  # (g, n, q, t, o)
+        there = _positions(term, samples, curvature.first)  # (n, t)
+        of_gradient = torch.einsum("nq,gnqto->gnto", curvature.gradient[samples], cotangents)
+        factors.gradient += of_gradient.flatten(1, 2).mT @ inputs.flatten(1, 2)
+        rows, outputs, counted = inputs, cotangents[:, :, chosen], there.sum()
+        if not bool(there.all()):
+            rows = inputs * there.unsqueeze(2)
+        if sharing == REDUCE:
+            positions = there.sum(1).reshape(-1, 1, 1)
+            rows = rows.sum(2, keepdim=True) / positions.clamp_min(1)
+            outputs = outputs.sum(3, keepdim=True)
+            counted = (positions > 0).sum()
+        factors.outputs.add(outputs.flatten(1, 3))
+        if curvature.first:
+            factors.inputs.add(rows.flatten(1, 2))
+            factors.count += float(counted)
+
+
+def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
+    """Which positions count, shape ``(n, t)``: not tokens that no output depends on.
+
+    The pixels of a convolution all count, and so does a sample's only position. Only a block with
+    the first cotangent can tell.
+    """
+    cotangents = term.cotangents[samples]
+    if term.positions == 1 or len(term.weight_shape) > 2 or not first:
+        return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
+    return (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
+
+
+def _add_lower(target: Tensor, rows: Tensor) -> None:
+    """Add XᵀX to the lower triangle, in strips so that half of the rest is not computed."""
+    size = target.shape[1]
+    step = max(STRIP, -(-size // 8))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        strip = target[:, start:stop, :stop]
+        strip.baddbmm_(rows[..., start:stop].mT, rows[..., :stop])
+
+
+def _augmented(term: AffineTerm, samples: slice) -> Tensor:
+    """The ā of a layer, float64, shape ``(g, n, t, i)``."""
+    count = len(term.cotangents[samples])
+    shape = (term.groups, count, term.positions, _width(term))
+    augmented = torch.empty(shape, dtype=torch.float64, device=term.cotangents.device)
+    if term.bias:
+        augmented[..., -1] = 1
+    if term.weight:
+        augmented[..., : term.fan_in] = term.inputs(samples).movedim(2, 0)
+    return augmented
+
+
+def _rotated(
+    term: AffineTerm, layer: Layer, inputs: Tensor, outputs: Tensor, curvature: Curvature
+) -> AffineTerm:
+    """The term of the layer's rows in a Kronecker basis, bias included."""
+    chosen = curvature.share.nonzero().squeeze(1)
+    cotangents = term.cotangents[:, chosen].to(torch.float64)
+    return replace(
+        term,
+        weight=layer.parameters[0],
+        bias=None,
+        weight_shape=torch.Size((len(outputs) * outputs.shape[2], inputs.shape[2])),
+        inputs=lambda samples: (_augmented(term, samples) @ inputs.unsqueeze(1)).movedim(0, 2),
+        cotangents=torch.einsum("nqtgo,gop->nqtgp", cotangents, outputs),
+        apply=None,
+        transposed=False,
+    )
+
+
+def _sample_slices(term: AffineTerm) -> Iterator[slice]:
+    """So many samples at a time that their float64 copies stay small."""
+    outputs = term.cotangents.shape[4] * term.num_vectors
+    width = term.positions * term.groups * max(term.fan_in + 1, outputs)
+    step = max(1, COPIED_ENTRIES // width)
+    for start in range(0, term.num_samples, step):
+        yield slice(start, min(start + step, term.num_samples))

@@ -1,0 +1,269 @@
+"""The natural gradient without Θ: one Krylov run for every λ, with two-sided bounds.
+
+Golub–Kahan bidiagonalisation of B = SᵀJ started at r = S⁺u gives, after k steps, BV = UL with a
+lower bidiagonal L, (k+1) × k, and V spanning g, Fg, …, F^(k−1)g. With μ the spectral measure of
+BBᵀ at r (total mass ‖r‖²), everything wanted is an integral against μ:
+
+    gᵀ(F + λI)⁻¹g = ∫ x/(x + λ) dμ        d(λ)ᵀF d(λ) = ∫ x²/(x + λ)² dμ
+
+The singular values of L squared are the nodes of the Gauss–Radau rule with a node at 0, those of
+its first k rows of the Gauss rule; (x + λ)⁻¹ and (x + λ)⁻² have derivatives of one sign, so the
+two rules enclose their integrals. The total mass ‖r‖² makes the floor γ ≥ ‖r‖⁻¹ part of it.
+Sources: Golub and Meurant, "Matrices, Moments and Quadrature with Applications" (2010), ch. 6–8;
+Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965);
+one-sided reorthogonalisation: Simon and Zha, SIAM J. Sci. Comput. 21 (2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ngeval.problem.problem import Problem
+
+GAP = 1e-4
+"""The relative gap between the bounds on γ at which a run stops."""
+
+MAX_ITERATIONS = 300
+"""Where a run stops at the latest: each iteration costs a JVP and a VJP."""
+
+
+ROUNDING = 10
+"""Entries of L below this many ε of the model's dtype, relative to the largest, are rounding, and
+end the run; so are singular values below k times that."""
+
+LARGE = 1e-3
+"""From this damping on, relative to the largest node, the rules of x² dμ are used as well."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds on the natural gradient's γ(λ), and what a computed update has.
+
+    Attributes:
+        lower: no update (F + λI)⁻¹g has less, shape ``(L,)``.
+        upper: none has more.
+        curvature: dᵀFd of the update that is given out.
+        decrease: its dᵀg.
+        squared_norms: its ‖d‖².
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    curvature: np.ndarray
+    decrease: np.ndarray
+    squared_norms: np.ndarray
+
+    @property
+    def gap(self) -> float:
+        """The largest upper/lower − 1."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(np.isinf(self.lower), 1.0, self.upper / self.lower)
+        return float(np.nan_to_num(ratio - 1, nan=np.inf).max(initial=0.0))
+
+
+class KrylovRun:
+    """A run that goes on where it stopped, when a λ or a gap asks for more."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Take the first step: u₁ = r/‖r‖, v₁ = g/‖g‖."""
+        self.problem = problem
+        right = problem.distribution.whitened_residual()
+        self.mass = float(right.square().sum())
+        self.rounding = ROUNDING * problem.function.row_epsilon
+        self.diagonal: list[float] = []
+        self.below: list[float] = []
+        self.exhausted = self.mass == 0
+        # The vectors of the smaller space are kept, for reorthogonalisation and for directions.
+        self.in_parameters = problem.num_parameters <= problem.outputs.numel()
+        self.basis: list[Tensor] = []
+        self.left = right / max(self.mass, 1e-300) ** 0.5
+        self.right = torch.zeros(problem.num_parameters, dtype=torch.float64, device=right.device)
+        if not self.exhausted:
+            self._next_right(0.0)
+
+    @property
+    def iterations(self) -> int:
+        """K."""
+        return len(self.below)
+
+    @property
+    def most(self) -> int:
+        """How many iterations the memory budget has room for."""
+        size = min(self.problem.num_parameters, self.problem.outputs.numel())
+        return max(2, self.problem.rows.memory // (2 * 8 * size))
+
+    def run(self, dampings: Sequence[float], gap: float, max_iterations: int) -> None:
+        """Iterate until the bounds for every λ are within a relative gap, or to the limit."""
+        limit = min(max_iterations, self.most)
+        while not self.exhausted and self.iterations < limit:
+            self.step()
+            checked = self.iterations % max(2, self.iterations // 8) == 0
+            # One rank's word: machines of two kinds might differ in the last digit.
+            if checked and self.problem.shards.decided(self.bounds(dampings).gap <= gap):
+                return
+
+    def step(self) -> None:
+        """One product with B and one with Bᵀ."""
+        problem, alpha = self.problem, self.diagonal[-1]
+        tangent = problem.jvp(self.right)
+        made = problem.distribution.factor_transpose_product(tangent) - alpha * self.left
+        if not self.in_parameters:
+            made = self._orthogonal(made)
+        beta = float(made.norm())
+        self.below.append(beta)
+        if problem.shards.decided(beta <= self.rounding * max(self.diagonal)):
+            self.exhausted = True
+            return
+        self.left = made / beta
+        self._next_right(beta)
+
+    def _next_right(self, beta: float) -> None:
+        problem = self.problem
+        if not self.in_parameters:
+            self.basis.append(self.left)
+        pulled = problem.vjp(problem.distribution.factor_product(self.left)).to(torch.float64)
+        made = pulled - beta * self.right
+        if self.in_parameters:
+            made = self._orthogonal(made)
+        alpha = float(made.norm())
+        nothing = alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0
+        if problem.shards.decided(nothing):
+            self.exhausted = True
+            return
+        self.diagonal.append(alpha)
+        self.right = made / alpha
+        if self.in_parameters:
+            self.basis.append(self.right)
+
+    def _orthogonal(self, vector: Tensor) -> Tensor:
+        """Twice is enough."""
+        for _ in range(2):
+            for known in self.basis:
+                vector = vector - (known * vector).sum() * known
+        return vector
+
+    def factor(self) -> np.ndarray:
+        """L, shape ``(k + 1, k)``."""
+        count = self.iterations
+        lower = np.zeros((count + 1, count))
+        lower[np.arange(count), np.arange(count)] = self.diagonal[:count]
+        lower[np.arange(count) + 1, np.arange(count)] = self.below
+        return lower
+
+    def largest(self) -> float:
+        """The largest eigenvalue of F, from below."""
+        return float(np.linalg.norm(self.factor(), 2) ** 2) if self.iterations else 0.0
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """What the iterations so far say of every λ."""
+        lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
+        if not self.iterations:
+            nothing = np.zeros(len(lambdas))
+            return Bounds(nothing + np.inf, nothing + np.inf, nothing, nothing, nothing)
+        factor = self.factor()
+        nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
+        ratio = _ratio(nodes, lambdas)
+        whole = weights
+        # A node that is nothing but rounding may belong to the one at 0, and does at λ = 0:
+        # that is what the pseudo-inverse with a cut-off means.
+        weights = np.where(nodes > (self.rounding * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
+        decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
+        whole = np.where(lambdas > 0, whole, weights)
+        everything = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            norms = np.where(nodes + lambdas > 0, weights * nodes / (nodes + lambdas) ** 2, 0.0)
+            high, energy = everything, np.zeros(len(lambdas))
+            if not self.exhausted:
+                high, energy = self._upper(factor, lambdas, weights, ratio)
+            energy_low, energy_high = _energy_bounds(factor, self.mass, lambdas)
+            large = lambdas[:, 0] >= LARGE * nodes.max()
+            lowest = np.maximum(curvature - energy, np.where(large, energy_low, 0.0))
+            highest = np.minimum(high[1] + energy, np.where(large, energy_high, np.inf))
+            lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], self.mass**-0.5)
+            upper = np.minimum(np.sqrt(highest) / decrease, decrease**-0.5)
+        return Bounds(lower, np.maximum(upper, lower), curvature, decrease, norms.sum(1))
+
+    def _upper(
+        self, factor: np.ndarray, lambdas: np.ndarray, weights: np.ndarray, ratio: np.ndarray
+    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """The Gauss rule's two integrals, and how far λ²∫(x + λ)⁻² is open between the rules."""
+        nodes, gauss = _rule(factor[:-1], self.mass)
+        other = _ratio(nodes, lambdas)
+        at_zero = max(self.mass - weights.sum(), 0.0)
+        radau = (weights * (1 - ratio) ** 2).sum(1) + at_zero
+        open_part = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
+        return ((gauss * other).sum(1), (gauss * other**2).sum(1)), open_part
+
+    def coefficients(self, damping: float) -> np.ndarray:
+        """Y with d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
+        left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kept = singular > self.rounding * len(singular) * singular.max(initial=0.0)
+            scaled = np.where(kept, singular / (singular**2 + damping), 0.0)
+        solved: np.ndarray = right.T @ (scaled * left[0]) * self.mass**0.5
+        return solved
+
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ) of the iterations so far, shape ``(P,)``."""
+        problem, solved = self.problem, self.coefficients(damping)
+        if not len(solved):
+            return torch.zeros(problem.num_parameters, dtype=problem.dtype, device=problem.device)
+        if self.in_parameters:
+            vectors, weights = self.basis, solved
+        else:
+            # V = BᵀU R⁻¹ for the upper bidiagonal R with BᵀU = VR, so Vy = Bᵀ U R⁻¹y.
+            count = len(solved)
+            upper = np.diag(self.diagonal[:count]) + np.diag(self.below[: count - 1], 1)
+            vectors, weights = self.basis, np.linalg.solve(upper, solved)
+        total = sum(
+            (float(w) * v for w, v in zip(weights, vectors, strict=False)),
+            torch.zeros_like(self.basis[0]),
+        )
+        if self.in_parameters:
+            return total.to(problem.dtype)
+        return problem.vjp(problem.distribution.factor_product(total))
+
+
+def _rule(factor: np.ndarray, mass: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the measure whose Jacobi matrix is L Lᵀ."""
+    left, singular, _ = np.linalg.svd(factor, full_matrices=False)
+    return singular**2, mass * left[0] ** 2
+
+
+def _ratio(nodes: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
+    """x/(x + λ), 1 for x > 0 = λ."""
+    with np.errstate(invalid="ignore"):
+        return np.where(nodes > 0, nodes / (nodes + lambdas), 0.0)
+
+
+def _energy_bounds(
+    factor: np.ndarray, mass: float, lambdas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds on ∫ (x + λ)⁻² x² dμ by the Gauss and Gauss–Radau rules of the measure x² dμ.
+
+    Its Jacobi matrix is R Rᵀ without the last row and column, for R of L = QR. These bounds lose
+    nothing to cancellation where λ is large; where it is small, the others are closer.
+    """
+    count = factor.shape[1]
+    if count < 2:
+        return np.zeros(len(lambdas)), np.full(len(lambdas), np.inf)
+    upper: np.ndarray = np.linalg.qr(factor, mode="r")  # type: ignore[assignment]
+    jacobi = upper @ upper.T
+    total = mass * factor[0, 0] ** 2 * (factor[0, 0] ** 2 + factor[1, 0] ** 2)
+    inner = jacobi[:-1, :-1]
+    gauss = _rational(inner, total, lambdas)
+    last = np.zeros(count - 1)
+    last[-1] = jacobi[-1, -2]
+    jacobi[-1, -1] = jacobi[-1, -2] * np.linalg.solve(inner, last)[-1]
+    return gauss, _rational(jacobi, total, lambdas)
+
+
+def _rational(jacobi: np.ndarray, total: float, lambdas: np.ndarray) -> np.ndarray:
+    nodes, vectors = np.linalg.eigh(jacobi)
+    values: np.ndarray = (total * vectors[0] ** 2 / (np.maximum(nodes, 0) + lambdas) ** 2).sum(1)
+    return values

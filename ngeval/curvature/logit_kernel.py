@@ -1,0 +1,361 @@
+"""The logit kernel Θ = JJᵀ, in the form that a problem's sizes ask for.
+
+Every update of the form d = Jᵀw (sgd, ef, ief, sf, ng) has the logit tangent t = Θw, so once Θ
+is there, no method and no damping needs another pass through the model. Θ is the empirical
+neural tangent kernel of Jacot et al. (arXiv 1806.07572).
+
+- A small problem keeps J itself: products of J resolve singular values down to ε of the largest, a
+  Gram matrix only down to √ε.
+- Where the exact natural gradient is wanted, Θ is kept, N·C × N·C, if that is within reach.
+- Otherwise only Θ's products with the vectors that updates are made of (N·C × N·Q).
+- With large outputs (sequences over a vocabulary) nothing of size N·C is kept but single fields:
+  `MatrixFreeKernel` has the Gram matrices of rows alone, and updates are pushed through the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError
+from ngeval.problem.fisher import (
+    factor_columns,
+    has_few_parameters,
+    jacobian_columns,
+    unit_cotangents,
+)
+from ngeval.jacobians import CapturedRows, every_row, gram_matrix, row_combinations
+from ngeval.utils.memory import describe_bytes
+from ngeval.problem.problem import Problem
+from ngeval.curvature.spectrum import UNSEEN, Spectrum
+
+EXPLICIT_ENTRIES = 2**22
+"""Up to this many entries J is kept itself (32 MiB in float64)."""
+
+DENSE_SIZE = 6000
+"""Up to this N·C the natural gradient is exact, by an eigendecomposition."""
+
+COMMON_RANK = 48
+"""An estimate of how many vectors span the updates of several methods over twelve decades of λ; it
+decides what is tried, not what comes out."""
+
+STRIP_OUTPUTS = 256
+"""Up to this many outputs of a sample, products of Θ come from as many backward passes."""
+
+
+class LogitKernel(ABC):
+    """What of Θ a problem keeps."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Keep the sizes and the dtype that the rows are computed in."""
+        self.shape = (problem.num_samples, problem.num_outputs)
+        self.row_epsilon = problem.function.row_epsilon
+        self.rows = problem.rows
+
+    @abstractmethod
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Inner products of the rows J_nᵀv_nq, row n·Q + q: float64, shape ``(N·Q, N·Q)``.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``. v = u gives K, the columns of S SᵀΘS.
+        """
+
+    def combinations(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Σ_nq w_i,nq J_nᵀv_nq in the model's dtype, shape ``(k, P)``.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            weights: w in float64, shape ``(k, N·Q)``.
+        """
+        return row_combinations(self.rows, vectors, weights)
+
+    def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
+        """The spectrum of the Gram matrix of rows J_nᵀv_nq.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            right: the vector that it will be solved for, shape ``(N·Q,)``.
+            unseen: what part of it may be lost; see `Spectrum.of_gram`.
+        """
+        return Spectrum.of_gram(self.gram(vectors), self.row_epsilon, right, unseen)
+
+
+class PushingKernel(LogitKernel):
+    """A kernel that has the tangents of updates."""
+
+    @abstractmethod
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """The tangents and lengths of updates d = Σ_nq c_nq J_nᵀv_nq.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+            coefficients: c, shape ``(L, N, Q)``.
+
+        Returns:
+            t = J d, shape ``(L, N, *positions, C)``, and ‖d‖², shape ``(L,)``.
+        """
+
+
+class DenseKernel(PushingKernel):
+    """A kernel that has all of Θ."""
+
+    @abstractmethod
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """The tangents and lengths of updates d = Jᵀw.
+
+        Args:
+            fields: w, shape ``(L, N, *positions, C)``.
+
+        Returns:
+            t = Θw, the same shape, and ‖d‖² = wᵀΘw, shape ``(L,)``.
+        """
+
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields are made, and pushed."""
+        return self.push_fields(combine(vectors, coefficients))
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Θ, float64, shape ``(NC, NC)``; row n·C + c belongs to output c of sample n."""
+
+
+class JacobianKernel(DenseKernel):
+    """Θ as the product of J, shape ``(NC, P)``, and its transpose."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Compute all rows of J, or all columns where these are fewer, in float64."""
+        super().__init__(problem)
+        if has_few_parameters(problem):
+            columns = [part.flatten(1) for part in jacobian_columns(problem)]
+            self.jacobian = torch.cat(columns).T.contiguous()
+            return
+        self.jacobian = every_row(problem.rows, unit_cotangents(problem))
+
+    @property
+    def matrix(self) -> Tensor:
+        """J Jᵀ."""
+        return self.jacobian @ self.jacobian.T
+
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """Through parameter space: d = Jᵀw, t = J d."""
+        directions = fields.flatten(1) @ self.jacobian
+        tangents = (directions @ self.jacobian.T).reshape(fields.shape)
+        return tangents, directions.square().sum(1)
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """The rows' products."""
+        rows = self._rows(vectors)
+        return rows @ rows.T
+
+    def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
+        """From the rows themselves."""
+        return Spectrum.of_rows(self._rows(vectors), self.row_epsilon)
+
+    def _rows(self, vectors: Tensor) -> Tensor:
+        samples, outputs = self.shape
+        flat = vectors.reshape(samples, -1, outputs)
+        return torch.bmm(flat, self.jacobian.reshape(samples, outputs, -1)).flatten(0, 1)
+
+
+class GramKernel(DenseKernel):
+    """Θ itself, shape ``(NC, NC)``."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Accumulate Θ in float64, in the problem's memory budget."""
+        super().__init__(problem)
+        self.theta = gram_matrix(problem.rows, unit_cotangents(problem))
+
+    @property
+    def matrix(self) -> Tensor:
+        """Θ as it is kept."""
+        return self.theta
+
+    def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """T = Θw, ‖d‖² = w·t."""
+        tangents = (fields.flatten(1) @ self.theta).reshape(fields.shape)
+        return tangents, (fields * tangents).flatten(1).sum(1)
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """v_nqᵀ Θ_nm v_mp."""
+        samples, outputs = self.shape
+        flat = vectors.reshape(samples, -1, outputs)
+        theta = self.theta.reshape(samples, outputs, -1)
+        half = torch.bmm(flat, theta).reshape(-1, samples, outputs).transpose(0, 1)
+        return torch.bmm(half, flat.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+class StripKernel(PushingKernel):
+    """Products of Θ with the vectors that updates are made of, one strip for each of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Nothing is computed before it is asked for."""
+        super().__init__(problem)
+        self.jacobian = CapturedRows(problem.rows, unit_cotangents(problem))
+        self._strips: list[tuple[Tensor, Tensor]] = []
+
+    def _strip(self, vectors: Tensor) -> Tensor:
+        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; one made before is not made again."""
+        missing = [q for q in range(vectors.shape[1]) if self._known(vectors[:, q]) is None]
+        if missing:
+            # The vectors are their own coefficients of unit vectors.
+            made = self.jacobian.products(vectors[:, missing].flatten(2))
+            for i, q in enumerate(missing):
+                self._strips.append((vectors[:, q], made.unflatten(1, (-1, len(missing)))[..., i]))
+        columns = [self._known(vectors[:, q]) for q in range(vectors.shape[1])]
+        return torch.stack([column for column in columns if column is not None], 2)
+
+    def _known(self, vector: Tensor) -> Tensor | None:
+        for known, strip in self._strips:
+            if torch.equal(known, vector):
+                return strip
+        return None
+
+    def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """T = (Θv)c, ‖d‖² = w·t."""
+        fields = combine(vectors, coefficients)
+        strip = self._strip(vectors).flatten(1)
+        tangents = (coefficients.flatten(1) @ strip.T).reshape(fields.shape)
+        return tangents, (fields * tangents).flatten(1).sum(1)
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """vᵀ(Θv)."""
+        samples, outputs = self.shape
+        flat = vectors.reshape(samples, -1, outputs)
+        strip = self._strip(vectors).reshape(samples, outputs, -1)
+        gram = torch.bmm(flat, strip).flatten(0, 1)
+        return (gram + gram.T) / 2
+
+
+class MatrixFreeKernel(LogitKernel):
+    """Gram matrices of rows, each from one capture; tangents are left to forward mode."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Nothing is computed before it is asked for."""
+        super().__init__(problem)
+        self._grams: list[tuple[Tensor, Tensor]] = []
+        self._captured: CapturedRows | None = None
+
+    def gram(self, vectors: Tensor) -> Tensor:
+        """Layer by layer; remembered, as is every part of it."""
+        for known, gram in self._grams:
+            columns = columns_in(known, vectors)
+            if columns is not None:
+                wide = gram.unflatten(0, (-1, known.shape[1])).unflatten(2, (-1, known.shape[1]))
+                part: Tensor = wide[:, columns][..., columns].flatten(2).flatten(0, 1)
+                return part
+        self._captured = CapturedRows(self.rows, vectors)
+        self._grams.append((vectors, self._captured.gram()))
+        return self._grams[-1][1]
+
+    def combinations(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """From the capture that the Gram matrix was made of, if it was kept."""
+        captured = self._captured
+        if captured is None or captured.cotangents is not vectors:
+            captured = CapturedRows(self.rows, vectors)
+        self._captured = None
+        return captured.combinations(weights)
+
+
+def columns_in(known: Tensor, vectors: Tensor) -> list[int] | None:
+    """Which of the Q known vectors of each sample these are, None if they are not among them."""
+    if vectors is known:
+        return list(range(known.shape[1]))
+    found = []
+    for vector in vectors.unbind(1):
+        same = (q for q, other in enumerate(known.unbind(1)) if torch.equal(other, vector))
+        found.append(next(same, -1))
+    return None if -1 in found else found
+
+
+def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """The fields w_n = Σ_q c_nq v_nq, shape ``(L, N, *positions, C)``."""
+    return torch.einsum("lnq,nq...->ln...", coefficients, vectors)
+
+
+def logit_kernel(
+    problem: Problem, *, exact: bool | None = None, pushes: int | None = None
+) -> LogitKernel:
+    """What of Θ to keep for a problem; computed once.
+
+    Args:
+        problem: the model on its batch.
+        exact: all of Θ is wanted (for the exact natural gradient); None takes what is there, or
+            all of it.
+        pushes: how many updates will be pushed, if that is known: a few are pushed through the
+            model for less than the C backward passes that products of Θ begin with.
+
+    Raises:
+        EngineError: not even the Gram matrix of the batch would fit in the memory budget.
+    """
+    dense: LogitKernel | None = problem.recall("dense_kernel")
+    strip: LogitKernel | None = problem.recall("strip_kernel")
+    if dense is not None:
+        return dense
+    if exact is None and strip is not None:
+        return strip
+    size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
+    entries = size * problem.num_parameters
+    # J, its scaled copy and the workspace of their factorisation.
+    # More rows than that are more backward passes than a Krylov run takes steps.
+    in_reach = size <= DENSE_SIZE or has_few_parameters(problem)
+    if in_reach and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
+        return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
+    if exact is not False and dense_is_feasible(problem):
+        return problem.remember("dense_kernel", lambda: GramKernel(problem))
+    return problem.remember("strip_kernel", lambda: _strip_kernel(problem, pushes))
+
+
+def _strip_kernel(problem: Problem, pushes: int | None) -> LogitKernel:
+    samples, outputs, budget = problem.num_samples, problem.num_outputs, problem.rows.memory
+    # A tangent costs about as much as a backward pass with its products.
+    needed = outputs if pushes is None else min(pushes, COMMON_RANK, 2 * samples)
+    # Strips for the residual and for a few draws, and the tangents of some fifty updates.
+    fits = 8 * samples * outputs * (4 * samples + 100) < budget
+    if outputs <= min(STRIP_OUTPUTS, 2 * needed) and fits:
+        return StripKernel(problem)
+    if 5 * 8 * samples**2 > budget:
+        most = int((budget / 40) ** 0.5)
+        raise EngineError(
+            f"the Gram matrix of {samples} samples needs {describe_bytes(40 * samples**2)}, over "
+            f"the memory budget of {describe_bytes(budget)}: at most {most} samples fit; use a "
+            "smaller batch or raise memory="
+        )
+    return MatrixFreeKernel(problem)
+
+
+def dense_is_feasible(problem: Problem) -> bool:
+    """Whether Θ, SᵀΘS, its eigenvectors and LAPACK's workspace fit, and are worth their time."""
+    size = problem.num_samples * problem.num_outputs
+    return size <= DENSE_SIZE and 5 * 8 * size**2 <= problem.rows.memory
+
+
+def residual_vectors(problem: Problem) -> Tensor:
+    """The residuals u as vectors ``(N, 1, *positions, C)``: one tensor, for kernels to know it."""
+    return problem.remember("residual_vectors", lambda: problem.residual.unsqueeze(1))
+
+
+def gradient_spectrum(problem: Problem) -> Spectrum:
+    """The spectrum of K_nm = g_n·g_m = u_nᵀΘ_nm u_m, computed once per problem."""
+    return problem.remember(
+        "gradient_spectrum",
+        lambda: logit_kernel(problem).spectrum(
+            residual_vectors(problem), torch.ones_like(problem.loss)
+        ),
+    )
+
+
+def fisher_spectrum(problem: Problem) -> Spectrum:
+    """The spectrum of SᵀΘS, whose eigenvalues are those of F, computed once per problem.
+
+    dᵀFd and dᵀg of the natural gradient, and γ_min, are sums of squares of r's coefficients, so
+    that a lost part of 10⁻⁴ changes them by 10⁻⁸.
+    """
+    return problem.remember(
+        "fisher_spectrum",
+        lambda: logit_kernel(problem, exact=True).spectrum(
+            factor_columns(problem), problem.distribution.whitened_residual().flatten(), 1e-4
+        ),
+    )

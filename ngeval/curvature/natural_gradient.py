@@ -1,0 +1,238 @@
+"""What is known of the exact natural gradient of a problem: exactly, or between two bounds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ngeval.errors import NumericalError
+from ngeval.curvature.logit_kernel import dense_is_feasible, fisher_spectrum
+from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
+from ngeval.problem.problem import Problem
+from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates
+
+LOST = 1e-2
+"""By how much the γ of an exact natural gradient may be above its closed form: rounding is less."""
+
+LARGE_RESIDUAL = 1e6
+"""An entry of r = S⁺u as large as that (a loss of 28 nats) may cost the digits of others."""
+
+
+class NaturalGradientSolver(ABC):
+    """(F + λI)⁻¹g for every λ, with bounds on its γ."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """The largest eigenvalue of F."""
+
+    @property
+    @abstractmethod
+    def iterations(self) -> int:
+        """Krylov iterations so far; 0 for a factorisation."""
+
+    @abstractmethod
+    def gamma_min(self) -> float:
+        """γ_min = (gᵀF⁺g)^(−1/2), from above where it is not exact; ∞ where g = 0."""
+
+    @abstractmethod
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Bounds on γ(λ) for every λ, by what has been computed so far."""
+
+    @abstractmethod
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The updates of every λ."""
+
+
+class DenseSolver(NaturalGradientSolver):
+    """By the eigendecomposition of SᵀΘS: (F + λI)⁻¹g = JᵀS (SᵀΘS + λI)⁻¹ r with r = S⁺u."""
+
+    iterations = 0
+
+    def __init__(self, problem: Problem) -> None:
+        """Factor once."""
+        self.problem = problem
+        self.right = problem.distribution.whitened_residual().flatten()
+        check_residual(problem)
+        self.spectrum = fisher_spectrum(problem)
+        gradient = problem.gradient().to(torch.float64)
+        check_gradient(problem, self._gradient, gradient, "the batch's gradient")
+
+    def _gradient(self) -> Tensor:
+        """JᵀS r with r as the spectrum has it."""
+        problem, vectors = self.problem, self.spectrum.eigenvectors
+        seen = (vectors @ (vectors.T @ self.right)).reshape(problem.outputs.shape)
+        return problem.vjp(problem.distribution.factor_product(seen))
+
+    @property
+    def largest(self) -> float:
+        """Exactly."""
+        return self.spectrum.largest
+
+    def gamma_min(self) -> float:
+        """The projection of r on the range; not longer than r, whatever rounding says."""
+        norm = min(self.spectrum.projected_norm(self.right), float(self.right.norm()))
+        return 1 / norm if norm > 0 else float("inf")
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Sums over eigenvalues; the part of r outside them could lie just below the cut-off.
+
+        At λ = 0 it does not count: that is what the pseudo-inverse with a cut-off means.
+        """
+        lambdas = (
+            torch.as_tensor(np.asarray(dampings, dtype=np.float64)).to(self.right).unsqueeze(1)
+        )
+        spectrum = self.spectrum
+        squares = (spectrum.eigenvectors.T @ self.right).square()
+        shares = spectrum.eigenvalues / (spectrum.eigenvalues + lambdas)
+        decrease, curvature = (squares * shares).sum(1), (squares * shares**2).sum(1)
+        norms = (squares * shares**2 / spectrum.eigenvalues).sum(1)
+        hidden = (self.right.square().sum() - squares.sum()).clamp_min(0)
+        share = torch.where(
+            lambdas[:, 0] > 0, spectrum.cutoff / (spectrum.cutoff + lambdas[:, 0]), 0.0
+        )
+        low = curvature.sqrt() / (decrease + hidden * share)
+        low = torch.maximum(low, self.right.norm().clamp_min(1e-300) ** -1)
+        high = (curvature + hidden * share.square()).sqrt() / decrease
+        high = torch.maximum(high, low)
+        return Bounds(*(part.cpu().numpy() for part in (low, high, curvature, decrease, norms)))
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """The fields w = S (SᵀΘS + λI)⁻¹ r."""
+        problem = self.problem
+        lambdas = torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)
+        solved = self.spectrum.solve(self.right, lambdas)
+        fields = solved.reshape(len(dampings), *problem.outputs.shape)
+        return FieldUpdates(problem, problem.distribution.factor_product(fields))
+
+
+@dataclass
+class KrylovSolver(NaturalGradientSolver):
+    """By one Krylov run, which goes on until the bounds are as close as they are asked to be.
+
+    Attributes:
+        problem: the model on its batch.
+        gap: relative, between the bounds.
+        max_iterations: where to stop at the latest.
+    """
+
+    problem: Problem
+    gap: float = GAP
+    max_iterations: int = MAX_ITERATIONS
+
+    def __post_init__(self) -> None:
+        """Check r; the run starts when something is asked."""
+        check_residual(self.problem)
+        self.run = self.problem.remember("krylov_run", lambda: KrylovRun(self.problem))
+
+    @property
+    def largest(self) -> float:
+        """The largest Ritz value of some iterations."""
+        while not self.run.exhausted and self.run.iterations < min(20, self.max_iterations):
+            self.run.step()
+        return self.run.largest()
+
+    @property
+    def iterations(self) -> int:
+        """Of the run."""
+        return self.run.iterations
+
+    def gamma_min(self) -> float:
+        """That of the update with λ = 0 of the run: γ_min lies between the floor and it."""
+        if not self.run.iterations:
+            self.run.run([0.0], self.gap, self.max_iterations)
+        return float(self.run.bounds([0.0]).upper[0])
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """By the quadrature rules."""
+        return self.run.bounds(dampings)
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        """Those of the Krylov space, when the bounds are close enough."""
+        self.run.run(dampings, self.gap, self.max_iterations)
+        found = self.run.bounds(dampings)
+        as_tensor = [
+            torch.from_numpy(part).to(self.problem.device)
+            for part in (found.curvature, found.decrease, found.squared_norms)
+        ]
+        chosen = list(dampings)
+        return SolvedUpdates(len(chosen), lambda i: self.run.direction(chosen[i]), *as_tensor)
+
+
+def natural_solver(
+    problem: Problem, gap: float = GAP, max_iterations: int = MAX_ITERATIONS
+) -> NaturalGradientSolver:
+    """The exact solver where Θ is within reach, a Krylov run otherwise; what they find is kept.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    if dense_is_feasible(problem):
+        return problem.remember("dense_solver", lambda: DenseSolver(problem))
+    return KrylovSolver(problem, gap, max_iterations)
+
+
+def gamma_min(problem: Problem) -> float:
+    """γ_min = (gᵀF⁺g)^(−1/2), the least γ that any update has: that of the natural gradient.
+
+    With r = S⁺u, gᵀF⁺g is the squared norm of the projection of r on the range of SᵀJ. Where the
+    logit kernel is out of reach, the γ of an update that a Krylov run found: γ_min lies between
+    `gamma_floor` and it. Returns ∞ where g = 0.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    return natural_solver(problem).gamma_min()
+
+
+def check_gradient(
+    problem: Problem, made: Callable[[], Tensor], gradient: Tensor, what: str
+) -> None:
+    """What is made of S and r = S⁺u instead of u is the gradient, but for rounding.
+
+    With a label of a probability such as e⁻¹⁰⁰, r has an entry of e⁵⁰, beside which nothing is left
+    of others once they are combined. Nothing is checked where no entry exceeds `LARGE_RESIDUAL`.
+
+    Args:
+        problem: the model on its batch.
+        made: gives the gradient by way of r.
+        gradient: g, or a layer's part of it, float64.
+        what: whose, for the message.
+
+    Raises:
+        NumericalError: they differ.
+    """
+    if float(problem.distribution.whitened_residual().abs().max()) < LARGE_RESIDUAL:
+        return
+    gap = float((made().to(torch.float64) - gradient).norm())
+    whole = float(problem.gradient().to(torch.float64).norm())
+    allowed = max(1e-3, 100 * problem.function.row_epsilon)
+    if not gap <= allowed * max(float(gradient.norm()), 1e-3 * whole):
+        raise lost_to_rounding(problem, what)
+
+
+def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
+    """The error of an update that a label's small probability leaves no digit of."""
+    hint = "" if problem.dtype == torch.float64 else "; try dtype=torch.float64"
+    return NumericalError(
+        f"{what} is lost to rounding where it is made of S and S⁺u: the largest loss of a sample "
+        f"is {float(problem.loss.max()):.3g} nats, and beyond about 30 its label's probability may "
+        f"be too small for that, the more so the smaller λ is{hint}"
+    )
+
+
+def check_residual(problem: Problem) -> None:
+    """Refuse an r that overflows.
+
+    Raises:
+        NumericalError: a label's probability underflows, so r is infinite.
+    """
+    if not bool(torch.isfinite(problem.distribution.whitened_residual()).all()):
+        raise NumericalError(
+            "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"
+        )

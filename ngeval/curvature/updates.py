@@ -1,0 +1,115 @@
+"""Updates at many dampings, before anything is asked of them.
+
+Methods make them, `ngeval.grading` grades them: what d(λ) is and what it is worth are kept apart,
+so that the batch that an update is made from need not be the one that grades it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ngeval.curvature.logit_kernel import combine
+from ngeval.problem.problem import Problem
+
+
+class Updates(ABC):
+    """d(λ) for L dampings."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """L."""
+
+    @abstractmethod
+    def direction(self, index: int) -> Tensor:
+        """One of the updates, shape ``(P,)``."""
+
+
+@dataclass(frozen=True)
+class CotangentUpdates(Updates):
+    """Updates made of rows: d(λ) = Jᵀw(λ) = Σ_nq c_nq(λ) J_nᵀv_nq.
+
+    Attributes:
+        problem: whose J.
+        vectors: v in float64, shape ``(N, Q, *positions, C)``.
+        coefficients: c in float64, shape ``(L, N, Q)``.
+        decrease: dᵀg on the problem's own batch, shape ``(L,)``, where a method has it without the
+            cancellation in uᵀt.
+    """
+
+    problem: Problem
+    vectors: Tensor
+    coefficients: Tensor
+    decrease: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """L."""
+        return len(self.coefficients)
+
+    def direction(self, index: int) -> Tensor:
+        """Jᵀw, by one backward pass."""
+        return self.problem.vjp(combine(self.vectors, self.coefficients[index : index + 1])[0])
+
+
+@dataclass(frozen=True)
+class FieldUpdates(Updates):
+    """Updates d(λ) = Jᵀw(λ) whose fields have no common vectors.
+
+    Attributes:
+        problem: whose J.
+        fields: w in float64, shape ``(L, N, *positions, C)``.
+    """
+
+    problem: Problem
+    fields: Tensor
+
+    @property
+    def count(self) -> int:
+        """L."""
+        return len(self.fields)
+
+    def direction(self, index: int) -> Tensor:
+        """Jᵀw, by one backward pass."""
+        return self.problem.vjp(self.fields[index])
+
+
+@dataclass(frozen=True)
+class DirectionUpdates(Updates):
+    """Updates that are made in parameter space, one by one.
+
+    Attributes:
+        size: L.
+        make: the update with a number, shape ``(P,)``.
+    """
+
+    size: int
+    make: Callable[[int], Tensor]
+
+    @property
+    def count(self) -> int:
+        """L."""
+        return self.size
+
+    def direction(self, index: int) -> Tensor:
+        """As made."""
+        return self.make(index)
+
+
+@dataclass(frozen=True)
+class SolvedUpdates(DirectionUpdates):
+    """Updates whose quadratic forms on their own batch came with them (from a Krylov run).
+
+    Attributes:
+        curvature: dᵀFd, shape ``(L,)``.
+        decrease: dᵀg, shape ``(L,)``.
+        squared_norms: ‖d‖², shape ``(L,)``.
+    """
+
+    curvature: Tensor
+    decrease: Tensor
+    squared_norms: Tensor

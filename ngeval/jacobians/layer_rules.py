@@ -1,0 +1,286 @@
+"""From a recorded call of a layer to its term of the rows: one rule for each kind of layer.
+
+A rule is used where the layer is exactly of its class and has no hook or forward of the user's;
+anything else is a *unit*, whose own function is differentiated (see `ngeval.jacobians.units`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ngeval.model.function import ModelFunction, Parameters
+from ngeval.jacobians.layouts import CallLayout
+from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+
+TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""A layer's class by its module and name, so that transformers need not be there."""
+
+
+@dataclass
+class Owner:
+    """A module that is watched, and the trainable parameters whose rows are read off its calls.
+
+    Attributes:
+        name: its path in the model.
+        module: the module.
+        parameters: canonical parameter names by path inside the module.
+        calls: the layouts of its calls.
+        rule: None for a unit.
+        replicate: its outputs are the same for all samples, and are expanded to one for each.
+        looped: ``vmap`` was found not to work for its function.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, str]
+    calls: list[CallLayout]
+    rule: Rule | None
+    replicate: bool = False
+    looped: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recorded call: leaves of its arguments, the tensors that came out, and their gradients.
+
+    Attributes:
+        owner: whose call.
+        layout: where the samples are.
+        spec: puts the input leaves together as ``(args, kwargs)``.
+        leaves: the input leaves, tensors detached.
+        outputs: the output tensors that depend on parameters, by leaf number.
+        gradients: of vᵀz at those, chunked: ``(N, Q, *chunk)``.
+    """
+
+    owner: Owner
+    layout: CallLayout
+    spec: Any
+    leaves: list[Any]
+    outputs: dict[int, Tensor]
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def input_chunks(self, index: int, num_samples: int) -> Tensor:
+        """An input leaf, one chunk for each sample."""
+        leaf: Tensor = self.leaves[index]
+        layout = self.layout.inputs[index]
+        return layout.chunks(leaf) if layout else leaf.expand(num_samples, *leaf.shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one class of layer is treated.
+
+    Attributes:
+        applies: whether a call with these layouts can be.
+        term: the term of a call.
+        affine: the term is an `AffineTerm`.
+        transposed: with the weight's inputs first.
+    """
+
+    applies: Callable[[Any, CallLayout], bool]
+    term: Callable[[ModelFunction, Call], Term]
+    affine: bool = False
+    transposed: bool = False
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a layer, None if its own function has to be differentiated."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        return None
+    kind = type(module)
+    if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
+        return Rule(_linear_applies, _transposed_term, affine=True, transposed=True)
+    return RULES.get(kind)
+
+
+def _affine(
+    call: Call,
+    inputs: Callable[[slice], Tensor],
+    cotangents: Tensor,
+    apply: Callable[[Tensor], Tensor] | None = None,
+) -> AffineTerm:
+    """The term with whichever of weight and bias is trainable."""
+    names = call.owner.parameters
+    module: Any = call.owner.module
+    return AffineTerm(
+        names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents, apply
+    )
+
+
+def _linear_term(_: ModelFunction, call: Call) -> Term:
+    gradient = call.gradients[0]
+    count, vectors = gradient.shape[:2]
+    chunks = call.input_chunks(0, count)
+
+    def inputs(samples: slice) -> Tensor:
+        chosen = chunks[samples]
+        return chosen.reshape(chosen.shape[0], -1, 1, chosen.shape[-1])
+
+    return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
+
+
+def _transposed_term(function: ModelFunction, call: Call) -> Term:
+    """GPT-2's linear layer, which holds Wᵀ and the bias."""
+    term = _linear_term(function, call)
+    return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
+
+
+def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:
+    """The samples are not in the dimension of features."""
+    given, made = layout.inputs[0], layout.outputs[0]
+    shape = layout.shapes[0]
+    return shape is not None and all(
+        part is None or part.dim < len(shape) - 1 for part in (given, made)
+    )
+
+
+def _conv_term(_: ModelFunction, call: Call) -> Term:
+    layer: Any = call.owner.module
+    gradient = call.gradients[0]  # (n, q, k, O, *pixels)
+    chunks = call.input_chunks(0, gradient.shape[0])
+
+    def positions_first(maps: Tensor, lead: int) -> Tensor:
+        """(…, k, O, *pixels) to (…, k·pixels, g, o)."""
+        wide = maps.unflatten(lead + 1, (layer.groups, -1)).flatten(lead + 3)
+        moved: Tensor = wide.movedim(-1, lead + 1).flatten(lead, lead + 1)
+        return moved
+
+    def apply(direction: Tensor) -> Tensor:
+        maps = layer._conv_forward(chunks.flatten(0, 1), direction, None)
+        return positions_first(maps.unflatten(0, chunks.shape[:2]), 1)
+
+    cotangents = positions_first(gradient, 2)
+    return _affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents, apply)
+
+
+def _conv_applies(layer: Any, layout: CallLayout) -> bool:
+    shape = layout.shapes[0]
+    given, made = layout.inputs[0], layout.outputs[0]
+    return (
+        shape is not None
+        and len(shape) == len(layer.kernel_size) + 2
+        and given is not None
+        and made is not None
+        and given.dim == made.dim == 0
+    )
+
+
+def _patches(layer: Any, chunks: Tensor) -> Tensor:
+    """The input patch of every output pixel: ``(n, k, channels, *pixels)`` to ``(n, t, g, i)``."""
+    count, repeats = chunks.shape[:2]
+    inputs = chunks.flatten(0, 1)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    inputs = nn.functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    dims = len(layer.kernel_size)
+    for d in range(dims):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+        inputs = inputs.unfold(2 + d, reach, layer.stride[d])[..., :: layer.dilation[d]]
+    # Pixels last: whole rows of the image are copied at once.
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    patches = inputs.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
+    patches = patches.unflatten(1, (layer.groups, -1)).unflatten(0, (count, repeats))
+    # (n, k, g, i, pixels) to (n, k·pixels, g, i), a view where k = 1
+    moved: Tensor = patches.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return moved
+
+
+def _embedding_term(_: ModelFunction, call: Call) -> Term:
+    table: Any = call.owner.module
+    gradient = call.gradients[0]
+    count, vectors = gradient.shape[:2]
+    indices = call.input_chunks(0, count).reshape(count, -1)
+    if table.padding_idx is not None:
+        indices = torch.where(indices == table.padding_idx, -1, indices)
+    cotangents = gradient.reshape(count, vectors, -1, gradient.shape[-1])
+    return EmbeddingTerm(call.owner.parameters["weight"], table.weight.shape, indices, cotangents)
+
+
+def _embedding_applies(table: nn.Embedding, layout: CallLayout) -> bool:
+    return not table.scale_grad_by_freq and _linear_applies(table, layout)  # type: ignore[arg-type]
+
+
+def _normalised(function: ModelFunction, owner: Owner, inputs: Tensor) -> Tensor:
+    """x̂, what a norm's weight multiplies."""
+    norm: Any = owner.module
+    kind = type(norm)
+    if kind is nn.LayerNorm:
+        return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    if kind is nn.RMSNorm:
+        return nn.functional.rms_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    if kind is nn.GroupNorm:
+        return nn.functional.group_norm(inputs, norm.num_groups, eps=norm.eps)
+    prefix = f"{owner.name}." if owner.name else ""
+    mean, variance = (
+        function.buffers[function.slots[f"{prefix}{name}"]]
+        for name in ("running_mean", "running_var")
+    )
+    return nn.functional.batch_norm(inputs, mean, variance, eps=norm.eps)
+
+
+def _norm_term(function: ModelFunction, call: Call, *, channels_first: bool) -> Term:
+    """Σ_t b_t ⊙ x̂_t for the weight, Σ_t b_t for the bias."""
+    owner, gradient = call.owner, call.gradients[0]
+    count, vectors = gradient.shape[:2]
+    module: Any = owner.module
+    shape = (module.weight if module.weight is not None else module.bias).shape
+    chunks = call.input_chunks(0, count)
+
+    def positions_first(tensor: Tensor, lead: int) -> Tensor:
+        if channels_first:
+            tensor = tensor.movedim(lead + 1, -1)
+        return tensor.reshape(*tensor.shape[:lead], -1, shape.numel())
+
+    def compute(samples: slice, chosen: slice) -> Parameters:
+        flat = positions_first(gradient[samples, chosen], 2)
+        rows = {}
+        if weight := owner.parameters.get("weight"):
+            inputs = chunks[samples]
+            normal = _normalised(function, owner, inputs.flatten(0, 1)).reshape(inputs.shape)
+            products = torch.einsum("nqtd,ntd->nqd", flat, positions_first(normal, 1))
+            rows[weight] = products.unflatten(2, shape)
+        if bias := owner.parameters.get("bias"):
+            rows[bias] = flat.sum(2).unflatten(2, shape)
+        return rows
+
+    names = dict.fromkeys(owner.parameters.values(), shape)
+    return RowsTerm(count, vectors, names, compute)
+
+
+def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
+    """The samples are not in a normalised dimension."""
+    shape = layout.shapes[0]
+    given, made = layout.inputs[0], layout.outputs[0]
+    last = len(shape or ()) - len(norm.normalized_shape)
+    return shape is not None and all(part is None or part.dim < last for part in (given, made))
+
+
+def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
+    given, made = layout.inputs[0], layout.outputs[0]
+    return given is not None and made is not None and given.dim == made.dim == 0
+
+
+_CONVOLUTION = Rule(_conv_applies, _conv_term, affine=True)
+_LAST_NORM = Rule(_layer_norm_applies, partial(_norm_term, channels_first=False))
+_CHANNEL_NORM = Rule(_channel_norm_applies, partial(_norm_term, channels_first=True))
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: Rule(_linear_applies, _linear_term, affine=True),
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+    nn.Embedding: Rule(_embedding_applies, _embedding_term),
+    nn.LayerNorm: _LAST_NORM,
+    nn.RMSNorm: _LAST_NORM,
+    nn.GroupNorm: _CHANNEL_NORM,
+    nn.BatchNorm1d: _CHANNEL_NORM,
+    nn.BatchNorm2d: _CHANNEL_NORM,
+    nn.BatchNorm3d: _CHANNEL_NORM,
+}

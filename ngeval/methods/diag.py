@@ -1,0 +1,64 @@
+"""``diag``, ``diag-sf``, ``diag-ef``, ``diag-ief``: diagonal preconditioners.
+
+d(λ) = g / (f + λ)^ρ with f the diagonal of Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ, where v says whose labels it
+is made of (see `ngeval.methods.labels`). ρ = ½ is the square root in Adam's and FAdam's update
+(Hwang, arXiv 2405.12807, §3.4.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ngeval.jacobians import squared_column_sums
+from ngeval.methods.base import ParameterState
+from ngeval.methods.label_sources import EXACT, Labels
+from ngeval.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """d(λ) = g / (f + λ)^ρ.
+
+    Attributes:
+        name: as it is asked for.
+        labels: whose labels f is made of.
+        exponent: ρ.
+    """
+
+    name: str = "diag"
+    labels: Labels = field(default_factory=lambda: Labels(EXACT))
+    exponent: float = 1.0
+
+    def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
+        """Sum the squared rows: C backward passes for the exact diagonal, k for k draws, else 1.
+
+        Raises:
+            EngineError: the exact diagonal of so many outputs is out of reach.
+        """
+        if self.labels.source == EXACT:
+            diagonal = problem.fisher().diagonal()
+        else:
+            diagonal = problem.remember(
+                f"diagonal {self.labels.key(seed)}",
+                lambda: squared_column_sums(problem.rows, self.labels.vectors(problem, seed)),
+            )
+        return DiagonalState(problem, diagonal, self.exponent)
+
+
+class DiagonalState(ParameterState):
+    """g / (f + λ)^ρ for a diagonal f ≥ 0."""
+
+    def __init__(self, problem: Problem, diagonal: Tensor, exponent: float) -> None:
+        """Keep f and ρ."""
+        super().__init__(problem, float(diagonal.max()))
+        self.diagonal = diagonal
+        self.exponent = exponent
+
+    def direction(self, damping: float) -> Tensor:
+        """The update, in float64; an entry where f + λ is exactly 0 is 0 (pseudo-inverse)."""
+        gradient = self.problem.gradient().to(torch.float64)
+        divisor = (self.diagonal + damping) ** self.exponent
+        return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)

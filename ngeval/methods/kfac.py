@@ -1,0 +1,251 @@
+"""``kfac`` and its relatives: Kronecker-factored curvature, layer by layer.
+
+The factors come from the rows that every engine-wide quantity is made of; see
+`ngeval.jacobians.factors` for A and B, `ngeval.kronecker` for damping and solving, and
+`ngeval.methods.labels` for the four sources of labels. ``kfac-ef`` is what Wu et al.
+(arXiv 2406.06420) write eKFAC, ``kfac-ief`` their ieKFAC; ``ekfac`` is the eigenvalue-corrected
+KFAC of George et al. (arXiv 1806.03884), which others write EKFAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError, InputError
+from ngeval.jacobians import CapturedRows, squared_sums
+from ngeval.curvature.kronecker_factors import (
+    EXPAND,
+    SHARINGS,
+    Curvature,
+    Factors,
+    Layer,
+    affine_layers,
+    corrected_eigenvalues,
+    layer_factors,
+)
+from ngeval.jacobians.terms import Term
+from ngeval.curvature.kronecker_block import DAMPINGS, EXACT, KroneckerBlock
+from ngeval.utils.memory import describe_bytes
+from ngeval.methods.base import ParameterState
+from ngeval.methods.label_sources import Labels
+from ngeval.problem.problem import Problem
+
+DIAGONAL, GRADIENT, ZERO = "diagonal", "gradient", "zero"
+RESTS = (DIAGONAL, GRADIENT, ZERO)
+"""What is done with parameters that KFAC does not cover."""
+
+LARGEST_FACTOR = 8192
+"""A factor of more rows than that (a vocabulary) is not decomposed: its layer is not covered."""
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """D(λ) for every layer that is affine in its weight (linear, convolution, LoRA's A and B).
+
+    Attributes:
+        name: as it is asked for.
+        labels: whose labels the output factors are made of.
+        sharing: ``"expand"`` or ``"reduce"``, for weights shared over positions.
+        damping: ``"exact"``, ``"factored"`` or ``"pi"``.
+        rest: of parameters of other layers (norms, embeddings, tied weights): ``"diagonal"``,
+            g/(diag + λ) by the same labels; ``"gradient"``, g; ``"zero"``.
+        corrected: with the exact second moments in the Kronecker basis for eigenvalues.
+    """
+
+    name: str
+    labels: Labels
+    sharing: str = EXPAND
+    damping: str = EXACT
+    rest: str = DIAGONAL
+    corrected: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what there is not."""
+        for value, known in (
+            (self.sharing, SHARINGS),
+            (self.damping, DAMPINGS),
+            (self.rest, RESTS),
+        ):
+            if value not in known:
+                raise InputError(f"method {self.name!r}: {value!r} is none of {', '.join(known)}")
+        if self.corrected and self.damping != EXACT:
+            raise InputError(
+                f"method {self.name!r}: eigenvalue-corrected KFAC has no factors left to damp; "
+                "leave out the kind of damping"
+            )
+        if self.corrected and self.sharing != EXPAND:
+            raise InputError(
+                f"method {self.name!r}: the means over positions that {self.sharing!r} is made of "
+                "leave most of the eigenbasis open, which the corrected eigenvalues depend on; use "
+                "ekfac with expand"
+            )
+
+    def prepare(self, problem: Problem, seed: int = 0) -> KroneckerState:
+        """Make and decompose the factors, once for all methods that share them.
+
+        Raises:
+            EngineError: no layer is covered, or the factors do not fit in the memory budget.
+        """
+        key = f"kronecker {self.labels.key(seed)} {self.sharing}"
+        blocks = problem.remember(key, lambda: self._blocks(problem, seed))
+        if self.corrected:
+            blocks = problem.remember(
+                f"{key} corrected", lambda: self._corrected(problem, seed, blocks)
+            )
+        return KroneckerState(problem, self, blocks, seed)
+
+    def factors(self, problem: Problem, seed: int = 0) -> list[Factors]:
+        """A, B and the gradient of every layer that is covered.
+
+        Raises:
+            EngineError: see `prepare`.
+        """
+        layers = _covered(problem)
+        captures = _captures(problem, self.labels, seed)
+        return layer_factors(captures, layers, self.sharing, problem.shards)
+
+    def _blocks(self, problem: Problem, seed: int) -> list[KroneckerBlock]:
+        factors, blocks = self.factors(problem, seed), []
+        while factors:  # each factor is let go when it has been decomposed
+            epsilon = problem.function.row_epsilon
+            blocks.append(KroneckerBlock.of(factors.pop(0), problem.num_samples, epsilon))
+        return blocks
+
+    def _corrected(
+        self, problem: Problem, seed: int, blocks: list[KroneckerBlock]
+    ) -> list[KroneckerBlock]:
+        bases = {block.layer: (block.input_vectors, block.output_vectors) for block in blocks}
+        values = problem.shards.total(
+            lambda: corrected_eigenvalues(_captures(problem, self.labels, seed), bases)
+        )
+        return [replace(block, corrected=values[block.layer]) for block in blocks]
+
+
+class KroneckerState(ParameterState):
+    """The blocks in their eigenbases, and what is done with the rest.
+
+    Attributes:
+        coverage: the part of P in layers that are covered, in percent.
+        notes: what the rest is and how it is treated.
+    """
+
+    def __init__(
+        self, problem: Problem, method: Kronecker, blocks: list[KroneckerBlock], seed: int
+    ) -> None:
+        """Compute the diagonal of the rest, if it is wanted."""
+        self.blocks = blocks
+        self.kind = method.damping
+        parameters = problem.function.parameters
+        covered = {name for block in blocks for name in block.layer.parameters}
+        self.rest = [name for name in parameters if name not in covered]
+        count = sum(parameters[name].numel() for name in covered)
+        self.coverage = 100 * count / problem.num_parameters
+        self.notes = _notes(method, self.coverage, self.rest)
+        self.diagonal = _rest_diagonal(problem, method, self.rest, seed)
+        self.keeps_gradient = method.rest == GRADIENT
+        largest = [float(block.values.max()) for block in blocks]
+        largest += [float(part.max()) for part in self.diagonal.values()]
+        super().__init__(problem, max(largest))
+
+    def direction(self, damping: float) -> Tensor:
+        """D(λ) of every layer and the rest's share, float64, shape ``(P,)``."""
+        gradient = self.problem.gradient()
+        update = torch.zeros(len(gradient), dtype=torch.float64, device=gradient.device)
+        parts = self._views(update)
+        for block in self.blocks:
+            solved = block.solve(damping, self.kind)
+            layer = block.layer
+            if layer.weight:
+                width = solved.shape[2] - (1 if layer.bias else 0)
+                weight = solved[..., :width]
+                parts[layer.weight].copy_((weight.mT if layer.transposed else weight).reshape(-1))
+            if layer.bias:
+                parts[layer.bias].copy_(solved[..., -1].reshape(-1))
+        plain = self._views(gradient)
+        for name in self.rest if self.keeps_gradient else []:
+            parts[name].copy_(plain[name])
+        for name, diagonal in self.diagonal.items():
+            damped = diagonal + damping
+            parts[name].copy_(torch.where(damped > 0, plain[name] / damped, 0.0))
+        return update
+
+    def _views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Each parameter's part of a flat vector."""
+        parameters = self.problem.function.parameters
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        return dict(zip(parameters, vector.split(sizes), strict=True))
+
+
+def _covered(problem: Problem) -> list[Layer]:
+    """The layers that are treated; what their factors take is checked before they are made."""
+    plan = problem.rows.plan
+    if plan is None:
+        raise EngineError(
+            "Kronecker factors are made of the inputs and output gradients of layers, which the "
+            f"engine {problem.engine!r} does not see; make the Problem with engine='layers'"
+        )
+    modules = dict(problem.function.model.named_modules(remove_duplicate=False))
+    layers, large, needed = [], [], 0
+    for layer in affine_layers(plan):
+        module: Any = modules[layer.name]
+        weight, groups = module.weight, getattr(module, "groups", 1)
+        fan_in, fan_out = weight[0].numel(), len(weight) // groups
+        if layer.transposed:
+            fan_in, fan_out = fan_out, fan_in
+        sizes = (fan_in + 1 if layer.weight else 1, fan_out)
+        if max(sizes) <= LARGEST_FACTOR:
+            layers.append(layer)
+            # Each factor and its vectors, and the gradient and its rotation.
+            needed += 8 * groups * (2 * sizes[0] ** 2 + 2 * sizes[1] ** 2 + 2 * sizes[0] * sizes[1])
+        else:
+            large.append(f"{layer.name or 'the model'} has {max(sizes)}")
+    if not layers:
+        raise EngineError(
+            "KFAC covers no layer of this model: it needs linear or convolution layers with a "
+            f"trainable weight of their own and factors of at most {LARGEST_FACTOR} rows"
+            + (f" ({', '.join(large[:3])})" if large else "")
+        )
+    if needed > problem.rows.memory:
+        raise EngineError(
+            f"the Kronecker factors of {len(layers)} layers take {describe_bytes(needed)}, over "
+            f"the memory budget of {describe_bytes(problem.rows.memory)}; raise memory= or train "
+            "fewer layers"
+        )
+    return layers
+
+
+def _captures(
+    problem: Problem, labels: Labels, seed: int
+) -> Iterator[tuple[Curvature, list[Term]]]:
+    """All rows of this rank's that the curvature and the gradient are made of, block by block."""
+    vectors, share, gradient = labels.with_residual(problem, seed)
+    gradient = problem.shards.part(gradient)
+    for block, terms in CapturedRows(problem.rows, vectors).captures():
+        part = Curvature(
+            gradient[block.samples, block.vectors], share[block.vectors], block.vectors.start == 0
+        )
+        yield part, terms
+
+
+def _rest_diagonal(
+    problem: Problem, method: Kronecker, rest: list[str], seed: int
+) -> dict[str, Tensor]:
+    if method.rest != DIAGONAL or not rest:
+        return {}
+    return problem.remember(
+        f"rest diagonal {method.labels.key(seed)}",
+        lambda: squared_sums(problem.rows, method.labels.vectors(problem, seed), rest),
+    )
+
+
+def _notes(method: Kronecker, coverage: float, rest: list[str]) -> tuple[str, ...]:
+    if not rest:
+        return ()
+    names = ", ".join(rest[:3]) + (", …" if len(rest) > 3 else "")
+    how = {DIAGONAL: "by its diagonal", GRADIENT: "by the gradient", ZERO: "left at 0"}
+    return (f"covers {coverage:.1f} % of the parameters, the rest ({names}) {how[method.rest]}",)

@@ -1,0 +1,131 @@
+"""Where the labels of a curvature come from: the cotangents that it is made of.
+
+Every curvature of ngeval is Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ for some v; the kinds differ in v alone:
+
+=========== ============================== =========================================
+``exact``   the columns of S_n, S Sᵀ = H   the Fisher F, an expectation over labels
+``sampled`` û_nk/√k, k labels ~ p(·|z_n)   F̂, unbiased for F (type-2 factors of KFAC)
+``data``    u_n                            the empirical Fisher Σ g gᵀ
+``improved`` u_n/‖u_n‖                     iEF's: Σ g gᵀ/s_n with s_n = ‖u_n‖²
+=========== ============================== =========================================
+
+Source of the last: Wu et al., "An improved empirical Fisher approximation for natural gradient
+descent" (arXiv 2406.06420).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError
+from ngeval.problem.fisher import SMALL, factor_columns
+from ngeval.utils.memory import describe_bytes
+from ngeval.problem.problem import Problem
+
+EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
+
+SUFFIXES = {"": EXACT, "-sf": SAMPLED, "-ef": DATA, "-ief": IMPROVED}
+"""What a method's name ends in, by where its labels come from."""
+
+DESCRIPTIONS = {
+    EXACT: "expectation",
+    SAMPLED: "the model",
+    DATA: "data",
+    IMPROVED: "data, 1/‖u_n‖²",
+}
+
+FIELDS = 4
+"""Fields of the draws' size that exist at one time: labels, residuals, copies."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels.
+
+    Attributes:
+        source: ``"exact"``, ``"sampled"``, ``"data"`` or ``"improved"``.
+        mc_samples: k, the draws for each sample, of sampled labels.
+    """
+
+    source: str
+    mc_samples: int = 1
+
+    def key(self, seed: int) -> tuple[str | int, ...]:
+        """What tells two curvatures of one problem apart."""
+        return (self.source, self.mc_samples, seed) if self.source == SAMPLED else (self.source,)
+
+    def vectors(self, problem: Problem, seed: int) -> Tensor:
+        """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
+
+        Raises:
+            EngineError: the columns of S, or so many draws, do not fit in the memory budget.
+        """
+        if self.source == EXACT:
+            return factor_columns(problem)
+        residual = problem.residual.unsqueeze(1)
+        if self.source == DATA:
+            return residual
+        if self.source == IMPROVED:
+            lengths = _safe(problem).reshape(-1, *[1] * (residual.ndim - 1))
+            return residual / lengths
+        needed = FIELDS * 8 * self.mc_samples * problem.residual.numel()
+        if needed > max(problem.rows.memory, SMALL):
+            raise EngineError(
+                f"{self.mc_samples} label draws for each sample take {describe_bytes(needed)}, "
+                f"over the memory budget of {describe_bytes(problem.rows.memory)}; take fewer"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        labels = problem.distribution.sample(self.mc_samples, generator)
+        sampled = problem.distribution.residual(labels).transpose(0, 1)
+        return sampled / math.sqrt(self.mc_samples)
+
+    def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The v of the curvature, u among them or as one more, and in front what shows positions.
+
+        The first v is nonzero at every output that there is: the residual, or, where that
+        vanishes somewhere, random numbers.
+
+        Returns:
+            v of shape ``(N, Q, *positions, C)``; which of the Q make the curvature (1 or 0), shape
+            ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
+        """
+        vectors = self.vectors(problem, seed)
+        share = vectors.new_ones(vectors.shape[1])
+        if self.source in (DATA, IMPROVED):
+            scale = _safe(problem) if self.source == IMPROVED else torch.ones_like(problem.loss)
+            gradient = scale.unsqueeze(1)
+        else:
+            vectors = torch.cat([problem.residual.unsqueeze(1), vectors], 1)
+            share = torch.cat([share.new_zeros(1), share])
+            gradient = torch.zeros(vectors.shape[:2], dtype=torch.float64, device=vectors.device)
+            gradient[:, 0] = 1
+        probe = _probe(problem)
+        if probe is not None:
+            vectors = torch.cat([probe.unsqueeze(1), vectors], 1)
+            share = torch.cat([share.new_zeros(1), share])
+            gradient = torch.cat([gradient.new_zeros(len(gradient), 1), gradient], 1)
+        return vectors, share, gradient
+
+
+def _probe(problem: Problem) -> Tensor | None:
+    """Random numbers at all outputs that are not masked; None where the residual does as well."""
+    residual = problem.residual
+    mask = getattr(problem.distribution, "mask", None)
+    there = torch.ones_like(residual[..., :1], dtype=torch.bool) if mask is None else mask
+    least = 1e10 * torch.finfo(problem.dtype).tiny  # products of it do not underflow
+    seen = residual.abs().amax(-1, keepdim=True) > least
+    if bool((seen | ~there).all()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(residual.shape, generator=generator, dtype=torch.float64)
+    return random.to(residual.device) * there
+
+
+def _safe(problem: Problem) -> Tensor:
+    """‖u_n‖, and 1 where it is 0: what is divided by it is 0 too."""
+    norms = problem.residual.flatten(1).norm(dim=1)
+    return torch.where(norms > 0, norms, 1.0)

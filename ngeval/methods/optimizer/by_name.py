@@ -1,0 +1,157 @@
+"""Optimizers by name on the command line: ``adamw``, ``adamw:0``, ``adamw:20``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ngeval.errors import CheckpointError, InputError
+from ngeval.methods.optimizer.clone import Clones
+from ngeval.methods.optimizer.catalogue import optimizer_entry
+from ngeval.methods.optimizer.load_state import load_optimizer_state
+from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
+from ngeval.methods.stage import OptimizerOptions, Stage
+from ngeval.problem.problem import Problem
+
+MOST_BATCHES = 100_000
+"""More than this is a typing error."""
+
+
+KEPT_SHARE = 16
+"""Warm copies are kept where they take at most this part of the memory to work in."""
+
+
+@dataclass(frozen=True, eq=False)
+class WarmOnce(OptimizerStep):
+    """As `OptimizerStep`, but the state accumulated at a θ is kept for its other batches."""
+
+    _warm: list[tuple[Any, Clones, list[str]]] = field(default_factory=list, repr=False)
+
+    def warmed(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
+    ) -> tuple[Clones, list[str]]:
+        """Copies of those that were warmed before at this θ, in this dtype, if they were."""
+        if self.warmup is None:
+            return super().warmed(dtype, problem, names)
+        key = (dtype, problem.dtype, problem.function.versions)
+        for known, clones, notes in self._warm:
+            if known == key:
+                return clones.again(), list(notes)
+        clones, notes = super().warmed(dtype, problem, names)
+        if clones.num_bytes > problem.rows.memory // KEPT_SHARE:
+            return clones, notes
+        self._warm[:] = [(key, clones, list(notes))]
+        return clones.again(), notes
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An optimizer on a model at a checkpoint, and what is to be said of its state."""
+
+    model: nn.Module
+    stage: Stage | None
+    method: OptimizerStep
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NamedOptimizer:
+    """An optimizer by name, built on the problem's own model with the defaults of its class.
+
+    ``adamw`` steps with the state that the training run saved with the checkpoint; ``adamw:0``
+    takes a first step, without a state; ``adamw:20`` steps with a state accumulated over 20
+    batches at the checkpoint's weights.
+
+    Attributes:
+        name: as asked for.
+        family: the name without the parameter.
+        warmup_batches: K after the colon; None takes the checkpoint's real state.
+        stage: the checkpoint, once it is known.
+    """
+
+    name: str
+    family: str
+    warmup_batches: int | None
+    stage: Stage | None = None
+    _slot: list[_Bound] = field(default_factory=list, compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, full_name: str, family: str, parameter: str) -> NamedOptimizer:
+        """From the parts of ``adamw`` or ``adamw:20``.
+
+        Raises:
+            InputError: no such optimizer, or K cannot be read.
+        """
+        optimizer_entry(family)  # an unknown name is an error before any work
+        if not parameter:
+            return cls(full_name, family, None)
+        if not parameter.isdecimal() or int(parameter) > MOST_BATCHES:
+            raise InputError(
+                f"method {full_name!r}: what follows the colon is a number of batches: "
+                f"{family}:0 grades the first step, {family}:20 a state accumulated over 20"
+            )
+        return cls(full_name, family, int(parameter))
+
+    @property
+    def needs_stage(self) -> bool:
+        """Whether it must be told of a checkpoint before it can be prepared."""
+        return self.warmup_batches != 0
+
+    def at(self, stage: Stage) -> NamedOptimizer:
+        """The method at a checkpoint.
+
+        Raises:
+            CheckpointError: the optimizer's real state is asked for, and there is none.
+        """
+        if self.warmup_batches is None and stage.optimizer_state is None:
+            raise CheckpointError(
+                f"{self.name}: no optimizer state beside {stage.name}; give --optimizer-state, or "
+                f"grade {self.family}:0 (its first step) or {self.family}:20 (state accumulated "
+                "over 20 batches at the checkpoint's weights)"
+            )
+        return replace(self, stage=stage)
+
+    def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
+        """Build the optimizer, give it its state, and take the step on copies.
+
+        Raises:
+            InputError: a checkpoint is needed; see also `OptimizerStep.prepare`.
+            CheckpointError: the saved state does not fit.
+        """
+        if self.stage is None and self.needs_stage:
+            raise InputError(
+                f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "
+                "Python give your optimizer, ngeval.OptimizerStep(optimizer, warmup=...), or "
+                f"grade {self.family}:0, its first step"
+            )
+        bound = self._bound(problem.function.model)
+        state = bound.method.prepare(problem, seed)
+        return OptimizerState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
+
+    def _bound(self, model: nn.Module) -> _Bound:
+        """The optimizer on a model, with its state: made once for all batches of a checkpoint.
+
+        Copies of this method for other checkpoints share the slot: one is kept at a time.
+        """
+        for known in self._slot:
+            if known.model is model and known.stage is self.stage:
+                return known
+        options = self.stage.options if self.stage else OptimizerOptions()
+        optimizers = optimizer_entry(self.family).build(model)
+        notes: tuple[str, ...] = ()
+        if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
+            path, pickled = self.stage.optimizer_state, options.allow_pickle
+            notes = load_optimizer_state(optimizers, model, path, pickled, self.family)
+        count, stage = self.warmup_batches, self.stage
+        method = WarmOnce(
+            optimizers,
+            reduction=options.reduction,
+            weight_decay=options.weight_decay,
+            warmup=(lambda: stage.batches(count)) if stage and count else None,
+            name=self.name,
+        )
+        self._slot[:] = [_Bound(model, stage, method, notes)]
+        return self._slot[0]

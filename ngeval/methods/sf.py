@@ -1,0 +1,91 @@
+"""``sf``: the Fisher estimated with labels drawn from the model, k draws for each sample.
+
+F̂ = (1/k) ĜᵀĜ with kN rows ĝ = J_nᵀû; d = (F̂ + λI)⁻¹g, by the Woodbury identity
+(1/λ)[g − Ĝᵀ(ĜĜᵀ + kλI)⁻¹Ĝg]. Source: Wu et al. (arXiv 2406.06420), "SF".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngeval.errors import EngineError
+from ngeval.curvature.logit_kernel import DenseKernel, logit_kernel
+from ngeval.utils.memory import describe_bytes
+from ngeval.methods.base import CotangentState
+from ngeval.problem.problem import Problem
+from ngeval.curvature.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class SampledFisher:
+    """d(λ) = (F̂ + λI)⁻¹g; at λ = 0, F̂⁺g, which lives in the sampled range alone.
+
+    The limit λ → 0 is another thing: it is ruled by the part of g outside that range.
+
+    Attributes:
+        mc_samples: k, the number of label draws for each sample.
+    """
+
+    name: str
+    mc_samples: int
+
+    def prepare(self, problem: Problem, seed: int = 0) -> SampledState:
+        """Draw the labels and factor ĜĜᵀ once."""
+        return SampledState(problem, self.vectors(problem, seed))
+
+    def vectors(self, problem: Problem, seed: int) -> Tensor:
+        """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
+
+        Raises:
+            EngineError: the Gram matrix of so many sampled gradients does not fit in memory.
+        """
+        rows = self.mc_samples * problem.num_samples
+        if 5 * 8 * rows**2 > problem.rows.memory:
+            raise EngineError(
+                f"{self.name} has {rows} sampled gradients, whose Gram matrix does not fit in the "
+                f"memory budget of {describe_bytes(problem.rows.memory)}; take fewer draws"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        labels = problem.distribution.sample(self.mc_samples, generator)
+        sampled = problem.distribution.residual(labels).transpose(0, 1)
+        return torch.cat([problem.residual.unsqueeze(1), sampled], 1)
+
+
+class SampledState(CotangentState):
+    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk."""
+
+    def __init__(self, problem: Problem, vectors: Tensor) -> None:
+        """Factor ĜĜᵀ; the vectors are u and the k sampled residuals: ``(N, 1 + k, …)``."""
+        self.mc_samples = vectors.shape[1] - 1
+        kernel = logit_kernel(problem)
+        gram = kernel.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
+        # Ĝg: every sampled gradient against the sum of the true ones.
+        against = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2)
+        self.right = against.flatten()
+        if isinstance(kernel, DenseKernel):
+            self.spectrum = kernel.spectrum(vectors[:, 1:], self.right)
+        else:
+            own = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
+            square = own.flatten(2).flatten(0, 1)
+            self.spectrum = Spectrum.of_gram(square, problem.function.row_epsilon, self.right)
+        super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
+
+    def coefficients(self, dampings: Tensor) -> Tensor:
+        """Those of g_n and of ĝ_nk for every λ; λ = 0 is the pseudo-inverse."""
+        draws = self.mc_samples
+        zero = dampings == 0
+        scale = torch.where(zero, 1.0, dampings).reshape(-1, 1, 1)
+        solved = self.spectrum.solve(self.right, draws * dampings).unflatten(1, (-1, draws))
+        own = torch.ones_like(solved[..., :1])
+        damped = torch.cat([own, -solved], 2) / scale
+        return torch.where(zero.reshape(-1, 1, 1), self._pseudo_inverse(), damped)
+
+    def _pseudo_inverse(self) -> Tensor:
+        """The coefficients of F̂⁺g = k Ĝᵀ(ĜĜᵀ)⁺²Ĝg."""
+        at_zero = torch.zeros(1, dtype=torch.float64, device=self.right.device)
+        once = self.spectrum.solve(self.right, at_zero)[0]
+        twice = self.spectrum.solve(once, at_zero).unflatten(1, (-1, self.mc_samples))
+        return self.mc_samples * torch.cat([torch.zeros_like(twice[..., :1]), twice], 2)

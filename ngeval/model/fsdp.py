@@ -1,0 +1,83 @@
+"""Models whose frozen layers are too large for one device: FSDP2's parameters in parts.
+
+``torch.distributed.fsdp.fully_shard`` keeps a part of a module's parameters on each rank, and puts
+them together for the length of a pass. Every pass is then an exchange in which all ranks take part:
+they must make equally many, which they do where each has as many samples as any other and rows
+are read off the layers that own them. Trainable parameters have to be whole on every rank, as
+vectors of their length are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ngeval.errors import ModelError
+from ngeval.model.sharding import Shards
+
+
+def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
+    """The names of parameters that FSDP2 keeps in parts, put into that state.
+
+    Args:
+        model: any model.
+        shards: this process's place in the group over which samples are spread; it is told that
+            every rank needs equally many.
+
+    Raises:
+        ModelError: the model cannot be treated in this group, and what to do.
+    """
+    if not isinstance(model, nn.Module):  # which is said elsewhere
+        return frozenset()
+    put_apart(model)
+    split = {n: p for n, p in model.named_parameters() if _is_distributed(p)}
+    if not split:
+        return frozenset()
+    kept: set[str] = set()
+    sharded = set(_sharded_modules(model))
+    for path, module in model.named_modules():
+        if module in sharded:
+            kept.update(f"{path}.{n}" if path else n for n, _ in module.named_parameters())
+    for name, parameter in split.items():
+        where = f"parameter {name!r} is a DTensor, spread over ranks"
+        if shards.group is None:
+            raise ModelError(f"{where}: give Problem the group of these ranks, group=…")
+        if parameter.requires_grad:
+            raise ModelError(
+                f"{where}, and trainable; ngeval needs trainable parameters whole on every rank: "
+                "name them in fully_shard(module, ignored_params=…), or freeze them"
+            )
+        if name not in kept:
+            raise ModelError(
+                f"{where}, but by no fully_shard (tensor parallelism?), which ngeval does not "
+                "treat: use torch.distributed.fsdp.fully_shard, or whole parameters"
+            )
+        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        if mesh.size() != shards.size:
+            raise ModelError(
+                f"{where}, of which there are {mesh.size()}, and {shards.size} in the Problem's "
+                "group: both must have the same"
+            )
+    shards.even = True
+    return frozenset(split)
+
+
+def put_apart(model: nn.Module) -> None:
+    """Leave each rank its own part alone, as before a pass."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that `fully_shard` was called on; there are none where nobody imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
+
+
+def _is_distributed(parameter: nn.Parameter) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(parameter, tensor.DTensor)

@@ -1,0 +1,398 @@
+"""A model at fixed θ on one batch, as a pure function of its trainable parameters.
+
+Nothing here writes to the caller's module: parameters and buffers are handed to it for the
+length of one call (`torch.func.functional_call`), so its weights, gradients, mode, buffers and
+hooks are the same afterwards, also after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
+from ngeval.errors import ModelError, NgevalError
+from ngeval.utils.memory import is_out_of_memory
+from ngeval.model.operations import plain_operations
+from ngeval.model.sharding import SINGLE, Shards, at_least
+
+Parameters = dict[str, Tensor]
+Output = str | int | Callable[[Any], Tensor] | None
+"""Which of a model's outputs is z: a name, an index, a function of what the model returns."""
+
+
+@dataclass(frozen=True)
+class ModelFunction:
+    """z = f_θ(x) for a batch x, with f differentiable in the trainable parameters alone.
+
+    Attributes:
+        model: the caller's module, never modified.
+        inputs: the batch; every tensor has the samples in its first dimension.
+        parameters: the trainable parameters by name, detached (they share memory with the
+            model's own unless a dtype was asked for).
+        frozen: the other parameters, where a dtype was asked for.
+        buffers: as they were; every call works on its own copies.
+        originals: the model's own parameters, trainable and frozen, by which another shows.
+        slots: every place in the model that holds a parameter or buffer, with the name under
+            which it is known here; tied weights have several.
+        versions: the version counter of each parameter, by which a change in place shows.
+        cast: the dtype that was asked for; None where the model keeps its own.
+        output: which of the model's outputs is z.
+        inner_epsilon: the coarsest rounding to which the model's own code narrows anything.
+        forward_mode: take J d by forward-mode AD where every operation has a rule.
+        notes: what had to be worked around.
+        shards: this process's place in the group over which samples are spread.
+        split: parameters that FSDP2 keeps in parts; they are left to the model.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    parameters: Parameters
+    frozen: Parameters
+    buffers: Parameters
+    originals: Parameters
+    slots: dict[str, str]
+    versions: dict[str, int]
+    cast: torch.dtype | None = None
+    output: Output = None
+    inner_epsilon: float = 0.0
+    forward_mode: bool = True
+    notes: set[str] = field(default_factory=set)
+    shards: Shards = SINGLE
+    split: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Inputs,
+        dtype: torch.dtype | None,
+        output: Output = None,
+        shards: Shards = SINGLE,
+        split: frozenset[str] = frozenset(),
+    ) -> ModelFunction:
+        """Check the model and the inputs, and take θ as it is now.
+
+        Args:
+            model: in eval mode; its parameters with ``requires_grad`` are θ.
+            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            dtype: compute in this floating-point type; None keeps the model's own.
+            output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
+            shards: of the process group over which the samples are spread.
+            split: parameters that FSDP2 keeps in parts.
+
+        Raises:
+            ModelError: no trainable parameter, NaN weights, active dropout or batch statistics.
+            InputError: inputs of the wrong kind, of unequal length, empty, or not finite.
+        """
+        model = unwrapped(model)
+        check_model(model)
+        check_inputs(inputs)
+        inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
+        named: Parameters = dict(model.named_parameters())
+        trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
+        buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        versions = {n: version_of(p) for n, p in named.items()}
+        function = cls(
+            *(model, inputs, trainable, {}, buffers, named, slots_of(model), versions),
+            output=output,
+            shards=shards,
+            split=split,
+        )
+        return function if dtype is None else function.converted(dtype)
+
+    def converted(self, dtype: torch.dtype) -> ModelFunction:
+        """The same function with everything in another floating-point type."""
+        frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
+        return replace(
+            self,
+            inputs=cast_inputs(self.inputs, dtype),
+            parameters=cast_all(self.parameters, dtype),
+            frozen=cast_all(frozen, dtype),
+            buffers=cast_all(self.buffers, dtype),
+            cast=dtype,
+        )
+
+    def on(self, samples: slice) -> ModelFunction:
+        """The same function on some samples of its batch, which nobody has a part of."""
+        inputs = map_inputs(self.inputs, itemgetter(samples))
+        return replace(self, inputs=inputs, shards=SINGLE)
+
+    def own_part(self, at_least_one: bool = False) -> ModelFunction:
+        """On this rank's samples, or (``at_least_one``) another's where it has none."""
+        if self.shards.alone:
+            return self
+        own = self.shards.own(self.num_samples)
+        return self.on(at_least(own, 1, self.num_samples) if at_least_one else own)
+
+    @property
+    def num_samples(self) -> int:
+        """N, the length of every input's first dimension."""
+        return int(next(named_tensors(self.inputs))[1].shape[0])
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of trainable scalars."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among the trainable parameters; flat vectors have it."""
+        dtype = next(iter(self.parameters.values())).dtype
+        for parameter in self.parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return dtype
+
+    @property
+    def epsilon(self) -> float:
+        """The coarsest rounding among the trainable parameters and inside the model."""
+        own = (torch.finfo(p.dtype).eps for p in self.parameters.values())
+        return max(self.inner_epsilon, *own)
+
+    @property
+    def row_epsilon(self) -> float:
+        """The rounding of rows in parameter space."""
+        return max(self.inner_epsilon, torch.finfo(self.dtype).eps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where θ lives."""
+        return next(iter(self.parameters.values())).device
+
+    def __call__(
+        self, parameters: Parameters, inputs: Inputs | None = None, *, fused: bool = False
+    ) -> Tensor:
+        """Outputs ``(N, *positions, C)`` at the given parameters, on ``inputs`` or the batch.
+
+        Args:
+            parameters: θ, by name.
+            inputs: another batch.
+            fused: allow fused attention, which has backward passes one by one, and no other
+                derivatives.
+
+        Raises:
+            ModelError: the model's parameters were changed since this function was made.
+        """
+        self.check_unchanged()
+        batch = self.inputs if inputs is None else inputs
+        # Clones, so that neither a first layer working in place nor a buffer that counts calls
+        # reaches the caller's tensors or the next call.
+        batch = map_inputs(batch, torch.clone)
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        args: tuple[Tensor, ...] = ()
+        kwargs: dict[str, Tensor] = {}
+        if isinstance(batch, dict):
+            kwargs = batch
+        else:
+            args = batch if isinstance(batch, tuple) else (batch,)
+        tensors = {**parameters, **self.frozen, **buffers}
+        placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
+        # torch's own tying would swap a module that is registered twice two times, and not
+        # restore it; the slots name every place once.
+        with plain_operations(self.notes, fused=fused):
+            raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        return outputs_of(raw, self.output)
+
+    def check_unchanged(self) -> None:
+        """The model is still in eval mode, and at θ.
+
+        Raises:
+            ModelError: it is not.
+        """
+        check_mode(self.model)
+        for name, parameter in self.model.named_parameters():
+            changed = version_of(parameter) != self.versions.get(name)
+            if changed and name not in self.split:
+                raise ModelError(
+                    f"parameter {name!r} was modified after this Problem was made; make a new "
+                    "Problem for the new weights"
+                )
+
+    def single(self, parameters: Parameters, sample: Inputs) -> Tensor:
+        """Outputs ``(*positions, C)`` for one sample given without its batch dimension."""
+        return self(parameters, map_inputs(sample, lambda t: t.unsqueeze(0))).squeeze(0)
+
+    def jvp(self, tangent: Parameters) -> Tensor:
+        """T = J d for a direction d in parameter space: the outputs' shape.
+
+        Forward mode where every operation has a rule for it; otherwise two reverse passes
+        (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).
+        """
+        if not self.forward_mode:
+            return self._jvp_by_double_backward(tangent).detach()
+        try:
+            # Bare dual numbers: a fifth faster than `torch.func.jvp`, which can be nested.
+            with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
+                dual = {n: forward_ad.make_dual(p, tangent[n]) for n, p in self.parameters.items()}
+                outputs = self(dual)
+                found: Tensor | None = forward_ad.unpack_dual(outputs).tangent
+                result = torch.zeros_like(outputs) if found is None else found.clone()
+        except RuntimeError as error:  # torch's word for an operation without a forward rule
+            if is_out_of_memory(error):
+                raise
+            try:
+                result = self._jvp_by_double_backward(tangent)
+            except RuntimeError:
+                raise error from None
+        return result.detach()
+
+    def _jvp_by_double_backward(self, tangent: Parameters) -> Tensor:
+        with autograd_enabled():
+            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            outputs = self(leaves)
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
+            )
+            along = [tangent[name] for name in leaves]
+            return torch.autograd.grad(pulled, [dummy], along, materialize_grads=True)[0]
+
+    def vjp(self, cotangent: Tensor) -> Parameters:
+        """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
+        with autograd_enabled():
+            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            outputs = self(leaves, fused=True)
+            gradients = torch.autograd.grad(
+                outputs,
+                list(leaves.values()),
+                cotangent.to(outputs.dtype),
+                materialize_grads=True,
+            )
+        dense = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
+        return dict(zip(leaves, dense, strict=True))
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One vector of length P, parameters in the model's own order."""
+        return torch.cat([tensors[n].reshape(-1).to(self.dtype) for n in self.parameters])
+
+    def unflatten(self, vector: Tensor) -> Parameters:
+        """Split a vector of length P into tensors of the parameters' shapes and dtypes."""
+        sizes = [p.numel() for p in self.parameters.values()]
+        parts = vector.split(sizes)
+        return {
+            name: part.reshape(p.shape).to(p.dtype)
+            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
+        }
+
+
+def map_inputs(inputs: Inputs, function: Any) -> Inputs:
+    """Apply a function to every tensor of the inputs, keeping their structure."""
+    if isinstance(inputs, dict):
+        return {key: function(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(function(value) for value in inputs)
+    result: Tensor = function(inputs)
+    return result
+
+
+def cast_inputs(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """Inputs with their floating-point tensors in a dtype; None leaves them as they are."""
+    return inputs if dtype is None else map_inputs(inputs, lambda t: _cast(t, dtype))
+
+
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """Turn whatever a user's model raises into a `ModelError` that says it was the model.
+
+    Raises:
+        ModelError: something other than an ngeval or out-of-memory error was raised inside.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the model failed on its inputs: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def autograd_enabled() -> Iterator[None]:
+    """Record gradients whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s or ``DataParallel``'s wrapper."""
+    if isinstance(model, nn.DataParallel):
+        return cast(nn.Module, model.module)
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def slots_of(model: nn.Module) -> dict[str, str]:
+    """Each place that holds a parameter or buffer, with the first name of what it holds."""
+    slots: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                slot = f"{prefix}.{name}" if prefix else name
+                slots[slot] = first.setdefault(id(tensor), slot)
+    return slots
+
+
+def version_of(tensor: Tensor) -> int:
+    """The counter of in-place changes; tensors made in inference mode have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
+    """Tensors by name in a dtype; None leaves them as they are."""
+    return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
+
+
+def outputs_of(raw: Any, output: Output = None) -> Tensor:
+    """The outputs z in a model's return value.
+
+    Args:
+        raw: what the model returned.
+        output: a key or attribute, an index, or a function of ``raw``; None: ``raw`` itself where
+            it is a tensor, else its ``logits``.
+
+    Raises:
+        ModelError: there is no such tensor.
+    """
+    try:
+        if callable(output):
+            outputs: Any = output(raw)
+        elif isinstance(output, int):
+            outputs = raw[output]
+        elif output is None and isinstance(raw, Tensor):
+            outputs = raw
+        else:
+            name = output or "logits"
+            outputs = raw[name] if isinstance(raw, Mapping) else getattr(raw, name)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        outputs = None
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"the model returned {_described(raw)}; ngeval needs a tensor of outputs or an object "
+            f"with a tensor in .logits{'' if output is None else f', or in output={output!r}'} "
+            "(output= takes a name, an index, or a function of what the model returns)"
+        )
+    return outputs
+
+
+def _described(raw: Any) -> str:
+    """A return value in a few words."""
+    if isinstance(raw, Mapping):
+        return f"a {type(raw).__name__} with {', '.join(repr(key) for key in list(raw)[:8])}"
+    if isinstance(raw, tuple | list):
+        return f"a {type(raw).__name__} of {len(raw)}"
+    return f"a {type(raw).__name__}"

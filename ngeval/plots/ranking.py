@@ -1,0 +1,165 @@
+"""Methods against each other over a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ngeval.analysis.ranking import at_best_damping, ranking
+from ngeval.errors import InputError
+from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
+from ngeval.plots.style import (
+    COLUMN,
+    checkpoint_title,
+    in_style,
+    label_outer,
+    legend_below,
+    legend_under,
+    own_axes,
+    panels,
+    styles_of,
+    without_legend,
+)
+from ngeval.plots.names import SIDE, name_text
+from ngeval.plots.ticks import log_scale, number_text
+
+KFAC_METHODS = {
+    "ief": "ief",
+    "kfac-ief": "kfac-ief (ieKFAC)",
+    "kfac": "kfac (KFAC)",
+    "kfac-sf": "kfac-sf (KFAC, sampled label)",
+    "kfac-ef": "kfac-ef (eKFAC)",
+}
+"""The methods of Wu et al.'s comparison, with their names for them; KFAC's output factors by the
+expectation over labels, and by one drawn label, as it is trained with."""
+
+_STAGE_STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#000000", "D"))
+
+
+def kfac_figure(
+    table: pd.DataFrame,
+    damping: float | None = None,
+    methods: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
+) -> Figure:
+    """γ/γ_SGD over training stages for iEF and KFAC's kinds, in the manner of Wu et al.
+
+    On the left each method at its own best λ for every checkpoint, on the right all at one λ.
+    Geometric means over batches with 95 % bootstrap intervals. Source of the comparison: Wu et al.
+    (arXiv 2406.06420), the experiments on KFAC.
+
+    Args:
+        table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
+        damping: λ of the right panel, as given; None takes the smallest positive one.
+        methods: others than ``ief, kfac-ief, kfac, kfac-sf, kfac-ef``.
+        width: of the figure in inches; None takes a page for two panels, a column for one.
+
+    Raises:
+        InputError: the table has not the columns, none of the methods, or nothing at that λ.
+    """
+    table = usable(table, "checkpoint")
+    wanted = list(KFAC_METHODS) if methods is None else list(methods)
+    rows = table[table["method"].isin(wanted)]
+    if rows.empty:
+        raise InputError(f"the table has none of the methods {', '.join(wanted)}")
+    at_one, value = at_damping(rows, damping)
+    styles = styles_of(table)
+    parts = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
+    if rows["damping"].nunique() > 1:
+        parts.insert(0, ("each at its best λ", at_best_damping(rows)))
+    with in_style():
+        figure, grid = panels(len(parts), width, 2.3, least=2.4, sharex=True, sharey=True)
+        for axes, (title, part) in zip(grid, parts, strict=True):
+            draw_stages(part, axes, styles, KFAC_METHODS)
+            axes.set_title(title)
+        label_outer(grid)
+        legend_below(*grid)
+    return figure
+
+
+def plot_ranking(
+    table: pd.DataFrame, checkpoints: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """γ/γ_min of every method at an early, a middle and a late checkpoint; 1 is the least there is.
+
+    Each method at its best λ of those in the table; geometric means over batches with 95 %
+    bootstrap intervals; the best at the last checkpoint on top.
+
+    Args:
+        table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
+        checkpoints: which; None takes the first, the middle and the last.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: the table has not the columns, or no γ_min.
+    """
+    ranked = ranking(usable(table, "checkpoint"), checkpoints)
+    if ranked["gamma_over_ng"].isna().all():
+        raise InputError("the table has no γ_min (--no-natural or another metric), so no γ/γ_min")
+    stages = list(dict.fromkeys(ranked["checkpoint"]))
+    last = ranked[ranked["checkpoint"] == stages[-1]]
+    methods = list(last["method"])
+    with own_axes(ax, (COLUMN, _height(len(methods)))) as axes:
+        for index, name in enumerate(stages):
+            rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
+            style = _STAGE_STYLES[(index - len(stages)) % len(_STAGE_STYLES)]
+            label = f"{rows['stage_name'].dropna().iloc[0]}: {checkpoint_title(table, name)}"
+            offset = 0.22 * (index - (len(stages) - 1) / 2)
+            _draw_stage(axes, rows, np.arange(len(methods)) + offset, style, label)
+        axes.set_yticks(np.arange(len(methods)), [name_text(method, SIDE) for method in methods])
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        axes.axvline(1, color="#CC79A7", linewidth=1)
+        log_scale(axes, "x")
+        axes.set_xlabel("γ/γ_min at the best λ (1: exact NG)")
+        legend_under(axes, 2)
+    return axes
+
+
+def _draw_stage(
+    axes: Axes, rows: pd.DataFrame, places: np.ndarray, style: tuple[str, str], label: str
+) -> None:
+    """A point with its interval for each method at one checkpoint."""
+    value = rows["gamma_over_ng"].to_numpy(dtype=float)
+    ends = [
+        np.nan_to_num(np.abs(rows[f"gamma_over_ng{end}"].to_numpy(dtype=float) - value))
+        for end in ("_low", "_high")
+    ]
+    colour, marker = style
+    axes.errorbar(
+        value,
+        places,
+        xerr=ends,
+        color=colour,
+        marker=marker,
+        markersize=3,
+        linestyle="none",
+        elinewidth=0.8,
+        label=label,
+    )
+
+
+def ranking_figure(
+    table: pd.DataFrame,
+    checkpoints: Sequence[str] | None = None,
+    *,
+    width: float | None = None,
+) -> Figure:
+    """`plot_ranking` in a figure of its own, as wide as a column or as is told (inches)."""
+    count = table["method"].nunique() if "method" in table else 1
+    with in_style():
+        figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
+        plot_ranking(table, checkpoints, axes)
+        without_legend(axes)
+        legend_below(axes)  # as wide as the figure, names of methods and all
+    return figure
+
+
+def _height(methods: int) -> float:
+    """Of a picture, in inches."""
+    return 0.9 + 0.19 * methods

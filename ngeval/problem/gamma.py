@@ -1,0 +1,155 @@
+"""γ, its bounds, and what an update does to single samples.
+
+γ(d) = √(dᵀFd) / |dᵀg| is the square root of the KL that an update spends, over the loss that
+it buys; smaller is better, and scaling d changes nothing. Source: Wu et al. (arXiv 2406.06420),
+"approximation quality indicator". Everything is computed from the logit tangent t = J d:
+dᵀFd = Σ_n t_nᵀH_nt_n and dᵀg = Σ_n u_nᵀt_n.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ngeval.model.directions import Direction
+from ngeval.errors import NumericalError
+from ngeval.jacobians import squared_norms
+from ngeval.problem.problem import Problem
+
+
+class Quadratics(NamedTuple):
+    """What γ is made of, for L updates: float64 tensors of shape ``(L,)``.
+
+    Attributes:
+        curvature: dᵀFd, in nats per squared step.
+        decrease: dᵀg, the first-order loss decrease per unit step of −d, in nats.
+        gammas: γ, NaN where dᵀg is nothing but rounding.
+    """
+
+    curvature: Tensor
+    decrease: Tensor
+    gammas: Tensor
+
+
+def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
+    """dᵀFd, dᵀg and γ from logit tangents.
+
+    Args:
+        problem: the problem whose Fisher and gradient grade.
+        tangents: t = J d, shape ``(L, N, *positions, C)``.
+    """
+    # At unit size, so that neither a tiny nor a huge update under- or overflows when squared.
+    size = torch.linalg.vector_norm(tangents.flatten(1), math.inf, dim=1)
+    shape = (-1, *[1] * (tangents.ndim - 1))
+    unit = tangents / torch.where(size > 0, size, 1.0).reshape(shape)
+    whitened = problem.distribution.factor_transpose_product(unit).flatten(1)
+    curvature = torch.linalg.vector_norm(whitened, dim=1).square()
+    terms = (problem.residual * unit).flatten(1)
+    decrease = terms.sum(1)
+    rounding = torch.finfo(torch.float64).eps * torch.linalg.vector_norm(terms, 1, dim=1)
+    gammas = gammas_of(curvature, decrease, rounding).gammas
+    return Quadratics(curvature * size.square(), decrease * size, gammas)
+
+
+def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor) -> Quadratics:
+    """γ = √(dᵀFd) / |dᵀg| where dᵀg is more than its rounding."""
+    gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
+    return Quadratics(curvature, decrease, gammas)
+
+
+def gamma(problem: Problem, direction: Direction) -> float:
+    """γ(d) = √(dᵀFd) / |dᵀg| of any update, for one JVP.
+
+    Args:
+        problem: the problem whose exact Fisher and gradient grade.
+        direction: d, a vector of length P or a dict by parameter name; sign and scale do not
+            matter.
+
+    Raises:
+        InputError: the direction does not fit.
+        NumericalError: dᵀg = 0, so the update buys no loss and γ is not defined.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, inputs = torch.nn.Linear(4, 3).double(), torch.eye(4).double()
+        >>> problem = ngeval.Problem(model, inputs, torch.arange(4) % 3, "categorical")
+        >>> natural = ngeval.get_method("ng").prepare(problem).direction(0.0)
+        >>> bool(abs(ngeval.gamma(problem, natural) / ngeval.gamma_min(problem) - 1) < 1e-6)
+        True
+        >>> bool(abs(problem.gamma(-3 * natural) / problem.gamma(natural) - 1) < 1e-12)
+        True
+    """
+    value = float(quadratics(problem, problem.jvp(direction).unsqueeze(0)).gammas[0])
+    if math.isnan(value):
+        raise NumericalError("dᵀg = 0 to rounding: the update changes no loss, so γ is undefined")
+    return value
+
+
+def gamma_floor(problem: Problem) -> float:
+    """The closed-form floor (Σ_n u_nᵀH_n⁺u_n)^(−1/2) ≤ γ_min; ∞ where every residual is 0.
+
+    It needs the outputs alone: no Jacobian. γ_min equals it when r = S⁺u lies in the range of
+    SᵀJ, as it does when J has full row rank.
+    """
+    total = float(problem.distribution.floor_terms().sum())
+    return total**-0.5 if total > 0 else math.inf
+
+
+def loss_change(problem: Problem, direction: Direction) -> Tensor:
+    """First-order change of every sample's loss for the unit step −d: −u_nᵀt_n, shape ``(N,)``.
+
+    EF at λ → 0 changes all alike, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
+    Float64, in nats per unit learning rate.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, inputs = torch.nn.Linear(5, 3).double(), torch.eye(5).double()
+        >>> problem = ngeval.Problem(model, inputs, torch.arange(5) % 3, "categorical")
+        >>> ef = ngeval.get_method("ef").prepare(problem).direction(0.0)
+        >>> bool(torch.allclose(ngeval.loss_change(problem, ef), -torch.ones(5).double()))
+        True
+    """
+    return -(problem.residual * problem.jvp(direction)).flatten(1).sum(1)
+
+
+def gradient_norms(problem: Problem) -> pd.DataFrame:
+    """Per-sample norms: one row for each sample of the batch.
+
+    Returns:
+        Columns ``sample``, ``gradient_norm`` (‖g_n‖), ``residual_norm`` (‖u_n‖), ``loss`` (ℓ_n,
+        nats). In ``.attrs["imbalance"]``: the largest over the smallest ‖g_n‖ (∞ where one is
+        zero).
+
+    Example:
+        >>> import torch, ngeval
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.ones(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.zero_()
+        >>> table = ngeval.gradient_norms(ngeval.Problem(model, inputs, targets, "gaussian"))
+        >>> table["gradient_norm"].tolist(), table.attrs["imbalance"]
+        ([1.0, 2.0], 2.0)
+    """
+    norms = squared_norms(problem.rows, problem.residual.unsqueeze(1))
+    table = pd.DataFrame(
+        {
+            "sample": range(problem.num_samples),
+            "gradient_norm": norms.sqrt().cpu().numpy(),
+            "residual_norm": problem.residual.flatten(1).norm(dim=1).cpu().numpy(),
+            "loss": problem.loss.cpu().numpy(),
+        }
+    )
+    table.attrs["imbalance"] = imbalance(table["gradient_norm"])
+    return table
+
+
+def imbalance(norms: pd.Series[float]) -> float:
+    """Largest over smallest norm; ∞ where the smallest is zero, NaN where all are."""
+    smallest, largest = float(norms.min()), float(norms.max())
+    if largest == 0:
+        return math.nan
+    return largest / smallest if smallest > 0 else math.inf

@@ -1,0 +1,247 @@
+"""The batch that grades, where it is not the batch that updates are made from.
+
+An update made from N samples is graded under the Fisher and the gradient of M ≫ N others, up to
+the whole data set. Those are passed in chunks: the memory does not grow with M.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ngeval.model.checks import Inputs, check_inputs, named_tensors
+from ngeval.errors import InputError
+from ngeval.model.tangents import chunk_sizes, push_directions, slices
+from ngeval.model.function import ModelFunction, cast_inputs, map_inputs, model_errors
+from ngeval.likelihoods import OutputDistribution
+from ngeval.utils.memory import halving
+from ngeval.problem.problem import Problem
+from ngeval.model.sharding import PRIME, fingerprint
+
+TANGENT_BYTES = 2**29
+"""Bytes of tangents that are passed through a model together; more is slower, not faster."""
+
+Batches = Iterable[tuple[Inputs, Tensor]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples with their outputs.
+
+    Attributes:
+        function: the model at θ on them.
+        distribution: p(·|z) with their targets.
+        residual: u = ∇_z ℓ, float64.
+    """
+
+    function: ModelFunction
+    distribution: OutputDistribution
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Sums over all samples, for k directions bⱼ.
+
+    Attributes:
+        curvature: bᵢᵀF bⱼ, float64, shape ``(k, k)``.
+        decrease: bⱼᵀg, float64, shape ``(k,)``.
+    """
+
+    curvature: Tensor
+    decrease: Tensor
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is known of a metric batch without a direction.
+
+    Attributes:
+        num_samples: M.
+        floor: the closed-form bound (Σ uᵀH⁺u)^(−1/2) on every γ.
+        gradient_norm: ‖g‖.
+        loss: mean ℓ, nats.
+    """
+
+    num_samples: int
+    floor: float
+    gradient_norm: float
+    loss: float
+
+
+class Metric:
+    """What grades updates: the Fisher and the gradient of a batch, of any length.
+
+    By default the batch of a problem itself.
+
+    Example:
+        >>> import torch, ngeval
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.eye(3), torch.tensor([0, 1, 1])
+        >>> problem = ngeval.Problem(model, x, y, "categorical")
+        >>> metric = ngeval.Metric(problem, [(x, y), (x + 1, y)])
+        >>> metric.totals.num_samples
+        6
+    """
+
+    def __init__(
+        self, problem: Problem, batches: Batches | Callable[[], Batches] | None = None
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            problem: the model at θ, the likelihood and the memory budget.
+            batches: ``(inputs, targets)`` pairs that can be gone through more than once: a list, a
+                ``DataLoader``, or a function that returns an iterable; None for the problem's own.
+
+        Raises:
+            InputError: an iterator, which can be gone through only once.
+        """
+        if isinstance(batches, Iterator):
+            raise InputError(
+                "the metric's batches are an iterator, which can be gone through only once; give a "
+                "list, a DataLoader, or a function that returns an iterable of batches"
+            )
+        if not (batches is None or callable(batches) or isinstance(batches, Iterable)):
+            raise InputError(
+                "the metric's batches are a list of (inputs, targets), a DataLoader or a function "
+                f"that returns one, not {type(batches).__name__}"
+            )
+        self.problem = problem
+        self.batches = batches
+        self._seen = 0
+
+    @cached_property
+    def totals(self) -> Totals:
+        """One forward and backward pass over all samples."""
+        numbers, gradient = self.summed(self._totals)
+        count, floor, loss = numbers.tolist()
+        if count == 0:
+            raise InputError("the metric has no batch")
+        bound = floor**-0.5 if floor > 0 else math.inf
+        return Totals(int(count), bound, float(gradient.norm()), loss / count)
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """M, Σ uᵀH⁺u and Σ ℓ; and g: of this rank's samples."""
+        count, floor, loss = 0, 0.0, 0.0
+        gradient = torch.zeros(self.problem.num_parameters, dtype=torch.float64)
+        for chunk in self.chunks(1):
+            count += chunk.function.num_samples
+            floor += float(chunk.distribution.floor_terms().sum())
+            loss += float(chunk.distribution.loss().sum())
+            with model_errors():
+                part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
+            gradient += part.to(torch.float64).cpu()
+        return torch.tensor([count, floor, loss], dtype=torch.float64), gradient
+
+    def summed(self, compute: Callable[[], T]) -> T:
+        """Tensors that sum over samples, of which every rank has its own part.
+
+        Raises:
+            InputError: the ranks were given different batches.
+        """
+        shards = self.problem.shards
+        found = shards.total(compute)
+        if not shards.alone and self.batches is not None:
+            shards.check_same({"the metric's batches": self._seen})
+        return found
+
+    def forms(self, directions: Tensor) -> Forms:
+        """The Fisher's and the gradient's products with k directions.
+
+        Args:
+            directions: B in the model's dtype, shape ``(k, P)``.
+        """
+        memory = self.problem.rows.memory
+        return Forms(
+            *self.summed(lambda: halving(lambda some: self._forms(directions, some), memory))
+        )
+
+    def _forms(self, directions: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+        count, device = len(directions), directions.device
+        curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
+        decrease = torch.zeros(count, dtype=torch.float64, device=device)
+        step = chunk_sizes(1, count, self.problem.rows.sample_bytes, memory)[1]
+        weights = self.problem.num_parameters * self.problem.dtype.itemsize
+        for chunk in self.chunks(count, memory):
+            passed = chunk.function.num_samples * self.problem.rows.sample_bytes
+            step = min(step, max(1, TANGENT_BYTES // max(1, passed)))
+            if weights > passed:  # together, weights' tangents would be copied again and again
+                step = 1
+            parts = []
+            for chosen in slices(count, step):
+                tangents = push_directions(chunk.function, directions[chosen])
+                decrease[chosen] += (chunk.residual * tangents).flatten(1).sum(1)
+                whitened = chunk.distribution.factor_transpose_product(tangents)
+                parts.append(whitened.flatten(1))
+            whole = torch.cat(parts)
+            curvature += whole @ whole.T
+        return curvature, decrease
+
+    def chunks(self, num_directions: int, memory: int | None = None) -> Iterator[Chunk]:
+        """This rank's samples, as many at a time as that many tangents leave room for."""
+        problem = self.problem
+        budget = problem.rows.memory if memory is None else memory
+        # A tangent, its whitened copy and the activations that it passes through.
+        sample = problem.rows.sample_bytes + 24 * num_directions * problem.num_outputs
+        for function, targets in self.sources():
+            step = chunk_sizes(function.num_samples, num_directions, sample, budget)[0]
+            own = problem.shards.own(function.num_samples)
+            for samples in slices(own.stop - own.start, step):
+                chosen = slice(own.start + samples.start, own.start + samples.stop)
+                yield self._chunk(function, targets, chosen)
+
+    def sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
+        """The model on each batch, whole, with the batch's targets."""
+        problem = self.problem
+        if self.batches is None:
+            yield problem.function, problem.distribution.targets
+            return
+        batches = self.batches() if callable(self.batches) else self.batches
+        self._seen = 0
+        for batch in batches:
+            inputs, targets = _pair(batch)
+            check_inputs(inputs)
+            if not problem.shards.alone:
+                tensors = [tensor for _, tensor in named_tensors(inputs)]
+                self._seen = (self._seen * PRIME + fingerprint([*tensors, targets])) % 2**63
+            function = problem.function
+            cast = cast_inputs(inputs, function.cast)
+            moved = map_inputs(cast, lambda t: t.to(problem.device))
+            part = replace(function, inputs=moved)
+            if targets.ndim == 0 or len(targets) != part.num_samples:
+                raise InputError(
+                    f"a batch of the metric has {part.num_samples} inputs and targets of shape "
+                    f"{tuple(targets.shape)}"
+                )
+            yield part, targets.to(problem.device)
+
+    def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
+        if function is self.problem.function and samples == slice(0, function.num_samples):
+            return Chunk(function, self.problem.distribution, self.problem.residual)
+        part = function.on(samples)
+        if function is self.problem.function and not function.shards.alone:
+            known = self.problem.outputs[samples]  # a rank has a part of the batch, as it was
+            distribution = self.problem.likelihood.bind(known, targets[samples])
+            return Chunk(part, distribution, distribution.residual())
+        with torch.no_grad(), model_errors():
+            outputs = part(part.parameters, fused=True)
+        if not bool(torch.isfinite(outputs).all()):
+            raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
+        distribution = self.problem.likelihood.bind(outputs, targets[samples])
+        return Chunk(part, distribution, distribution.residual())
+
+
+def _pair(batch: object) -> tuple[Inputs, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise InputError(
+            "each batch of the metric is a pair (inputs, targets), with targets a tensor; got "
+            f"{type(batch).__name__}"
+        )
+    return batch[0], batch[1]

@@ -1,0 +1,185 @@
+"""What a model must show before it is graded: tried on the batch itself, not believed."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from ngeval.model.checks import is_finite, named_tensors
+from ngeval.errors import EngineError, ModelError
+from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
+from ngeval.jacobians import Choice
+from ngeval.jacobians.inner_products import inner_product
+from ngeval.model.sharding import at_least, fingerprint
+
+
+def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
+    """The raw outputs of the batch, each rank's part joined, or of some of its samples."""
+    inputs = None
+    if chosen is not None:
+        inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
+
+    def run() -> Tensor:
+        part = function.own_part(at_least_one=True)
+        with torch.no_grad(), model_errors():
+            outputs = part(part.parameters, inputs, fused=True)
+        if part is function:
+            return outputs
+        own = function.shards.own(function.num_samples)
+        return outputs[: own.stop - own.start]  # none, where the sample is not one's own
+
+    return function.shards.joined(run)
+
+
+def check_same_problem(function: ModelFunction, targets: Tensor, options: object = ()) -> None:
+    """Refuse a problem that is not the same on all ranks of its group.
+
+    Args:
+        function: the model at θ on the whole batch.
+        targets: the labels.
+        options: what else has to be the same; its ``repr`` is compared.
+
+    Raises:
+        InputError: it names a rank and what is another there.
+    """
+    if function.shards.alone:
+        return
+    weights = {n: p for n, p in function.originals.items() if n not in function.split}
+    weights |= function.buffers
+    function.shards.check_same(
+        {
+            "the inputs": fingerprint(tensor for _, tensor in named_tensors(function.inputs)),
+            "the targets": fingerprint([targets] if isinstance(targets, Tensor) else []),
+            "the weights": fingerprint(weights.values()),
+            "the options": zlib.crc32(repr(options).encode()),
+        }
+    )
+
+
+def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
+    """Finite floating-point numbers, batch first.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if not outputs.is_floating_point():
+        raise ModelError(f"the model's outputs are {outputs.dtype}, not floating-point numbers")
+    if outputs.ndim < 2 or outputs.shape[0] != function.num_samples:
+        raise ModelError(
+            f"the model's outputs have shape {tuple(outputs.shape)}; expected "
+            f"({function.num_samples}, …, outputs per sample), batch first"
+        )
+    if not is_finite(outputs):
+        bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
+
+
+def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
+    """A second run gives the same outputs, and so do the halves of a shuffled batch.
+
+    Every rank looks at its own part, and at another's sample where it has only one.
+
+    Raises:
+        ModelError: two runs differ, or the model does not run on half of the batch.
+        EngineError: a sample's outputs depend on the others.
+    """
+    shards, count = function.shards, function.num_samples
+    if shards.alone:
+        _check_repeatable(function, outputs)
+        return
+    tried = at_least(shards.own(count), 2, count)
+    shards.together(lambda: _check_repeatable(function.on(tried), outputs[tried]))
+
+
+def _check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
+    order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+    halves = list(order.chunk(2)) if len(outputs) > 1 else []
+    again = [_run_half(function, half) for half in halves]
+    expected = [outputs[half.to(outputs.device)] for half in halves]
+    # Halves that repeat the outputs to the last digits are a second run themselves.
+    if not halves or not all(map(_equal, again, expected)):
+        _check_deterministic(function, outputs)
+    # As far apart as two orders of adding up may leave them.
+    epsilon = max(torch.finfo(outputs.dtype).eps, function.inner_epsilon)
+    allowed = epsilon**0.5 * float(outputs.abs().max())
+    for half, found, whole in zip(halves, again, expected, strict=True):
+        _check_independent(half, found, whole, allowed)
+
+
+def _run_half(function: ModelFunction, half: Tensor) -> Tensor:
+    try:
+        return run_model(function, half)
+    except ModelError as error:
+        raise ModelError(
+            f"the model runs on the whole batch, but not on half of it: {error}"
+        ) from error
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """But for a hundred roundings."""
+    tolerance = 100 * torch.finfo(expected.dtype).eps
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance
+    )
+
+
+def _check_deterministic(function: ModelFunction, first: Tensor) -> None:
+    second = run_model(function)
+    if not _equal(second, first):
+        raise ModelError(
+            "the model gave two different outputs for the same batch (largest difference "
+            f"{float((first - second).abs().max()):.3g}); something in it is random or keeps "
+            "state: call model.eval(), or switch it off"
+        )
+
+
+def _check_independent(half: Tensor, found: Tensor, expected: Tensor, allowed: float) -> None:
+    if found.shape != expected.shape:
+        raise EngineError(
+            f"half of the batch gives outputs of shape {tuple(found.shape)} in place of "
+            f"{tuple(expected.shape)}: a sample's outputs depend on the batch (trimmed padding?)"
+        )
+    gaps = (found - expected).abs().flatten(1).amax(1)
+    if float(gaps.max()) > allowed:
+        worst = int(half[int(gaps.argmax())])
+        raise EngineError(
+            "the samples of the batch see each other: the outputs of sample "
+            f"{worst} change by {float(gaps.max()):.2g} when it is batched with others (batch "
+            "statistics, attention over the batch?), so a per-sample Fisher is not defined"
+        )
+
+
+def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
+    """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses.
+
+    Raises:
+        EngineError: they do not add up.
+    """
+    if off := _missed(choice, gradient):
+        raise EngineError(
+            "per-sample gradients do not add up to the batch gradient for "
+            f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
+            "treat this model rightly; try engine='loop', and report it"
+        )
+
+
+def adds_up(choice: Choice, gradient: Parameters) -> bool:
+    """Whether `check_gradients_add_up` finds no fault."""
+    return not _missed(choice, gradient)
+
+
+def _missed(choice: Choice, gradient: Parameters) -> list[str]:
+    """The parameters whose gradients do not add up, each with its relative gap."""
+    size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
+    tolerance = choice.rows.function.epsilon**0.5
+    largest = max(size.values())
+    off = []
+    for name, products in choice.products.items():
+        expected = float(inner_product(gradient[name], choice.direction[name]))
+        gap = abs(float(products.sum()) - expected)
+        # A gradient that is zero but for rounding is as good as rounding allows.
+        if gap > tolerance * (size[name] + 1000 * tolerance * largest):
+            off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
+    return off

@@ -1,0 +1,211 @@
+"""Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, written so that none is lost.
+
+A file is replaced atomically, at most every few seconds and always at the end, also after an
+error or Ctrl-C: what a reader finds is a whole table. Its manifest comes with the first rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+
+from ngeval.errors import OutputError
+from ngeval.utils.atomic import replace_file
+from ngeval.results.manifest import write_manifest
+
+
+def _write_jsonl(table: pd.DataFrame, path: Path) -> None:
+    """One JSON object a line, every digit kept (pandas keeps 15 decimals); NaN and ∞ as null."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in table.to_dict("records"):
+            plain = {
+                str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in record.items()
+            }
+            file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Through Python's files: those of pyarrow take no name that is not UTF-8."""
+    with path.open("wb") as file:
+        table.to_parquet(file, index=False)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    with path.open("rb") as file:
+        return pd.read_parquet(file)
+
+
+_WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".parquet": _write_parquet,
+    ".jsonl": _write_jsonl,
+}
+_TEXT = {"layer": str}
+"""Columns that are text also where they read like numbers: layers "0.1" and "0.10" are two."""
+
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=True, dtype=_TEXT),
+    ".parquet": _read_parquet,
+    ".jsonl": lambda path: pd.read_json(
+        path, orient="records", lines=True, precise_float=True, dtype=_TEXT
+    ),
+}
+FLUSH_SECONDS = 5.0
+
+
+class ResultFile:
+    """An append-only result table; use it as a context manager.
+
+    Attributes:
+        path: where it is written.
+        rows: how many rows it has so far.
+    """
+
+    def __init__(
+        self, path: Path, *, force: bool = False, told: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check now, before any work, that the file can be written.
+
+        Args:
+            path: ``.csv``, ``.parquet`` or ``.jsonl``; missing folders are made.
+            force: replace an existing file (not before there is something to replace it with).
+            told: its manifest, which is written as the first rows are; None: it has none.
+
+        Raises:
+            OutputError: unknown extension, the file exists, or its folder cannot be written.
+        """
+        self.path = path
+        self._frames: list[pd.DataFrame] = []
+        self._told = told
+        self._unsaved = False
+        self._saved_at = time.monotonic()
+        check_output(path, tuple(_WRITERS), force=force)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were appended."""
+        return sum(len(frame) for frame in self._frames)
+
+    def append(self, frame: pd.DataFrame) -> None:
+        """Add rows; they reach the disk within a few seconds and at the end."""
+        self._frames.append(frame)
+        self._unsaved = True
+        first = self._told is not None
+        if first or time.monotonic() - self._saved_at > FLUSH_SECONDS:
+            self.flush()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return pd.concat(self._frames, ignore_index=True) if self._frames else pd.DataFrame()
+
+    def flush(self) -> None:
+        """Write everything to a temporary file beside the output, then put it in its place.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written any more.
+        """
+        write_results(self.table(), self.path)
+        self._unsaved, self._saved_at = False, time.monotonic()
+        if self._told is not None:  # after the rows: it never lies beside another run's
+            write_manifest(self.path, self._told)
+            self._told = None
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._unsaved:
+            self.flush()
+
+
+SUFFIXES = tuple(_WRITERS)
+"""What result files end in."""
+
+
+def write_results(table: pd.DataFrame, path: Path, scratch: Path | None = None) -> None:
+    """Put a whole table in the place of a result file, or of none.
+
+    Args:
+        table: all rows.
+        path: ``.csv``, ``.parquet`` or ``.jsonl``.
+        scratch: a folder of the same file system for what is not yet whole; default: its own.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    write = _WRITERS[path.suffix]
+    replace_file(path, lambda place: write(table, place), scratch)
+
+
+def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
+    """Check that a file can be written, and make its folder.
+
+    Raises:
+        OutputError: unknown extension, the file exists (without ``force``), a folder has its
+            name, or its folder cannot be written.
+    """
+    if path.suffix not in suffixes:
+        raise OutputError(
+            f"output {path} has the extension {path.suffix!r}; use one of {', '.join(suffixes)}"
+        )
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that the file system does not take
+        raise OutputError(f"output {path} cannot be written: {error.strerror}") from error
+    if is_folder:
+        raise OutputError(f"output {path} is a folder")
+    if exists and not force:
+        raise OutputError(f"output {path} exists; pass --force to replace it")
+    if len(os.fsencode(path.name)) > 230:  # a temporary file beside it has a longer name
+        raise OutputError(f"output {path} cannot be written: File name too long")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder and check that a file can be written in it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write in {folder}: {error}") from error
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """Read a result file back.
+
+    Raises:
+        OutputError: it does not exist, is a folder, has another extension or is not such a table.
+    """
+    if path.suffix not in _READERS:
+        raise OutputError(f"{path}: results are {', '.join(_READERS)} files")
+    if path.is_dir():
+        raise OutputError(f"result file {path} is a folder; name a file in it")
+    if not path.is_file():
+        raise OutputError(f"result file {path} does not exist")
+    try:
+        table = _READERS[path.suffix](path)
+    except Exception as error:  # arbitrary bytes make pandas and Arrow raise anything
+        raise OutputError(f"{path} cannot be read as a result table: {error}") from error
+    if table.empty:
+        raise OutputError(f"{path} has no rows")
+    return table

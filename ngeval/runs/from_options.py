@@ -1,0 +1,124 @@
+"""From the command line's options to a `Run`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ngeval.checkpoints import Checkpoint, find_checkpoints
+from ngeval.errors import CheckpointError, InputError, nearest_name
+from ngeval.methods.stage import OptimizerOptions
+from ngeval.runs.options import (
+    REDUCTIONS,
+    SHARDS,
+    HubOptions,
+    RunOptions,
+    StepOptions,
+    parse_bytes,
+    parse_dtype,
+)
+from ngeval.runs.ranks import own_device, world_size
+from ngeval.runs.run import Run
+from ngeval.tasks import Task, get_task, source_of
+
+HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
+"""Options that are called otherwise in `ngeval.tasks.hf.hub_task`."""
+
+
+def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
+    """The run that was asked for.
+
+    Raises:
+        InputError: options that do not go together.
+        NgevalError: the task or a checkpoint is not there; see `get_task`, `hub_task` and
+            `find_checkpoints`.
+    """
+    torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
+    dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
+    if step.reduction not in REDUCTIONS:
+        raise InputError(
+            f"unknown reduction {step.reduction!r}; {nearest_name(step.reduction, REDUCTIONS)}"
+        )
+    if options.shard not in SHARDS:
+        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
+    if (options.task is None) == (hub.hf_model is None):
+        raise InputError("give either --task or --hf-model (with --dataset)")
+    more = list(options.more or [])
+    if options.task is not None:
+        if given := _given(hub):
+            raise InputError(
+                f"--{given[0].replace('_', '-')} goes with --hf-model, not with --task"
+            )
+        task = get_task(options.task)
+        checkpoints = find_checkpoints(_required([*(options.checkpoint or []), *more]))
+    else:
+        task, checkpoints = _hub_run(options, hub, more)
+    num_units = len(checkpoints) * options.num_batches
+    few = options.shard == "auto" and num_units < world_size()
+    return Run(
+        task,
+        checkpoints,
+        batch_size=options.batch_size,
+        num_batches=options.num_batches,
+        seed=options.seed,
+        device=own_device(options.device),
+        dtype=dtype,
+        engine=options.engine,
+        memory=memory,
+        allow_pickle=options.allow_pickle,
+        optimizer_states=step.optimizer_state or (),
+        optimizer_options=OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle),
+        together=options.shard == "samples" or few,
+        source=source_of(options.task) if options.task is not None else None,
+    )
+
+
+def _required(patterns: list[str]) -> list[str]:
+    if not patterns:
+        raise InputError("no checkpoint given; name files, folders or globs with --checkpoint")
+    return patterns
+
+
+def _given(hub: HubOptions) -> list[str]:
+    """The options that differ from what they are when not given."""
+    default = asdict(HubOptions())
+    return [name for name, value in asdict(hub).items() if value != default[name]]
+
+
+def _hub_run(
+    options: RunOptions, hub: HubOptions, more: list[str]
+) -> tuple[Task, list[Checkpoint]]:
+    """A Hugging Face task with its adapters, its checkpoints, or the model as it is."""
+    # transformers takes seconds to import
+    from ngeval.tasks.hf import hub_task  # noqa: PLC0415
+    from ngeval.tasks.hf.hub import adapter_folder  # noqa: PLC0415
+
+    model = hub.hf_model or ""
+    if hub.dataset is None:
+        raise InputError("--hf-model needs a --dataset: glue, cifar10, a name on the hub, a folder")
+    if hub.adapter and options.checkpoint:
+        raise InputError("give --adapter or --checkpoint, not both: grade them in separate runs")
+    patterns = [*(hub.adapter or options.checkpoint or []), *more]
+    if hub.adapter:
+        patterns = [adapter_folder(name) for name in patterns]
+    checkpoints = find_checkpoints(patterns)
+    whole = [c.name for c in checkpoints if not c.is_adapter]
+    if hub.adapter and whole:
+        raise CheckpointError(
+            f"{whole[0]} is no PEFT adapter (it has no adapter_config.json); checkpoints of the "
+            "whole model go with --checkpoint"
+        )
+    arguments = {HUB_NAMES.get(name, name): value for name, value in vars(hub).items()}
+    arguments |= {
+        "adapters": [c.name for c in checkpoints if c.is_adapter],
+        "columns": _parts(hub.columns),
+        "label_words": _parts(hub.label_words),
+    }
+    task = hub_task(**arguments)
+    return task, checkpoints or [Checkpoint(Path(model), {}, as_built=True)]
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []

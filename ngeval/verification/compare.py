@@ -1,0 +1,216 @@
+"""Whether two computations of a unit agree: all rows there, texts the same, numbers close.
+
+How close depends on the dtype, see `DIGITS`, and on the Krylov run, which stops when its bounds
+are within a gap: what it finds is compared within that gap, and the update that it found, whose γ
+is stationary in it, within the square root. Which rows a Krylov run is behind is what the new ones
+say: a file that could say so of itself could have itself compared loosely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ngeval.results.journal import Key
+from ngeval.runs.options import DTYPES
+
+DIGITS = {name: math.sqrt(torch.finfo(dtype).eps) for name, dtype in DTYPES.items()}
+"""The relative difference that is nothing but rounding, by the rows' dtype: √ε, half the digits
+(1.5e-8 in float64, 3.5e-4 in float32). Other processors, threads and ranks add in another order,
+and a small damping makes the error of that larger; a wrong seed, batch or formula costs more."""
+
+UNKNOWN_DTYPE = "float32"
+"""What tables without a column ``dtype`` (of samples) are compared as."""
+
+MOST_GAP = 1e-2
+"""The largest gap that is allowed for, whatever a manifest says that the run's was."""
+
+NATURAL = ("gamma_min", "gamma_over_ng", "gamma_ng_lower", "gamma_ng_upper")
+"""Columns that a Krylov run tells, in every row."""
+
+GAMMAS = (*NATURAL, "gamma", "gamma_over_sgd")
+
+TOLD = ("engine", "reason", "iterations")
+"""How a row came about: it may change with the memory of a machine, and is no result."""
+
+SUMMANDS = ("decrease", "curvature", "decrease_share", "curvature_share", "excess", "loss_change_")
+"""Parts of a sum, which may cancel: relative to the largest of the update's layers, or of the
+unit's samples."""
+
+NOISE = ("decrease", "cosine_sgd", *SUMMANDS[2:5])
+"""What is rounding alone in a row whose γ is undefined."""
+
+ROW = ("method", "damping", "layer", "sample")
+"""What tells the rows of a unit apart."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a unit.
+
+    Attributes:
+        key: the numbers of its checkpoint and batch.
+        checkpoint: its name.
+        rows: how many there are now.
+        problem: what differs that is no number; empty if nothing does.
+        difference: the largest difference of numbers, relative (see `SUMMANDS`), measured by what
+            is allowed for it.
+        allowed: that.
+        where: its column, method, damping, …
+        note: what may be behind a difference.
+    """
+
+    key: Key
+    checkpoint: str
+    rows: int
+    problem: str
+    difference: float
+    allowed: float
+    where: dict[str, Any]
+    note: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the unit is what it was."""
+        return not self.problem and self.difference <= self.allowed
+
+
+def compare(
+    key: Key,
+    checkpoint: str,
+    then: pd.DataFrame,
+    now: pd.DataFrame,
+    tolerance: float | None,
+    gap: float,
+) -> Verdict:
+    """A unit's rows in a file, and as they are now; in whatever order the file has them.
+
+    Args:
+        key: the unit.
+        checkpoint: its checkpoint's name.
+        then: the rows of the file.
+        now: those that were computed anew.
+        tolerance: the relative difference that is allowed; None: see `DIGITS`.
+        gap: of the Krylov run; see `MOST_GAP`.
+    """
+    columns = list(dict.fromkeys([*then.columns, *now.columns]))
+    order = [name for name in ROW if name in columns]
+    then, now = (
+        part.reindex(columns=columns).sort_values(order, key=_sortable).reset_index(drop=True)
+        for part in (then, now)
+    )
+    if len(then) != len(now):
+        problem = f"{len(then)} rows in the file, {len(now)} now"
+        return Verdict(key, checkpoint, len(now), problem, math.inf, 0.0, {})
+    if now.empty:  # of samples, of a unit that failed
+        return Verdict(key, checkpoint, 0, "", 0.0, 0.0, {})
+    numbers = [name for name in columns if is_number(then[name]) and is_number(now[name])]
+    problem = _texts_differ(then, now, [name for name in columns if name not in numbers])
+    worst, allowed, where = 0.0, tolerance or 0.0, dict[str, Any]()
+    base = _tolerances(now, tolerance)
+    for name in numbers:
+        if name in TOLD:
+            continue
+        limit = np.maximum(base, _krylov_limits(name, now, min(gap, MOST_GAP)))
+        difference = _differences(name, then, now)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            excess = np.where(difference == 0, 0.0, difference / limit)
+        row = int(excess.argmax())
+        if excess[row] > (worst / allowed if allowed else worst) or not where:
+            worst, allowed = float(difference[row]), float(limit[row])
+            where = {"column": name} | {k: _plain(now[k].iloc[row]) for k in order}
+    note = _another_way(then, now) if worst <= math.sqrt(MOST_GAP) else ""
+    return Verdict(key, checkpoint, len(now), problem, worst, allowed, where, note)
+
+
+def _differences(name: str, then: pd.DataFrame, now: pd.DataFrame) -> np.ndarray:
+    """The difference of a column's numbers, by their size; ∞ where one alone is NaN."""
+    one, other = (part[name].to_numpy(dtype=float, na_value=math.nan) for part in (then, now))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = np.fmax(np.abs(one), np.abs(other))
+        if name.startswith(SUMMANDS):
+            update = [key for key in ("method", "damping") if key in then]
+            grouped = pd.Series(size)
+            size = (
+                grouped.groupby([then[key] for key in update]).transform("max").to_numpy()
+                if update
+                else np.full_like(size, np.nanmax(size, initial=0.0))
+            )
+        if name.startswith("cosine_"):
+            size = np.ones_like(size)
+        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        if name in NOISE and "status" in then:
+            same |= ((then["status"] == "undefined") & (now["status"] == "undefined")).to_numpy()
+        difference = np.where(same, 0.0, np.abs(one - other) / size)
+    return np.nan_to_num(difference, nan=math.inf)
+
+
+def _tolerances(now: pd.DataFrame, tolerance: float | None) -> np.ndarray:
+    if tolerance is not None:
+        return np.full(len(now), tolerance)
+    kinds = now["dtype"] if "dtype" in now else pd.Series([UNKNOWN_DTYPE] * len(now))
+    return np.array([DIGITS.get(str(kind), DIGITS[UNKNOWN_DTYPE]) for kind in kinds])
+
+
+def _krylov_limits(name: str, now: pd.DataFrame, gap: float) -> np.ndarray:
+    """What the gap between the bounds of a Krylov run allows."""
+    ran = _krylov(now)
+    if name in NATURAL:
+        return np.where(ran, gap, 0.0)
+    natural = (now["method"] == "ng").to_numpy() if "method" in now else np.zeros_like(ran)
+    return np.where(ran & natural, gap if name in GAMMAS else math.sqrt(gap), 0.0)
+
+
+def _krylov(table: pd.DataFrame) -> np.ndarray:
+    """Which rows say that a Krylov run is behind them."""
+    if "iterations" not in table or not is_number(table["iterations"]):
+        return np.zeros(len(table), dtype=bool)
+    return (table["iterations"] > 0).to_numpy(dtype=bool, na_value=False)
+
+
+def _another_way(then: pd.DataFrame, now: pd.DataFrame) -> str:
+    """An honest reason for numbers that are a gap apart: there was less memory."""
+    if not (_krylov(then) & ~_krylov(now)).any():
+        return ""
+    return "of a Krylov run in the file, exact now: if it had less memory, pass a --tolerance"
+
+
+def _texts_differ(then: pd.DataFrame, now: pd.DataFrame, names: Sequence[str]) -> str:
+    """The first text that is another one now."""
+    for name in names:
+        if name in TOLD:
+            continue
+        one, other = (part[name].astype(object).fillna("").astype(str) for part in (then, now))
+        wrong = (one != other).to_numpy()
+        if wrong.any():
+            row = int(wrong.argmax())
+            of = ", ".join(f"{key} {then[key].iloc[row]}" for key in ROW if key in then)
+            return f"{name}: {one.iloc[row]!r} in the file, {other.iloc[row]!r} now ({of})"
+    return ""
+
+
+def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
+    """A file may hold anything, also what cannot be compared."""
+    return column if is_number(column) else column.astype(str)
+
+
+def is_number(column: pd.Series[Any]) -> bool:
+    """Whether a column holds numbers, or nothing."""
+    return bool(pd.api.types.is_numeric_dtype(column) or column.isna().all())
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def as_record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON has it; a difference without end as text."""
+    told = asdict(verdict) | {"agrees": verdict.agrees}
+    told["key"] = list(verdict.key)
+    return told

@@ -1,0 +1,155 @@
+"""Why the empirical Fisher fails: its updates put samples that are learnt first.
+
+digits-mlp is trained with AdamW, and at every epoch EF, iEF, SF and the natural gradient are asked
+what they do to each sample, and graded by γ over a range of dampings. Source of the claims: Wu et
+al., "An improved empirical Fisher approximation for natural gradient descent" (arXiv 2406.06420).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ngeval.checkpoints import find_checkpoints
+from ngeval.grading.evaluate import evaluate
+from ngeval.methods import get_methods
+from ngeval.problem.gamma import gradient_norms, loss_change
+from ngeval.problem.problem import Problem
+from ngeval.runs.run import Run
+from studies.base import Advance, Size, Study
+from studies.why_ef_fails_figure import figure
+from studies.why_ef_fails_findings import SMALL, findings
+from ngeval.tasks import get_task
+from studies.toy.least_squares import OFFSETS, LeastSquares, trajectories
+from ngeval.training import Training
+
+METHODS = ("sgd", "ef", "sf", "ief")
+SAMPLED = {"sgd": 0.0, "ef": 0.0, "ief": 0.0, "sf": SMALL, "ng": SMALL}
+"""The updates whose effect on single samples is measured, with their λ. EF and iEF at λ = 0, where
+the claims are made; SF's pseudo-inverse is another thing than its limit."""
+
+RATES = {"sgd": 0.1, "ng": 0.1, "ief": 0.1, "ef": 0.02}
+"""Learning rates on the toy: of the natural gradient one that shows the path, of EF one that brings
+the losses to 0 in about as many steps, of SGD about a fifth of the largest stable one."""
+
+SEEDS_APART = 1000
+"""Between the seeds of trainings, so that two studies do not share any."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it is done.
+
+    Attributes:
+        trainings: with seeds of their own.
+        epochs: of AdamW; a checkpoint after each.
+        num_batches: graded at each checkpoint.
+        batch_size: N.
+        dampings: λ, absolute.
+        steps: of the toy's paths.
+    """
+
+    trainings: int
+    epochs: int
+    num_batches: int
+    batch_size: int
+    dampings: tuple[float, ...]
+    steps: int
+
+
+PLANS: dict[Size, Plan] = {
+    "quick": Plan(1, 2, 2, 40, (SMALL, 1e-3, 1.0), 8),
+    "full": Plan(3, 12, 4, 160, tuple(float(f"1e{k}") for k in range(-9, 4)), 150),
+}
+
+
+def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
+    """The toy's paths, then γ and effects on samples at every checkpoint of every training.
+
+    The column ``part`` says which: ``toy`` (see `ngeval.toy`), ``gamma`` (rows of
+    `ngeval.evaluate`, with the ``imbalance`` of the batch) or ``samples``.
+    """
+    plan = PLANS[size]
+    for table in trajectories(LeastSquares(), RATES, steps=plan.steps):
+        yield table.assign(part="toy")
+        progress("two parameters", len(RATES) * len(OFFSETS))
+    for training in range(plan.trainings):
+        training_seed = seed * SEEDS_APART + training
+        with tempfile.TemporaryDirectory() as folder:
+            job = Training(
+                get_task("digits-mlp"), Path(folder), epochs=plan.epochs, seed=training_seed
+            )
+            for _ in job.run():
+                progress("training", plan.trainings * (plan.epochs + 1))
+            graded = Run(
+                job.task,
+                find_checkpoints([folder]),
+                batch_size=plan.batch_size,
+                num_batches=plan.num_batches,
+                seed=training_seed,
+                dtype=torch.float64,
+            )
+            for table in _graded(graded, plan, with_samples=training == 0):
+                yield table.assign(training_seed=training_seed)
+                progress("grading", plan.trainings * graded.num_units)
+
+
+def _graded(job: Run, plan: Plan, *, with_samples: bool) -> Iterator[pd.DataFrame]:
+    """γ at every damping; on the first batch also what becomes of each sample."""
+    for unit in job.units():
+        batch = int(unit.columns["batch"])
+        seed = job.seed + batch
+        table = evaluate(unit.problem, METHODS, plan.dampings, seed=seed, natural=False)
+        imbalance = gradient_norms(unit.problem).attrs["imbalance"]
+        parts = [table.assign(part="gamma", imbalance=imbalance)]
+        if with_samples and batch == 0:
+            parts.append(sample_rows(unit.problem, seed).assign(part="samples"))
+        told = {key: unit.columns[key] for key in ("epoch", "step", "batch")}
+        table = pd.concat(parts, ignore_index=True).assign(**told)
+        yield table[[column for column in COLUMNS if column in table]]
+
+
+COLUMNS = [
+    *("part", "epoch", "step", "batch", "method", "damping", "status", "reason"),
+    *("gamma", "gamma_over_sgd", "gamma_floor", "imbalance"),
+    *("sample", "loss", "residual_square", "gradient_norm", "loss_change", "projection"),
+]
+"""Those of the parts ``gamma`` and ``samples``."""
+
+
+def sample_rows(problem: Problem, seed: int) -> pd.DataFrame:
+    """What each update does to every sample of a batch: one row for each of both.
+
+    Returns:
+        ``sample, loss`` (ℓ_n, nats), ``residual_square`` (s_n = ‖u_n‖²), ``gradient_norm`` (‖g_n‖),
+        ``method, damping``; ``loss_change``, the first-order change of ℓ_n for the unit step −d,
+        and ``projection``, the length of d along g_n: both from the tangent Jd.
+    """
+    norms = gradient_norms(problem)
+    base = norms.assign(residual_square=norms["residual_norm"].pow(2)).drop(columns="residual_norm")
+    tables = []
+    for method, damping in zip(get_methods(SAMPLED), SAMPLED.values(), strict=True):
+        change = loss_change(problem, method.prepare(problem, seed).direction(damping))
+        told = base.assign(method=method.name, damping=damping, status="ok", reason="")
+        tables.append(
+            told.assign(
+                loss_change=change.numpy(),
+                projection=-change.numpy() / base["gradient_norm"].to_numpy(),
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+STUDY = Study(
+    "why-ef-fails",
+    "Why the empirical Fisher fails: what updates do to learnt samples",
+    run,
+    figure,
+    findings,
+    minutes=4,
+)
