@@ -20,8 +20,8 @@ from benchmarks.timing import (
     interleave,
     product_job,
 )
-from ngeval.problem.fisher import unit_cotangents
 from ngeval.jacobians import gram_matrix
+from ngeval.problem.fisher import unit_cotangents
 
 
 def gradient_gram(problem: ngeval.Problem) -> Tensor:

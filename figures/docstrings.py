@@ -22,7 +22,10 @@ import typer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ngeval.analysis.summary import summarize
 from ngeval.cli.app import app
+from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.hf import hub_task
 from studies.docstrings import (
     AREAS,
     TEMPLATE,
@@ -32,9 +35,6 @@ from studies.docstrings import (
     pretrain,
     split,
 )
-from ngeval.analysis.summary import summarize
-from ngeval.tasks.base import Batch, Task
-from ngeval.tasks.hf import hub_task
 
 DEFAULT_FOLDER = Path("docstrings-run")
 SEED = 0

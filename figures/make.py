@@ -33,6 +33,7 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.results.manifest import manifest_path
 from studies import STUDIES
 from studies.toy.least_squares import LeastSquares
+from studies.toy.picture import toy_figure
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -131,7 +132,7 @@ PICTURES: dict[str, Callable[[Read], Figure]] = {
     "kfac": lambda read: plots.kfac_figure(read("digits-compare")),
     "ranking": lambda read: plots.ranking_figure(read("digits-compare")),
     "layers": lambda read: plots.layers_figure(read("digits-layers")),
-    "toy": lambda _: plots.toy_figure(LeastSquares()),
+    "toy": lambda _: toy_figure(LeastSquares()),
 } | {name: lambda read, name=name: STUDIES[name].figure(read(name)) for name in STUDIES}
 """What draws each picture."""
 

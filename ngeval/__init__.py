@@ -3,6 +3,8 @@
 from importlib.metadata import version as _version
 
 from ngeval import optim
+from ngeval.analysis.summary import summarize
+from ngeval.curvature.natural_gradient import gamma_min
 from ngeval.errors import (
     CheckpointError,
     DependencyError,
@@ -15,17 +17,15 @@ from ngeval.errors import (
     TaskError,
 )
 from ngeval.grading.evaluate import evaluate
-from ngeval.problem.fisher import FisherOperator
 from ngeval.grading.layer_table import layer_table
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, MethodEntry, get_method
 from ngeval.methods.diag_ema import AccumulatedDiagonal
 from ngeval.methods.optimizer import OptimizerStep
-from ngeval.problem.metric_batch import Metric
+from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma, gamma_floor, gradient_norms, loss_change
-from ngeval.curvature.natural_gradient import gamma_min
+from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
-from ngeval.analysis.summary import summarize
 from ngeval.tasks import Task
 
 __version__ = _version("ngeval")

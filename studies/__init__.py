@@ -34,12 +34,12 @@ class _Studies(Mapping[str, Study]):
 
 STUDIES: Mapping[str, Study] = _Studies(
     {
-        "optimization": "ngeval.studies.optimization:STUDY",
-        "why-ef-fails": "ngeval.studies.why_ef_fails:STUDY",
-        "convergence": "ngeval.studies.convergence:STUDY",
-        "fadam": "ngeval.studies.fadam:STUDY",
-        "diagonal": "ngeval.studies.diagonal:STUDY",
-        "preconditioners": "ngeval.studies.preconditioners:STUDY",
+        "optimization": "studies.optimization:STUDY",
+        "why-ef-fails": "studies.why_ef_fails:STUDY",
+        "convergence": "studies.convergence:STUDY",
+        "fadam": "studies.fadam:STUDY",
+        "diagonal": "studies.diagonal:STUDY",
+        "preconditioners": "studies.preconditioners:STUDY",
     }
 )
 """The studies by name."""

@@ -24,6 +24,7 @@ from ngeval.errors import NgevalError
 from ngeval.model.function import map_inputs
 from ngeval.optim import EF, iEF
 from ngeval.problem.problem import Problem
+from ngeval.tasks import get_task
 from studies.base import Advance, Size, Study
 from studies.convergence_figure import figure
 from studies.convergence_findings import (
@@ -34,7 +35,6 @@ from studies.convergence_findings import (
     REGRESSIONS,
     findings,
 )
-from ngeval.tasks import get_task
 
 T = TypeVar("T")
 

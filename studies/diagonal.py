@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from ngeval.grading.evaluate import evaluate
 from ngeval.problem.problem import Problem
+from ngeval.tasks import Task, get_task
 from studies.base import Advance, Size, Study
 from studies.diagonal_figure import figure
 from studies.diagonal_findings import findings
-from ngeval.tasks import Task, get_task
 
 METHODS = ("sgd", "diag", "diag:0.5", "diag-ef", "diag-ef:0.5", "kfac")
 PIXELS, CLASSES = 64, 10

@@ -162,7 +162,7 @@ def pretrain(
     rate, steps = base.learning_rate, base.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    choices = random.Random(seed)  # noqa: S311  # no secrets here
+    choices = random.Random(seed)  # no secrets here
     for _ in range(steps):
         start = choices.randrange(len(texts) - 32)  # of like length, so there is little padding
         source, answers = [], []

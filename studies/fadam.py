@@ -20,10 +20,10 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ngeval.fadam.optimizer import CORRECTIONS, FAdam
 from ngeval.grading.evaluate import evaluate
 from ngeval.methods import Method, get_methods
 from ngeval.methods.optimizer import OptimizerStep
-from ngeval.fadam.optimizer import CORRECTIONS, FAdam
 from ngeval.problem.problem import Problem
 from studies.base import Advance, Size, Study
 from studies.fadam_figure import figure

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ngeval.errors import TaskError
-from ngeval.utils.optional import optional_module
 from ngeval.tasks.base import Batch, LoadBatches, Task
 from ngeval.tasks.hf.cifar import read_cifar
 from ngeval.tasks.sampling import shuffled_batches
+from ngeval.utils.optional import optional_module
 
 CIFAR_SIZES = (4000, 1000, 2000)
 """Training, validation and test images that are taken of CIFAR-10."""

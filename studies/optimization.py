@@ -17,12 +17,12 @@ from pathlib import Path
 import pandas as pd
 
 from ngeval.plots.training_results import performance_figure
+from ngeval.tasks import Task, get_task
+from ngeval.training import Search
 from studies.base import Advance, Size, Study
 from studies.images import image_task, vit_lora_task
 from studies.optimization_findings import findings
 from studies.texts import text_task
-from ngeval.tasks import Task, get_task
-from ngeval.training import Search
 
 Grid = dict[str, tuple[float, ...]]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError
 from ngeval.analysis.training_results import average_ranks, outcomes, performance
+from ngeval.errors import InputError
 from studies.base import Finding, decide
 from studies.statistics import Interval, mean_interval
 

@@ -19,8 +19,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from ngeval.checkpoints import find_checkpoints
 from ngeval.analysis.ranking import at_best_damping
+from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
 from ngeval.grading.evaluate import evaluate
 from ngeval.methods import Method
@@ -29,11 +29,11 @@ from ngeval.plots.gamma import draw_stages
 from ngeval.plots.style import PAGE, in_style, legend_below, styles_of
 from ngeval.problem.problem import Problem
 from ngeval.runs.run import Run
-from studies.base import Advance, Finding, Size, Study, decide
-from studies.statistics import Interval, mean_interval
+from ngeval.runs.units import Unit, labelled
 from ngeval.tasks import get_task
 from ngeval.training import Training
-from ngeval.runs.units import Unit, labelled
+from studies.base import Advance, Finding, Size, Study, decide
+from studies.statistics import Interval, mean_interval
 
 KRONECKER = ("ief", "kfac-ief", "kfac-sf", "kfac-ef", "kfac")
 DIAGONALS = ("adam", "diag-ema", "diag-ef:0.5", "diag-ef", "diag")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.errors import TaskError
+from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.sampling import shuffled_batches
 from ngeval.utils.optional import optional_module
 from studies.docstrings import AREAS, Base, docstrings, labelled, pretrain, split
 from studies.images import adapted
-from ngeval.tasks.base import Batch, Task
-from ngeval.tasks.sampling import shuffled_batches
 
 LENGTH = 24
 """Tokens of a prompt: longer ones are cut."""

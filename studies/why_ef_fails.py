@@ -21,12 +21,12 @@ from ngeval.methods import get_methods
 from ngeval.problem.gamma import gradient_norms, loss_change
 from ngeval.problem.problem import Problem
 from ngeval.runs.run import Run
+from ngeval.tasks import get_task
+from ngeval.training import Training
 from studies.base import Advance, Size, Study
+from studies.toy.least_squares import OFFSETS, LeastSquares, trajectories
 from studies.why_ef_fails_figure import figure
 from studies.why_ef_fails_findings import SMALL, findings
-from ngeval.tasks import get_task
-from studies.toy.least_squares import OFFSETS, LeastSquares, trajectories
-from ngeval.training import Training
 
 METHODS = ("sgd", "ef", "sf", "ief")
 SAMPLED = {"sgd": 0.0, "ef": 0.0, "ief": 0.0, "sf": SMALL, "ng": SMALL}

@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_below, styles_of
 from ngeval.plots.ticks import log_scale, number_text
-from studies.toy.picture import plot_paths
 from studies.statistics import geometric_intervals
-from studies.why_ef_fails_findings import SMALL, near_zero, usable
 from studies.toy.least_squares import LeastSquares
+from studies.toy.picture import plot_paths
+from studies.why_ef_fails_findings import SMALL, near_zero, usable
 
 SHOWN = ("ef", "sf", "ief", "sgd")
 

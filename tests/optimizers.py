@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import problems
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from ngeval.methods.optimizer import OptimizerStep, optimizer_entry
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.tasks import Task
 from ngeval.training import Training
+from tests import problems
 
 THIRD_PARTY = (
     "pytorch_optimizer.SOAP",

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import reference
 import torch
 from torch import Tensor, nn
 
 import ngeval
+from tests import reference
 
 NUM_SAMPLES = 7
 NUM_CLASSES = 3

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import problems
 import torch
 import torch.distributed as dist
-import zoo_attention
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import ngeval
 from ngeval.curvature import logit_kernel as kernel
-from ngeval.model.function import ModelFunction
 from ngeval.jacobians import CapturedRows, gram_matrix
+from ngeval.model.function import ModelFunction
+from tests import problems, zoo_attention
 
 DAMPINGS = (1e-2, 1.0)
 METHODS = (

@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import reference
 import torch
 from torch import Tensor, nn
+
+from tests import reference
 
 
 @dataclass(frozen=True)

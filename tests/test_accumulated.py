@@ -5,13 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from optimizers import batches, build, case, flat, graded_at, mean_gradients, run, train, trained
 
 import ngeval
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
 from ngeval.methods.stage import Stage
+from tests.optimizers import (
+    batches,
+    build,
+    case,
+    flat,
+    graded_at,
+    mean_gradients,
+    run,
+    train,
+    trained,
+)
 
 FULL = ("adam", "adamw", "nadam", "radam", "rmsprop", "adadelta", "adagrad")
 

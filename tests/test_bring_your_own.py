@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_hf_models import expected_gammas, sample_gradients
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ngeval
 from ngeval.cli.app import app
+from tests.test_hf_models import expected_gammas, sample_gradients
 
 
 class BasicBlock(nn.Module):
@@ -118,7 +118,7 @@ def test_each_of_two_heads(output, head):
 
 TASK = """
 import torch, ngeval
-from test_bring_your_own import WithAuxiliary
+from tests.test_bring_your_own import WithAuxiliary
 
 def batches(batch_size, num_batches, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import ngeval
 import ngeval.runs.run
+from ngeval.analysis.ranking import ranking
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli.app import app
 from ngeval.cli.compare import METHODS
-from ngeval.analysis.ranking import ranking
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.runs.run import Run
 from ngeval.tasks import get_task

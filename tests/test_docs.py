@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from pages import DOCS, blocks, in_folder, shell_lines
 from typer.testing import CliRunner
 
 from ngeval.cli.app import app
@@ -16,6 +15,7 @@ from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.methods import get_method
 from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
+from tests.pages import DOCS, blocks, in_folder, shell_lines
 
 
 class TestYourOwnModel:

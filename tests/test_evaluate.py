@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pandas as pd
-import problems
 import pytest
 import scipy.stats
 import torch
@@ -12,8 +11,9 @@ from torch import nn
 
 import ngeval
 from ngeval.analysis.intervals import mean_intervals
-from ngeval.grading.evaluate import COLUMNS
 from ngeval.curvature.updates import DirectionUpdates
+from ngeval.grading.evaluate import COLUMNS
+from tests import problems
 
 RATIOS = ("gamma_over_sgd", "gamma_over_ng")
 

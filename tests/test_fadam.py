@@ -11,16 +11,16 @@ import pytorch_optimizer
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizers import batches, case, graded_at, run, same, trained
 from torch import nn
 
 import ngeval
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
+from ngeval.fadam.optimizer import BLOCK, CORRECTIONS, WITHOUT_CORRECTIONS
 from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
 from ngeval.methods.optimizer import NamedOptimizer
 from ngeval.optim import FAdam
-from ngeval.fadam.optimizer import BLOCK, CORRECTIONS, WITHOUT_CORRECTIONS
+from tests.optimizers import batches, case, graded_at, run, same, trained
 
 SHAPES = ((3, 4), (5,), (), (2, 3, 2))
 EACH = [pytest.param(options, id=name.replace(" ", "-")) for name, options in CORRECTIONS.items()]

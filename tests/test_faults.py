@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and misled lose nothing; the long run is ``python -m faults``."""
+"""Killed, starved and misled runs lose nothing; the long run is ``python -m tests.faults``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from random import Random
 
 import pytest
 
-from faults.injections import Injection
-from faults.page import PAGE, RESULTS, page
-from faults.processes import CODES, Place
-from faults.scenario import LostError, Outcome, Scene
-from faults.scenarios import BIG, SCENARIOS, units
-from faults.scenarios.points import kill_at
-from faults.scenarios.ranks import kill_one
+from tests.faults.injections import Injection
+from tests.faults.page import PAGE, RESULTS, page
+from tests.faults.processes import CODES, Place
+from tests.faults.scenario import LostError, Outcome, Scene
+from tests.faults.scenarios import BIG, SCENARIOS, units
+from tests.faults.scenarios.points import kill_at
+from tests.faults.scenarios.ranks import kill_one
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ class TestHarness:
 
 class TestPage:
     def test_page_and_figures_agree(self):
-        """``python -m faults.page`` writes it."""
+        """``python -m tests.faults.page`` writes it."""
         assert PAGE.read_text(encoding="utf-8") == page()
 
     def test_every_scenario_has_its_figures_and_nothing_was_lost(self):

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from committed_figures import FIGURES, KEPT, make
-from looks import faults
-from pages import in_folder
 
 from studies import STUDIES
+from tests.committed_figures import FIGURES, KEPT, make
+from tests.looks import faults
+from tests.pages import in_folder
 
 ROOT = FIGURES.parent
 OWN = [name for name in make.PICTURES if name not in STUDIES]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import ngeval
-from ngeval.grading.grade import grade
-from ngeval.problem.metric_batch import Metric
-from ngeval.grading.prepare import prepare
 from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, FieldUpdates
+from ngeval.grading.grade import grade
+from ngeval.grading.prepare import prepare
+from ngeval.problem.metric_batch import Metric
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hf_layouts as layouts
 import pytest
 import torch
-from test_hf_models import batch_of, model_of
 
 import ngeval
 from ngeval.methods import get_method
+from tests import hf_layouts as layouts
+from tests.test_hf_models import batch_of, model_of
 
 METHODS = ["sgd", "kfac-sf:2", "kfac-ief", "ekfac-ef", "kfac-ef:reduce:pi", "diag-ief", "adamw:0"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import hf_layouts as layouts
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ngeval
 from ngeval.checkpoints import Checkpoint
 from ngeval.checkpoints.adapters import AlignedOutputs
+from tests import hf_layouts as layouts
 
 MATRIX = [
     (family, how, attention)

@@ -7,23 +7,23 @@ import sys
 import warnings
 from pathlib import Path
 
-import hf_layouts as layouts
 import numpy as np
 import pandas as pd
 import peft
 import pytest
 import torch
 import transformers
-from test_hf_models import sample_gradients
 from torch import nn
 
 import ngeval
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints
 from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.errors import CheckpointError, TaskError
-from ngeval.utils.optional import optional_module
 from ngeval.tasks.hf import hub, hub_task
 from ngeval.tasks.hf.glue import TextForm
+from ngeval.utils.optional import optional_module
+from tests import hf_layouts as layouts
+from tests.test_hf_models import sample_gradients
 
 
 @pytest.fixture(scope="module")

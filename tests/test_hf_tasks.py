@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import datasets
-import hf_layouts as layouts
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +22,7 @@ from ngeval.tasks.hf import hub_task
 from ngeval.tasks.hf.encoding import Encoder
 from ngeval.tasks.hf.glue import GLUE
 from ngeval.tasks.hf.sources import load_rows
+from tests import hf_layouts as layouts
 
 TEXTS = layouts.sentences(24)
 LABELS = [i % 2 for i in range(24)]

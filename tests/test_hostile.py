@@ -1,6 +1,6 @@
 """Inputs that try to break ngeval: escapes, bombs, odd names, and a small part of the fuzzing.
 
-The long run is ``python -m fuzz``; the inputs in which it found something are replayed here.
+The long run is ``python -m tests.fuzz``; the inputs in which it found something are replayed here.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ import hypothesis
 import pytest
 import safetensors.torch
 import torch
-from report_cases import PAYLOADS, gammas, layers, samples, trainings
 from torch import nn
 from typer.testing import CliRunner
 
-import fuzz.oracle
-from fuzz import engines
-from fuzz.__main__ import REGRESSIONS
-from fuzz.targets import TARGETS
-from fuzz.targets.checkpoints import STATE, zipped
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints, read_optimizer, read_state
 from ngeval.checkpoints.finding import read_metadata
 from ngeval.cli.app import app
 from ngeval.errors import CheckpointError, InputError, NgevalError
-from ngeval.results.manifest import manifest, write_manifest
-from ngeval.utils.text import visible
 from ngeval.report import make_page, read_sources
+from ngeval.results.manifest import manifest, write_manifest
 from ngeval.tasks import get_task
 from ngeval.tasks.hf.hub import hub_is_reachable
+from ngeval.utils.text import visible
+from tests.fuzz import engines, oracle
+from tests.fuzz.__main__ import REGRESSIONS
+from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets.checkpoints import STATE, zipped
+from tests.report_cases import PAYLOADS, gammas, layers, samples, trainings
 
 EXAMPLES = {"checkpoints": 120, "results": 40, "texts": 80, "commands": 12}
 """Inputs of each target in CI."""
@@ -51,10 +50,10 @@ def judged(tmp_path, monkeypatch):
     """Judge inputs of a target, in a folder of their own."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub_is_reachable.cache_clear()
-    fuzz.oracle.listen()
+    oracle.listen()
     folder = tmp_path / "inputs"
     folder.mkdir()
-    yield lambda attempt, data: fuzz.oracle.judged(attempt, data, folder)
+    yield lambda attempt, data: oracle.judged(attempt, data, folder)
     hub_is_reachable.cache_clear()
 
 
@@ -64,7 +63,7 @@ class TestOracle:
     CASES = (
         ("exception", lambda data, folder: {}["none"]),
         ("no message", lambda data, folder: raising(InputError(""))),
-        ("event", lambda data, folder: fuzz.oracle.canary()),
+        ("event", lambda data, folder: oracle.canary()),
         ("event", lambda data, folder: (folder.parent / "outside").write_bytes(data)),
         ("event", lambda data, folder: (folder.parent / "outside").mkdir()),
         ("event", lambda data, folder: (folder / ".." / "outside").unlink(missing_ok=True)),
@@ -77,7 +76,7 @@ class TestOracle:
         assert judged(attempt, b"x").kind == kind
 
     def test_finds_what_takes_too_long(self, judged, monkeypatch):
-        monkeypatch.setattr(fuzz.oracle, "PATIENCE", 0.05)
+        monkeypatch.setattr(oracle, "PATIENCE", 0.05)
         assert judged(lambda data, folder: time.sleep(5), b"").kind == "slow"
 
     @pytest.mark.parametrize(

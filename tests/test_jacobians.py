@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.problem.fisher import unit_cotangents
 from ngeval.jacobians import gram_matrix, squared_column_sums
+from ngeval.problem.fisher import unit_cotangents
 
 
 class Transposed(nn.Module):

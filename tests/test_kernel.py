@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import problems
 import pytest
 import torch
 
@@ -11,6 +10,7 @@ import ngeval
 from ngeval.curvature import logit_kernel as kernel
 from ngeval.curvature import spectrum
 from ngeval.curvature.spectrum import Spectrum
+from tests import problems
 
 EPSILON = torch.finfo(torch.float64).eps
 NAMES = [name for name in problems.NAMES if name.endswith("float64")]

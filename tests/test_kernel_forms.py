@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 
-import problems
 import pytest
-import reference
 import torch
 from torch import nn
 
 import ngeval
-from ngeval.grading import grade as grading
 from ngeval.curvature import logit_kernel as kernel
 from ngeval.curvature import natural_gradient as natural
-from ngeval.model.tangents import push_directions
+from ngeval.grading import grade as grading
 from ngeval.grading.grade import families, grade
+from ngeval.model.tangents import push_directions
+from tests import problems, reference
 
 METHODS = ["sgd", "ef", "ief", "sf", "sf:3", "diag", "ng"]
 DAMPINGS = [0.0, 1e-4, 1e-2, 1.0, 100.0]

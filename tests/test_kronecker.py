@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
-import reference
-import reference_kfac
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +13,7 @@ from ngeval.jacobians import parameter_blocks as group_rows
 from ngeval.jacobians.captured_rows import KEPT_SHARE
 from ngeval.jacobians.row_source import split_rows
 from ngeval.methods import get_method, registry
+from tests import problems, reference, reference_kfac
 
 LABELS = {
     "kfac": reference_kfac.exact_labels,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import problems
 import pytest
-import reference
 import torch
 from torch import nn
 
@@ -15,6 +13,7 @@ import ngeval
 from ngeval.curvature import krylov
 from ngeval.curvature import natural_gradient as natural
 from ngeval.curvature.krylov import KrylovRun
+from tests import problems, reference
 
 DAMPINGS = [0.0, 1e-8, 1e-4, 1e-2, 1.0, 1e2, 1e6, 1e10]
 CASES = ["categorical-mlp-float64", "gaussian-sequence-float64", "bernoulli-conv-float64"]

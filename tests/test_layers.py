@@ -6,15 +6,14 @@ import math
 
 import numpy as np
 import pandas as pd
-import problems
 import pytest
-import reference
 import torch
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.model.parameter_groups import make_groups
 from ngeval.grading.layer_table import COLUMNS, parts_of
+from ngeval.model.parameter_groups import make_groups
+from tests import problems, reference
 
 METHODS = ("sgd", "ef", "ief", "ng", "diag", "diag-ef:0.5")
 DAMPINGS = (1e-3, 1.0)

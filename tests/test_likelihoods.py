@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch import Tensor, distributions
 
 import ngeval
 from ngeval.likelihoods import OutputDistribution, get_likelihood
+from tests import reference
 
 VARIANCE = 0.5
 NAMES = ("categorical", "gaussian:0.5", "bernoulli")

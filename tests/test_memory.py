@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
 import torch
-from problems import relative_gap
 
 import ngeval
 from ngeval.jacobians import gram_matrix
 from ngeval.jacobians import row_source as rows
 from ngeval.utils.memory import LEAST, describe_bytes, free_memory, halving
+from tests import problems
+from tests.problems import relative_gap
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
 

@@ -6,17 +6,16 @@ import functools
 import math
 
 import numpy as np
-import problems
 import pytest
-import reference
 import torch
-from problems import EXACT_NAMES, METHODS, relative_gap
 from torch import Tensor, distributions, nn
 
 import ngeval
 from ngeval.grading.grade import grade
 from ngeval.jacobians import gram_matrix
 from ngeval.problem.gamma import quadratics
+from tests import problems, reference
+from tests.problems import EXACT_NAMES, METHODS, relative_gap
 
 DAMPINGS = (0.0, 1e-6, 1e-3, 1.0, 1e3)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 from torch import nn
 
 import ngeval
 from ngeval.curvature import logit_kernel as kernel
+from tests import reference
 
 
 class RegisteredTwice(nn.Module):

@@ -10,15 +10,15 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from small_runs import BATCHES, STAGES, TASK, Small, run, stop_after
 
 import ngeval.grading.evaluate
 import ngeval.runs.run
 from ngeval.checkpoints import save_checkpoint
 from ngeval.errors import OutputError
-from ngeval.results.journal import Journal
 from ngeval.methods.sgd import Sgd
+from ngeval.results.journal import Journal
 from ngeval.results.table_files import read_results
+from tests.small_runs import BATCHES, STAGES, TASK, Small, run, stop_after
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -7,22 +7,20 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import problems
 import pytest
-import reference
 import torch
-import zoo
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import ngeval
+from ngeval.curvature.cholesky import solve_damped
 from ngeval.errors import NumericalError
 from ngeval.jacobians import one_pass as onepass
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.optim.base import ExactOptimizer
 from ngeval.optim.exact import draw_seed
 from ngeval.optim.single_update import empirical_update, sampled_update
-from ngeval.curvature.cholesky import solve_damped
+from tests import problems, reference, zoo
 
 CLASSES: dict[str, type[ExactOptimizer]] = {"ef": EF, "ief": iEF, "sf:2": SF, "ng": NG}
 

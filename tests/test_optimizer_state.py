@@ -9,21 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from optimizers import (
-    THIRD_PARTY,
-    batches,
-    build,
-    case,
-    flat,
-    graded_at,
-    load_batches,
-    net,
-    run,
-    same,
-    step_of,
-    train,
-    trained,
-)
 from torch import nn
 
 import ngeval
@@ -43,6 +28,21 @@ from ngeval.methods.optimizer import (
     optimizer_entry,
 )
 from ngeval.methods.stage import Stage
+from tests.optimizers import (
+    THIRD_PARTY,
+    batches,
+    build,
+    case,
+    flat,
+    graded_at,
+    load_batches,
+    net,
+    run,
+    same,
+    step_of,
+    train,
+    trained,
+)
 
 
 def named(name: str) -> NamedOptimizer:

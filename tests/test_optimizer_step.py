@@ -6,12 +6,23 @@ import copy
 import math
 
 import accelerate
-import problems
 import pytest
 import pytorch_optimizer
 import torch
 import transformers
-from optimizers import (
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import ngeval
+from ngeval.errors import InputError, NgevalError, NumericalError
+from ngeval.methods.optimizer import OPTIMIZERS, OptimizerStep
+from ngeval.methods.optimizer.clone import clone_optimizers
+from ngeval.optim import iEF
+from tests import problems
+from tests.optimizers import (
     THIRD_PARTY,
     batches,
     build,
@@ -24,17 +35,6 @@ from optimizers import (
     train,
     trained,
 )
-from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-
-import ngeval
-from ngeval.errors import InputError, NgevalError, NumericalError
-from ngeval.methods.optimizer import OPTIMIZERS, OptimizerStep
-from ngeval.methods.optimizer.clone import clone_optimizers
-from ngeval.optim import iEF
 
 EXACT = {"rtol": 1e-9, "atol": 1e-15}
 

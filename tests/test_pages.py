@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from pages import DOCS, blocks, run_here, run_python, shell_lines
 from typer.testing import CliRunner
 
 import ngeval
@@ -27,6 +26,7 @@ from ngeval.plots import FIGURES
 from ngeval.runs.run import Run
 from ngeval.tasks import get_task
 from ngeval.training import Training
+from tests.pages import DOCS, blocks, run_here, run_python, shell_lines
 
 
 def smaller(text: str) -> str:

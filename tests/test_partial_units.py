@@ -11,18 +11,18 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from small_runs import BATCHES, STAGES, Small
 from torch import nn
 
 import ngeval
 import ngeval.runs.run
 from ngeval.checkpoints import Checkpoint
-from ngeval.runs.identity import differences, identity
+from ngeval.methods.sgd import Sgd
 from ngeval.results.journal import Entry, Journal
 from ngeval.results.manifest import read_manifest
-from ngeval.methods.sgd import Sgd
 from ngeval.results.table_files import read_results
+from ngeval.runs.identity import differences, identity
 from ngeval.runs.run import Run
+from tests.small_runs import BATCHES, STAGES, Small
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

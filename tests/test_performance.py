@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 import scipy.stats
 from rich.console import Console
-from test_cli import run
 
 from ngeval import InputError
-from ngeval.cli import console
 from ngeval.analysis.training_results import average_ranks, outcomes, performance, t_interval
+from ngeval.cli import console
 from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.plots import performance_figure
 from ngeval.results.table_files import ResultFile
 from ngeval.training import COLUMNS
+from tests.test_cli import run
 
 ACCURACIES = {"sgd": [0.90, 0.92, 0.97], "ief": [0.95, 0.96, 0.96], "ef": [0.5, 0.7, 0.6]}
 

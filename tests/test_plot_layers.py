@@ -13,9 +13,9 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 
 from ngeval import InputError
-from ngeval.cli import console
-from ngeval.analysis.ranking import ranking
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.analysis.ranking import ranking
+from ngeval.cli import console
 from ngeval.plots import (
     kfac_figure,
     layers_figure,

@@ -10,11 +10,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from looks import bare_axes, drawn_texts, faults, overlaps, small_texts
-from test_performance import tuned
-from test_plot_layers import gammas as kfac_gammas
-from test_plot_layers import layers
-from test_plots import gammas, samples, tasks
 from typer.testing import CliRunner
 
 from ngeval import InputError
@@ -40,6 +35,11 @@ from ngeval.plots import (
 from ngeval.plots.style import styles_of
 from ngeval.plots.ticks import log_scale
 from studies import get_study
+from tests.looks import bare_axes, drawn_texts, faults, overlaps, small_texts
+from tests.test_performance import tuned
+from tests.test_plot_layers import gammas as kfac_gammas
+from tests.test_plot_layers import layers
+from tests.test_plots import gammas, samples, tasks
 
 DATA = Path(__file__).parents[1] / "figures" / "data"
 

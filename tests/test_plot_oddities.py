@@ -9,14 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from test_performance import tuned
-from test_plot_layers import layers
-from test_plots import below, gammas, samples
 from typer.testing import CliRunner
 
 from ngeval import InputError
-from ngeval.cli.app import app
 from ngeval.analysis.ranking import ranking
+from ngeval.cli.app import app
 from ngeval.plots import (
     Chosen,
     damping_figure,
@@ -33,12 +30,15 @@ from ngeval.plots import (
     plot_ranking,
     plot_relative,
     plot_stages,
-    plot_toy,
     ranking_figure,
     save_figure,
     stages_figure,
 )
 from studies.toy.least_squares import LeastSquares
+from studies.toy.picture import plot_toy
+from tests.test_performance import tuned
+from tests.test_plot_layers import layers
+from tests.test_plots import below, gammas, samples
 
 NAMES = {
     r"$\frac{$": r"\$\frac{\$",

@@ -8,13 +8,13 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-import problems
 import pytest
 from typer.testing import CliRunner
 
 import ngeval
 from ngeval.cli.app import app
 from ngeval.methods import all_methods, get_method
+from tests import problems
 
 PAGE = Path(__file__).parent.parent / "docs" / "plug-ins.md"
 Install = Callable[..., None]

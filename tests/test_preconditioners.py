@@ -2,10 +2,10 @@
 
 import pandas as pd
 import pytest
-from committed_figures import KEPT, make
 
 from studies import get_study
 from studies.preconditioners import METHODS, MOMENTS, SMALL, STUDY
+from tests.committed_figures import KEPT, make
 
 ADAM = "Adam's step is nearer to the natural gradient than the gradient"
 

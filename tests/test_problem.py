@@ -7,18 +7,17 @@ import types
 from types import SimpleNamespace
 
 import numpy as np
-import problems
 import pytest
-import reference
 import scipy.sparse.linalg as sparse
 import torch
-from problems import EXACT_NAMES, NAMES, relative_gap
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.model.function import map_inputs
-from ngeval.jacobians import gram_matrix
 from ngeval.curvature.logit_kernel import fisher_spectrum, logit_kernel
+from ngeval.jacobians import gram_matrix
+from ngeval.model.function import map_inputs
+from tests import problems, reference
+from tests.problems import EXACT_NAMES, NAMES, relative_gap
 
 
 def random_like(problem: ngeval.Problem, *shape: int) -> Tensor:

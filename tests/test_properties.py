@@ -13,15 +13,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import problems
 import pytest
-import reference
 import torch
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ngeval
+from tests import problems, reference
 
 METHODS = ("sgd", "ef", "ief", "sf", "sf:2", "ng", "diag", "diag-ef", "diag-ef:0.5")
 DAMPINGS = (0.0, 1e-4, 1e-2, 1.0, 100.0)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import in_folder
 
 from ngeval.methods import METHODS
+from tests.pages import in_folder
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

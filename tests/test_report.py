@@ -13,18 +13,8 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from pages import blocks, run_here, shell_lines
 from pandas.testing import assert_frame_equal
 from plotly import graph_objects as go
-from report_cases import (
-    DAMPINGS,
-    HOSTILE,
-    gammas,
-    hostile,
-    layers,
-    samples,
-    trainings,
-)
 from typer.testing import CliRunner
 
 import ngeval
@@ -33,16 +23,26 @@ import ngeval.report.tables
 from ngeval import InputError, OutputError
 from ngeval.analysis.intervals import geometric_means
 from ngeval.cli.app import app
-from ngeval.results.manifest import manifest, write_manifest
 from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
 from ngeval.report.colours import CONTRAST, DARK, contrast, dark, looks_of
-from ngeval.report.findings import findings
 from ngeval.report.facts import facts, run_facts, troubles
+from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, kind_of, topics
 from ngeval.report.summaries import at_best, grades
 from ngeval.report.tables import gamma_table
 from ngeval.report.wording import chart_text, checkpoint_labels, shortened, with_interval
+from ngeval.results.manifest import manifest, write_manifest
+from tests.pages import blocks, run_here, shell_lines
+from tests.report_cases import (
+    DAMPINGS,
+    HOSTILE,
+    gammas,
+    hostile,
+    layers,
+    samples,
+    trainings,
+)
 
 
 def source(tmp_path, table, name="gamma.csv"):

@@ -12,7 +12,6 @@ import time
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
-from report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples, trainings
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,6 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import ngeval
 from ngeval.report import write_report
+from tests.report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples, trainings
 
 pytestmark = [
     pytest.mark.browser,

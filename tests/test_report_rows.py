@@ -10,19 +10,19 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_cases import gammas, layers, samples, trainings
 
 import ngeval.report.page
 from ngeval import InputError, OutputError
 from ngeval.errors import NgevalError
-from ngeval.results.manifest import manifest_path
 from ngeval.report import make_page, read_sources, write_report
-from ngeval.report.findings import findings
 from ngeval.report.facts import facts, troubles
+from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, ends_of, topics
 from ngeval.report.summaries import grades
 from ngeval.report.wording import checkpoint_labels, interval_text, with_interval
+from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results
+from tests.report_cases import gammas, layers, samples, trainings
 
 
 def read(folder, tables):

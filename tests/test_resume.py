@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
-import hf_layouts as layouts
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -25,17 +24,18 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from small_runs import BATCHES, STAGES, Small, files, run, stop_after
 
 import ngeval
-import ngeval.runs.identity
 import ngeval.methods
+import ngeval.runs.identity
 import ngeval.runs.run
 import ngeval.runs.units
+from ngeval.methods.registry import METHODS, MethodEntry
 from ngeval.results.journal import Entry, Journal
 from ngeval.results.manifest import manifest_path, read_manifest
-from ngeval.methods.registry import METHODS, MethodEntry
 from ngeval.results.table_files import read_results
+from tests import hf_layouts as layouts
+from tests.small_runs import BATCHES, STAGES, Small, files, run, stop_after
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -11,15 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from test_cli import run
 from torch import nn
-from trainings import ALONE, CLASSES, DROPPED, MISLED, NUMBERS, load_batches
 
 import ngeval.training.search
 from ngeval.errors import InputError, OutputError, TaskError
 from ngeval.results.manifest import read_manifest
 from ngeval.training import COLUMNS, Search, Training, default_grids
 from ngeval.training.grids import plan_trials
+from tests.test_cli import run
+from tests.trainings import ALONE, CLASSES, DROPPED, MISLED, NUMBERS, load_batches
 
 TASK_FILE = """
 import torch, ngeval

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks_problems
 import torch
-from ranks_problems import CASES
 
 from ngeval.errors import EngineError, InputError
-from ngeval.utils.memory import free_memory, local_ranks
 from ngeval.model.sharding import SINGLE, Shards, at_least, fingerprint, shards_of
+from ngeval.utils.memory import free_memory, local_ranks
+from tests import ranks_problems
+from tests.ranks_problems import CASES
 
 RANKS = 3
 VECTORS = ("jvp", "product", "combinations", "products", "captured gram", "diagonal")

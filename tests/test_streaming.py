@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
 import torch
-import zoo
 from torch import nn
 
 import ngeval
 from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
 from ngeval.jacobians import row_source as rows
 from ngeval.jacobians.inner_products import rows_of
+from tests import problems, zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),

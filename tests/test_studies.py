@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from committed_figures import KEPT, make
 from scipy.integrate import solve_ivp
 from typer.testing import CliRunner
 
 from ngeval import InputError, Problem, Task, TaskError
 from ngeval.cli.app import app
-from studies import STUDIES, get_study
-from studies import images
+from studies import STUDIES, get_study, images
 from studies.base import decide
 from studies.convergence import PLANS, descend, flow_time, predicted
 from studies.convergence_findings import (
@@ -30,6 +28,7 @@ from studies.convergence_findings import (
 )
 from studies.images import coloured_digits, image_task, vit_lora_task
 from studies.texts import text_task
+from tests.committed_figures import KEPT, make
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

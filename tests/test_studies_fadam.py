@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from committed_figures import KEPT, make
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
 from ngeval.cli.app import app
 from ngeval.errors import InputError
-from ngeval.optim import FAdam
 from ngeval.fadam.optimizer import CORRECTIONS
+from ngeval.optim import FAdam
 from studies import fadam_models as models
 from studies.fadam import (
     ADAM,
@@ -31,6 +30,7 @@ from studies.fadam import (
     trained,
 )
 from studies.fadam_findings import FORMS, TEXT, final, findings, ratio
+from tests.committed_figures import KEPT, make
 
 # Models and data
 

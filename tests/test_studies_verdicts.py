@@ -12,9 +12,7 @@ from scipy import stats
 
 from ngeval import InputError
 from ngeval.analysis.training_results import outcomes
-from studies import convergence_findings
-from studies import diagonal_findings
-from studies import optimization_findings
+from studies import convergence_findings, diagonal_findings, optimization_findings
 from studies import why_ef_fails_findings as ef_findings
 from studies.base import Finding
 from studies.convergence_findings import CROSS_ENTROPY, FOUR_OUTPUTS, ONE_OUTPUT

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from looks import bare_axes, overlaps, small_texts
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.quiver import Quiver
@@ -19,11 +18,11 @@ from typer.testing import CliRunner
 import ngeval
 from ngeval.cli.app import app
 from ngeval.errors import InputError
-from ngeval.plots import plot_paths, plot_toy, toy_figure
 from ngeval.plots.style import in_style
-from studies.toy.picture import Window
-from studies.why_ef_fails import RATES
 from studies.toy.least_squares import DEFAULT_METHODS, LeastSquares, trajectories
+from studies.toy.picture import Window, plot_paths, plot_toy, toy_figure
+from studies.why_ef_fails import RATES
+from tests.looks import bare_axes, overlaps, small_texts
 
 TOYS = {
     "paper": LeastSquares(),

@@ -9,9 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_cli import run
 from torch import nn
-from trainings import ALONE, CLASSES, DROPPED, MISLED, NUMBERS, SAMPLES, data, load_batches, net
 
 import ngeval
 from ngeval.checkpoints import find_checkpoints, load_checkpoint, read_optimizer
@@ -20,6 +18,18 @@ from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.tasks import get_task
 from ngeval.training import EXACT, DivergedError, Settings, Training
 from ngeval.training.optimizers import build, make_stepper, resolved
+from tests.test_cli import run
+from tests.trainings import (
+    ALONE,
+    CLASSES,
+    DROPPED,
+    MISLED,
+    NUMBERS,
+    SAMPLES,
+    data,
+    load_batches,
+    net,
+)
 
 DOUBLE = dataclasses.replace(
     CLASSES,

@@ -14,19 +14,18 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import BATCH, BATCHES, STAGES, Small, run
 
 import ngeval.runs.identity
-import ngeval.verification.manifest_checks
 import ngeval.tasks.base
+import ngeval.verification.manifest_checks
 import ngeval.verification.recompute
 from ngeval import NgevalError
-from ngeval.verification.compare import DIGITS, MOST_GAP, compare
 from ngeval.cli.verify import _lost
 from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.run import Run
 from ngeval.tasks import get_task
+from ngeval.verification.compare import DIGITS, MOST_GAP, compare
 from ngeval.verification.recompute import (
     Trust,
     changes,
@@ -35,6 +34,7 @@ from ngeval.verification.recompute import (
     read_recorded,
     rebuild,
 )
+from tests.small_runs import BATCH, BATCHES, STAGES, Small, run
 
 # The first forward-mode product imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import problems
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import ngeval
@@ -13,6 +11,7 @@ import ngeval.problem.next_batch
 from ngeval.errors import EngineError, InputError, ModelError
 from ngeval.jacobians.one_pass import OnePass, PassRows
 from ngeval.optim.single_update import empirical_update
+from tests import problems, zoo
 
 
 def batches(count: int, size: int = 6) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import ngeval
 from ngeval.jacobians import RowSource, gram_matrix, squared_column_sums
+from tests import zoo
 
 ENGINES = ("layers", "loop", "vmap", "auto")
 TOLERANCE = 1e-10

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
-from problems import relative_gap
-from test_zoo import CANNOT, pytestmark, truth_of  # noqa: F401  torch's warnings are expected here too
-from test_zoo import problem_of as made_problem
 from torch import Tensor
 
 import ngeval
-from ngeval.problem.fisher import factor_columns
-from ngeval.model.parameter_groups import make_groups
 from ngeval.curvature.kronecker_factors import affine_layers
 from ngeval.methods import get_method
+from ngeval.model.parameter_groups import make_groups
+from ngeval.problem.fisher import factor_columns
+from tests import zoo
+from tests.problems import relative_gap
+from tests.test_zoo import CANNOT, pytestmark, truth_of  # noqa: F401  torch's warnings are expected here too
+from tests.test_zoo import problem_of as made_problem
 
 names = pytest.mark.parametrize("name", list(zoo.ENTRIES))
 

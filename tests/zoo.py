@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import zoo_attention as attention
-import zoo_batches as batches
-import zoo_layers as layers
-import zoo_wiring as wiring
 from torch import Tensor, nn
+
+from tests import zoo_attention as attention
+from tests import zoo_batches as batches
+from tests import zoo_layers as layers
+from tests import zoo_wiring as wiring
 
 NUM_SAMPLES = 5
 

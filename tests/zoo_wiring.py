@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from zoo_batches import CLASSES, WIDTH, Headed, LayerScaled, Scale
+
+from tests.zoo_batches import CLASSES, WIDTH, Headed, LayerScaled, Scale
 
 
 class CalledTwice(Headed):

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError, nearest_name
 from ngeval.analysis.summary import SUMMARIZED, summarize
+from ngeval.errors import InputError, nearest_name
 
 NAMES = ("early", "middle", "late")
 RATIOS = ("gamma_over_ng", "gamma_over_sgd")

@@ -1,4 +1,4 @@
-"""The command ``ngeval``: its list of commands; each is a function of `ngeval.commands`."""
+"""The command ``ngeval``: its list of commands; each is a function of `ngeval.cli`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from ngeval.cli import console
 from ngeval.cli.compare import compare
 from ngeval.cli.grade import gamma, imbalance, layers, sweep
 from ngeval.cli.listing import methods, plot, tasks
-from ngeval.cli.plan import plan
 from ngeval.cli.report import report
-from studies.command import study
-from studies.toy.command import toy
 from ngeval.cli.train import demo, train
 from ngeval.cli.verify import verify
 
@@ -30,8 +27,8 @@ app = typer.Typer(
 )
 
 for command in (
-    *(demo, train, gamma, sweep, compare, layers, imbalance, study),
-    *(plan, verify, plot, report, toy, tasks, methods),
+    *(demo, train, gamma, sweep, compare, layers, imbalance),
+    *(verify, plot, report, tasks, methods),
 ):
     app.command()(command)
 

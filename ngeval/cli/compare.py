@@ -8,12 +8,24 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from ngeval.cli import console
-from ngeval.commands.common import say
-from ngeval.cli.grade import grade
 from ngeval.analysis.ranking import ranking
+from ngeval.analysis.training_results import checked_rows, performance
+from ngeval.cli import console
+from ngeval.cli.console import say
+from ngeval.cli.grade import grade
+from ngeval.cli.training_tables import performance_tables
 from ngeval.errors import InputError, OutputError
+from ngeval.grading.prepare import check_dampings
 from ngeval.methods import get_methods
+from ngeval.plots import (
+    FIGURE_SUFFIXES,
+    kfac_figure,
+    performance_figure,
+    ranking_figure,
+    save_figure,
+)
+from ngeval.plots.ranking import KFAC_METHODS
+from ngeval.results.table_files import ResultFile, check_output, read_results
 from ngeval.runs.options import (
     ForceOption,
     GradingOptions,
@@ -27,19 +39,7 @@ from ngeval.runs.options import (
     parse_dampings,
     takes_options,
 )
-from ngeval.analysis.training_results import checked_rows, performance
-from ngeval.cli.training_tables import performance_tables
-from ngeval.plots import (
-    FIGURE_SUFFIXES,
-    kfac_figure,
-    performance_figure,
-    ranking_figure,
-    save_figure,
-)
-from ngeval.plots.ranking import KFAC_METHODS
-from ngeval.grading.prepare import check_dampings
 from ngeval.runs.ranks import own_rank
-from ngeval.results.table_files import ResultFile, check_output, read_results
 from ngeval.training.run import RESULTS
 
 METHODS = (

@@ -25,14 +25,14 @@ from rich.table import Table
 from torch import nn
 from typer.core import TyperGroup
 
-from ngeval.analysis.ranking import three_stages, without_damping
-from ngeval.errors import NgevalError
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
-from ngeval.problem.gamma import imbalance
-from ngeval.utils.text import message, visible, whole_or_short
-from ngeval.runs.ranks import own_rank, world_size
+from ngeval.analysis.ranking import three_stages, without_damping
 from ngeval.analysis.summary import summarize
+from ngeval.errors import NgevalError
+from ngeval.problem.gamma import imbalance
+from ngeval.runs.ranks import own_rank, world_size
 from ngeval.training import EpochReport
+from ngeval.utils.text import message, visible, whole_or_short
 
 MAX_LAYERS = 16
 """Layers of an update in a printed table."""
@@ -340,3 +340,8 @@ def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
     if math.isnan(low):
         return f"{value:.3g}"
     return f"{value:.3g}\n[dim]{low:.2g}–{high:.2g}[/dim]"
+
+
+def say(out: Console, text: str) -> None:
+    """Print as it is: a path may hold brackets, or escape sequences."""
+    out.print(message(text), highlight=False, markup=False, soft_wrap=True)

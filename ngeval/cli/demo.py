@@ -11,7 +11,6 @@ import pandas as pd
 
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
-from ngeval.results.manifest import manifest
 from ngeval.plots import (
     FIGURE_SUFFIXES,
     damping_figure,
@@ -19,6 +18,7 @@ from ngeval.plots import (
     save_figure,
     stages_figure,
 )
+from ngeval.results.manifest import manifest
 from ngeval.results.table_files import ResultFile, check_output
 from ngeval.runs.run import Run
 from ngeval.tasks import Task, get_task

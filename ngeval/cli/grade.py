@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from ngeval.cli import console
-from ngeval.runs.from_options import make_run
-from ngeval.runs.execute import check_result, collect
-from ngeval.runs.outcome import Collected
-from ngeval.results.manifest import as_options
+from ngeval.grading.prepare import check_dampings
 from ngeval.methods import get_methods
+from ngeval.results.manifest import as_options
+from ngeval.runs.execute import check_result, collect
+from ngeval.runs.from_options import make_run
 from ngeval.runs.options import (
     DampingScaleOption,
     GradingOptions,
@@ -28,7 +28,7 @@ from ngeval.runs.options import (
     parse_metric,
     takes_options,
 )
-from ngeval.grading.prepare import check_dampings
+from ngeval.runs.outcome import Collected
 from ngeval.runs.tables import Work
 
 

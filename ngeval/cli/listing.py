@@ -13,10 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.commands.common import say
+from ngeval.cli.console import say
 from ngeval.errors import InputError, nearest_name
 from ngeval.methods import all_methods
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.plots import (
     COLUMN,
     FIGURE_SUFFIXES,
@@ -28,6 +27,7 @@ from ngeval.plots import (
     save_figure,
 )
 from ngeval.results.table_files import check_output, read_results
+from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.tasks import BUILTIN_TASKS, get_task
 
 WIDTHS = {"column": COLUMN, "page": PAGE}

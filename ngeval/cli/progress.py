@@ -11,9 +11,9 @@ from typing import Any
 from rich.progress import Progress as Bar
 from torch import nn
 
-from ngeval.cli import console
 from ngeval.checkpoints import Checkpoint
-from ngeval.commands.common import say
+from ngeval.cli import console
+from ngeval.cli.console import say
 from ngeval.errors import NgevalError
 from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ngeval.utils.text import visible
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.results.table_files import check_output
+from ngeval.runs.options import ForceOption, QuietOption
+from ngeval.utils.text import visible
 
 
 def report(

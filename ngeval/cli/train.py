@@ -10,9 +10,11 @@ import pandas as pd
 import typer
 from rich.console import Console
 
+from ngeval.analysis.training_results import performance
 from ngeval.cli import console
-from ngeval.commands.common import say
+from ngeval.cli.console import say
 from ngeval.cli.demo import Demo
+from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.errors import InputError
 from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.runs.options import (
@@ -23,8 +25,6 @@ from ngeval.runs.options import (
     parse_numbers,
     takes_options,
 )
-from ngeval.analysis.training_results import performance
-from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.tasks import Task, get_task
 from ngeval.training import EXACT, Search
 from ngeval.training.run import RESULTS

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ngeval.cli.console import cell
 from ngeval.analysis.training_results import average_ranks
+from ngeval.cli.console import cell
 
 CAPTION = "mean over seeds ± half its 95 % t-interval; bold: the best mean"
 

@@ -13,14 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.verification.compare import Verdict, as_record
-from ngeval.commands.common import say
+from ngeval.cli.console import say
 from ngeval.errors import OutputError
-from ngeval.utils.atomic import replace_file
-from ngeval.runs.identity import MANY, listed
 from ngeval.results.manifest import machine, plain, versions
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.results.table_files import check_output
+from ngeval.runs.identity import MANY, listed
+from ngeval.runs.options import ForceOption, QuietOption
+from ngeval.utils.atomic import replace_file
+from ngeval.verification.compare import Verdict, as_record
 from ngeval.verification.recompute import (
     Recorded,
     Trust,

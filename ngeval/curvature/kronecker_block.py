@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import NumericalError
 from ngeval.curvature.kronecker_factors import Factors, Layer
+from ngeval.errors import NumericalError
 
 EXACT, FACTORED, PI = "exact", "factored", "pi"
 DAMPINGS = (EXACT, FACTORED, PI)

@@ -19,17 +19,17 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from ngeval.curvature.spectrum import UNSEEN, Spectrum
 from ngeval.errors import EngineError
+from ngeval.jacobians import CapturedRows, every_row, gram_matrix, row_combinations
 from ngeval.problem.fisher import (
     factor_columns,
     has_few_parameters,
     jacobian_columns,
     unit_cotangents,
 )
-from ngeval.jacobians import CapturedRows, every_row, gram_matrix, row_combinations
-from ngeval.utils.memory import describe_bytes
 from ngeval.problem.problem import Problem
-from ngeval.curvature.spectrum import UNSEEN, Spectrum
+from ngeval.utils.memory import describe_bytes
 
 EXPLICIT_ENTRIES = 2**22
 """Up to this many entries J is kept itself (32 MiB in float64)."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ngeval.errors import NumericalError
-from ngeval.curvature.logit_kernel import dense_is_feasible, fisher_spectrum
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
-from ngeval.problem.problem import Problem
+from ngeval.curvature.logit_kernel import dense_is_feasible, fisher_spectrum
 from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates
+from ngeval.errors import NumericalError
+from ngeval.problem.problem import Problem
 
 LOST = 1e-2
 """By how much the γ of an exact natural gradient may be above its closed form: rounding is less."""

@@ -17,8 +17,8 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
-from ngeval.model.checks import is_finite
 from ngeval.errors import NumericalError
+from ngeval.model.checks import is_finite
 
 GRADED_SIZE = 800
 """Larger Gram matrices are first decomposed without scaling (see `Spectrum.of_gram`)."""

@@ -17,20 +17,25 @@ import pandas as pd
 import torch
 from torch.optim import Optimizer
 
+from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
+from ngeval.curvature.logit_kernel import PushingKernel, logit_kernel
+from ngeval.curvature.natural_gradient import (
+    LOST,
+    NaturalGradientSolver,
+    lost_to_rounding,
+    natural_solver,
+)
+from ngeval.curvature.updates import Updates
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading.grade import Grades, families, grade
-from ngeval.curvature.logit_kernel import PushingKernel, logit_kernel
-from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
+from ngeval.grading.prepare import check_dampings, check_scale, failure_reason, prepare
 from ngeval.methods import Method, get_methods
-from ngeval.methods.sgd import Sgd
 from ngeval.methods.ng import NaturalGradient
 from ngeval.methods.sf import SampledFisher
-from ngeval.problem.metric_batch import Metric
+from ngeval.methods.sgd import Sgd
 from ngeval.problem.gamma import gamma_floor
-from ngeval.curvature.natural_gradient import LOST, NaturalGradientSolver, lost_to_rounding, natural_solver
-from ngeval.grading.prepare import check_dampings, check_scale, failure_reason, prepare
+from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
-from ngeval.curvature.updates import Updates
 
 DEFAULT_METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 Progress = Callable[[str], None]

@@ -13,14 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError
-from ngeval.grading.nonfinite import FiniteUpdates
-from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel, PushingKernel, columns_in, logit_kernel
-from ngeval.problem.metric_batch import Forms, Metric
-from ngeval.problem.gamma import Quadratics, gammas_of, quadratics
-from ngeval.problem.problem import Problem
+from ngeval.curvature.logit_kernel import (
+    DenseKernel,
+    LogitKernel,
+    PushingKernel,
+    columns_in,
+    logit_kernel,
+)
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Updates
+from ngeval.errors import EngineError
+from ngeval.grading.nonfinite import FiniteUpdates
+from ngeval.problem.gamma import Quadratics, gammas_of, quadratics
+from ngeval.problem.metric_batch import Forms, Metric
+from ngeval.problem.problem import Problem
 
 COMPRESSION = 1e-12
 """What part of an update's length may be lost where updates are written in a common basis."""

@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading.evaluate import Progress
-from ngeval.model.tangents import slices
-from ngeval.model.parameter_groups import Group, Groups, make_groups
+from ngeval.grading.prepare import Prepared, check_dampings, check_scale, failure_reason, prepare
 from ngeval.methods import Method, get_methods
 from ngeval.methods.block_ng import fisher_blocks
+from ngeval.model.parameter_groups import Group, Groups, make_groups
+from ngeval.model.tangents import slices
 from ngeval.problem.metric_batch import Metric
-from ngeval.grading.prepare import Prepared, check_dampings, check_scale, failure_reason, prepare
 from ngeval.problem.problem import Problem
 
 COLUMNS = [

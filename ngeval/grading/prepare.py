@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ngeval.errors import InputError, NgevalError, nearest_name
-from ngeval.utils.memory import OUT_OF_MEMORY, is_out_of_memory
-from ngeval.methods import Method, State
-from ngeval.utils.text import encodable
-from ngeval.problem.problem import Problem
 from ngeval.curvature.updates import Updates
+from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.methods import Method, State
+from ngeval.problem.problem import Problem
+from ngeval.utils.memory import OUT_OF_MEMORY, is_out_of_memory
+from ngeval.utils.text import encodable
 
 DAMPING_SCALES = ("absolute", "mean", "relative")
 """What λ multiplies; see `ngeval.evaluate`."""

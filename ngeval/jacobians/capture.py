@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ngeval.model.checks import named_tensors
 from ngeval.errors import EngineError
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
-from ngeval.jacobians.whole_model import loop_rows
-from ngeval.jacobians.layouts import one_for_each
 from ngeval.jacobians.layer_rules import Call, Owner
-from ngeval.jacobians.terms import RowsTerm, Term, merged
+from ngeval.jacobians.layouts import one_for_each
 from ngeval.jacobians.module_vjp import unit_term
+from ngeval.jacobians.terms import RowsTerm, Term, merged
+from ngeval.jacobians.whole_model import loop_rows
+from ngeval.model.checks import named_tensors
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngeval.model.function import ModelFunction
-from ngeval.jacobians.rank_exchange import of_others
 from ngeval.jacobians.inner_products import add_inner_products, add_row_combinations
+from ngeval.jacobians.rank_exchange import of_others
 from ngeval.jacobians.row_source import Block, RowSource, from_lower, gram_matrix, pairs_over_ranks
 from ngeval.jacobians.terms import Term
+from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import halving
 
 KEPT_SHARE = 0.25

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError, InputError, ModelError, nearest_name
-from ngeval.model.function import ModelFunction, Parameters, model_errors
-from ngeval.jacobians.whole_model import loop_rows
-from ngeval.jacobians.planner import Planner
 from ngeval.jacobians.inner_products import inner_product, row_products
+from ngeval.jacobians.planner import Planner
 from ngeval.jacobians.row_source import ENGINES, Block, RowSource
 from ngeval.jacobians.terms import Term
-from ngeval.utils.memory import is_out_of_memory
+from ngeval.jacobians.whole_model import loop_rows
+from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.model.operations import OperationWatch
 from ngeval.model.sharding import at_least
+from ngeval.utils.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

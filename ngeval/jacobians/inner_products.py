@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ngeval.model.function import Parameters
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
+from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
 """Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""

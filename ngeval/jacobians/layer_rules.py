@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngeval.model.function import ModelFunction, Parameters
 from ngeval.jacobians.layouts import CallLayout
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.model.function import ModelFunction, Parameters
 
 TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """A layer's class by its module and name, so that transformers need not be there."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled
 from ngeval.jacobians.layer_rules import Call
 from ngeval.jacobians.terms import RowsTerm, Term
-from ngeval.utils.memory import is_out_of_memory
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled
 from ngeval.model.operations import plain_operations
+from ngeval.utils.memory import is_out_of_memory
 
 
 def unit_term(function: ModelFunction, call: Call) -> Term:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, model_errors
 from ngeval.jacobians.capture import (
     BATCHED_ENTRIES,
     UnsupportedLayerError,
@@ -22,10 +21,11 @@ from ngeval.jacobians.capture import (
 )
 from ngeval.jacobians.captured_rows import KEPT_SHARE
 from ngeval.jacobians.inner_products import add_inner_products
-from ngeval.jacobians.row_source import RowSource, from_lower
 from ngeval.jacobians.layer_rules import Call
+from ngeval.jacobians.row_source import RowSource, from_lower
 from ngeval.jacobians.row_sums import can_sum, row_sums, with_rows
 from ngeval.jacobians.terms import Term, merged
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, model_errors
 
 
 class OnePass:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.model.function import ModelFunction
 from ngeval.jacobians.capture import Plan, capture, forward
-from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
 from ngeval.jacobians.inner_products import pieces
 from ngeval.jacobians.layer_rules import Owner, rule_for
+from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
+from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
 
 REPLICATE, LOOP, NOWHERE = "replicate", "loop", "nowhere"

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngeval.model.function import ModelFunction, Parameters
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.model.function import ModelFunction, Parameters
 
 ALL = slice(None)
 AFFINE, EMBEDDING, ROWS = "affine", "embedding", "rows"

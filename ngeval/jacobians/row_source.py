@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
-from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.jacobians.capture import Plan, Use, capture, stream
-from ngeval.jacobians.whole_model import loop_rows, vmap_rows
-from ngeval.jacobians.rank_exchange import of_others
 from ngeval.jacobians.inner_products import (
     add_inner_products,
     add_squared_column_sums,
     rows_of,
 )
+from ngeval.jacobians.rank_exchange import of_others
 from ngeval.jacobians.terms import RowsTerm, Term
+from ngeval.jacobians.whole_model import loop_rows, vmap_rows
+from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.utils.memory import describe_bytes, halving
 
 STREAM_MEMORY = 2**26

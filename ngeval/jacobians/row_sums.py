@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.model.function import Parameters
 from ngeval.jacobians.inner_products import PIECE_ENTRIES, needs_rows
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.model.function import Parameters
 
 ALL = slice(None)
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngeval.problem.problem import Problem
 from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, Updates
+from ngeval.problem.problem import Problem
 
 
 class State(Protocol):

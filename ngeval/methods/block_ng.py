@@ -16,14 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError
-from ngeval.problem.fisher import factor_columns
-from ngeval.model.parameter_groups import Group, make_groups
-from ngeval.jacobians.parameter_blocks import group_combinations, group_grams, group_squares
 from ngeval.curvature.logit_kernel import DENSE_SIZE
-from ngeval.utils.memory import describe_bytes
-from ngeval.methods.base import as_tensor
-from ngeval.problem.gamma import gamma
 from ngeval.curvature.natural_gradient import (
     LARGE_RESIDUAL,
     LOST,
@@ -31,9 +24,16 @@ from ngeval.curvature.natural_gradient import (
     check_residual,
     lost_to_rounding,
 )
-from ngeval.problem.problem import Problem
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.errors import EngineError
+from ngeval.jacobians.parameter_blocks import group_combinations, group_grams, group_squares
+from ngeval.methods.base import as_tensor
+from ngeval.model.parameter_groups import Group, make_groups
+from ngeval.problem.fisher import factor_columns
+from ngeval.problem.gamma import gamma
+from ngeval.problem.problem import Problem
+from ngeval.utils.memory import describe_bytes
 
 MODERATE_RESIDUAL = 1e2
 """Up to that entry of r (a loss of 9 nats) blocks may be made in parameter space."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.logit_kernel import gradient_spectrum, residual_vectors
-from ngeval.methods.base import CotangentState, as_tensor
-from ngeval.problem.problem import Problem
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import CotangentUpdates, Updates
+from ngeval.methods.base import CotangentState, as_tensor
+from ngeval.problem.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError, InputError
-from ngeval.jacobians import CapturedRows, squared_sums
+from ngeval.curvature.kronecker_block import DAMPINGS, EXACT, KroneckerBlock
 from ngeval.curvature.kronecker_factors import (
     EXPAND,
     SHARINGS,
@@ -28,12 +27,13 @@ from ngeval.curvature.kronecker_factors import (
     corrected_eigenvalues,
     layer_factors,
 )
+from ngeval.errors import EngineError, InputError
+from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
-from ngeval.curvature.kronecker_block import DAMPINGS, EXACT, KroneckerBlock
-from ngeval.utils.memory import describe_bytes
 from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import Labels
 from ngeval.problem.problem import Problem
+from ngeval.utils.memory import describe_bytes
 
 DIAGONAL, GRADIENT, ZERO = "diagonal", "gradient", "zero"
 RESTS = (DIAGONAL, GRADIENT, ZERO)

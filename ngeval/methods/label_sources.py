@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.problem.fisher import SMALL, factor_columns
-from ngeval.utils.memory import describe_bytes
 from ngeval.problem.problem import Problem
+from ngeval.utils.memory import describe_bytes
 
 EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS
 from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
-from ngeval.problem.problem import Problem
 from ngeval.curvature.updates import Updates
+from ngeval.problem.problem import Problem
 
 
 @dataclass(frozen=True)

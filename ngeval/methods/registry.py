@@ -13,20 +13,20 @@ from importlib.metadata import EntryPoint, entry_points
 
 from torch.optim import Optimizer
 
-from ngeval.errors import InputError, NgevalError, nearest_name
-from ngeval.curvature.kronecker_factors import SHARINGS
 from ngeval.curvature.kronecker_block import DAMPINGS
-from ngeval.methods.diag_ema import NamedAccumulated
+from ngeval.curvature.kronecker_factors import SHARINGS
+from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.methods.base import Method
 from ngeval.methods.block_ng import BlockNaturalGradient
 from ngeval.methods.diag import Diagonal
+from ngeval.methods.diag_ema import NamedAccumulated
 from ngeval.methods.ef import EmpiricalFisher
-from ngeval.methods.sgd import Sgd
 from ngeval.methods.kfac import RESTS, Kronecker
 from ngeval.methods.label_sources import DESCRIPTIONS, SAMPLED, SUFFIXES, Labels
 from ngeval.methods.ng import NaturalGradient
 from ngeval.methods.optimizer import OPTIMIZERS, NamedOptimizer, OptimizerStep
 from ngeval.methods.sf import SampledFisher
+from ngeval.methods.sgd import Sgd
 
 GROUP = "ngeval.methods"
 """The entry-point group of plug-ins."""

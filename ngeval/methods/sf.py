@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError
 from ngeval.curvature.logit_kernel import DenseKernel, logit_kernel
-from ngeval.utils.memory import describe_bytes
+from ngeval.curvature.spectrum import Spectrum
+from ngeval.errors import EngineError
 from ngeval.methods.base import CotangentState
 from ngeval.problem.problem import Problem
-from ngeval.curvature.spectrum import Spectrum
+from ngeval.utils.memory import describe_bytes
 
 
 @dataclass(frozen=True)

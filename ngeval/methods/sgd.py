@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngeval.problem.problem import Problem
 from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.problem.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ngeval.model.checks import Inputs
 from ngeval.errors import InputError, nearest_name
+from ngeval.model.checks import Inputs
 
 REDUCTIONS = ("mean", "token-mean", "sum")
 """How a training loss can be reduced."""

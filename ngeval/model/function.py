@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.errors import ModelError, NgevalError
-from ngeval.utils.memory import is_out_of_memory
+from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.model.operations import plain_operations
 from ngeval.model.sharding import SINGLE, Shards, at_least
+from ngeval.utils.memory import is_out_of_memory
 
 Parameters = dict[str, Tensor]
 Output = str | int | Callable[[Any], Tensor] | None

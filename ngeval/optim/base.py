@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ngeval.model.checks import is_finite
 from ngeval.errors import EngineError, InputError, ModelError, NgevalError, NumericalError
-from ngeval.problem.next_batch import plan_anew
-from ngeval.jacobians.capture import UnsupportedLayerError
-from ngeval.utils.memory import is_out_of_memory
 from ngeval.fadam.state_checks import as_number, check_state
+from ngeval.jacobians.capture import UnsupportedLayerError
+from ngeval.model.checks import is_finite
+from ngeval.problem.next_batch import plan_anew
 from ngeval.problem.problem import Problem
+from ngeval.utils.memory import is_out_of_memory
 
 ProblemSource = Problem | Callable[[], Problem]
 """A problem on the batch, or a function that returns one."""

@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ngeval.curvature.natural_gradient import KrylovSolver
 from ngeval.errors import NumericalError
 from ngeval.methods.ng import NaturalGradient
-from ngeval.curvature.natural_gradient import KrylovSolver
 from ngeval.optim.base import ExactOptimizer
 from ngeval.optim.single_update import empirical_update, sampled_update
 from ngeval.problem.problem import Problem

@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.jacobians import CapturedRows, OnePass, PassRows
+from ngeval.curvature.cholesky import solve_damped
 from ngeval.curvature.logit_kernel import EXPLICIT_ENTRIES
+from ngeval.curvature.spectrum import Spectrum
+from ngeval.curvature.updates import CotangentUpdates
+from ngeval.jacobians import CapturedRows, OnePass, PassRows
 from ngeval.methods.ef import EmpiricalFisher
 from ngeval.methods.sf import SampledFisher
 from ngeval.problem.problem import Problem
-from ngeval.curvature.cholesky import solve_damped
-from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import CotangentUpdates
 
 
 def empirical_update(problem: Problem, damping: float, *, improved: bool) -> Tensor:

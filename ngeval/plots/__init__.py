@@ -6,16 +6,15 @@ colour-blind readers tell apart; each method keeps its colour and marker in ever
 ``plt.style.use("ngeval.plots.ngeval")`` gives other pictures the same style.
 """
 
-from ngeval.plots.ranking import kfac_figure, plot_ranking, ranking_figure
 from ngeval.plots.gamma import damping_figure, plot_damping, plot_stages
 from ngeval.plots.imbalance import imbalance_figure, norms_figure, plot_imbalance, plot_norms
 from ngeval.plots.kinds import FIGURES, Chosen, figure_of, kind_of
 from ngeval.plots.layers import layers_figure, plot_layers
-from ngeval.plots.training_results import performance_figure, plot_performance
+from ngeval.plots.ranking import kfac_figure, plot_ranking, ranking_figure
 from ngeval.plots.relative import plot_relative
 from ngeval.plots.stages import stages_figure
 from ngeval.plots.style import COLUMN, FIGURE_SUFFIXES, PAGE, STYLE, save_figure
-from studies.toy.picture import plot_paths, plot_toy, toy_figure
+from ngeval.plots.training_results import performance_figure, plot_performance
 
 __all__ = [
     "COLUMN",
@@ -36,14 +35,11 @@ __all__ = [
     "plot_imbalance",
     "plot_layers",
     "plot_norms",
-    "plot_paths",
     "plot_performance",
     "plot_ranking",
     "plot_relative",
     "plot_stages",
-    "plot_toy",
     "ranking_figure",
     "save_figure",
     "stages_figure",
-    "toy_figure",
 ]

@@ -10,8 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngeval.analysis.ranking import graded, numbers
+from ngeval.analysis.summary import SUMMARIZED, summarize
 from ngeval.errors import InputError, nearest_name
+from ngeval.grading.prepare import check_dampings
 from ngeval.plots.means import line_with_band
+from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
     checkpoint_title,
@@ -28,10 +31,7 @@ from ngeval.plots.style import (
     with_stage,
     without_legend,
 )
-from ngeval.plots.names import name_text
 from ngeval.plots.ticks import log_scale, number_text
-from ngeval.grading.prepare import check_dampings
-from ngeval.analysis.summary import SUMMARIZED, summarize
 
 MAX_STAGES = 4
 """Panels of `damping_figure`, unless the checkpoints are chosen."""

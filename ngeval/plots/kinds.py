@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ngeval.errors import InputError, nearest_name
-from ngeval.plots.ranking import kfac_figure, ranking_figure
 from ngeval.plots.gamma import damping_figure
 from ngeval.plots.imbalance import norms_figure
 from ngeval.plots.layers import layers_figure
-from ngeval.plots.training_results import performance_figure
+from ngeval.plots.ranking import kfac_figure, ranking_figure
 from ngeval.plots.stages import stages_figure
+from ngeval.plots.training_results import performance_figure
 
 FEW_DAMPINGS = 4
 """A table of several checkpoints with no more λ than this is drawn over stages, else over λ."""

@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ngeval.analysis.ranking import numbers
-from ngeval.errors import InputError, nearest_name
 from ngeval.analysis.layer_summary import (
     GEOMETRIC,
     SUMMED,
@@ -20,7 +18,10 @@ from ngeval.analysis.layer_summary import (
     summarize_layers,
     with_rest,
 )
+from ngeval.analysis.ranking import numbers
+from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping
+from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
     checkpoint_title,
@@ -33,7 +34,6 @@ from ngeval.plots.style import (
     require,
     without_legend,
 )
-from ngeval.plots.names import name_text
 from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24

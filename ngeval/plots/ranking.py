@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ngeval.analysis.ranking import at_best_damping, ranking
 from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
+from ngeval.plots.names import SIDE, name_text
 from ngeval.plots.style import (
     COLUMN,
     checkpoint_title,
@@ -25,7 +26,6 @@ from ngeval.plots.style import (
     styles_of,
     without_legend,
 )
-from ngeval.plots.names import SIDE, name_text
 from ngeval.plots.ticks import log_scale, number_text
 
 KFAC_METHODS = {

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping, scale_of, usable
 from ngeval.plots.means import geometric_means, line_with_band
-from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
 from ngeval.plots.names import name_text
+from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
 from ngeval.plots.ticks import log_scale, number_text
 
 

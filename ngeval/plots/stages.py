@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from ngeval.errors import InputError
 from ngeval.plots.gamma import plot_stages, usable
 from ngeval.plots.imbalance import plot_imbalance
+from ngeval.plots.names import name_text
 from ngeval.plots.relative import plot_relative
 from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below, without_legend
-from ngeval.plots.names import name_text
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
 """The ratios that are drawn of those methods that the table has."""

@@ -22,8 +22,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from ngeval.analysis.ranking import numbers
 from ngeval.errors import InputError, OutputError
-from ngeval.utils.text import whole_or_short
 from ngeval.plots.names import name_text
+from ngeval.utils.text import whole_or_short
 
 STYLE: dict[Any, Any] = dict(
     mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)

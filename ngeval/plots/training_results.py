@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.errors import InputError, nearest_name
 from ngeval.analysis.training_results import FIGURES, outcomes, performance
-from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
+from ngeval.errors import InputError, nearest_name
 from ngeval.plots.names import SIDE, name_text
+from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
 from ngeval.plots.ticks import log_scale
 
 

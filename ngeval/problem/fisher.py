@@ -16,10 +16,10 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from ngeval.errors import EngineError, InputError
-from ngeval.model.tangents import push_directions, slices
 from ngeval.jacobians import squared_column_sums
-from ngeval.utils.memory import describe_bytes
+from ngeval.model.tangents import push_directions, slices
 from ngeval.problem.problem import Problem
+from ngeval.utils.memory import describe_bytes
 
 SMALL = 2**26
 """Bytes that the columns of S may always take."""

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ngeval.model.directions import Direction
 from ngeval.errors import NumericalError
 from ngeval.jacobians import squared_norms
+from ngeval.model.directions import Direction
 from ngeval.problem.problem import Problem
 
 

@@ -15,14 +15,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ngeval.model.checks import Inputs, check_inputs, named_tensors
 from ngeval.errors import InputError
-from ngeval.model.tangents import chunk_sizes, push_directions, slices
-from ngeval.model.function import ModelFunction, cast_inputs, map_inputs, model_errors
 from ngeval.likelihoods import OutputDistribution
-from ngeval.utils.memory import halving
-from ngeval.problem.problem import Problem
+from ngeval.model.checks import Inputs, check_inputs, named_tensors
+from ngeval.model.function import ModelFunction, cast_inputs, map_inputs, model_errors
 from ngeval.model.sharding import PRIME, fingerprint
+from ngeval.model.tangents import chunk_sizes, push_directions, slices
+from ngeval.problem.problem import Problem
+from ngeval.utils.memory import halving
 
 TANGENT_BYTES = 2**29
 """Bytes of tangents that are passed through a model together; more is slower, not faster."""

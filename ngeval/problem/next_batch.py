@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
 from ngeval.errors import ModelError
+from ngeval.jacobians import OnePass, RowSource, choose_rows, still_right
+from ngeval.jacobians.capture import UnsupportedLayerError
+from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
 from ngeval.model.fsdp import put_apart
 from ngeval.model.function import (
     ModelFunction,
@@ -29,8 +31,6 @@ from ngeval.model.function import (
     slots_of,
     version_of,
 )
-from ngeval.jacobians import OnePass, RowSource, choose_rows, still_right
-from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.problem.probes import (
     adds_up,
     check_gradients_add_up,

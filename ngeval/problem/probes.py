@@ -7,11 +7,11 @@ import zlib
 import torch
 from torch import Tensor
 
-from ngeval.model.checks import is_finite, named_tensors
 from ngeval.errors import EngineError, ModelError
-from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
 from ngeval.jacobians import Choice
 from ngeval.jacobians.inner_products import inner_product
+from ngeval.model.checks import is_finite, named_tensors
+from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
 from ngeval.model.sharding import at_least, fingerprint
 
 

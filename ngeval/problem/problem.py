@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ngeval.model.checks import Inputs
-from ngeval.model.directions import Direction, largest, vector_of
 from ngeval.errors import InputError
-from ngeval.problem.next_batch import Chain, batch_key, following
-from ngeval.model.fsdp import split_parameters
-from ngeval.model.function import ModelFunction, Output, model_errors, unwrapped
 from ngeval.jacobians import OnePass, RowSource, choose_rows
 from ngeval.likelihoods import Likelihood, get_likelihood
-from ngeval.utils.memory import free_memory
+from ngeval.model.checks import Inputs
+from ngeval.model.directions import Direction, largest, vector_of
+from ngeval.model.fsdp import split_parameters
+from ngeval.model.function import ModelFunction, Output, model_errors, unwrapped
 from ngeval.model.operations import OperationWatch
+from ngeval.model.sharding import Shards, shards_of
+from ngeval.problem.next_batch import Chain, batch_key, following
 from ngeval.problem.probes import (
     check_gradients_add_up,
     check_outputs,
@@ -32,7 +32,7 @@ from ngeval.problem.probes import (
     check_same_problem,
     run_model,
 )
-from ngeval.model.sharding import Shards, shards_of
+from ngeval.utils.memory import free_memory
 
 if TYPE_CHECKING:
     from ngeval.problem.fisher import FisherOperator

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ngeval.utils.atomic import replace_file
 from ngeval.report.page import make_page
 from ngeval.report.sources import Source, read_sources
 from ngeval.results.table_files import check_output
+from ngeval.utils.atomic import replace_file
 
 __all__ = ["SUFFIXES", "Source", "make_page", "read_sources", "write_report"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ngeval.analysis.ranking import three_stages
 from ngeval.analysis.layer_summary import leading_layers, with_rest
+from ngeval.analysis.ranking import three_stages
 from ngeval.analysis.training_results import performance
 from ngeval.report import colours
 from ngeval.report.colours import Look, looks_of
@@ -21,8 +21,8 @@ from ngeval.report.summaries import (
     layer_means,
     norm_quantiles,
 )
-from ngeval.report.wording import chart_text, damping_text, with_interval
 from ngeval.report.traces import Chart, Line, Trace, dots, log_axis, reference, rounded, stage_axis
+from ngeval.report.wording import chart_text, damping_text, with_interval
 
 RATIO = "γ / γ<sub>SGD</sub>"
 BEST = "γ / γ<sub>min</sub>"

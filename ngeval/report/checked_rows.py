@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError
-from ngeval.analysis.training_results import checked_rows
-from ngeval.report.wording import listed
 from ngeval.analysis.summary import SUMMARIZED
+from ngeval.analysis.training_results import checked_rows
+from ngeval.errors import InputError
+from ngeval.report.wording import listed
 
 GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
 """Kinds of tables."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from ngeval.utils.memory import describe_bytes
 from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Source, Topic
 from ngeval.report.wording import checkpoint_labels, damping_text, listed, shortened
+from ngeval.utils.memory import describe_bytes
 
 SCALES = {
     "absolute": "absolute: λ is added to the sum-reduced curvature",

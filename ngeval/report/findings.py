@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.other_findings import (
     FEW,
     imbalance_findings,
@@ -16,7 +17,6 @@ from ngeval.report.other_findings import (
     layer_findings,
     training_findings,
 )
-from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Topic
 from ngeval.report.summaries import (
     Grades,

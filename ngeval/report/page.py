@@ -26,15 +26,15 @@ from ngeval.report.charts import (
     sample_charts,
     training_charts,
 )
-from ngeval.report.colours import DARK
-from ngeval.report.findings import findings
-from ngeval.report.facts import CONVENTIONS, Trouble, facts, run_facts, troubles
 from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.colours import DARK
+from ngeval.report.facts import CONVENTIONS, Trouble, facts, run_facts, troubles
+from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table, training_table
-from ngeval.report.wording import printable
 from ngeval.report.traces import Chart
+from ngeval.report.wording import printable
 
 MAX_CELLS = 4_000_000
 """Values of a table that goes into the page as it is; of a larger one the means go."""

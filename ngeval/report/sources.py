@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError, OutputError
-from ngeval.results.manifest import read_manifest
+from ngeval.analysis.summary import SUMMARIZED
 from ngeval.analysis.training_results import NUMBERS, TEXTS, WHOLE
+from ngeval.errors import InputError, OutputError
 from ngeval.report.checked_rows import (
     GAMMAS,
     IDENTITY,
@@ -28,8 +28,8 @@ from ngeval.report.checked_rows import (
     single,
 )
 from ngeval.report.wording import checkpoint_labels, printable
+from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
-from ngeval.analysis.summary import SUMMARIZED
 
 ACCEPTED = (
     "a report takes the result files of ngeval gamma, sweep, compare (results.parquet), "

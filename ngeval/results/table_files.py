@@ -19,8 +19,8 @@ from typing import Any
 import pandas as pd
 
 from ngeval.errors import OutputError
-from ngeval.utils.atomic import replace_file
 from ngeval.results.manifest import write_manifest
+from ngeval.utils.atomic import replace_file
 
 
 def _write_jsonl(table: pd.DataFrame, path: Path) -> None:

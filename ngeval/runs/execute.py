@@ -16,16 +16,16 @@ from typing import Any
 import typer
 
 from ngeval.cli import console
-from ngeval.runs.outcome import Collected
 from ngeval.cli.progress import Shown
 from ngeval.errors import InputError, OutputError
 from ngeval.results.hashes import weight_files
-from ngeval.runs.identity import check_same, identity, is_identity
 from ngeval.results.journal import Entry, Journal, Key, table_of
 from ngeval.results.manifest import manifest, manifest_path, read_manifest, write_manifest
-from ngeval.runs.options import OutputOptions
-from ngeval.runs.ranks import joined, own_rank, world_size
 from ngeval.results.table_files import SUFFIXES, check_output, read_results, write_results
+from ngeval.runs.identity import check_same, identity, is_identity
+from ngeval.runs.options import OutputOptions
+from ngeval.runs.outcome import Collected
+from ngeval.runs.ranks import joined, own_rank, world_size
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work
 

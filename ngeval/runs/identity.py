@@ -20,9 +20,9 @@ from torch import nn
 
 import ngeval
 from ngeval.errors import OutputError
+from ngeval.methods import Method, get_methods
 from ngeval.results.hashes import hash_batch, hash_checkpoint, hash_files, hash_tensors, hash_text
 from ngeval.results.manifest import plain, versions
-from ngeval.methods import Method, get_methods
 from ngeval.runs.run import Run
 
 MANY = 12

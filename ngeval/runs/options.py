@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import typer
 
-from ngeval.errors import InputError, nearest_name
 from ngeval.curvature.krylov import GAP
+from ngeval.errors import InputError, nearest_name
 
 MAX_SEED = 2**32 - 1
 MOST_BYTES = 2**60

@@ -24,8 +24,8 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ngeval.errors import InputError, NgevalError
-from ngeval.results.journal import Key
 from ngeval.model.sharding import shards_of
+from ngeval.results.journal import Key
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -13,23 +13,23 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import Checkpoint
-from ngeval.model.checks import check_device
+from ngeval.curvature.krylov import GAP
 from ngeval.errors import CheckpointError, InputError, TaskError
 from ngeval.grading.evaluate import COLUMNS, Progress, evaluate
-from ngeval.model.function import map_inputs
-from ngeval.model.parameter_groups import Groups
-from ngeval.results.journal import Key
-from ngeval.curvature.krylov import GAP
 from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.grading.layer_table import layer_table
+from ngeval.grading.prepare import failure_reason, lost_memory
 from ngeval.methods import Method
 from ngeval.methods.stage import OptimizerOptions, Stage
+from ngeval.model.checks import check_device
+from ngeval.model.function import map_inputs
+from ngeval.model.parameter_groups import Groups
 from ngeval.problem.metric_batch import Metric
-from ngeval.grading.prepare import failure_reason, lost_memory
 from ngeval.problem.problem import Problem
+from ngeval.results.journal import Key
 from ngeval.runs.ranks import OneProcess, Ranks
-from ngeval.tasks import Batch, Task
 from ngeval.runs.units import Unit, Units, failed_rows, labelled, sample_table
+from ngeval.tasks import Batch, Task
 
 OTHER_BATCHES = 715_827_883
 """Added to the seed for batches that optimizers accumulate their state over, so that they are not

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from ngeval.curvature.krylov import GAP
 from ngeval.errors import InputError, nearest_name
 from ngeval.grading.evaluate import Progress
-from ngeval.curvature.krylov import GAP
 from ngeval.runs.run import Grading, Run
 
 DESCRIPTIONS = {

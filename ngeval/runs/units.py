@@ -13,13 +13,13 @@ from torch import nn
 
 from ngeval.checkpoints import Checkpoint, CheckpointLoader
 from ngeval.errors import CheckpointError, TaskError
-from ngeval.model.function import map_inputs
-from ngeval.results.hashes import hash_batch, hash_checkpoint
-from ngeval.results.journal import Key
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
+from ngeval.model.function import map_inputs
 from ngeval.problem.gamma import gradient_norms, loss_change
 from ngeval.problem.problem import Problem
+from ngeval.results.hashes import hash_batch, hash_checkpoint
+from ngeval.results.journal import Key
 from ngeval.tasks import Batch
 
 if TYPE_CHECKING:

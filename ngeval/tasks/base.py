@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ngeval.model.checks import Inputs, check_inputs
 from ngeval.errors import NgevalError, TaskError
-from ngeval.model.function import Output
 from ngeval.likelihoods import Likelihood, get_likelihood
+from ngeval.model.checks import Inputs, check_inputs
+from ngeval.model.function import Output
 
 Batch = tuple[Inputs, Tensor]
 LoadBatches = Callable[[int, int | None, int], Iterable[Batch]]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngeval.model.checks import Inputs
 from ngeval.errors import InputError, ModelError, TaskError
-from ngeval.model.function import map_inputs, model_errors, outputs_of
 from ngeval.likelihoods import Categorical, CategoricalDistribution, OutputDistribution
+from ngeval.model.checks import Inputs
+from ngeval.model.function import map_inputs, model_errors, outputs_of
 from ngeval.tasks import Batch, Task
 
 MONITORS = ("loss", "accuracy")

@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ngeval.errors import InputError, ModelError, NgevalError, NumericalError, nearest_name
-from ngeval.utils.memory import is_out_of_memory
 from ngeval.methods.optimizer import OPTIMIZERS, optimizer_entry
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.problem.problem import Problem
 from ngeval.tasks import Batch, Task
 from ngeval.training.measure import DivergedError, forward, to_device
+from ngeval.utils.memory import is_out_of_memory
 
 EXACT: dict[str, tuple[type[Optimizer], float]] = {
     "ef": (EF, 0.03),

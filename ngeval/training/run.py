@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ngeval.checkpoints import save_checkpoint, save_optimizer
-from ngeval.model.checks import check_device
 from ngeval.errors import InputError, ModelError, OutputError
+from ngeval.model.checks import check_device
 from ngeval.results.manifest import SUFFIX
 from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task

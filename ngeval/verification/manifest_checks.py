@@ -15,11 +15,11 @@ from typing import Any, get_args, get_origin
 
 import pandas as pd
 
-from ngeval.verification.compare import is_number
 from ngeval.errors import OutputError
 from ngeval.results.journal import Key
 from ngeval.runs.options import MAX_COUNT, MAX_SEED, RunOptions, parse_bytes
 from ngeval.tasks.base import MOST_SAMPLES
+from ngeval.verification.compare import is_number
 
 MOST_UNITS = 10_000_000
 """Checkpoints × batches of a run that is verified."""

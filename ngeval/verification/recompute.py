@@ -18,13 +18,20 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 import pandas as pd
 
-from ngeval.verification.compare import Verdict, compare
-from ngeval.runs.from_options import make_run
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
 from ngeval.grading.evaluate import Progress
-from ngeval.runs.identity import differences, identity, listed
+from ngeval.grading.prepare import check_dampings
+from ngeval.methods import get_methods
 from ngeval.results.journal import Key
 from ngeval.results.manifest import machine, manifest_path, read_manifest
+from ngeval.results.table_files import read_results, write_results
+from ngeval.runs.from_options import make_run
+from ngeval.runs.identity import differences, identity, listed
+from ngeval.runs.options import HubOptions, RunOptions, StepOptions
+from ngeval.runs.run import Run
+from ngeval.runs.tables import DESCRIPTIONS, Work
+from ngeval.tasks.resolve import BUILTIN_TASKS
+from ngeval.verification.compare import Verdict, compare
 from ngeval.verification.manifest_checks import (
     check_kind,
     check_run_sizes,
@@ -35,13 +42,6 @@ from ngeval.verification.manifest_checks import (
     part,
     read_end,
 )
-from ngeval.methods import get_methods
-from ngeval.runs.options import HubOptions, RunOptions, StepOptions
-from ngeval.grading.prepare import check_dampings
-from ngeval.results.table_files import read_results, write_results
-from ngeval.runs.run import Run
-from ngeval.tasks.resolve import BUILTIN_TASKS
-from ngeval.runs.tables import DESCRIPTIONS, Work
 
 T = TypeVar("T")
 

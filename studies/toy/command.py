@@ -10,13 +10,14 @@ import typer
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.commands.common import say
+from ngeval.cli.console import say
 from ngeval.errors import InputError
 from ngeval.methods import get_methods
-from ngeval.runs.options import ForceOption, MethodsOption, QuietOption, SeedOption
-from ngeval.plots import FIGURE_SUFFIXES, save_figure, toy_figure
+from ngeval.plots import FIGURE_SUFFIXES, save_figure
 from ngeval.results.table_files import ResultFile, check_output
+from ngeval.runs.options import ForceOption, MethodsOption, QuietOption, SeedOption
 from studies.toy.least_squares import LeastSquares, Point, trajectories
+from studies.toy.picture import toy_figure
 
 MOST_STEPS = 10_000
 """More are a typing error; a path of so many takes about a minute."""

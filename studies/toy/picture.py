@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ngeval.errors import InputError
+from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
     PAGE,
@@ -24,7 +25,6 @@ from ngeval.plots.style import (
     require,
     styles_of,
 )
-from ngeval.plots.names import name_text
 from ngeval.plots.ticks import log_scale, number_text
 from studies.toy.least_squares import LeastSquares, trajectories
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ngeval.errors import CheckpointError, InputError
-from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.catalogue import optimizer_entry
+from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.load_state import load_optimizer_state
 from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
 from ngeval.methods.stage import OptimizerOptions, Stage

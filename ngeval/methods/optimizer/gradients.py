@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngeval.model.checks import Inputs
 from ngeval.errors import InputError
-from ngeval.model.function import ModelFunction, autograd_enabled, model_errors
 from ngeval.likelihoods import OutputDistribution
 from ngeval.methods.stage import check_reduction
+from ngeval.model.checks import Inputs
+from ngeval.model.function import ModelFunction, autograd_enabled, model_errors
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 

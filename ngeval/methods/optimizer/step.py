@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ngeval.checkpoints import listed
+from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.errors import InputError, NgevalError, NumericalError
-from ngeval.utils.memory import is_out_of_memory
 from ngeval.methods.base import ParameterState
 from ngeval.methods.optimizer.clone import (
     Clones,
@@ -26,7 +26,7 @@ from ngeval.methods.optimizer.clone import (
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem
-from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.utils.memory import is_out_of_memory
 
 FALLBACK_RATE = 1e-3
 """Taken where every learning rate is 0 and none is known from before."""

@@ -14,8 +14,8 @@ from ngeval.checkpoints.adapters import read_adapter_config
 from ngeval.checkpoints.finding import is_adapter
 from ngeval.checkpoints.reading import listed
 from ngeval.errors import TaskError, nearest_name
-from ngeval.utils.optional import optional_module
 from ngeval.tasks.hf.hub import loading, resolve_name
+from ngeval.utils.optional import optional_module
 
 OBJECTIVES = {
     "seq2seq": "AutoModelForSeq2SeqLM",

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import pandas as pd
 
 from ngeval.errors import NgevalError, TaskError
-from ngeval.utils.optional import optional_module
 from ngeval.tasks.hf.cifar import LABEL_KEYS, read_cifar
 from ngeval.tasks.hf.glue import FOLDERS, GLUE
 from ngeval.tasks.hf.hub import hub_is_reachable, loading
+from ngeval.utils.optional import optional_module
 
 HUB_NAMES = {
     "glue": "nyu-mll/glue",

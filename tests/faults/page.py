@@ -1,0 +1,57 @@
+"""``python -m tests.faults.page``: the tables of ``docs/robustness.md``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "robustness.md"
+RESULTS = ROOT / "tests" / "faults" / "RESULTS.json"
+FUZZ = ROOT / "tests" / "fuzz" / "RESULTS.json"
+
+
+def page() -> str:
+    """The page with its tables made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in {"faults": fault_table(), "fuzz": fuzz_table()}.items():
+        marks = f"<!-- {name}: made by python -m tests.faults.page -->", f"<!-- end of {name} -->"
+        before, rest = text.split(marks[0])
+        text = before + marks[0] + "\n\n" + table + "\n\n" + marks[1] + rest.split(marks[1])[1]
+    return text
+
+
+def fault_table() -> str:
+    """What was tried, how often, and what was lost."""
+    if not RESULTS.exists():
+        return "No figures yet."
+    told = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines = ["| what was tried | faults | starts | lost | command |", "|---|--:|--:|--:|---|"]
+    for one in told["scenarios"].values():
+        lost = len(one["lost"]) or "nothing"
+        cells = (one["what"], f"{one['faults']:,}", f"{one['starts']:,}", lost)
+        lines.append("| " + " | ".join(map(str, cells)) + f" | `{one['command']}` |")
+    total = [sum(one[name] for one in told["scenarios"].values()) for name in ("faults", "starts")]
+    lost = sum(len(one["lost"]) for one in told["scenarios"].values()) or "nothing"
+    lines.append(f"| **all** | **{total[0]:,}** | **{total[1]:,}** | **{lost}** | |")
+    return "\n".join(lines)
+
+
+def fuzz_table() -> str:
+    """Inputs by target, and what was found."""
+    if not FUZZ.exists():
+        return "No figures yet."
+    told: dict[str, Any] = json.loads(FUZZ.read_text(encoding="utf-8"))
+    lines = ["| target | engine | inputs | findings |", "|---|---|--:|--:|"]
+    for job in told["jobs"]:
+        found = len(job["findings"]) or "none"
+        lines.append(f"| {job['target']} | {job['engine']} | {job['inputs']:,} | {found} |")
+    found = told["findings"] or "none"
+    lines.append(f"| **all** | | **{told['inputs']:,}** | **{found}** |")
+    return "\n".join(lines) + f"\n\nCommand: `{re.sub(' +', ' ', told['command'])}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
