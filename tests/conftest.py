@@ -1,4 +1,4 @@
-"""Settings of the whole suite: one thread, seeds, Hypothesis, the slow tests and the browser's."""
+"""Settings of the whole suite: one thread, seeds, Hypothesis, which tests run by default."""
 
 import os
 import shutil
@@ -30,8 +30,8 @@ BROWSER = ("chromium", "chromedriver")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out unless a -m expression was given, the browser's where it is not."""
-    left_out = [] if config.getoption("-m") else ["slow"]
+    """Leave out slow and second-stage tests without a -m expression, browser tests without one."""
+    left_out = [] if config.getoption("-m") else ["slow", "second_stage"]
     if not all(shutil.which(program) for program in BROWSER):
         left_out.append("browser")
     lost = [item for item in items if any(map(item.get_closest_marker, left_out))]

@@ -17,6 +17,8 @@ from ngeval.methods.optimizer import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
 from tests.pages import DOCS, blocks, in_folder, shell_lines
 
+pytestmark = pytest.mark.second_stage
+
 
 class TestYourOwnModel:
     def test_ten_lines(self):

@@ -16,6 +16,8 @@ from tests.faults.scenarios import BIG, SCENARIOS, units
 from tests.faults.scenarios.points import kill_at
 from tests.faults.scenarios.ranks import kill_one
 
+pytestmark = pytest.mark.second_stage
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -19,6 +19,8 @@ from tests.committed_figures import FIGURES, KEPT, make
 from tests.looks import faults
 from tests.pages import in_folder
 
+pytestmark = pytest.mark.second_stage
+
 ROOT = FIGURES.parent
 OWN = [name for name in make.PICTURES if name not in STUDIES]
 

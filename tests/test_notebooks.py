@@ -15,6 +15,8 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 RUNNER = """
 import sys, nbformat
 from nbclient import NotebookClient
+
+pytestmark = pytest.mark.second_stage
 notebook = nbformat.read(sys.argv[1], as_version=4)
 NotebookClient(notebook, timeout=300, resources={"metadata": {"path": sys.argv[2]}}).execute()
 print([number for number, cell in enumerate(notebook.cells) if cell.get("outputs")])

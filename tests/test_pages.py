@@ -28,6 +28,8 @@ from ngeval.tasks import get_task
 from ngeval.training import Training
 from tests.pages import DOCS, blocks, run_here, run_python, shell_lines
 
+pytestmark = pytest.mark.second_stage
+
 
 def smaller(text: str) -> str:
     """Two epochs in place of twelve, and fewer trainings."""

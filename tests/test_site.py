@@ -18,6 +18,8 @@ from sphinx.util.inventory import InventoryFile
 
 from ngeval.cli.app import app
 
+pytestmark = pytest.mark.second_stage
+
 ROOT = Path(__file__).parent.parent
 COMMAND = "sphinx-build -W -c docs . build/site"
 PUBLIC = (
