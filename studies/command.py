@@ -13,11 +13,11 @@ from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
+from ngeval.cli.spread_options import ForceOption, QuietOption, SeedOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import save_figure
 from ngeval.results.manifest import manifest
 from ngeval.results.table_files import ResultFile, check_output, read_results
-from ngeval.runs.options import ForceOption, QuietOption, SeedOption
 from ngeval.utils.optional import optional_module
 from studies import STUDIES, Finding, Study, get_study
 from studies.base import QUICK, Size, check_rows, identified, report

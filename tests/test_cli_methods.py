@@ -220,7 +220,10 @@ class TestOptimizers:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--reduction", "meen"), "unknown reduction 'meen'; did you mean 'mean'"),
+            (
+                ("--reduction", "meen"),
+                "unknown reduction 'meen' of the training loss; did you mean 'mean'",
+            ),
             (("--optimizer-state", "nowhere.pt"), "nowhere.pt is not a file"),
             (
                 ("--optimizer-state", "a.pt", "--optimizer-state", "b.pt"),

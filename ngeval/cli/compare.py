@@ -13,6 +13,13 @@ from ngeval.analysis.training_results import checked_rows, performance
 from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.grade import grade
+from ngeval.cli.spread_options import (
+    ForceOption,
+    MethodsOption,
+    QuietOption,
+    ResumeOption,
+    takes_options,
+)
 from ngeval.cli.training_tables import performance_tables
 from ngeval.errors import InputError, OutputError
 from ngeval.grading.prepare import check_dampings
@@ -27,17 +34,12 @@ from ngeval.plots import (
 from ngeval.plots.ranking import KFAC_METHODS
 from ngeval.results.table_files import ResultFile, check_output, read_results
 from ngeval.runs.options import (
-    ForceOption,
     GradingOptions,
     HubOptions,
-    MethodsOption,
     OutputOptions,
-    QuietOption,
-    ResumeOption,
     RunOptions,
     StepOptions,
     parse_dampings,
-    takes_options,
 )
 from ngeval.runs.ranks import own_rank
 from ngeval.training.run import RESULTS

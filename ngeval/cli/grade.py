@@ -9,24 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from ngeval.cli import console
+from ngeval.cli.spread_options import DampingScaleOption, MethodsOption, MetricOption, takes_options
 from ngeval.grading.prepare import check_dampings
 from ngeval.methods import get_methods
 from ngeval.results.manifest import as_options
 from ngeval.runs.execute import check_result, collect
 from ngeval.runs.from_options import make_run
 from ngeval.runs.options import (
-    DampingScaleOption,
     GradingOptions,
     HubOptions,
-    MethodsOption,
-    MetricOption,
     OutputOptions,
     RunOptions,
     StepOptions,
     parse_dampings,
     parse_groups,
     parse_metric,
-    takes_options,
 )
 from ngeval.runs.outcome import Collected
 from ngeval.runs.tables import Work

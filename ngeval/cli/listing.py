@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
+from ngeval.cli.spread_options import ForceOption, QuietOption
 from ngeval.errors import InputError, nearest_name
 from ngeval.methods import all_methods
 from ngeval.plots import (
@@ -27,7 +28,6 @@ from ngeval.plots import (
     save_figure,
 )
 from ngeval.results.table_files import check_output, read_results
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.tasks import BUILTIN_TASKS, get_task
 
 WIDTHS = {"column": COLUMN, "page": PAGE}

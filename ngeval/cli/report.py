@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ngeval.cli.spread_options import ForceOption, QuietOption
 from ngeval.results.table_files import check_output
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.utils.text import visible
 
 

@@ -14,17 +14,17 @@ from ngeval.analysis.training_results import performance
 from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.demo import Demo
-from ngeval.cli.training_tables import performance_tables, trained_line
-from ngeval.errors import InputError
-from ngeval.methods.optimizer import OPTIMIZERS
-from ngeval.runs.options import (
+from ngeval.cli.spread_options import (
     DeviceOption,
     ForceOption,
     QuietOption,
     SeedOption,
-    parse_numbers,
     takes_options,
 )
+from ngeval.cli.training_tables import performance_tables, trained_line
+from ngeval.errors import InputError
+from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.runs.options import parse_numbers
 from ngeval.tasks import Task, get_task
 from ngeval.training import EXACT, Search
 from ngeval.training.run import RESULTS

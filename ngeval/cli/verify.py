@@ -14,11 +14,11 @@ from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
+from ngeval.cli.spread_options import ForceOption, QuietOption
 from ngeval.errors import OutputError
 from ngeval.results.manifest import machine, plain, versions
 from ngeval.results.table_files import check_output
 from ngeval.runs.identity import MANY, listed
-from ngeval.runs.options import ForceOption, QuietOption
 from ngeval.utils.atomic import replace_file
 from ngeval.verification.compare import Verdict, as_record
 from ngeval.verification.recompute import (

@@ -11,7 +11,6 @@ from ngeval.checkpoints import Checkpoint, find_checkpoints
 from ngeval.errors import CheckpointError, InputError, nearest_name
 from ngeval.methods.stage import OptimizerOptions
 from ngeval.runs.options import (
-    REDUCTIONS,
     SHARDS,
     HubOptions,
     RunOptions,
@@ -37,10 +36,7 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
-    if step.reduction not in REDUCTIONS:
-        raise InputError(
-            f"unknown reduction {step.reduction!r}; {nearest_name(step.reduction, REDUCTIONS)}"
-        )
+    optimizer_options = OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle)
     if options.shard not in SHARDS:
         raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
     if (options.task is None) == (hub.hf_model is None):
@@ -69,7 +65,7 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         memory=memory,
         allow_pickle=options.allow_pickle,
         optimizer_states=step.optimizer_state or (),
-        optimizer_options=OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle),
+        optimizer_options=optimizer_options,
         together=options.shard == "samples" or few,
         source=source_of(options.task) if options.task is not None else None,
     )

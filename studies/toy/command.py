@@ -11,11 +11,11 @@ from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
+from ngeval.cli.spread_options import ForceOption, MethodsOption, QuietOption, SeedOption
 from ngeval.errors import InputError
 from ngeval.methods import get_methods
 from ngeval.plots import FIGURE_SUFFIXES, save_figure
 from ngeval.results.table_files import ResultFile, check_output
-from ngeval.runs.options import ForceOption, MethodsOption, QuietOption, SeedOption
 from studies.toy.least_squares import LeastSquares, Point, trajectories
 from studies.toy.picture import toy_figure
 
