@@ -42,6 +42,8 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/**",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
     "notebooks/*.ipynb",
     "benchmarks/*.md",
     "figures/README.md",
@@ -54,7 +56,7 @@ nitpick_ignore_regex = [  # other packages: their inventories are on the network
     ("py:.*", r"(abc|collections|pathlib|types|typing)\..*"),
     ("py:.*", r"(matplotlib|numpy|pandas|plotly|scipy|torch)\..*"),
     ("py:class", r"ngeval\..*\.T"),  # a type variable
-    ("py:class", r"ngeval\.sharding\.Shards"),  # no part of the public face
+    ("py:class", r"ngeval\.model\.sharding\.Shards"),  # no part of the public face
 ]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]

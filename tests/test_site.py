@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
-import importlib
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -25,18 +27,16 @@ COMMAND = "sphinx-build -W -c docs . build/site"
 PUBLIC = (
     "ngeval",
     "ngeval.checkpoints",
-    "ngeval.comparison",
-    "ngeval.layer_summary",
+    "ngeval.analysis.layer_summary",
+    "ngeval.analysis.ranking",
+    "ngeval.analysis.training_results",
     "ngeval.likelihoods",
     "ngeval.methods",
     "ngeval.optim",
-    "ngeval.performance",
     "ngeval.plots",
     "ngeval.report",
-    "ngeval.results",
-    "ngeval.studies",
+    "ngeval.results.table_files",
     "ngeval.tasks",
-    "ngeval.toy",
     "ngeval.training",
 )
 # What a browser fetches to show a page, and where it is named.
@@ -195,6 +195,29 @@ def public_names(module: str) -> list[str]:
     return [f"{module}.{name}" for name in own]
 
 
+def names_used(notebook: Path) -> set[str]:
+    """The names of ngeval in a notebook's code, with their modules, as ``ngeval.optim.iEF``."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [
+        line
+        for cell in cells
+        if cell["cell_type"] == "code"
+        for line in "".join(cell["source"]).splitlines()
+        if not line.startswith(("%", "!"))
+    ]
+    nodes = list(ast.walk(ast.parse("\n".join(lines))))
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "ngeval"
+        for alias in node.names
+    }
+    chains = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    attributes = {chain for chain in chains if re.fullmatch(r"ngeval(\.\w+)+", chain)}
+    modules = {name for name in attributes if importlib.util.find_spec(name)}
+    return imported | (attributes - modules)
+
+
 @pytest.fixture(scope="module")
 def inventory(site: Path) -> dict[str, str]:
     """Where each documented name is."""
@@ -221,7 +244,17 @@ class TestApi:
 
     def test_each_public_module_has_a_page(self, site: Path):
         for module in PUBLIC:
-            assert f'id="module-{module}"' in (site / "docs/api" / f"{module}.html").read_text()
+            page = ".".join(module.split(".")[:2])  # a module's page, or that of its room
+            assert f'id="module-{module}"' in (site / "docs/api" / f"{page}.html").read_text()
+
+    def test_every_name_that_notebooks_use_is_documented(self, inventory: dict[str, str]):
+        names = {
+            (path.name, name)
+            for path in (ROOT / "notebooks").glob("*.ipynb")
+            for name in names_used(path)
+        }
+        assert len({name for _, name in names}) > 25
+        assert [(notebook, name) for notebook, name in names if name not in inventory] == []
 
     def test_entries_of_the_inventory_are_anchors(
         self, inventory: dict[str, str], pages: dict[str, Page]
