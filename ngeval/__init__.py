@@ -21,7 +21,7 @@ from ngeval.grading.layer_table import layer_table
 from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngeval.methods import METHODS, Method, MethodEntry, get_method
 from ngeval.methods.diag_ema import AccumulatedDiagonal
-from ngeval.methods.optimizer import OptimizerStep
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma, gamma_floor, gradient_norms, loss_change
 from ngeval.problem.metric_batch import Metric

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ngeval.fadam.optimizer import CORRECTIONS, FAdam
 from ngeval.grading.evaluate import evaluate
 from ngeval.methods import Method, get_methods
-from ngeval.methods.optimizer import OptimizerStep
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.problem.problem import Problem
 from studies.base import Advance, Size, Study
 from studies.fadam_figure import figure

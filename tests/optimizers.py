@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import ngeval
 from ngeval.checkpoints import load_checkpoint
-from ngeval.methods.optimizer import OptimizerStep, optimizer_entry
+from ngeval.methods.optimizer.build import build_optimizers
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.tasks import Task
 from ngeval.training import Training
@@ -67,7 +68,7 @@ def train(
 
 def build(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
     """As ngeval builds them, but that FAdam keeps its state in float64."""
-    optimizers = optimizer_entry(name).build(model)
+    optimizers = build_optimizers(name, model)
     for optimizer in optimizers:
         for key, value in vars(optimizer).items():
             if isinstance(value, torch.dtype) and next(model.parameters()).dtype == torch.float64:

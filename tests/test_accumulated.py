@@ -176,7 +176,7 @@ class TestNamed:
         one, [optimizer] = trained(name, 2)
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
-        state = NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+        state = NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
         expected = AccumulatedDiagonal(optimizer).prepare(one.problem())
         assert torch.equal(state.direction(0.1), expected.direction(0.1))
 
@@ -185,7 +185,7 @@ class TestNamed:
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match=r"no second moment that is known.*momentum_buf"):
-            NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
 
     def test_of_a_class_of_ones_own(self, tmp_path):
         one, [optimizer] = trained("adam", 2)
@@ -195,7 +195,7 @@ class TestNamed:
         torch.save(state, tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match=r"no second moment.*but m, step, v; .*diag-ef"):
-            NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
 
     @pytest.mark.parametrize("name", ["StableAdamW", "SOAP", "Yogi"])
     def test_of_another_class_with_entries_of_the_same_name(self, tmp_path, name):
@@ -203,7 +203,7 @@ class TestNamed:
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match="fits none of adamw, adam"):
-            NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
+            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
 
     def test_without_a_state_or_a_checkpoint(self):
         with pytest.raises(CheckpointError, match=r"--optimizer-state.*diag-ef"):

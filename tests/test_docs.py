@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ngeval.cli.app import app
 from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.methods import get_method
-from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
 from tests.pages import DOCS, blocks, in_folder, shell_lines
 

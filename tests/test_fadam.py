@@ -18,7 +18,7 @@ from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
 from ngeval.fadam.optimizer import BLOCK, CORRECTIONS, WITHOUT_CORRECTIONS
 from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
-from ngeval.methods.optimizer import NamedOptimizer
+from ngeval.methods.optimizer.by_name import NamedOptimizer
 from ngeval.optim import FAdam
 from tests.optimizers import batches, case, graded_at, run, same, trained
 
@@ -545,7 +545,7 @@ class TestGraded:
     def test_a_run_on_the_command_line(self, tmp_path):
         run(tmp_path, "fadam")
         _, problem, stage = graded_at(find_checkpoints([str(tmp_path)])[-1])
-        step = NamedOptimizer.parse("fadam", "fadam", "").at(stage).prepare(problem)
+        step = NamedOptimizer.parse("fadam").at(stage).prepare(problem)
         assert step.notes == ()
         warmed = NamedOptimizer.parse("fadam:5", "fadam", "5").at(stage).prepare(problem)
         assert not torch.allclose(warmed.direction(0.0), step.direction(0.0), rtol=1e-2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ngeval
+from ngeval.curvature.kronecker_block import DAMPINGS as DAMPING_KINDS
+from ngeval.curvature.kronecker_factors import SHARINGS
 from ngeval.jacobians import parameter_blocks as group_rows
 from ngeval.jacobians.captured_rows import KEPT_SHARE
 from ngeval.jacobians.row_source import split_rows
-from ngeval.methods import get_method, registry
+from ngeval.methods import METHODS, get_method
+from ngeval.methods.kfac import RESTS, Kronecker
+from ngeval.methods.label_sources import Labels
 from tests import problems, reference, reference_kfac
 
 LABELS = {
@@ -512,7 +518,7 @@ class TestBadRequests:
         ("method", "message"),
         [
             ("kfac:expnd", "did you mean 'expand'"),
-            ("kfac:pi:factored", "says one thing twice"),
+            ("kfac:pi:factored", "names one thing twice"),
             ("kfac:4", "unknown '4'"),
             ("kfac-sf:0", "whole number"),
             ("ekfac:pi", "no factors left to damp"),
@@ -522,7 +528,7 @@ class TestBadRequests:
             ("kfac-sf:٣", "whole number"),
             ("kfac:", "after a colon"),
             ("block-ng:3", "no parameter"),
-            ("diag-sf:2:0.5:1", "more after its colon"),
+            ("diag-sf:2:0.5:1", "more after its colon than it takes"),
             ("diag:x", "exponent"),
         ],
     )
@@ -530,12 +536,22 @@ class TestBadRequests:
         with pytest.raises(ngeval.InputError, match=message):
             get_method(method)
 
+    def test_the_table_has_every_word(self):
+        words = {
+            name: set(re.split("[:|]", METHODS[name].parameter)) - {"draws k (1)"}
+            for name in METHODS
+            if "kfac" in name
+        }
+        for name, allowed in words.items():
+            expected = {*RESTS} if name.startswith("ekfac") else {*SHARINGS, *DAMPING_KINDS, *RESTS}
+            assert allowed == expected
+            assert all(get_method(f"{name}:{word}").name for word in allowed)
+
     def test_from_python(self):
-        kronecker = registry.Kronecker
         with pytest.raises(ngeval.InputError, match="no factors left to damp"):
-            kronecker("mine", registry.Labels("exact"), damping="pi", corrected=True)
+            Kronecker("mine", Labels("exact"), damping="pi", corrected=True)
         with pytest.raises(ngeval.InputError, match="none of expand, reduce"):
-            kronecker("mine", registry.Labels("exact"), sharing="average")
+            Kronecker("mine", Labels("exact"), sharing="average")
 
     def test_an_engine_that_sees_no_layers(self):
         table = ngeval.evaluate(make("mlp").problem(engine="loop"), ["kfac"], [1e-2])

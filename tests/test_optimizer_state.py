@@ -20,13 +20,11 @@ from ngeval.checkpoints import (
     save_optimizer,
 )
 from ngeval.errors import CheckpointError, DependencyError, InputError, ModelError
-from ngeval.methods.optimizer import (
-    OPTIMIZERS,
-    NamedOptimizer,
-    OptimizerStep,
-    load_optimizer_state,
-    optimizer_entry,
-)
+from ngeval.methods.optimizer.build import build_optimizers
+from ngeval.methods.optimizer.by_name import NamedOptimizer
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
+from ngeval.methods.optimizer.load_state import load_optimizer_state
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.methods.stage import Stage
 from tests.optimizers import (
     THIRD_PARTY,
@@ -46,8 +44,7 @@ from tests.optimizers import (
 
 
 def named(name: str) -> NamedOptimizer:
-    family, _, parameter = name.partition(":")
-    return NamedOptimizer.parse(name, family, parameter)
+    return NamedOptimizer.parse(name, name.partition(":")[2])
 
 
 class TestTrainingKeepsStates:
@@ -59,7 +56,7 @@ class TestTrainingKeepsStates:
         model, problem, stage = graded_at(last)
         step = named(name).at(stage).prepare(problem).direction(0.0)
         # By torch's own load_state_dict, in the order in which the optimizers were built.
-        optimizers = optimizer_entry(name).build(model)
+        optimizers = build_optimizers(name, model)
         saved = torch.load(last.optimizer, weights_only=True)
         assert saved["optimizer"] == name
         for optimizer, state in zip(optimizers, saved["states"], strict=True):
@@ -226,9 +223,9 @@ class TestNamed:
     def test_muon_without_a_matrix(self):
         model = nn.Sequential(nn.LayerNorm(3)).eval()
         with pytest.raises(InputError, match="no trainable matrix"):
-            optimizer_entry("muon").build(model)
+            build_optimizers("muon", model)
         with pytest.raises(ModelError, match="no trainable parameter"):
-            optimizer_entry("muon").build(model.requires_grad_(False))
+            build_optimizers("muon", model.requires_grad_(False))
 
 
 def saved(tmp_path: Path, content: object, name: str = "optimizer.pt") -> Path:

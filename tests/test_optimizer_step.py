@@ -18,8 +18,9 @@ from torch.optim.optimizer import (
 
 import ngeval
 from ngeval.errors import InputError, NgevalError, NumericalError
-from ngeval.methods.optimizer import OPTIMIZERS, OptimizerStep
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.methods.optimizer.clone import clone_optimizers
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.optim import iEF
 from tests import problems
 from tests.optimizers import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import ngeval
 from ngeval.cli.app import app
-from ngeval.methods import all_methods, get_method
+from ngeval.methods import all_methods, check_name, get_method, method_names
+from ngeval.utils.plugins import plugins
 from tests import problems
 
 PAGE = Path(__file__).parent.parent / "docs" / "plug-ins.md"
@@ -21,7 +22,7 @@ Install = Callable[..., None]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Put a package with entry points on the path, as an installer leaves it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -33,8 +34,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         lines = "\n".join(f"{name} = {value}" for name, value in points.items())
         (info / "entry_points.txt").write_text(f"[ngeval.methods]\n{lines}\n")
         importlib.invalidate_caches()
+        plugins.cache_clear()
 
-    return place
+    yield place
+    plugins.cache_clear()
 
 
 def example() -> tuple[str, dict[str, str]]:
@@ -61,7 +64,7 @@ def test_the_page_in_25_lines(install: Install, monkeypatch: pytest.MonkeyPatch)
     listed = CliRunner().invoke(app, ["methods"]).output
     assert re.search(r"sign .*max\(\|g\|, λ\)\^p.*ngeval-sign 1\.2", listed)
     assert all_methods()["sign"].source == "ngeval-sign 1.2"
-    with pytest.raises(ngeval.InputError, match=r"'sign:x' of ngeval-sign 1\.2 cannot be made"):
+    with pytest.raises(ngeval.InputError, match=r"'sign:x' of ngeval-sign 1\.2 cannot be built"):
         get_method("sign:x")
 
 
@@ -80,7 +83,7 @@ def test_a_function_will_do(install: Install):
     ("source", "value", "message"),
     [
         ("import no_such_package", "broken_plugin:entry", "ModuleNotFoundError"),
-        ("entry = 3", "broken_plugin:entry", "no ngeval.MethodEntry"),
+        ("entry = 3", "broken_plugin:entry", "neither an ngeval.MethodEntry"),
         ("", "broken_plugin:entry", "AttributeError"),
     ],
 )
@@ -88,6 +91,8 @@ def test_a_broken_plugin_says_why_and_harms_nobody(install, source, value, messa
     install("broken", "broken_plugin", source, {"broken": value})
     assert message in all_methods()["broken"].formula
     assert get_method("sf:2").name == "sf:2"
+    check_name("broken")  # which imports nothing
+    assert method_names()[-1] == "broken"
     with pytest.raises(ngeval.InputError, match=message):
         get_method("broken")
     shown = CliRunner().invoke(app, ["methods"])
@@ -98,5 +103,6 @@ def test_a_broken_plugin_says_why_and_harms_nobody(install, source, value, messa
 
 def test_own_names_cannot_be_taken(install: Install):
     install("thief", "thief_plugin", "entry = None", {"ief": "thief_plugin:entry"})
+    with pytest.warns(UserWarning, match=r"method 'ief' of thief 1\.2 is ignored, because ngeval"):
+        assert get_method("ief").improved
     assert all_methods()["ief"].source == "ngeval"
-    assert get_method("ief").improved

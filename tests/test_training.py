@@ -14,7 +14,7 @@ from torch import nn
 import ngeval
 from ngeval.checkpoints import find_checkpoints, load_checkpoint, read_optimizer
 from ngeval.errors import InputError
-from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.tasks import get_task
 from ngeval.training import EXACT, DivergedError, Settings, Training
 from ngeval.training.optimizers import build, make_stepper, resolved

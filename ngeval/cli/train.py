@@ -23,7 +23,7 @@ from ngeval.cli.spread_options import (
 )
 from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.errors import InputError
-from ngeval.methods.optimizer import OPTIMIZERS
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.runs.options import parse_numbers
 from ngeval.tasks import Task, get_task
 from ngeval.training import EXACT, Search

@@ -7,14 +7,16 @@ is made of (see `ngeval.methods.labels`). ρ = ½ is the square root in Adam's a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ngeval.errors import InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.methods.base import ParameterState
-from ngeval.methods.label_sources import EXACT, Labels
+from ngeval.methods.label_sources import EXACT, SAMPLED, Labels, parse_draws
 from ngeval.problem.problem import Problem
 
 
@@ -31,6 +33,22 @@ class Diagonal:
     name: str = "diag"
     labels: Labels = field(default_factory=lambda: Labels(EXACT))
     exponent: float = 1.0
+
+    @classmethod
+    def parse(cls, name: str, parameter: str = "") -> Diagonal:
+        """Build the method from its full name, as ``diag:ρ`` or ``diag-sf:k:ρ``, and its parameter.
+
+        Raises:
+            InputError: k or ρ cannot be read, or more follows.
+        """
+        words = parameter.split(":") if parameter else []
+        labels = Labels.of_method(name)
+        if labels.source == SAMPLED and words:
+            labels = Labels(SAMPLED, parse_draws(name, words.pop(0)))
+        exponent = parse_exponent(name, words.pop(0)) if words else 1.0
+        if words:
+            raise InputError(f"method {name!r} has more after its colon than it takes")
+        return cls(name, labels, exponent)
 
     def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
         """Sum the squared rows: C backward passes for the exact diagonal, k for k draws, else 1.
@@ -62,3 +80,18 @@ class DiagonalState(ParameterState):
         gradient = self.problem.gradient().to(torch.float64)
         divisor = (self.diagonal + damping) ** self.exponent
         return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)
+
+
+def parse_exponent(name: str, text: str) -> float:
+    """The exponent ρ in a method's name.
+
+    Raises:
+        InputError: it is not a finite number.
+    """
+    try:
+        exponent = float(text)
+    except ValueError:
+        exponent = math.nan
+    if not math.isfinite(exponent):
+        raise InputError(f"method {name!r}: the exponent must be a number, as in diag-ef:0.5")
+    return exponent

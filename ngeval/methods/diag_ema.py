@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 from ngeval.checkpoints import listed, read_optimizer
 from ngeval.errors import CheckpointError, InputError
-from ngeval.methods.diag import DiagonalState
-from ngeval.methods.optimizer import OPTIMIZERS, load_optimizer_state, optimizer_entry
+from ngeval.methods.diag import DiagonalState, parse_exponent
+from ngeval.methods.optimizer.build import build_optimizers
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.methods.optimizer.gradients import loss_terms
+from ngeval.methods.optimizer.load_state import load_optimizer_state
 from ngeval.methods.optimizer.step import as_optimizers
 from ngeval.methods.stage import Stage, check_reduction
 from ngeval.problem.problem import Problem
@@ -172,21 +174,13 @@ class NamedAccumulated:
     """It means nothing without a checkpoint."""
 
     @classmethod
-    def parse(cls, full_name: str, parameter: str) -> NamedAccumulated:
-        """From the parts of ``diag-ema`` or ``diag-ema:1``.
+    def parse(cls, name: str, parameter: str = "") -> NamedAccumulated:
+        """Build the method from its full name and the text after the colon, ρ.
 
         Raises:
             InputError: ρ cannot be read.
         """
-        try:
-            exponent = float(parameter or 0.5)
-        except ValueError:
-            exponent = math.nan
-        if not math.isfinite(exponent):
-            raise InputError(
-                f"method {full_name!r}: the exponent must be a number, as in diag-ema:0.5"
-            )
-        return cls(full_name, exponent)
+        return cls(name, parse_exponent(name, parameter or "0.5"))
 
     def at(self, stage: Stage) -> NamedAccumulated:
         """The method at a checkpoint.
@@ -226,13 +220,13 @@ class NamedAccumulated:
         saved = read_optimizer(path, allow_pickle=pickled)
         known = saved.name or stage.optimizer
         if known is not None and (known in OPTIMIZERS or "." in known):
-            optimizers = optimizer_entry(known).build(model)
+            optimizers = build_optimizers(known, model)
             load_optimizer_state(optimizers, model, path, pickled, known)
             return optimizers
         _check_known(self.name, path, saved.states)
         reasons = []
         for kind in KINDS:
-            optimizers = optimizer_entry(kind).build(model)
+            optimizers = build_optimizers(kind, model)
             try:
                 load_optimizer_state(optimizers, model, path, pickled, kind)
             except CheckpointError as error:

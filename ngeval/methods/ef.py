@@ -29,6 +29,11 @@ class EmpiricalFisher:
     name: str
     improved: bool
 
+    @classmethod
+    def parse(cls, name: str) -> EmpiricalFisher:
+        """Build ``ef`` or ``ief``."""
+        return cls(name, improved=name == "ief")
+
     def prepare(self, problem: Problem, seed: int = 0) -> EmpiricalState:
         """Factor K once."""
         squares = problem.residual.square().flatten(1).sum(1)

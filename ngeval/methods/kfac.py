@@ -27,11 +27,11 @@ from ngeval.curvature.kronecker_factors import (
     corrected_eigenvalues,
     layer_factors,
 )
-from ngeval.errors import EngineError, InputError
+from ngeval.errors import EngineError, InputError, nearest_name
 from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
 from ngeval.methods.base import ParameterState
-from ngeval.methods.label_sources import Labels
+from ngeval.methods.label_sources import SAMPLED, Labels, parse_draws
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import describe_bytes
 
@@ -84,6 +84,32 @@ class Kronecker:
                 "leave most of the eigenbasis open, which the corrected eigenvalues depend on; use "
                 "ekfac with expand"
             )
+
+    @classmethod
+    def parse(cls, name: str, parameter: str = "") -> Kronecker:
+        """Build the method from its full name and the words after the colon.
+
+        Args:
+            name: starts with ``kfac`` or ``ekfac`` and a source of labels.
+            parameter: one word of a kind in any order, as ``"reduce:pi"``; among them, of sampled
+                labels, the number of draws, as in ``"4:reduce"``.
+
+        Raises:
+            InputError: a word is unknown, or two are of the same kind.
+        """
+        kinds = {"sharing": SHARINGS, "damping": DAMPINGS, "rest": RESTS}
+        labels, chosen, has_draws = Labels.of_method(name), dict[str, str](), False
+        for word in parameter.split(":") if parameter else []:
+            kind = next((kind for kind, words in kinds.items() if word in words), None)
+            if labels.source == SAMPLED and word.isdecimal() and not has_draws:
+                labels, has_draws = Labels(SAMPLED, parse_draws(name, word)), True
+            elif kind is None or kind in chosen:
+                known = [known for words in kinds.values() for known in words]
+                fault = "names one thing twice" if kind else f"has an unknown {word!r}"
+                raise InputError(f"method {name!r} {fault}; {nearest_name(word, known)}")
+            else:
+                chosen[kind] = word
+        return cls(name, labels, corrected=name.startswith("ekfac"), **chosen)
 
     def prepare(self, problem: Problem, seed: int = 0) -> KroneckerState:
         """Make and decompose the factors, once for all methods that share them.

@@ -21,22 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.errors import EngineError
+from ngeval.errors import EngineError, InputError
 from ngeval.problem.fisher import SMALL, factor_columns
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import describe_bytes
 
 EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
 
-SUFFIXES = {"": EXACT, "-sf": SAMPLED, "-ef": DATA, "-ief": IMPROVED}
-"""What a method's name ends in, by where its labels come from."""
+SUFFIXES = {"-sf": SAMPLED, "-ef": DATA, "-ief": IMPROVED}
+"""Endings of methods' names, each with its source of labels; a name without one is exact."""
 
-DESCRIPTIONS = {
-    EXACT: "expectation",
-    SAMPLED: "the model",
-    DATA: "data",
-    IMPROVED: "data, 1/‖u_n‖²",
-}
+MAX_DIGITS = 9
+"""A longer number of draws is taken for a typing error."""
 
 FIELDS = 4
 """Fields of the draws' size that exist at one time: labels, residuals, copies."""
@@ -53,6 +49,12 @@ class Labels:
 
     source: str
     mc_samples: int = 1
+
+    @classmethod
+    def of_method(cls, name: str) -> Labels:
+        """The labels that a method's name asks for, with one draw: ``"diag-ef:0.5"`` → data."""
+        _, hyphen, ending = name.partition(":")[0].rpartition("-")
+        return cls(SUFFIXES[hyphen + ending] if hyphen else EXACT)
 
     def key(self, seed: int) -> tuple[str | int, ...]:
         """What tells two curvatures of one problem apart."""
@@ -109,6 +111,17 @@ class Labels:
             share = torch.cat([share.new_zeros(1), share])
             gradient = torch.cat([gradient.new_zeros(len(gradient), 1), gradient], 1)
         return vectors, share, gradient
+
+
+def parse_draws(name: str, text: str) -> int:
+    """The number of draws k in a method's name.
+
+    Raises:
+        InputError: it is not a whole number ≥ 1.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS) or int(text) < 1:
+        raise InputError(f"method {name[:80]!r}: the number of draws must be a whole number ≥ 1")
+    return int(text)
 
 
 def _probe(problem: Problem) -> Tensor | None:

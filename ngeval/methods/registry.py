@@ -1,51 +1,40 @@
 """The methods by name: ngeval's own, optimizers, and those of installed plug-ins.
 
-A package adds methods by an entry point in the group ``ngeval.methods`` that names a
-`MethodEntry`, or a function of a method's full name and the text after its colon.
+The table is plain data, so that listing methods and checking a name import no torch: a method's
+module is imported when the method is built. A package adds methods by an entry point in the group
+``ngeval.methods`` that names a `MethodEntry`, or a function of a method's full name and the text
+after its colon.
 """
 
 from __future__ import annotations
 
-import math
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
 
-from torch.optim import Optimizer
-
-from ngeval.curvature.kronecker_block import DAMPINGS
-from ngeval.curvature.kronecker_factors import SHARINGS
 from ngeval.errors import InputError, NgevalError, nearest_name
-from ngeval.methods.base import Method
-from ngeval.methods.block_ng import BlockNaturalGradient
-from ngeval.methods.diag import Diagonal
-from ngeval.methods.diag_ema import NamedAccumulated
-from ngeval.methods.ef import EmpiricalFisher
-from ngeval.methods.kfac import RESTS, Kronecker
-from ngeval.methods.label_sources import DESCRIPTIONS, SAMPLED, SUFFIXES, Labels
-from ngeval.methods.ng import NaturalGradient
-from ngeval.methods.optimizer import OPTIMIZERS, NamedOptimizer, OptimizerStep
-from ngeval.methods.sf import SampledFisher
-from ngeval.methods.sgd import Sgd
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
+from ngeval.utils.plugins import load_plugin, package_of, plugins
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ngeval.methods.base import Method
 
 GROUP = "ngeval.methods"
 """The entry-point group of plug-ins."""
 
-MOST_DIGITS = 9
-"""Of a number of draws; more is a typing error."""
-
-Make = Callable[[str, str], Method]
-"""From a method's full name and the text after its colon."""
-
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One line of the table of methods.
+    """A row of the table of methods.
 
     Attributes:
-        formula: d(λ), or what it is.
+        formula: d(λ), or a short description.
         labels: where the labels in the curvature come from.
-        parameter: what follows the colon, empty if nothing can.
+        parameter: describes the text that may follow the colon; empty if there is none.
         make: builds the method from its full name and the text after the colon.
         source: the package that it comes from.
     """
@@ -53,130 +42,94 @@ class MethodEntry:
     formula: str
     labels: str
     parameter: str
-    make: Make
+    make: Callable[[str, str], Method]
     source: str = "ngeval"
 
 
-def _draws(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS) or int(text) < 1:
-        raise InputError(f"method {name[:80]!r}: the number of draws must be a whole number ≥ 1")
-    return int(text)
+def _within(path: str) -> Callable[[str, str], Method]:
+    """A factory of this package by its path, imported when it is called.
 
+    Args:
+        path: ``"module:attribute"``; it is called with the method's full name and, where there is
+            one, the text after the colon.
+    """
 
-def _exponent(name: str, text: str) -> float:
-    try:
-        exponent = float(text)
-    except ValueError:
-        exponent = math.nan
-    if not math.isfinite(exponent):
-        raise InputError(f"method {name!r}: the exponent must be a number, as in diag-ef:0.5")
-    return exponent
-
-
-def _sampled(name: str, text: str) -> SampledFisher:
-    return SampledFisher(name, _draws(name, text) if text else 1)
-
-
-def _diagonal(source: str) -> Make:
-    """``diag:ρ``; ``diag-sf:k:ρ``."""
-
-    def make(name: str, text: str) -> Diagonal:
-        parts = text.split(":") if text else []
-        labels = Labels(source)
-        if source == SAMPLED and parts:
-            labels = Labels(source, _draws(name, parts.pop(0)))
-        exponent = _exponent(name, parts.pop(0)) if parts else 1.0
-        if parts:
-            raise InputError(f"method {name!r} has more after its colon than there is to say")
-        return Diagonal(name, labels, exponent)
+    def make(name: str, parameter: str) -> Method:
+        factory = pkgutil.resolve_name(f"ngeval.methods.{path}")
+        method: Method = factory(name, parameter) if parameter else factory(name)
+        return method
 
     return make
 
 
-def _kronecker(source: str, *, corrected: bool) -> Make:
-    """Words in any order, as in ``kfac:reduce:pi``; draws are a number, as in ``kfac-sf:4``."""
-    kinds = {"sharing": SHARINGS, "damping": DAMPINGS, "rest": RESTS}
+_DATA, _MODEL, _EXPECTATION, _RESCALED = "data", "the model", "expectation", "data, 1/‖u_n‖²"
+_DRAWS, _RHO = "draws k (1)", "exponent ρ (1)"
+_DIAG, _KFAC = _within("diag:Diagonal.parse"), _within("kfac:Kronecker.parse")
+_KFAC_FORMULA, _EKFAC_FORMULA = "((A⊗B)/M + λI)⁻¹ g_l", "(U diag(s) Uᵀ + λI)⁻¹ g_l"
+_REST = "diagonal|gradient|zero"
+_WORDS = f"expand|reduce:exact|factored|pi:{_REST}"
 
-    def make(name: str, text: str) -> Kronecker:
-        labels, chosen = None, dict[str, str]()
-        for word in text.split(":") if text else []:
-            kind = next((kind for kind, words in kinds.items() if word in words), None)
-            if source == SAMPLED and word.isdecimal() and labels is None:
-                labels = Labels(source, _draws(name, word))
-            elif kind is None or kind in chosen:
-                known = [known for words in kinds.values() for known in words]
-                what = "says one thing twice" if kind else f"has an unknown {word!r}"
-                raise InputError(f"method {name!r} {what}; {nearest_name(word, known)}")
-            else:
-                chosen[kind] = word
-        return Kronecker(name, labels or Labels(source), corrected=corrected, **chosen)
-
-    return make
-
-
-def _own_methods() -> dict[str, MethodEntry]:
-    data, model, expectation = "data", "the model", "expectation"
-    methods = {
-        "sgd": MethodEntry("g", data, "", lambda name, _: Sgd(name)),
-        "ef": MethodEntry("Gᵀ(K + λI)⁻¹ 1", data, "", lambda n, _: EmpiricalFisher(n, False)),
-        "ief": MethodEntry("Gᵀ(K + λI)⁻¹ s", data, "", lambda n, _: EmpiricalFisher(n, True)),
-        "sf": MethodEntry("(F̂ + λI)⁻¹ g", model, "draws k (1)", _sampled),
-        "ng": MethodEntry("(F + λI)⁻¹ g", expectation, "", lambda n, _: NaturalGradient(n)),
-        "block-ng": MethodEntry(
-            "(F_ll + λI)⁻¹ g_l", expectation, "", lambda n, _: BlockNaturalGradient(n)
-        ),
-    }
-    rho = "exponent ρ (1)"
-    diagonals = {
-        "": ("g / (diag F + λ)^ρ", rho),
-        "-sf": ("g / (diag F̂ + λ)^ρ", f"draws k (1):{rho}"),
-        "-ef": ("g / (Σ_n g_n² + λ)^ρ", rho),
-        "-ief": ("g / (Σ_n g_n²/s_n + λ)^ρ", rho),
-    }
-    for suffix, (formula, parameter) in diagonals.items():
-        source = SUFFIXES[suffix]
-        methods[f"diag{suffix}"] = MethodEntry(
-            formula, DESCRIPTIONS[source], parameter, _diagonal(source)
-        )
-    methods["diag-ema"] = MethodEntry(
+METHODS: dict[str, MethodEntry] = {
+    "sgd": MethodEntry("g", _DATA, "", _within("sgd:Sgd")),
+    "ef": MethodEntry("Gᵀ(K + λI)⁻¹ 1", _DATA, "", _within("ef:EmpiricalFisher.parse")),
+    "ief": MethodEntry("Gᵀ(K + λI)⁻¹ s", _DATA, "", _within("ef:EmpiricalFisher.parse")),
+    "sf": MethodEntry("(F̂ + λI)⁻¹ g", _MODEL, _DRAWS, _within("sf:SampledFisher.parse")),
+    "ng": MethodEntry("(F + λI)⁻¹ g", _EXPECTATION, "", _within("ng:NaturalGradient")),
+    "block-ng": MethodEntry(
+        "(F_ll + λI)⁻¹ g_l", _EXPECTATION, "", _within("block_ng:BlockNaturalGradient")
+    ),
+    "diag": MethodEntry("g / (diag F + λ)^ρ", _EXPECTATION, _RHO, _DIAG),
+    "diag-sf": MethodEntry("g / (diag F̂ + λ)^ρ", _MODEL, f"{_DRAWS}:{_RHO}", _DIAG),
+    "diag-ef": MethodEntry("g / (Σ_n g_n² + λ)^ρ", _DATA, _RHO, _DIAG),
+    "diag-ief": MethodEntry("g / (Σ_n g_n²/s_n + λ)^ρ", _RESCALED, _RHO, _DIAG),
+    "diag-ema": MethodEntry(
         "g / (v̂ + λ)^ρ",
         "the optimizer's state",
         "exponent ρ (½)",
-        NamedAccumulated.parse,
-    )
-    words = "|".join(SHARINGS) + ":" + "|".join(DAMPINGS) + ":" + "|".join(RESTS)
-    for family, corrected, formula in (
-        ("kfac", False, "((A⊗B)/M + λI)⁻¹ g_l"),
-        ("ekfac", True, "(U diag(s) Uᵀ + λI)⁻¹ g_l"),
-    ):
-        for suffix, source in SUFFIXES.items():
-            said = words if not corrected else "|".join(RESTS)
-            said = f"draws k (1):{said}" if source == SAMPLED else said
-            methods[family + suffix] = MethodEntry(
-                formula, DESCRIPTIONS[source], said, _kronecker(source, corrected=corrected)
-            )
-    return methods
-
-
-METHODS = _own_methods()
+        _within("diag_ema:NamedAccumulated.parse"),
+    ),
+    "kfac": MethodEntry(_KFAC_FORMULA, _EXPECTATION, _WORDS, _KFAC),
+    "kfac-sf": MethodEntry(_KFAC_FORMULA, _MODEL, f"{_DRAWS}:{_WORDS}", _KFAC),
+    "kfac-ef": MethodEntry(_KFAC_FORMULA, _DATA, _WORDS, _KFAC),
+    "kfac-ief": MethodEntry(_KFAC_FORMULA, _RESCALED, _WORDS, _KFAC),
+    "ekfac": MethodEntry(_EKFAC_FORMULA, _EXPECTATION, _REST, _KFAC),
+    "ekfac-sf": MethodEntry(_EKFAC_FORMULA, _MODEL, f"{_DRAWS}:{_REST}", _KFAC),
+    "ekfac-ef": MethodEntry(_EKFAC_FORMULA, _DATA, _REST, _KFAC),
+    "ekfac-ief": MethodEntry(_EKFAC_FORMULA, _RESCALED, _REST, _KFAC),
+}
 """ngeval's own methods; `all_methods` adds optimizers and plug-ins."""
 
 
+def method_names() -> list[str]:
+    """The name of every method: ngeval's own, optimizers, plug-ins. Imports nothing."""
+    return list(dict.fromkeys([*METHODS, *OPTIMIZERS, *_plugins()]))
+
+
+def check_name(name: str) -> None:
+    """Check a method's name, and whether it can have a parameter, without importing the method.
+
+    Raises:
+        InputError: there is no such method, or it takes no parameter.
+    """
+    family = name.strip().partition(":")[0]
+    points = _plugins()  # for every name: it warns of a plug-in whose name is taken
+    if _is_builtin(family):
+        _check_parameter(name, _builtin(family))
+    elif family not in points:
+        raise InputError(f"unknown method {name!r}; {nearest_name(family, method_names())}")
+
+
 def all_methods() -> dict[str, MethodEntry]:
-    """Every method that can be asked for by name; a plug-in that does not load says why."""
-    found = dict(METHODS)
-    for name in OPTIMIZERS:
-        found.setdefault(name, _optimizer_entry(name))
-    for point in _plugins():
-        if point.name in found:
-            continue
+    """The entry of every method; that of a plug-in that fails to load has the reason as formula."""
+    entries = {name: _builtin(name) for name in (*METHODS, *OPTIMIZERS)}
+    for name, point in _plugins().items():
         try:
-            found[point.name] = _loaded(point)
+            entries[name] = _loaded(point)
         except InputError as error:
-            found[point.name] = MethodEntry(
-                str(error), "", "", lambda name, _: get_method(name), _package(point)
+            entries[name] = MethodEntry(
+                str(error), "", "", lambda name, _: get_method(name), package_of(point)
             )
-    return found
+    return entries
 
 
 def get_method(method: str | Method | Optimizer) -> Method:
@@ -186,106 +139,117 @@ def get_method(method: str | Method | Optimizer) -> Method:
         method: ``"ief"``, ``"sf:4"`` (four draws), ``"diag-ef:0.5"`` (ρ = ½), ``"kfac:reduce"``,
             an optimizer's name or the path of its class (``"adamw"``,
             ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …; an optimizer, whose step is graded
-            (see `OptimizerStep`); or an object with ``name`` and ``prepare``, which is returned as
-            it is.
+            (see `OptimizerStep`); or an object with ``name`` and ``prepare``, which is returned
+            unchanged.
 
     Raises:
-        InputError: no such method, or its parameter cannot be read, or a plug-in does not load.
+        InputError: there is no such method, its parameter cannot be read, or a plug-in fails to
+            load.
 
     >>> get_method("sf:4").mc_samples
     4
     """
-    if isinstance(method, Optimizer):
-        return OptimizerStep(method)
     if not isinstance(method, str):
-        if not (hasattr(method, "prepare") and hasattr(method, "name")):
-            raise InputError(
-                "a method is a name, an optimizer, or an object with .name and .prepare, not a "
-                f"{type(method).__name__}"
-            )
-        return method
-    full = method.strip()
-    family, colon, parameter = full.partition(":")
-    entry = _entry(family)
-    if entry is None:
-        known = [*METHODS, *OPTIMIZERS, *(point.name for point in _plugins())]
-        raise InputError(f"unknown method {method!r}; {nearest_name(family, known)}")
-    if colon and (not entry.parameter or not parameter):
-        allowed = f"the {entry.parameter}" if entry.parameter else "no parameter"
-        raise InputError(f"method {method!r}: {family} takes {allowed} after a colon")
+        return _from_object(method)
+    check_name(method)
+    name = method.strip()
+    family, _, parameter = name.partition(":")
+    if _is_builtin(family):
+        return _builtin(family).make(name, parameter)
+    entry = _loaded(_plugins()[family])
+    _check_parameter(name, entry)
     try:
-        return entry.make(full, parameter)
+        return entry.make(name, parameter)
     except NgevalError:
         raise
-    except Exception as error:
-        if entry.source == "ngeval":
-            raise
+    except Exception as error:  # the code of another package can raise anything
         raise InputError(
-            f"method {method!r} of {entry.source} cannot be made: {type(error).__name__}: {error}"
+            f"method {name!r} of {entry.source} cannot be built: {type(error).__name__}: {error}"
         ) from error
 
 
-def get_methods(methods: Iterable[str | Method | Optimizer]) -> list[Method]:
-    """Resolve several methods, keeping their order and refusing an empty list or repetitions."""
+def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Method]:
+    """Resolve several methods in their order; methods that are resolved already stay as they are.
+
+    Args:
+        methods: names, optimizers or methods, as `get_method` takes them; or a comma list of names.
+
+    Raises:
+        InputError: see `get_method`; there is no method; two methods have the same name.
+    """
     if isinstance(methods, str):
         methods = methods.split(",")
     resolved = [get_method(method) for method in methods]
     names = [method.name for method in resolved]
     if not names:
         raise InputError(f"no method given; {nearest_name('', METHODS)}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise InputError(
-            f"methods named twice: {', '.join(twice)} (objects can be told apart by their name, as "
-            "in ngeval.OptimizerStep(optimizer, name='mine'))"
+            f"methods named twice: {', '.join(repeated)} (objects are distinguished by their name, "
+            "as in ngeval.OptimizerStep(optimizer, name='mine'))"
         )
     return resolved
 
 
-def _entry(family: str) -> MethodEntry | None:
-    """The entry of a name, None if there is none."""
+def _from_object(method: Method | Optimizer) -> Method:
+    from torch.optim import Optimizer  # noqa: PLC0415  (names are resolved without torch)
+
+    if isinstance(method, Optimizer):
+        step: Callable[[Optimizer], Method] = pkgutil.resolve_name(
+            "ngeval.methods.optimizer.step:OptimizerStep"
+        )
+        return step(method)
+    if not (hasattr(method, "prepare") and hasattr(method, "name")):
+        raise InputError(
+            "a method is a name, an optimizer, or an object with .name and .prepare, not a "
+            f"{type(method).__name__}"
+        )
+    return method
+
+
+def _is_builtin(family: str) -> bool:
+    """Whether a name is ngeval's own, an optimizer's, or the path of an optimizer's class."""
+    return family in METHODS or family in OPTIMIZERS or "." in family
+
+
+def _builtin(family: str) -> MethodEntry:
     if family in METHODS:
         return METHODS[family]
-    if family in OPTIMIZERS or "." in family:
-        return _optimizer_entry(family)
-    point = next((point for point in _plugins() if point.name == family), None)
-    return None if point is None else _loaded(point)
-
-
-def _optimizer_entry(family: str) -> MethodEntry:
     known = OPTIMIZERS.get(family)
     return MethodEntry(
         known.description if known else f"step of {family}",
         "its state",
         "batches K at fixed weights (the checkpoint's state)",
-        lambda name, text: NamedOptimizer.parse(name, family, text),
+        _within("optimizer.by_name:NamedOptimizer.parse"),
         "torch.optim" if known else family.partition(".")[0],
     )
 
 
-def _plugins() -> list[EntryPoint]:
-    return sorted(entry_points(group=GROUP), key=lambda point: point.name)
+def _check_parameter(name: str, entry: MethodEntry) -> None:
+    family, colon, parameter = name.strip().partition(":")
+    if colon and (not entry.parameter or not parameter):
+        allowed = f"the {entry.parameter}" if entry.parameter else "no parameter"
+        raise InputError(f"method {name!r}: {family} takes {allowed} after a colon")
 
 
-def _package(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+def _plugins() -> dict[str, EntryPoint]:
+    return plugins(GROUP, frozenset((*METHODS, *OPTIMIZERS)))
 
 
 def _loaded(point: EntryPoint) -> MethodEntry:
-    """What a plug-in's entry point names."""
-    try:
-        found = point.load()
-    except Exception as error:  # a plug-in's import may raise anything
-        raise InputError(
-            f"method {point.name!r} of {_package(point)} cannot be loaded from {point.value!r}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if isinstance(found, MethodEntry):
-        return replace(found, source=_package(point))
-    if callable(found):
-        summary = (getattr(found, "__doc__", None) or "").strip().partition("\n")[0]
-        return MethodEntry(summary, "", "as the plug-in says", found, _package(point))
+    """The entry that a plug-in's entry point names.
+
+    Raises:
+        InputError: it cannot be imported, or is neither an entry nor a function.
+    """
+    entry = load_plugin(point)
+    if isinstance(entry, MethodEntry):
+        return replace(entry, source=package_of(point))
+    if callable(entry):
+        summary = (getattr(entry, "__doc__", None) or "").strip().partition("\n")[0]
+        return MethodEntry(summary, "", "as the plug-in defines it", entry, package_of(point))
     raise InputError(
-        f"method {point.name!r} of {_package(point)}: {point.value!r} is no ngeval.MethodEntry and "
-        "no function (name, parameter) → method"
+        f"method {point.name!r} of {package_of(point)}: {point.value!r} is neither an "
+        "ngeval.MethodEntry nor a function (name, parameter) → method"
     )

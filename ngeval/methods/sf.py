@@ -15,6 +15,7 @@ from ngeval.curvature.logit_kernel import DenseKernel, logit_kernel
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.errors import EngineError
 from ngeval.methods.base import CotangentState
+from ngeval.methods.label_sources import parse_draws
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import describe_bytes
 
@@ -31,6 +32,15 @@ class SampledFisher:
 
     name: str
     mc_samples: int
+
+    @classmethod
+    def parse(cls, name: str, parameter: str = "") -> SampledFisher:
+        """Build the method from its full name and the text after the colon, k.
+
+        Raises:
+            InputError: k is not a whole number ≥ 1.
+        """
+        return cls(name, parse_draws(name, parameter or "1"))
 
     def prepare(self, problem: Problem, seed: int = 0) -> SampledState:
         """Draw the labels and factor ĜĜᵀ once."""

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ngeval.errors import InputError, ModelError, NgevalError, NumericalError, nearest_name
-from ngeval.methods.optimizer import OPTIMIZERS, optimizer_entry
+from ngeval.methods.optimizer.build import build_optimizers
+from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.problem.problem import Problem
 from ngeval.tasks import Batch, Task
@@ -146,8 +147,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
     """Optimizers on a model's trainable parameters, whose groups know the parameters' names.
 
     Args:
-        name: an exact one, a name in `ngeval.methods.optimizer.OPTIMIZERS`, or the dotted path of
-            a class.
+        name: an exact one, a name in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, or the dotted
+            path of a class.
         model: whose parameters they step.
         settings: the optimizer's.
         seed: for the labels that ``sf`` draws.
@@ -166,7 +167,7 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
         )
     if "." in name:
         _check_class(name)
-    optimizers = optimizer_entry(name).build(model, settings.learning_rate)
+    optimizers = build_optimizers(name, model, settings.learning_rate)
     if settings.damping is not None:
         raise InputError(
             f"{name} has no damping; it is an option of {', '.join(EXACT)} (leave --damping out)"
@@ -190,7 +191,7 @@ def _check_class(path: str) -> None:
     """
     names = {family: name for name, (family, _) in EXACT.items()}
     model = _smallest()
-    for optimizer in optimizer_entry(path).build(model):
+    for optimizer in build_optimizers(path, model):
         exact = [names[family] for family in type(optimizer).__mro__ if family in names]
         if exact:
             raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import functools
 import hashlib
 import importlib
 import json
@@ -170,9 +169,6 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with instrumented(told.engine):
         counter = Counter(told.target, told.folder, told.findings, told.folder / "status.json")
-    # Reading all packages' entry points for each unknown name takes a tenth of a second.
-    registry = importlib.import_module("ngeval.methods.registry")
-    registry._plugins = functools.cache(registry._plugins)
     try:
         ENGINES[told.engine](counter, told.inputs, told.seed)
     finally:

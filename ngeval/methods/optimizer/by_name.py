@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from ngeval.errors import CheckpointError, InputError
-from ngeval.methods.optimizer.catalogue import optimizer_entry
+from ngeval.methods.optimizer.build import build_optimizers, optimizer_class
 from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.load_state import load_optimizer_state
 from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.problem.problem import Problem
 
-MOST_BATCHES = 100_000
-"""More than this is a typing error."""
-
+MAX_BATCHES = 100_000
+"""A larger number of warm-up batches is taken for a typing error."""
 
 KEPT_SHARE = 16
 """Warm copies are kept where they take at most this part of the memory to work in."""
@@ -79,21 +78,22 @@ class NamedOptimizer:
     _slot: list[_Bound] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
-    def parse(cls, full_name: str, family: str, parameter: str) -> NamedOptimizer:
-        """From the parts of ``adamw`` or ``adamw:20``.
+    def parse(cls, name: str, parameter: str = "") -> NamedOptimizer:
+        """Build the method from its full name, as ``adamw`` or ``adamw:20``, and its parameter.
 
         Raises:
-            InputError: no such optimizer, or K cannot be read.
+            InputError: there is no such optimizer, or K cannot be read.
         """
-        optimizer_entry(family)  # an unknown name is an error before any work
+        family = name.partition(":")[0]
+        optimizer_class(family)  # an unknown name is an error before any work
         if not parameter:
-            return cls(full_name, family, None)
-        if not parameter.isdecimal() or int(parameter) > MOST_BATCHES:
+            return cls(name, family, None)
+        if not parameter.isdecimal() or int(parameter) > MAX_BATCHES:
             raise InputError(
-                f"method {full_name!r}: what follows the colon is a number of batches: "
+                f"method {name!r}: what follows the colon is a number of batches: "
                 f"{family}:0 grades the first step, {family}:20 a state accumulated over 20"
             )
-        return cls(full_name, family, int(parameter))
+        return cls(name, family, int(parameter))
 
     @property
     def needs_stage(self) -> bool:
@@ -140,7 +140,7 @@ class NamedOptimizer:
             if known.model is model and known.stage is self.stage:
                 return known
         options = self.stage.options if self.stage else OptimizerOptions()
-        optimizers = optimizer_entry(self.family).build(model)
+        optimizers = build_optimizers(self.family, model)
         notes: tuple[str, ...] = ()
         if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
             path, pickled = self.stage.optimizer_state, options.allow_pickle
