@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ngeval.errors import EngineError, InputError
-from ngeval.model.sharding import SINGLE, Shards, at_least, fingerprint, shards_of
+from ngeval.errors import InputError
+from ngeval.model.sharding import SINGLE, Shards, fingerprint, shards_of
 from ngeval.utils.memory import free_memory, local_ranks
 from tests import ranks_problems
 from tests.ranks_problems import CASES
@@ -137,12 +137,12 @@ class Part(Shards):
 
 @pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 3), (1, 4), (8, 4), (5, 1)])
 def test_every_sample_belongs_to_one_rank(count, size):
-    parts = [Part(rank, size).own(count) for rank in range(size)]
+    parts = [Part(rank, size).local_slice(count) for rank in range(size)]
     assert [n for part in parts for n in range(count)[part]] == list(range(count))
     lengths = [part.stop - part.start for part in parts]
     assert max(lengths) - min(lengths) <= 1
-    for part in parts:
-        more = at_least(part, 2, count)
+    for rank, part in enumerate(parts):
+        more = Part(rank, size).local_slice(count, at_least=2)
         assert len(range(count)[more]) == more.stop - more.start >= min(2, count)
         assert set(range(count)[part]) <= set(range(count)[more])
 
@@ -176,10 +176,8 @@ def test_a_group_is_a_process_group():
         shards_of("gloo")
 
 
-def test_a_single_process_has_all_samples_and_nobody_to_pass_them_to():
-    assert SINGLE.own(5) == slice(0, 5)
-    assert SINGLE.gathered("x") == ["x"]
-    assert SINGLE.numbers(3) == [3]
-    assert SINGLE.decided(True) is True
-    with pytest.raises(EngineError, match="nobody"):
-        SINGLE.passed([], None, [], 0)
+def test_a_single_process_has_all_samples_and_nobody_to_exchange_them_with():
+    assert SINGLE.local_slice(5) == slice(0, 5)
+    assert SINGLE.gather("x") == ["x"]
+    assert SINGLE.broadcast(True) is True
+    assert not hasattr(SINGLE, "exchange")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.capture import Plan
+from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import add_squared_column_sums
 from ngeval.jacobians.terms import AffineTerm, Term
 from ngeval.model.sharding import SINGLE, Shards
@@ -96,12 +96,12 @@ class SecondMoment:
         """Add up over ranks, each of which has added the rows of its own samples."""
         if shards.alone:
             return
-        kept = shards.gathered((sum(len(rows[0]) for rows in self._rows), self._matrix is None))
+        kept = shards.gather((sum(len(rows[0]) for rows in self._rows), self._matrix is None))
         few = self.thin and all(thin for _, thin in kept)
         if few and sum(count for count, _ in kept) < self.shape[1]:
-            self._rows = [shards.joined(self._kept).transpose(0, 1)]
+            self._rows = [shards.concatenate(self._kept).transpose(0, 1)]
             return
-        self._matrix = shards.total(self._whole)
+        self._matrix = shards.sum(self._whole)
         self._rows = []
 
     def _kept(self) -> Tensor:
@@ -175,7 +175,7 @@ class Curvature:
     first: bool = True
 
 
-def affine_layers(plan: Plan) -> list[Layer]:
+def affine_layers(plan: CapturePlan) -> list[Layer]:
     """The layers whose rows are sums of outer products, and whose weights are theirs alone."""
     uses = plan.uses()
     return [
@@ -217,11 +217,11 @@ def layer_factors(
                     found[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
                 _add_term(found[layer], term, curvature, sharing)
 
-    shards.together(add_up)
+    shards.synchronized(add_up)
     return [
         _over_ranks(found.get(layer), layer, sharing, shards)
         for layer in layers
-        if any(shards.numbers(int(layer in found)))
+        if any(shards.gather(int(layer in found)))
     ]
 
 
@@ -229,11 +229,11 @@ def _over_ranks(own: Factors | None, layer: Layer, sharing: str, shards: Shards)
     """The sums of all ranks, of which some have no samples, and no factors."""
     if shards.alone and own is not None:
         return own
-    everyone = shards.gathered(None if own is None else (own.gradient.shape, own.gradient.device))
+    everyone = shards.gather(None if own is None else (own.gradient.shape, own.gradient.device))
     shape, device = next(one for one in everyone if one is not None)
     sums = _empty(layer, tuple(shape), device, sharing) if own is None else own
     count = torch.tensor(sums.count, dtype=torch.float64, device=sums.gradient.device)
-    sums.gradient, count = shards.total(lambda: (sums.gradient, count))
+    sums.gradient, count = shards.sum(lambda: (sums.gradient, count))
     sums.count = float(count)
     sums.inputs.summed(shards)
     sums.outputs.summed(shards)

@@ -104,7 +104,7 @@ class KrylovRun:
             self.step()
             checked = self.iterations % max(2, self.iterations // 8) == 0
             # One rank's word: machines of two kinds might differ in the last digit.
-            if checked and self.problem.shards.decided(self.bounds(dampings).gap <= gap):
+            if checked and self.problem.shards.broadcast(self.bounds(dampings).gap <= gap):
                 return
 
     def step(self) -> None:
@@ -116,7 +116,7 @@ class KrylovRun:
             made = self._orthogonal(made)
         beta = float(made.norm())
         self.below.append(beta)
-        if problem.shards.decided(beta <= self.rounding * max(self.diagonal)):
+        if problem.shards.broadcast(beta <= self.rounding * max(self.diagonal)):
             self.exhausted = True
             return
         self.left = made / beta
@@ -132,7 +132,7 @@ class KrylovRun:
             made = self._orthogonal(made)
         alpha = float(made.norm())
         nothing = alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0
-        if problem.shards.decided(nothing):
+        if problem.shards.broadcast(nothing):
             self.exhausted = True
             return
         self.diagonal.append(alpha)

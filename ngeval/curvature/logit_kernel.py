@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngeval.curvature.spectrum import UNSEEN, Spectrum
 from ngeval.errors import EngineError
-from ngeval.jacobians import CapturedRows, every_row, gram_matrix, row_combinations
+from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations, row_matrix
 from ngeval.problem.fisher import (
     factor_columns,
     has_few_parameters,
@@ -132,7 +132,7 @@ class JacobianKernel(DenseKernel):
             columns = [part.flatten(1) for part in jacobian_columns(problem)]
             self.jacobian = torch.cat(columns).T.contiguous()
             return
-        self.jacobian = every_row(problem.rows, unit_cotangents(problem))
+        self.jacobian = row_matrix(problem.rows, unit_cotangents(problem))
 
     @property
     def matrix(self) -> Tensor:

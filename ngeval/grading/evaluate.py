@@ -113,14 +113,14 @@ def evaluate(
     check_scale(damping_scale)
     _check_options(problem, metric, gap, max_iterations)
     # What is graded from memory would not notice.
-    problem.shards.together(problem.function.check_unchanged)
+    problem.shards.synchronized(problem.function.check_unchanged)
     done = on_step or (lambda _: None)
     asked = any(isinstance(method, NaturalGradient) for method in resolved)
     exact = (natural or asked) and metric is None
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         # The methods that need it will say so.
         with contextlib.suppress(NgevalError, RuntimeError, MemoryError):
-            problem.shards.together(
+            problem.shards.synchronized(
                 lambda: logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
             )
         rated = [_Rated(method, lambdas) for method in resolved]
@@ -204,7 +204,7 @@ class _Rated:
         if isinstance(method, NaturalGradient):
             method = replace(method, gap=limits[0], max_iterations=limits[1])
         try:
-            prepared = problem.shards.together(
+            prepared = problem.shards.synchronized(
                 lambda: prepare(problem, method, self.dampings, scale, seed)
             )
             self.absolute, self.updates = prepared.absolute, prepared.updates
@@ -261,7 +261,7 @@ def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) ->
 def _grade(problem: Problem, group: Sequence[_Rated], metric: Metric | None) -> None:
     try:
         updates = [one.updates for one in group if one.updates is not None]
-        found = problem.shards.together(lambda: grade(problem, updates, metric))
+        found = problem.shards.synchronized(lambda: grade(problem, updates, metric))
         for one, grades in zip(group, found, strict=True):
             one.grades = grades
     except Exception as error:  # a method may be anybody's; its failure is data
@@ -316,7 +316,7 @@ def _with_natural(
         return solver, solver.bounds(dampings), least
 
     try:
-        solver, found, least = problem.shards.together(solved)
+        solver, found, least = problem.shards.synchronized(solved)
     except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
         return _noted(table.assign(**missing), failure_reason(error))

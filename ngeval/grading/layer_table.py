@@ -135,7 +135,7 @@ def layer_table(
     if metric is not None and metric.problem is not problem:
         raise InputError("the metric was made for another problem; make one for this one")
     chosen = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
-    problem.shards.together(problem.function.check_unchanged)
+    problem.shards.synchronized(problem.function.check_unchanged)
     done = on_step or (lambda _: None)
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         graded = Metric(problem) if metric is None else metric
@@ -234,7 +234,7 @@ def _least_gammas(
     if not wanted:
         return nothing, ""
     try:
-        found = problem.shards.together(lambda: fisher_blocks(problem, groups).least_gammas())
+        found = problem.shards.synchronized(lambda: fisher_blocks(problem, groups).least_gammas())
     except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
         return nothing, f"no least γ of layers: {failure_reason(error)}"
     least = np.array([found[group.name] for group in groups])
@@ -266,9 +266,11 @@ def _method_rows(
     absolute = [math.nan] * len(dampings)
     shards = metric.problem.shards
     try:
-        prepared = shards.together(lambda: prepare(metric.problem, method, dampings, scale, seed))
+        prepared = shards.synchronized(
+            lambda: prepare(metric.problem, method, dampings, scale, seed)
+        )
         absolute = prepared.absolute
-        found = shards.together(
+        found = shards.synchronized(
             lambda: [
                 _part_columns(parts_of(metric, prepared.updates.direction(i), groups), prepared)
                 for i in range(prepared.updates.count)

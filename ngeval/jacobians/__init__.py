@@ -6,12 +6,12 @@ columns of S the square root of the Fisher, v = sampled residuals the sampled gr
 """
 
 from ngeval.jacobians.captured_rows import CapturedRows, row_combinations
-from ngeval.jacobians.engine_choice import Choice, choose_rows, still_right
+from ngeval.jacobians.engine_choice import EngineChoice, choose_engine, recheck_engine
 from ngeval.jacobians.one_pass import OnePass, PassRows
 from ngeval.jacobians.row_source import (
     RowSource,
-    every_row,
     gram_matrix,
+    row_matrix,
     squared_column_sums,
     squared_norms,
     squared_sums,
@@ -19,16 +19,16 @@ from ngeval.jacobians.row_source import (
 
 __all__ = [
     "CapturedRows",
-    "Choice",
+    "EngineChoice",
     "OnePass",
     "PassRows",
     "RowSource",
-    "choose_rows",
-    "every_row",
+    "choose_engine",
     "gram_matrix",
+    "recheck_engine",
     "row_combinations",
+    "row_matrix",
     "squared_column_sums",
     "squared_norms",
     "squared_sums",
-    "still_right",
 ]

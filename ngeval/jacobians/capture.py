@@ -1,6 +1,6 @@
 """One forward pass with hooks, one backward pass for each cotangent: the terms of all rows.
 
-Which module is watched, and how, is the `Plan`'s business. The forward pass runs with every
+Which module is watched, and how, is the `CapturePlan`'s business. The forward pass runs with every
 parameter in place; the backward pass goes to the watched outputs alone, so that no gradient of a
 parameter is ever made.
 """
@@ -8,9 +8,7 @@ parameter is ever made.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ngeval.errors import EngineError
-from ngeval.jacobians.layer_rules import Call, Owner
+from ngeval.jacobians.capture_plan import CapturePlan
+from ngeval.jacobians.layer_rules import HookedModule, RecordedCall
 from ngeval.jacobians.layouts import one_for_each
 from ngeval.jacobians.module_vjp import unit_term
 from ngeval.jacobians.terms import RowsTerm, Term, merged
@@ -41,61 +40,9 @@ class UnsupportedLayerError(EngineError):
     """The model was not called as it was when the plan was made."""
 
 
-@dataclass
-class Plan:
-    """Which parameter's rows are read off where.
-
-    Attributes:
-        owners: the watched modules.
-        replicated: parameters that are handed to the model expanded to one copy for each sample
-            (their own first dimension is 1).
-        looped: parameters whose rows come from a loop over samples of the whole model.
-    """
-
-    owners: list[Owner]
-    replicated: list[str] = field(default_factory=list)
-    looped: list[str] = field(default_factory=list)
-
-    def uses(self) -> Counter[str]:
-        """In how many places each parameter is seen."""
-        uses = Counter(name for owner in self.owners for name in set(owner.parameters.values()))
-        uses.update(self.replicated)
-        return uses
-
-    def streamed(self) -> set[str]:
-        """The owners whose terms are complete as soon as the backward pass has come by them."""
-        uses = self.uses()
-        return {
-            owner.name
-            for owner in self.owners
-            if owner.rule is not None
-            and len(owner.calls) == 1
-            and all(uses[name] == 1 for name in owner.parameters.values())
-        }
-
-    def watched_scalars(self, function: ModelFunction) -> int:
-        """Scalars of a sample at which a cotangent's gradients are taken."""
-        outputs = sum(call.output_scalars for owner in self.owners for call in owner.calls)
-        return outputs + sum(function.parameters[name].numel() for name in self.replicated)
-
-    def captured_bytes(self, function: ModelFunction) -> int:
-        """Bytes that a capture keeps for one cotangent of one sample: gradients, and whole rows.
-
-        Gradients exist twice for a moment, when a layer's are brought to float64. Only the rows
-        of one unit, or of all looped parameters, exist at one time, with their float64 copy.
-        """
-        size = function.dtype.itemsize
-        wholes = [
-            sum(function.parameters[name].numel() for name in names)
-            for names in (
-                self.looped,
-                *(owner.parameters.values() for owner in self.owners if owner.rule is None),
-            )
-        ]
-        return 2 * size * self.watched_scalars(function) + (size + 8) * max(wholes) + 1
-
-
-def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor) -> list[Term]:
+def capture(
+    function: ModelFunction, plan: CapturePlan, samples: slice, cotangents: Tensor
+) -> list[Term]:
     """Run some samples forward once and pull Q cotangents of each back to every watched output.
 
     Args:
@@ -122,7 +69,7 @@ def capture(function: ModelFunction, plan: Plan, samples: slice, cotangents: Ten
 
 
 def stream(
-    function: ModelFunction, plan: Plan, samples: slice, cotangents: Tensor, use: Use
+    function: ModelFunction, plan: CapturePlan, samples: slice, cotangents: Tensor, use: Use
 ) -> None:
     """Like `capture`, but a layer's term is used, and let go, when the backward pass comes by.
 
@@ -156,13 +103,13 @@ def stream(
 
 def forward(
     function: ModelFunction,
-    plan: Plan,
+    plan: CapturePlan,
     batch: Any,
     *,
     taps: _Taps | None = None,
     fused: bool = False,
     leaves: Parameters | None = None,
-) -> tuple[list[Call], Parameters, Tensor]:
+) -> tuple[list[RecordedCall], Parameters, Tensor]:
     """The outputs with their graph, the recorded calls, and the copies of replicated parameters.
 
     Args:
@@ -201,7 +148,7 @@ class _Taps:
         self.use: Callable[[list[Term]], None] = lambda _: None
         self.last = False
 
-    def tap(self, call: Call, made: list[Any]) -> None:
+    def tap(self, call: RecordedCall, made: list[Any]) -> None:
         """Put a tap after the output of a recorded call."""
         index = next(iter(call.outputs))
         call.outputs.clear()
@@ -209,7 +156,7 @@ class _Taps:
             made[index], self.source, partial(self._passed, call, index)
         )
 
-    def _passed(self, call: Call, index: int, gradient: Tensor) -> None:
+    def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
         layout, rule = call.layout.outputs[index], call.owner.rule
         if layout is None or rule is None:
             return
@@ -232,13 +179,13 @@ class _Tap(torch.autograd.Function):
         return gradient, gradient.new_zeros(()), None
 
 
-def _watched(calls: list[Call], copies: Parameters) -> list[Tensor]:
+def _watched(calls: list[RecordedCall], copies: Parameters) -> list[Tensor]:
     """Where gradients are wanted, in the order in which `_terms` takes them."""
     return [*(tensor for call in calls for tensor in call.outputs.values()), *copies.values()]
 
 
 def _terms(
-    function: ModelFunction, calls: list[Call], copies: Parameters, found: list[Tensor]
+    function: ModelFunction, calls: list[RecordedCall], copies: Parameters, found: list[Tensor]
 ) -> list[Term]:
     """The terms of recorded calls and copies, given the gradients there."""
     gradients = iter(found)
@@ -258,11 +205,13 @@ def _terms(
 
 
 @contextlib.contextmanager
-def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[list[Call]]:
+def _recorded(
+    owners: list[HookedModule], count: int, taps: _Taps | None
+) -> Iterator[list[RecordedCall]]:
     """Record the owners' calls while inside; all hooks are gone afterwards."""
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
 
-    def hook_for(owner: Owner) -> Any:
+    def hook_for(owner: HookedModule) -> Any:
         layouts = iter(owner.calls)
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -283,7 +232,7 @@ def _recorded(owners: list[Owner], count: int, taps: _Taps | None) -> Iterator[l
                 if isinstance(leaf, Tensor) and leaf.requires_grad and layout.outputs[i] is not None
             }
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            call = Call(owner, layout, spec, detached, made_by_leaf)
+            call = RecordedCall(owner, layout, spec, detached, made_by_leaf)
             calls.append(call)
             tapped = taps is not None and owner.name in taps.owners and bool(made_by_leaf)
             if taps is not None and tapped:

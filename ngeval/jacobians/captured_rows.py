@@ -35,8 +35,8 @@ class CapturedRows:
         self.source = source
         self.cotangents = cotangents
         self.shards = source.function.shards
-        self._part = source.own_part()
-        self._own = self.shards.part(cotangents)
+        self._part = source.local()
+        self._own = self.shards.local(cotangents)
         self._kept: list[tuple[Block, list[Term]]] | None = None
 
     def products(self, weights: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ class CapturedRows:
     def combinations(self, weights: Tensor) -> Tensor:
         """Sums of rows with weights; see `row_combinations`."""
         vectors = self.cotangents.shape[1]
-        samples = self.shards.own(len(self.cotangents))
+        samples = self.shards.local_slice(len(self.cotangents))
         own = weights[:, samples.start * vectors : samples.stop * vectors]
 
         def attempt(limited: RowSource) -> Tensor:
             return _combined(limited.function, self._captures(limited, share=1.0), own)
 
         part = self._part
-        return self.shards.total(
+        return self.shards.sum(
             lambda: halving(lambda memory: attempt(replace(part, memory=memory)), part.memory)
         )
 
@@ -116,13 +116,13 @@ class CapturedRows:
                 add_inner_products(gram[rows, columns], left, right, symmetric=left is right)
             return gram
 
-        return from_lower(self.shards.total(own_share))
+        return from_lower(self.shards.sum(own_share))
 
     def _products_over_ranks(self, weights: Tensor) -> Tensor:
         """The rows of one's own samples against everybody's, which are sent round."""
         (count, vectors), width = self.cotangents.shape[:2], weights.shape[1]
-        start = self.shards.own(count).start
-        own, function = self.shards.part(weights), self.source.function
+        start = self.shards.local_slice(count).start
+        own, function = self.shards.local(weights), self.source.function
         others = torch.einsum("nrq,nq...->nr...", own, self._own)
 
         def attempt(limited: RowSource) -> Tensor:
@@ -130,7 +130,7 @@ class CapturedRows:
             size = (len(self._own) * vectors, count * width)
             out = torch.zeros(size, dtype=torch.float64, device=device)
             blocks = limited.blocks(others, share=KEPT_SHARE)
-            for i in range(max(self.shards.numbers(len(blocks)))):
+            for i in range(max(self.shards.gather(len(blocks)))):
                 sent, terms, rows = blocks[i : i + 1], list[Term](), slice(0, 0)
                 for block in sent:
                     first = start * width
@@ -143,7 +143,7 @@ class CapturedRows:
 
         part = self._part
         return halving(
-            lambda memory: self.shards.joined(lambda: attempt(replace(part, memory=memory))),
+            lambda memory: self.shards.concatenate(lambda: attempt(replace(part, memory=memory))),
             part.memory,
         )
 

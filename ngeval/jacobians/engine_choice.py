@@ -18,12 +18,11 @@ from ngeval.jacobians.terms import Term
 from ngeval.jacobians.whole_model import loop_rows
 from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.model.operations import OperationWatch
-from ngeval.model.sharding import at_least
 from ngeval.utils.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine, and what it gave when it was tried.
 
     Attributes:
@@ -37,7 +36,7 @@ class Choice:
     products: Parameters
 
 
-def choose_rows(
+def choose_engine(
     function: ModelFunction,
     engine: str,
     memory: int,
@@ -45,7 +44,7 @@ def choose_rows(
     residual: Tensor,
     *,
     check: bool = True,
-) -> Choice:
+) -> EngineChoice:
     """The fastest source of rows that is right for a model.
 
     For random w and v, (J_nᵀw_n)·v must equal w_n·(Jv)_n for every sample n, with the rows from
@@ -75,12 +74,12 @@ def choose_rows(
     every = ("layers",) if function.split else ENGINES
     names = every if engine == "auto" else (engine,)
     shards = function.shards
-    probe = shards.together(lambda: _Probe(function, outputs, residual))
+    probe = shards.synchronized(lambda: _Probe(function, outputs, residual))
     chosen, reasons = _first_right(names, memory, check, probe)
     if chosen is None and check and function.dtype.itemsize < 8 and not function.split:
         # Rounding can flip a ReLU between two ways of computing: ask again in float64.
         with contextlib.suppress(ModelError):
-            double = shards.together(
+            double = shards.synchronized(
                 lambda: _Probe(
                     _watched(function.converted(torch.float64)), outputs.double(), residual
                 )
@@ -89,9 +88,9 @@ def choose_rows(
             if wide is not None:
                 mode = wide.rows.function.forward_mode
                 rows = replace(wide.rows, function=replace(function, forward_mode=mode))
-                both = shards.together(lambda: probe.row_products(rows))
+                both = shards.synchronized(lambda: probe.row_products(rows))
                 own = {n: part[:, 1] for n, part in both.items()}
-                return Choice(rows, probe.direction, probe.of_all(own))
+                return EngineChoice(rows, probe.direction, probe.of_all(own))
             reasons = again
     if chosen is None:
         hint = "" if engine == "auto" else "; use engine='auto'"
@@ -99,10 +98,10 @@ def choose_rows(
     return chosen
 
 
-def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | None:
+def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> EngineChoice | None:
     """What a source of rows that was chosen on another batch gives on this one, None if wrong.
 
-    Compared as `choose_rows` does, with the one mode of tangents that was found.
+    Compared as `choose_engine` does, with the one mode of tangents that was found.
 
     Args:
         rows: with the function at θ on this batch.
@@ -110,28 +109,28 @@ def still_right(rows: RowSource, outputs: Tensor, residual: Tensor) -> Choice | 
         residual: u.
     """
     function, shards = rows.function, rows.function.shards
-    probe = shards.together(lambda: _Probe(function, outputs, residual))
+    probe = shards.synchronized(lambda: _Probe(function, outputs, residual))
     both = _products_if_right(rows, probe)
     if both is None and function.dtype.itemsize < 8 and not function.split:
-        # As in `choose_rows`: a ReLU that rounding flips is no fault.
+        # As in `choose_engine`: a ReLU that rounding flips is no fault.
         with contextlib.suppress(ModelError):
             double = replace(
                 _watched(function.converted(torch.float64)), forward_mode=function.forward_mode
             )
             wide = replace(rows, function=double)
-            other = shards.together(lambda: _Probe(double, outputs.double(), residual))
+            other = shards.synchronized(lambda: _Probe(double, outputs.double(), residual))
             if _products_if_right(wide, other) is not None:
-                both = shards.together(lambda: probe.row_products(rows))
+                both = shards.synchronized(lambda: probe.row_products(rows))
     if both is None:
         return None
     own = {n: part[:, 1] for n, part in both.items()}
-    return Choice(rows, probe.direction, probe.of_all(own))
+    return EngineChoice(rows, probe.direction, probe.of_all(own))
 
 
 def _products_if_right(rows: RowSource, probe: _Probe) -> Parameters | None:
     """The probe's products of rows, None where they are wrong or cannot be made."""
     try:
-        both = rows.function.shards.together(lambda: probe.row_products(rows))
+        both = rows.function.shards.synchronized(lambda: probe.row_products(rows))
     except Exception as error:  # a plan may fail in any way where the model is wired otherwise
         if is_out_of_memory(error):
             raise
@@ -145,20 +144,20 @@ def _products_if_right(rows: RowSource, probe: _Probe) -> Parameters | None:
 
 def _first_right(
     names: Iterable[str], memory: int, check: bool, probe: _Probe
-) -> tuple[Choice | None, list[str]]:
+) -> tuple[EngineChoice | None, list[str]]:
     """The first of some engines that is right, or why none is."""
     function, reasons = probe.function, list[str]()
     apart: dict[int, Parameters] = {}  # by the place of the reason, what differs from the tangent
     for name in names:
         try:
-            source, both = function.shards.together(partial(_source, name, memory, probe))
+            source, both = function.shards.synchronized(partial(_source, name, memory, probe))
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
                 raise
             reasons.append(f"{name}: {_first_line(error)}")
             continue
         products, own = ({n: part[:, i] for n, part in both.items()} for i in (0, 1))
-        choice = Choice(source, probe.direction, probe.of_all(own))
+        choice = EngineChoice(source, probe.direction, probe.of_all(own))
         if not check:
             return choice, []
         if wrong := _anywhere(probe, probe.wrong_parameters(products)):
@@ -206,7 +205,7 @@ def _source(name: str, memory: int, probe: _Probe) -> tuple[RowSource, Parameter
 
 def _anywhere(probe: _Probe, names: set[str]) -> set[str]:
     """The names that any rank has: all must take the same way."""
-    return set().union(*probe.function.shards.gathered(names))
+    return set().union(*probe.function.shards.gather(names))
 
 
 class _Probe:
@@ -217,9 +216,9 @@ class _Probe:
 
     def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
         self.function = function
-        self.part = function.own_part(at_least_one=True)
+        self.part = function.local(at_least=1)
         count = function.num_samples
-        tried = at_least(function.shards.own(count), 1, count)
+        tried = function.shards.local_slice(count, at_least=1)
         self.residual = residual[tried]
         generator = torch.Generator().manual_seed(0)
 
@@ -257,9 +256,9 @@ class _Probe:
     def of_all(self, products: Parameters) -> Parameters:
         """The products of all ranks' samples, this one's given."""
         shards = self.function.shards
-        own = shards.own(self.function.num_samples)
+        own = shards.local_slice(self.function.num_samples)
         count = own.stop - own.start
-        return shards.joined(lambda: {name: part[:count] for name, part in products.items()})
+        return shards.concatenate(lambda: {name: part[:count] for name, part in products.items()})
 
     def wrong_parameters(self, products: Parameters) -> set[str]:
         """The parameters whose rows differ from autograd's at the first or the last sample."""
@@ -280,7 +279,7 @@ class _Probe:
         # ReLU's 0), the sum is known no better than its parts.
         size = parts.square().sum(0).sqrt()
         agrees = tangents is not None and self._close(parts.sum(0), tangents, size)
-        return all(self.function.shards.numbers(int(agrees)))
+        return all(self.function.shards.gather(int(agrees)))
 
     def unseen(self, products: Parameters) -> str:
         """Which parameters' forward derivatives are not those of their rows, for a message."""

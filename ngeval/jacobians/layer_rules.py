@@ -23,7 +23,7 @@ TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
 @dataclass
-class Owner:
+class HookedModule:
     """A module that is watched, and the trainable parameters whose rows are read off its calls.
 
     Attributes:
@@ -40,13 +40,13 @@ class Owner:
     module: nn.Module
     parameters: dict[str, str]
     calls: list[CallLayout]
-    rule: Rule | None
+    rule: LayerRule | None
     replicate: bool = False
     looped: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A recorded call: leaves of its arguments, the tensors that came out, and their gradients.
 
     Attributes:
@@ -58,7 +58,7 @@ class Call:
         gradients: of vᵀz at those, chunked: ``(N, Q, *chunk)``.
     """
 
-    owner: Owner
+    owner: HookedModule
     layout: CallLayout
     spec: Any
     leaves: list[Any]
@@ -73,7 +73,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """How one class of layer is treated.
 
     Attributes:
@@ -84,12 +84,12 @@ class Rule:
     """
 
     applies: Callable[[Any, CallLayout], bool]
-    term: Callable[[ModelFunction, Call], Term]
+    term: Callable[[ModelFunction, RecordedCall], Term]
     affine: bool = False
     transposed: bool = False
 
 
-def rule_for(module: nn.Module) -> Rule | None:
+def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of a layer, None if its own function has to be differentiated."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
@@ -97,12 +97,12 @@ def rule_for(module: nn.Module) -> Rule | None:
         return None
     kind = type(module)
     if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
-        return Rule(_linear_applies, _transposed_term, affine=True, transposed=True)
+        return LayerRule(_linear_applies, _transposed_term, affine=True, transposed=True)
     return RULES.get(kind)
 
 
 def _affine(
-    call: Call,
+    call: RecordedCall,
     inputs: Callable[[slice], Tensor],
     cotangents: Tensor,
     apply: Callable[[Tensor], Tensor] | None = None,
@@ -115,7 +115,7 @@ def _affine(
     )
 
 
-def _linear_term(_: ModelFunction, call: Call) -> Term:
+def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
     gradient = call.gradients[0]
     count, vectors = gradient.shape[:2]
     chunks = call.input_chunks(0, count)
@@ -127,7 +127,7 @@ def _linear_term(_: ModelFunction, call: Call) -> Term:
     return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
 
 
-def _transposed_term(function: ModelFunction, call: Call) -> Term:
+def _transposed_term(function: ModelFunction, call: RecordedCall) -> Term:
     """GPT-2's linear layer, which holds Wᵀ and the bias."""
     term = _linear_term(function, call)
     return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
@@ -142,7 +142,7 @@ def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:
     )
 
 
-def _conv_term(_: ModelFunction, call: Call) -> Term:
+def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
     layer: Any = call.owner.module
     gradient = call.gradients[0]  # (n, q, k, O, *pixels)
     chunks = call.input_chunks(0, gradient.shape[0])
@@ -192,7 +192,7 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
     return moved
 
 
-def _embedding_term(_: ModelFunction, call: Call) -> Term:
+def _embedding_term(_: ModelFunction, call: RecordedCall) -> Term:
     table: Any = call.owner.module
     gradient = call.gradients[0]
     count, vectors = gradient.shape[:2]
@@ -207,7 +207,7 @@ def _embedding_applies(table: nn.Embedding, layout: CallLayout) -> bool:
     return not table.scale_grad_by_freq and _linear_applies(table, layout)  # type: ignore[arg-type]
 
 
-def _normalised(function: ModelFunction, owner: Owner, inputs: Tensor) -> Tensor:
+def _normalised(function: ModelFunction, owner: HookedModule, inputs: Tensor) -> Tensor:
     """x̂, what a norm's weight multiplies."""
     norm: Any = owner.module
     kind = type(norm)
@@ -225,7 +225,7 @@ def _normalised(function: ModelFunction, owner: Owner, inputs: Tensor) -> Tensor
     return nn.functional.batch_norm(inputs, mean, variance, eps=norm.eps)
 
 
-def _norm_term(function: ModelFunction, call: Call, *, channels_first: bool) -> Term:
+def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: bool) -> Term:
     """Σ_t b_t ⊙ x̂_t for the weight, Σ_t b_t for the bias."""
     owner, gradient = call.owner, call.gradients[0]
     count, vectors = gradient.shape[:2]
@@ -267,16 +267,16 @@ def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
     return given is not None and made is not None and given.dim == made.dim == 0
 
 
-_CONVOLUTION = Rule(_conv_applies, _conv_term, affine=True)
-_LAST_NORM = Rule(_layer_norm_applies, partial(_norm_term, channels_first=False))
-_CHANNEL_NORM = Rule(_channel_norm_applies, partial(_norm_term, channels_first=True))
+_CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=True)
+_LAST_NORM = LayerRule(_layer_norm_applies, partial(_norm_term, channels_first=False))
+_CHANNEL_NORM = LayerRule(_channel_norm_applies, partial(_norm_term, channels_first=True))
 
-RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(_linear_applies, _linear_term, affine=True),
+RULES: dict[type[nn.Module], LayerRule] = {
+    nn.Linear: LayerRule(_linear_applies, _linear_term, affine=True),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
-    nn.Embedding: Rule(_embedding_applies, _embedding_term),
+    nn.Embedding: LayerRule(_embedding_applies, _embedding_term),
     nn.LayerNorm: _LAST_NORM,
     nn.RMSNorm: _LAST_NORM,
     nn.GroupNorm: _CHANNEL_NORM,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from ngeval.jacobians.layer_rules import Call
+from ngeval.jacobians.layer_rules import RecordedCall
 from ngeval.jacobians.terms import RowsTerm, Term
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled
 from ngeval.model.operations import plain_operations
 from ngeval.utils.memory import is_out_of_memory
 
 
-def unit_term(function: ModelFunction, call: Call) -> Term:
+def unit_term(function: ModelFunction, call: RecordedCall) -> Term:
     """Rows Σ_outputs (∂output/∂θ)ᵀ b of the unit's own parameters."""
     owner = call.owner
     first = next(iter(call.gradients.values()))
@@ -54,7 +54,7 @@ def unit_term(function: ModelFunction, call: Call) -> Term:
 class _UnitFunction:
     """One sample's outputs of a module as a function of the parameters that it owns."""
 
-    def __init__(self, function: ModelFunction, call: Call) -> None:
+    def __init__(self, function: ModelFunction, call: RecordedCall) -> None:
         self.call = call
         owner = call.owner
         prefix = f"{owner.name}." if owner.name else ""

@@ -21,7 +21,7 @@ from ngeval.jacobians.capture import (
 )
 from ngeval.jacobians.captured_rows import KEPT_SHARE
 from ngeval.jacobians.inner_products import add_inner_products
-from ngeval.jacobians.layer_rules import Call
+from ngeval.jacobians.layer_rules import RecordedCall
 from ngeval.jacobians.row_source import RowSource, from_lower
 from ngeval.jacobians.row_sums import can_sum, row_sums, with_rows
 from ngeval.jacobians.terms import Term, merged
@@ -156,7 +156,7 @@ class PassRows:
         return dict(zip(recorded.leaves, dense, strict=True))
 
 
-def _check_layouts(calls: list[Call], count: int) -> None:
+def _check_layouts(calls: list[RecordedCall], count: int) -> None:
     """The watched outputs hold so many samples: not where others are left out, or come twice."""
     for call in calls:
         for index, tensor in call.outputs.items():

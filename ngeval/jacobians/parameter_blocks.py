@@ -47,7 +47,7 @@ def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[s
 
     shards = source.function.shards
     grams = halving(
-        lambda memory: shards.total(lambda: attempt(replace(source, memory=memory))), source.memory
+        lambda memory: shards.sum(lambda: attempt(replace(source, memory=memory))), source.memory
     )
     return {group: from_lower(gram) for group, gram in grams.items()}
 
@@ -67,8 +67,8 @@ def group_squares(
         By group, float64, shapes ``(P_l, P_l)`` and ``(P_l,)``.
     """
     parameters, shards = source.function.parameters, source.function.shards
-    part, vectors = source.own_part(), shards.part(cotangents)
-    own = shards.part(weights.unflatten(0, cotangents.shape[:2])).flatten()
+    part, vectors = source.local(), shards.local(cotangents)
+    own = shards.local(weights.unflatten(0, cotangents.shape[:2])).flatten()
 
     def attempt(limited: RowSource) -> dict[str, tuple[Tensor, Tensor]]:
         found = {}
@@ -83,7 +83,7 @@ def group_squares(
                 _add_squares(found[group], part_of, {n: parameters[n] for n in names}, chosen)
         return found
 
-    return shards.total(
+    return shards.sum(
         lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
     )
 
@@ -105,8 +105,8 @@ def group_combinations(
     for name, parameter in source.function.parameters.items():
         starts[name], total = total, total + parameter.numel()
     count, shards = len(next(iter(weights.values()))), source.function.shards
-    part, vectors = source.own_part(), shards.part(cotangents)
-    samples = shards.own(len(cotangents))
+    part, vectors = source.local(), shards.local(cotangents)
+    samples = shards.local_slice(len(cotangents))
     own = slice(samples.start * cotangents.shape[1], samples.stop * cotangents.shape[1])
 
     def attempt(limited: RowSource) -> Tensor:
@@ -118,7 +118,7 @@ def group_combinations(
                 add_row_combinations(out, starts, _of_group(terms, names), chosen)
         return out
 
-    return shards.total(
+    return shards.sum(
         lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
     )
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.capture import Plan, capture, forward
+from ngeval.jacobians.capture import capture, forward
+from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import pieces
-from ngeval.jacobians.layer_rules import Owner, rule_for
+from ngeval.jacobians.layer_rules import HookedModule, rule_for
 from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
 from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
@@ -132,7 +133,7 @@ class Planner:
         slots, prefix = self.function.slots, f"{path}." if path else ""
         return any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
 
-    def plan(self) -> Plan:
+    def plan(self) -> CapturePlan:
         """The plan of the first way left for each place, tried on two samples."""
         while True:
             plan = self._assemble()
@@ -150,11 +151,11 @@ class Planner:
                 self.ways[slot] = ways[1:] if len(ways) > 1 else ways
         return left
 
-    def _assemble(self) -> Plan:
+    def _assemble(self) -> CapturePlan:
         looped = {
             self.function.slots[slot] for slot, ways in self.ways.items() if ways[0].kind == LOOP
         }
-        owners: dict[str, Owner] = {}
+        owners: dict[str, HookedModule] = {}
         replicated = []
         for slot, ways in self.ways.items():
             name, way = self.function.slots[slot], ways[0]
@@ -167,23 +168,25 @@ class Planner:
             prefix = f"{way.module}." if way.module else ""
             owner.parameters[slot.removeprefix(prefix)] = name
         order = [name for name in self.function.parameters if name in looped]
-        return Plan(list(owners.values()), list(dict.fromkeys(replicated)), order)
+        return CapturePlan(list(owners.values()), list(dict.fromkeys(replicated)), order)
 
-    def _owner(self, way: _Way) -> Owner:
+    def _owner(self, way: _Way) -> HookedModule:
         module = self.modules[way.module]
         calls = self.trial.calls[id(module)]
         rule = rule_for(module) if way.kind == "rule" else None
-        return Owner(way.module, module, {}, calls, rule, replicate=id(module) in self.expanded)
+        return HookedModule(
+            way.module, module, {}, calls, rule, replicate=id(module) in self.expanded
+        )
 
-    def _broken(self, plan: Plan) -> set[str] | None:
+    def _broken(self, plan: CapturePlan) -> set[str] | None:
         """The parameters of the first owner or copy with which the model does not run, if any."""
         trial = replace(self.function, inputs=trial_batch(self.function, 2))
         with torch.no_grad():
             expected = trial(trial.parameters)
-        if _runs(trial, Plan(plan.owners, plan.replicated), expected):
+        if _runs(trial, CapturePlan(plan.owners, plan.replicated), expected):
             return None
-        parts = [Plan([owner]) for owner in plan.owners]
-        parts += [Plan([], [name]) for name in plan.replicated]
+        parts = [CapturePlan([owner]) for owner in plan.owners]
+        parts += [CapturePlan([], [name]) for name in plan.replicated]
         for part in parts:
             if not _runs(trial, part, expected):
                 names = {name for owner in part.owners for name in owner.parameters.values()}
@@ -191,7 +194,7 @@ class Planner:
         return None
 
 
-def _runs(trial: ModelFunction, plan: Plan, expected: Tensor) -> bool:
+def _runs(trial: ModelFunction, plan: CapturePlan, expected: Tensor) -> bool:
     """Whether the model gives the same outputs as ever, and rows, with this plan."""
     vectors = torch.ones_like(expected).unsqueeze(1)
     try:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
 from ngeval.model.function import ModelFunction, Parameters
+from ngeval.model.sharding import GroupShards
 
 ALL = slice(None)
 AFFINE, EMBEDDING, ROWS = "affine", "embedding", "rows"
@@ -156,9 +158,9 @@ def of_others(
     Yields:
         Where the rows of some terms are among those of the whole batch, and the terms.
     """
-    shards = function.shards
-    forms = shards.together(lambda: [packed(term)[0] for term in terms])
-    everyone = shards.gathered(((rows.start, rows.stop), forms))
+    shards = cast(GroupShards, function.shards)
+    forms = shards.synchronized(lambda: [packed(term)[0] for term in terms])
+    everyone = shards.gather(((rows.start, rows.stop), forms))
     most = max(len(theirs) for _, theirs in everyone)
     for step in range(1, 1 + (shards.size // 2 if once else shards.size - 1)):
         by, to = (shards.rank + step) % shards.size, (shards.rank - step) % shards.size
@@ -168,8 +170,8 @@ def of_others(
         own = terms if not opposite or to < shards.rank else []
         received = []
         for i in range(most):
-            sent, made = shards.together(partial(_prepared, own, theirs, i, function.device))
-            shards.passed(sent, to, made, by)
+            sent, made = shards.synchronized(partial(_prepared, own, theirs, i, function.device))
+            shards.exchange(sent, to, made, by)
             if made:
                 received.append(theirs[i].term(made))
             if made and not whole:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError
-from ngeval.jacobians.capture import Plan, Use, capture, stream
+from ngeval.jacobians.capture import Use, capture, stream
+from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import (
     add_inner_products,
     add_squared_column_sums,
@@ -66,12 +67,12 @@ class RowSource:
     function: ModelFunction
     engine_name: str
     memory: int
-    plan: Plan | None = None
+    plan: CapturePlan | None = None
     sample_bytes: int = 0
 
-    def own_part(self) -> RowSource:
+    def local(self) -> RowSource:
         """The rows of this rank's samples: all of them, for a process by itself."""
-        return replace(self, function=self.function.own_part())
+        return replace(self, function=self.function.local())
 
     @property
     def row_bytes(self) -> int:
@@ -202,7 +203,7 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
 
     # An error of one rank is raised on all, so that all try again together.
     gram = halving(
-        lambda memory: shards.total(lambda: attempt(replace(source, memory=memory))), source.memory
+        lambda memory: shards.sum(lambda: attempt(replace(source, memory=memory))), source.memory
     )
     return from_lower(gram)
 
@@ -239,10 +240,10 @@ def pairs_over_ranks(
         cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
         kept: captures of all of this rank's rows, where there are any.
     """
-    shards, part = source.function.shards, source.own_part()
-    own, vectors = shards.own(len(cotangents)), shards.part(cotangents)
+    shards, part = source.function.shards, source.local()
+    own, vectors = shards.local_slice(len(cotangents)), shards.local(cotangents)
     blocks = [block for block, _ in kept] or part.blocks(vectors)
-    if several := max(shards.numbers(len(blocks))) > 1:
+    if several := max(shards.gather(len(blocks))) > 1:
         # Beside the block that is sent round, another one's and another of one's own.
         blocks = [block for block, _ in kept] or part.blocks(vectors, share=1 / 3)
 
@@ -254,7 +255,7 @@ def pairs_over_ranks(
         first = own.start * cotangents.shape[1]
         return slice(first + block.rows.start, first + block.rows.stop)
 
-    for i in range(max(shards.numbers(len(blocks)))):
+    for i in range(max(shards.gather(len(blocks)))):
         sent = blocks[i : i + 1]
         terms = captured(sent[0]) if sent else []
         rows = place(sent[0]) if sent else slice(0, 0)
@@ -301,8 +302,8 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
         cotangents: v of shape ``(N, Q, *positions, C)``.
         names: which parameters; with one of a layer's, all of that layer's.
     """
-    shards, part = source.function.shards, source.own_part()
-    vectors = shards.part(cotangents)
+    shards, part = source.function.shards, source.local()
+    vectors = shards.local(cotangents)
 
     def attempt(limited: RowSource) -> Parameters:
         parameters = source.function.parameters
@@ -317,27 +318,27 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
             add_squared_column_sums(sums, [t for t in terms if t.shapes.keys() <= sums.keys()])
         return sums
 
-    return shards.total(
+    return shards.sum(
         lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
     )
 
 
-def every_row(source: RowSource, cotangents: Tensor) -> Tensor:
+def row_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
     """All rows J_nᵀv_nq as a matrix: float64, shape ``(N·Q, P)``.
 
     Args:
         source: the model and engine.
         cotangents: v of shape ``(N, Q, *positions, C)``.
     """
-    shards, part = source.function.shards, source.own_part()
-    vectors = shards.part(cotangents)
+    shards, part = source.function.shards, source.local()
+    vectors = shards.local(cotangents)
 
     def made() -> Tensor:
         blocks = [torch.cat(list(rows.values()), 1).double() for _, rows in part.iterate(vectors)]
         nothing = vectors.new_zeros(0, source.function.num_parameters)
         return torch.cat(blocks) if blocks else nothing
 
-    return shards.joined(made)
+    return shards.concatenate(made)
 
 
 def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
@@ -347,8 +348,8 @@ def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
         source: the model and engine.
         cotangents: v of shape ``(N, Q, *positions, C)``.
     """
-    shards, part = source.function.shards, source.own_part()
-    vectors = shards.part(cotangents)
+    shards, part = source.function.shards, source.local()
+    vectors = shards.local(cotangents)
 
     def made() -> Tensor:
         norms = vectors.new_zeros(vectors.shape[0] * vectors.shape[1])
@@ -357,7 +358,7 @@ def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
                 norms[block.rows] += row.to(torch.float64).square().sum(1)
         return norms
 
-    return shards.joined(made)
+    return shards.concatenate(made)
 
 
 def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:

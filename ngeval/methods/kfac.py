@@ -146,7 +146,7 @@ class Kronecker:
         self, problem: Problem, seed: int, blocks: list[KroneckerBlock]
     ) -> list[KroneckerBlock]:
         bases = {block.layer: (block.input_vectors, block.output_vectors) for block in blocks}
-        values = problem.shards.total(
+        values = problem.shards.sum(
             lambda: corrected_eigenvalues(_captures(problem, self.labels, seed), bases)
         )
         return [replace(block, corrected=values[block.layer]) for block in blocks]
@@ -250,7 +250,7 @@ def _captures(
 ) -> Iterator[tuple[Curvature, list[Term]]]:
     """All rows of this rank's that the curvature and the gradient are made of, block by block."""
     vectors, share, gradient = labels.with_residual(problem, seed)
-    gradient = problem.shards.part(gradient)
+    gradient = problem.shards.local(gradient)
     for block, terms in CapturedRows(problem.rows, vectors).captures():
         part = Curvature(
             gradient[block.samples, block.vectors], share[block.vectors], block.vectors.start == 0

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from ngeval.errors import ModelError, NgevalError
 from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.model.operations import plain_operations
-from ngeval.model.sharding import SINGLE, Shards, at_least
+from ngeval.model.sharding import SINGLE, Shards
 from ngeval.utils.memory import is_out_of_memory
 
 Parameters = dict[str, Tensor]
@@ -121,16 +121,15 @@ class ModelFunction:
         )
 
     def on(self, samples: slice) -> ModelFunction:
-        """The same function on some samples of its batch, which nobody has a part of."""
+        """The same function on some samples of its batch, for this process alone."""
         inputs = map_inputs(self.inputs, itemgetter(samples))
         return replace(self, inputs=inputs, shards=SINGLE)
 
-    def own_part(self, at_least_one: bool = False) -> ModelFunction:
-        """On this rank's samples, or (``at_least_one``) another's where it has none."""
+    def local(self, at_least: int = 0) -> ModelFunction:
+        """The same function on this process's samples; see `Shards.local_slice`."""
         if self.shards.alone:
             return self
-        own = self.shards.own(self.num_samples)
-        return self.on(at_least(own, 1, self.num_samples) if at_least_one else own)
+        return self.on(self.shards.local_slice(self.num_samples, at_least))
 
     @property
     def num_samples(self) -> int:

@@ -1,14 +1,16 @@
-"""The samples of one problem over the ranks of a process group.
+"""The samples of one problem, in a single process or spread over the ranks of a process group.
 
-What lives in logit space (outputs, residuals, Θ and its factorisation, coefficients) every rank
-has whole, and computes alike. What passes through the model, or holds rows of a Jacobian, a rank
-has for its own samples alone: sums over samples are added up over the ranks, and what there is for
-each sample is joined in order of samples. All ranks run the same program; what is computed here
-holds no other rank's work between two such meetings.
+`Shards` is the interface and, at the same time, its implementation for a single process, where
+every method is a plain call. `GroupShards` implements it for one rank of a group.
 
-A rank may fail by itself (out of memory). Before anything is exchanged, the ranks tell each other
-whether their part went well; if one did not, all raise the same error, so that whoever goes on
-after a failure goes on in step.
+What has one entry per output (outputs, residuals, the logit kernel, coefficients) is computed by
+every rank in full. What passes through the model or holds rows of a Jacobian is computed by each
+rank for its own samples: sums over samples are summed over the ranks, and per-sample results are
+concatenated in order of samples. All ranks run the same program and meet only in these methods.
+
+A rank may fail alone, out of memory for instance. The ranks therefore report success or failure to
+each other before they exchange anything; if one failed, all of them raise the same error, so that a
+caller who catches it and continues does so on all ranks.
 """
 
 from __future__ import annotations
@@ -28,27 +30,27 @@ from ngeval.errors import EngineError, InputError, NgevalError
 from ngeval.utils.memory import OUT_OF_MEMORY, is_out_of_memory
 
 T = TypeVar("T")
-Kind = TypeVar("Kind")
+V = TypeVar("V")
 
-PIECE = 2**22
-"""Entries that are added up in float64, or taken into a fingerprint, together."""
+PIECE_ENTRIES = 2**22
+"""Entries that are summed in float64, or hashed, at a time."""
 
 PRIME = 1_000_003
-"""Multiplies a fingerprint before the next piece's is added."""
+"""The multiplier of the fingerprint's polynomial hash."""
 
 
 class RankMemoryError(EngineError, MemoryError):
-    """A rank is out of memory, and every rank says so."""
+    """A rank is out of memory; raised on every rank."""
 
 
 class Shards:
-    """Of a single process, which has all samples: everything is only called.
+    """The samples of a single process, which has all of them.
 
     Attributes:
-        size: how many ranks there are.
-        rank: this one's number.
-        group: the process group, None for a process by itself.
-        even: every rank needs equally many samples.
+        size: the number of ranks.
+        rank: the number of this one.
+        group: the process group, None for a single process.
+        even: every rank needs the same number of samples.
     """
 
     size = 1
@@ -61,11 +63,16 @@ class Shards:
         """Whether there is a single process."""
         return self.size == 1
 
-    def own(self, count: int) -> slice:
-        """This rank's samples of so many: a contiguous part, empty where ranks outnumber them.
+    def local_slice(self, count: int, at_least: int = 0) -> slice:
+        """Which of ``count`` samples are this rank's: a contiguous slice, possibly empty.
+
+        Args:
+            count: N.
+            at_least: extend the slice to this many samples with those of other ranks, for a model
+                that cannot run on none.
 
         Raises:
-            InputError: they cannot be spread evenly, where they have to be.
+            InputError: the model needs the same number on each rank, and N is not a multiple.
         """
         base, more = divmod(count, self.size)
         if self.even and more:
@@ -75,81 +82,74 @@ class Shards:
                 f"{self.size}, also in each batch of a metric"
             )
         start = self.rank * base + min(self.rank, more)
-        return slice(start, start + base + (self.rank < more))
+        stop = start + base + (self.rank < more)
+        first = max(0, min(start, count - at_least))
+        return slice(first, max(stop, min(count, first + at_least)))
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """The rows (first dimension) of this rank's samples."""
+    def local(self, tensor: Tensor) -> Tensor:
+        """The entries of this rank's samples along the first dimension."""
         return tensor
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Do something that may exchange with other ranks, or may fail on one of them.
+    def synchronized(self, action: Callable[[], T]) -> T:
+        """Call something that may communicate with other ranks, or may fail on one of them.
 
         Raises:
-            NgevalError: an action failed on some rank; raised on all of them.
+            NgevalError: it failed on some rank; raised on all of them.
         """
         return action()
 
-    def total(self, compute: Callable[[], T]) -> T:
-        """The sum over ranks of a tensor (or several in a tuple, list or dict) made afresh.
+    def sum(self, compute: Callable[[], T]) -> T:
+        """The sum over ranks of a newly computed tensor (or of several in a tuple, list or dict).
 
-        Added up in float64, and returned in the tensors' own dtypes, with the same bits on all
+        Accumulated in float64 and returned in the tensors' own dtypes, with the same bits on all
         ranks.
 
         Args:
-            compute: this rank's part; it must exchange nothing. What it returns is overwritten.
+            compute: this rank's summand, computed without communication. It is overwritten.
 
         Raises:
             NgevalError: it failed on some rank; raised on all of them.
         """
         return compute()
 
-    def joined(self, compute: Callable[[], T]) -> T:
-        """The ranks' tensors one after another along the first dimension, in order of samples.
+    def concatenate(self, compute: Callable[[], T]) -> T:
+        """The ranks' tensors concatenated along the first dimension, in order of samples.
 
         Args:
-            compute: as for `total`; the first dimension may differ between ranks, and be 0.
+            compute: as for `sum`; lengths may differ between ranks, and be 0.
 
         Raises:
             NgevalError: it failed on some rank; raised on all of them.
         """
         return compute()
 
-    def gathered(self, value: Kind) -> list[Kind]:
+    def gather(self, value: V) -> list[V]:
         """A small picklable value of every rank, in their order."""
         return [value]
 
-    def numbers(self, value: int) -> list[int]:
-        """A whole number of every rank, in their order."""
-        return [value]
+    def broadcast(self, value: V) -> V:
+        """The first rank's value, for a decision that rounding could make differ between ranks."""
+        return value
 
-    def decided(self, answer: bool) -> bool:
-        """The first rank's answer: for a decision that rounding could turn out otherwise."""
-        return answer
-
-    def passed(self, tensors: list[Tensor], to: int | None, made: list[Tensor], by: int) -> None:
-        """Send tensors to one rank (None: to nobody) and fill others with what one sends."""
-        raise EngineError("a single process has nobody to pass anything to")
-
-    def check_same(self, what: dict[str, int]) -> None:
-        """Refuse ranks that were given different things.
+    def check_same(self, fingerprints: dict[str, int]) -> None:
+        """Check that all ranks were given the same things.
 
         Args:
-            what: fingerprints, by what they are of.
+            fingerprints: by the name of the thing, for the message.
 
         Raises:
-            InputError: it names a rank and the thing; raised on all ranks.
+            InputError: two ranks differ; raised on all ranks.
         """
 
 
 SINGLE = Shards()
-"""Of a process by itself."""
+"""A single process."""
 
 
 class GroupShards(Shards):
-    """Of a rank of a process group."""
+    """The samples of one rank of a process group."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        """Take one's place in the group."""
         self.group: ProcessGroup = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -158,101 +158,94 @@ class GroupShards(Shards):
         self.on_cuda = "cuda:nccl" in config
         self.out_of_step = False
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """The rows (first dimension) of this rank's samples."""
-        return tensor[self.own(len(tensor))]
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor[self.local_slice(len(tensor))]
 
-    def together(self, action: Callable[[], T]) -> T:
-        """See `Shards.together`."""
-        return self._agreed(action, lambda _: "together")[0]
+    def synchronized(self, action: Callable[[], T]) -> T:
+        return self._agree(action, lambda _: "synchronized")[0]
 
-    def total(self, compute: Callable[[], T]) -> T:
-        """See `Shards.total`."""
-        made, _ = self._agreed(compute, lambda made: ("total", _forms(made, first=0)))
-        leaves, spec = tree_flatten(made)
-        found: T = tree_unflatten([self._sum(leaf) for leaf in leaves], spec)
-        return found
+    def sum(self, compute: Callable[[], T]) -> T:
+        result, _ = self._agree(compute, lambda result: ("sum", _dtypes_and_shapes(result, 0)))
+        leaves, spec = tree_flatten(result)
+        total: T = tree_unflatten([self._sum(leaf) for leaf in leaves], spec)
+        return total
 
-    def joined(self, compute: Callable[[], T]) -> T:
-        """See `Shards.joined`."""
-        made, lengths = self._agreed(compute, lambda made: ("joined", _forms(made, first=1)))
-        leaves, spec = tree_flatten(made)
-        found: T = tree_unflatten([self._joined(leaf, lengths) for leaf in leaves], spec)
-        return found
+    def concatenate(self, compute: Callable[[], T]) -> T:
+        result, lengths = self._agree(
+            compute, lambda result: ("concatenate", _dtypes_and_shapes(result, 1))
+        )
+        leaves, spec = tree_flatten(result)
+        whole: T = tree_unflatten([self._concatenate(leaf, lengths) for leaf in leaves], spec)
+        return whole
 
-    def gathered(self, value: Kind) -> list[Kind]:
-        """See `Shards.gathered`."""
-        self._agreed(lambda: None, lambda _: "gathered")
-        return self._objects(value)
+    def gather(self, value: V) -> list[V]:
+        self._agree(lambda: None, lambda _: "gather")
+        return self._gather_objects(value)
 
-    def numbers(self, value: int) -> list[int]:
-        """See `Shards.numbers`."""
-        return self._agreed(lambda: None, lambda _: "numbers", value)[1]
+    def broadcast(self, value: V) -> V:
+        return self.gather(value)[0]
 
-    def decided(self, answer: bool) -> bool:
-        """See `Shards.decided`."""
-        return bool(self.numbers(int(answer))[0])
-
-    def passed(self, tensors: list[Tensor], to: int | None, made: list[Tensor], by: int) -> None:
-        """See `Shards.passed`; a rank that is to get nothing gives no tensors to fill."""
-        sent = [self._carried(tensor.contiguous()) for tensor in tensors] if to is not None else []
-        filled = [self._carried(tensor) for tensor in made]
-        moves = [dist.P2POp(dist.isend, t, group=self.group, group_peer=to) for t in sent]
-        moves += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=by) for t in filled]
+    def exchange(
+        self, sent: list[Tensor], destination: int, received: list[Tensor], source: int
+    ) -> None:
+        """Send tensors to one rank and fill others with those that another rank sends here."""
+        outgoing = [self._transferable(tensor.contiguous()) for tensor in sent]
+        incoming = [self._transferable(tensor) for tensor in received]
+        moves = [
+            dist.P2POp(dist.isend, t, group=self.group, group_peer=destination) for t in outgoing
+        ]
+        moves += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=source) for t in incoming]
         for work in dist.batch_isend_irecv(moves) if moves else []:
             work.wait()
-        for tensor, carried in zip(made, filled, strict=True):
-            if carried is not tensor:
-                tensor.copy_(carried)
+        for tensor, buffer in zip(received, incoming, strict=True):
+            if buffer is not tensor:
+                tensor.copy_(buffer)
 
-    def check_same(self, what: dict[str, int]) -> None:
-        """See `Shards.check_same`."""
-        everyone = self.gathered(what)
-        for rank, other in enumerate(everyone):
-            for name, fingerprint in everyone[0].items():
+    def check_same(self, fingerprints: dict[str, int]) -> None:
+        first, *others = self.gather(fingerprints)
+        for rank, other in enumerate(others, 1):
+            for name, fingerprint in first.items():
                 if other.get(name) != fingerprint:
                     raise InputError(
                         f"{name} of rank {rank} and of rank 0 differ: every rank of a group makes "
                         "the same Problem, of the whole batch and at the same weights (a loader "
-                        "that shuffles? a seed of each rank's own?), and ngeval gives each its part"
+                        "that shuffles? a different seed on each rank?), and ngeval gives each its "
+                        "part"
                     )
 
-    def _agreed(
-        self, action: Callable[[], T], signature: Callable[[T], object], number: int | None = None
+    def _agree(
+        self, action: Callable[[], T], signature: Callable[[T], object]
     ) -> tuple[T, list[int]]:
-        """What an action gives, once it went well on all ranks, and a number of each.
+        """The result of an action that succeeded on all ranks, and its length on each of them.
 
         Args:
             action: what may fail.
-            signature: of what it gives, the same on all ranks that do the same.
-            number: to tell the others; default: the length of what is given.
+            signature: of its result; equal on all ranks that compute the same thing.
         """
         if self.out_of_step:
             raise EngineError(
-                "the ranks have lost step earlier (see the first error); start the group anew"
+                "the ranks have lost step earlier (see the first error); start the group again"
             )
         try:
-            made = action()
-        except Exception as error:
+            result = action()
+        except Exception as error:  # any failure has to reach the other ranks
             if not _is_agreed(error):
-                self._meet(error, 0, 0)
+                self._report(error, 0, 0)
             raise
-        leaves = tree_flatten(made)[0]
-        first = leaves[0] if leaves else None
+        first = next(iter(tree_flatten(result)[0]), None)
         length = len(first) if isinstance(first, Tensor) and first.ndim else 0
-        sign = zlib.crc32(repr(signature(made)).encode())
-        return made, self._meet(None, sign, length if number is None else number)
+        return result, self._report(None, zlib.crc32(repr(signature(result)).encode()), length)
 
-    def _meet(self, error: Exception | None, sign: int, number: int) -> list[int]:
-        """Tell all ranks how it went here, and hear how it went there: their numbers."""
-        own = torch.tensor([int(error is not None), sign, number], dtype=torch.int64)
-        own = self._carried(own)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own, group=self.group)
-        told = torch.stack(found).tolist()
-        if any(failed for failed, _, _ in told):
-            raise _agreed_error(self._objects(_told(error)), self.size) from error
-        if len({sign for _, sign, _ in told}) > 1:
+    def _report(self, error: Exception | None, signature: int, length: int) -> list[int]:
+        """Report this rank's outcome to all ranks; return the lengths of all if none failed."""
+        status = torch.tensor([int(error is not None), signature, length], dtype=torch.int64)
+        status = self._transferable(status)
+        gathered = [torch.empty_like(status) for _ in range(self.size)]
+        dist.all_gather(gathered, status, group=self.group)
+        failed, signatures, lengths = torch.stack(gathered).T.tolist()
+        if any(failed):
+            raise _agreed_error(self._gather_objects(_described(error)), self.size) from error
+        if len(set(signatures)) > 1:
             self.out_of_step = True
             raise _marked(
                 EngineError(
@@ -260,15 +253,15 @@ class GroupShards(Shards):
                     "same, in the same order, on the same kind of machine"
                 )
             )
-        return [number for _, _, number in told]
+        return list(lengths)
 
-    def _objects(self, value: Kind) -> list[Kind]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+    def _gather_objects(self, value: V) -> list[V]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def _carried(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy of it where the group can carry it."""
+    def _transferable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy of it on a device from which the group's backend can send."""
         if tensor.is_cuda and not self.on_cuda:
             return tensor.cpu()
         if not tensor.is_cuda and not self.on_cpu:
@@ -276,42 +269,38 @@ class GroupShards(Shards):
         return tensor
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """In place where that can be; coarser dtypes piece by piece, for a copy may be large."""
-        whole = tensor.contiguous()
-        exact = whole.dtype == torch.float64 or not whole.is_floating_point()
-        for piece in [whole.view(-1)] if exact else whole.view(-1).split(PIECE):
-            wide = piece if exact else piece.to(torch.float64)
-            carried = self._carried(wide)
-            dist.all_reduce(carried, group=self.group)
-            if carried is not piece:
-                piece.copy_(carried)
-        return whole
+        """In place where possible; coarser dtypes in pieces, since a float64 copy may be large."""
+        total = tensor.contiguous()
+        exact = total.dtype == torch.float64 or not total.is_floating_point()
+        for piece in [total.view(-1)] if exact else total.view(-1).split(PIECE_ENTRIES):
+            buffer = self._transferable(piece if exact else piece.to(torch.float64))
+            dist.all_reduce(buffer, group=self.group)
+            if buffer is not piece:
+                piece.copy_(buffer)
+        return total
 
-    def _joined(self, tensor: Tensor, lengths: list[int]) -> Tensor:
+    def _concatenate(self, tensor: Tensor, lengths: list[int]) -> Tensor:
         whole = tensor.new_empty(sum(lengths), *tensor.shape[1:])
-        start = 0
-        for rank, length in enumerate(lengths):
-            place = whole[start : start + length]
-            start += length
-            if place.numel() == 0:
+        for rank, part in enumerate(whole.split(lengths)):
+            if part.numel() == 0:
                 continue
             if rank == self.rank:
-                place.copy_(tensor)
-            carried = self._carried(place)
-            dist.broadcast(carried, group=self.group, group_src=rank)
-            if carried is not place:
-                place.copy_(carried)
+                part.copy_(tensor)
+            buffer = self._transferable(part)
+            dist.broadcast(buffer, group=self.group, group_src=rank)
+            if buffer is not part:
+                part.copy_(buffer)
         return whole
 
 
 def shards_of(group: object) -> Shards:
-    """A rank's place in a group; that of a process by itself for None, or for a group of one.
+    """This process's part of a group's samples; None, or a group of one, is a single process.
 
     Args:
         group: a ``torch.distributed.ProcessGroup``.
 
     Raises:
-        InputError: it is none, or this process is not in it.
+        InputError: it is not a process group, or this process is not in it.
     """
     if group is None:
         return SINGLE
@@ -323,39 +312,33 @@ def shards_of(group: object) -> Shards:
     )
 
 
-def at_least(own: slice, few: int, count: int) -> slice:
-    """A rank's samples with others' until there are a few: a model may not run on none."""
-    start = max(0, min(own.start, count - few))
-    return slice(start, max(own.stop, min(count, start + few)))
-
-
 def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """A number that tells tensors apart by their bits, dtypes and shapes; equal on any device.
+    """A hash of tensors' bits, dtypes and shapes, equal on any device.
 
-    It guards against mistakes, not against anybody who wants two tensors to pass for one.
+    It detects mistakes; it is not secure against deliberate collisions.
     """
-    found = 0
+    value = 0
     for tensor in tensors:
-        found = found * PRIME + zlib.crc32(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        value = value * PRIME + zlib.crc32(repr((tensor.dtype, tuple(tensor.shape))).encode())
         if not tensor.numel():
             continue
         words = (torch.uint8, torch.int16, torch.int32, torch.int64)
         flat = tensor.detach().contiguous().reshape(-1)
         bits = flat.view(words[min(flat.element_size(), 8).bit_length() - 1])
-        for piece in bits.split(PIECE):
-            places = torch.arange(1, 2 * len(piece), 2, device=piece.device)
-            found = found * PRIME + int((piece.to(torch.int64) * places).sum())
-        found %= 2**63
-    return found
+        for piece in bits.split(PIECE_ENTRIES):
+            odd = torch.arange(1, 2 * len(piece), 2, device=piece.device)
+            value = value * PRIME + int((piece.to(torch.int64) * odd).sum())
+        value %= 2**63
+    return value
 
 
-def _forms(made: object, first: int) -> list[object]:
-    """Dtypes and shapes of the tensors in what was made, without some leading dimensions."""
-    return [(str(leaf.dtype), tuple(leaf.shape[first:])) for leaf in tree_flatten(made)[0]]
+def _dtypes_and_shapes(result: object, leading: int) -> list[object]:
+    """Of the tensors in a result, without their leading dimensions."""
+    return [(str(leaf.dtype), tuple(leaf.shape[leading:])) for leaf in tree_flatten(result)[0]]
 
 
-def _told(error: Exception | None) -> tuple[str, str] | None:
-    """The kind of an error, by the name of an error of ngeval's or "" or "memory", and its text."""
+def _described(error: Exception | None) -> tuple[str, str] | None:
+    """An error's kind (the name of an ngeval error, ``"memory"`` or ``""``) and its message."""
     if error is None:
         return None
     if is_out_of_memory(error):
@@ -367,9 +350,9 @@ def _told(error: Exception | None) -> tuple[str, str] | None:
     return "", f"{type(error).__name__}: {error}"
 
 
-def _agreed_error(told: list[tuple[str, str] | None], size: int) -> Exception:
-    """One error for all ranks: of the failed ones' common class, in the words of the first."""
-    failed = [(rank, *one) for rank, one in enumerate(told) if one is not None]
+def _agreed_error(described: list[tuple[str, str] | None], size: int) -> Exception:
+    """One error for all ranks: of the common class of those raised, with the first message."""
+    failed = [(rank, *error) for rank, error in enumerate(described) if error is not None]
     kinds, texts = {kind for _, kind, _ in failed}, {text for _, _, text in failed}
     rank, kind, text = failed[0]
     if len(failed) < size or len(texts) > 1:
@@ -381,13 +364,13 @@ def _agreed_error(told: list[tuple[str, str] | None], size: int) -> Exception:
 
 
 def _marked(error: Exception) -> Exception:
-    """An error that all ranks have, so that none need tell of it again."""
-    error.agreed_on = True  # type: ignore[attr-defined]
+    """Mark an error that is raised on all ranks, so that no rank reports it again."""
+    error.agreed_on = True  # type: ignore[attr-defined]  # our own mark, on errors of any class
     return error
 
 
 def _is_agreed(error: BaseException | None) -> bool:
-    """Whether all ranks have this error, or what it was made of."""
+    """Whether an error, or one of its causes, is raised on all ranks."""
     while error is not None:
         if getattr(error, "agreed_on", False):
             return True

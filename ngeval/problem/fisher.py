@@ -135,12 +135,12 @@ def jacobian_columns(problem: Problem) -> Iterator[Tensor]:
             device=problem.device,
         )
         unit[:, chosen].fill_diagonal_(1)
-        yield problem.shards.joined(partial(_pushed, problem, unit)).movedim(0, 1)
+        yield problem.shards.concatenate(partial(_pushed, problem, unit)).movedim(0, 1)
 
 
 def _pushed(problem: Problem, directions: Tensor) -> Tensor:
     """The tangents at this rank's samples: float64, shape ``(n, k, *positions, C)``."""
-    part = problem.function.own_part()
+    part = problem.function.local()
     if part.num_samples == 0:
         return problem.outputs.new_zeros(0, len(directions), *problem.outputs.shape[1:])
     return push_directions(part, directions).movedim(1, 0)

@@ -147,7 +147,7 @@ class Metric:
             InputError: the ranks were given different batches.
         """
         shards = self.problem.shards
-        found = shards.total(compute)
+        found = shards.sum(compute)
         if not shards.alone and self.batches is not None:
             shards.check_same({"the metric's batches": self._seen})
         return found
@@ -192,7 +192,7 @@ class Metric:
         sample = problem.rows.sample_bytes + 24 * num_directions * problem.num_outputs
         for function, targets in self.sources():
             step = chunk_sizes(function.num_samples, num_directions, sample, budget)[0]
-            own = problem.shards.own(function.num_samples)
+            own = problem.shards.local_slice(function.num_samples)
             for samples in slices(own.stop - own.start, step):
                 chosen = slice(own.start + samples.start, own.start + samples.stop)
                 yield self._chunk(function, targets, chosen)

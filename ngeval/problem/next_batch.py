@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import ModelError
-from ngeval.jacobians import OnePass, RowSource, choose_rows, still_right
+from ngeval.jacobians import OnePass, RowSource, choose_engine, recheck_engine
 from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
 from ngeval.model.fsdp import put_apart
@@ -122,7 +122,7 @@ def _passes(problem: Problem) -> bool:
     """
     raw = run_model(problem.function)
     check_repeatable(problem.function, raw)
-    choice = still_right(problem.rows, raw, problem.residual)
+    choice = recheck_engine(problem.rows, raw, problem.residual)
     return choice is not None and adds_up(choice, problem.function.unflatten(problem.gradient()))
 
 
@@ -147,7 +147,7 @@ def plan_anew(problem: Problem) -> bool:
         raw = run_model(function)
         check_outputs(function, raw)
         memory = problem.rows.memory
-        choice = choose_rows(
+        choice = choose_engine(
             function, chain.engine, memory, raw, problem.residual, check=chain.probes
         )
         problem._take(choice.rows)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError, ModelError
-from ngeval.jacobians import Choice
+from ngeval.jacobians import EngineChoice
 from ngeval.jacobians.inner_products import inner_product
 from ngeval.model.checks import is_finite, named_tensors
 from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
-from ngeval.model.sharding import at_least, fingerprint
+from ngeval.model.sharding import fingerprint
 
 
 def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
@@ -22,15 +22,15 @@ def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
         inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
 
     def run() -> Tensor:
-        part = function.own_part(at_least_one=True)
+        part = function.local(at_least=1)
         with torch.no_grad(), model_errors():
             outputs = part(part.parameters, inputs, fused=True)
         if part is function:
             return outputs
-        own = function.shards.own(function.num_samples)
+        own = function.shards.local_slice(function.num_samples)
         return outputs[: own.stop - own.start]  # none, where the sample is not one's own
 
-    return function.shards.joined(run)
+    return function.shards.concatenate(run)
 
 
 def check_same_problem(function: ModelFunction, targets: Tensor, options: object = ()) -> None:
@@ -89,8 +89,8 @@ def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
     if shards.alone:
         _check_repeatable(function, outputs)
         return
-    tried = at_least(shards.own(count), 2, count)
-    shards.together(lambda: _check_repeatable(function.on(tried), outputs[tried]))
+    tried = shards.local_slice(count, at_least=2)
+    shards.synchronized(lambda: _check_repeatable(function.on(tried), outputs[tried]))
 
 
 def _check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
@@ -151,7 +151,7 @@ def _check_independent(half: Tensor, found: Tensor, expected: Tensor, allowed: f
         )
 
 
-def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
+def check_gradients_add_up(choice: EngineChoice, gradient: Parameters) -> None:
     """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses.
 
     Raises:
@@ -165,12 +165,12 @@ def check_gradients_add_up(choice: Choice, gradient: Parameters) -> None:
         )
 
 
-def adds_up(choice: Choice, gradient: Parameters) -> bool:
+def adds_up(choice: EngineChoice, gradient: Parameters) -> bool:
     """Whether `check_gradients_add_up` finds no fault."""
     return not _missed(choice, gradient)
 
 
-def _missed(choice: Choice, gradient: Parameters) -> list[str]:
+def _missed(choice: EngineChoice, gradient: Parameters) -> list[str]:
     """The parameters whose gradients do not add up, each with its relative gap."""
     size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
     tolerance = choice.rows.function.epsilon**0.5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ngeval.errors import InputError
-from ngeval.jacobians import OnePass, RowSource, choose_rows
+from ngeval.jacobians import OnePass, RowSource, choose_engine
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs
 from ngeval.model.directions import Direction, largest, vector_of
@@ -113,7 +113,7 @@ class Problem:
         """
         shards = shards_of(group)
         with torch.inference_mode(False):  # tensors made here take part in backward passes
-            shards.together(
+            shards.synchronized(
                 lambda: self._set_up(
                     *(model, inputs, targets, likelihood, output, dtype, engine, memory, probes),
                     shards,
@@ -144,8 +144,8 @@ class Problem:
         check_same_problem(self.function, targets, (self.likelihood.name, engine, dtype, probes))
         with OperationWatch() as watch:
             raw = run_model(self.function)
-        self._attention = any(shards.numbers(int(watch.attention)))
-        self.function = replace(self.function, inner_epsilon=max(shards.gathered(watch.epsilon)))
+        self._attention = any(shards.gather(int(watch.attention)))
+        self.function = replace(self.function, inner_epsilon=max(shards.gather(watch.epsilon)))
         self._bind(raw, targets)
         if probes:
             check_repeatable(self.function, raw)
@@ -155,8 +155,8 @@ class Problem:
             raise InputError(
                 f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
             )
-        memory = min(shards.numbers(memory))  # it decides what is computed
-        choice = choose_rows(self.function, engine, memory, raw, self.residual, check=probes)
+        memory = min(shards.gather(memory))  # it decides what is computed
+        choice = choose_engine(self.function, engine, memory, raw, self.residual, check=probes)
         self._take(choice.rows)
         self._chain = Chain(engine, probes, {batch_key(self.function): self.rows})
         if probes:
@@ -212,7 +212,7 @@ class Problem:
             (5, 'layers')
         """
         with torch.inference_mode(False):
-            return self.shards.together(lambda: following(self, inputs, targets))
+            return self.shards.synchronized(lambda: following(self, inputs, targets))
 
     def one_pass(self) -> OnePass | None:
         """A recorded forward pass of the batch, for whoever takes rows and an update from it.
@@ -311,7 +311,7 @@ class Problem:
                 parts = [part.jvp(tangent).to(torch.float64) for _, part in self._parts()]
             return parts[0] if len(parts) == 1 else torch.cat([self.outputs[:0], *parts])
 
-        return self.shards.joined(pushed) * scale
+        return self.shards.concatenate(pushed) * scale
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀw, the update that a cotangent field w stands for: shape ``(P,)``, model's dtype.
@@ -338,13 +338,13 @@ class Problem:
                 return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
             return total
 
-        return self.shards.total(pulled).mul_(scale.to(self.dtype))
+        return self.shards.sum(pulled).mul_(scale.to(self.dtype))
 
     def _parts(self) -> Iterator[tuple[slice, ModelFunction]]:
         """This rank's samples in as few parts as the memory budget has room for a pass over."""
         # Activations, and gradients or tangents of the same size beside them.
         limit = max(1, self.rows.memory // max(1, 3 * self.rows.sample_bytes))
-        own = self.shards.own(self.num_samples)
+        own = self.shards.local_slice(self.num_samples)
         if self.shards.alone and limit >= self.num_samples:
             yield own, self.function
             return
@@ -378,7 +378,7 @@ class Problem:
         """Compute something derived from this problem once (the kernel, a factorisation)."""
         if key not in self._memory:
             # By all ranks or by none, so that they go on in step.
-            self._memory[key] = self.shards.together(compute)
+            self._memory[key] = self.shards.synchronized(compute)
         result: T = self._memory[key]
         return result
 

@@ -224,7 +224,7 @@ class InStep(ManyProcesses):
         Raises:
             NgevalError: what a process failed by, on all of them.
         """
-        return shards_of(self.group).together(make)
+        return shards_of(self.group).synchronized(make)
 
 
 @contextlib.contextmanager
