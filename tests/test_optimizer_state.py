@@ -198,7 +198,7 @@ class TestNamed:
                 r"pip install no_such_package_here \(or, where",
             ),
             ("torch.optim.Adamm", InputError, "is not in torch.optim"),
-            ("torch.nn.Linear", InputError, "no class of a torch.optim.Optimizer"),
+            ("torch.nn.Linear", InputError, "is not a class of a torch.optim.Optimizer"),
         ],
     )
     def test_unknown_optimizers(self, name, error, message):

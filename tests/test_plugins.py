@@ -1,19 +1,23 @@
-"""Methods of other packages: found by entry point, listed, graded; broken ones harm nobody."""
+"""Methods and likelihoods of other packages: resolved, listed, graded; broken ones do no harm."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ngeval
 from ngeval.cli.app import app
+from ngeval.likelihoods import Likelihood, get_likelihood, likelihood_names
 from ngeval.methods import all_methods, check_name, get_method, method_names
+from ngeval.tasks import Task
 from ngeval.utils.plugins import plugins
 from tests import problems
 
@@ -26,13 +30,19 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Put a package with entry points on the path, as an installer leaves it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def place(package: str, module: str, source: str, points: dict[str, str]) -> None:
+    def place(
+        package: str,
+        module: str,
+        source: str,
+        points: dict[str, str],
+        group: str = "ngeval.methods",
+    ) -> None:
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"{package.replace('-', '_')}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
         lines = "\n".join(f"{name} = {value}" for name, value in points.items())
-        (info / "entry_points.txt").write_text(f"[ngeval.methods]\n{lines}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{lines}\n")
         importlib.invalidate_caches()
         plugins.cache_clear()
 
@@ -40,16 +50,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     plugins.cache_clear()
 
 
-def example() -> tuple[str, dict[str, str]]:
-    """The module and the entry points of the page."""
+def example(name: str, group: str) -> tuple[str, dict[str, str]]:
+    """A module of the page, and its entry points."""
     text = PAGE.read_text()
-    project = tomllib.loads(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
-    module = re.findall(r"```python\n# ngeval_sign.py\n(.*?)```", text, re.DOTALL)[0]
-    return module, project["project"]["entry-points"]["ngeval.methods"]
+    projects = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    project = next(each["project"] for each in projects if each["project"]["name"] == name)
+    file = name.replace("-", "_")
+    module = re.findall(rf"```python\n# {file}\.py\n(.*?)```", text, re.DOTALL)[0]
+    return module, project["entry-points"][group]
 
 
 def test_the_page_in_25_lines(install: Install, monkeypatch: pytest.MonkeyPatch):
-    module, points = example()
+    module, points = example("ngeval-sign", "ngeval.methods")
     assert len([line for line in module.splitlines() if line.strip()]) <= 25
     install("ngeval-sign", "ngeval_sign", module, points)
     problem = problems.make("categorical-mlp-float64").problem()
@@ -97,8 +109,7 @@ def test_a_broken_plugin_says_why_and_harms_nobody(install, source, value, messa
         get_method("broken")
     shown = CliRunner().invoke(app, ["methods"])
     assert shown.exit_code == 0
-    sys_modules = importlib.import_module("sys").modules
-    sys_modules.pop("broken_plugin", None)
+    sys.modules.pop("broken_plugin", None)
 
 
 def test_own_names_cannot_be_taken(install: Install):
@@ -106,3 +117,105 @@ def test_own_names_cannot_be_taken(install: Install):
     with pytest.warns(UserWarning, match=r"method 'ief' of thief 1\.2 is ignored, because ngeval"):
         assert get_method("ief").improved
     assert all_methods()["ief"].source == "ngeval"
+
+
+class TestLikelihoods:
+    group = "ngeval.likelihoods"
+
+    @pytest.fixture
+    def poisson(self, install: Install) -> Likelihood:
+        """The page's."""
+        install(
+            "ngeval-poisson", "ngeval_poisson", *example("ngeval-poisson", self.group), self.group
+        )
+        return get_likelihood("poisson")
+
+    def test_the_page(self, poisson: Likelihood):
+        assert poisson.name == "poisson"
+        assert likelihood_names() == ["categorical", "gaussian", "bernoulli", "poisson"]
+        generator = torch.Generator().manual_seed(3)
+        model = torch.nn.Linear(4, 3, dtype=torch.float64)
+        inputs = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+        counts = torch.poisson(torch.full((8, 3), 2.0, dtype=torch.float64), generator)
+        problem = ngeval.Problem(model, inputs, counts, likelihood="poisson")
+        table = ngeval.evaluate(problem, ["sgd", "ief", "sf:2", "diag", "ng"], [1e-2])
+        assert (table["status"] == "ok").all()
+        # By autograd through torch's Poisson loss, and F = JᵀHJ with H = diag(e^z).
+        loss = torch.nn.functional.poisson_nll_loss(model(inputs), counts, reduction="sum")
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]
+        )
+        assert torch.allclose(problem.gradient(), gradient, rtol=1e-12)
+        jacobian = torch.func.jacrev(
+            lambda p: torch.func.functional_call(model, p, inputs).flatten()
+        )(dict(model.named_parameters()))
+        rows = torch.cat([jacobian[n].flatten(1) for n, _ in model.named_parameters()], 1).detach()
+        fisher = rows.T @ (model(inputs).detach().exp().flatten().unsqueeze(1) * rows)
+        expected = torch.linalg.solve(fisher + 1e-2 * torch.eye(len(fisher)).double(), gradient)
+        update = get_method("ng").prepare(problem).direction(1e-2)
+        assert torch.allclose(update, expected, rtol=1e-9)
+        with pytest.raises(ngeval.InputError, match="poisson takes no parameter"):
+            get_likelihood("poisson:2")
+        with pytest.raises(
+            ngeval.InputError, match="known: bernoulli, categorical, gaussian, poisson"
+        ):
+            get_likelihood("poison:2")
+
+    def test_definitions_hold(self, poisson: Likelihood):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+        counts = torch.randint(6, (5, 2, 3), generator=generator)
+        bound = poisson.bind(logits, counts)
+        leaf = logits.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(
+            torch.nn.functional.poisson_nll_loss(leaf, counts.double(), reduction="sum"), leaf
+        )
+        assert torch.allclose(bound.residual(), slope)
+        assert torch.allclose(bound.factor_product(bound.whitened_residual()), bound.residual())
+        tangents = torch.randn(4, 5, 2, 3, generator=generator, dtype=torch.float64)
+        halves = bound.factor_transpose_product(tangents)
+        assert torch.allclose(bound.factor_product(halves), bound.fisher_product(tangents))
+        draws = bound.residual(bound.sample(20_000, generator))
+        assert draws.mean(0).abs().max() < 0.1
+        assert torch.allclose(draws.square().mean(0), logits.exp(), rtol=0.1)
+        assert bound.floor_terms().shape == bound.loss().shape == (5,)
+
+    def test_by_name_in_a_task(self, poisson: Likelihood):
+        task = Task("counts", lambda: torch.nn.Linear(2, 1), lambda *_: [], "poisson")
+        assert task.resolved_likelihood() == poisson
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("import no_such_package", r"of broken 1\.2 cannot be loaded .*ModuleNotFoundError"),
+            ("raise SystemExit(3)", r"of broken 1\.2 cannot be loaded .*SystemExit: 3"),
+            ("", r"of broken 1\.2 cannot be loaded .*AttributeError"),
+            ("entry = 3", r"'broken_likelihood:entry' is not a subclass of ngeval\.Likelihood"),
+            (
+                "import ngeval\nclass entry(ngeval.Likelihood):\n    pass\n",
+                r"'broken' of broken 1\.2 cannot be built: TypeError: Can't instantiate",
+            ),
+        ],
+    )
+    def test_a_broken_one_says_why_and_does_no_harm(self, install: Install, source, message):
+        points = {"broken": "broken_likelihood:entry"}
+        install("broken", "broken_likelihood", source, points, self.group)
+        assert get_likelihood("gaussian:2").name == "gaussian:2"
+        assert "broken" in likelihood_names()
+        with pytest.raises(ngeval.InputError, match=message):
+            get_likelihood("broken")
+        sys.modules.pop("broken_likelihood", None)
+
+    def test_own_names_cannot_be_taken(self, install: Install):
+        points = {"gaussian": "thief_likelihood:entry"}
+        install("thief", "thief_likelihood", "entry = None", points, self.group)
+        message = r"likelihood 'gaussian' of thief 1\.2 is ignored, because ngeval has"
+        with pytest.warns(UserWarning, match=message):
+            assert get_likelihood("gaussian") == ngeval.Gaussian(1.0)
+
+    def test_two_packages_with_one_name(self, install: Install):
+        points = {"poisson": "first_likelihood:entry"}
+        install("first", "first_likelihood", "", points, self.group)
+        install("second", "second_likelihood", "", {"poisson": "second:entry"}, self.group)
+        with pytest.warns(UserWarning, match=r"of second 1\.2 is ignored, because first 1\.2 has"):
+            assert likelihood_names()[3:] == ["poisson"]

@@ -1,4 +1,4 @@
-"""What a likelihood is, and the checks of targets that all share."""
+"""The base classes of a likelihood, and the checks of targets that several likelihoods share."""
 
 from __future__ import annotations
 
@@ -11,27 +11,51 @@ from ngeval.errors import InputError
 
 
 class OutputDistribution(ABC):
-    """p(y|z) at fixed logits z, with the observed targets.
+    """p(y|z) at fixed logits z, with the observed targets y.
+
+    A subclass implements the seven methods below, which are all that ngeval uses of a loss. For
+    every sample n, with z_n the logits of all its positions, it defines
+
+    - the loss ℓ_n = −log p(y_n|z_n), in nats, summed over positions and outputs,
+    - the residual u_n = ∇_z ℓ_n,
+    - the Fisher of the outputs H_n = E_{y~p(·|z_n)}[∇_z log p ∇_z log pᵀ], as products H·t,
+    - a factor S_n with S_n S_nᵀ = H_n, as products S·s and Sᵀ·t,
+    - the whitened residual r_n = S_n⁺u_n, so that u_n = S_n r_n and u_nᵀH_n⁺u_n = ‖r_n‖²,
+    - labels drawn from p(·|z_n).
+
+    Nothing is divided by N: sums over samples and means are formed elsewhere. Logits have shape
+    ``(N, *positions, C)``. Tangents t and cotangents s have any number of leading dimensions before
+    that shape, and the products keep them. All tensors are float64 on the logits' device, whatever
+    the model's dtype.
 
     Attributes:
-        logits: z in float64, shape ``(N, *positions, C)``.
+        logits: z in float64, shape ``(N, *positions, C)``, detached from any graph.
         targets: the observed labels; their shape depends on the likelihood.
+        mask: True for positions that count, shape ``(N, *positions, 1)``; None if all do. Loss,
+            residual and products are 0 at a position that does not count.
     """
 
+    mask: Tensor | None = None
+
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        """Bind logits (converted to float64) and checked targets."""
         self.logits = logits.detach().to(torch.float64)
         self.targets = targets
 
     @abstractmethod
     def loss(self, targets: Tensor | None = None) -> Tensor:
-        """ℓ_n = −log p(y_n|z_n), natural log, summed over positions: shape ``(N,)``."""
+        """ℓ_n = −log p(y_n|z_n) in nats, summed over positions: shape ``(N,)``.
+
+        Args:
+            targets: labels in place of the observed ones, of the same shape.
+        """
 
     @abstractmethod
     def residual(self, targets: Tensor | None = None) -> Tensor:
-        """The residual u = ∇_z ℓ for the given targets (default: the observed), like the logits.
+        """The residual u = ∇_z ℓ, in the shape of the logits.
 
-        Targets may carry leading dimensions (draws), which the result then has too.
+        Args:
+            targets: labels in place of the observed ones; they can have leading dimensions, as
+                `sample` returns them, which the result then has too.
         """
 
     @abstractmethod
@@ -40,41 +64,79 @@ class OutputDistribution(ABC):
 
     @abstractmethod
     def factor_product(self, vector: Tensor) -> Tensor:
-        """S·s, where S Sᵀ = H."""
+        """S·s for vectors of shape ``(..., *logits.shape)``, where S Sᵀ = H."""
 
     @abstractmethod
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        """Sᵀ·t, so that tᵀHt = ‖Sᵀt‖²."""
+        """Sᵀ·t for tangents of shape ``(..., *logits.shape)``, so that tᵀHt = ‖Sᵀt‖²."""
 
     @abstractmethod
     def whitened_residual(self) -> Tensor:
-        """The whitened residual r = S⁺u of the observed targets: u = S r and uᵀH⁺u = ‖r‖²."""
+        """The whitened residual r = S⁺u of the observed targets, in the shape of the logits.
+
+        It can be as large as e^(ℓ/2); an entry that overflows is infinite, not NaN.
+        """
 
     @abstractmethod
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
-        """Draw labels y ~ p(·|z): targets with one leading dimension of length ``draws``."""
+        """Draw labels y ~ p(·|z).
+
+        Args:
+            draws: the number of labels for each sample.
+            generator: on the CPU; the only source of randomness.
+
+        Returns:
+            Labels that `residual` takes, of shape ``(draws, *targets.shape)``.
+        """
 
     def floor_terms(self) -> Tensor:
-        """u_nᵀH_n⁺u_n per sample, shape ``(N,)``; γ_min ≥ (Σ_n of these)^(−1/2)."""
+        """u_nᵀH_n⁺u_n of each sample, shape ``(N,)``; γ_min ≥ (Σ_n u_nᵀH_n⁺u_n)^(−1/2)."""
         return self.whitened_residual().square().flatten(1).sum(1)
 
 
 class Likelihood(ABC):
-    """A family of output distributions; ``bind`` fixes it at given logits and targets."""
+    """A family of output distributions, as the argument ``likelihood=`` names it.
 
-    name: str
+    A subclass implements `name` and `bind`, and `parse` if its name takes a parameter. Its ``repr``
+    is recorded with results, and two likelihoods that are equal are the same likelihood: a frozen
+    dataclass has both.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name that ``likelihood=`` takes, with its parameter after a colon."""
 
     @abstractmethod
     def bind(self, logits: Tensor, targets: Tensor) -> OutputDistribution:
-        """Check the targets against the logits and return the distribution.
+        """Check the targets against the logits, and return p(·|z) at these logits.
+
+        Args:
+            logits: z, shape ``(N, *positions, C)``.
+            targets: the observed labels, batch first; they are copied.
 
         Raises:
             InputError: the targets' shape, dtype or values do not fit.
         """
 
+    @classmethod
+    def parse(cls, name: str, parameter: str = "") -> Likelihood:
+        """Build the likelihood from its full name and the text after the colon.
+
+        Args:
+            name: for error messages, as ``"gaussian:0.5"``.
+            parameter: as ``"0.5"``; empty if there is none.
+
+        Raises:
+            InputError: the parameter cannot be read, or the likelihood takes none.
+        """
+        if parameter:
+            raise InputError(f"likelihood {name!r}: {name.partition(':')[0]} takes no parameter")
+        return cls()
+
 
 def check_targets(logits: Tensor, targets: Tensor) -> None:
-    """Raise unless the targets are a tensor with as many samples as the logits.
+    """Check that the targets are a tensor with as many samples as the logits.
 
     Raises:
         InputError: they are not.
@@ -82,15 +144,15 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
     if not isinstance(targets, Tensor):
         raise InputError(f"targets must be a torch.Tensor, not {type(targets).__name__}")
     if targets.ndim == 0 or targets.shape[0] != logits.shape[0]:
-        found = targets.shape[0] if targets.ndim else "no"
+        count = targets.shape[0] if targets.ndim else "no"
         raise InputError(
-            f"targets hold {found} samples, but the model gave outputs for {logits.shape[0]}; "
+            f"targets hold {count} samples, but the model returned outputs for {logits.shape[0]}; "
             "both are batch first"
         )
 
 
 def check_real_targets(logits: Tensor, targets: Tensor, likelihood: str) -> None:
-    """Raise unless the targets are finite real numbers in the logits' shape.
+    """Check that the targets are finite real numbers in the logits' shape.
 
     Raises:
         InputError: they are not.

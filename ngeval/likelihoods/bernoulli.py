@@ -15,17 +15,16 @@ from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_real_t
 class Bernoulli(Likelihood):
     """Binary cross-entropy on logits, one independent label per output (multi-label too).
 
-    With q = σ(z): u = q − y, H = diag(q(1−q)), S = diag(√(q(1−q))),
-    uᵀH⁺u = Σ (q−y)²/(q(1−q)). Soft targets in [0, 1] are allowed.
+    With q = σ(z): ℓ = −Σ y log q + (1−y) log(1−q), u = q − y, H = diag(q(1−q)),
+    S = diag(√(q(1−q))), uᵀH⁺u = Σ (q−y)²/(q(1−q)). Targets have the shape of the outputs;
+    soft ones in [0, 1] are allowed.
     """
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """The name that ``likelihood=`` takes."""
+    def name(self) -> str:
         return "bernoulli"
 
     def bind(self, logits: Tensor, targets: Tensor) -> BernoulliDistribution:
-        """Check targets in [0, 1] of the outputs' shape and bind."""
         check_real_targets(logits, targets, "bernoulli")
         outside = (targets < 0) | (targets > 1)
         if bool(outside.any()):
@@ -41,14 +40,13 @@ class BernoulliDistribution(OutputDistribution):
     """Independent Bernoulli labels at given logits; see `Bernoulli` for the formulas."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        """Compute q = σ(z), 1 − q = σ(−z) and √(q(1−q)) once."""
         super().__init__(logits, targets)
         self.on = torch.sigmoid(self.logits)
         self.off = torch.sigmoid(-self.logits)
         self.root = (self.on * self.off).sqrt()
 
     def loss(self, targets: Tensor | None = None) -> Tensor:
-        """Cross-entropy y·softplus(−z) + (1−y)·softplus(z), summed over outputs."""
+        """ℓ = Σ y·softplus(−z) + (1−y)·softplus(z), summed over positions and outputs."""
         labels = self.targets if targets is None else targets
         zero = torch.zeros_like(self.logits)
         on = torch.logaddexp(-self.logits, zero)
@@ -56,31 +54,27 @@ class BernoulliDistribution(OutputDistribution):
         return (labels * on + (1 - labels) * off).flatten(1).sum(1)
 
     def residual(self, targets: Tensor | None = None) -> Tensor:
-        """The residual (1−y)q − y(1−q), which is q − y without its cancellation."""
+        """U = (1−y)q − y(1−q), which is q − y without its cancellation."""
         labels = self.targets if targets is None else targets
         return (1 - labels) * self.on - labels * self.off
 
     def fisher_product(self, tangent: Tensor) -> Tensor:
-        """H·t = q(1−q) ⊙ t."""
         return self.on * self.off * tangent
 
     def factor_product(self, vector: Tensor) -> Tensor:
-        """S·s = √(q(1−q)) ⊙ s."""
         return self.root * vector
 
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        """Sᵀ·t = √(q(1−q)) ⊙ t."""
         return self.root * tangent
 
     def whitened_residual(self) -> Tensor:
-        """The whitened residual (1−y) e^{z/2} − y e^{−z/2}, which is (q−y)/√(q(1−q))."""
+        """R = (1−y) e^(z/2) − y e^(−z/2), which is (q−y)/√(q(1−q))."""
         half = 0.5 * self.logits
-        # torch.where, because 0 · ∞ would be NaN for a confident and right prediction.
+        # torch.where, because 0 · ∞ would be NaN for a confident and correct prediction.
         off = torch.where(self.targets < 1, (1 - self.targets) * half.exp(), 0.0)
         on = torch.where(self.targets > 0, self.targets * (-half).exp(), 0.0)
         return off - on
 
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
-        """Labels 0 or 1 of shape ``(draws, *logits.shape)``."""
         uniform = torch.rand((draws, *self.logits.shape), generator=generator, dtype=torch.float64)
         return (uniform.to(self.logits.device) < self.on).to(torch.float64)

@@ -16,22 +16,21 @@ from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_target
 class Categorical(Likelihood):
     """Softmax cross-entropy: p(y|z) = softmax(z)_y.
 
-    u = p − e_y, H = diag(p) − ppᵀ, S = diag(√p)(I − √p√pᵀ), uᵀH⁺u = 1/p_y − 1.
+    ℓ = −log p_y, u = p − e_y, H = diag(p) − ppᵀ, S = diag(√p)(I − √p√pᵀ), uᵀH⁺u = 1/p_y − 1.
+    Targets are integer class labels of shape ``(N, *positions)``.
 
     Attributes:
-        ignore_index: positions with this target (padding) do not exist: no loss, no residual,
+        ignore_index: positions with this target are padding: they have no loss, no residual and
             no Fisher.
     """
 
     ignore_index: int = -100
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """The name that ``likelihood=`` takes."""
+    def name(self) -> str:
         return "categorical"
 
     def bind(self, logits: Tensor, targets: Tensor) -> CategoricalDistribution:
-        """Check integer class labels of shape ``(N, *positions)`` and bind."""
         check_targets(logits, targets)
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise InputError(
@@ -41,12 +40,12 @@ class Categorical(Likelihood):
         if targets.shape != logits.shape[:-1]:
             raise InputError(
                 f"targets have shape {tuple(targets.shape)}, but the model's outputs of shape "
-                f"{tuple(logits.shape)} ask for {tuple(logits.shape[:-1])} "
+                f"{tuple(logits.shape)} need {tuple(logits.shape[:-1])} "
                 "(one class label for each position; the last dimension counts the classes)"
             )
         if logits.shape[-1] < 2:
             raise InputError(
-                "the model gives one output per sample, so a softmax over classes is constant; "
+                "the model has one output per sample, so a softmax over classes is constant; "
                 "use likelihood='bernoulli' for a single logit"
             )
         num_classes = logits.shape[-1]
@@ -64,49 +63,49 @@ class Categorical(Likelihood):
 class CategoricalDistribution(OutputDistribution):
     """Softmax probabilities at given logits; see `Categorical` for the formulas."""
 
+    mask: Tensor
+
     def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
-        """Compute the probabilities once; padded positions get probability zero throughout."""
         super().__init__(logits, targets)
         self.mask = (targets != ignore_index).unsqueeze(-1)
         self.log_probabilities = torch.log_softmax(self.logits, dim=-1)
         self.probabilities = self.log_probabilities.exp() * self.mask
         self.root = (0.5 * self.log_probabilities).exp() * self.mask
-        # The most likely class: where its p is nearly 1, differences to it keep the digits.
+        # Differences to the most likely class keep the digits where its p is nearly 1.
         self.top = self.logits.argmax(-1, keepdim=True)
 
     def _labels(self, targets: Tensor | None) -> Tensor:
-        """The labels with a class dimension, padding replaced by class 0 (masked later)."""
+        """The labels with a class dimension; padding, which is masked later, has class 0."""
         labels = self.targets if targets is None else targets
         return torch.where(self.mask.squeeze(-1), labels, 0).unsqueeze(-1)
 
     def loss(self, targets: Tensor | None = None) -> Tensor:
-        """−log p_y = softplus(logsumexp_{c≠y}(z_c − z_y)), exact also where p_y is nearly 1."""
+        """ℓ = softplus(logsumexp_{c≠y}(z_c − z_y)), which is exact also where p_y is nearly 1."""
         labels = self._labels(targets)
         gaps = self.logits - self.logits.gather(-1, labels)
         others = gaps.scatter(-1, labels, -math.inf).logsumexp(-1, keepdim=True)
-        # softplus written out: torch's own switches to the identity with a threshold.
+        # Not softplus, which torch replaces by the identity above a threshold.
         losses = torch.logaddexp(others, torch.zeros_like(others)) * self.mask
         return losses.flatten(1).sum(1)
 
     def residual(self, targets: Tensor | None = None) -> Tensor:
-        """The residual p − e_y, its y entry as −Σ_{c≠y} p_c: no digit lost when p_y is near 1."""
+        """U = p − e_y with its y entry as −Σ_{c≠y} p_c, which loses no digits as p_y → 1."""
         labels = self._labels(targets)
         shape = torch.broadcast_shapes((*labels.shape[:-1], 1), self.probabilities.shape)
         others = self.probabilities.expand(shape).scatter(-1, labels, 0.0)
         return others.scatter(-1, labels, -others.sum(-1, keepdim=True))
 
     def _centred(self, tangent: Tensor) -> Tensor:
-        """The tangent less its mean pᵀt, by differences to the most likely class."""
+        """The tangent minus its mean pᵀt, by differences to the most likely class."""
         index = self.top.expand(*tangent.shape[:-1], 1)
         relative = tangent - tangent.gather(-1, index)
         return relative - (self.probabilities * relative).sum(-1, keepdim=True)
 
     def fisher_product(self, tangent: Tensor) -> Tensor:
-        """H·t = p⊙t − p (pᵀt)."""
         return self.probabilities * self._centred(tangent)
 
     def factor_product(self, vector: Tensor) -> Tensor:
-        """S·s = √p ⊙ (s − √p (√pᵀs)); the top entry as s(1 − p) − √p Σ_others √p s."""
+        """S·s = √p ⊙ (s − √p (√pᵀs)); the most likely entry as s(1 − p) − √p Σ_others √p s."""
         index = self.top.expand(*vector.shape[:-1], 1)
         others = self.root.scatter(-1, self.top, 0.0)
         inner = (others * vector).sum(-1, keepdim=True)
@@ -116,18 +115,16 @@ class CategoricalDistribution(OutputDistribution):
         return self.root * result.scatter(-1, index, top)
 
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        """Sᵀ·t = √p ⊙ (t − pᵀt)."""
         return self.root * self._centred(tangent)
 
     def whitened_residual(self) -> Tensor:
-        """The whitened residual u/√p: √p_c off the label, −(1 − p_y)/√p_y on it."""
+        """R = u/√p: √p_c for other classes, −(1 − p_y)/√p_y for the label."""
         labels = self._labels(None)
         on_label = self.residual().gather(-1, labels)
         inverse_root = (-0.5 * self.log_probabilities.gather(-1, labels)).exp()
         return self.root.scatter(-1, labels, on_label * inverse_root) * self.mask
 
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
-        """Labels of shape ``(draws, N, *positions)``; padded positions stay class 0, masked."""
         flat = torch.where(self.mask, self.log_probabilities.exp(), 1.0).flatten(0, -2)
         labels = torch.multinomial(flat.cpu(), draws, replacement=True, generator=generator)
         return labels.T.reshape(draws, *self.targets.shape).to(self.logits.device)

@@ -127,7 +127,7 @@ def parse_draws(name: str, text: str) -> int:
 def _probe(problem: Problem) -> Tensor | None:
     """Random numbers at all outputs that are not masked; None where the residual does as well."""
     residual = problem.residual
-    mask = getattr(problem.distribution, "mask", None)
+    mask = problem.distribution.mask
     there = torch.ones_like(residual[..., :1], dtype=torch.bool) if mask is None else mask
     least = 1e10 * torch.finfo(problem.dtype).tiny  # products of it do not underflow
     seen = residual.abs().amax(-1, keepdim=True) > least

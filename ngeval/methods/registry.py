@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
-from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.errors import InputError, nearest_name
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
-from ngeval.utils.plugins import load_plugin, package_of, plugins
+from ngeval.utils.plugins import load_plugin, package_of, plugin_errors, plugins
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -156,16 +156,11 @@ def get_method(method: str | Method | Optimizer) -> Method:
     family, _, parameter = name.partition(":")
     if _is_builtin(family):
         return _builtin(family).make(name, parameter)
-    entry = _loaded(_plugins()[family])
+    point = _plugins()[family]
+    entry = _loaded(point)
     _check_parameter(name, entry)
-    try:
-        return entry.make(name, parameter)
-    except NgevalError:
-        raise
-    except Exception as error:  # the code of another package can raise anything
-        raise InputError(
-            f"method {name!r} of {entry.source} cannot be built: {type(error).__name__}: {error}"
-        ) from error
+    with plugin_errors(point, name):
+        return _checked(entry.make(name, parameter))
 
 
 def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Method]:
@@ -200,6 +195,10 @@ def _from_object(method: Method | Optimizer) -> Method:
             "ngeval.methods.optimizer.step:OptimizerStep"
         )
         return step(method)
+    return _checked(method)
+
+
+def _checked(method: Method) -> Method:
     if not (hasattr(method, "prepare") and hasattr(method, "name")):
         raise InputError(
             "a method is a name, an optimizer, or an object with .name and .prepare, not a "

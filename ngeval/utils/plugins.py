@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, NgevalError
 
 
 @functools.cache
@@ -24,7 +26,7 @@ def plugins(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
         One entry point for each name. An entry point whose name is taken, by ngeval or by another
         package, is left out with a warning.
     """
-    kind = group.rpartition(".")[2].removesuffix("s")
+    kind = _kind(group)
     points: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
         if point.name in taken or point.name in points:
@@ -50,11 +52,37 @@ def load_plugin(point: EntryPoint) -> Any:
     Raises:
         InputError: the import fails; the message names the entry point and its package.
     """
-    kind = point.group.rpartition(".")[2].removesuffix("s")
     try:
         return point.load()
-    except Exception as error:  # the import of another package can raise anything
+    except (Exception, SystemExit) as error:  # the import of another package can raise anything
         raise InputError(
-            f"{kind} {point.name!r} of {package_of(point)} cannot be loaded from {point.value!r}: "
+            f"{_kind(point.group)} {point.name!r} of {package_of(point)} cannot be loaded from "
+            f"{point.value!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def plugin_errors(point: EntryPoint, name: str) -> Iterator[None]:
+    """Name the plug-in in any error of its code, except for those that ngeval defines.
+
+    Args:
+        point: of the plug-in.
+        name: the method or likelihood that it is building.
+
+    Raises:
+        InputError: the code raised an error.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:  # the code of another package can raise anything
+        raise InputError(
+            f"{_kind(point.group)} {name!r} of {package_of(point)} cannot be built: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _kind(group: str) -> str:
+    """What a group registers: ``"ngeval.methods"`` → ``"method"``."""
+    return group.rpartition(".")[2].removesuffix("s")

@@ -39,7 +39,7 @@ def _counted(distribution: OutputDistribution, reduction: str) -> float:
     """How many samples, or positions that are not masked."""
     if reduction != "token-mean":
         return float(len(distribution.logits))
-    mask: Tensor | None = getattr(distribution, "mask", None)
+    mask = distribution.mask
     return float(distribution.logits[..., 0].numel() if mask is None else mask.sum())
 
 

@@ -1,0 +1,73 @@
+"""The likelihoods by name: ngeval's own, and those of installed plug-ins.
+
+A package adds a likelihood by an entry point in the group ``ngeval.likelihoods`` that names a
+subclass of `Likelihood`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+from ngeval.errors import InputError, nearest_name
+from ngeval.likelihoods.base import Likelihood
+from ngeval.likelihoods.bernoulli import Bernoulli
+from ngeval.likelihoods.categorical import Categorical
+from ngeval.likelihoods.gaussian import Gaussian
+from ngeval.utils.plugins import load_plugin, package_of, plugin_errors, plugins
+
+GROUP = "ngeval.likelihoods"
+"""The entry-point group of plug-ins."""
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+}
+"""ngeval's own likelihoods."""
+
+
+def likelihood_names() -> list[str]:
+    """The name of every likelihood, plug-ins included; no plug-in is imported."""
+    return [*LIKELIHOODS, *_plugins()]
+
+
+def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """Resolve a likelihood given by name.
+
+    Args:
+        likelihood: ``"categorical"``, ``"gaussian"`` (σ² = 1), ``"gaussian:0.5"`` (σ² = ½),
+            ``"bernoulli"``, the name of a plug-in's, or a `Likelihood`, which is returned
+            unchanged.
+
+    Raises:
+        InputError: there is no such likelihood, its parameter cannot be read, or a plug-in fails
+            to load.
+
+    >>> get_likelihood("gaussian:0.5").variance
+    0.5
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    name = str(likelihood)
+    family, _, parameter = name.partition(":")
+    points = _plugins()  # for every name: it warns of a plug-in whose name is taken
+    if family in LIKELIHOODS:
+        return LIKELIHOODS[family].parse(name, parameter)
+    if family not in points:
+        raise InputError(f"unknown likelihood {name!r}; {nearest_name(family, likelihood_names())}")
+    return _from_plugin(points[family], name, parameter)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return plugins(GROUP, frozenset(LIKELIHOODS))
+
+
+def _from_plugin(point: EntryPoint, name: str, parameter: str) -> Likelihood:
+    kind = load_plugin(point)
+    if not (isinstance(kind, type) and issubclass(kind, Likelihood)):
+        raise InputError(
+            f"likelihood {point.name!r} of {package_of(point)}: {point.value!r} is not a subclass "
+            "of ngeval.Likelihood"
+        )
+    with plugin_errors(point, name):
+        return kind.parse(name, parameter)
