@@ -18,11 +18,12 @@ import pandas as pd
 
 from ngeval.plots.training_results import performance_figure
 from ngeval.tasks import Task, get_task
-from ngeval.training import Search
+from ngeval.training import Training
 from studies.base import Advance, Size, Study
 from studies.images import image_task, vit_lora_task
 from studies.optimization_findings import findings
 from studies.texts import text_task
+from studies.tuning import Tuning
 
 Grid = dict[str, tuple[float, ...]]
 
@@ -74,28 +75,30 @@ class Part:
     seeds: int = 5
     is_tuned: bool = True
 
-    def search(self, seed: int) -> Search:
+    def tuning(self, seed: int) -> Tuning:
         """The trainings of all optimizers on this task."""
-        rates, dampings = self.rates, DAMPINGS
-        if not self.is_tuned:
-            rates, dampings = _middle(rates), _middle(dampings)
-        return Search(
+        training = Training(
             self.build(),
-            list(rates),
-            rates,
-            dampings,
-            seeds=self.seeds,
-            seed=seed,
+            None,
             epochs=self.epochs,
             batch_size=self.batch_size,
             num_batches=self.num_batches,
+            seed=seed,
             weight_decay=0.0,
             schedule="linear",
         )
+        spaces = {
+            name: {"learning_rate": rates}
+            | ({"damping": DAMPINGS[name]} if name in DAMPINGS else {})
+            for name, rates in self.rates.items()
+        }
+        if not self.is_tuned:
+            spaces = {name: _middle(space) for name, space in spaces.items()}
+        return Tuning(training, spaces, seeds=self.seeds)
 
 
 def _middle(grid: Grid) -> Grid:
-    """A single setting for each optimizer."""
+    """The middle value of each setting alone."""
     return {name: (values[len(values) // 2],) for name, values in grid.items()}
 
 
@@ -131,7 +134,7 @@ PRETRAINING, VIT_PRETRAINING = 1000, 400
 def run(
     size: Size, seed: int, progress: Advance, data_dir: Path | None = None
 ) -> Iterator[pd.DataFrame]:
-    """One table for each training: the rows of `ngeval.training.Search`.
+    """One table for each training: the rows of `studies.tuning.Tuning`.
 
     Args:
         size: ``"quick"`` or ``"full"``.
@@ -144,10 +147,10 @@ def run(
         TaskError: ``data_dir`` has no such files, or Python's library has too few docstrings.
     """
     for part in parts(size, data_dir):
-        search = part.search(seed)
-        for rows in search.run():
+        tuning = part.tuning(seed)
+        for rows in tuning.run():
             yield rows
-            progress(search.task.name, search.num_trainings)
+            progress(tuning.training.task.name, tuning.num_trainings)
 
 
 STUDY = Study(
@@ -158,5 +161,5 @@ STUDY = Study(
     findings,
     minutes=20,
     data="the files of CIFAR-10 (cifar-10-batches-py or -bin), for the colour images",
-    needs=("transformers", "peft"),
+    needs=("transformers", "peft", "optuna"),
 )
