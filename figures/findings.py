@@ -1,6 +1,7 @@
 """The verdicts in docs/what-we-found.md, from the committed rows: ``python figures/findings.py``.
 
-The rows in figures/data are those of ``ngeval study NAME``; ``--figures`` draws the pictures anew.
+The rows in figures/data were made by ``python -m studies NAME``; ``--figures`` draws the
+pictures as well.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
     lines = [
         f"## {study.name}",
         "",
-        f"{study.title}. `ngeval study {study.name} --seed {seed} --output studies` "
+        f"{study.title}. `python -m studies {study.name} --seed {seed} --output studies` "
         f"({len(rows):,} rows, about {study.minutes:g} minutes on one core).",
         "",
         f"![{study.title}](../figures/{study.name}.png)",

@@ -89,7 +89,7 @@ ROWS = {
     ),
 } | {
     name: Rows(
-        f"ngeval study {name} --output studies", "--quick", {name: f"studies/{name}.parquet"}
+        f"python -m studies {name} --output studies", "--quick", {name: f"studies/{name}.parquet"}
     )
     for name in STUDIES
 }

@@ -1,47 +1,26 @@
 """The experiments of the two source papers at a size that two cores carry, with their verdicts.
 
-Each study is a module with a ``STUDY``; it is imported when it is asked for.
+`python -m studies` lists them. Each is a module with a ``STUDY``.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
-
 from ngeval.errors import InputError, nearest_name
+from studies import (
+    convergence,
+    diagonal,
+    fadam,
+    optimization,
+    preconditioners,
+    why_ef_fails,
+)
 from studies.base import Finding, Study
 
 __all__ = ["STUDIES", "Finding", "Study", "get_study"]
 
+_MODULES = (optimization, why_ef_fails, convergence, fadam, diagonal, preconditioners)
 
-class _Studies(Mapping[str, Study]):
-    """Studies by name; a module is imported when its study is looked up."""
-
-    def __init__(self, entries: dict[str, str]) -> None:
-        self._entries = entries
-
-    def __getitem__(self, name: str) -> Study:
-        module, _, attribute = self._entries[name].partition(":")
-        study: Study = getattr(importlib.import_module(module), attribute)
-        return study
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-STUDIES: Mapping[str, Study] = _Studies(
-    {
-        "optimization": "studies.optimization:STUDY",
-        "why-ef-fails": "studies.why_ef_fails:STUDY",
-        "convergence": "studies.convergence:STUDY",
-        "fadam": "studies.fadam:STUDY",
-        "diagonal": "studies.diagonal:STUDY",
-        "preconditioners": "studies.preconditioners:STUDY",
-    }
-)
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 """The studies by name."""
 
 
@@ -49,7 +28,7 @@ def get_study(name: str) -> Study:
     """Find a study.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no study of that name.
     """
     if name not in STUDIES:
         raise InputError(f"unknown study {name!r}; {nearest_name(name, STUDIES)}")

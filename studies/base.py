@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ngeval.errors import InputError
+from ngeval.errors import DependencyError, InputError
 
 Size = Literal["quick", "full"]
 SIZES: tuple[Size, ...] = ("quick", "full")
@@ -79,6 +80,20 @@ def identified(rows: pd.DataFrame, study: Study, size: Size, seed: int) -> pd.Da
     return pd.concat([pd.DataFrame(front, index=rows.index), rows], axis=1)
 
 
+def check_packages(study: Study) -> None:
+    """Check before any work that a study's optional packages are installed.
+
+    Raises:
+        DependencyError: one is not.
+    """
+    for package in study.needs:
+        if find_spec(package) is None:
+            raise DependencyError(
+                f"the study {study.name!r} needs {package}, which is not installed; in a clone, "
+                "pip install '.[hf,studies]' installs it"
+            )
+
+
 def check_rows(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
     """The rows of a file, if they are this study's.
 
@@ -108,13 +123,14 @@ def decide(outcomes: Sequence[bool]) -> Verdict:
 def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str:
     """The findings as a page of Markdown, with the command that made them."""
     size, seed = rows["size"].iloc[0], rows["study_seed"].iloc[0]
-    command = f"ngeval study {study.name}{' --quick' * (size == 'quick')} --seed {seed}"
+    command = f"python -m studies {study.name}{' --quick' * (size == 'quick')} --seed {seed}"
     lines = [
         f"# {study.title}",
         "",
         f"Made by `{command}` (the {size} size, {len(rows)} rows; findings by ngeval "
         f"{version('ngeval')}).",
-        f"`ngeval study {study.name} --from {study.name}.parquet` makes figure and findings again.",
+        f"`python -m studies {study.name} --from {study.name}.parquet` makes figure and findings "
+        "from the rows.",
         "",
         f"![{study.title}]({study.name}.png)",
         "",

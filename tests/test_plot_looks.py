@@ -244,7 +244,7 @@ class TestKinds:
             kind_of({"a": gammas(), "b": layers()})
         with pytest.raises(InputError, match="columns a, and is of none"):
             kind_of({"a": pd.DataFrame({"a": [1]})})
-        with pytest.raises(InputError, match="ngeval study diagonal --from"):
+        with pytest.raises(InputError, match="python -m studies diagonal --from"):
             kind_of({"a": pd.DataFrame({"study": ["diagonal"]})})
 
     def test_a_kind_that_the_table_has_not(self):

@@ -15,8 +15,8 @@ from scipy.integrate import solve_ivp
 from typer.testing import CliRunner
 
 from ngeval import InputError, Problem, Task, TaskError
-from ngeval.cli.app import app
 from studies import STUDIES, get_study, images
+from studies.__main__ import app
 from studies.base import decide
 from studies.convergence import PLANS, descend, flow_time, predicted
 from studies.convergence_findings import (
@@ -43,7 +43,7 @@ CLAIMS = {
 
 
 def run(*args: object) -> str:
-    """Run ngeval; returns what it printed."""
+    """Run the studies; returns what it printed."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     plt.close("all")
     assert result.exit_code == 0, result.output
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=OWN)
 def quick(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Path]:
     """A study that was run in its quick size, and its folder."""
-    run("study", request.param, "--quick", "--quiet", "--output", folder)
+    run(request.param, "--quick", "--quiet", "--output", folder)
     return request.param, folder
 
 
@@ -73,14 +73,14 @@ class TestQuick:
         assert set(rows["study_seed"]) == {0}
         assert (folder / f"{name}.png").stat().st_size > 10_000
         page = (folder / f"{name}.md").read_text()
-        assert f"`ngeval study {name} --quick --seed 0`" in page
+        assert f"`python -m studies {name} --quick --seed 0`" in page
         assert "too small to judge by" in page
         for claim in CLAIMS[name]:
             assert claim in page
 
     def test_findings_are_made_of_the_rows_alone(self, quick, tmp_path):
         name, folder = quick
-        out = run("study", name, "--from", folder / f"{name}.parquet", "--output", tmp_path)
+        out = run(name, "--from", folder / f"{name}.parquet", "--output", tmp_path)
         assert (tmp_path / f"{name}.md").read_text() == (folder / f"{name}.md").read_text()
         assert not (tmp_path / f"{name}.parquet").exists()
         for finding in get_study(name).findings(pd.read_parquet(folder / f"{name}.parquet")):
@@ -103,22 +103,22 @@ class TestQuick:
 
 class TestCommand:
     def test_lists_the_studies(self):
-        shown = run("study")
+        shown = run()
         for name in STUDIES:
             assert name in shown
 
     def test_what_is_not_installed_is_told_before_any_work(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
-        args = ["study", "optimization", "--quick", "-o", str(tmp_path / "o")]
+        args = ["optimization", "--quick", "-o", str(tmp_path / "o")]
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 2
-        assert "peft is needed for this" in result.output + result.stderr
+        assert "'optimization' needs peft" in result.output + result.stderr
         assert not list((tmp_path / "o").glob("*.parquet"))
 
     def test_help_has_examples(self):
-        shown = run("study", "--help")
+        shown = run("why-ef-fails", "--help")
         assert "Example" in shown
-        assert "ngeval study why-ef-fails --quick" in shown
+        assert "python -m studies why-ef-fails --quick" in shown
 
     def test_bad_input_is_one_message(self, tmp_path):
         rows = tmp_path / "rows.parquet"
@@ -134,7 +134,7 @@ class TestCommand:
             (("convergence", "--data-dir", tmp_path), "makes its own data"),
             (("optimization", "--data-dir", tmp_path / "no"), "is not a folder"),
         ):
-            result = CliRunner().invoke(app, ["study", *map(str, args), "-o", str(tmp_path / "o")])
+            result = CliRunner().invoke(app, [*map(str, args), "-o", str(tmp_path / "o")])
             assert result.exit_code == 2
             assert message in result.output + result.stderr
 
@@ -143,7 +143,7 @@ class TestCommand:
             target = tmp_path / end / f"diagonal.{end}"
             target.parent.mkdir()
             target.write_text("mine")
-            result = CliRunner().invoke(app, ["study", "diagonal", "-o", str(target.parent)])
+            result = CliRunner().invoke(app, ["diagonal", "-o", str(target.parent)])
             assert result.exit_code == 2
             assert "--force" in result.stderr
             assert target.read_text() == "mine"

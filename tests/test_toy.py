@@ -16,9 +16,9 @@ from matplotlib.quiver import Quiver
 from typer.testing import CliRunner
 
 import ngeval
-from ngeval.cli.app import app
 from ngeval.errors import InputError
 from ngeval.plots.style import in_style
+from studies.__main__ import app
 from studies.toy.least_squares import DEFAULT_METHODS, LeastSquares, trajectories
 from studies.toy.picture import Window, plot_paths, plot_toy, toy_figure
 from studies.why_ef_fails import RATES
@@ -380,7 +380,7 @@ class TestCommand:
 
     def test_help_has_examples(self):
         result = CliRunner().invoke(app, ["toy", "--help"])
-        assert "ngeval toy --output toy.pdf" in result.output
+        assert "python -m studies toy --output toy.pdf" in result.output
         assert "--learning-rate" in result.output
 
     @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.cli.console import say
 from ngeval.cli.spread_options import ForceOption, MethodsOption, QuietOption, SeedOption
 from ngeval.errors import InputError
 from ngeval.methods import get_methods
@@ -57,11 +56,11 @@ def toy(
 
     [bold]Examples:[/bold]
 
-    ngeval toy --output toy.pdf
+    python -m studies toy --output toy.pdf
 
-    ngeval toy --inputs "1,0; 0.9,0.3" --targets "1, 1" --start "-1,2" --start "3,0" -o toy.png
+    python -m studies toy --inputs "1,0; 0.9,0.3" --targets "1, 1" --start "-1,2" --start "3,0" -o toy.png
 
-    ngeval toy -m ief,ef,sf:4 --learning-rate ef=0.05,sf:4=0.2 --damping 0.01 -o toy.svg --table
+    python -m studies toy -m ief,ef,sf:4 --learning-rate ef=0.05,sf:4=0.2 --damping 0.01 -o toy.svg --table
     paths.csv
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
@@ -83,7 +82,9 @@ def toy(
     save_figure(toy_figure(fit, paths, damping=damping, arrows=arrows, seed=seed), output)
     out = console.table_console(quiet)
     out.print(paths_table(paths))
-    say(out, "written: " + ", ".join(str(path) for path in (output, table) if path is not None))
+    console.say(
+        out, "written: " + ", ".join(str(path) for path in (output, table) if path is not None)
+    )
 
 
 def paths_table(paths: pd.DataFrame) -> Table:

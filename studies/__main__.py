@@ -1,35 +1,66 @@
-"""``study``: the papers' experiments, each as rows, a figure and findings."""
+"""``python -m studies``: the experiments, each with its rows, a figure and findings, and the toy."""
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib as mpl
 import pandas as pd
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.cli.console import say
 from ngeval.cli.spread_options import ForceOption, QuietOption, SeedOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import save_figure
 from ngeval.results.manifest import manifest
 from ngeval.results.table_files import ResultFile, check_output, read_results
-from ngeval.utils.optional import optional_module
 from studies import STUDIES, Finding, Study, get_study
-from studies.base import QUICK, Size, check_rows, identified, report
+from studies.base import QUICK, Size, check_packages, check_rows, identified, report
+from studies.toy.command import toy
 
 DEFAULT_FOLDER = Path("ngeval-studies")
 COLOURS = {"confirmed": "green", "not confirmed": "red", "under conditions": "yellow"}
 
 
+class Programs(console.Commands):
+    """The first word of the command line is ``toy`` or the name of a study."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] == "toy" else ["study", *args])
+
+
+app = typer.Typer(
+    cls=Programs,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="`python -m studies` lists the studies, `python -m studies NAME` runs one, and "
+    "`python -m studies toy` draws two parameters and two samples.",
+)
+app.command()(toy)
+
+
+@app.callback(invoke_without_command=True)
+def list_studies(context: typer.Context) -> None:
+    """List the studies, unless one is given."""
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("study", "what it is", "minutes on one core", "needs")
+    for name, entry in STUDIES.items():
+        needs = ", ".join(entry.needs) or "–"
+        table.add_row(name, entry.title, f"{entry.minutes:g}", needs)
+    console.table_console().print(table)
+
+
+@app.command(hidden=True)
 def study(
-    name: Annotated[str | None, typer.Argument(help="Which; none: list them.")] = None,
+    name: Annotated[str, typer.Argument(help="`python -m studies` lists them.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few seconds' size, to see that it works.")
+        bool, typer.Option("--quick", help="A small size of a few seconds, to try the study.")
     ] = False,
     seed: SeedOption = 0,
     output: Annotated[
@@ -40,10 +71,10 @@ def study(
     ] = None,
     rows_from: Annotated[
         Path | None,
-        typer.Option("--from", help="Rows of an earlier run: figure and findings again."),
+        typer.Option("--from", help="Rows of an earlier run, for its figure and findings."),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the study's data, where it takes any.")
+        Path | None, typer.Option(help="Folder with the data of a study that reads any.")
     ] = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -52,15 +83,12 @@ def study(
 
     [bold]Examples:[/bold]
 
-    ngeval study
+    python -m studies
 
-    ngeval study why-ef-fails --quick --output studies
+    python -m studies why-ef-fails --quick --output studies
 
-    ngeval study diagonal --from studies/diagonal.parquet --force
+    python -m studies diagonal --from studies/diagonal.parquet --force
     """
-    if name is None:
-        _list(quiet)
-        return
     chosen = get_study(name)
     if data_dir is not None and not chosen.data:
         raise InputError(f"the study {name!r} makes its own data; leave --data-dir out")
@@ -69,8 +97,7 @@ def study(
     beside = rows_from.parent if rows_from else DEFAULT_FOLDER
     files = Files.of(output or beside, chosen.name, force)
     if rows_from is None:
-        for package in chosen.needs:
-            optional_module(package)  # what is missing is told now, not in the midst of the work
+        check_packages(chosen)
         size: Size = "quick" if quick else "full"
         told = manifest({"study": name, "size": size, "seed": seed})
         target = ResultFile(files.rows, force=force, told=told)
@@ -81,14 +108,14 @@ def study(
     out = console.table_console(quiet)
     out.print(findings_table(chosen, findings))
     if rows["size"].iloc[0] == "quick":
-        say(out, QUICK)
+        console.say(out, QUICK)
     written = [files.figure, files.findings] if rows_from else list(vars(files).values())
-    say(out, "written: " + ", ".join(map(str, written)))
+    console.say(out, "written: " + ", ".join(map(str, written)))
 
 
 @dataclass(frozen=True)
 class Files:
-    """What is written into the folder."""
+    """The files of a study in a folder."""
 
     rows: Path
     figure: Path
@@ -96,7 +123,7 @@ class Files:
 
     @classmethod
     def of(cls, folder: Path, name: str, force: bool) -> Files:
-        """Check before any work that figure and findings can be written.
+        """Check that the figure and the findings can be written, before any work.
 
         Raises:
             OutputError: one exists (without ``force``), or the folder cannot be written.
@@ -107,10 +134,10 @@ class Files:
         return cls(rows, figure, findings)
 
     def write(self, study: Study, rows: pd.DataFrame) -> list[Finding]:
-        """Make figure and findings of the rows, and write both.
+        """Write the figure and the findings of some rows.
 
         Raises:
-            OutputError: the disk is full or the folder cannot be written any more.
+            OutputError: the disk is full, or the folder can no longer be written.
         """
         findings = study.findings(rows)
         save_figure(study.figure(rows), self.figure)
@@ -124,7 +151,7 @@ class Files:
 def _run(
     study: Study, size: Size, seed: int, data_dir: Path | None, target: ResultFile, quiet: bool
 ) -> pd.DataFrame:
-    """Run a study with a progress bar for each part; what is finished reaches the file."""
+    """Run a study with a progress bar for each part, writing the rows of a part when it ends."""
     bars: dict[str, Any] = {}
     options = {"data_dir": data_dir} if study.data else {}
     with console.progress_bar(quiet) as bar, target:
@@ -140,19 +167,22 @@ def _run(
 
 
 def findings_table(study: Study, findings: list[Finding]) -> Table:
-    """Claims with their verdicts and numbers."""
-    shown = Table("claim", "verdict", "evidence", title=study.title, show_lines=True)
+    """Claims with their verdicts and the numbers behind them."""
+    table = Table("claim", "verdict", "evidence", title=study.title, show_lines=True)
     for finding in findings:
         colour = COLOURS[finding.verdict]
-        shown.add_row(
+        table.add_row(
             escape(finding.claim), f"[{colour}]{finding.verdict}[/]", escape(finding.evidence)
         )
-    return shown
+    return table
 
 
-def _list(quiet: bool) -> None:
-    shown = Table("study", "what it is", "minutes on one core", "needs")
-    for name, entry in STUDIES.items():
-        needs = ", ".join(entry.needs) or "–"
-        shown.add_row(name, entry.title, f"{entry.minutes:g}", needs)
-    console.table_console(quiet).print(shown)
+def main() -> None:
+    """Entry point of ``python -m studies``."""
+    mpl.use("Agg")
+    signal.signal(signal.SIGTERM, console.terminate)
+    app(prog_name="python -m studies")
+
+
+if __name__ == "__main__":
+    main()
