@@ -1,4 +1,4 @@
-"""``python -m studies``: the experiments, each with its rows, a figure and findings, and the toy."""
+"""``python -m studies``: the experiments, each as rows, a figure and findings, and the toy."""
 
 from __future__ import annotations
 

@@ -58,10 +58,9 @@ def toy(
 
     python -m studies toy --output toy.pdf
 
-    python -m studies toy --inputs "1,0; 0.9,0.3" --targets "1, 1" --start "-1,2" --start "3,0" -o toy.png
+    python -m studies toy --inputs "1,0; 0.9,0.3" --targets "1, 1" --start "-1,2" -o toy.png
 
-    python -m studies toy -m ief,ef,sf:4 --learning-rate ef=0.05,sf:4=0.2 --damping 0.01 -o toy.svg --table
-    paths.csv
+    python -m studies toy -m ief,ef,sf:4 --learning-rate ef=0.05,sf:4=0.2 -o toy.svg
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
     target = ResultFile(table, force=force) if table is not None else None
@@ -82,9 +81,8 @@ def toy(
     save_figure(toy_figure(fit, paths, damping=damping, arrows=arrows, seed=seed), output)
     out = console.table_console(quiet)
     out.print(paths_table(paths))
-    console.say(
-        out, "written: " + ", ".join(str(path) for path in (output, table) if path is not None)
-    )
+    written = [str(path) for path in (output, table) if path is not None]
+    console.say(out, "written: " + ", ".join(written))
 
 
 def paths_table(paths: pd.DataFrame) -> Table:
