@@ -141,7 +141,8 @@ def table_kind(table: pd.DataFrame) -> str:
     if "study" in columns:
         name = table["study"].iloc[0] if len(table) else "NAME"
         raise InputError(
-            f"the table holds the rows of a study; `python -m studies {name} --from FILE` draws them"
+            f"the table holds the rows of a study; `python -m studies {name} --from FILE`, in a "
+            "clone, draws them"
         )
     for kind, needed in (
         ("layers", {"layer", "method", "decrease_share"}),
