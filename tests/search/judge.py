@@ -1,0 +1,252 @@
+"""A row of ngeval against its right value: right, uncertain, wrong, missing, or not decidable."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from flint import arb, ctx
+
+import ngeval
+from tests.search.problems import Drawn
+from tests.search.right import (
+    RANK,
+    Grade,
+    Right,
+    Rows,
+    Updates,
+    gamma_min,
+    grade,
+    perturbed,
+    rows_of,
+    trace,
+)
+
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23}
+PERTURBATIONS = 2
+STABLE = 0.2
+"""A right value is stable if perturbed rows move it by less than this part of the tolerance."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one number.
+
+    Attributes:
+        kind: ``right``, ``wrong``, ``uncertain``, ``missing`` or ``unstable``.
+        what: the column.
+        method: of the row.
+        damping: of the row, absolute.
+        got: what the table says.
+        right: what it should say.
+        error: the relative difference.
+        claimed: the row's own estimate of it (NaN where there is none).
+        text: status and reason of the row.
+    """
+
+    kind: str
+    what: str
+    method: str
+    damping: float
+    got: float
+    right: float
+    error: float
+    claimed: float
+    text: str
+
+
+class Reference:
+    """The right values of a problem: once as they are, and for perturbed rows."""
+
+    def __init__(self, drawn: Drawn, problem: ngeval.Problem, dtype: str) -> None:
+        self.drawn, epsilon = drawn, EPSILON[dtype]
+        own = (drawn.inputs, drawn.targets)
+        batches = [own] if drawn.metric is None else [own, drawn.metric]
+        rows = [rows_of(drawn.model, *batch, drawn.family, drawn.variance) for batch in batches]
+        generator = np.random.default_rng(1)
+        noisy = [
+            [perturbed(part, epsilon, generator) for part in rows] for _ in range(PERTURBATIONS)
+        ]
+        self.versions = [_Version(version) for version in (rows, *noisy)]
+        self.sampled = {
+            draws: _draws(problem, draws, drawn.seed) for draws in _needed(drawn.methods)
+        }
+
+    def grades(self, method: str, damping: float) -> list[Grade | None]:
+        """One for each version of the rows; None where rank is a matter of rounding."""
+        labels = self.sampled.get(_count(method), [])
+        return [version.grade(method, damping, labels) for version in self.versions]
+
+    def largest(self, method: str) -> float:
+        """The largest eigenvalue of the method's own curvature, in float64."""
+        labels = self.sampled.get(_count(method), [])
+        matrix = self.versions[0].updates.curvature(method, labels)
+        values = [[float(entry.mid()) for entry in row] for row in matrix.tolist()]
+        return float(np.linalg.eigvalsh(np.array(values))[-1])
+
+    def gamma_min(self) -> list[float | None]:
+        """γ_min for each version of the rows."""
+        return [version.gamma_min() for version in self.versions]
+
+
+class _Version:
+    def __init__(self, rows: list[Rows]) -> None:
+        self.right = Right(rows[0])
+        self.metric = Right(rows[1]) if len(rows) > 1 else self.right
+        self.updates = Updates(self.right)
+
+    def grade(self, method: str, damping: float, labels: list[np.ndarray]) -> Grade | None:
+        if damping > 0 or method == "sgd":
+            return grade(self.updates.direction(method, arb(damping), labels), self.metric)
+        if method.startswith("sf"):
+            return None  # F̂⁺g is another thing than the limit; tests/test_methods.py has it
+        ctx.prec = self.right.bits
+        scale = trace(self.updates.curvature(method, labels))
+        both = [
+            grade(self.updates.direction(method, scale * arb(tiny), labels), self.metric)
+            for tiny in RANK
+        ]
+        return both[1] if _agree(both[0].gamma, both[1].gamma) else None
+
+    def gamma_min(self) -> float | None:
+        ctx.prec = self.right.bits
+        scale = trace(self.right.fisher)
+        both = [gamma_min(self.right, scale * arb(tiny)) for tiny in RANK]
+        return both[1] if _agree(*both) else None
+
+
+def _agree(first: float, second: float) -> bool:
+    return math.isfinite(second) and abs(first - second) <= 1e-9 * abs(second)
+
+
+def _count(method: str) -> int:
+    name, _, option = method.partition(":")
+    return int(option or 1) if name in ("sf", "diag-sf") else 0
+
+
+def _needed(methods: tuple[str, ...]) -> set[int]:
+    return {_count(method) for method in methods} - {0}
+
+
+def _draws(problem: ngeval.Problem, draws: int, seed: int) -> list[np.ndarray]:
+    """The labels that a method draws with this seed: data, as far as the right value goes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = problem.distribution.sample(draws, generator)
+    shape = (draws, problem.num_samples, -1)
+    sequence = problem.outputs.ndim > 2 or problem.likelihood.name == "categorical"
+    if problem.likelihood.name != "categorical":
+        positions = problem.outputs.shape[1:-1].numel() if sequence else 1
+        shape = (draws, problem.num_samples, positions, problem.outputs.shape[-1])
+    return list(labels.reshape(shape).numpy())
+
+
+def judge(drawn: Drawn) -> Iterator[Verdict]:
+    """Every number of the table of a problem."""
+    problem = drawn.problem()
+    metric = None if drawn.metric is None else ngeval.Metric(problem, [drawn.metric])
+    table = ngeval.evaluate(
+        problem,
+        drawn.methods,
+        drawn.dampings,
+        damping_scale=drawn.scale,
+        seed=drawn.seed,
+        metric=metric,
+        natural=drawn.natural,
+    )
+    dtype = str(table["dtype"].iloc[0])
+    reference = Reference(drawn, problem, dtype if dtype in EPSILON else "float32")
+    plain = reference.grades("sgd", 0.0)
+    for _, row in table.iterrows():
+        yield from _judge_row(row, reference, plain, dtype)
+    if drawn.natural and drawn.metric is None:
+        row = table.iloc[0]
+        yield _verdict("gamma_min", row, reference.gamma_min(), row["gamma_min"], dtype)
+        yield from _judge_bounds(table, reference)
+
+
+def _judge_row(
+    row: pd.Series, reference: Reference, plain: list[Grade | None], dtype: str
+) -> Iterator[Verdict]:
+    damping, method = float(row["damping_absolute"]), str(row["method"])
+    if math.isnan(damping) and method != "sgd":
+        if row["status"] != "failed":
+            yield _verdict("damping_absolute", row, [1.0], damping, dtype)
+        return
+    if row["damping_scale"] == "relative" and method != "sgd":
+        expected = reference.largest(method) * float(row["damping"])
+        yield _verdict("damping_absolute", row, [expected], damping, dtype)
+    grades = reference.grades(method, 0.0 if method == "sgd" else damping)
+    values = {
+        "gamma": [g and g.gamma for g in grades],
+        "decrease": [g and g.decrease for g in grades],
+        "update_norm": [g and g.norm for g in grades],
+        "gamma_over_sgd": [
+            g and p and (g.gamma / p.gamma if p.gamma else math.nan)
+            for g, p in zip(grades, plain, strict=True)
+        ],
+    }
+    for what, right in values.items():
+        yield _verdict(what, row, right, float(row[what]), dtype)
+
+
+def _judge_bounds(table: pd.DataFrame, reference: Reference) -> Iterator[Verdict]:
+    """The exact γ of (F + λI)⁻¹g lies between its bounds, and no γ below γ_min."""
+    rows = table.drop_duplicates("damping_absolute").dropna(subset=["damping_absolute"])
+    for _, row in rows.iterrows():
+        damping = float(row["damping_absolute"])
+        low, high = float(row["gamma_ng_lower"]), float(row["gamma_ng_upper"])
+        right = [g and g.gamma for g in reference.grades("ng", damping)]
+        if right[0] is None or math.isnan(low) or math.isnan(high):
+            continue
+        nearest = min(max(right[0], low), high)
+        yield _verdict("bounds", row, right, nearest, str(row["dtype"]))
+    for _, row in table[table["status"] == "ok"].iterrows():
+        ratio = float(row["gamma_over_ng"])
+        if not math.isnan(ratio):
+            yield _verdict("gamma_over_ng", row, [1.0], max(1.0, 2.0 - ratio), str(row["dtype"]))
+
+
+def _verdict(
+    what: str, row: pd.Series, values: list[float | None], got: float, dtype: str
+) -> Verdict:
+    tolerance = TOLERANCE.get(dtype, TOLERANCE["float32"])
+    right, *others = values
+    status = str(row["status"])
+    claimed = float(row.get("gamma_error", math.nan))
+    error = _difference(got, right) if right is not None else math.nan
+    stable = right is not None and math.isfinite(right) and right != 0
+    stable &= all(v is not None and _difference(v, right) <= STABLE * tolerance for v in others)
+    allowed = max(tolerance, 10 * (0.0 if math.isnan(claimed) else claimed))
+    kind = "right" if error <= allowed else "wrong"
+    if status in ("failed", "undefined", "uncertain"):
+        kind = "uncertain" if status == "uncertain" else "missing"
+    if not stable:
+        kind = "unstable"
+    return Verdict(
+        kind,
+        what,
+        str(row["method"]),
+        float(row["damping_absolute"]),
+        got,
+        math.nan if right is None else right,
+        error,
+        claimed,
+        f"{status}; {row['reason']}",
+    )
+
+
+def _difference(got: float, right: float) -> float:
+    if math.isnan(got) or math.isinf(got):
+        return math.inf
+    return abs(got - right) / max(abs(right), 1e-300)
+
+
+def counts(verdicts: list[Verdict]) -> Counter[tuple[str, str]]:
+    """How many of each kind, by column."""
+    return Counter((v.what, v.kind) for v in verdicts)

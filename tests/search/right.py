@@ -1,0 +1,386 @@
+"""Right values: explicit sums over samples in ball arithmetic (Arb), from Jacobians by loops.
+
+Every number is an `arb`: a midpoint with a proved radius. The precision grows with the logits, so
+that a label's probability of e⁻⁷⁰⁰ has all its digits. Everything is computed in parameter space,
+matrix by matrix; ngeval works in logit space.
+
+Index letters: n samples, t positions, k classes or outputs of a position, p parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flint import arb, arb_mat, ctx
+from torch import Tensor, nn
+
+BITS = 400
+"""Bits of precision beside those that the spread of the logits takes."""
+
+RANK = (1e-20, 1e-22)
+"""λ = 0 stands for two tiny dampings, relative to the curvature's trace: where they disagree, rank
+is a matter of rounding and there is no right value."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A model at one batch, in float64.
+
+    Attributes:
+        logits: z, shape ``(N, T, K)``; T = 1 where a sample has a single position.
+        jacobian: ∂z/∂θ, shape ``(N, T, K, P)``.
+        targets: class indices ``(N, T)`` (−100 for padding), or values ``(N, T, K)``.
+        family: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
+        variance: σ² of a Gaussian.
+        layers: for each layer that owns parameters, their places in θ.
+    """
+
+    logits: np.ndarray
+    jacobian: np.ndarray
+    targets: np.ndarray
+    family: str
+    variance: float
+    layers: Mapping[str, np.ndarray]
+
+
+def rows_of(
+    model: nn.Module, inputs: Tensor, targets: Tensor, family: str, variance: float
+) -> Rows:
+    """Run a float64 copy of the model sample by sample and differentiate output by output."""
+    wide = copy.deepcopy(model).double().eval()
+    named = [(n, p) for n, p in wide.named_parameters() if p.requires_grad]
+    layers: dict[str, list[int]] = {}
+    start = 0
+    for name, parameter in named:
+        places = range(start, start + parameter.numel())
+        layers.setdefault(name.rpartition(".")[0], []).extend(places)
+        start += parameter.numel()
+    logits, jacobian = [], []
+    for n in range(len(inputs)):
+        sample = inputs[n : n + 1]
+        z = wide(sample.double() if sample.is_floating_point() else sample)[0]
+        logits.append(z.detach().numpy().reshape(-1, z.shape[-1]))
+        gradients = [
+            torch.autograd.grad(
+                value, [p for _, p in named], retain_graph=True, materialize_grads=True
+            )
+            for value in z.reshape(-1)
+        ]
+        flat = [torch.cat([g.reshape(-1) for g in row]).numpy() for row in gradients]
+        jacobian.append(np.stack(flat).reshape(*logits[-1].shape, -1))
+    shape = (len(inputs), logits[0].shape[0])
+    values = targets.double().numpy() if targets.is_floating_point() else targets.numpy()
+    return Rows(
+        np.stack(logits),
+        np.stack(jacobian),
+        values.reshape(shape if family == "categorical" else (*shape, -1)),
+        family,
+        variance,
+        {name: np.array(places) for name, places in layers.items()},
+    )
+
+
+def perturbed(rows: Rows, epsilon: float, generator: np.random.Generator) -> Rows:
+    """The same rows with relative errors of size epsilon; equal samples keep equal rows."""
+    keys: dict[bytes, int] = {}
+    places = [keys.setdefault(z.tobytes() + j.tobytes(), n) for n, (z, j) in enumerate(
+        zip(rows.logits, rows.jacobian, strict=True)
+    )]  # fmt: skip
+    scale = np.abs(rows.logits).max(axis=(1, 2), keepdims=True)
+    noise = generator.standard_normal(rows.logits.shape)[places]
+    factors = generator.standard_normal(rows.jacobian.shape)[places]
+    return Rows(
+        rows.logits + epsilon * scale * noise,
+        rows.jacobian * (1 + epsilon * factors),
+        rows.targets,
+        rows.family,
+        rows.variance,
+        rows.layers,
+    )
+
+
+class Right:
+    """What a batch's gradient, Fisher and updates are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        spread = float(np.ptp(rows.logits)) + float(np.abs(rows.logits).max())
+        self.bits = BITS + math.ceil(4 * spread * math.log2(math.e))
+        ctx.prec = self.bits
+        self.num_samples = len(rows.logits)
+        self.num_parameters = rows.jacobian.shape[-1]
+        self._distribution()
+        flat = rows.jacobian.reshape(-1, self.num_parameters)
+        self.jacobian = arb_mat(flat.tolist())
+        self.sample_gradients = self.pull_samples(self.residual)
+        self.gradient = self._total(self.sample_gradients)
+        self._fisher: arb_mat | None = None
+
+    def _distribution(self) -> None:
+        """p of every class or the mean of every output, and u with all its digits."""
+        rows, zero = self.rows, arb(0)
+        self.probabilities: list[list[list[arb]]] = []
+        for n in range(self.num_samples):
+            sample = []
+            for z, target in zip(rows.logits[n], rows.targets[n], strict=True):
+                values = [arb(float(v)) for v in z]
+                if rows.family == "categorical":
+                    # Padding has p = 0 throughout, so neither u nor H.
+                    padded = int(target) == -100
+                    powers = [(v - values[0]).exp() for v in values]
+                    total = sum(powers, zero)
+                    sample.append([zero if padded else power / total for power in powers])
+                elif rows.family == "bernoulli":
+                    sample.append([1 / (1 + (-v).exp()) for v in values])
+                else:
+                    sample.append(values)
+            self.probabilities.append(sample)
+        self.residual = [
+            [self._position(n, t, rows.targets[n][t]) for t in range(len(rows.logits[n]))]
+            for n in range(self.num_samples)
+        ]
+
+    def _position(self, n: int, t: int, target: np.ndarray) -> list[arb]:
+        """u of one position for a label."""
+        family, p = self.rows.family, self.probabilities[n][t]
+        if family == "categorical":
+            label = int(target)
+            if self.rows.targets[n][t] == -100:
+                return [arb(0)] * len(p)
+            others = sum((q for k, q in enumerate(p) if k != label), arb(0))
+            return [-others if k == label else q for k, q in enumerate(p)]
+        values = [arb(float(v)) for v in np.atleast_1d(target)]
+        if family == "bernoulli":
+            complements = [1 / (1 + arb(float(v)).exp()) for v in self.rows.logits[n][t]]
+            return [(1 - y) * q - y * c for y, q, c in zip(values, p, complements, strict=True)]
+        return [(z - y) / arb(self.rows.variance) for y, z in zip(values, p, strict=True)]
+
+    def residual_of(self, targets: np.ndarray) -> list[list[list[arb]]]:
+        """u for other labels, in the shape of the batch's."""
+        return [
+            [self._position(n, t, targets[n][t]) for t in range(len(self.rows.logits[n]))]
+            for n in range(self.num_samples)
+        ]
+
+    def pull_samples(self, cotangents: list[list[list[arb]]]) -> arb_mat:
+        """J_nᵀw_n of every sample, shape ``(N, P)``."""
+        width = len(self.rows.logits[0]) * len(self.rows.logits[0][0])
+        result = []
+        for n, sample in enumerate(cotangents):
+            flat = [value for position in sample for value in position]
+            block = arb_mat(self.rows.jacobian[n].reshape(width, self.num_parameters).tolist())
+            product = arb_mat([flat]) * block
+            result.append([product[0, p] for p in range(self.num_parameters)])
+        return arb_mat(result)
+
+    @staticmethod
+    def _total(rows: arb_mat) -> arb_mat:
+        ones = arb_mat([[1] * rows.nrows()])
+        return (ones * rows).transpose()
+
+    def weigh(self, tangents: list[arb]) -> list[arb]:
+        """H t for a tangent of all outputs, in the order of the Jacobian's rows."""
+        result, place = [], 0
+        for sample in self.probabilities:
+            for p in sample:
+                t = tangents[place : place + len(p)]
+                place += len(p)
+                result += self._weigh_position(p, t, place - len(p))
+        return result
+
+    def _weigh_position(self, p: list[arb], t: list[arb], place: int) -> list[arb]:
+        if self.rows.family == "categorical":
+            # Differences t_k − t_j, so that nothing cancels where one class has nearly all.
+            return [
+                q * sum((r * (t[k] - t[j]) for j, r in enumerate(p) if j != k), arb(0))
+                for k, q in enumerate(p)
+            ]
+        if self.rows.family == "bernoulli":
+            z = self.rows.logits.reshape(-1)[place : place + len(p)]
+            return [q / (1 + arb(float(v)).exp()) * s for q, v, s in zip(p, z, t, strict=True)]
+        return [s / arb(self.rows.variance) for s in t]
+
+    @property
+    def fisher(self) -> arb_mat:
+        """F = Σ_n J_nᵀ H_n J_n, shape ``(P, P)``."""
+        ctx.prec = self.bits
+        if self._fisher is None:
+            columns = [
+                self.weigh([self.jacobian[i, p] for i in range(self.jacobian.nrows())])
+                for p in range(self.num_parameters)
+            ]
+            self._fisher = self.jacobian.transpose() * arb_mat(columns).transpose()
+        return self._fisher
+
+    def squared_residuals(self) -> list[arb]:
+        """s_n = ‖u_n‖²."""
+        return [
+            sum((u * u for position in sample for u in position), arb(0))
+            for sample in self.residual
+        ]
+
+
+def damped(matrix: arb_mat, damping: arb, right: arb_mat) -> arb_mat:
+    """(A + λI)⁻¹ b."""
+    size = matrix.nrows()
+    shifted = matrix + arb_mat(
+        [[damping if i == j else 0 for j in range(size)] for i in range(size)]
+    )
+    return shifted.solve(right)
+
+
+def trace(matrix: arb_mat) -> arb:
+    """Σ_i A_ii."""
+    return sum((matrix[i, i] for i in range(matrix.nrows())), arb(0))
+
+
+def vector(values: Sequence[arb]) -> arb_mat:
+    """A column."""
+    return arb_mat([[value] for value in values])
+
+
+class Updates:
+    """The updates of every method, by their definitions in parameter space."""
+
+    def __init__(self, right: Right) -> None:
+        self.right = right
+
+    def direction(self, method: str, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
+        """d(λ) of a method, for λ > 0.
+
+        Args:
+            method: as users type it.
+            damping: λ, added to the sum-reduced curvature.
+            sampled: the labels that a method with draws from the model uses.
+        """
+        ctx.prec = self.right.bits
+        name, _, option = method.partition(":")
+        if name == "sgd":
+            return self.right.gradient
+        if name in ("ef", "ief"):
+            return self._empirical(name == "ief", damping)
+        if name == "ng":
+            return damped(self.right.fisher, damping, self.right.gradient)
+        if name == "block-ng":
+            return self._block(damping)
+        if name == "sf":
+            return damped(self.sampled_fisher(sampled), damping, self.right.gradient)
+        return self._diagonal(name, option, damping, sampled)
+
+    def curvature(self, method: str, sampled: list[np.ndarray]) -> arb_mat:
+        """The matrix that λ is added to."""
+        right, name = self.right, method.partition(":")[0]
+        if name in ("ef", "ief"):
+            return right.sample_gradients * right.sample_gradients.transpose()
+        if name == "sf":
+            return self.sampled_fisher(sampled)
+        if name == "ng":
+            return right.fisher
+        if name == "block-ng":
+            return self._diagonal_blocks()
+        entries = self.diagonal(name, sampled)
+        size = len(entries)
+        return arb_mat([[entries[i] if i == j else 0 for j in range(size)] for i in range(size)])
+
+    def _empirical(self, improved: bool, damping: arb) -> arb_mat:
+        right = self.right
+        gradients = right.sample_gradients
+        values = right.squared_residuals() if improved else [arb(1)] * right.num_samples
+        kernel = gradients * gradients.transpose()
+        return gradients.transpose() * damped(kernel, damping, vector(values))
+
+    def _sampled_gradients(self, sampled: list[np.ndarray]) -> list[arb_mat]:
+        return [self.right.pull_samples(self.right.residual_of(labels)) for labels in sampled]
+
+    def sampled_fisher(self, sampled: list[np.ndarray]) -> arb_mat:
+        """F̂ = (1/k) Σ_k Ĝ_kᵀĜ_k."""
+        total = arb_mat(self.right.num_parameters, self.right.num_parameters)
+        for rows in self._sampled_gradients(sampled):
+            total += rows.transpose() * rows
+        return total * (arb(1) / len(sampled))
+
+    def _diagonal_blocks(self) -> arb_mat:
+        """F with 0 between layers."""
+        size = self.right.num_parameters
+        layer = np.empty(size, int)
+        for number, places in enumerate(self.right.rows.layers.values()):
+            layer[places] = number
+        fisher = self.right.fisher
+        return arb_mat(
+            [
+                [fisher[i, j] if layer[i] == layer[j] else 0 for j in range(size)]
+                for i in range(size)
+            ]
+        )
+
+    def _block(self, damping: arb) -> arb_mat:
+        right = self.right
+        result = [arb(0)] * right.num_parameters
+        for places in right.rows.layers.values():
+            chosen = places.tolist()
+            block = arb_mat([[right.fisher[i, j] for j in chosen] for i in chosen])
+            part = damped(block, damping, vector([right.gradient[i, 0] for i in chosen]))
+            for place, i in enumerate(chosen):
+                result[i] = part[place, 0]
+        return vector(result)
+
+    def diagonal(self, name: str, sampled: list[np.ndarray]) -> list[arb]:
+        """The f of a diagonal method."""
+        right, size = self.right, self.right.num_parameters
+        if name == "diag":
+            return [right.fisher[p, p] for p in range(size)]
+        if name == "diag-sf":
+            matrix = self.sampled_fisher(sampled)
+            return [matrix[p, p] for p in range(size)]
+        weights = [arb(1)] * right.num_samples
+        if name == "diag-ief":
+            squares = right.squared_residuals()
+            weights = [1 / s if s > 0 else arb(0) for s in squares]
+        gradients = right.sample_gradients
+        return [
+            sum((w * gradients[n, p] * gradients[n, p] for n, w in enumerate(weights)), arb(0))
+            for p in range(size)
+        ]
+
+    def _diagonal(self, name: str, option: str, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
+        exponent = arb(float(option)) if option and name in ("diag", "diag-ef", "diag-ief") else 1
+        entries = self.diagonal(name, sampled)
+        return vector(
+            [
+                self.right.gradient[p, 0] / (entries[p] + damping) ** exponent
+                for p in range(self.right.num_parameters)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What an update is worth: γ, dᵀg, dᵀFd and ‖d‖, as floats rounded from balls."""
+
+    gamma: float
+    decrease: float
+    curvature: float
+    norm: float
+
+
+def grade(direction: arb_mat, metric: Right) -> Grade:
+    """γ(d) = √(dᵀFd)/|dᵀg| by the Fisher and the gradient of a batch."""
+    ctx.prec = max(ctx.prec, metric.bits)
+    tangent = metric.jacobian * direction
+    flat = [tangent[i, 0] for i in range(tangent.nrows())]
+    curvature = sum((t * h for t, h in zip(flat, metric.weigh(flat), strict=True)), arb(0))
+    decrease = (direction.transpose() * metric.gradient)[0, 0]
+    norm = (direction.transpose() * direction)[0, 0].sqrt()
+    gamma = curvature.sqrt() / abs(decrease)
+    return Grade(*(float(value.mid()) for value in (gamma, decrease, curvature, norm)))
+
+
+def gamma_min(right: Right, damping: arb) -> float:
+    """(gᵀ(F + λI)⁻¹g)^(−1/2), which is γ_min for a λ below every eigenvalue of F but 0."""
+    solved = damped(right.fisher, damping, right.gradient)
+    return float((1 / (solved.transpose() * right.gradient)[0, 0].sqrt()).mid())
