@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.cli.spread_options import ForceOption, QuietOption, SeedOption
+from ngeval.cli.options import ForceOption, QuietOption, SeedOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import save_figure
 from ngeval.results.manifest import manifest

@@ -15,7 +15,7 @@ from rich.console import Console
 from ngeval import InputError
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
 from ngeval.analysis.ranking import ranking
-from ngeval.cli import console
+from ngeval.cli.tables import layer_tables, ranking_tables
 from ngeval.plots import (
     kfac_figure,
     layers_figure,
@@ -226,7 +226,7 @@ def shown_text(tables):
 
 class TestPrinted:
     def test_layers_of_up_to_three_checkpoints(self):
-        text = shown_text(console.layer_tables(layers(3, checkpoints=7)))
+        text = shown_text(layer_tables(layers(3, checkpoints=7)))
         for word in ("epoch 0", "epoch 15", "epoch 30", "buys", "spends", "block.2", "γ = 0.2"):
             assert word in text
         assert "epoch 10" not in text
@@ -235,16 +235,16 @@ class TestPrinted:
         assert f"{summary['excess']:+.1%}" in text
 
     def test_many_layers_are_cut(self):
-        text = shown_text(console.layer_tables(layers(40, checkpoints=1)))
+        text = shown_text(layer_tables(layers(40, checkpoints=1)))
         assert text.count("rest (25)") == 2
 
     def test_layers_without_checkpoints(self):
         table = layers(checkpoints=1).drop(columns=["checkpoint", "epoch"])
-        assert "λ = 0.001: layers" in shown_text(console.layer_tables(table))
+        assert "λ = 0.001: layers" in shown_text(layer_tables(table))
 
     def test_ranking_has_the_best_damping_and_the_interval(self):
         table = gammas()
-        text = shown_text(console.ranking_tables(ranking(table), table))
+        text = shown_text(ranking_tables(ranking(table), table))
         for word in ("early: epoch 0", "middle: epoch 5", "late: epoch 10", "95 %", "γ/γ_min"):
             assert word in text
         first = ranking(table).iloc[0]
@@ -256,14 +256,14 @@ class TestPrinted:
 
     def test_ranking_tells_what_is_not_covered(self):
         table = gammas().assign(coverage=100.0)
-        assert "covers" not in shown_text(console.ranking_tables(ranking(table), table))
+        assert "covers" not in shown_text(ranking_tables(ranking(table), table))
         table.loc[table["method"] == "kfac", "coverage"] = 87.4
-        text = shown_text(console.ranking_tables(ranking(table), table))
+        text = shown_text(ranking_tables(ranking(table), table))
         assert text.count("covers") == text.count("87 %") == 3
 
     def test_ranking_without_the_natural_gradient(self):
         table = gammas().assign(gamma_over_ng=math.nan)
-        text = shown_text(console.ranking_tables(ranking(table), table))
+        text = shown_text(ranking_tables(ranking(table), table))
         assert "γ/γ_SGD at each method's best λ" in text
         assert "γ/γ_min" not in text
 

@@ -231,10 +231,10 @@ class TestManyMethods:
         args = ["plot", str(path), "--kind", "stages", "--force", "-o", str(tmp_path / "a.svg")]
         told = CliRunner().invoke(app, args)
         assert told.exit_code == 0
-        assert "31 lines are more than can be told apart" in told.output
+        assert "31 lines are too many to distinguish" in told.output
         told = CliRunner().invoke(app, [*args, "--methods", "method-1, method-4"])
         assert told.exit_code == 0
-        assert "told apart" not in told.output
+        assert "distinguish" not in told.output
         written = (tmp_path / "a.svg").read_text(encoding="utf-8")
         assert "method-4" in written
         assert "method-5" not in written

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ngeval import InputError
-from ngeval.cli import console
+from ngeval.cli.tables import checkpoint_labels
 from ngeval.plots import (
     PAGE,
     Chosen,
@@ -468,14 +468,14 @@ def test_checkpoints_of_several_runs_keep_their_names():
     table = pd.DataFrame(rows)
     assert style.stage_label(table) == "checkpoint (in order)"
     assert style.with_stage(table)["x"].tolist() == [0, 1, 2, 3]
-    assert list(console.checkpoint_labels(table).values()) == ["a/1", "a/2", "b/1", "b/2"]
+    assert list(checkpoint_labels(table).values()) == ["a/1", "a/2", "b/1", "b/2"]
     first = table[:2]
     assert style.stage_label(first) == "training epoch"
-    assert list(console.checkpoint_labels(first).values()) == ["epoch 1", "epoch 2"]
+    assert list(checkpoint_labels(first).values()) == ["epoch 1", "epoch 2"]
     steps = first.assign(epoch=math.nan)
     assert style.stage_label(steps) == "training step"
     assert style.with_stage(steps)["x"].tolist() == [10.0, 20.0]
-    assert list(console.checkpoint_labels(steps).values()) == ["step 10", "step 20"]
+    assert list(checkpoint_labels(steps).values()) == ["step 10", "step 20"]
 
 
 def test_steps_of_a_million_are_told_in_full():
@@ -483,7 +483,7 @@ def test_steps_of_a_million_are_told_in_full():
     rows = [{"checkpoint": f"{step}.pt", "epoch": math.nan, "step": step} for step in steps]
     table = pd.DataFrame(rows)
     expected = [f"step {step:.0f}" for step in steps]
-    assert list(console.checkpoint_labels(table).values()) == expected
+    assert list(checkpoint_labels(table).values()) == expected
     assert [style.checkpoint_title(table, row["checkpoint"]) for row in rows] == expected
 
 

@@ -20,8 +20,9 @@ import ngeval.runs.ranks
 from ngeval import InputError, NgevalError
 from ngeval.cli.app import app
 from ngeval.results.manifest import read_manifest
-from ngeval.runs.ranks import ManyProcesses, OneProcess, joined, own_device, own_rank, world_size
+from ngeval.runs.ranks import ManyProcesses, OneProcess, joined, own_device
 from ngeval.tasks import get_task
+from ngeval.utils.torchrun import rank, world_size
 
 UNITS = [(stage, batch) for stage in range(5) for batch in range(4)]
 
@@ -115,7 +116,7 @@ class TestEnvironment:
     def test_without_torchrun_there_is_one(self, monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setenv("WORLD_SIZE", "4")  # which other launchers leave behind
-        assert (world_size(), own_rank()) == (1, 0)
+        assert (world_size(), rank()) == (1, 0)
         with joined("cpu", together=False) as ranks:
             assert (ranks.rank, ranks.count, ranks.group) == (0, 1, None)
 
@@ -125,12 +126,12 @@ class TestEnvironment:
         assert own_device("cuda") == "cuda:1"
         assert own_device("cuda:3") == "cuda:3"
         assert own_device("cpu") == "cpu"
-        assert own_rank() == 5
+        assert rank() == 5
 
     def test_a_restart_finds_nothing_claimed(self, monkeypatch):
         """torchrun's store outlives its processes, what they had claimed is not done."""
         store = dist.HashStore()
-        monkeypatch.setattr(ngeval.ranks, "rendezvous", lambda _: iter([(store, 0, 2)]))
+        monkeypatch.setattr(ngeval.runs.ranks, "rendezvous", lambda _: iter([(store, 0, 2)]))
         for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         for restarts in ("0", "1", "2"):

@@ -12,7 +12,8 @@ import torch
 
 from ngeval.errors import InputError
 from ngeval.model.sharding import SINGLE, Shards, fingerprint, shards_of
-from ngeval.utils.memory import free_memory, local_ranks
+from ngeval.utils.memory import free_memory
+from ngeval.utils.torchrun import local_world_size
 from tests import ranks_problems
 from tests.ranks_problems import CASES
 
@@ -161,13 +162,13 @@ def test_fingerprints_tell_bits_dtypes_and_shapes_apart():
 
 def test_free_memory_is_shared_between_local_ranks(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert local_ranks() == 1
+    assert local_world_size() == 1
     alone = free_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert local_ranks() == 4
+    assert local_world_size() == 4
     assert free_memory(torch.device("cpu")) < alone / 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
-    assert local_ranks() == 1
+    assert local_world_size() == 1
 
 
 def test_a_group_is_a_process_group():

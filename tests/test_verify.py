@@ -20,7 +20,7 @@ import ngeval.tasks.base
 import ngeval.verification.manifest_checks
 import ngeval.verification.recompute
 from ngeval import NgevalError
-from ngeval.cli.verify import _lost
+from ngeval.cli.verdicts import missing_units
 from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.run import Run
@@ -111,7 +111,7 @@ class TestAgrees:
 
     def test_what_is_shown_and_written(self, small):
         result = verify("gamma.csv", "-o", "report.json")
-        assert f"3 of {UNITS} units computed anew, all agree; --units {UNITS} " in result.stdout
+        assert f"3 of {UNITS} units recomputed, all agree; --units {UNITS} " in result.stdout
         assert result.stdout.count(" agrees") == 3
         told = json.loads(Path("report.json").read_text())
         assert [unit["agrees"] for unit in told["units"]] == [True] * 3
@@ -128,7 +128,7 @@ class TestAgrees:
         edit("gamma.csv")
         shown = verify("gamma.csv", "--units", "9", "-o", "report.json").stdout
         assert f"of a run that is not finished: {BATCHES} of {UNITS} units are in it" in shown
-        assert f"{BATCHES} of {BATCHES} units computed anew, all agree" in shown
+        assert f"{BATCHES} of {BATCHES} units recomputed, all agree" in shown
         told = json.loads(Path("report.json").read_text())
         assert (told["finished"], told["units_there"], told["units_of_run"]) == (False, 2, UNITS)
 
@@ -178,7 +178,7 @@ class TestDiffers:
         columns, told = self.CHANGES[change]
         edit(name, **columns)
         result = verify(name, "--units", UNITS, "-o", "report.json", code=1)
-        assert f"1 of {BATCHES} units of {name} are not what it says" in result.stderr
+        assert f"1 of {BATCHES} units of {name} differ from what it says" in result.stderr
         units = json.loads(Path("report.json").read_text())["units"]
         assert [unit["agrees"] for unit in units] == [False] + [True] * (BATCHES - 1)
         assert told in f"{units[0]['problem']} {units[0]['where']}"
@@ -189,7 +189,9 @@ class TestDiffers:
         write_results(table[~table["stage"].isin(stages)], Path("gamma.csv"))
         message = verify("gamma.csv", "--units", "1", "-o", "report.json", code=1).stderr
         lost = len(stages) * BATCHES
-        assert f"{lost} of {UNITS} units of the run, which came to its end, are not in" in message
+        assert (
+            f"{lost} of {UNITS} units of the run, which was finished, are missing from" in message
+        )
         for stage in stages:
             assert f"epoch={stage}.safetensors batch 1" in message
         told = json.loads(Path("report.json").read_text())
@@ -200,7 +202,7 @@ class TestDiffers:
         recorded = read_recorded(Path("gamma.csv"), Trust("mine.py:task"))
         more = {f"c{i}": "" for i in range(20)}
         found = recorded.identity | {"checkpoints": recorded.identity["checkpoints"] | more}
-        message = _lost(replace(recorded, identity=found), UNITS)
+        message = missing_units(replace(recorded, identity=found))
         assert message.startswith("40 of 46 units")
         assert message.endswith("c5 batch 1\n  and 28 more")
 
@@ -215,7 +217,7 @@ class TestDiffers:
         write_results(table.assign(iterations=1), Path("gamma.csv"))
         tell("gamma.csv", lambda told: told["identity"]["options"].update(gap=1e9))
         message = verify("gamma.csv", "--units", UNITS, code=1).stderr
-        assert f"{UNITS} of {UNITS} units of gamma.csv are not what it says" in message
+        assert f"{UNITS} of {UNITS} units of gamma.csv differ from what it says" in message
 
     def test_rows_missing_or_too_many(self, small):
         tell("gamma.csv", unfinish)

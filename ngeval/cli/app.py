@@ -1,11 +1,15 @@
-"""The command ``ngeval``: its list of commands; each is a function of `ngeval.cli`."""
+"""The command ``ngeval``: the list of its commands, each a function of a module of `ngeval.cli`.
+
+Those modules import what declares their options. What a command runs (torch, pandas, matplotlib,
+…) it imports when it is called, so that help, lists and typing errors are answered at once.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Annotated
 
-import matplotlib as mpl
 import typer
 
 import ngeval
@@ -26,16 +30,15 @@ app = typer.Typer(
     epilog="Start with [bold]ngeval demo[/bold]. Every command has --help with examples.",
 )
 
-for command in (
-    *(demo, train, gamma, sweep, compare, layers, imbalance),
-    *(verify, plot, report, tasks, methods),
-):
+for command in (demo, train, gamma, sweep, compare, layers, imbalance):
+    app.command()(command)
+for command in (verify, plot, report, tasks, methods):
     app.command()(command)
 
 
 def main() -> None:
     """Entry point of the command ``ngeval``."""
-    mpl.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # figures go into files, also where there is no display
     signal.signal(signal.SIGTERM, console.terminate)
     app()
 

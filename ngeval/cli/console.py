@@ -1,18 +1,12 @@
-"""What the command line shows: errors in one message, progress with time left, tables."""
+"""What every command shares: errors as one message, exit codes, consoles and progress bars."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,35 +15,23 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-from torch import nn
 from typer.core import TyperGroup
 
-from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
-from ngeval.analysis.ranking import three_stages, without_damping
-from ngeval.analysis.summary import summarize
 from ngeval.errors import NgevalError
-from ngeval.problem.gamma import imbalance
-from ngeval.runs.ranks import own_rank, world_size
-from ngeval.training import EpochReport
-from ngeval.utils.text import message, visible, whole_or_short
+from ngeval.utils import torchrun
+from ngeval.utils.text import message
 
-MAX_LAYERS = 16
-"""Layers of an update in a printed table."""
+PIPE_WIDTH = 160
+"""Characters in a line of a file or a pipe."""
 
-WIDE = 160
-"""Characters in a line of a file or pipe."""
-
-
-KEPT = "finished rows are in the output file, if one was asked for"
-
+ROWS_ARE_SAFE = "finished rows are in the output file, if there is one"
 
 SHARED = ("gamma", "sweep", "layers", "imbalance", "compare")
-"""Commands that torchrun's processes do together."""
+"""The commands whose work the processes of torchrun share."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: somebody else wants the program to end, and what is finished is kept as well."""
+    """SIGTERM arrived: the program ends as it does after Ctrl-C, with another exit code."""
 
 
 def terminate(*_: object) -> None:
@@ -62,63 +44,61 @@ def terminate(*_: object) -> None:
 
 
 class Commands(TyperGroup):
-    """Turns ngeval's own errors into one message and exit code 2, Ctrl-C into 130, SIGTERM 143."""
+    """The group of commands, which turns errors into one message and an exit code.
+
+    The exit code is 2 for an error of ngeval, 130 for Ctrl-C and 143 for SIGTERM.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is asked for; of torchrun's processes one does what cannot be shared.
+        """Find the command; one that processes cannot share runs in the first of them alone.
 
         Raises:
-            typer.Exit: this is another one.
+            typer.Exit: this process has nothing to do.
         """
-        found = super().resolve_command(ctx, args)
-        if world_size() > 1 and found[0] not in SHARED:
-            if own_rank():
+        name, command, rest = super().resolve_command(ctx, args)
+        if torchrun.world_size() > 1 and name not in SHARED:
+            if torchrun.rank():
                 raise typer.Exit
-            complain(f"{found[0]} is the work of one process; the others have nothing to do")
-        return found
+            complain(f"{name} runs in one process; the others have nothing to do")
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
         try:
             return super().invoke(ctx)
         except NgevalError as error:
             complain(str(error))
             raise typer.Exit(2) from error
         except Terminated:
-            if os.environ.get("RANK", "0") == "0":  # torchrun ends the others as it ends itself
-                complain(f"terminated; {KEPT}")
+            if os.environ.get("RANK", "0") == "0":  # torchrun terminates every process
+                complain(f"terminated; {ROWS_ARE_SAFE}")
             raise typer.Exit(143) from None
         except KeyboardInterrupt:
-            complain(f"interrupted; {KEPT}")
+            complain(f"interrupted; {ROWS_ARE_SAFE}")
             raise typer.Exit(130) from None
 
 
 def complain(text: str) -> None:
-    """On standard error; of torchrun's processes all but the first say who they are."""
+    """Print a message to standard error, with the rank of any process but the first."""
     rank = os.environ.get("RANK", "0")
     name = "ngeval" if rank == "0" else f"ngeval (rank {rank})"
-    Console(stderr=True).print(
-        f"{name}: {message(text)}", markup=False, highlight=False, soft_wrap=True
-    )
+    say(Console(stderr=True), f"{name}: {text}")
 
 
-def trainable_line(model: nn.Module) -> str:
-    """How many parameters an adapter makes trainable."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trainable = sum(size for size, wanted in sizes if wanted)
-    return f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters trainable"
+def say(out: Console, text: str) -> None:
+    """Print a text as it is: a path may hold brackets or escape sequences."""
+    out.print(message(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def table_console(quiet: bool = False) -> Console:
-    """Standard output; where it is no terminal, wide enough for any table."""
+    """Standard output, wide enough for any table where it is not a terminal."""
     out = Console(quiet=quiet)
     if not out.is_terminal and "COLUMNS" not in os.environ:
-        out.width = max(out.width, WIDE)
+        out.width = max(out.width, PIPE_WIDTH)
     return out
 
 
 def progress_bar(quiet: bool) -> Progress:
-    """A progress bar on standard error, with the time gone and the time left."""
+    """A progress bar on standard error, with the time elapsed and the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -129,219 +109,3 @@ def progress_bar(quiet: bool) -> Progress:
         console=Console(stderr=True),
         disable=quiet,
     )
-
-
-def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
-    """A short label for each checkpoint: its epoch or step where known, else its path's end."""
-    labels = {}
-    for name, rows in table.groupby("checkpoint", sort=False):
-        label = visible(str(name)[-40:])
-        for told in ("step", "epoch"):
-            if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
-                label = f"{told} {whole_or_short(value)}"
-        labels[str(name)] = escape(label)
-    if len(set(labels.values())) < len(labels):  # several runs
-        return {name: escape(visible(name[-40:])) for name in labels}
-    return labels
-
-
-def stages_table(table: pd.DataFrame, damping: float) -> Table:
-    """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
-    rows = table[table["damping"] == damping]
-    summary = summarize(rows)
-    methods = [name for name in dict.fromkeys(rows["method"]) if name != "sgd"]
-    lost = rows[rows["status"] == "failed"]
-    failed = set(zip(lost["checkpoint"], lost["method"], strict=True))
-    shown = Table(
-        title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
-        caption="below 1: closer to the natural gradient than SGD; floor: no update is below it",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    shown.add_column("checkpoint", overflow="fold")
-    for method in [*methods, "floor"]:
-        shown.add_column(method, justify="right", overflow="fold")
-    for name, label in checkpoint_labels(table).items():
-        part = summary[summary["checkpoint"] == name].set_index("method")
-        cells = [
-            _ratio_cell(part, method)
-            if method in part.index or (name, method) not in failed
-            else "failed"
-            for method in methods
-        ]
-        shown.add_row(label, *cells, f"{part['floor_over_sgd'].median():.3g}")
-    return shown
-
-
-def sweep_table(table: pd.DataFrame) -> Table:
-    """For each checkpoint and method: γ/γ_min at the smallest λ, and the best over λ."""
-    summary = summarize(table)
-    free = without_damping(table)
-    smallest = summary["damping"].min()
-    shown = Table(
-        title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
-        caption="best: the smallest over the dampings, with the λ where it is reached",
-    )
-    for column in ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="):
-        shown.add_column(column, justify="left" if column in ("checkpoint", "method") else "right")
-    for name, label in checkpoint_labels(table).items():
-        rows = summary[summary["checkpoint"] == name]
-        first = True
-        for method, part in rows.groupby("method", sort=False):
-            values = part.set_index("damping")["gamma_over_ng_geomean"].dropna()
-            if values.empty:
-                continue
-            at_smallest = f"{values[smallest]:.3g}" if smallest in values else "–"
-            where = "–" if method in free else f"{values.idxmin():.1e}"
-            cells = (at_smallest, f"{values.min():.3g}", where)
-            shown.add_row(label if first else "", str(method), *cells)
-            first = False
-        shown.add_section()
-    return shown
-
-
-def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
-    """What each layer buys and spends: for up to three checkpoints, at the first λ."""
-    labels = {"": ""}
-    names = [""]
-    if "checkpoint" in table:
-        labels, names = checkpoint_labels(table), three_stages(table)
-    summary = summarize_layers(table[table["damping"] == table["damping"].iloc[0]])
-    for name in names:
-        rows = summary[summary["checkpoint"] == name] if name else summary
-        if rows.empty:  # none of its units could be graded
-            continue
-        where = f"{labels[name]}, " if name else ""
-        shown = Table(
-            title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",
-            caption="means over batches; spends above buys: a smaller step there would lower γ; "
-            "γ/γ_SGD and γ/best: in this layer alone, over the gradient and over its natural "
-            "gradient",
-            box=box.SIMPLE_HEAD,
-        )
-        for column in ("method", "layer", "parameters", "buys", "spends", "spends − buys"):
-            justify: Any = "left" if column in ("method", "layer") else "right"
-            shown.add_column(column, justify=justify, overflow="fold")
-        shown.add_column("γ/γ_SGD", justify="right")
-        shown.add_column("γ/best", justify="right")
-        leading = leading_layers(rows, MAX_LAYERS)
-        for method, part in rows.groupby("method", sort=False):
-            _layer_rows(shown, str(method), with_rest(part, leading))
-        yield shown
-
-
-def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
-    """A section of one method."""
-    total = f"[dim]γ = {cell(rows['gamma_total'].iloc[0])}[/dim]"
-    heads = [escape(method), total, *[""] * len(rows)]
-    if len(rows) == 1:
-        heads = [f"{escape(method)}\n{total}"]
-    for head, (_, row) in zip(heads, rows.iterrows(), strict=False):
-        shown.add_row(
-            head,
-            escape(str(row["layer"])),
-            f"{row['num_parameters']:,.0f}",
-            *(cell(row[name], ".1%") for name in ("decrease_share", "curvature_share")),
-            cell(row["excess"], "+.1%"),
-            cell(row["gamma_over_sgd"]),
-            cell(row["gamma_over_best"]),
-        )
-    shown.add_section()
-
-
-def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]:
-    """The methods by rank: a table for each checkpoint of `ngeval.comparison.ranking`.
-
-    Args:
-        ranked: the ranking.
-        table: what it was made of.
-    """
-    labels = checkpoint_labels(table)
-    natural = bool(ranked["gamma_over_ng"].notna().any())
-    ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
-    last = ranked["checkpoint"].iloc[-1]
-    several = table["damping"].nunique() > 1
-    ends = (table["damping"].min(), table["damping"].max()) if several else ()
-    alone = ranked["checkpoint"].nunique() == 1
-    for name, rows in ranked.groupby("checkpoint", sort=False):
-        shown = Table(
-            title=("" if alone else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
-            box=box.SIMPLE_HEAD,
-        )
-        columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
-        partly = bool((rows["coverage"] < 100).any())
-        columns += ["γ/γ_SGD"] * natural + ["covers"] * partly
-        for column in columns:
-            shown.add_column(column, justify="left" if column == "method" else "right")
-        for _, row in rows.iterrows():
-            interval = f"{row[f'{ratio}_low']:.3g} – {row[f'{ratio}_high']:.3g}"
-            cells = [
-                "" if math.isnan(row["rank"]) else f"{row['rank']:.0f}",
-                escape(str(row["method"])),
-                "failed" if row["status"] == "failed" else cell(row[ratio]),
-                "" if math.isnan(row[f"{ratio}_low"]) else interval,
-                cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
-                cell(row[f"{ratio}_run"]),
-                cell(row["damping_run"], ".0e"),
-            ]
-            cells += [cell(row["gamma_over_sgd"])] if natural else []
-            cells += [f"{row['coverage']:.0f} %"] if partly else []
-            shown.add_row(*cells)
-        if name == last:
-            shown.caption = (
-                f"{least} at each method's best λ of those given, geometric mean over batches; one "
-                "λ: the one that is best over all checkpoints"
-                + ("; 1 is the natural gradient itself" if natural else "")
-                + "; *: at an end of the range, try a wider one" * several
-            )
-        yield shown
-
-
-def cell(value: float, form: str = ".3g") -> str:
-    """A number in a table, a dash where there is none."""
-    return "–" if math.isnan(value) else f"{value:{form}}"
-
-
-def imbalance_table(table: pd.DataFrame) -> Table:
-    """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
-    shown = Table(
-        title="per-sample gradient norms ‖g_n‖ (nats)",
-        caption="max/min: geometric mean over batches",
-    )
-    for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
-        shown.add_column(column, justify="left" if column == "checkpoint" else "right")
-    for name, label in checkpoint_labels(table).items():
-        rows = table[table["checkpoint"] == name]
-        quantiles = rows["gradient_norm"].quantile([0, 0.05, 0.5, 0.95, 1])
-        ratio = math.exp(np.log(rows.groupby("batch")["gradient_norm"].apply(imbalance)).mean())
-        shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
-    return shown
-
-
-def training_line(report: EpochReport) -> str:
-    """One line about an epoch: mean losses in nats, with accuracies where there are any."""
-    line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
-    if report.train_accuracy is not None:
-        line += f" ({report.train_accuracy:.1%})"
-    if report.validation_loss is not None:
-        line += f"  validation loss {report.validation_loss:.4g}"
-    if report.validation_accuracy is not None:
-        line += f" ({report.validation_accuracy:.1%})"
-    return line
-
-
-def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
-    if method not in rows.index:
-        return "–"
-    value, low, high = (
-        float(rows[f"gamma_over_sgd_geomean{end}"][method]) for end in ("", "_low", "_high")
-    )
-    if math.isnan(low):
-        return f"{value:.3g}"
-    return f"{value:.3g}\n[dim]{low:.2g}–{high:.2g}[/dim]"
-
-
-def say(out: Console, text: str) -> None:
-    """Print as it is: a path may hold brackets, or escape sequences."""
-    out.print(message(text), highlight=False, markup=False, soft_wrap=True)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ngeval.cli import console
-from ngeval.cli.spread_options import DampingScaleOption, MethodsOption, MetricOption, takes_options
-from ngeval.grading.prepare import check_dampings
+from ngeval.cli.options import DampingScaleOption, MethodsOption, MetricOption
+from ngeval.cli.spread_options import takes_options
 from ngeval.methods import get_methods
-from ngeval.results.manifest import as_options
-from ngeval.runs.execute import check_result, collect
-from ngeval.runs.from_options import make_run
 from ngeval.runs.options import (
     GradingOptions,
     HubOptions,
@@ -25,8 +21,11 @@ from ngeval.runs.options import (
     parse_groups,
     parse_metric,
 )
-from ngeval.runs.outcome import Collected
-from ngeval.runs.tables import Work
+
+if TYPE_CHECKING:
+    from ngeval.runs.outcome import Collected
+
+Groups = tuple[RunOptions, HubOptions, StepOptions]
 
 
 @takes_options
@@ -51,10 +50,12 @@ def gamma(
 
     ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
     """
-    made = grade((run, hub, step), grading, out, methods, _dampings(damping))
-    for value in list(dict.fromkeys(made.table["damping"]))[:3]:
-        console.table_console(out.quiet).print(console.stages_table(made.table, value))
-    made.finish()
+    from ngeval.cli.tables import stages_table
+
+    result = grade((run, hub, step), grading, out, methods, read_dampings(damping))
+    for value in list(dict.fromkeys(result.table["damping"]))[:3]:
+        console.table_console(out.quiet).print(stages_table(result.table, value))
+    result.finish()
 
 
 @takes_options
@@ -73,9 +74,11 @@ def sweep(
 
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
-    made = grade((run, hub, step), grading, out, methods, _dampings(dampings))
-    console.table_console(out.quiet).print(console.sweep_table(made.table))
-    made.finish()
+    from ngeval.cli.tables import sweep_table
+
+    result = grade((run, hub, step), grading, out, methods, read_dampings(dampings))
+    console.table_console(out.quiet).print(sweep_table(result.table))
+    result.finish()
 
 
 @takes_options
@@ -105,17 +108,21 @@ def layers(
     ngeval layers --task my.py:task -c last.pt -m sgd,kfac --groups 2 && ngeval plot layers.csv
     --kind layers --output layers.png
     """
-    names = [method.name for method in get_methods(methods)]
     work = {
-        **{"methods": names, "dampings": _dampings(damping), "groups": parse_groups(groups)},
-        **{"damping_scale": damping_scale, "metric_batches": parse_metric(metric_batches)},
+        "methods": _names(methods),
+        "dampings": read_dampings(damping),
+        "groups": parse_groups(groups),
+        "damping_scale": damping_scale,
+        "metric_batches": parse_metric(metric_batches),
         "natural": natural,
     }
-    made = _do("layers", work, (run, hub, step), out, {"groups": groups})
-    made.report_failures()
-    for shown in console.layer_tables(made.table):
-        console.table_console(out.quiet).print(shown)
-    made.finish()
+    result = _execute("layers", work, (run, hub, step), out, {"groups": groups})
+    from ngeval.cli.tables import layer_tables
+
+    result.report_failures()
+    for table in layer_tables(result.table):
+        console.table_console(out.quiet).print(table)
+    result.finish()
 
 
 @takes_options
@@ -125,7 +132,7 @@ def imbalance(
     step: StepOptions,
     out: OutputOptions,
     methods: Annotated[
-        str, typer.Option("--methods", "-m", help="Also each one's loss change per sample.")
+        str, typer.Option("--methods", "-m", help="Also each method's loss change per sample.")
     ] = "",
     damping: Annotated[float, typer.Option(help="λ of those updates, absolute.")] = 0.0,
 ) -> None:
@@ -133,46 +140,68 @@ def imbalance(
 
     [bold]Example:[/bold] ngeval imbalance --task digits-mlp -c runs/mlp --methods ef,ief -o i.csv
     """
-    names = [method.name for method in get_methods(methods)] if methods else []
+    work = {"methods": _names(methods) if methods else [], "damping": damping}
+    from ngeval.cli.tables import imbalance_table
+    from ngeval.grading.prepare import check_dampings
+
     check_dampings([damping])
-    made = _do("imbalance", {"methods": names, "damping": damping}, (run, hub, step), out, {})
-    console.table_console(out.quiet).print(console.imbalance_table(made.table))
-    made.finish()
-
-
-def _dampings(text: str) -> list[float]:
-    return check_dampings(parse_dampings(text))
-
-
-def _groups(run: RunOptions, hub: HubOptions, step: StepOptions) -> list[object]:
-    """The options that a manifest tells: those of the hub where a model of it is asked for."""
-    return [run, step] if hub.hf_model is None else [run, hub, step]
+    result = _execute("imbalance", work, (run, hub, step), out, {})
+    console.table_console(out.quiet).print(imbalance_table(result.table))
+    result.finish()
 
 
 def grade(
-    which: tuple[RunOptions, HubOptions, StepOptions],
+    groups: Groups,
     grading: GradingOptions,
     out: OutputOptions,
     methods: str,
-    dampings: Sequence[float],
+    dampings: list[float],
 ) -> Collected:
-    """What ``gamma``, ``sweep`` and ``compare`` share."""
-    names = [method.name for method in get_methods(methods)]
-    work = {"methods": names, "dampings": list(dampings)} | asdict(grading)
+    """Grade the methods on every unit, as ``gamma``, ``sweep`` and ``compare`` do."""
+    work = {"methods": _names(methods), "dampings": dampings} | asdict(grading)
     work["metric_batches"] = parse_metric(grading.metric_batches)
-    made = _do("gamma", work, which, out, {})
-    made.report_failures()
-    return made
+    result = _execute("gamma", work, groups, out, {})
+    result.report_failures()
+    return result
 
 
-def _do(
+def _names(methods: str) -> list[str]:
+    return [method.name for method in get_methods(methods)]
+
+
+def read_dampings(text: str) -> list[float]:
+    """The dampings of an option's text: a comma list, or ``low:high:count``.
+
+    Raises:
+        InputError: the text is something else, or a damping is negative or infinite.
+    """
+    from ngeval.grading.prepare import check_dampings
+
+    return check_dampings(parse_dampings(text))
+
+
+def _execute(
     kind: str,
-    options: dict[str, Any],
-    which: tuple[RunOptions, HubOptions, StepOptions],
+    work: dict[str, Any],
+    groups: Groups,
     out: OutputOptions,
     as_typed: dict[str, Any],
 ) -> Collected:
-    """A run from its options to its rows."""
+    """Do all units of a run, and write them with a manifest of the options.
+
+    Args:
+        kind: which table is computed for each unit.
+        work: the options of that table.
+        groups: the options of the run.
+        out: where the rows go.
+        as_typed: the options whose text the manifest records in place of their value in ``work``.
+    """
+    from ngeval.results.manifest import as_options
+    from ngeval.runs.execute import check_result, collect
+    from ngeval.runs.from_options import make_run
+    from ngeval.runs.tables import Work
+
     check_result(out)
-    job, work = make_run(*which), Work(kind, options)
-    return collect(job, work, out, as_options(*_groups(*which), options, as_typed))
+    run, hub, step = groups
+    recorded = (run, step) if hub.hf_model is None else groups
+    return collect(make_run(*groups), Work(kind, work), out, as_options(*recorded, work, as_typed))

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
-from ngeval.cli.spread_options import ForceOption, QuietOption
+from ngeval.cli.options import ForceOption, QuietOption
 from ngeval.errors import InputError, nearest_name
 from ngeval.methods import all_methods
-from ngeval.plots import (
-    COLUMN,
-    FIGURE_SUFFIXES,
-    FIGURES,
-    PAGE,
-    Chosen,
-    figure_of,
-    kind_of,
-    save_figure,
-)
-from ngeval.results.table_files import check_output, read_results
-from ngeval.tasks import BUILTIN_TASKS, get_task
+from ngeval.tasks import BUILTIN_TASKS
 
-WIDTHS = {"column": COLUMN, "page": PAGE}
-MANY = 24
-"""Entries of a legend that can be told apart, at the most."""
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS = "stages, damping, imbalance, layers, kfac, ranking, performance"
+"""The kinds of figures, `ngeval.plots.FIGURES`, for ``--help``."""
+
+MANY_LINES = 24
+"""The most entries of a legend that a reader can distinguish."""
 
 
 def plot(
@@ -43,7 +35,7 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help=".png, .svg or .pdf.")],
     kind: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(FIGURES)}; default: what the columns of the files fit."),
+        typer.Option(help=f"{KINDS}; default: the one that the columns of the files fit."),
     ] = None,
     damping: Annotated[
         float | None, typer.Option(help="λ of a picture at one λ; default: the smallest.")
@@ -93,9 +85,22 @@ def plot(
 
     ngeval plot training.parquet --kind performance --output performance.png
     """
+    from ngeval.plots import (
+        COLUMN,
+        FIGURE_SUFFIXES,
+        FIGURES,
+        PAGE,
+        Chosen,
+        figure_of,
+        kind_of,
+        save_figure,
+    )
+    from ngeval.results.table_files import check_output
+
     check_output(output, FIGURE_SUFFIXES, force=force)
-    if width is not None and width not in WIDTHS:
-        raise InputError(f"unknown width {width!r}; {nearest_name(width, WIDTHS)}")
+    widths = {"column": COLUMN, "page": PAGE}
+    if width is not None and width not in widths:
+        raise InputError(f"unknown width {width!r}; {nearest_name(width, widths)}")
     if kind is not None and kind not in FIGURES:
         raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
     tables = read_tables(results)
@@ -103,7 +108,7 @@ def plot(
         damping,
         checkpoint,
         relative_pairs(relative),
-        WIDTHS.get(width or ""),
+        widths.get(width or ""),
         None if methods is None else [name.strip() for name in methods.split(",")],
         task,
     )
@@ -114,8 +119,8 @@ def plot(
     out = console.table_console(quiet)
     if kind is None:
         say(out, f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
-    if most > MANY:
-        say(out, f"{most} lines are more than can be told apart: choose some with --methods")
+    if most > MANY_LINES:
+        say(out, f"{most} lines are too many to distinguish: choose some with --methods")
 
 
 def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
@@ -127,6 +132,8 @@ def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
     if len(set(paths)) < len(paths):
         raise InputError("a result file is given twice")
     stems = [path.stem for path in paths]
+    from ngeval.results.table_files import read_results
+
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
     return {name: read_results(path) for name, path in zip(names, paths, strict=True)}
 
@@ -151,10 +158,8 @@ def tasks() -> None:
     [bold]Example:[/bold] ngeval tasks
     """
     shown = Table("task", "what it is", "parameters")
-    for name in BUILTIN_TASKS:
-        task = get_task(name)
-        count = sum(parameter.numel() for parameter in task.model().parameters())
-        shown.add_row(name, task.description, f"{count:,}")
+    for name, task in BUILTIN_TASKS.items():
+        shown.add_row(name, task.description, f"{task.num_parameters:,}")
     console.table_console().print(shown)
 
 
@@ -167,9 +172,9 @@ def methods() -> None:
     for name, entry in all_methods().items():
         cells = (name, entry.formula, entry.labels, entry.parameter or "–", entry.source)
         shown.add_row(*(escape(cell) for cell in cells))
-    console.table_console().print(shown)
-    out = Console()
-    out.print("example: --methods sgd,ief,sf:4,diag-ef:0.5,adamw,muon:20", highlight=False)
+    out = console.table_console()
+    out.print(shown)
+    say(out, "example: --methods sgd,ief,sf:4,diag-ef:0.5,adamw,muon:20")
     say(
         out,
         "also the path of any torch.optim.Optimizer class, as pytorch_optimizer.SOAP:20; an "

@@ -72,7 +72,7 @@ class Shown:
     def tell(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         """What an adapter leaves trainable."""
         if checkpoint.is_adapter and not self.bar.disable:
-            say(self.bar.console, f"{checkpoint.name}: {console.trainable_line(model)}")
+            say(self.bar.console, f"{checkpoint.name}: {trainable_line(model)}")
 
     def _count(self, steps: int) -> None:
         self.told += steps
@@ -88,3 +88,10 @@ class Shown:
     def _watch(self) -> None:
         while not self.ended.wait(0.5):
             self._update()
+
+
+def trainable_line(model: nn.Module) -> str:
+    """How many parameters of a model are trainable."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(size for size, requires_grad in sizes if requires_grad)
+    return f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters trainable"

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ngeval.cli.spread_options import ForceOption, QuietOption
-from ngeval.results.table_files import check_output
+from ngeval.cli.options import ForceOption, QuietOption
 from ngeval.utils.text import visible
 
 
@@ -34,9 +33,7 @@ def report(
 
     ngeval report results.parquet imbalance.parquet layers.csv --title "digits, N = 160" -o r.html
     """
-    check_output(output, (".html", ".htm"), force=force)
-    # plotly and jinja2 are loaded where a page is made.
-    from ngeval.report import write_report  # noqa: PLC0415
+    from ngeval.report import write_report
 
     write_report(results, output, title=title, force=force)
     if not quiet:

@@ -13,9 +13,22 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ngeval.analysis.training_results import average_ranks
-from ngeval.cli.console import cell
+from ngeval.cli.tables import cell
+from ngeval.training import EpochReport
 
 CAPTION = "mean over seeds ± half its 95 % t-interval; bold: the best mean"
+
+
+def training_line(report: EpochReport) -> str:
+    """One line about an epoch: mean losses in nats, with accuracies where there are any."""
+    line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
+    if report.train_accuracy is not None:
+        line += f" ({report.train_accuracy:.1%})"
+    if report.validation_loss is not None:
+        line += f"  validation loss {report.validation_loss:.4g}"
+    if report.validation_accuracy is not None:
+        line += f" ({report.validation_accuracy:.1%})"
+    return line
 
 
 def trained_line(rows: pd.DataFrame) -> str:

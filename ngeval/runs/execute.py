@@ -25,9 +25,10 @@ from ngeval.results.table_files import SUFFIXES, check_output, read_results, wri
 from ngeval.runs.identity import check_same, identity, is_identity
 from ngeval.runs.options import OutputOptions
 from ngeval.runs.outcome import Collected
-from ngeval.runs.ranks import joined, own_rank, world_size
+from ngeval.runs.ranks import joined
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work
+from ngeval.utils import torchrun
 
 FLUSH_SECONDS = 5.0
 """How often the table is put together anew while a run goes on, at most."""
@@ -51,10 +52,10 @@ def check_result(out: OutputOptions) -> None:
     if out.output is None:
         if out.resume:
             raise InputError("--resume needs the --output that is to be gone on with")
-        if world_size() > 1:
+        if torchrun.world_size() > 1:
             raise InputError("a run of several processes needs a file for its rows: --output")
         return
-    if own_rank():  # the first process has it, and may have begun to write
+    if torchrun.rank():  # the first process has it, and may have begun to write
         return
     check_output(out.output, SUFFIXES, force=True)
     journal = Journal(out.output)

@@ -18,9 +18,10 @@ from ngeval.runs.options import (
     parse_bytes,
     parse_dtype,
 )
-from ngeval.runs.ranks import own_device, world_size
+from ngeval.runs.ranks import own_device
 from ngeval.runs.run import Run
 from ngeval.tasks import Task, get_task, source_of
+from ngeval.utils import torchrun
 
 HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
 """Options that are called otherwise in `ngeval.tasks.hf.hub_task`."""
@@ -52,7 +53,7 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
     else:
         task, checkpoints = _hub_run(options, hub, more)
     num_units = len(checkpoints) * options.num_batches
-    few = options.shard == "auto" and num_units < world_size()
+    few = options.shard == "auto" and num_units < torchrun.world_size()
     return Run(
         task,
         checkpoints,

@@ -6,12 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ngeval.curvature.krylov import GAP
 from ngeval.errors import InputError, nearest_name
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SEED = 2**32 - 1
 MAX_BYTES = 2**60
@@ -86,7 +88,7 @@ class GradingOptions:
     damping_scale: str = "absolute"
     metric_batches: str | None = None
     natural: bool = True
-    gap: float = GAP
+    gap: float = 1e-4  # `ngeval.curvature.krylov.GAP`, which this module reads without torch
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class OutputOptions:
     quiet: bool = False
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float64", "bfloat16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {
     f"{letter}{end}": 2**power
@@ -232,4 +234,7 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
         return None
     if text not in DTYPES:
         raise InputError(f"unknown dtype {text!r}; {nearest_name(text, DTYPES)}")
-    return DTYPES[text]
+    import torch  # noqa: PLC0415  (takes seconds, and the options are read without it)
+
+    dtype: torch.dtype = getattr(torch, text)
+    return dtype

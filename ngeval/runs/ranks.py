@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from ngeval.errors import InputError, NgevalError
 from ngeval.model.sharding import shards_of
 from ngeval.results.journal import Key
+from ngeval.utils import torchrun
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -243,35 +244,14 @@ def _reachable() -> Iterator[None]:
         ) from error
 
 
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it.
-
-    Raises:
-        InputError: its environment variables make no sense.
-    """
-    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
-
-
-def own_rank() -> int:
-    """The number of this process; 0 without torchrun."""
-    return _number("RANK", 0) if world_size() > 1 else 0
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise InputError(f"the environment variable {name} is {text!r}, not a number as torchrun's")
-    return int(text)
-
-
 def own_device(device: str) -> str:
     """``cuda`` is the GPU of this process's number on its machine.
 
     >>> own_device("cpu")
     'cpu'
     """
-    if device == "cuda" and world_size() > 1:  # of another text `Run` says whether it is a device
-        return f"cuda:{_number('LOCAL_RANK', 0)}"
+    if device == "cuda" and torchrun.world_size() > 1:  # `Run` checks any other text
+        return f"cuda:{torchrun.local_rank()}"
     return device
 
 
@@ -299,8 +279,8 @@ def _met() -> tuple[Store, int, int]:
         if time.monotonic() - started > PATIENCE:
             started = math.inf
             print(
-                f"waiting for the other {world_size() - 1} processes, as the environment variables "
-                "RANK and WORLD_SIZE say; unset them for a run by itself",
+                f"waiting for the other {torchrun.world_size() - 1} processes, as the environment "
+                "variables RANK and WORLD_SIZE say; unset them for a run by itself",
                 file=sys.stderr,
             )
     if failed:
@@ -317,7 +297,7 @@ def _attempt() -> str:
     What the processes of an earlier start have claimed there, they may never have finished.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"start {count} of {world_size()} processes"
+    return f"start {count} of {torchrun.world_size()} processes"
 
 
 @contextlib.contextmanager
@@ -331,7 +311,7 @@ def joined(device: str, *, together: bool) -> Iterator[Ranks]:
     Raises:
         InputError: they cannot be reached.
     """
-    if world_size() == 1:
+    if torchrun.world_size() == 1:
         yield OneProcess()
         return
     store, rank, count = _met()

@@ -1,6 +1,17 @@
-"""Tasks: a model, its data and its likelihood under one name."""
+"""Tasks: a model, its data and its likelihood under one name.
 
-from ngeval.tasks.base import Batch, Task
-from ngeval.tasks.resolve import BUILTIN_TASKS, get_task, source_of
+The built-in tasks are listed, and the name of a task is looked up, without importing torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from ngeval.tasks.builtin import BUILTIN_TASKS
+from ngeval.tasks.resolve import get_task, source_of
+from ngeval.utils.lazy import lazy_names as _lazy_names
+
+if TYPE_CHECKING:
+    from ngeval.tasks.base import Batch, Task
+
+__getattr__, __dir__ = _lazy_names(__name__, {"ngeval.tasks.base": ["Batch", "Task"]})
 
 __all__ = ["BUILTIN_TASKS", "Batch", "Task", "get_task", "source_of"]

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.builtin import BUILTIN_TASKS
 from ngeval.tasks.sampling import shuffled_batches
 
 SPLIT_SEED = 0
@@ -129,7 +130,7 @@ def digits_mlp() -> Task:
         split.batches,
         "categorical",
         split.validation,
-        "MLP 64-256-256-10 on scikit-learn's handwritten digits (softmax cross-entropy)",
+        BUILTIN_TASKS["digits-mlp"].description,
         load_test=split.test,
         load_indices=split.indices,
     )
@@ -144,7 +145,7 @@ def digits_cnn() -> Task:
         images.batches,
         "categorical",
         images.validation,
-        "three convolutions on the same digits, 15,338 parameters (softmax cross-entropy)",
+        BUILTIN_TASKS["digits-cnn"].description,
         load_test=images.test,
         load_indices=images.indices,
     )
@@ -166,7 +167,7 @@ def digits_regression() -> Task:
         moments.batches,
         "gaussian:1",
         moments.validation,
-        "the MLP predicts centre, spread and slant of the ink (Gaussian, σ² = 1)",
+        BUILTIN_TASKS["digits-regression"].description,
         load_test=moments.test,
         load_indices=moments.indices,
     )

@@ -1,4 +1,4 @@
-"""From what ``--task`` says to a `Task`: built in, ``file.py:name`` or ``package.module:name``."""
+"""Tasks by name: built in, ``path/to/file.py:name`` or ``package.module:name``."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ngeval.errors import TaskError, nearest_name
-from ngeval.tasks.base import Task
-from ngeval.tasks.digits import digits_cnn, digits_mlp, digits_regression
+from ngeval.tasks.builtin import BUILTIN_TASKS
 
-BUILTIN_TASKS: dict[str, Callable[[], Task]] = {
-    "digits-mlp": digits_mlp,
-    "digits-cnn": digits_cnn,
-    "digits-regression": digits_regression,
-}
-"""The tasks that ship with ngeval."""
+if TYPE_CHECKING:
+    from ngeval.tasks.base import Task
 
 
 def get_task(spec: str) -> Task:
-    """Find a task.
+    """Find a task by its name.
 
     Args:
         spec: a built-in name, ``path/to/file.py:name`` or ``package.module:name``, where the name
@@ -32,12 +29,13 @@ def get_task(spec: str) -> Task:
             and is run.
 
     Raises:
-        TaskError: nothing there, or it is not a task.
+        TaskError: there is nothing of that name, its code fails, or it is not a task.
     """
     if spec in BUILTIN_TASKS:
-        return BUILTIN_TASKS[spec]()
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
+        task: Task = pkgutil.resolve_name(BUILTIN_TASKS[spec].function)()
+        return task
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
         raise TaskError(
             f"unknown task {spec!r}; {nearest_name(spec, BUILTIN_TASKS)}; your own task is "
             "path/to/file.py:name or package.module:name"
@@ -46,40 +44,46 @@ def get_task(spec: str) -> Task:
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise TaskError(f"{place} has no {name!r}; {nearest_name(name, public)}")
-    found = getattr(module, name)
-    if not isinstance(found, Task) and callable(found):
-        try:
-            found = found()
-        except Exception as error:  # whatever a user's function raises, it is the task's
-            raise TaskError(
-                f"{spec}: the function failed when called without arguments: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    if not isinstance(found, Task):
-        raise TaskError(f"{spec} is a {type(found).__name__}, not an ngeval.Task")
-    return found
+    return _as_task(spec, getattr(module, name))
 
 
 def source_of(spec: str) -> Path | None:
-    """The file, or the folder of the package, that a task was found in; None for ngeval's own."""
+    """The file, or the folder of the package, that defines a task; None for a built-in task."""
     if spec in BUILTIN_TASKS:
         return None
     place = spec.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place).resolve()
-    told = getattr(sys.modules.get(place.partition(".")[0]), "__file__", None)
-    if told is None:
+    file = getattr(sys.modules.get(place.partition(".")[0]), "__file__", None)
+    if file is None:
         return None
-    file = Path(told).resolve()
-    return file.parent if file.name == "__init__.py" else file
+    path = Path(file).resolve()
+    return path.parent if path.name == "__init__.py" else path
+
+
+def _as_task(spec: str, value: Any) -> Task:
+    """The task that a module's attribute is, or that it returns."""
+    from ngeval.tasks.base import Task  # noqa: PLC0415  (imports torch)
+
+    if not isinstance(value, Task) and callable(value):
+        try:
+            value = value()
+        except Exception as error:  # a user's function can raise anything
+            raise TaskError(
+                f"{spec}: the function failed when called without arguments: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(value, Task):
+        raise TaskError(f"{spec} is a {type(value).__name__}, not an ngeval.Task")
+    return value
 
 
 def _load_file(path: Path) -> ModuleType:
     try:
-        there = path.is_file()
-    except OSError as error:  # a name that the file system does not take
+        exists = path.is_file()
+    except OSError as error:  # a name that the file system rejects
         raise TaskError(f"task file {str(path)[:80]} cannot be read: {error.strerror}") from error
-    if not there:
+    if not exists:
         raise TaskError(f"task file {path} does not exist")
     name = f"ngeval_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -88,35 +92,27 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling in the file look it up there
     _make_importable(path.resolve().parent)  # as for a script: the file imports its neighbours
-    try:
-        with _staying():
-            spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises, it is the file's
-        raise TaskError(
-            f"task file {path} failed on import: {type(error).__name__}: {error}"
-        ) from error
+    with _import_errors(f"task file {path} failed on import"):
+        spec.loader.exec_module(module)
     return module
 
 
 def _load_module(name: str) -> ModuleType:
     _make_importable(Path.cwd())  # as ``python -m`` does
-    try:
-        with _staying():
-            return importlib.import_module(name)
-    except Exception as error:  # whatever a user's module raises, it is the module's
-        raise TaskError(
-            f"task module {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    with _import_errors(f"task module {name!r} cannot be imported"):
+        return importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _staying() -> Iterator[None]:
-    """In the folder that the command was started in, which its paths are relative to."""
-    here = Path.cwd()
+def _import_errors(what: str) -> Iterator[None]:
+    """Turn any error of a user's code into a `TaskError`, and stay in the working directory."""
+    folder = Path.cwd()  # the paths of the command are relative to it
     try:
         yield
+    except Exception as error:  # a user's code can raise anything
+        raise TaskError(f"{what}: {type(error).__name__}: {error}") from error
     finally:
-        os.chdir(here)
+        os.chdir(folder)
 
 
 def _make_importable(folder: Path) -> None:

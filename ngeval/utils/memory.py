@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import psutil
 import torch
 
 from ngeval.errors import EngineError
+from ngeval.utils.torchrun import local_world_size
 
 T = TypeVar("T")
 
@@ -24,18 +24,12 @@ LEAST = 2**20
 
 def free_memory(device: torch.device) -> int:
     """Bytes to use on a device: four fifths of what is free now, shared with the other ranks."""
-    ranks = local_ranks()
+    ranks = local_world_size()
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
         return int(SHARE_OF_FREE * free / -(-ranks // torch.cuda.device_count()))
     return int(SHARE_OF_FREE * psutil.virtual_memory().available / ranks)
-
-
-def local_ranks() -> int:
-    """How many processes ``torchrun`` has started on this machine, 1 without it."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdecimal() else 1
 
 
 def describe_bytes(count: float) -> str:

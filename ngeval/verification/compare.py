@@ -20,7 +20,7 @@ import torch
 from ngeval.results.journal import Key
 from ngeval.runs.options import DTYPES
 
-DIGITS = {name: math.sqrt(torch.finfo(dtype).eps) for name, dtype in DTYPES.items()}
+DIGITS = {name: math.sqrt(torch.finfo(getattr(torch, name)).eps) for name in DTYPES}
 """The relative difference that is nothing but rounding, by the rows' dtype: √ε, half the digits
 (1.5e-8 in float64, 3.5e-4 in float32). Other processors, threads and ranks add in another order,
 and a small damping makes the error of that larger; a wrong seed, batch or formula costs more."""

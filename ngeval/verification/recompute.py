@@ -30,7 +30,7 @@ from ngeval.runs.identity import differences, identity, listed
 from ngeval.runs.options import HubOptions, RunOptions, StepOptions
 from ngeval.runs.run import Run
 from ngeval.runs.tables import DESCRIPTIONS, Work
-from ngeval.tasks.resolve import BUILTIN_TASKS
+from ngeval.tasks.builtin import BUILTIN_TASKS
 from ngeval.verification.compare import Verdict, compare
 from ngeval.verification.manifest_checks import (
     check_kind,

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from ngeval.cli import console
-from ngeval.cli.spread_options import ForceOption, MethodsOption, QuietOption, SeedOption
+from ngeval.cli.options import ForceOption, MethodsOption, QuietOption, SeedOption
+from ngeval.cli.tables import cell
 from ngeval.errors import InputError
 from ngeval.methods import get_methods
 from ngeval.plots import FIGURE_SUFFIXES, save_figure
@@ -99,9 +100,9 @@ def paths_table(paths: pd.DataFrame) -> Table:
         losses = rows[rows["step"] == last].sort_values("start")["loss"]
         shown.add_row(
             str(method),
-            console.cell(rows["learning_rate"].iloc[0]),
-            ", ".join(console.cell(loss, ".2g") for loss in losses),
-            console.cell(rows["cosine_ng"].mean()),
+            cell(rows["learning_rate"].iloc[0]),
+            ", ".join(cell(loss, ".2g") for loss in losses),
+            cell(rows["cosine_ng"].mean()),
         )
     return shown
 

@@ -1,0 +1,221 @@
+"""The tables of results that commands print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.analysis.ranking import three_stages, without_damping
+from ngeval.analysis.summary import summarize
+from ngeval.problem.gamma import imbalance
+from ngeval.utils.text import visible, whole_or_short
+
+MAX_LAYERS = 16
+"""Layers of an update in a printed table."""
+
+
+def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
+    """A short label for each checkpoint: its epoch or step where known, else its path's end."""
+    labels = {}
+    for name, rows in table.groupby("checkpoint", sort=False):
+        label = visible(str(name)[-40:])
+        for told in ("step", "epoch"):
+            if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
+                label = f"{told} {whole_or_short(value)}"
+        labels[str(name)] = escape(label)
+    if len(set(labels.values())) < len(labels):  # several runs
+        return {name: escape(visible(name[-40:])) for name in labels}
+    return labels
+
+
+def stages_table(table: pd.DataFrame, damping: float) -> Table:
+    """γ/γ_SGD by checkpoint and method at one λ: geometric mean over batches, with interval."""
+    rows = table[table["damping"] == damping]
+    summary = summarize(rows)
+    methods = [name for name in dict.fromkeys(rows["method"]) if name != "sgd"]
+    lost = rows[rows["status"] == "failed"]
+    failed = set(zip(lost["checkpoint"], lost["method"], strict=True))
+    shown = Table(
+        title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
+        caption="below 1: closer to the natural gradient than SGD; floor: no update is below it",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    shown.add_column("checkpoint", overflow="fold")
+    for method in [*methods, "floor"]:
+        shown.add_column(method, justify="right", overflow="fold")
+    for name, label in checkpoint_labels(table).items():
+        part = summary[summary["checkpoint"] == name].set_index("method")
+        cells = [
+            _ratio_cell(part, method)
+            if method in part.index or (name, method) not in failed
+            else "failed"
+            for method in methods
+        ]
+        shown.add_row(label, *cells, f"{part['floor_over_sgd'].median():.3g}")
+    return shown
+
+
+def sweep_table(table: pd.DataFrame) -> Table:
+    """For each checkpoint and method: γ/γ_min at the smallest λ, and the best over λ."""
+    summary = summarize(table)
+    free = without_damping(table)
+    smallest = summary["damping"].min()
+    shown = Table(
+        title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
+        caption="best: the smallest over the dampings, with the λ where it is reached",
+    )
+    for column in ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="):
+        shown.add_column(column, justify="left" if column in ("checkpoint", "method") else "right")
+    for name, label in checkpoint_labels(table).items():
+        rows = summary[summary["checkpoint"] == name]
+        first = True
+        for method, part in rows.groupby("method", sort=False):
+            values = part.set_index("damping")["gamma_over_ng_geomean"].dropna()
+            if values.empty:
+                continue
+            at_smallest = f"{values[smallest]:.3g}" if smallest in values else "–"
+            where = "–" if method in free else f"{values.idxmin():.1e}"
+            cells = (at_smallest, f"{values.min():.3g}", where)
+            shown.add_row(label if first else "", str(method), *cells)
+            first = False
+        shown.add_section()
+    return shown
+
+
+def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
+    """What each layer buys and spends: for up to three checkpoints, at the first λ."""
+    labels = {"": ""}
+    names = [""]
+    if "checkpoint" in table:
+        labels, names = checkpoint_labels(table), three_stages(table)
+    summary = summarize_layers(table[table["damping"] == table["damping"].iloc[0]])
+    for name in names:
+        rows = summary[summary["checkpoint"] == name] if name else summary
+        if rows.empty:  # none of its units could be graded
+            continue
+        where = f"{labels[name]}, " if name else ""
+        shown = Table(
+            title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",
+            caption="means over batches; spends above buys: a smaller step there would lower γ; "
+            "γ/γ_SGD and γ/best: in this layer alone, over the gradient and over its natural "
+            "gradient",
+            box=box.SIMPLE_HEAD,
+        )
+        for column in ("method", "layer", "parameters", "buys", "spends", "spends − buys"):
+            justify: Any = "left" if column in ("method", "layer") else "right"
+            shown.add_column(column, justify=justify, overflow="fold")
+        shown.add_column("γ/γ_SGD", justify="right")
+        shown.add_column("γ/best", justify="right")
+        leading = leading_layers(rows, MAX_LAYERS)
+        for method, part in rows.groupby("method", sort=False):
+            _layer_rows(shown, str(method), with_rest(part, leading))
+        yield shown
+
+
+def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
+    """A section of one method."""
+    total = f"[dim]γ = {cell(rows['gamma_total'].iloc[0])}[/dim]"
+    heads = [escape(method), total, *[""] * len(rows)]
+    if len(rows) == 1:
+        heads = [f"{escape(method)}\n{total}"]
+    for head, (_, row) in zip(heads, rows.iterrows(), strict=False):
+        shown.add_row(
+            head,
+            escape(str(row["layer"])),
+            f"{row['num_parameters']:,.0f}",
+            *(cell(row[name], ".1%") for name in ("decrease_share", "curvature_share")),
+            cell(row["excess"], "+.1%"),
+            cell(row["gamma_over_sgd"]),
+            cell(row["gamma_over_best"]),
+        )
+    shown.add_section()
+
+
+def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]:
+    """The methods by rank: a table for each checkpoint of `ngeval.comparison.ranking`.
+
+    Args:
+        ranked: the ranking.
+        table: what it was made of.
+    """
+    labels = checkpoint_labels(table)
+    natural = bool(ranked["gamma_over_ng"].notna().any())
+    ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
+    last = ranked["checkpoint"].iloc[-1]
+    several = table["damping"].nunique() > 1
+    ends = (table["damping"].min(), table["damping"].max()) if several else ()
+    alone = ranked["checkpoint"].nunique() == 1
+    for name, rows in ranked.groupby("checkpoint", sort=False):
+        shown = Table(
+            title=("" if alone else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
+            box=box.SIMPLE_HEAD,
+        )
+        columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
+        partly = bool((rows["coverage"] < 100).any())
+        columns += ["γ/γ_SGD"] * natural + ["covers"] * partly
+        for column in columns:
+            shown.add_column(column, justify="left" if column == "method" else "right")
+        for _, row in rows.iterrows():
+            interval = f"{row[f'{ratio}_low']:.3g} – {row[f'{ratio}_high']:.3g}"
+            cells = [
+                "" if math.isnan(row["rank"]) else f"{row['rank']:.0f}",
+                escape(str(row["method"])),
+                "failed" if row["status"] == "failed" else cell(row[ratio]),
+                "" if math.isnan(row[f"{ratio}_low"]) else interval,
+                cell(row["damping"], ".0e") + "*" * (row["damping"] in ends),
+                cell(row[f"{ratio}_run"]),
+                cell(row["damping_run"], ".0e"),
+            ]
+            cells += [cell(row["gamma_over_sgd"])] if natural else []
+            cells += [f"{row['coverage']:.0f} %"] if partly else []
+            shown.add_row(*cells)
+        if name == last:
+            shown.caption = (
+                f"{least} at each method's best λ of those given, geometric mean over batches; one "
+                "λ: the one that is best over all checkpoints"
+                + ("; 1 is the natural gradient itself" if natural else "")
+                + "; *: at an end of the range, try a wider one" * several
+            )
+        yield shown
+
+
+def cell(value: float, form: str = ".3g") -> str:
+    """A number in a table, a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:{form}}"
+
+
+def imbalance_table(table: pd.DataFrame) -> Table:
+    """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
+    shown = Table(
+        title="per-sample gradient norms ‖g_n‖ (nats)",
+        caption="max/min: geometric mean over batches",
+    )
+    for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
+        shown.add_column(column, justify="left" if column == "checkpoint" else "right")
+    for name, label in checkpoint_labels(table).items():
+        rows = table[table["checkpoint"] == name]
+        quantiles = rows["gradient_norm"].quantile([0, 0.05, 0.5, 0.95, 1])
+        ratio = math.exp(np.log(rows.groupby("batch")["gradient_norm"].apply(imbalance)).mean())
+        shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
+    return shown
+
+
+def _ratio_cell(rows: pd.DataFrame, method: str) -> str:
+    if method not in rows.index:
+        return "–"
+    value, low, high = (
+        float(rows[f"gamma_over_sgd_geomean{end}"][method]) for end in ("", "_low", "_high")
+    )
+    if math.isnan(low):
+        return f"{value:.3g}"
+    return f"{value:.3g}\n[dim]{low:.2g}–{high:.2g}[/dim]"

@@ -1,0 +1,145 @@
+"""The verdicts of ``verify`` on the units of a result file: computed, printed and written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ngeval.cli import console
+from ngeval.cli.console import say
+from ngeval.results.journal import Key
+from ngeval.results.manifest import machine, plain, versions
+from ngeval.runs.identity import MANY, listed
+from ngeval.runs.run import Run
+from ngeval.utils.atomic import replace_file
+from ngeval.verification.compare import Verdict, as_record
+from ngeval.verification.recompute import Recorded, verdicts
+
+
+def report_differences(
+    out: Console, recorded: Recorded, changed: list[str], elsewhere: list[str]
+) -> None:
+    """Print what differs between the run of a file and this one, before any unit is computed."""
+    for what, lines in (("made of something else", changed), ("computed elsewhere", elsewhere)):
+        if lines:
+            say(out, f"{what}:{listed(lines)}")
+    if recorded.missing(MANY) and not recorded.finished:
+        units = f"{len(recorded.units)} of {recorded.num_units} units"
+        say(out, f"of a run that is not finished: {units} are in it")
+
+
+def recompute(
+    recorded: Recorded, run: Run, keys: Sequence[Key], tolerance: float | None, quiet: bool
+) -> list[Verdict]:
+    """Compute units again and compare them, with a progress bar."""
+    compared: list[Verdict] = []
+    steps = max(1, len(recorded.work.steps))
+    with console.progress_bar(quiet) as bar:
+        task = bar.add_task("recomputing", total=len(keys) * steps)
+
+        def advance(step: str) -> None:
+            bar.advance(task, float(step in recorded.work.steps))
+
+        for verdict in verdicts(recorded, run, keys, tolerance, advance):
+            compared.append(verdict)
+            bar.update(task, completed=len(compared) * steps)
+    return compared
+
+
+def write(
+    output: Path, recorded: Recorded, compared: Sequence[Verdict], differences: dict[str, Any]
+) -> None:
+    """Write the verdicts as JSON.
+
+    Args:
+        output: the file.
+        recorded: the result file that was verified.
+        compared: the verdicts on its units.
+        differences: further entries of the JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    record = {
+        "results": recorded.path,
+        **differences,
+        "finished": recorded.finished,
+        "units_there": len(recorded.units),
+        "units_of_run": recorded.num_units,
+        "first_missing": recorded.missing(MANY),
+        "units": [as_record(verdict) for verdict in compared],
+        "versions": versions(),
+        "machine": machine(),
+    }
+    text = json.dumps(plain(record), ensure_ascii=False, indent=2) + "\n"
+    replace_file(output, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdict]) -> bool:
+    """Print a summary, and return whether all units agree and none is missing."""
+    count, total, path = len(compared), len(recorded.units), recorded.path
+    differing = sum(not verdict.agrees for verdict in compared)
+    if differing:
+        console.complain(f"{differing} of {count} units of {path} differ from what it says")
+    lacking = recorded.finished and bool(recorded.missing(MANY))
+    if lacking:
+        console.complain(missing_units(recorded))
+    if differing or lacking:
+        return False
+    more = f"; --units {total} compares the other {total - count}, too" if count < total else ""
+    say(out, f"{path}: {count} of {total} units recomputed, all agree{more}")
+    return True
+
+
+def missing_units(recorded: Recorded) -> str:
+    """The units of a finished run that its table lacks, for a message."""
+    checkpoints = list(recorded.identity["checkpoints"])
+    count = recorded.num_units - len(recorded.units)
+    lines = [f"\n  {checkpoints[stage]} batch {batch}" for stage, batch in recorded.missing(MANY)]
+    more = f"\n  and {count - len(lines)} more" if count > len(lines) else ""
+    return (
+        f"{count} of {recorded.num_units} units of the run, which was finished, are missing from "
+        f"{recorded.path}:{''.join(lines)}{more}"
+    )
+
+
+def table(compared: Sequence[Verdict], total: int) -> Table:
+    """The verdicts, one row for each unit."""
+    shown = Table(
+        title=f"{len(compared)} of {total} units, recomputed",
+        caption="largest difference: relative, of all numbers, in proportion to the allowed one",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("checkpoint", "batch", "rows", "largest difference", "allowed", "where", ""):
+        left = name in ("checkpoint", "where", "")
+        shown.add_column(name, justify="left" if left else "right", overflow="fold")
+    for verdict in compared:
+        shown.add_row(
+            escape(verdict.checkpoint[-40:]),
+            str(verdict.key[1]),
+            str(verdict.rows),
+            f"{verdict.difference:.1e}" if math.isfinite(verdict.difference) else "∞",
+            f"{verdict.allowed:.1e}",
+            escape(_place(verdict)),
+            "agrees" if verdict.agrees else "[bold]differs[/bold]",
+        )
+    return shown
+
+
+def _place(verdict: Verdict) -> str:
+    """Where the largest difference of a unit is."""
+    if verdict.problem:
+        return verdict.problem
+    if verdict.difference == 0:
+        return "–"
+    keys = {name: value for name, value in verdict.where.items() if name != "column"}
+    place = ", ".join([str(verdict.where["column"]), *(f"{k} {v}" for k, v in keys.items())])
+    return place if verdict.agrees or not verdict.note else f"{place} ({verdict.note})"
