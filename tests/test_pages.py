@@ -26,7 +26,7 @@ from ngeval.plots import FIGURES
 from ngeval.runs.run import Run
 from ngeval.tasks import get_task
 from ngeval.training import Training
-from tests.pages import DOCS, blocks, run_here, run_python, shell_lines
+from tests.pages import DOCS, blocks, in_folder, run_here, run_python, shell_lines
 
 pytestmark = pytest.mark.second_stage
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.second_stage
 def smaller(text: str) -> str:
     """Two epochs in place of twelve, and fewer trainings."""
     text = text.replace("--epochs 12", "--epochs 2").replace("epoch-012", "epoch-002")
-    return text.replace("--trials 3 --seeds 3 --epochs 5", "--trials 2 --seeds 2 --epochs 1")
+    return text.replace("epochs=5), spaces, seeds=3", "epochs=1, num_batches=4), spaces, seeds=2")
 
 
 SMALL = ("--batch-size", "8", "--num-batches", "1", "--quiet")
@@ -51,11 +51,18 @@ SMALLER = {
 """Options that make a page's commands a matter of seconds."""
 
 
-def run_page(page: str) -> None:
-    """The commands of a page in this folder."""
+def run_page(page: str, languages: tuple[str, ...] = ("bash",)) -> None:
+    """The commands of a page in this folder, or all of its blocks in their order."""
+    names: dict[str, object] = {}
     for language, text in blocks(page):
-        for command in shell_lines(smaller(text)) if language == "bash" else []:
-            run_here(command, *SMALLER.get(command[2], ()))
+        if language not in languages:
+            continue
+        if language == "python":
+            exec(compile(smaller(text), page, "exec"), names)
+            continue
+        for command in shell_lines(smaller(text)):
+            more = ("--quiet",) if "--trained" in command else SMALLER.get(command[2], ())
+            in_folder(Path.cwd(), [*command, *more])
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +105,7 @@ class TestPictures:
         monkeypatch.chdir(tutorial)
         for file in tutorial.glob("*.png"):
             file.unlink()
-        run_page("pictures.md")
-        run_python("pictures.md")
+        run_page("pictures.md", ("bash", "python"))
         text = (DOCS / "pictures.md").read_text()
         asked = set(re.findall(r"[\w-]+\.(?:pdf|png)(?=\n| *\"|$)", text)) - {"one-batch.png"}
         drawn = {path.name for path in (*tutorial.glob("*.pdf"), *tutorial.glob("*.png"))}
