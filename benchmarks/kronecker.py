@@ -27,7 +27,7 @@ def kfac(workload: Workload, settings: Settings) -> Measured:
         "factors, a sampled label": Kronecker("kfac-sf", Labels(SAMPLED), rest="zero"),
     }
     settings.on_step("decomposing")
-    state = methods["factors, data's labels"].prepare(problem)
+    state = methods["factors, data's labels"].prepare(problem, ngeval.Kernel(problem))
     jobs = {"gradient": gradient_job(workload)}
     for name, method in methods.items():
         jobs[name] = Job(lambda _, method=method: method.factors(problem))
@@ -81,8 +81,8 @@ def optimizer_step(workload: Workload, settings: Settings) -> Measured:
     method = ngeval.OptimizerStep(optimizer)
 
     def grade(_: object) -> None:
-        problem._memory.pop("gradient", None)
-        problem.gamma(method.prepare(problem).direction(0.0))
+        problem.use_rows(problem.rows)  # the gradient is computed again
+        problem.gamma(method.prepare(problem, ngeval.Kernel(problem)).direction(0.0))
 
     timings = interleave({"gradient": gradient_job(workload), "step": Job(grade)}, settings)
     ratio = timings["step"] / timings["gradient"]

@@ -135,7 +135,7 @@ def fresh_problem(workload: Workload) -> ngeval.Problem:
     """A problem that remembers nothing but what its construction must keep."""
     workload.model.zero_grad(True)
     problem = problem_of(workload)
-    problem._memory.clear()
+    problem.use_rows(problem.rows)
     return problem
 
 

@@ -22,6 +22,7 @@ from ngeval.utils.lazy import lazy_names as _lazy_names
 if TYPE_CHECKING:
     from ngeval import optim
     from ngeval.analysis.summary import summarize
+    from ngeval.curvature.kernel import Kernel
     from ngeval.curvature.natural_gradient import gamma_min
     from ngeval.grading.evaluate import evaluate
     from ngeval.grading.layer_table import layer_table
@@ -42,6 +43,7 @@ __getattr__, __dir__ = _lazy_names(
     {
         "ngeval": ["optim"],
         "ngeval.analysis.summary": ["summarize"],
+        "ngeval.curvature.kernel": ["Kernel"],
         "ngeval.curvature.natural_gradient": ["gamma_min"],
         "ngeval.grading.evaluate": ["evaluate"],
         "ngeval.grading.layer_table": ["layer_table"],
@@ -68,6 +70,7 @@ __all__ = [
     "FisherOperator",
     "Gaussian",
     "InputError",
+    "Kernel",
     "Likelihood",
     "Method",
     "MethodEntry",

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 
 from ngeval.analysis.ranking import at_best_damping
 from ngeval.checkpoints import find_checkpoints
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError
 from ngeval.grading.evaluate import evaluate
 from ngeval.methods import Method
@@ -122,7 +123,7 @@ def _moments(unit: Unit, seed: int) -> pd.DataFrame:
 
 
 def _diagonal(method: Method, problem: Problem, seed: int) -> np.ndarray:
-    state = method.prepare(problem, seed)
+    state = method.prepare(problem, Kernel(problem), seed)
     if not isinstance(state, DiagonalState):
         raise InputError(f"{method.name} has no diagonal")
     diagonal: np.ndarray = state.diagonal.cpu().numpy()

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from ngeval.checkpoints import find_checkpoints
+from ngeval.curvature.kernel import Kernel
 from ngeval.grading.evaluate import evaluate
 from ngeval.methods import get_methods
 from ngeval.problem.gamma import gradient_norms, loss_change
@@ -130,11 +131,12 @@ def sample_rows(problem: Problem, seed: int) -> pd.DataFrame:
         ``method, damping``; ``loss_change``, the first-order change of ℓ_n for the unit step −d,
         and ``projection``, the length of d along g_n: both from the tangent Jd.
     """
-    norms = gradient_norms(problem)
+    norms, kernel = gradient_norms(problem), Kernel(problem)
     base = norms.assign(residual_square=norms["residual_norm"].pow(2)).drop(columns="residual_norm")
     tables = []
     for method, damping in zip(get_methods(SAMPLED), SAMPLED.values(), strict=True):
-        change = loss_change(problem, method.prepare(problem, seed).direction(damping))
+        state = method.prepare(problem, kernel, seed)
+        change = loss_change(problem, state.direction(damping))
         told = base.assign(method=method.name, damping=damping, status="ok", reason="")
         tables.append(
             told.assign(

@@ -18,6 +18,7 @@ from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.tasks import Task
 from ngeval.training import Training
 from tests import problems
+from tests.problems import prepared
 
 THIRD_PARTY = (
     "pytorch_optimizer.SOAP",
@@ -92,7 +93,7 @@ def flat(model: nn.Module) -> Tensor:
 
 def step_of(optimizer: Any, problem: ngeval.Problem, seed: int = 0, **options: Any) -> Tensor:
     """The direction that ngeval grades."""
-    return OptimizerStep(optimizer, **options).prepare(problem, seed).direction(0.0)
+    return prepared(OptimizerStep(optimizer, **options), problem, seed).direction(0.0)
 
 
 def fingerprint(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:

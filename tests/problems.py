@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import ngeval
 from tests import reference
@@ -164,6 +166,13 @@ def labels_of(problem: ngeval.Problem, method: str, seed: int = 0) -> Tensor | N
         return None
     generator = torch.Generator().manual_seed(seed)
     return problem.distribution.sample(int(draws or 1), generator)
+
+
+def prepared(
+    method: str | Optimizer | ngeval.Method, problem: ngeval.Problem, seed: int = 0
+) -> Any:
+    """A method's state on a problem, with a kernel of its own."""
+    return ngeval.get_method(method).prepare(problem, ngeval.Kernel(problem), seed)
 
 
 def relative_gap(actual: Tensor, expected: Tensor) -> float:

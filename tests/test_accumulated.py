@@ -22,6 +22,7 @@ from tests.optimizers import (
     train,
     trained,
 )
+from tests.problems import prepared
 
 FULL = ("adam", "adamw", "nadam", "radam", "rmsprop", "adadelta", "adagrad")
 
@@ -43,7 +44,7 @@ class TestMoments:
     @pytest.mark.parametrize("name", [*FULL, "pytorch_optimizer.FAdam"])
     def test_the_average_of_one_gradient_is_its_square(self, name, steps):
         one, optimizers, gradients = stepped_on_the_spot(name, steps)
-        state = AccumulatedDiagonal(optimizers).prepare(one.problem())
+        state = prepared(AccumulatedDiagonal(optimizers), one.problem())
         # Summed over 7 samples, where the optimizer saw the mean.
         expected = torch.cat([(7 * g).reshape(-1) for g in gradients]) ** 2
         torch.testing.assert_close(state.diagonal, expected, rtol=1e-9, atol=1e-18)
@@ -53,7 +54,7 @@ class TestMoments:
     def test_adafactor_is_put_together_from_rows_and_columns(self, steps):
         one, optimizers, gradients = stepped_on_the_spot("adafactor", steps)
         problem = one.problem()
-        state = AccumulatedDiagonal(optimizers).prepare(problem)
+        state = prepared(AccumulatedDiagonal(optimizers), problem)
         named = problem.function.unflatten(state.diagonal)
         for moment, gradient in zip(named.values(), gradients, strict=True):
             square = (7 * gradient) ** 2
@@ -72,14 +73,14 @@ class TestMoments:
             total = total + 0.2 * 0.8**age * gradient**2
         expected = total / (1 - 0.8**3)
         for reduction, factor in (("mean", 49.0), ("sum", 1.0)):
-            state = AccumulatedDiagonal(adam, reduction=reduction).prepare(one.problem())
+            state = prepared(AccumulatedDiagonal(adam, reduction=reduction), one.problem())
             torch.testing.assert_close(state.diagonal, factor * expected, rtol=1e-9, atol=1e-18)
 
     @pytest.mark.parametrize("exponent", [0.5, 1.0])
     def test_the_update(self, exponent):
         one, [adam] = trained("adam", 2)
         problem = one.problem()
-        state = AccumulatedDiagonal(adam, exponent).prepare(problem)
+        state = prepared(AccumulatedDiagonal(adam, exponent), problem)
         g = problem.gradient()
         for damping in (0.0, 1e-3, 1.0):
             expected = g / (state.diagonal + damping) ** exponent
@@ -88,7 +89,7 @@ class TestMoments:
     def test_the_optimizer_is_only_read(self):
         one, [adam] = trained("adam", 2)
         before = flat(one.model), adam.state[one.model[0].weight]["exp_avg_sq"].clone()
-        AccumulatedDiagonal(adam).prepare(one.problem()).direction(1.0)
+        prepared(AccumulatedDiagonal(adam), one.problem()).direction(1.0)
         after = flat(one.model), adam.state[one.model[0].weight]["exp_avg_sq"]
         assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
 
@@ -98,7 +99,7 @@ class TestMoments:
         adagrad = torch.optim.Adagrad(one.model.parameters(), lr=0.0, initial_accumulator_value=0.5)
         train(one.model, [adagrad], [(one.inputs, one.targets)] * steps)
         gradients = mean_gradients(one.model, (one.inputs, one.targets))
-        state = AccumulatedDiagonal(adagrad).prepare(one.problem())
+        state = prepared(AccumulatedDiagonal(adagrad), one.problem())
         expected = torch.cat([(7 * g).reshape(-1) for g in gradients]) ** 2
         torch.testing.assert_close(state.diagonal, expected, rtol=1e-9, atol=1e-12)
 
@@ -109,8 +110,8 @@ class TestMoments:
         one, [adamw] = trained("adamw", 2)
         own = Own(one.model.parameters())
         own.load_state_dict(adamw.state_dict())
-        expected = AccumulatedDiagonal(adamw).prepare(one.problem()).diagonal
-        assert torch.equal(AccumulatedDiagonal(own).prepare(one.problem()).diagonal, expected)
+        expected = prepared(AccumulatedDiagonal(adamw), one.problem()).diagonal
+        assert torch.equal(prepared(AccumulatedDiagonal(own), one.problem()).diagonal, expected)
 
 
 class TestRefusals:
@@ -121,25 +122,25 @@ class TestRefusals:
         one, [optimizer] = trained(f"pytorch_optimizer.{kind}", 3)
         assert "exp_avg_sq" in optimizer.state[one.model[0].weight]
         with pytest.raises(InputError, match=rf"state of {kind}, which is not read.*Adam, AdamW"):
-            AccumulatedDiagonal(optimizer).prepare(one.problem())
+            prepared(AccumulatedDiagonal(optimizer), one.problem())
 
     def test_transformers_adafactor(self):
         one = case()
         adafactor = transformers.Adafactor(one.model.parameters())
         train(one.model, [adafactor], batches(2))
         with pytest.raises(InputError, match="state of Adafactor, which is not read"):
-            AccumulatedDiagonal(adafactor).prepare(one.problem())
+            prepared(AccumulatedDiagonal(adafactor), one.problem())
 
     @pytest.mark.parametrize("name", ["sgd", "momentum", "muon", "rprop"])
     def test_no_second_moment(self, name):
         one, optimizers = trained(name, 1)
         with pytest.raises(InputError, match=r"no second moment.*0\.weight \(state: "):
-            AccumulatedDiagonal(optimizers).prepare(one.problem())
+            prepared(AccumulatedDiagonal(optimizers), one.problem())
 
     def test_before_the_first_step(self):
         one, optimizers = trained("adam", 0)
         with pytest.raises(InputError, match=r"state: nothing.*stepped"):
-            AccumulatedDiagonal(optimizers).prepare(one.problem())
+            prepared(AccumulatedDiagonal(optimizers), one.problem())
 
     def test_parameters_that_are_not_held(self):
         one = case()
@@ -148,7 +149,7 @@ class TestRefusals:
             parameter.grad = torch.ones_like(parameter)
         adam.step()
         with pytest.raises(InputError, match=r"0\.weight \(state: not held\)"):
-            AccumulatedDiagonal(adam).prepare(case().problem())
+            prepared(AccumulatedDiagonal(adam), case().problem())
 
     def test_what_is_no_optimizer(self):
         with pytest.raises(InputError, match=r"torch\.optim\.Optimizer"):
@@ -162,11 +163,11 @@ class TestNamed:
     def test_of_a_run(self, tmp_path, name):
         run(tmp_path, name)
         model, problem, stage = graded_at(find_checkpoints([str(tmp_path)])[-1])
-        state = NamedAccumulated.parse("diag-ema:1", "1").at(stage).prepare(problem)
+        state = prepared(NamedAccumulated.parse("diag-ema:1", "1").at(stage), problem)
         [optimizer] = build(name, model)
         saved = torch.load(stage.optimizer_state, weights_only=True)
         optimizer.load_state_dict(saved["states"][0])
-        expected = AccumulatedDiagonal(optimizer, 1.0).prepare(problem)
+        expected = prepared(AccumulatedDiagonal(optimizer, 1.0), problem)
         assert torch.equal(state.direction(0.1), expected.direction(0.1))
         table = ngeval.evaluate(problem, ["sgd", AccumulatedDiagonal(optimizer)], [1e-6, 1e-2])
         assert (table["status"] == "ok").all()
@@ -176,8 +177,8 @@ class TestNamed:
         one, [optimizer] = trained(name, 2)
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
-        state = NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
-        expected = AccumulatedDiagonal(optimizer).prepare(one.problem())
+        state = prepared(NamedAccumulated.parse("diag-ema").at(stage), one.problem())
+        expected = prepared(AccumulatedDiagonal(optimizer), one.problem())
         assert torch.equal(state.direction(0.1), expected.direction(0.1))
 
     def test_of_an_optimizer_without_one(self, tmp_path):
@@ -185,7 +186,7 @@ class TestNamed:
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match=r"no second moment that is known.*momentum_buf"):
-            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
+            prepared(NamedAccumulated.parse("diag-ema").at(stage), one.problem())
 
     def test_of_a_class_of_ones_own(self, tmp_path):
         one, [optimizer] = trained("adam", 2)
@@ -195,7 +196,7 @@ class TestNamed:
         torch.save(state, tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match=r"no second moment.*but m, step, v; .*diag-ef"):
-            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
+            prepared(NamedAccumulated.parse("diag-ema").at(stage), one.problem())
 
     @pytest.mark.parametrize("name", ["StableAdamW", "SOAP", "Yogi"])
     def test_of_another_class_with_entries_of_the_same_name(self, tmp_path, name):
@@ -203,13 +204,13 @@ class TestNamed:
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
         with pytest.raises(CheckpointError, match="fits none of adamw, adam"):
-            NamedAccumulated.parse("diag-ema").at(stage).prepare(one.problem())
+            prepared(NamedAccumulated.parse("diag-ema").at(stage), one.problem())
 
     def test_without_a_state_or_a_checkpoint(self):
         with pytest.raises(CheckpointError, match=r"--optimizer-state.*diag-ef"):
             NamedAccumulated("diag-ema").at(Stage("x", None, None, lambda k: []))
         with pytest.raises(InputError, match="AccumulatedDiagonal"):
-            NamedAccumulated("diag-ema").prepare(case().problem())
+            prepared(NamedAccumulated("diag-ema"), case().problem())
 
     @pytest.mark.parametrize("text", ["x", "nan", "1:2"])
     def test_bad_exponents(self, text):

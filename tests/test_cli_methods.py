@@ -247,7 +247,7 @@ class _Named:
     def at(self, stage):
         return self.inner.at(stage)
 
-    def prepare(self, problem, seed=0):
+    def prepare(self, problem, kernel, seed=0):
         raise AssertionError("not at a checkpoint")
 
 

@@ -14,6 +14,7 @@ from ngeval.analysis.intervals import mean_intervals
 from ngeval.curvature.updates import DirectionUpdates
 from ngeval.grading.evaluate import COLUMNS
 from tests import problems
+from tests.problems import prepared
 
 RATIOS = ("gamma_over_sgd", "gamma_over_ng")
 
@@ -39,7 +40,7 @@ class Failing:
         self.error, self.at = error, at
         self.largest_curvature = 1.0
 
-    def prepare(self, problem, seed=0):
+    def prepare(self, problem, kernel, seed=0):
         if self.at == "prepare":
             raise self.error
         return self
@@ -53,8 +54,8 @@ class Mine:
 
     name = "mine"
 
-    def prepare(self, problem, seed=0):
-        self.state = ngeval.get_method("sgd").prepare(problem)
+    def prepare(self, problem, kernel, seed=0):
+        self.state = prepared("sgd", problem)
         self.largest_curvature = 2.0
         return self
 
@@ -230,7 +231,7 @@ class TestConveniences:
         table = ngeval.evaluate(problem, ["sgd", adam], 1e-3)
         assert table["method"].tolist() == ["sgd", "adam"]
         assert table["damping"].tolist() == [1e-3, 1e-3]
-        expected = problem.gamma(ngeval.OptimizerStep(adam).prepare(problem).direction(0.0))
+        expected = problem.gamma(prepared(ngeval.OptimizerStep(adam), problem).direction(0.0))
         assert table["gamma"][1] == pytest.approx(expected, rel=1e-6)
 
     def test_a_failed_row_covers_nothing(self):

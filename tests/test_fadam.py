@@ -21,6 +21,7 @@ from ngeval.methods.diag_ema import AccumulatedDiagonal, NamedAccumulated
 from ngeval.methods.optimizer.by_name import NamedOptimizer
 from ngeval.optim import FAdam
 from tests.optimizers import batches, case, graded_at, run, same, trained
+from tests.problems import prepared
 
 SHAPES = ((3, 4), (5,), (), (2, 3, 2))
 EACH = [pytest.param(options, id=name.replace(" ", "-")) for name, options in CORRECTIONS.items()]
@@ -539,23 +540,23 @@ class TestGraded:
             gradient = torch.cat([p.grad.reshape(-1) for p in one.model.parameters()])
             total = total + 0.2 * 0.8**age * gradient**2
         expected = 49 * total / (1 - 0.8**3)  # summed over 7 samples
-        state = AccumulatedDiagonal(optimizer).prepare(one.problem())
+        state = prepared(AccumulatedDiagonal(optimizer), one.problem())
         torch.testing.assert_close(state.diagonal, expected, rtol=1e-9, atol=1e-18)
 
     def test_a_run_on_the_command_line(self, tmp_path):
         run(tmp_path, "fadam")
         _, problem, stage = graded_at(find_checkpoints([str(tmp_path)])[-1])
-        step = NamedOptimizer.parse("fadam").at(stage).prepare(problem)
+        step = prepared(NamedOptimizer.parse("fadam").at(stage), problem)
         assert step.notes == ()
-        warmed = NamedOptimizer.parse("fadam:5", "fadam", "5").at(stage).prepare(problem)
+        warmed = prepared(NamedOptimizer.parse("fadam:5", "fadam", "5").at(stage), problem)
         assert not torch.allclose(warmed.direction(0.0), step.direction(0.0), rtol=1e-2)
-        named = NamedAccumulated.parse("diag-ema", "").at(stage).prepare(problem)
+        named = prepared(NamedAccumulated.parse("diag-ema", "").at(stage), problem)
         assert named.direction(0.0).isfinite().all()
 
     def test_a_state_whose_optimizer_is_not_told(self, tmp_path):
         one, [optimizer] = trained("fadam", 2)
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         stage = ngeval.methods.stage.Stage("x", tmp_path / "optimizer.pt", None, lambda k: [])
-        state = NamedAccumulated.parse("diag-ema", "").at(stage).prepare(one.problem())
-        expected = AccumulatedDiagonal(optimizer).prepare(one.problem())
+        state = prepared(NamedAccumulated.parse("diag-ema", "").at(stage), one.problem())
+        expected = prepared(AccumulatedDiagonal(optimizer), one.problem())
         assert torch.equal(state.direction(0.1), expected.direction(0.1))

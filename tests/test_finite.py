@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ngeval
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, FieldUpdates
 from ngeval.grading.grade import grade
 from ngeval.grading.prepare import prepare
@@ -28,7 +29,7 @@ def problem() -> ngeval.Problem:
 
 
 def rows(of: ngeval.Problem, method: str) -> CotangentUpdates:
-    made = prepare(of, ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
+    made = prepare(Kernel(of), ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
     assert isinstance(made, CotangentUpdates)
     return made
 
@@ -54,8 +55,8 @@ def test_the_others_are_what_they_were(kind, other_batch, value):
     }
     make = makes[kind]
     metric = Metric(of) if other_batch else None
-    expected = grade(of, [make(ief), make(ef)], metric)
-    found = grade(of, [make(spoiled(ief, value)), make(ef)], metric)
+    expected = grade(Kernel(of), [make(ief), make(ef)], metric)
+    found = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
     for index, (one, other) in enumerate(zip(found, expected, strict=True)):
         columns = zip(
             (*one.quadratics, one.squared_norms),

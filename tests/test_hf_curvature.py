@@ -8,6 +8,7 @@ import torch
 import ngeval
 from ngeval.methods import get_method
 from tests import hf_layouts as layouts
+from tests.problems import prepared
 from tests.test_hf_models import batch_of, model_of
 
 METHODS = ["sgd", "kfac-sf:2", "kfac-ief", "ekfac-ef", "kfac-ef:reduce:pi", "diag-ief", "adamw:0"]
@@ -23,7 +24,7 @@ def test_every_family(family, how):
     covered = table.loc["kfac-ief", "coverage"]
     assert covered == 100 if how == "lora" else 10 < covered < 100
     # the factors' gradient is the batch's, in its place
-    state = get_method("kfac-ief:gradient").prepare(problem)
+    state = prepared("kfac-ief:gradient", problem)
     update = problem.function.unflatten(state.direction(1e12))
     for name, part in problem.function.unflatten(problem.gradient()).items():
         factor = 1.0 if name in state.rest else 1e12

@@ -10,11 +10,13 @@ from torch import nn
 
 import ngeval
 from ngeval.curvature import logit_kernel as kernel
-from ngeval.curvature import natural_gradient as natural
+from ngeval.curvature.kernel import Kernel
+from ngeval.grading import evaluate as evaluation
 from ngeval.grading import grade as grading
 from ngeval.grading.grade import families, grade
 from ngeval.model.tangents import push_directions
 from tests import problems, reference
+from tests.problems import prepared
 
 METHODS = ["sgd", "ef", "ief", "sf", "sf:3", "diag", "ng"]
 DAMPINGS = [0.0, 1e-4, 1e-2, 1.0, 100.0]
@@ -26,8 +28,7 @@ def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Make every problem keep what only a problem of other sizes would."""
     monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", 0)
     if form != "gram":
-        monkeypatch.setattr(kernel, "dense_is_feasible", lambda _: False)
-        monkeypatch.setattr(natural, "dense_is_feasible", lambda _: False)
+        monkeypatch.setattr(kernel, "DENSE_SIZE", 0)
     if form == "free":
         monkeypatch.setattr(kernel, "STRIP_OUTPUTS", 0)
 
@@ -45,7 +46,8 @@ def test_every_form_gives_the_same_grades(monkeypatch, name, form):
         "strip": kernel.StripKernel,
         "free": kernel.MatrixFreeKernel,
     }
-    assert isinstance(kernel.logit_kernel(problem), kinds[form])
+    pushes = len(METHODS) * len(DAMPINGS)
+    assert ngeval.Kernel(problem, pushes=pushes).form is kinds[form]
     # A Gram matrix resolves half the digits of J, so λ = 0 and small λ are told apart from it.
     damped = (expected["damping"] > 1e-3).to_numpy()
     for column in COLUMNS:
@@ -91,12 +93,15 @@ def test_few_updates_are_pushed_and_many_are_not(monkeypatch):
     monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", 0)
     model, inputs = nn.Linear(4, 20).double(), torch.randn(6, 4, dtype=torch.float64)
     targets = torch.arange(6)
-    tables = []
+    tables, made = [], []
+    monkeypatch.setattr(
+        evaluation, "Kernel", lambda *a, **k: made.append(Kernel(*a, **k)) or made[-1]
+    )
     for dampings in ([1.0], [10.0**i for i in range(-2, 12)]):
         problem = ngeval.Problem(model, inputs, targets, "categorical")
         tables.append(ngeval.evaluate(problem, ["ef", "ief"], dampings, natural=False))
         expected = kernel.StripKernel if len(dampings) > 1 else kernel.MatrixFreeKernel
-        assert isinstance(kernel.logit_kernel(problem), expected)
+        assert made[-1].form is expected
     few, many = (table[table["damping"] == 1.0]["gamma"].tolist() for table in tables)
     assert few == pytest.approx(many, rel=1e-9)
 
@@ -193,11 +198,11 @@ class TestMetric:
 
 def test_families_share_rows():
     problem = problems.case("categorical-mlp-float64").problem()
-    states = [ngeval.get_method(name).prepare(problem) for name in ("ef", "sf", "ief", "diag")]
+    states = [prepared(name, problem) for name in ("ef", "sf", "ief", "diag")]
     updates = [state.updates([1.0, 2.0]) for state in states]
     # Those of ef and ief are the first of sf's, which leads.
     assert families(updates) == [[1, 0, 2], [3]]
-    others = ngeval.get_method("sf").prepare(problem, seed=1).updates([1.0])
+    others = prepared("sf", problem, seed=1).updates([1.0])
     assert families([updates[1], others, updates[0]]) == [[0, 2], [1]]
-    grades = grade(problem, updates, ngeval.Metric(problem))
+    grades = grade(Kernel(problem), updates, ngeval.Metric(problem))
     assert all(math.isfinite(float(value)) for one in grades for value in one.quadratics.gammas)

@@ -20,6 +20,7 @@ from ngeval.methods import METHODS, get_method
 from ngeval.methods.kfac import RESTS, Kronecker
 from ngeval.methods.label_sources import Labels
 from tests import problems, reference, reference_kfac
+from tests.problems import prepared
 
 LABELS = {
     "kfac": reference_kfac.exact_labels,
@@ -108,7 +109,7 @@ def case_of(
 
 
 def direction(problem: ngeval.Problem, method: str, damping: float, seed: int = 0) -> Tensor:
-    return get_method(method).prepare(problem, seed).direction(damping)
+    return prepared(method, problem, seed).direction(damping)
 
 
 def expected_direction(
@@ -316,8 +317,8 @@ class TestEigenvalueCorrection:
         dense = case.reference()
         columns = reference_kfac.exact_labels(dense)
         problem = case.problem()
-        state = get_method("ekfac").prepare(problem)
-        plain = get_method("kfac").prepare(problem)
+        state = prepared("ekfac", problem)
+        plain = prepared("kfac", problem)
         layers = reference_kfac.layers(case.model, case.inputs, dense, columns)
         for corrected, block in zip(state.blocks, plain.blocks, strict=True):
             exact = reference_kfac.exact_block(layers[block.layer.name])
@@ -376,13 +377,13 @@ class TestBlocks:
     def test_many_dampings_in_a_few_passes(self, monkeypatch):
         case = make("conv", count=4)
         problem = case.problem()
-        state = get_method("block-ng").prepare(problem)
+        state = prepared("block-ng", problem)
         dampings = [1e-3, 1e-2, 1e-1, 1.0]
         expected = [state.direction(damping) for damping in dampings]
         made = []
         original = group_rows.group_combinations
         monkeypatch.setattr(
-            "ngeval.methods.block_ng.group_combinations",
+            "ngeval.curvature.fisher_blocks.group_combinations",
             lambda *args: made.append(1) or original(*args),
         )
         updates = state.updates(dampings)
@@ -391,7 +392,7 @@ class TestBlocks:
         assert len(made) == 1
 
     def test_too_large(self, monkeypatch):
-        monkeypatch.setattr("ngeval.methods.block_ng.DENSE_SIZE", 10)
+        monkeypatch.setattr("ngeval.curvature.fisher_blocks.DENSE_SIZE", 10)
         table = ngeval.evaluate(make("mlp").problem(), ["block-ng"], [1e-3])
         assert table["status"].item() == "failed"
         assert "use fewer samples" in table["reason"].item()
@@ -463,7 +464,7 @@ def test_a_layer_called_twice_is_covered():
     model = Twice().double().eval()
     case = case_of(model, (4,), "categorical")
     problem = case.problem()
-    state = get_method("kfac").prepare(problem)
+    state = prepared("kfac", problem)
     assert state.coverage == 100
     block = next(block for block in state.blocks if block.layer.name == "inner")
     first = case.inputs
@@ -494,8 +495,8 @@ class TestSampled:
 
     def test_factors(self):
         problem = make("mlp", count=5).problem()
-        exact = get_method("kfac").prepare(problem).blocks
-        drawn = get_method("kfac-sf:3000").prepare(problem, 1).blocks
+        exact = prepared("kfac", problem).blocks
+        drawn = prepared("kfac-sf:3000", problem, 1).blocks
         for one, other in zip(exact, drawn, strict=True):
             matrices = [
                 block.output_vectors[0]
@@ -507,7 +508,7 @@ class TestSampled:
 
     def test_corrected_eigenvalues_and_diagonal(self):
         problem = make("mlp", count=5).problem()
-        diagonal = get_method("diag-sf:3000").prepare(problem, 1).diagonal
+        diagonal = prepared("diag-sf:3000", problem, 1).diagonal
         assert problems.relative_gap(diagonal, problem.fisher().diagonal()) < 0.1
         exact = direction(problem, "ekfac", 1e-1)
         assert problems.relative_gap(direction(problem, "ekfac-sf:3000", 1e-1, 1), exact) < 0.1
@@ -559,12 +560,12 @@ class TestBadRequests:
 
     def test_a_vocabulary_is_left_to_the_rest(self, monkeypatch):
         monkeypatch.setattr("ngeval.methods.kfac.LARGEST_FACTOR", 15)
-        state = get_method("kfac").prepare(make("conv").problem())
+        state = prepared("kfac", make("conv").problem())
         assert [block.layer.name for block in state.blocks] == ["2", "4"]
         assert "0.weight, 0.bias" in state.notes[0]
         monkeypatch.setattr("ngeval.methods.kfac.LARGEST_FACTOR", 2)
         with pytest.raises(ngeval.EngineError, match="covers no layer"):
-            get_method("kfac").prepare(make("conv").problem())
+            prepared("kfac", make("conv").problem())
 
     def test_too_many_draws(self):
         table = ngeval.evaluate(make("mlp").problem(), ["kfac-sf:100000000", "diag-sf:999999999"])
@@ -575,14 +576,14 @@ class TestBadRequests:
         problem = make("mlp").problem(memory=20_000)
         problem.rows.__dict__["memory"] = 1000
         with pytest.raises(ngeval.EngineError, match="raise memory="):
-            get_method("kfac").prepare(problem)
+            prepared("kfac", problem)
 
 
 @pytest.mark.parametrize("method", ["kfac", "kfac:pi", "ekfac", "block-ng", "diag-ief:0.5"])
 def test_relative_damping(method):
     problem = make("mlp").problem()
     table = ngeval.evaluate(problem, [method], [1e-2], damping_scale="relative")
-    largest = get_method(method).prepare(problem).largest_curvature
+    largest = prepared(method, problem).largest_curvature
     assert table["damping_absolute"].item() == pytest.approx(1e-2 * largest)
     expected = problem.gamma(direction(problem, method, 1e-2 * largest))
     assert table["gamma"].item() == pytest.approx(expected, rel=1e-9)

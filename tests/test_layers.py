@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
+from ngeval.curvature.updates import DirectionUpdates
 from ngeval.grading.layer_table import COLUMNS, parts_of
 from ngeval.model.parameter_groups import make_groups
 from tests import problems, reference
@@ -227,7 +228,7 @@ class TestGroups:
 class Broken:
     name = "broken"
 
-    def prepare(self, problem, seed=0):
+    def prepare(self, problem, kernel, seed=0):
         raise RuntimeError("out of ideas")
 
 
@@ -238,7 +239,7 @@ class Half:
     notes = ("half of it",)
     coverage = 40.0
 
-    def prepare(self, problem, seed=0):
+    def prepare(self, problem, kernel, seed=0):
         self.problem = problem
         return self
 
@@ -250,7 +251,7 @@ class Half:
         return gradient
 
     def updates(self, dampings):
-        return ngeval.updates.DirectionUpdates(1, lambda _: self.direction(0.0))
+        return DirectionUpdates(1, lambda _: self.direction(0.0))
 
 
 def test_a_failing_method_is_rows_with_a_reason():
@@ -326,7 +327,7 @@ def test_the_best_of_a_layer_is_left_out_where_it_is_out_of_reach(monkeypatch):
     table = ngeval.layer_table(problem, ["sgd"], [1.0], natural=False)
     assert table["gamma_over_best"].isna().all()
     assert (table["reason"] == "").all()
-    monkeypatch.setattr("ngeval.methods.block_ng.DENSE_SIZE", 5)
+    monkeypatch.setattr("ngeval.curvature.fisher_blocks.DENSE_SIZE", 5)
     table = ngeval.layer_table(problem, ["sgd"], [1.0])
     assert table["gamma_over_best"].isna().all()
     assert table["reason"].str.contains("no least γ of layers: .*use fewer samples").all()

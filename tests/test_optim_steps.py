@@ -21,6 +21,7 @@ from ngeval.optim.base import ExactOptimizer
 from ngeval.optim.exact import draw_seed
 from ngeval.optim.single_update import empirical_update, sampled_update
 from tests import problems, reference, zoo
+from tests.problems import prepared
 
 CLASSES: dict[str, type[ExactOptimizer]] = {"ef": EF, "ief": iEF, "sf:2": SF, "ng": NG}
 
@@ -147,9 +148,9 @@ class TestAgainstTheMethods:
         pairs = []
         for name in ("ef", "ief"):
             found = empirical_update(problem, damping, improved=name == "ief")
-            pairs.append((found, ngeval.get_method(name).prepare(problem).direction(damping)))
+            pairs.append((found, prepared(name, problem).direction(damping)))
         found = sampled_update(problem, damping, 2, 3)
-        pairs.append((found, ngeval.get_method("sf:2").prepare(problem, 3).direction(damping)))
+        pairs.append((found, prepared("sf:2", problem, 3).direction(damping)))
         return pairs
 
     @pytest.mark.parametrize("damping", [0.0, 1e-7, 1e-2])
@@ -188,7 +189,7 @@ class TestAgainstTheMethods:
         problem = ngeval.Problem(case.model, case.inputs, targets, "categorical")
         assert float(problem.residual[0].abs().sum()) == 0
         found = empirical_update(problem, 1e-3, improved=False)
-        expected = ngeval.get_method("ef").prepare(problem).direction(1e-3)
+        expected = prepared("ef", problem).direction(1e-3)
         assert problems.relative_gap(found, expected) < 1e-9
 
 

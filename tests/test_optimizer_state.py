@@ -41,6 +41,7 @@ from tests.optimizers import (
     train,
     trained,
 )
+from tests.problems import prepared
 
 
 def named(name: str) -> NamedOptimizer:
@@ -54,7 +55,7 @@ class TestTrainingKeepsStates:
         last = find_checkpoints([str(tmp_path)])[-1]
         assert last.optimizer == tmp_path / "epoch-002.optimizer.pt"
         model, problem, stage = graded_at(last)
-        step = named(name).at(stage).prepare(problem).direction(0.0)
+        step = prepared(named(name).at(stage), problem).direction(0.0)
         # By torch's own load_state_dict, in the order in which the optimizers were built.
         optimizers = build_optimizers(name, model)
         saved = torch.load(last.optimizer, weights_only=True)
@@ -63,7 +64,7 @@ class TestTrainingKeepsStates:
             optimizer.load_state_dict(state)
         assert torch.equal(step, step_of(optimizers, problem))
         assert step.any()
-        fresh = named(f"{name}:0").prepare(problem).direction(0.0)
+        fresh = prepared(named(f"{name}:0"), problem).direction(0.0)
         if name not in ("sgd", "asgd"):  # whose steps are the gradient's
             assert not torch.allclose(step, fresh, rtol=1e-3)
 
@@ -82,8 +83,8 @@ class TestTrainingKeepsStates:
         run(tmp_path, "adamw", epochs=0)
         [checkpoint] = find_checkpoints([str(tmp_path)])
         _, problem, stage = graded_at(checkpoint)
-        state = named("adamw").at(stage).prepare(problem)
-        fresh = named("adamw:0").prepare(problem)
+        state = prepared(named("adamw").at(stage), problem)
+        fresh = prepared(named("adamw:0"), problem)
         assert torch.equal(state.direction(0.0), fresh.direction(0.0))
         assert state.notes == (
             "the optimizer had not stepped at this checkpoint: this is its first step",
@@ -118,7 +119,7 @@ class TestNamed:
             problem,
             warmup=list(load_batches(8, 4, 5)),
         )
-        state = named("nadam:4").at(stage).prepare(problem)
+        state = prepared(named("nadam:4").at(stage), problem)
         assert torch.equal(state.direction(0.0), expected)
 
     @pytest.mark.parametrize("name", ["adamw:4", "muon:4", "pytorch_optimizer.FAdam:4"])
@@ -136,9 +137,9 @@ class TestNamed:
             bound = method.at(replace(stage, batches=batches_of))
             x, y = next(iter(load_batches(9, 1, 78)))
             other = ngeval.Problem(model, x, y, "categorical")
-            steps = [bound.prepare(p).direction(0.0) for p in (problem, other, problem)]
+            steps = [prepared(bound, p).direction(0.0) for p in (problem, other, problem)]
             for step, one in zip(steps, (problem, other, problem), strict=True):
-                alone = named(name).at(stage).prepare(one).direction(0.0)
+                alone = prepared(named(name).at(stage), one).direction(0.0)
                 assert torch.equal(step, alone)
         assert asked == [4, 4]
 
@@ -151,9 +152,9 @@ class TestNamed:
         asked = []
         stage = replace(stage, batches=lambda k: [asked.append(k), *load_batches(8, k, 5)][1:])
         bound = named("adam:2").at(stage)
-        first, again = (bound.prepare(small).direction(0.0) for _ in range(2))
+        first, again = (prepared(bound, small).direction(0.0) for _ in range(2))
         assert torch.equal(first, again)
-        assert torch.equal(first, named("adam:2").at(stage).prepare(problem).direction(0.0))
+        assert torch.equal(first, prepared(named("adam:2").at(stage), problem).direction(0.0))
         assert asked == [2, 2, 2]
 
     @pytest.mark.parametrize("decay", [True, False])
@@ -164,14 +165,14 @@ class TestNamed:
         model, problem, stage = graded_at(checkpoint, weight_decay=decay, reduction=reduction)
         adamw = torch.optim.AdamW(model.parameters())
         expected = step_of(adamw, problem, weight_decay=decay, reduction=reduction)
-        assert torch.equal(named("adamw").at(stage).prepare(problem).direction(0.0), expected)
+        assert torch.equal(prepared(named("adamw").at(stage), problem).direction(0.0), expected)
 
     def test_dotted_names(self):
         one = case()
         method = named("torch.optim.SGD:0")
         expected = 1e-3 * one.problem().gradient() / 7
         assert not method.needs_stage
-        torch.testing.assert_close(method.prepare(one.problem()).direction(0.0), expected)
+        torch.testing.assert_close(prepared(method, one.problem()).direction(0.0), expected)
 
     def test_no_state_beside_the_checkpoint(self):
         stage = Stage("run/epoch-1.pt", None, None, lambda k: [])
@@ -181,7 +182,7 @@ class TestNamed:
     @pytest.mark.parametrize("name", ["adam", "adam:20"])
     def test_without_a_checkpoint(self, name):
         with pytest.raises(InputError, match=r"ngeval\.OptimizerStep.*adam:0"):
-            named(name).prepare(case().problem())
+            prepared(named(name), case().problem())
 
     @pytest.mark.parametrize("name", ["adam:-1", "adam:x", "adam:1.5", "adam:9999999"])
     def test_bad_parameters(self, name):
@@ -210,7 +211,7 @@ class TestNamed:
         last = find_checkpoints([str(tmp_path)])[-1]
         assert last.metadata["learning_rate"] is None
         model, problem, stage = graded_at(last)
-        step = named("transformers.Adafactor").at(stage).prepare(problem).direction(0.0)
+        step = prepared(named("transformers.Adafactor").at(stage), problem).direction(0.0)
         theirs = transformers.Adafactor(model.parameters())
         theirs.load_state_dict(torch.load(last.optimizer, weights_only=True)["states"][0])
         assert torch.equal(step, step_of(theirs, problem))
@@ -218,7 +219,7 @@ class TestNamed:
     def test_a_class_that_needs_more(self):
         method = named("torch.optim.Optimizer:0")
         with pytest.raises(InputError, match=r"cannot be built.*ngeval\.OptimizerStep"):
-            method.prepare(case().problem())
+            prepared(method, case().problem())
 
     def test_muon_without_a_matrix(self):
         model = nn.Sequential(nn.LayerNorm(3)).eval()
@@ -612,7 +613,7 @@ class TestFinding:
         last, plain = find_checkpoints([str(tmp_path)])
         assert (last.optimizer, plain.optimizer) == (path, None)
         loaded, problem, stage = graded_at(last)
-        step = named("adam").at(stage).prepare(problem).direction(0.0)
+        step = prepared(named("adam").at(stage), problem).direction(0.0)
         by_torch = torch.optim.Adam(loaded.parameters())
         by_torch.load_state_dict(adam.state_dict())
         assert torch.equal(step, step_of(by_torch, problem))
@@ -624,8 +625,8 @@ class TestOnlyRead:
         model, problem, stage = graded_at(find_checkpoints([str(tmp_path)])[-1])
         before, generator = flat(model), torch.get_rng_state()
         method = named("muon").at(stage)
-        first = method.prepare(problem).direction(0.0)
-        assert torch.equal(first, method.prepare(problem).direction(0.0))
+        first = prepared(method, problem).direction(0.0)
+        assert torch.equal(first, prepared(method, problem).direction(0.0))
         assert torch.equal(before, flat(model))
         assert torch.equal(generator, torch.get_rng_state())
         assert all(p.grad is None for p in model.parameters())

@@ -36,6 +36,7 @@ from tests.optimizers import (
     train,
     trained,
 )
+from tests.problems import prepared
 
 EXACT = {"rtol": 1e-9, "atol": 1e-15}
 
@@ -144,7 +145,7 @@ class TestAgainstRealSteps:
         one, optimizers = trained(name, 2)
         problem = one.problem()
         before = fingerprint(one.model, optimizers)
-        state = OptimizerStep(optimizers).prepare(problem)
+        state = prepared(OptimizerStep(optimizers), problem)
         assert same(before, fingerprint(one.model, optimizers))
         theta = flat(one.model)
         train(one.model, optimizers, [(one.inputs, one.targets)])
@@ -202,7 +203,7 @@ class TestAgainstRealSteps:
         torch.manual_seed(0)
         model = nn.Linear(4, 3, bias=False).eval()
         problem = ngeval.Problem(model, torch.randn(7, 4), torch.arange(7) % 3, "categorical")
-        state = OptimizerStep(Single(model.parameters(), lr=0.1)).prepare(problem)
+        state = prepared(OptimizerStep(Single(model.parameters(), lr=0.1)), problem)
         assert "own dtype" in state.notes[0]
         expected = 0.1 * problem.gradient() / 7
         torch.testing.assert_close(state.direction(0.0), expected.double(), rtol=1e-4, atol=1e-7)
@@ -255,7 +256,7 @@ class TestAgainstRealSteps:
         train(model, [optimizer], batches(2, torch.float32))
         x, y = batches(1, torch.float32)[0]
         problem = ngeval.Problem(model, x, y, "categorical")
-        state = OptimizerStep(optimizer).prepare(problem)
+        state = prepared(OptimizerStep(optimizer), problem)
         assert state.notes == ()
         # In float32 half of the digits of 1e-6 would be lost beside θ.
         step = problem.function.unflatten(state.direction(0.0))
@@ -362,7 +363,7 @@ class TestCallerIsUntouched:
         optimizer.register_step_pre_hook(lambda *_: called.append("hook"))
         patched = optimizer.step
         optimizer.step = lambda *a, **k: (called.append("patch"), patched(*a, **k))
-        state = OptimizerStep(optimizer).prepare(one.problem())
+        state = prepared(OptimizerStep(optimizer), one.problem())
         assert called == []
         assert getattr(optimizer, "_step_count", None) == count
         assert state.notes == ("step hooks of Adam are left out",)
@@ -384,7 +385,7 @@ class TestCallerIsUntouched:
                 with pytest.raises(InputError, match="on purpose"):
                     step_of(adam, one.problem())
             else:
-                state = OptimizerStep(adam).prepare(one.problem())
+                state = prepared(OptimizerStep(adam), one.problem())
                 assert state.notes == ("step hooks of Adam are left out",)
             assert called == []
             train(one.model, [torch.optim.SGD(one.model.parameters())], batches(1))
@@ -440,7 +441,7 @@ class TestCallerIsUntouched:
         accelerate.Accelerator(cpu=True)
         method = OptimizerStep(accelerate.optimizer.AcceleratedOptimizer(inner))
         assert method.name == "adam"
-        step = method.prepare(one.problem()).direction(0.0)
+        step = prepared(method, one.problem()).direction(0.0)
         assert torch.equal(step, step_of(inner, one.problem()))
 
 
@@ -459,8 +460,8 @@ class TestParameters:
 
     def test_parameters_that_no_optimizer_holds(self):
         one = case()
-        state = OptimizerStep(torch.optim.SGD(one.model[2].parameters(), lr=1.0)).prepare(
-            one.problem()
+        state = prepared(
+            OptimizerStep(torch.optim.SGD(one.model[2].parameters(), lr=1.0)), one.problem()
         )
         assert state.coverage == pytest.approx(100 * 18 / 43)
         assert state.notes == ("no optimizer holds 0.weight, 0.bias: their update is 0",)
@@ -469,7 +470,7 @@ class TestParameters:
     def test_frozen_parameters_in_the_optimizer_do_not_move(self):
         one = case(model="frozen")
         adamw = torch.optim.AdamW(one.model.parameters(), weight_decay=0.5)
-        state = OptimizerStep(adamw).prepare(one.problem())
+        state = prepared(OptimizerStep(adamw), one.problem())
         assert state.coverage == 100.0
         assert state.direction(0.0).shape == (one.problem().num_parameters,)
 
@@ -492,7 +493,7 @@ class TestParameters:
         x, y = batches(1)[0]
         problem = ngeval.Problem(model, x, y, "categorical")
         for warmup in (None, [(x, y)]):
-            state = OptimizerStep(adamw, warmup=warmup).prepare(problem)
+            state = prepared(OptimizerStep(adamw, warmup=warmup), problem)
             named = problem.function.unflatten(state.direction(0.0))
             assert not named["pooler.weight"].any()
             assert named["dead"].all()  # its gradient is zero: decayed
@@ -529,7 +530,7 @@ class TestLearningRateZero:
         expected = step_of(optimizer, problem)
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0)
         assert optimizer.param_groups[0]["lr"] == 0.0
-        state = OptimizerStep(optimizer).prepare(problem)
+        state = prepared(OptimizerStep(optimizer), problem)
         torch.testing.assert_close(state.direction(0.0), expected, **EXACT)
         assert "every learning rate is 0" in state.notes[0]
         assert "0.001" in state.notes[0]
@@ -545,7 +546,7 @@ class TestLearningRateZero:
         adafactor = transformers.Adafactor(one.model.parameters())
         train(one.model, [adafactor], batches(2))
         problem = one.problem()
-        state = OptimizerStep(adafactor).prepare(problem)
+        state = prepared(OptimizerStep(adafactor), problem)
         theta = flat(one.model)
         train(one.model, [adafactor], [(one.inputs, one.targets)])
         expected = theta - flat(one.model)
@@ -586,7 +587,7 @@ class TestRefusals:
         one = case()
         method = OptimizerStep(getattr(pytorch_optimizer, kind)(list(one.model.parameters())))
         with pytest.raises(InputError, match=r"second derivatives.*cannot be graded"):
-            method.prepare(one.problem())
+            prepared(method, one.problem())
 
     def test_nan_state_names_the_parameter(self):
         one, [optimizer] = trained("adam", 1)

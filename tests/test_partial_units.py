@@ -16,12 +16,14 @@ from torch import nn
 import ngeval
 import ngeval.runs.run
 from ngeval.checkpoints import Checkpoint
+from ngeval.curvature.kernel import Kernel
 from ngeval.methods.sgd import Sgd
 from ngeval.results.journal import Entry, Journal
 from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
 from ngeval.runs.identity import differences, identity
 from ngeval.runs.run import Run
+from ngeval.runs.units import Units
 from tests.small_runs import BATCHES, STAGES, Small
 
 # The first forward-mode product imports a part of torch that warns of itself.
@@ -167,25 +169,24 @@ class TestNamesThatAreNotUnicode:
 class TestMemory:
     @pytest.mark.parametrize("command", ["gamma", "layers", "imbalance"])
     def test_of_a_unit_is_free_before_the_next(self, small, monkeypatch, command):
-        """Θ and its factorisation hold their problem in turn: it has to forget them."""
-        kept, real = [], ngeval.Problem.remember
+        """Nothing that is computed from a kernel or a problem may refer to it in a circle."""
+        kept, real = [], Kernel.__init__
 
-        def remember(problem, key, compute):
-            found = real(problem, key, compute)
-            kept.append(weakref.ref(found)) if hasattr(found, "__weakref__") else None
-            return found
+        def made(kernel, problem, **options):
+            real(kernel, problem, **options)
+            kept.extend([weakref.ref(kernel), weakref.ref(problem)])
 
-        alive, build = [], ngeval.runs.Units.unit
+        alive, build = [], Units.unit
 
         def unit(self, key):
             alive.append(sum(ref() is not None for ref in kept))
             return build(self, key)
 
-        monkeypatch.setattr(ngeval.Problem, "remember", remember)
-        monkeypatch.setattr(ngeval.runs.Units, "unit", unit)
+        monkeypatch.setattr(Kernel, "__init__", made)
+        monkeypatch.setattr(Units, "unit", unit)
         gc.disable()
         try:
-            small.run(command, small.folder / "g.csv", "-m", "ief")
+            small.run(command, small.folder / "g.csv", "-m", "ief,ng,block-ng,ekfac,diag-sf")
         finally:
             gc.enable()
         assert len(kept) >= UNITS

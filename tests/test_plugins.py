@@ -20,6 +20,7 @@ from ngeval.methods import all_methods, check_name, get_method, method_names
 from ngeval.tasks import Task
 from ngeval.utils.plugins import plugins
 from tests import problems
+from tests.problems import prepared
 
 PAGE = Path(__file__).parent.parent / "docs" / "plug-ins.md"
 Install = Callable[..., None]
@@ -152,7 +153,7 @@ class TestLikelihoods:
         rows = torch.cat([jacobian[n].flatten(1) for n, _ in model.named_parameters()], 1).detach()
         fisher = rows.T @ (model(inputs).detach().exp().flatten().unsqueeze(1) * rows)
         expected = torch.linalg.solve(fisher + 1e-2 * torch.eye(len(fisher)).double(), gradient)
-        update = get_method("ng").prepare(problem).direction(1e-2)
+        update = prepared("ng", problem).direction(1e-2)
         assert torch.allclose(update, expected, rtol=1e-9)
         with pytest.raises(ngeval.InputError, match="poisson takes no parameter"):
             get_likelihood("poisson:2")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.curvature.logit_kernel import fisher_spectrum, logit_kernel
+from ngeval.curvature.kernel import Kernel
 from ngeval.jacobians import gram_matrix
 from ngeval.model.function import map_inputs
 from tests import problems, reference
@@ -89,7 +89,7 @@ class TestAgainstReference:
         problem, dense = shared(name)
         tolerance = problems.case(name).tolerance
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(logit_kernel(problem).matrix, rows @ rows.T) < tolerance
+        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < tolerance
         gradients = reference.per_sample_gradients(dense)
         assert (
             relative_gap(
@@ -101,7 +101,7 @@ class TestAgainstReference:
     @pytest.mark.parametrize("name", EXACT_NAMES)
     def test_spectrum_has_the_eigenvalues_of_the_fisher(self, name):
         problem, dense = shared(name)
-        small = fisher_spectrum(problem).eigenvalues.sort(descending=True)[0]
+        small = Kernel(problem).fisher_spectrum.eigenvalues.sort(descending=True)[0]
         large = torch.linalg.eigvalsh(reference.fisher(dense)).flip(0)
         count = min(len(small), len(large))
         gap = (small[:count] - large[:count]).abs().max()
@@ -261,7 +261,7 @@ class TestInputsAndOutputs:
         assert relative_gap(problem.gradient(), reference.gradient(dense)) < 1e-12
         assert relative_gap(problem.fisher().diagonal(), reference.fisher(dense).diagonal()) < 1e-12
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(logit_kernel(problem).matrix, rows @ rows.T) < 1e-12
+        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < 1e-12
 
     def test_a_parameter_that_is_not_used_has_zero_gradient(self):
         model = WithUnused().double()
@@ -580,7 +580,7 @@ class TestProbes:
             "evaluate": lambda: ngeval.evaluate(problem, ["sgd"], [1.0]),
             "diagonal": lambda: problem.fisher().diagonal(),
             "rows": lambda: ngeval.gradient_norms(problem),
-            "kernel": lambda: logit_kernel(problem),
+            "kernel": lambda: Kernel(problem).theta,
             "ng": lambda: ngeval.gamma_min(problem),
         }
         with pytest.raises(ngeval.ModelError, match=r"'2.bias' was modified.*new\s+Problem"):
@@ -617,7 +617,7 @@ class TestEnginesAndMemory:
         case, loop = problems.case(name), loop_problem(name)
         problem = case.problem(engine=engine)
         assert (problem.engine, loop.engine) == (engine, "loop")
-        assert relative_gap(logit_kernel(problem).matrix, logit_kernel(loop).matrix) < 1e-10
+        assert relative_gap(Kernel(problem).theta.matrix, Kernel(loop).theta.matrix) < 1e-10
         assert relative_gap(problem.fisher().diagonal(), loop.fisher().diagonal()) < 1e-10
         columns = ["gamma", "gamma_min", "gamma_floor", "update_norm"]
         tables = [
@@ -657,14 +657,14 @@ class TestEnginesAndMemory:
         assert [owner.looped for owner in problem.rows.plan.owners] == [[True]]
         dense = reference.build(model, inputs, targets, reference.Family("categorical"))
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(logit_kernel(problem).matrix, rows @ rows.T) < 1e-12
+        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < 1e-12
 
     def test_a_batch_over_the_budget_says_how_many_samples_fit(self):
         case = problems.make("categorical-linear-float64", num_samples=60)
         # 40 samples: 5 matrices of 40² entries of 8 bytes.
         problem = case.problem(memory=40 * 40**2)
         with pytest.raises(ngeval.EngineError, match=r"at most 40 samples fit.*memory="):
-            logit_kernel(problem)
+            _ = Kernel(problem).theta
 
     @pytest.mark.parametrize("engine", ["vmap", "layers"])
     def test_a_row_over_the_budget_is_said_at_once(self, engine):

@@ -21,6 +21,7 @@ from torch import nn
 
 import ngeval
 from tests import problems, reference
+from tests.problems import prepared
 
 METHODS = ("sgd", "ef", "ief", "sf", "sf:2", "ng", "diag", "diag-ef", "diag-ef:0.5")
 DAMPINGS = (0.0, 1e-4, 1e-2, 1.0, 100.0)
@@ -231,7 +232,7 @@ def test_loss_changes_of_ef_and_ief(recipe, method):
     invertible = len(gradients) <= gradients.shape[1] and float(sigma[-1]) > 1e-4 * float(sigma[0])
     assume(invertible)
     problem = case.problem()
-    change = ngeval.loss_change(problem, ngeval.get_method(method).prepare(problem).direction(0.0))
+    change = ngeval.loss_change(problem, prepared(method, problem).direction(0.0))
     squares = dense.residual.square().sum(1)
     wanted = torch.ones_like(squares) if method == "ef" else squares
     # Rounding of d, of size ‖d‖, reaches sample n through ‖g_n‖.

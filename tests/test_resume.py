@@ -35,6 +35,7 @@ from ngeval.results.journal import Entry, Journal
 from ngeval.results.manifest import manifest_path, read_manifest
 from ngeval.results.table_files import read_results
 from tests import hf_layouts as layouts
+from tests.problems import prepared
 from tests.small_runs import BATCHES, STAGES, Small, files, run, stop_after
 
 # The first forward-mode product imports a part of torch that warns of itself.
@@ -549,8 +550,8 @@ class _Overflowing:
 
     name = "overflowing"
 
-    def prepare(self, problem, seed=0):
-        state = ngeval.get_method("ief").prepare(problem, seed)
+    def prepare(self, problem, kernel, seed=0):
+        state = prepared("ief", problem, seed)
         return _OverflowingState(problem, state)
 
 

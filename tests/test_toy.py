@@ -23,6 +23,7 @@ from studies.toy.least_squares import DEFAULT_METHODS, LeastSquares, trajectorie
 from studies.toy.picture import Window, plot_paths, plot_toy, toy_figure
 from studies.why_ef_fails import RATES
 from tests.looks import bare_axes, overlaps, small_texts
+from tests.problems import prepared
 
 TOYS = {
     "paper": LeastSquares(),
@@ -99,7 +100,7 @@ class TestLeastSquares:
                 with torch.no_grad():
                     model.weight.copy_(torch.tensor(theta))
                 problem = ngeval.Problem(model, inputs, targets, "gaussian:1")
-                state = ngeval.get_method(method).prepare(problem, 5 + number)
+                state = prepared(method, problem, 5 + number)
                 np.testing.assert_allclose(found[number], state.direction(0.1).numpy(), rtol=1e-9)
 
     def test_several_methods_at_once_have_the_numbers_of_each(self, toy):

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import ngeval
-import ngeval.problem.next_batch
 from ngeval.errors import EngineError, InputError, ModelError
+from ngeval.jacobians import RowSource
 from ngeval.jacobians.one_pass import OnePass, PassRows
 from ngeval.optim.single_update import empirical_update
+from ngeval.problem import next_batch
 from tests import problems, zoo
+from tests.problems import prepared
 
 
 def batches(count: int, size: int = 6) -> tuple[Tensor, Tensor]:
@@ -43,9 +45,7 @@ def move(model: nn.Module, seed: int = 0) -> None:
 def same(one: ngeval.Problem, other: ngeval.Problem) -> None:
     assert problems.relative_gap(one.gradient(), other.gradient()) < 1e-12
     for method in ("ef", "ief", "sf", "ng"):
-        found, expected = (
-            p.gamma(ngeval.get_method(method).prepare(p, 3).direction(1e-2)) for p in (one, other)
-        )
+        found, expected = (p.gamma(prepared(method, p, 3).direction(1e-2)) for p in (one, other))
         assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -145,15 +145,16 @@ class TestSamplesOfAnotherShape:
 
 
 def count_probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Says for each new choice of an engine whether `with_batch` asked for it."""
+    """An entry for each new choice of an engine by `with_batch`."""
     made: list[str] = []
-    original = ngeval.following._afresh
+    original = ngeval.Problem._set_up
 
-    def counted(*arguments: object) -> ngeval.Problem:
-        made.append("following")
-        return original(*arguments)
+    def counted(self, function, targets, likelihood, chain, memory) -> None:
+        if chain.sources:
+            made.append("following")
+        original(self, function, targets, likelihood, chain, memory)
 
-    monkeypatch.setattr(ngeval.following, "_afresh", counted)
+    monkeypatch.setattr(ngeval.Problem, "_set_up", counted)
     return made
 
 
@@ -226,11 +227,11 @@ class TestTheRecordedPass:
     def test_is_handed_out_once_and_only_that_of_the_last_problem_is_kept(self):
         first = first_of(mlp())
         one, two = (first.with_batch(*batches(count)) for count in (3, 5))
-        assert one._pass is None
-        kept = two._pass
+        assert one.recorded is None
+        kept = two.recorded
         assert isinstance(kept, OnePass)
         assert two.one_pass() is kept
-        assert two._pass is None
+        assert two.recorded is None
         again = one.one_pass()
         assert again is not None
         assert torch.equal(again.outputs.detach(), one.outputs)
@@ -245,7 +246,7 @@ class TestTheRecordedPass:
     def test_not_where_it_does_not_fit(self):
         first = first_of(mlp(), memory=4000)
         following = first.with_batch(*batches(30))
-        assert following._pass is None
+        assert following.recorded is None
         assert following.one_pass() is None
 
     def test_another_way_through_the_model_is_planned_anew(self, monkeypatch: pytest.MonkeyPatch):
@@ -356,13 +357,13 @@ class TestWiringThatTheFirstBatchDoesNotShow:
 
     def test_probes_at_powers_of_two(self, monkeypatch: pytest.MonkeyPatch):
         model, probed = mlp(), []
-        original = ngeval.following._passes
+        original = next_batch._plan_is_right
 
-        def counted(problem: ngeval.Problem) -> bool:
-            probed.append((number, problem.num_samples))
-            return original(problem)
+        def counted(before: ngeval.Problem, rows: RowSource, targets: Tensor) -> bool:
+            probed.append((number, rows.function.num_samples))
+            return original(before, rows, targets)
 
-        monkeypatch.setattr(ngeval.following, "_passes", counted)
+        monkeypatch.setattr(next_batch, "_plan_is_right", counted)
         problem = first_of(model)
         unprobed = first_of(model, probes=False)
         for number in range(2, 18):

@@ -8,11 +8,10 @@ from torch import Tensor
 
 import ngeval
 from ngeval.curvature.kronecker_factors import affine_layers
-from ngeval.methods import get_method
 from ngeval.model.parameter_groups import make_groups
 from ngeval.problem.fisher import factor_columns
 from tests import zoo
-from tests.problems import relative_gap
+from tests.problems import prepared, relative_gap
 from tests.test_zoo import CANNOT, pytestmark, truth_of  # noqa: F401  torch's warnings are expected here too
 from tests.test_zoo import problem_of as made_problem
 
@@ -31,7 +30,7 @@ def fisher_rows(name: str, problem: ngeval.Problem) -> Tensor:
 @names
 def test_exact_blocks(name):
     problem = problem_of(name)
-    update = get_method("block-ng").prepare(problem).direction(1e-2)
+    update = prepared("block-ng", problem).direction(1e-2)
     rows = fisher_rows(name, problem)
     right = problem.distribution.whitened_residual().flatten()
     sizes = {n: p.numel() for n, p in problem.function.parameters.items()}
@@ -55,9 +54,9 @@ def test_kronecker_blocks_hold_the_whole_layer(name):
     plan = problem.rows.plan
     if plan is None or not affine_layers(plan):
         with pytest.raises(ngeval.EngineError, match=r"KFAC covers no layer|engine='layers'"):
-            get_method("ekfac").prepare(problem)
+            prepared("ekfac", problem)
         return
-    state = get_method("ekfac:gradient").prepare(problem)
+    state = prepared("ekfac:gradient", problem)
     squares = fisher_rows(name, problem).square().sum(0)
     sizes = {n: p.numel() for n, p in problem.function.parameters.items()}
     diagonal = dict(zip(sizes, squares.split(list(sizes.values())), strict=True))

@@ -23,12 +23,11 @@ from ngeval.curvature.spectrum import UNSEEN, Spectrum
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations, row_matrix
 from ngeval.problem.fisher import (
-    factor_columns,
     has_few_parameters,
     jacobian_columns,
     unit_cotangents,
 )
-from ngeval.problem.problem import Problem
+from ngeval.problem.linearized import Linearized, Sizes
 from ngeval.utils.memory import describe_bytes
 
 EXPLICIT_ENTRIES = 2**22
@@ -48,7 +47,7 @@ STRIP_OUTPUTS = 256
 class LogitKernel(ABC):
     """What of Θ a problem keeps."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Keep the sizes and the dtype that the rows are computed in."""
         self.shape = (problem.num_samples, problem.num_outputs)
         self.row_epsilon = problem.function.row_epsilon
@@ -125,10 +124,10 @@ class DenseKernel(PushingKernel):
 class JacobianKernel(DenseKernel):
     """Θ as the product of J, shape ``(NC, P)``, and its transpose."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Compute all rows of J, or all columns where these are fewer, in float64."""
         super().__init__(problem)
-        if has_few_parameters(problem):
+        if has_few_parameters(problem.sizes):
             columns = [part.flatten(1) for part in jacobian_columns(problem)]
             self.jacobian = torch.cat(columns).T.contiguous()
             return
@@ -163,7 +162,7 @@ class JacobianKernel(DenseKernel):
 class GramKernel(DenseKernel):
     """Θ itself, shape ``(NC, NC)``."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Accumulate Θ in float64, in the problem's memory budget."""
         super().__init__(problem)
         self.theta = gram_matrix(problem.rows, unit_cotangents(problem))
@@ -190,7 +189,7 @@ class GramKernel(DenseKernel):
 class StripKernel(PushingKernel):
     """Products of Θ with the vectors that updates are made of, one strip for each of them."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Nothing is computed before it is asked for."""
         super().__init__(problem)
         self.jacobian = CapturedRows(problem.rows, unit_cotangents(problem))
@@ -232,7 +231,7 @@ class StripKernel(PushingKernel):
 class MatrixFreeKernel(LogitKernel):
     """Gram matrices of rows, each from one capture; tangents are left to forward mode."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Nothing is computed before it is asked for."""
         super().__init__(problem)
         self._grams: list[tuple[Tensor, Tensor]] = []
@@ -275,47 +274,39 @@ def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:
     return torch.einsum("lnq,nq...->ln...", coefficients, vectors)
 
 
-def logit_kernel(
-    problem: Problem, *, exact: bool | None = None, pushes: int | None = None
-) -> LogitKernel:
-    """What of Θ to keep for a problem; computed once.
+def choose_form(
+    sizes: Sizes, budget: int, *, exact: bool = True, pushes: int | None = None
+) -> type[LogitKernel]:
+    """The form of Θ to keep.
 
     Args:
-        problem: the model on its batch.
-        exact: all of Θ is wanted (for the exact natural gradient); None takes what is there, or
-            all of it.
+        sizes: of the problem.
+        budget: bytes to work in.
+        exact: the exact natural gradient is wanted, which needs all of Θ.
         pushes: how many updates will be pushed, if that is known: a few are pushed through the
             model for less than the C backward passes that products of Θ begin with.
 
     Raises:
         EngineError: not even the Gram matrix of the batch would fit in the memory budget.
+
+    >>> choose_form(Sizes(samples=160, outputs=10, parameters=10_000_000), 2**33).__name__
+    'GramKernel'
     """
-    dense: LogitKernel | None = problem.recall("dense_kernel")
-    strip: LogitKernel | None = problem.recall("strip_kernel")
-    if dense is not None:
-        return dense
-    if exact is None and strip is not None:
-        return strip
-    size, budget = problem.num_samples * problem.num_outputs, problem.rows.memory
-    entries = size * problem.num_parameters
+    samples, outputs, parameters = sizes
+    entries = samples * outputs * parameters
     # J, its scaled copy and the workspace of their factorisation.
     # More rows than that are more backward passes than a Krylov run takes steps.
-    in_reach = size <= DENSE_SIZE or has_few_parameters(problem)
+    in_reach = samples * outputs <= DENSE_SIZE or has_few_parameters(sizes)
     if in_reach and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
-        return problem.remember("dense_kernel", lambda: JacobianKernel(problem))
-    if exact is not False and dense_is_feasible(problem):
-        return problem.remember("dense_kernel", lambda: GramKernel(problem))
-    return problem.remember("strip_kernel", lambda: _strip_kernel(problem, pushes))
-
-
-def _strip_kernel(problem: Problem, pushes: int | None) -> LogitKernel:
-    samples, outputs, budget = problem.num_samples, problem.num_outputs, problem.rows.memory
+        return JacobianKernel
+    if exact and dense_is_feasible(sizes, budget):
+        return GramKernel
     # A tangent costs about as much as a backward pass with its products.
     needed = outputs if pushes is None else min(pushes, COMMON_RANK, 2 * samples)
     # Strips for the residual and for a few draws, and the tangents of some fifty updates.
     fits = 8 * samples * outputs * (4 * samples + 100) < budget
     if outputs <= min(STRIP_OUTPUTS, 2 * needed) and fits:
-        return StripKernel(problem)
+        return StripKernel
     if 5 * 8 * samples**2 > budget:
         most = int((budget / 40) ** 0.5)
         raise EngineError(
@@ -323,39 +314,10 @@ def _strip_kernel(problem: Problem, pushes: int | None) -> LogitKernel:
             f"the memory budget of {describe_bytes(budget)}: at most {most} samples fit; use a "
             "smaller batch or raise memory="
         )
-    return MatrixFreeKernel(problem)
+    return MatrixFreeKernel
 
 
-def dense_is_feasible(problem: Problem) -> bool:
+def dense_is_feasible(sizes: Sizes, budget: int) -> bool:
     """Whether Θ, SᵀΘS, its eigenvectors and LAPACK's workspace fit, and are worth their time."""
-    size = problem.num_samples * problem.num_outputs
-    return size <= DENSE_SIZE and 5 * 8 * size**2 <= problem.rows.memory
-
-
-def residual_vectors(problem: Problem) -> Tensor:
-    """The residuals u as vectors ``(N, 1, *positions, C)``: one tensor, for kernels to know it."""
-    return problem.remember("residual_vectors", lambda: problem.residual.unsqueeze(1))
-
-
-def gradient_spectrum(problem: Problem) -> Spectrum:
-    """The spectrum of K_nm = g_n·g_m = u_nᵀΘ_nm u_m, computed once per problem."""
-    return problem.remember(
-        "gradient_spectrum",
-        lambda: logit_kernel(problem).spectrum(
-            residual_vectors(problem), torch.ones_like(problem.loss)
-        ),
-    )
-
-
-def fisher_spectrum(problem: Problem) -> Spectrum:
-    """The spectrum of SᵀΘS, whose eigenvalues are those of F, computed once per problem.
-
-    dᵀFd and dᵀg of the natural gradient, and γ_min, are sums of squares of r's coefficients, so
-    that a lost part of 10⁻⁴ changes them by 10⁻⁸.
-    """
-    return problem.remember(
-        "fisher_spectrum",
-        lambda: logit_kernel(problem, exact=True).spectrum(
-            factor_columns(problem), problem.distribution.whitened_residual().flatten(), 1e-4
-        ),
-    )
+    size = sizes.samples * sizes.outputs
+    return size <= DENSE_SIZE and 5 * 8 * size**2 <= budget

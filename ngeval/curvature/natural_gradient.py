@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
-from ngeval.curvature.logit_kernel import dense_is_feasible, fisher_spectrum
+from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates
 from ngeval.errors import NumericalError
 from ngeval.problem.problem import Problem
@@ -54,12 +55,19 @@ class DenseSolver(NaturalGradientSolver):
 
     iterations = 0
 
-    def __init__(self, problem: Problem) -> None:
-        """Factor once."""
+    def __init__(self, problem: Problem, spectrum: Spectrum) -> None:
+        """Check that S and r give the gradient.
+
+        Args:
+            problem: the model on its batch.
+            spectrum: of SᵀΘS.
+
+        Raises:
+            NumericalError: a label's probability is too small for r.
+        """
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        check_residual(problem)
-        self.spectrum = fisher_spectrum(problem)
+        self.spectrum = spectrum
         gradient = problem.gradient().to(torch.float64)
         check_gradient(problem, self._gradient, gradient, "the batch's gradient")
 
@@ -113,22 +121,17 @@ class DenseSolver(NaturalGradientSolver):
 
 @dataclass
 class KrylovSolver(NaturalGradientSolver):
-    """By one Krylov run, which goes on until the bounds are as close as they are asked to be.
+    """By one Krylov run, which continues until the bounds are within the gap.
 
     Attributes:
-        problem: the model on its batch.
+        run: the run, which continues where it stopped.
         gap: relative, between the bounds.
         max_iterations: where to stop at the latest.
     """
 
-    problem: Problem
+    run: KrylovRun
     gap: float = GAP
     max_iterations: int = MAX_ITERATIONS
-
-    def __post_init__(self) -> None:
-        """Check r; the run starts when something is asked."""
-        check_residual(self.problem)
-        self.run = self.problem.remember("krylov_run", lambda: KrylovRun(self.problem))
 
     @property
     def largest(self) -> float:
@@ -157,7 +160,7 @@ class KrylovSolver(NaturalGradientSolver):
         self.run.run(dampings, self.gap, self.max_iterations)
         found = self.run.bounds(dampings)
         as_tensor = [
-            torch.from_numpy(part).to(self.problem.device)
+            torch.from_numpy(part).to(self.run.problem.device)
             for part in (found.curvature, found.decrease, found.squared_norms)
         ]
         chosen = list(dampings)
@@ -165,16 +168,20 @@ class KrylovSolver(NaturalGradientSolver):
 
 
 def natural_solver(
-    problem: Problem, gap: float = GAP, max_iterations: int = MAX_ITERATIONS
+    kernel: Kernel, gap: float = GAP, max_iterations: int = MAX_ITERATIONS
 ) -> NaturalGradientSolver:
-    """The exact solver where Θ is within reach, a Krylov run otherwise; what they find is kept.
+    """The exact solver where Θ is within reach, a Krylov run otherwise.
+
+    Both share the costly part, a factorisation or the run so far, with other calls for the kernel.
 
     Raises:
         NumericalError: a label's probability underflows, so r is infinite.
     """
-    if dense_is_feasible(problem):
-        return problem.remember("dense_solver", lambda: DenseSolver(problem))
-    return KrylovSolver(problem, gap, max_iterations)
+    problem = kernel.problem
+    check_residual(problem)
+    if kernel.dense_is_feasible:
+        return problem.shards.synchronized(lambda: DenseSolver(problem, kernel.fisher_spectrum))
+    return KrylovSolver(kernel.once(KrylovRun), gap, max_iterations)
 
 
 def gamma_min(problem: Problem) -> float:
@@ -187,7 +194,7 @@ def gamma_min(problem: Problem) -> float:
     Raises:
         NumericalError: a label's probability underflows, so r is infinite.
     """
-    return natural_solver(problem).gamma_min()
+    return natural_solver(Kernel(problem)).gamma_min()
 
 
 def check_gradient(

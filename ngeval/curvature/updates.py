@@ -7,9 +7,10 @@ so that the batch that an update is made from need not be the one that grades it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ngeval.curvature.logit_kernel import combine
@@ -113,3 +114,8 @@ class SolvedUpdates(DirectionUpdates):
     curvature: Tensor
     decrease: Tensor
     squared_norms: Tensor
+
+
+def as_tensor(problem: Problem, dampings: Sequence[float]) -> Tensor:
+    """Dampings as a float64 vector on the problem's device."""
+    return torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)

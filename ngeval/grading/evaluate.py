@@ -17,8 +17,9 @@ import pandas as pd
 import torch
 from torch.optim import Optimizer
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
-from ngeval.curvature.logit_kernel import PushingKernel, logit_kernel
+from ngeval.curvature.logit_kernel import DenseKernel
 from ngeval.curvature.natural_gradient import (
     LOST,
     NaturalGradientSolver,
@@ -26,7 +27,7 @@ from ngeval.curvature.natural_gradient import (
     natural_solver,
 )
 from ngeval.curvature.updates import Updates
-from ngeval.errors import InputError, NgevalError
+from ngeval.errors import EngineError, InputError, NgevalError
 from ngeval.grading.grade import Grades, families, grade
 from ngeval.grading.prepare import check_dampings, check_scale, failure_reason, prepare
 from ngeval.methods import Method, get_methods
@@ -117,20 +118,16 @@ def evaluate(
     done = on_step or (lambda _: None)
     asked = any(isinstance(method, NaturalGradient) for method in resolved)
     exact = (natural or asked) and metric is None
+    kernel = Kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
     with torch.inference_mode(False):  # tensors made here take part in backward passes
-        # The methods that need it will say so.
-        with contextlib.suppress(NgevalError, RuntimeError, MemoryError):
-            problem.shards.synchronized(
-                lambda: logit_kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
-            )
         rated = [_Rated(method, lambdas) for method in resolved]
         plain = next((one for one in rated if isinstance(one.method, Sgd)), _Rated(Sgd(), lambdas))
         everyone = rated if plain in rated else [*rated, plain]
         # Sampled vectors include the residual, which then need not be captured again.
         for one in sorted(everyone, key=lambda one: not isinstance(one.method, SampledFisher)):
-            one.prepare(problem, damping_scale, seed, (gap, max_iterations))
-        for group in _groups(problem, everyone, metric):
-            _grade(problem, group, metric)
+            one.prepare(kernel, damping_scale, seed, (gap, max_iterations))
+        for group in _groups(kernel, everyone, metric):
+            _grade(kernel, group, metric)
             for one in group:
                 if one in rated:
                     done(one.method.name)
@@ -140,7 +137,7 @@ def evaluate(
         # Made at once: a column added to a frame costs as much as an update.
         table = pd.DataFrame({**_with_ratios(columns, plain, problem, metric), **shared})
         if exact:
-            table = _with_natural(table, problem, gap, max_iterations)
+            table = _with_natural(table, kernel, gap, max_iterations)
             names = [one.method.name for one in rated if isinstance(one.method, NaturalGradient)]
             table = _without_lost(table, problem, names)
             done("gamma_min")
@@ -198,14 +195,14 @@ class _Rated:
         self.reason = ""
         self.coverage = 100.0
 
-    def prepare(self, problem: Problem, scale: str, seed: int, limits: tuple[float, int]) -> None:
+    def prepare(self, kernel: Kernel, scale: str, seed: int, limits: tuple[float, int]) -> None:
         """The method's updates, or the reason why there are none."""
         method = self.method
         if isinstance(method, NaturalGradient):
             method = replace(method, gap=limits[0], max_iterations=limits[1])
         try:
-            prepared = problem.shards.synchronized(
-                lambda: prepare(problem, method, self.dampings, scale, seed)
+            prepared = kernel.problem.shards.synchronized(
+                lambda: prepare(kernel, method, self.dampings, scale, seed)
             )
             self.absolute, self.updates = prepared.absolute, prepared.updates
             self.coverage, self.reason = prepared.coverage, prepared.remarks
@@ -249,19 +246,20 @@ class _Rated:
         }
 
 
-def _groups(problem: Problem, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:
+def _groups(kernel: Kernel, rated: Sequence[_Rated], metric: Metric | None) -> list[list[_Rated]]:
     """What is graded in one go: alone where Θ is kept, else with all that is made of its rows."""
     left = [one for one in rated if one.updates is not None]
-    if metric is None and isinstance(problem.recall("dense_kernel"), PushingKernel):
-        return [[one] for one in left]
+    with contextlib.suppress(EngineError):  # updates of rows have failed, then
+        if metric is None and issubclass(kernel.form, DenseKernel):
+            return [[one] for one in left]
     kinds = families([one.updates for one in left if one.updates is not None])
     return [[left[i] for i in kind] for kind in kinds]
 
 
-def _grade(problem: Problem, group: Sequence[_Rated], metric: Metric | None) -> None:
+def _grade(kernel: Kernel, group: Sequence[_Rated], metric: Metric | None) -> None:
     try:
         updates = [one.updates for one in group if one.updates is not None]
-        found = problem.shards.synchronized(lambda: grade(problem, updates, metric))
+        found = kernel.problem.shards.synchronized(lambda: grade(kernel, updates, metric))
         for one, grades in zip(group, found, strict=True):
             one.grades = grades
     except Exception as error:  # a method may be anybody's; its failure is data
@@ -303,14 +301,15 @@ def _with_ratios(
 
 
 def _with_natural(
-    table: pd.DataFrame, problem: Problem, gap: float, max_iterations: int
+    table: pd.DataFrame, kernel: Kernel, gap: float, max_iterations: int
 ) -> pd.DataFrame:
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
+    problem = kernel.problem
     # γ_min belongs to λ = 0, whatever is asked for.
     dampings = sorted({0.0, *table["damping_absolute"].dropna()})
 
     def solved() -> tuple[NaturalGradientSolver, Bounds, float]:
-        solver = natural_solver(problem, gap, max_iterations)
+        solver = natural_solver(kernel, gap, max_iterations)
         solver.updates(dampings)
         least = max(solver.gamma_min(), gamma_floor(problem))  # equal but for rounding, or above
         return solver, solver.bounds(dampings), least

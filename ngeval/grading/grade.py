@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.logit_kernel import (
     DenseKernel,
     LogitKernel,
     PushingKernel,
     columns_in,
-    logit_kernel,
 )
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Updates
@@ -49,13 +49,11 @@ class Grades:
     squared_norms: Tensor
 
 
-def grade(
-    problem: Problem, updates: Sequence[Updates], metric: Metric | None = None
-) -> list[Grades]:
+def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = None) -> list[Grades]:
     """Grade several methods' updates.
 
     Args:
-        problem: the batch that the updates were made from.
+        kernel: of the batch that the updates were made from.
         updates: of each method.
         metric: the batch that grades; None for the problem's own.
 
@@ -63,36 +61,37 @@ def grade(
         Those of each method; NaN for a λ at which its update is not finite.
     """
     finite = [FiniteUpdates(one) for one in updates]
-    graded = _grade_finite(problem, [one.updates for one in finite], metric)
+    graded = _grade_finite(kernel, [one.updates for one in finite], metric)
     return [
         Grades(
-            Quadratics(*(one.told(column) for column in grades.quadratics)),
-            one.told(grades.squared_norms),
+            Quadratics(*(one.restore(column) for column in grades.quadratics)),
+            one.restore(grades.squared_norms),
         )
         for one, grades in zip(finite, graded, strict=True)
     ]
 
 
 def _grade_finite(
-    problem: Problem, updates: Sequence[Updates], metric: Metric | None
+    kernel: Kernel, updates: Sequence[Updates], metric: Metric | None
 ) -> list[Grades]:
+    problem = kernel.problem
     if metric is None:
         of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
-        kernel = _kernel(problem) if of_rows else None
-        graded = [_grade_by_kernel(problem, kernel, one) for one in updates]
+        theta = _theta(kernel) if of_rows else None
+        graded = [_grade_by_theta(problem, theta, one) for one in updates]
         loose = [i for i, grades in enumerate(graded) if grades is None]
         if loose:
-            common = _grade_by_forms(Metric(problem), [updates[i] for i in loose])
+            common = _grade_by_forms(kernel, Metric(problem), [updates[i] for i in loose])
             for i, grades in zip(loose, common, strict=True):
                 graded[i] = _with_known(grades, updates[i])
         return [grades for grades in graded if grades is not None]
-    return _grade_by_forms(metric, updates)
+    return _grade_by_forms(kernel, metric, updates)
 
 
-def _kernel(problem: Problem) -> LogitKernel | None:
+def _theta(kernel: Kernel) -> LogitKernel | None:
     """What of Θ there is; None, and one JVP for each update, where there is no room for any."""
     try:
-        return logit_kernel(problem)
+        return kernel.theta
     except EngineError:
         return None
 
@@ -114,18 +113,16 @@ def families(updates: Sequence[Updates]) -> list[list[int]]:
     return found + [[i] for i in range(len(updates)) if i not in vectors]
 
 
-def _grade_by_kernel(
-    problem: Problem, kernel: LogitKernel | None, updates: Updates
-) -> Grades | None:
+def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Updates) -> Grades | None:
     """By tangents Θw, singly, or as it came; None where Θ would be needed and is not there."""
     if isinstance(updates, SolvedUpdates):
         parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
         return Grades(parts, updates.squared_norms)
-    if isinstance(updates, FieldUpdates) and isinstance(kernel, DenseKernel):
-        tangents, norms = kernel.push_fields(updates.fields)
-    elif isinstance(updates, CotangentUpdates) and isinstance(kernel, PushingKernel):
-        tangents, norms = kernel.push(updates.vectors, updates.coefficients)
-    elif isinstance(updates, CotangentUpdates) and kernel is not None:
+    if isinstance(updates, FieldUpdates) and isinstance(theta, DenseKernel):
+        tangents, norms = theta.push_fields(updates.fields)
+    elif isinstance(updates, CotangentUpdates) and isinstance(theta, PushingKernel):
+        tangents, norms = theta.push(updates.vectors, updates.coefficients)
+    elif isinstance(updates, CotangentUpdates) and theta is not None:
         return None
     else:
         return _grade_singly(problem, updates)
@@ -151,7 +148,7 @@ def _grade_singly(problem: Problem, updates: Updates) -> Grades:
     return Grades(joined, torch.stack(norms))
 
 
-def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
+def _grade_by_forms(kernel: Kernel, metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
     graded: list[Grades | None] = [None] * len(updates)
     for family in families(updates):
         members = [updates[i] for i in family]
@@ -159,7 +156,7 @@ def _grade_by_forms(metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
         single = len(members) == 1 and members[0].count == 1
         basis = None
         if cotangent and not single:
-            basis = _row_basis(cotangent)
+            basis = _row_basis(kernel, cotangent)
         elif _has_room(metric.problem, members[0].count):
             basis = _own_basis(metric.problem, members[0], range(members[0].count))
         if basis is None:
@@ -215,7 +212,7 @@ class _Basis:
     lengths: list[Tensor]
 
 
-def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis | None:
+def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | None:
     """An orthonormal basis of updates made of the first one's rows R, as few as they need.
 
     None where not even these fit in the memory budget.
@@ -225,8 +222,7 @@ def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis | None:
     are the basis; in a coarser dtype, those above a hundredth of its rounding.
     """
     problem, vectors = members[0].problem, members[0].vectors
-    kernel = logit_kernel(problem)
-    gram = kernel.gram(vectors)
+    gram = kernel.theta.gram(vectors)
     everything = torch.cat([_coefficients(one, vectors).flatten(1) for one in members])
     spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, everything.norm(dim=0))
     root = spectrum.eigenvalues.sqrt()
@@ -242,7 +238,7 @@ def _row_basis(members: Sequence[CotangentUpdates]) -> _Basis | None:
     if not _has_room(problem, len(weights)):
         return None
     return _Basis(
-        kernel.combinations(vectors, weights),
+        kernel.theta.combinations(vectors, weights),
         list((unit @ basis.T).split(sizes)),
         list(lengths.split(sizes)),
     )

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ngeval.curvature.fisher_blocks import fisher_blocks
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading.evaluate import Progress
 from ngeval.grading.prepare import Prepared, check_dampings, check_scale, failure_reason, prepare
 from ngeval.methods import Method, get_methods
-from ngeval.methods.block_ng import fisher_blocks
 from ngeval.model.parameter_groups import Group, Groups, make_groups
 from ngeval.model.tangents import slices
 from ngeval.problem.metric_batch import Metric
@@ -138,12 +139,13 @@ def layer_table(
     problem.shards.synchronized(problem.function.check_unchanged)
     done = on_step or (lambda _: None)
     with torch.inference_mode(False):  # tensors made here take part in backward passes
+        kernel = Kernel(problem)
         graded = Metric(problem) if metric is None else metric
         plain = parts_of(graded, problem.gradient(), chosen).gammas
-        least, missing = _least_gammas(problem, chosen, wanted=natural and metric is None)
+        least, missing = _least_gammas(kernel, chosen, wanted=natural and metric is None)
         tables = []
         for method in resolved:
-            rows = _method_rows(graded, method, lambdas, chosen, (damping_scale, seed))
+            rows = _method_rows(kernel, graded, method, lambdas, chosen, (damping_scale, seed))
             for row in rows:
                 table = pd.DataFrame(row)
                 ratios = {"gamma_over_sgd": plain, "gamma_over_best": least}
@@ -227,14 +229,15 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
 
 
 def _least_gammas(
-    problem: Problem, groups: Sequence[Group], *, wanted: bool
+    kernel: Kernel, groups: Sequence[Group], *, wanted: bool
 ) -> tuple[np.ndarray, str]:
     """Each layer's least γ, and why there is none where there is none."""
     nothing = np.full(len(groups), math.nan)
     if not wanted:
         return nothing, ""
     try:
-        found = problem.shards.synchronized(lambda: fisher_blocks(problem, groups).least_gammas())
+        shards = kernel.problem.shards
+        found = shards.synchronized(lambda: fisher_blocks(kernel, groups).least_gammas())
     except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
         return nothing, f"no least γ of layers: {failure_reason(error)}"
     least = np.array([found[group.name] for group in groups])
@@ -250,6 +253,7 @@ def _noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
 
 
 def _method_rows(
+    kernel: Kernel,
     metric: Metric,
     method: Method,
     dampings: Sequence[float],
@@ -266,9 +270,7 @@ def _method_rows(
     absolute = [math.nan] * len(dampings)
     shards = metric.problem.shards
     try:
-        prepared = shards.synchronized(
-            lambda: prepare(metric.problem, method, dampings, scale, seed)
-        )
+        prepared = shards.synchronized(lambda: prepare(kernel, method, dampings, scale, seed))
         absolute = prepared.absolute
         found = shards.synchronized(
             lambda: [

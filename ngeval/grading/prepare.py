@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import Updates
 from ngeval.errors import InputError, NgevalError, nearest_name
 from ngeval.methods import Method, State
@@ -37,7 +38,7 @@ class Prepared:
 
 
 def prepare(
-    problem: Problem, method: Method, dampings: Sequence[float], scale: str, seed: int
+    kernel: Kernel, method: Method, dampings: Sequence[float], scale: str, seed: int
 ) -> Prepared:
     """Do all work of a method that does not depend on λ.
 
@@ -45,7 +46,8 @@ def prepare(
         InputError: a relative damping of a method that has no curvature to scale it.
         Exception: whatever the method raises, which may be anybody's; see `failure_reason`.
     """
-    state = method.prepare(problem, seed)
+    problem = kernel.problem
+    state = method.prepare(problem, kernel, seed)
     absolute = _absolute_dampings(problem, state, dampings, scale)
     updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
     if math.isnan(absolute[0]) and updates.count > 1:

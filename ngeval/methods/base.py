@@ -1,4 +1,4 @@
-"""What a method is: ``prepare(problem, seed) → state``, and what a state can be asked.
+"""What a method is: ``prepare(problem, kernel, seed) → state``, and what a state can be asked.
 
 A state holds everything that does not depend on λ, so that a damping sweep costs one
 preparation and a rescaling for each λ.
@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, Updates
+from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, Updates, as_tensor
 from ngeval.problem.problem import Problem
 
 
@@ -57,8 +57,14 @@ class Method(Protocol):
         """The name, parameter included."""
         ...
 
-    def prepare(self, problem: Problem, seed: int = 0) -> State:
-        """Do all work that does not depend on λ. Randomness comes from ``seed`` alone."""
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> State:
+        """Do all work that does not depend on λ.
+
+        Args:
+            problem: the model on its batch.
+            kernel: of the problem; what several methods share comes from it.
+            seed: the only source of randomness.
+        """
         ...
 
 
@@ -100,8 +106,3 @@ class ParameterState(ABC):
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The directions, made when they are wanted."""
         return DirectionUpdates(len(dampings), lambda i: self.direction(dampings[i]))
-
-
-def as_tensor(problem: Problem, dampings: Sequence[float]) -> Tensor:
-    """Dampings as a float64 vector on the problem's device."""
-    return torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.methods.base import ParameterState
@@ -50,7 +51,7 @@ class Diagonal:
             raise InputError(f"method {name!r} has more after its colon than it takes")
         return cls(name, labels, exponent)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
         """Sum the squared rows: C backward passes for the exact diagonal, k for k draws, else 1.
 
         Raises:
@@ -59,11 +60,12 @@ class Diagonal:
         if self.labels.source == EXACT:
             diagonal = problem.fisher().diagonal()
         else:
-            diagonal = problem.remember(
-                f"diagonal {self.labels.key(seed)}",
-                lambda: squared_column_sums(problem.rows, self.labels.vectors(problem, seed)),
-            )
+            diagonal = kernel.once(_diagonal, self.labels, self.labels.relevant(seed))
         return DiagonalState(problem, diagonal, self.exponent)
+
+
+def _diagonal(problem: Problem, labels: Labels, seed: int) -> Tensor:
+    return squared_column_sums(problem.rows, labels.vectors(problem, seed))
 
 
 class DiagonalState(ParameterState):

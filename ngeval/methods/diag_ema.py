@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngeval.checkpoints import listed, read_optimizer
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.diag import DiagonalState, parse_exponent
 from ngeval.methods.optimizer.build import build_optimizers
@@ -79,7 +80,7 @@ class AccumulatedDiagonal:
         as_optimizers(self.optimizer)
         check_reduction(self.reduction)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
         """Read v̂; nothing is computed.
 
         Raises:
@@ -195,7 +196,7 @@ class NamedAccumulated:
             )
         return replace(self, stage=stage)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> DiagonalState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
         """Read v̂ from the checkpoint's file.
 
         Raises:
@@ -210,7 +211,7 @@ class NamedAccumulated:
         optimizers = self._loaded(problem.function.model, self.stage)
         reduction = self.stage.options.reduction
         method = AccumulatedDiagonal(optimizers, self.exponent, reduction, self.name)
-        return method.prepare(problem, seed)
+        return method.prepare(problem, kernel, seed)
 
     def _loaded(self, model: nn.Module, stage: Stage) -> list[Optimizer]:
         """The saved optimizer, by its name where that is known."""

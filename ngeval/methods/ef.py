@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import gradient_spectrum, residual_vectors
-from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import CotangentUpdates, Updates
-from ngeval.methods.base import CotangentState, as_tensor
+from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.updates import CotangentUpdates, Updates, as_tensor
+from ngeval.methods.base import CotangentState
 from ngeval.problem.problem import Problem
 
 
@@ -34,12 +33,12 @@ class EmpiricalFisher:
         """Build ``ef`` or ``ief``."""
         return cls(name, improved=name == "ief")
 
-    def prepare(self, problem: Problem, seed: int = 0) -> EmpiricalState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> EmpiricalState:
         """Factor K once."""
         squares = problem.residual.square().flatten(1).sum(1)
         return EmpiricalState(
             problem,
-            gradient_spectrum(problem),
+            kernel,
             squares if self.improved else torch.ones_like(squares),
         )
 
@@ -47,10 +46,10 @@ class EmpiricalFisher:
 class EmpiricalState(CotangentState):
     """Rows g_n = J_nᵀu_n with coefficients c = (K + λI)⁻¹b."""
 
-    def __init__(self, problem: Problem, spectrum: Spectrum, right: Tensor) -> None:
+    def __init__(self, problem: Problem, kernel: Kernel, right: Tensor) -> None:
         """Keep the factored K and the right-hand side b."""
-        super().__init__(problem, residual_vectors(problem), spectrum.largest)
-        self.spectrum = spectrum
+        self.spectrum = kernel.gradient_spectrum
+        super().__init__(problem, kernel.residual_vectors, self.spectrum.largest)
         self.right = right
 
     def updates(self, dampings: Sequence[float]) -> Updates:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.kronecker_block import DAMPINGS, EXACT, KroneckerBlock
 from ngeval.curvature.kronecker_factors import (
     EXPAND,
@@ -111,19 +113,16 @@ class Kronecker:
                 chosen[kind] = word
         return cls(name, labels, corrected=name.startswith("ekfac"), **chosen)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> KroneckerState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> KroneckerState:
         """Make and decompose the factors, once for all methods that share them.
 
         Raises:
             EngineError: no layer is covered, or the factors do not fit in the memory budget.
         """
-        key = f"kronecker {self.labels.key(seed)} {self.sharing}"
-        blocks = problem.remember(key, lambda: self._blocks(problem, seed))
-        if self.corrected:
-            blocks = problem.remember(
-                f"{key} corrected", lambda: self._corrected(problem, seed, blocks)
-            )
-        return KroneckerState(problem, self, blocks, seed)
+        seed = self.labels.relevant(seed)
+        shared = kernel.once(_Blocks, self.labels, seed, self.sharing)
+        blocks = shared.corrected if self.corrected else shared.plain
+        return KroneckerState(problem, kernel, self, blocks, seed)
 
     def factors(self, problem: Problem, seed: int = 0) -> list[Factors]:
         """A, B and the gradient of every layer that is covered.
@@ -131,25 +130,34 @@ class Kronecker:
         Raises:
             EngineError: see `prepare`.
         """
-        layers = _covered(problem)
-        captures = _captures(problem, self.labels, seed)
-        return layer_factors(captures, layers, self.sharing, problem.shards)
+        return _factors(problem, self.labels, seed, self.sharing)
 
-    def _blocks(self, problem: Problem, seed: int) -> list[KroneckerBlock]:
-        factors, blocks = self.factors(problem, seed), []
-        while factors:  # each factor is let go when it has been decomposed
+
+def _factors(problem: Problem, labels: Labels, seed: int, sharing: str) -> list[Factors]:
+    layers = _covered(problem)
+    return layer_factors(_captures(problem, labels, seed), layers, sharing, problem.shards)
+
+
+class _Blocks:
+    """What the methods of the same labels and sharing have in common."""
+
+    def __init__(self, problem: Problem, labels: Labels, seed: int, sharing: str) -> None:
+        self.problem, self.labels, self.seed = problem, labels, seed
+        self.plain: list[KroneckerBlock] = []
+        factors = _factors(problem, labels, seed, sharing)
+        while factors:  # each factor is freed once it is decomposed
             epsilon = problem.function.row_epsilon
-            blocks.append(KroneckerBlock.of(factors.pop(0), problem.num_samples, epsilon))
-        return blocks
+            self.plain.append(KroneckerBlock.of(factors.pop(0), problem.num_samples, epsilon))
 
-    def _corrected(
-        self, problem: Problem, seed: int, blocks: list[KroneckerBlock]
-    ) -> list[KroneckerBlock]:
-        bases = {block.layer: (block.input_vectors, block.output_vectors) for block in blocks}
+    @cached_property
+    def corrected(self) -> list[KroneckerBlock]:
+        """The blocks with the exact second moments in their bases for eigenvalues."""
+        problem = self.problem
+        bases = {b.layer: (b.input_vectors, b.output_vectors) for b in self.plain}
         values = problem.shards.sum(
-            lambda: corrected_eigenvalues(_captures(problem, self.labels, seed), bases)
+            lambda: corrected_eigenvalues(_captures(problem, self.labels, self.seed), bases)
         )
-        return [replace(block, corrected=values[block.layer]) for block in blocks]
+        return [replace(block, corrected=values[block.layer]) for block in self.plain]
 
 
 class KroneckerState(ParameterState):
@@ -161,7 +169,12 @@ class KroneckerState(ParameterState):
     """
 
     def __init__(
-        self, problem: Problem, method: Kronecker, blocks: list[KroneckerBlock], seed: int
+        self,
+        problem: Problem,
+        kernel: Kernel,
+        method: Kronecker,
+        blocks: list[KroneckerBlock],
+        seed: int,
     ) -> None:
         """Compute the diagonal of the rest, if it is wanted."""
         self.blocks = blocks
@@ -172,7 +185,9 @@ class KroneckerState(ParameterState):
         count = sum(parameters[name].numel() for name in covered)
         self.coverage = 100 * count / problem.num_parameters
         self.notes = _notes(method, self.coverage, self.rest)
-        self.diagonal = _rest_diagonal(problem, method, self.rest, seed)
+        self.diagonal: dict[str, Tensor] = {}
+        if method.rest == DIAGONAL and self.rest:
+            self.diagonal = kernel.once(_rest_diagonal, method.labels, seed, tuple(self.rest))
         self.keeps_gradient = method.rest == GRADIENT
         largest = [float(block.values.max()) for block in blocks]
         largest += [float(part.max()) for part in self.diagonal.values()]
@@ -259,14 +274,9 @@ def _captures(
 
 
 def _rest_diagonal(
-    problem: Problem, method: Kronecker, rest: list[str], seed: int
+    problem: Problem, labels: Labels, seed: int, rest: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    if method.rest != DIAGONAL or not rest:
-        return {}
-    return problem.remember(
-        f"rest diagonal {method.labels.key(seed)}",
-        lambda: squared_sums(problem.rows, method.labels.vectors(problem, seed), rest),
-    )
+    return squared_sums(problem.rows, labels.vectors(problem, seed), rest)
 
 
 def _notes(method: Kronecker, coverage: float, rest: list[str]) -> tuple[str, ...]:

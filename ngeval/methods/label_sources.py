@@ -56,9 +56,9 @@ class Labels:
         _, hyphen, ending = name.partition(":")[0].rpartition("-")
         return cls(SUFFIXES[hyphen + ending] if hyphen else EXACT)
 
-    def key(self, seed: int) -> tuple[str | int, ...]:
-        """What tells two curvatures of one problem apart."""
-        return (self.source, self.mc_samples, seed) if self.source == SAMPLED else (self.source,)
+    def relevant(self, seed: int) -> int:
+        """The seed if labels are drawn by it, else 0: curvatures of equal labels are shared."""
+        return seed if self.source == SAMPLED else 0
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.

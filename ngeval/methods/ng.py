@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS
 from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
 from ngeval.curvature.updates import Updates
@@ -31,9 +32,9 @@ class NaturalGradient:
     gap: float = GAP
     max_iterations: int = MAX_ITERATIONS
 
-    def prepare(self, problem: Problem, seed: int = 0) -> NaturalState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> NaturalState:
         """Factor SᵀΘS once, or start the run."""
-        return NaturalState(natural_solver(problem, self.gap, self.max_iterations))
+        return NaturalState(natural_solver(kernel, self.gap, self.max_iterations))
 
 
 class NaturalState:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import DenseKernel, logit_kernel
+from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.errors import EngineError
 from ngeval.methods.base import CotangentState
@@ -42,9 +43,9 @@ class SampledFisher:
         """
         return cls(name, parse_draws(name, parameter or "1"))
 
-    def prepare(self, problem: Problem, seed: int = 0) -> SampledState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> SampledState:
         """Draw the labels and factor ĜĜᵀ once."""
-        return SampledState(problem, self.vectors(problem, seed))
+        return SampledState(problem, kernel.theta, self.vectors(problem, seed))
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
@@ -67,16 +68,15 @@ class SampledFisher:
 class SampledState(CotangentState):
     """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk."""
 
-    def __init__(self, problem: Problem, vectors: Tensor) -> None:
+    def __init__(self, problem: Problem, theta: LogitKernel, vectors: Tensor) -> None:
         """Factor ĜĜᵀ; the vectors are u and the k sampled residuals: ``(N, 1 + k, …)``."""
         self.mc_samples = vectors.shape[1] - 1
-        kernel = logit_kernel(problem)
-        gram = kernel.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
+        gram = theta.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
         # Ĝg: every sampled gradient against the sum of the true ones.
         against = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2)
         self.right = against.flatten()
-        if isinstance(kernel, DenseKernel):
-            self.spectrum = kernel.spectrum(vectors[:, 1:], self.right)
+        if isinstance(theta, DenseKernel):
+            self.spectrum = theta.spectrum(vectors[:, 1:], self.right)
         else:
             own = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
             square = own.flatten(2).flatten(0, 1)

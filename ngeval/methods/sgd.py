@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.problem.problem import Problem
 
@@ -18,7 +19,7 @@ class Sgd:
 
     name: str = "sgd"
 
-    def prepare(self, problem: Problem, seed: int = 0) -> SgdState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> SgdState:
         """Nothing to prepare."""
         return SgdState(problem)
 

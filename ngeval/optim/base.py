@@ -23,7 +23,6 @@ from ngeval.errors import EngineError, InputError, ModelError, NgevalError, Nume
 from ngeval.fadam.state_checks import as_number, check_state
 from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.checks import is_finite
-from ngeval.problem.next_batch import plan_anew
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import is_out_of_memory
 
@@ -134,7 +133,7 @@ class ExactOptimizer(Optimizer):
             expected = isinstance(error, ModelError | UnsupportedLayerError)
             if is_out_of_memory(error) or (isinstance(error, NgevalError) and not expected):
                 raise
-            if not plan_anew(problem):
+            if not problem.choose_engine_again():
                 raise
         try:
             return self.direction(problem, damping)

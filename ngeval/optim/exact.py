@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import KrylovSolver
 from ngeval.errors import NumericalError
 from ngeval.methods.ng import NaturalGradient
@@ -186,7 +187,7 @@ class NG(ExactOptimizer):
         Raises:
             NumericalError: a Krylov run stopped before its bounds on γ were within `STEP_GAP`.
         """
-        state = NaturalGradient().prepare(problem)
+        state = NaturalGradient().prepare(problem, Kernel(problem))
         update = state.direction(damping)
         gap = state.solver.bounds([damping]).gap if isinstance(state.solver, KrylovSolver) else 0.0
         if not gap <= STEP_GAP:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.cholesky import solve_damped
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.logit_kernel import EXPLICIT_ENTRIES
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import CotangentUpdates
@@ -31,13 +32,15 @@ def empirical_update(problem: Problem, damping: float, *, improved: bool) -> Ten
     """
     method = EmpiricalFisher("ief" if improved else "ef", improved)
     if 5 * 8 * problem.num_samples**2 > problem.rows.memory:
-        return method.prepare(problem).direction(damping)  # which says what is too large
+        return method.prepare(problem, Kernel(problem)).direction(
+            damping
+        )  # which says what is too large
     squares = problem.residual.square().flatten(1).sum(1)
     right = squares if improved else torch.ones_like(squares)
     rows = step_rows(problem, problem.residual.unsqueeze(1))
     solved = solution(problem, rows.gram(), right, damping)
     if solved is None:
-        return method.prepare(problem).direction(damping)
+        return method.prepare(problem, Kernel(problem)).direction(damping)
     return combination(problem, rows, solved.unsqueeze(1))
 
 
@@ -52,7 +55,7 @@ def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int)
     """
     method = SampledFisher(f"sf:{mc_samples}", mc_samples)
     if damping == 0:
-        return method.prepare(problem, seed).direction(damping)
+        return method.prepare(problem, Kernel(problem), seed).direction(damping)
     vectors = method.vectors(problem, seed)
     rows = step_rows(problem, vectors)
     gram = rows.gram().unflatten(1, (-1, mc_samples + 1)).unflatten(0, (-1, mc_samples + 1))
@@ -60,7 +63,7 @@ def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int)
     own = gram[:, 1:, :, 1:].flatten(2).flatten(0, 1)
     solved = solution(problem, own, right, mc_samples * damping)
     if solved is None:
-        return method.prepare(problem, seed).direction(damping)
+        return method.prepare(problem, Kernel(problem), seed).direction(damping)
     split = solved.unflatten(0, (-1, mc_samples))
     weights = torch.cat([torch.ones_like(split[:, :1]), -split], 1) / damping
     return combination(problem, rows, weights)

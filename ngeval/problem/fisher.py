@@ -18,7 +18,7 @@ from torch import Tensor
 from ngeval.errors import EngineError, InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.model.tangents import push_directions, slices
-from ngeval.problem.problem import Problem
+from ngeval.problem.linearized import Linearized, Sizes
 from ngeval.utils.memory import describe_bytes
 
 SMALL = 2**26
@@ -42,7 +42,7 @@ class FisherOperator:
         True
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Linearized) -> None:
         """Wrap a problem; nothing is computed yet."""
         self.problem = problem
 
@@ -88,7 +88,10 @@ class FisherOperator:
         Costs C backward passes per sample, or P tangents of the batch where P < C, in bounded
         memory; computed once per problem.
         """
-        return self.problem.remember("fisher_diagonal", lambda: _diagonal(self.problem))
+        problem = self.problem
+        if problem.fisher_diagonal is None:
+            problem.fisher_diagonal = problem.shards.synchronized(lambda: _diagonal(problem))
+        return problem.fisher_diagonal
 
     def to_scipy(self) -> LinearOperator:
         """F as a float64 `scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg``, …."""
@@ -106,8 +109,8 @@ class FisherOperator:
         )
 
 
-def _diagonal(problem: Problem) -> Tensor:
-    if not has_few_parameters(problem):
+def _diagonal(problem: Linearized) -> Tensor:
+    if not has_few_parameters(problem.sizes):
         return squared_column_sums(problem.rows, factor_columns(problem))
     distribution = problem.distribution
     parts = [
@@ -117,12 +120,12 @@ def _diagonal(problem: Problem) -> Tensor:
     return torch.cat(parts)
 
 
-def has_few_parameters(problem: Problem) -> bool:
+def has_few_parameters(sizes: Sizes) -> bool:
     """Whether J has fewer columns (tangents) than a sample has rows (backward passes)."""
-    return problem.num_parameters < problem.num_outputs
+    return sizes.parameters < sizes.outputs
 
 
-def jacobian_columns(problem: Problem) -> Iterator[Tensor]:
+def jacobian_columns(problem: Linearized) -> Iterator[Tensor]:
     """J's columns J e_p, some at a time: float64, shape ``(k, N, *positions, C)``."""
     # A tangent beside the activations, and its copies in float64.
     size = problem.num_samples * (problem.rows.sample_bytes + 4 * 8 * problem.num_outputs)
@@ -138,7 +141,7 @@ def jacobian_columns(problem: Problem) -> Iterator[Tensor]:
         yield problem.shards.concatenate(partial(_pushed, problem, unit)).movedim(0, 1)
 
 
-def _pushed(problem: Problem, directions: Tensor) -> Tensor:
+def _pushed(problem: Linearized, directions: Tensor) -> Tensor:
     """The tangents at this rank's samples: float64, shape ``(n, k, *positions, C)``."""
     part = problem.function.local()
     if part.num_samples == 0:
@@ -146,7 +149,7 @@ def _pushed(problem: Problem, directions: Tensor) -> Tensor:
     return push_directions(part, directions).movedim(1, 0)
 
 
-def factor_columns(problem: Problem) -> Tensor:
+def factor_columns(problem: Linearized) -> Tensor:
     """The columns of S_n as cotangents, shape ``(N, C, *positions, C)``: J_nᵀS_n by rows.
 
     Raises:
@@ -166,7 +169,7 @@ def factor_columns(problem: Problem) -> Tensor:
     return columns.transpose(0, 1)
 
 
-def unit_cotangents(problem: Problem) -> Tensor:
+def unit_cotangents(problem: Linearized) -> Tensor:
     """The unit vectors of each sample's output space, shape ``(N, C, *positions, C)``."""
     size = problem.num_outputs
     sample_shape = problem.outputs.shape[1:]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ngeval.errors import NumericalError
 from ngeval.jacobians import squared_norms
 from ngeval.model.directions import Direction
-from ngeval.problem.problem import Problem
+from ngeval.problem.linearized import Linearized
 
 
 class Quadratics(NamedTuple):
@@ -35,7 +35,7 @@ class Quadratics(NamedTuple):
     gammas: Tensor
 
 
-def quadratics(problem: Problem, tangents: Tensor) -> Quadratics:
+def quadratics(problem: Linearized, tangents: Tensor) -> Quadratics:
     """dᵀFd, dᵀg and γ from logit tangents.
 
     Args:
@@ -61,7 +61,7 @@ def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor) -> Quadrati
     return Quadratics(curvature, decrease, gammas)
 
 
-def gamma(problem: Problem, direction: Direction) -> float:
+def gamma(problem: Linearized, direction: Direction) -> float:
     """γ(d) = √(dᵀFd) / |dᵀg| of any update, for one JVP.
 
     Args:
@@ -77,7 +77,8 @@ def gamma(problem: Problem, direction: Direction) -> float:
         >>> import torch, ngeval
         >>> model, inputs = torch.nn.Linear(4, 3).double(), torch.eye(4).double()
         >>> problem = ngeval.Problem(model, inputs, torch.arange(4) % 3, "categorical")
-        >>> natural = ngeval.get_method("ng").prepare(problem).direction(0.0)
+        >>> kernel = ngeval.Kernel(problem)
+        >>> natural = ngeval.get_method("ng").prepare(problem, kernel).direction(0.0)
         >>> bool(abs(ngeval.gamma(problem, natural) / ngeval.gamma_min(problem) - 1) < 1e-6)
         True
         >>> bool(abs(problem.gamma(-3 * natural) / problem.gamma(natural) - 1) < 1e-12)
@@ -89,7 +90,7 @@ def gamma(problem: Problem, direction: Direction) -> float:
     return value
 
 
-def gamma_floor(problem: Problem) -> float:
+def gamma_floor(problem: Linearized) -> float:
     """The closed-form floor (Σ_n u_nᵀH_n⁺u_n)^(−1/2) ≤ γ_min; ∞ where every residual is 0.
 
     It needs the outputs alone: no Jacobian. γ_min equals it when r = S⁺u lies in the range of
@@ -99,7 +100,7 @@ def gamma_floor(problem: Problem) -> float:
     return total**-0.5 if total > 0 else math.inf
 
 
-def loss_change(problem: Problem, direction: Direction) -> Tensor:
+def loss_change(problem: Linearized, direction: Direction) -> Tensor:
     """First-order change of every sample's loss for the unit step −d: −u_nᵀt_n, shape ``(N,)``.
 
     EF at λ → 0 changes all alike, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
@@ -109,14 +110,15 @@ def loss_change(problem: Problem, direction: Direction) -> Tensor:
         >>> import torch, ngeval
         >>> model, inputs = torch.nn.Linear(5, 3).double(), torch.eye(5).double()
         >>> problem = ngeval.Problem(model, inputs, torch.arange(5) % 3, "categorical")
-        >>> ef = ngeval.get_method("ef").prepare(problem).direction(0.0)
+        >>> kernel = ngeval.Kernel(problem)
+        >>> ef = ngeval.get_method("ef").prepare(problem, kernel).direction(0.0)
         >>> bool(torch.allclose(ngeval.loss_change(problem, ef), -torch.ones(5).double()))
         True
     """
     return -(problem.residual * problem.jvp(direction)).flatten(1).sum(1)
 
 
-def gradient_norms(problem: Problem) -> pd.DataFrame:
+def gradient_norms(problem: Linearized) -> pd.DataFrame:
     """Per-sample norms: one row for each sample of the batch.
 
     Returns:

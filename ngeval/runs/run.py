@@ -188,7 +188,7 @@ class Run:
         units = Units(self, methods)
         for key in self.all_keys() if self.keys is None else self.keys:
             try:
-                table = _made(units.unit(key), make)
+                table = make(units.unit(key))
                 failure = lost_memory(table)
             except TaskError:  # that every checkpoint would fail by
                 raise
@@ -284,14 +284,6 @@ class Run:
             return sample_table(unit.problem, unit.methods, damping, self._seed_of(unit.key))
 
         yield from self._tables(methods, make, lambda *_: pd.DataFrame())
-
-
-def _made(unit: Unit, make: Callable[[Unit], pd.DataFrame]) -> pd.DataFrame:
-    """A unit's table; what was computed for it is not there any more when the next one begins."""
-    try:
-        return make(unit)
-    finally:
-        unit.problem.forget()
 
 
 def _number(told: float | None) -> float:

@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from ngeval.checkpoints import Checkpoint, CheckpointLoader
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, TaskError
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
@@ -164,9 +165,9 @@ def sample_table(
     problem: Problem, methods: Sequence[Method], damping: float, seed: int
 ) -> pd.DataFrame:
     """Per-sample norms, and what each method's update (absolute λ) does to each sample's loss."""
-    table = gradient_norms(problem)
+    table, kernel = gradient_norms(problem), Kernel(problem)
     for method in methods:
-        direction = method.prepare(problem, seed).direction(damping)
+        direction = method.prepare(problem, kernel, seed).direction(damping)
         table[f"loss_change_{method.name}"] = loss_change(problem, direction).cpu().numpy()
     return table
 

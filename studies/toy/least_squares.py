@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError
 from ngeval.grading.prepare import check_dampings
 from ngeval.methods import Method, get_method
@@ -275,6 +276,7 @@ class _Place:
         self.inputs = torch.tensor(toy.inputs, dtype=torch.float64)
         self.targets = torch.tensor(toy.targets, dtype=torch.float64).unsqueeze(1)
         self.problem = Problem(self.model, self.inputs, self.targets, "gaussian:1", probes=False)
+        self.kernel = Kernel(self.problem)
 
     def update(
         self, method: Method, theta: NDArray[np.float64], damping: float, seed: int = 0
@@ -284,7 +286,8 @@ class _Place:
             with torch.no_grad():
                 self.model.weight.copy_(weight)
             self.problem = self.problem.with_batch(self.inputs, self.targets)
-        direction = method.prepare(self.problem, seed).direction(damping)
+            self.kernel = Kernel(self.problem)
+        direction = method.prepare(self.problem, self.kernel, seed).direction(damping)
         return np.asarray(direction.detach().to(torch.float64).numpy())
 
 

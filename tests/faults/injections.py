@@ -128,8 +128,8 @@ def nan_at(method: str, damping: float) -> None:
 
     module = sys.modules[evaluate.__module__]
 
-    def prepare(problem: Any, one: Any, dampings: Sequence[float], *rest: Any) -> Any:
-        prepared = real(problem, one, dampings, *rest)
+    def prepare(kernel: Any, one: Any, dampings: Sequence[float], *rest: Any) -> Any:
+        prepared = real(kernel, one, dampings, *rest)
         if one.name == method:
             prepared.updates.coefficients[list(dampings).index(damping)] = float("nan")
         return prepared

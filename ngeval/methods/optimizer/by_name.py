@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.optimizer.build import build_optimizers, optimizer_class
 from ngeval.methods.optimizer.clone import Clones
@@ -114,7 +115,7 @@ class NamedOptimizer:
             )
         return replace(self, stage=stage)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
         """Build the optimizer, give it its state, and take the step on copies.
 
         Raises:
@@ -128,7 +129,7 @@ class NamedOptimizer:
                 f"grade {self.family}:0, its first step"
             )
         bound = self._bound(problem.function.model)
-        state = bound.method.prepare(problem, seed)
+        state = bound.method.prepare(problem, kernel, seed)
         return OptimizerState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
 
     def _bound(self, model: nn.Module) -> _Bound:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ngeval.checkpoints import listed
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.methods.base import ParameterState
@@ -85,7 +86,8 @@ class OptimizerStep:
         >>> model = torch.nn.Linear(3, 2)
         >>> problem = ngeval.Problem(model, torch.eye(3), torch.tensor([0, 1, 1]), "categorical")
         >>> adam = torch.optim.Adam(model.parameters())
-        >>> OptimizerStep(adam).prepare(problem).direction(0.0).abs().max() < 1.001e-3
+        >>> state = OptimizerStep(adam).prepare(problem, ngeval.Kernel(problem))
+        >>> state.direction(0.0).abs().max() < 1.001e-3
         tensor(True)
     """
 
@@ -118,11 +120,12 @@ class OptimizerStep:
         """The optimizers, without wrappers that only pass a step on."""
         return as_optimizers(self.optimizer)
 
-    def prepare(self, problem: Problem, seed: int = 0) -> OptimizerState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
         """Take the step on copies.
 
         Args:
             problem: the model that the optimizer was built on, and the batch.
+            kernel: not used.
             seed: for the random numbers of an optimizer that draws some.
 
         Raises:

@@ -1,0 +1,95 @@
+"""The same model function on a different batch, at the weights that the model has now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import itemgetter
+
+import torch
+
+from ngeval.errors import ModelError
+from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
+from ngeval.model.fsdp import put_apart
+from ngeval.model.function import (
+    ModelFunction,
+    cast_all,
+    cast_inputs,
+    map_inputs,
+    slots_of,
+    version_of,
+)
+
+
+def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
+    """The same function on another batch, at the weights that the model has now.
+
+    What was found out about the model (slots, roundings, modes of differentiation) is kept.
+
+    Args:
+        function: at earlier weights, on another batch.
+        inputs: of the same kind as those before; their shapes may differ.
+
+    Raises:
+        ModelError: a parameter or buffer is not the tensor that it was, or its requires_grad
+            was changed, or it holds NaN.
+        InputError: as `of`.
+    """
+    check_inputs(inputs)
+    if function.split:
+        put_apart(function.model)
+    _check_same_parameters(function)
+    named, buffers = function.originals, dict(function.model.named_buffers())
+    trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
+    versions = {n: version_of(p) for n, p in named.items()}
+    moved = {
+        n: p
+        for n, p in named.items()
+        if versions[n] != function.versions.get(n) and n not in function.split
+    }
+    check_finite("parameter", {**moved, **trainable})
+    check_finite("buffer", buffers)
+    moved_function = replace(
+        function,
+        inputs=cast_inputs(map_inputs(inputs, torch.clone), function.cast),
+        parameters=cast_all(trainable, function.cast),
+        buffers=cast_all({n: b.detach().clone() for n, b in buffers.items()}, function.cast),
+        versions=versions,
+        notes=set(function.notes),
+    )
+    if function.cast is None or not moved.keys() & function.frozen.keys():
+        return moved_function
+    frozen = {n: p.detach() for n, p in named.items() if not p.requires_grad}
+    return replace(moved_function, frozen=cast_all(frozen, function.cast))
+
+
+def _check_same_parameters(function: ModelFunction) -> None:
+    """The parameters are the same tensors in the same places, and the same ones train."""
+    now = dict(function.model.named_parameters())
+    if (
+        now.keys() == function.originals.keys()
+        and all(now[n] is p for n, p in function.originals.items())
+        and all(p.requires_grad == (n in function.parameters) for n, p in now.items())
+        and slots_of(function.model) == function.slots
+    ):
+        return
+    other = [n for n, p in function.originals.items() if now.get(n) is not p] + [
+        n for n in now if n not in function.originals
+    ]
+    switched = [n for n, p in now.items() if p.requires_grad != (n in function.parameters)]
+    what = "is not the tensor that it was" if other else "has another requires_grad than before"
+    names = other or switched
+    which = f"parameter {names[0]!r} {what}" if names else "its parameters are tied otherwise"
+    raise ModelError(
+        f"the model has changed since the first Problem was made: {which}; make a new Problem"
+    )
+
+
+def batch_key(function: ModelFunction) -> tuple[object, ...]:
+    """Kind, shapes and dtypes of a single sample, and whether it is alone: what plans are kept by.
+
+    All attributions of rows to samples are right where there is one sample: a plan that was found
+    there must not serve more.
+    """
+    named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
+    alone = function.num_samples == 1
+    return (type(function.inputs), alone, *sorted(named, key=itemgetter(0)))
