@@ -10,6 +10,7 @@ import typer
 from ngeval.cli import console
 from ngeval.cli.options import DampingScaleOption, MethodsOption, MetricOption
 from ngeval.cli.spread_options import takes_options
+from ngeval.dampings import check_dampings, parse_dampings
 from ngeval.methods import get_methods
 from ngeval.runs.options import (
     GradingOptions,
@@ -17,7 +18,6 @@ from ngeval.runs.options import (
     OutputOptions,
     RunOptions,
     StepOptions,
-    parse_dampings,
     parse_groups,
     parse_metric,
 )
@@ -142,7 +142,6 @@ def imbalance(
     """
     work = {"methods": _names(methods) if methods else [], "damping": damping}
     from ngeval.cli.tables import imbalance_table
-    from ngeval.grading.prepare import check_dampings
 
     check_dampings([damping])
     result = _execute("imbalance", work, (run, hub, step), out, {})
@@ -175,8 +174,6 @@ def read_dampings(text: str) -> list[float]:
     Raises:
         InputError: the text is something else, or a damping is negative or infinite.
     """
-    from ngeval.grading.prepare import check_dampings
-
     return check_dampings(parse_dampings(text))
 
 

@@ -27,9 +27,10 @@ from ngeval.curvature.natural_gradient import (
     natural_solver,
 )
 from ngeval.curvature.updates import Updates
+from ngeval.dampings import check_dampings, check_scale
 from ngeval.errors import EngineError, InputError, NgevalError
 from ngeval.grading.grade import Grades, families, grade
-from ngeval.grading.prepare import check_dampings, check_scale, failure_reason, prepare
+from ngeval.grading.prepare import failure_reason, prepare
 from ngeval.methods import Method, get_methods
 from ngeval.methods.ng import NaturalGradient
 from ngeval.methods.sf import SampledFisher

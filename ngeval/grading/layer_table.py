@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 
 from ngeval.curvature.fisher_blocks import fisher_blocks
 from ngeval.curvature.kernel import Kernel
+from ngeval.dampings import check_dampings, check_scale
 from ngeval.errors import InputError, NgevalError
 from ngeval.grading.evaluate import Progress
-from ngeval.grading.prepare import Prepared, check_dampings, check_scale, failure_reason, prepare
+from ngeval.grading.prepare import Prepared, failure_reason, prepare
 from ngeval.methods import Method, get_methods
 from ngeval.model.parameter_groups import Group, Groups, make_groups
 from ngeval.model.tangents import slices

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import Updates
-from ngeval.errors import InputError, NgevalError, nearest_name
+from ngeval.errors import InputError, NgevalError
 from ngeval.methods import Method, State
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import OUT_OF_MEMORY, is_out_of_memory
 from ngeval.utils.text import encodable
-
-DAMPING_SCALES = ("absolute", "mean", "relative")
-"""What λ multiplies; see `ngeval.evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -75,40 +72,6 @@ def lost_memory(table: pd.DataFrame) -> str:
     lost = table[table["reason"].str.contains(OUT_OF_MEMORY, regex=False, na=False)]
     told = zip(lost["method"], lost["reason"], strict=True)
     return "; ".join(dict.fromkeys(f"{method}: {reason}" for method, reason in told))
-
-
-def check_scale(scale: str) -> None:
-    """Refuse an unknown damping scale.
-
-    Raises:
-        InputError: it is.
-    """
-    if scale not in DAMPING_SCALES:
-        raise InputError(
-            f"unknown damping scale {scale!r}; {nearest_name(str(scale), DAMPING_SCALES)}"
-        )
-
-
-def check_dampings(dampings: Iterable[float]) -> list[float]:
-    """Turn dampings into a list of distinct floats.
-
-    Raises:
-        InputError: none given, or one is negative, NaN, infinite or no number.
-    """
-    if isinstance(dampings, int | float):
-        dampings = [dampings]
-    if isinstance(dampings, str):
-        raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
-    try:
-        values = [float(damping) for damping in dampings]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"dampings must be numbers: {error}") from error
-    if not values:
-        raise InputError("no damping given; λ = 0 asks for the pseudo-inverse")
-    for value in values:
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"damping {value} is not allowed; λ must be finite and ≥ 0")
-    return list(dict.fromkeys(values))
 
 
 def _absolute_dampings(

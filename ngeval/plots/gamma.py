@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from ngeval.analysis.ranking import graded, numbers
 from ngeval.analysis.summary import SUMMARIZED, summarize
+from ngeval.dampings import check_dampings
 from ngeval.errors import InputError, nearest_name
-from ngeval.grading.prepare import check_dampings
 from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (

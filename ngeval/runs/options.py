@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ngeval.errors import InputError, nearest_name
 
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 MAX_BYTES = 2**60
-MAX_COUNT = 10_000
-"""Values in a range; more are a typing error."""
 
 SHARDS = ("auto", "units", "samples")
 
@@ -124,55 +119,6 @@ _UNITS |= {
     for letter, power in zip("KMG", (10, 20, 30), strict=True)
     for end in ("", "IB")
 }
-
-
-def parse_dampings(text: str) -> list[float]:
-    """Read ``"1e-8:1e4:50"`` (log-spaced low:high:count) or ``"0,1e-6,1"``.
-
-    Raises:
-        InputError: neither of the two, or a range that is empty or reaches 0.
-
-    >>> parse_dampings("1e-2:1:3")
-    [0.01, 0.1, 1.0]
-    """
-    try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",") if part.strip()]
-        low, high, count = text.split(":")
-        ends, number = (float(low), float(high)), int(count)
-    except ValueError as error:
-        raise InputError(
-            f"damping {text!r}: write a comma list like 0,1e-6,1 or low:high:count like 1e-8:1e4:50"
-        ) from error
-    if not (0 < ends[0] <= ends[1] < math.inf) or not 1 <= number <= MAX_COUNT:
-        raise InputError(
-            f"damping range {text!r} needs 0 < low ≤ high and a count from 1 to {MAX_COUNT}"
-        )
-    # Rounded to 12 digits, so that 1e-06 is there as typed and can be asked for.
-    return [float(f"{value:.12g}") for value in np.geomspace(*ends, number)]
-
-
-def parse_numbers(option: str, text: str | None) -> list[float] | None:
-    """Read an option's comma list, or log-spaced low:high:count; None stays None.
-
-    Raises:
-        InputError: neither of the two.
-
-    >>> parse_numbers("--lr", "0.1,1")
-    [0.1, 1.0]
-    """
-    if text is None:
-        return None
-    try:
-        values = parse_dampings(text)
-    except InputError:
-        values = []
-    if not values:
-        raise InputError(
-            f"{option} {text!r}: write a number, a comma list like 0.01,0.1,1 or low:high:count "
-            "like 0.01:1:5"
-        )
-    return values
 
 
 def parse_bytes(text: str | None) -> int | None:

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_origin
 
 import pandas as pd
 
+from ngeval.dampings import MAX_COUNT
 from ngeval.errors import OutputError
 from ngeval.results.journal import Key
-from ngeval.runs.options import MAX_COUNT, MAX_SEED, RunOptions, parse_bytes
+from ngeval.runs.options import MAX_SEED, RunOptions, parse_bytes
 from ngeval.tasks.base import MOST_SAMPLES
 from ngeval.verification.compare import is_number
 

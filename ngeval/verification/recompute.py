@@ -18,9 +18,9 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 import pandas as pd
 
+from ngeval.dampings import check_dampings
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
 from ngeval.grading.evaluate import Progress
-from ngeval.grading.prepare import check_dampings
 from ngeval.methods import get_methods
 from ngeval.results.journal import Key
 from ngeval.results.manifest import machine, manifest_path, read_manifest

@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ngeval.curvature.kernel import Kernel
+from ngeval.dampings import check_dampings
 from ngeval.errors import InputError
-from ngeval.grading.prepare import check_dampings
 from ngeval.methods import Method, get_method
 from ngeval.problem.problem import Problem
 

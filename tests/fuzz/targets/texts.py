@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 
 from ngeval.checkpoints import find_checkpoints
 from ngeval.cli.listing import relative_pairs
+from ngeval.dampings import parse_dampings
 from ngeval.likelihoods import get_likelihood
 from ngeval.methods import METHODS, get_method, get_methods
 from ngeval.runs.options import (
     parse_bytes,
-    parse_dampings,
     parse_dtype,
     parse_groups,
     parse_metric,
-    parse_numbers,
 )
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.tasks.hf.glue import TextForm
@@ -41,7 +40,6 @@ READERS: tuple[Callable[[str], object], ...] = (
     get_method,
     get_methods,
     parse_dampings,
-    lambda text: parse_numbers("--lr", text),
     parse_bytes,
     parse_metric,
     parse_groups,
