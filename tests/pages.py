@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +31,12 @@ def in_folder(folder: Path, command: list[str]) -> None:
             run_here(command)
         return
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(DOCS.parent)},  # the studies are not installed
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

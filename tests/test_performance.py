@@ -17,7 +17,7 @@ from ngeval.cli import console
 from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.plots import performance_figure
 from ngeval.results.table_files import ResultFile
-from ngeval.training import COLUMNS
+from studies.tuning import COLUMNS
 from tests.test_cli import run
 
 ACCURACIES = {"sgd": [0.90, 0.92, 0.97], "ief": [0.95, 0.96, 0.96], "ef": [0.5, 0.7, 0.6]}

@@ -1,6 +1,6 @@
 """How well optimizers train: their tuned settings' results over seeds, with intervals and ranks.
 
-Made from the rows of `ngeval.training.Search`, in the manner of the tables of Wu et al.
+Made from the rows of tuned trainings, one for each epoch, in the manner of the tables of Wu et al.
 (arXiv 2406.06420): test performance at the best validation epoch, and the final training loss.
 """
 
@@ -86,8 +86,8 @@ def checked_rows(rows: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
     missing = [name for name in (*TEXTS, *WHOLE, *NUMBERS) if name not in rows]
     if missing:
         raise InputError(
-            f"{source} has no column {', '.join(missing)}; performance is made from the rows of "
-            "`ngeval train` with several settings, optimizers or seeds (training.parquet)"
+            f"{source} has no column {', '.join(missing)}; performance is computed from the "
+            "rows of tuned trainings, one for each epoch (training.parquet)"
         )
     columns = {name: _text(rows[name], allowed, source) for name, allowed in TEXTS.items()}
     columns |= {name: _whole(rows[name], source) for name in WHOLE}
@@ -147,7 +147,7 @@ def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each final training that ended well: its figures, over the seeds of a table.
 
     Args:
-        rows: of `ngeval.training.Search`, of one task or several.
+        rows: of trainings, one for each epoch, of one task or several.
 
     Returns:
         ``task, optimizer, seed``; ``data``, what the figures were measured on (``test``; where a
@@ -199,7 +199,7 @@ def performance(rows: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame
     """The optimizers' results on each task, tuned, as means over seeds with t-intervals.
 
     Args:
-        rows: of `ngeval.training.Search`, of one task or several.
+        rows: of trainings, one for each epoch, of one task or several.
         confidence: of the intervals.
 
     Returns:

@@ -21,7 +21,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
     Each panel is `plot_performance`.
 
     Args:
-        rows: of `ngeval.training.Search`, of one task or several.
+        rows: of trainings, one for each epoch, of one task or several.
         width: of the figure in inches; None takes a page's.
 
     Raises:
@@ -58,7 +58,7 @@ def plot_performance(
     axis's edge.
 
     Args:
-        rows: of `ngeval.training.Search`.
+        rows: of trainings, one for each epoch.
         task: which one; None takes the first.
         what: ``train_loss``, ``test_loss`` or ``test_accuracy``; None takes what the task is
             judged by.
