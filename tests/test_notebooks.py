@@ -32,7 +32,7 @@ INTERACTIVE = "interactive"
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
-    # Beside the committed rows and the studies that it reads, and where nothing that it writes remains.
+    # Beside the rows and the studies that it reads, and where nothing that it writes remains.
     for name in ("figures", "studies"):
         (tmp_path / name).symlink_to(path.parent.parent / name)
     place = tmp_path / "notebooks"
