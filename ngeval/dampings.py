@@ -5,49 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
 from ngeval.errors import InputError, nearest_name
 
 DAMPING_SCALES = ("absolute", "mean", "relative")
 """What λ multiplies; see `ngeval.evaluate`."""
 
 MAX_COUNT = 10_000
-"""Values in a range; more are a typing error."""
-
-
-def check_scale(scale: str) -> None:
-    """Raise unless a damping scale is known.
-
-    Raises:
-        InputError: it is not.
-    """
-    if scale not in DAMPING_SCALES:
-        raise InputError(
-            f"unknown damping scale {scale!r}; {nearest_name(str(scale), DAMPING_SCALES)}"
-        )
-
-
-def check_dampings(dampings: Iterable[float]) -> list[float]:
-    """Turn dampings into a list of distinct floats.
-
-    Raises:
-        InputError: there are none, or one is negative, NaN, infinite or not a number.
-    """
-    if isinstance(dampings, int | float):
-        dampings = [dampings]
-    if isinstance(dampings, str):
-        raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
-    try:
-        values = [float(damping) for damping in dampings]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"dampings must be numbers: {error}") from error
-    if not values:
-        raise InputError("no damping given; λ = 0 asks for the pseudo-inverse")
-    for value in values:
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"damping {value} is not allowed; λ must be finite and ≥ 0")
-    return list(dict.fromkeys(values))
+"""Values in a range; more are taken for a typing error."""
 
 
 def parse_dampings(text: str) -> list[float]:
@@ -72,5 +36,41 @@ def parse_dampings(text: str) -> list[float]:
         raise InputError(
             f"damping range {text!r} needs 0 < low ≤ high and a count from 1 to {MAX_COUNT}"
         )
-    # Rounded to 12 digits, so that 1e-06 is there as typed and can be asked for.
+    import numpy as np  # noqa: PLC0415  (a third of the time in which a command starts)
+
+    # Rounded to 12 digits, so that 1e-06 is in the range exactly as a user types it.
     return [float(f"{value:.12g}") for value in np.geomspace(*ends, number)]
+
+
+def check_scale(scale: str) -> None:
+    """Refuse an unknown damping scale.
+
+    Raises:
+        InputError: the scale is not one of `DAMPING_SCALES`.
+    """
+    if scale not in DAMPING_SCALES:
+        raise InputError(
+            f"unknown damping scale {scale!r}; {nearest_name(str(scale), DAMPING_SCALES)}"
+        )
+
+
+def check_dampings(dampings: Iterable[float]) -> list[float]:
+    """Turn dampings into a list of distinct floats.
+
+    Raises:
+        InputError: there is none, or one is negative, NaN, infinite or not a number.
+    """
+    if isinstance(dampings, int | float):
+        dampings = [dampings]
+    if isinstance(dampings, str):
+        raise InputError(f"dampings is the text {dampings!r}; give a list of numbers")
+    try:
+        values = [float(damping) for damping in dampings]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"dampings must be numbers: {error}") from error
+    if not values:
+        raise InputError("no damping given; λ = 0 asks for the pseudo-inverse")
+    for value in values:
+        if not math.isfinite(value) or value < 0:
+            raise InputError(f"damping {value} is not allowed; λ must be finite and ≥ 0")
+    return list(dict.fromkeys(values))

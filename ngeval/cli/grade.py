@@ -50,9 +50,9 @@ def gamma(
 
     ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
     """
+    result = grade((run, hub, step), grading, out, methods, read_dampings(damping))
     from ngeval.cli.tables import stages_table
 
-    result = grade((run, hub, step), grading, out, methods, read_dampings(damping))
     for value in list(dict.fromkeys(result.table["damping"]))[:3]:
         console.table_console(out.quiet).print(stages_table(result.table, value))
     result.finish()
@@ -74,9 +74,9 @@ def sweep(
 
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
+    result = grade((run, hub, step), grading, out, methods, read_dampings(dampings))
     from ngeval.cli.tables import sweep_table
 
-    result = grade((run, hub, step), grading, out, methods, read_dampings(dampings))
     console.table_console(out.quiet).print(sweep_table(result.table))
     result.finish()
 
@@ -140,11 +140,11 @@ def imbalance(
 
     [bold]Example:[/bold] ngeval imbalance --task digits-mlp -c runs/mlp --methods ef,ief -o i.csv
     """
+    check_dampings([damping])
     work = {"methods": _names(methods) if methods else [], "damping": damping}
+    result = _execute("imbalance", work, (run, hub, step), out, {})
     from ngeval.cli.tables import imbalance_table
 
-    check_dampings([damping])
-    result = _execute("imbalance", work, (run, hub, step), out, {})
     console.table_console(out.quiet).print(imbalance_table(result.table))
     result.finish()
 

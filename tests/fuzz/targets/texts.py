@@ -57,7 +57,6 @@ VALID: tuple[tuple[str, ...], ...] = (
     (*tuple(METHODS), "sf:4", "diag-ef:0.5", "diag-sf:2:0.5", "kfac:reduce:pi", "adamw:20"),
     ("sgd,ief,sf:4", "torch.optim.AdamW:0,ng"),
     ("1e-8:1e4:50", "0,1e-6,1"),
-    ("0.1", "0.01:1:5"),
     ("8GiB", "500MB", "1.5 g"),
     ("20", "all"),
     ("layer", "parameter", "2"),
