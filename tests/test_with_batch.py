@@ -431,6 +431,6 @@ class TestWiringThatTheFirstBatchDoesNotShow:
 
         problem = first_of(model).with_batch(*batches(5))
         monkeypatch.setattr(PassRows, "gram", failing)
-        with pytest.raises(EngineError, match=r"cannot be made \(The size of tensor"):
+        with pytest.raises(EngineError, match=r"cannot be computed \(The size of tensor"):
             optimizer.step(problem)
         assert all(map(torch.equal, before, model.parameters()))

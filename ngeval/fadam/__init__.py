@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""FAdam as a plain torch optimizer, and the checks of an optimizer's settings and state."""

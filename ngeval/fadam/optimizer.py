@@ -1,4 +1,4 @@
-"""FAdam: Adam read as a natural gradient with a diagonal empirical Fisher, and put right."""
+"""FAdam: Adam as a natural gradient with a diagonal empirical Fisher, corrected accordingly."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "natural momentum": {"natural_momentum": False},
     "natural weight decay": {"natural_weight_decay": False},
 }
-"""What FAdam changes in AdamW, by name, each with the option that switches it off."""
+"""The corrections of FAdam to AdamW, each with the option that switches it off."""
 
 WITHOUT_CORRECTIONS: dict[str, Any] = {k: v for off in CORRECTIONS.values() for k, v in off.items()}
-"""Options of an `FAdam` that is AdamW."""
+"""Options with which `FAdam` is AdamW."""
 
 RELATIVE_EPSILON = 0.01
-"""ε₂ of Algorithm 1: the part of the gradient's RMS that ε may be at most."""
+"""ε₂ of Algorithm 1: ε is at most this fraction of the gradient's RMS."""
 
 BLOCK = 1 << 18
-"""Entries that are worked on at a time on a CPU, so that they stay in the cache."""
+"""Entries that are processed at a time on a CPU, so that they stay in the cache."""
 
 
 class FAdam(Optimizer):
@@ -48,10 +48,10 @@ class FAdam(Optimizer):
         w̄  = θ / (f^ρ + ε̂^(2ρ)), clipped as ḡ is  natural weight decay
         θ  ← θ − η (m + λ w̄)
 
-    Each of the five corrections can be switched off, and what AdamW does stands in its place:
+    Each of the five corrections can be switched off, which restores the behaviour of AdamW:
 
     - ``debiased_fisher=False``: f ← β₂ f + (1 − β₂) g², divided by 1 − β₂^t where it is used. The
-      two are the same number but for rounding, so this one changes nothing of substance.
+      two agree up to rounding, so this option changes nothing of substance.
     - ``adaptive_epsilon=False``: ε̂ = ε.
     - ``clip=None``: nothing is clipped.
     - ``natural_momentum=False``: m ← β₁ m + (1 − β₁) g, and the step is that of m / (1 − β₁^t)
@@ -59,21 +59,22 @@ class FAdam(Optimizer):
     - ``natural_weight_decay=False``: θ ← θ − ηλθ beforehand.
 
     With all of them off (`WITHOUT_CORRECTIONS`) and ρ = ½ it takes the steps of
-    `torch.optim.AdamW`, to the last bit, where the options are numbers: a tensor is read as the
-    number that it holds, with which AdamW calculates in the tensor's own dtype.
+    `torch.optim.AdamW`, bit for bit, if the options are numbers. A tensor option is read as the
+    number that it holds, whereas AdamW computes with it in the tensor's dtype.
 
-    What the paper leaves open is settled thus. A tensor whose gradient is zero throughout (or whose
-    RMS is, in its dtype) has ε̂ = ε: with ε̂ = 0 a step would be 0/0. For the same reason ε̂^(2ρ) is
-    at least 4·10⁻²⁹ in float32 (the least number to the power ¾). Without clipping, weight decay
-    takes no entry past zero in a step: where f = 0, θ/ε̂^(2ρ) would throw it far beyond. Parameters
-    in half precision have a state in float32 and are stepped there. A gradient that is NaN or
-    infinite is not caught: as with torch's optimizers it spoils its own entry; the tensor is then
-    not clipped. An entry whose g² overflows (|g| > 10¹⁹ in float32) has f = ∞ and stands still.
+    The paper leaves some cases open; they are defined as follows. A tensor whose gradient is zero
+    (or has an RMS of zero in its dtype) has ε̂ = ε, because with ε̂ = 0 a step would be 0/0. For the
+    same reason ε̂^(2ρ) is at least 4·10⁻²⁹ in float32 (the smallest number to the power ¾). Without
+    clipping, weight decay moves no entry past zero in a step: where f = 0, θ/ε̂^(2ρ) would move it
+    far beyond. Parameters in half precision have a state in float32 and are stepped in float32. A
+    gradient that is NaN or infinite is not checked for: as with torch's optimizers it spoils its
+    own entry only, and the tensor is not clipped. An entry whose g² overflows (|g| > 10¹⁹ in
+    float32) has f = ∞ and does not move.
 
-    On a GPU the RMS values are read by the host, which waits for them twice a step.
+    On a GPU the host waits for the RMS values twice a step.
 
     Args:
-        params: tensors, pairs of names and tensors, or groups of them with options of their own.
+        params: tensors, pairs of names and tensors, or groups of them with further options.
         lr: η.
         betas: β₁ and β₂.
         eps: ε.
@@ -84,8 +85,8 @@ class FAdam(Optimizer):
         adaptive_epsilon: bound ε by the gradient's RMS.
         natural_momentum: average ḡ; False: average g, debias, then divide.
         natural_weight_decay: decay by w̄; False: by θ.
-        maximize: go up the gradient.
-        foreach: all tensors of a kind at once (None and True), or one after the other.
+        maximize: step along the gradient, not against it.
+        foreach: step all tensors of a dtype together (None and True), or one by one.
 
     Raises:
         InputError: an option is out of range; a parameter is complex.
@@ -115,7 +116,6 @@ class FAdam(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        """Check the options; the state is made in the first step."""
         options = {
             "lr": lr,
             "betas": betas,
@@ -133,11 +133,6 @@ class FAdam(Optimizer):
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own.
-
-        Raises:
-            InputError: an option is out of range; a parameter is complex.
-        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -149,13 +144,13 @@ class FAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on the gradients in ``.grad``; parameters without one stand still.
+        """Take a step on the gradients in ``.grad``; parameters without one do not move.
 
         Args:
-            closure: evaluates the loss and its gradients beforehand.
+            closure: evaluates the loss and its gradients before the step, and returns the loss.
 
         Returns:
-            What the closure returned.
+            The loss that the closure returned.
 
         Raises:
             InputError: a gradient is sparse, or an option of a group out of range; nothing has
@@ -174,11 +169,11 @@ class FAdam(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; that of half-precision parameters stays in float32.
+        """Load a state, which stays in float32 for half-precision parameters.
 
         Raises:
-            InputError: it is of another optimizer or of other parameters, or an option in it is
-                out of range; nothing has changed.
+            InputError: the state is of another optimizer or of other parameters, or an option in it
+                is out of range; nothing has changed.
         """
         check_state(self, state_dict, ("momentum", "fisher"))
         for group in state_dict["param_groups"]:
@@ -187,7 +182,7 @@ class FAdam(Optimizer):
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
-            # torch casts a state to its parameter's dtype, where it loses what it is kept for.
+            # torch casts a state to the dtype of its parameter, and half precision loses digits.
             for name in {"momentum", "fisher"} & set(state_dict["state"].get(key, ())):
                 value = state_dict["state"][key][name]
                 self.state[parameter][name] = value.to(
@@ -197,9 +192,9 @@ class FAdam(Optimizer):
     def _buckets(self, group: dict[str, Any]) -> Iterator[_Bucket]:
         """The tensors that are stepped together: of one device, dtype and step count.
 
-        On a CPU only until they are `BLOCK` entries: what was just written is then in the cache.
+        On a CPU a bucket has about `BLOCK` entries, so that they are in the cache when reused.
         """
-        found: dict[Any, _Bucket] = {}
+        buckets: dict[Any, _Bucket] = {}
         entries = 0
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -215,19 +210,19 @@ class FAdam(Optimizer):
                 part = entries // BLOCK if parameter.device.type == "cpu" else 0
                 entries += parameter.numel()
             kind = parameter.device, parameter.dtype, steps, part
-            if (bucket := found.get(kind)) is None:
-                bucket = found[kind] = _Bucket(steps, [], [], [], [], [])
+            if (bucket := buckets.get(kind)) is None:
+                bucket = buckets[kind] = _Bucket(steps, [], [], [], [], [])
             bucket.counts.append(state["step"])
             bucket.parameters.append(parameter)
             bucket.gradients.append(parameter.grad)
             bucket.momenta.append(state["momentum"])
             bucket.fishers.append(state["fisher"])
-        yield from found.values()
+        yield from buckets.values()
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Tensors that are stepped together, after ``steps`` steps with this one."""
+    """Tensors that are stepped together; ``steps`` counts the step in progress."""
 
     steps: float
     counts: list[Tensor]
@@ -238,8 +233,7 @@ class _Bucket:
 
 
 def _step(bucket: _Bucket, group: Mapping[str, Any]) -> None:
-    """Step the tensors of a bucket."""
-    torch._foreach_add_(bucket.counts, torch.tensor(1.0))  # a number would become one for each
+    torch._foreach_add_(bucket.counts, torch.tensor(1.0))  # a float would be copied for each
     working, stored = bucket.momenta[0].dtype, bucket.parameters[0].dtype
     parameters, gradients = bucket.parameters, bucket.gradients
     if working != stored:
@@ -308,17 +302,17 @@ def _bases(bucket: _Bucket, gradients: list[Tensor], group: Mapping[str, Any]) -
 def _decay(
     parameters: list[Tensor], bases: list[Tensor], factors: list[float], clip: float
 ) -> None:
-    """θ ← θ − ηλ w̄; unclipped by no more than θ."""
+    """θ ← θ − ηλ w̄; without clipping, no entry changes by more than |θ|."""
     if math.isinf(clip):
         bases = list(torch._foreach_clamp_min(bases, -factors[0]))
     torch._foreach_addcdiv_(parameters, parameters, bases, factors)
 
 
 def _scales(tensors: list[Tensor], bases: list[Tensor], limits: list[float]) -> list[float]:
-    """1 / max(1, RMS(a / b) / limit) for each tensor a; bases and limits may be more."""
+    """1 / max(1, RMS(a / b) / limit) for each tensor a; further bases and limits are ignored."""
     if math.isinf(limits[0]):
         return [1.0] * len(tensors)
-    # NaN compares as false: a tensor with one is not clipped.
+    # A comparison with NaN is false: a tensor that has a NaN is not clipped.
     return [
         limit / rms if rms > limit else 1.0
         for rms, limit in zip(_rms(tensors, bases), limits, strict=False)
@@ -326,7 +320,7 @@ def _scales(tensors: list[Tensor], bases: list[Tensor], limits: list[float]) -> 
 
 
 def _rms(tensors: list[Tensor], bases: list[Tensor] | None = None) -> list[float]:
-    """The root mean square of each tensor, or of each over its base, without keeping quotients."""
+    """The root mean square of each tensor, or of each divided by its base."""
     small = sum(tensor.numel() for tensor in tensors) <= 2 * BLOCK
     if bases is not None and tensors[0].device.type == "cpu" and not small:
         norms = [_quotient_norm(a, b) for a, b in zip(tensors, bases, strict=False)]
@@ -338,7 +332,7 @@ def _rms(tensors: list[Tensor], bases: list[Tensor] | None = None) -> list[float
 
 
 def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
-    """‖a/b‖; a large quotient in blocks, since fresh memory is what costs on a CPU."""
+    """‖a/b‖; in blocks for large tensors, because new memory is the bottleneck on a CPU."""
     if tensor.numel() <= BLOCK or not (tensor.is_contiguous() and base.is_contiguous()):
         return float(torch.linalg.vector_norm(tensor / base))
     blocks = zip(tensor.view(-1).split(BLOCK), base.view(-1).split(BLOCK), strict=True)
@@ -346,5 +340,5 @@ def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
 
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:
-    """In which a parameter is stepped and has its state."""
+    """The dtype of a parameter's state and steps."""
     return torch.promote_types(parameter.dtype, torch.float32)

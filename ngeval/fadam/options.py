@@ -1,46 +1,46 @@
-"""What `ngeval.optim.fadam.FAdam` takes: its options as numbers in their ranges, its tensors."""
+"""Checks of what `ngeval.fadam.optimizer.FAdam` is given: options in their ranges, tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ngeval.errors import InputError
-from ngeval.fadam.state_checks import as_number
+from ngeval.fadam.state_checks import Range, number_in
 
-
-def name_of(group: Mapping[str, Any], index: int) -> str:
-    """A parameter's name, or its place in the group."""
-    names: Iterable[str] = group.get("param_names") or ()
-    return dict(enumerate(names)).get(index, f"parameter {index} of its group")
+NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "a number ≥ 0")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number in [0, 1)")
+EXPONENT = Range(lambda x: 0 < x <= 1, "a number in (0, 1], and ½ is that of Adam")
+CLIP = Range(lambda x: x > 0, "a positive number, or None")
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
-    """Refuse complex parameters.
+    """Check that no parameter of a group is complex.
 
     Raises:
-        InputError: names one.
+        InputError: one is; the message names it.
     """
-    for index in (i for i, p in enumerate(group["params"]) if p.is_complex()):
-        raise InputError(
-            f"FAdam: {name_of(group, index)} is complex, of which it knows no Fisher; give it the "
-            "real and imaginary parts, torch.view_as_real(parameter)"
-        )
+    for index, parameter in enumerate(group["params"]):
+        if parameter.is_complex():
+            raise InputError(
+                f"FAdam: {_name(group, index)} is complex, and its Fisher is not defined; give "
+                "FAdam the real and imaginary parts, torch.view_as_real(parameter)"
+            )
 
 
 def check_gradients(group: Mapping[str, Any]) -> None:
-    """Refuse sparse gradients.
+    """Check that no gradient of a group is sparse.
 
     Raises:
-        InputError: names a parameter that has one.
+        InputError: one is; the message names its parameter.
     """
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             raise InputError(
-                f"FAdam: the gradient of {name_of(group, index)} is sparse; its momentum would "
+                f"FAdam: the gradient of {_name(group, index)} is sparse; its momentum would "
                 "be dense, so make the gradient dense too: nn.Embedding(…, sparse=False)"
             )
 
@@ -51,28 +51,23 @@ def numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an option is out of range.
     """
-    betas = group["betas"]
+    betas, clip = group["betas"], group["clip"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise InputError(f"FAdam: betas must be two numbers (β₁, β₂), not {betas!r}")
-    clip = math.inf if group["clip"] is None else as_number(group["clip"])
-    exponent = as_number(group["exponent"])
-    ranges = [
-        ("lr", group["lr"], math.inf, "≥ 0"),
-        ("the first of betas", betas[0], 1.0, "in [0, 1)"),
-        ("the second of betas", betas[1], 1.0, "in [0, 1)"),
-        ("eps", group["eps"], math.inf, "≥ 0"),
-        ("weight_decay", group["weight_decay"], math.inf, "≥ 0"),
-    ]
-    found = [as_number(value) for _, value, _, _ in ranges]
-    for (name, value, high, told), number in zip(ranges, found, strict=True):
-        if not 0 <= number < high:
-            raise InputError(f"FAdam: {name} must be a number {told}, not {value!r}")
-    if not 0 < exponent <= 1:
-        raise InputError(
-            f"FAdam: exponent must be a number in (0, 1], not {group['exponent']!r}; ½ is Adam's"
-        )
-    if not clip > 0:
-        raise InputError(f"FAdam: clip must be a positive number, or None, not {group['clip']!r}")
-    lr, beta1, beta2, eps, decay = found
-    made = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": decay}
-    return {**group, **made, "clip": clip, "exponent": exponent}
+    numbers: dict[str, Any] = {
+        name: number_in(group[name], f"FAdam: {name}", NOT_NEGATIVE)
+        for name in ("lr", "eps", "weight_decay")
+    }
+    numbers["betas"] = (
+        number_in(betas[0], "FAdam: the first of betas", BELOW_ONE),
+        number_in(betas[1], "FAdam: the second of betas", BELOW_ONE),
+    )
+    numbers["exponent"] = number_in(group["exponent"], "FAdam: exponent", EXPONENT)
+    numbers["clip"] = math.inf if clip is None else number_in(clip, "FAdam: clip", CLIP)
+    return {**group, **numbers}
+
+
+def _name(group: Mapping[str, Any], index: int) -> str:
+    """A parameter's name where the group records it, or its position in the group."""
+    names: Sequence[str] = group.get("param_names") or ()
+    return names[index] if index < len(names) else f"parameter {index} of its group"

@@ -1,10 +1,10 @@
-"""What the optimizers here have in common: whether a state that is loaded is one of theirs."""
+"""Checks of an optimizer's settings, and of a state before it is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,16 +18,16 @@ def check_state(
     tensors: Collection[str],
     foreign: Collection[str] = (),
 ) -> None:
-    """Refuse a state of another class, or of parameters of other shapes.
+    """Check that a state is of the optimizer's class, and of parameters of the same shapes.
 
     Args:
-        optimizer: that is to load it.
-        state_dict: as `torch.optim.Optimizer.state_dict` gives it.
+        optimizer: will load the state.
+        state_dict: as `torch.optim.Optimizer.state_dict` returns it.
         tensors: the entries of a parameter's state that have its shape; ``step`` is a number.
-        foreign: settings that this class does not have and others do.
+        foreign: settings that other classes have and this class does not.
 
     Raises:
-        InputError: names what is missing, or does not fit.
+        InputError: something is missing or does not fit; the message names it.
     """
     name = type(optimizer).__name__
     try:
@@ -43,27 +43,62 @@ def check_state(
             what = f"has no {', '.join(missing)}" if missing else f"also has {', '.join(extra)}"
             raise InputError(f"{name}: the state is of another optimizer: its group {what}")
     sizes = [len(keys) for _, keys in groups]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != own:
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != expected:
         raise InputError(
-            f"{name}: the state is of other parameters: groups of {sizes} tensors, here of {own}"
+            f"{name}: the state is of other parameters: groups of {sizes} tensors, here of "
+            f"{expected}"
         )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for _, keys in groups for key in keys]
-    for place, (key, parameter) in enumerate(zip(keys, parameters, strict=True)):
-        if key in entries:
-            fault = _misfit(entries[key], parameter, tensors)
-            if fault:
-                raise InputError(f"{name}: the state of parameter {place} does not fit: {fault}")
+    for index, (key, parameter) in enumerate(zip(keys, parameters, strict=True)):
+        fault = _misfit(entries[key], parameter, tensors) if key in entries else ""
+        if fault:
+            raise InputError(f"{name}: the state of parameter {index} does not fit: {fault}")
+
+
+class Range(NamedTuple):
+    """The numbers that a setting can have, and how an error message describes them."""
+
+    allowed: Callable[[float], bool]
+    words: str
+
+
+def number_in(value: Any, name: str, numbers: Range) -> float:
+    """A setting as a number in its range.
+
+    Args:
+        value: a number, or a tensor of one.
+        name: of the setting, for the error message.
+        numbers: the range, which NaN is never in.
+
+    Raises:
+        InputError: the setting is not a number, or out of range.
+    """
+    number = as_number(value)
+    if math.isnan(number) or not numbers.allowed(number):
+        raise InputError(f"{name} must be {numbers.words}, not {value!r}")
+    return number
+
+
+def as_number(value: Any) -> float:
+    """A setting's number; NaN for text, None, a truth value or several numbers."""
+    if isinstance(value, str | bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
 
 
 def _misfit(entry: Any, parameter: Tensor, tensors: Collection[str]) -> str:
-    """What is wrong with a parameter's state, nothing if it fits."""
+    """The reason why a parameter's state does not fit; empty if it does."""
     if not isinstance(entry, Mapping):
         return f"it is a {type(entry).__name__}, not a dict"
     if other := [str(key) for key in entry if key not in (*tensors, "step")]:
         return f"{', '.join(sorted(other))} is of another optimizer"
-    if entry and not _is_count(entry.get("step")):
+    step = as_number(entry.get("step"))
+    if entry and not (math.isfinite(step) and 0 <= step == int(step)):
         return f"step must be a whole number ≥ 0, not {entry.get('step')!r}"
     for key in tensors:
         value = entry.get(key)
@@ -72,18 +107,3 @@ def _misfit(entry: Any, parameter: Tensor, tensors: Collection[str]) -> str:
         if isinstance(value, Tensor) and value.shape != parameter.shape:
             return f"{key} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
     return ""
-
-
-def _is_count(value: Any) -> bool:
-    number = as_number(value)
-    return math.isfinite(number) and 0 <= number == int(number)
-
-
-def as_number(value: Any) -> float:
-    """A setting's number, NaN where it is none: a text, None, a truth value, several numbers."""
-    if isinstance(value, str | bool):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return math.nan

@@ -1,4 +1,4 @@
-"""The methods under study as optimizers (`torch.optim.Optimizer`) that people can train with."""
+"""The methods as optimizers (`torch.optim.Optimizer`) to train with."""
 
 from ngeval.fadam.optimizer import FAdam
 from ngeval.optim.exact import EF, NG, SF, iEF

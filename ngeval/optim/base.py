@@ -1,6 +1,6 @@
-"""What the exact optimizers share: from an update d of a batch to moved weights.
+"""The base class of the exact optimizers, which turns the update of a batch into a step.
 
-With p the parameters of a group and d the method's update of the batch,
+With p the parameters of a group and d the method's update on the batch,
 
     m ← μ m + d · min(1, max_norm/‖d‖)        (‖d‖ over all parameters)
     p ← p (1 − η·wd) − η m
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngeval.errors import EngineError, InputError, ModelError, NgevalError, NumericalError
-from ngeval.fadam.state_checks import as_number, check_state
+from ngeval.fadam.state_checks import Range, check_state, number_in
 from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.checks import is_finite
 from ngeval.problem.problem import Problem
@@ -32,44 +32,70 @@ ProblemSource = Problem | Callable[[], Problem]
 SHARED = ("damping", "max_norm", "mc_samples", "seed")
 """Settings of the whole update, which all groups must agree on."""
 
+RANGES = {
+    "lr": Range(lambda x: 0 <= x < math.inf, "≥ 0"),
+    "damping": Range(lambda x: 0 <= x < math.inf, "≥ 0"),
+    "momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)"),
+    "weight_decay": Range(lambda x: 0 <= x < math.inf, "≥ 0"),
+    "max_norm": Range(lambda x: 0 < x < math.inf, "> 0, or None"),
+    "mc_samples": Range(lambda x: 1 <= x < math.inf and x == int(x), "a whole number ≥ 1"),
+    "seed": Range(lambda x: math.isfinite(x) and x == int(x), "a whole number"),
+}
+
 STEP, MOMENTUM = "step", "momentum_buffer"
 
 
 class ExactOptimizer(Optimizer):
     """An optimizer whose update is that of a method of `ngeval.methods` on the step's batch.
 
-    A step is all or nothing: where an error is raised, no weight and no state has changed.
+    If a step raises an error, no weight and no state has changed.
+
+    Args:
+        params: all trainable parameters of one model, or groups of them, each of which can have
+            its ``lr``, ``momentum`` and ``weight_decay``.
+        lr: the learning rate η; its unit depends on the method.
+        damping: λ ≥ 0, absolute and for sum-reduced curvature, the same for all groups.
+        momentum: μ in [0, 1).
+        weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
+        max_norm: the update over all parameters is scaled down to this length; None never does.
+        others: settings of the method, the same for all groups.
+
+    Raises:
+        InputError: a setting is out of range, or the groups disagree on a shared one.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        """Check the settings.
-
-        Args:
-            params: parameters or groups of them, as torch's optimizers take them.
-            defaults: ``lr``, ``damping``, ``momentum``, ``weight_decay``, ``max_norm``, and those
-                of the method.
-
-        Raises:
-            InputError: a setting is out of range, or the groups disagree on a shared one.
-        """
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        damping: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        **others: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "max_norm": max_norm,
+            **others,
+        }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own ``lr``, ``momentum`` and ``weight_decay``.
-
-        Raises:
-            InputError: a setting is out of range, or differs where all groups share it.
-        """
-        _check_settings({**self.defaults, **param_group})
+        settings = {**self.defaults, **param_group}
+        _check_settings(settings)
         for name in SHARED if self.param_groups else ():
-            own = param_group.get(name, self.defaults.get(name))
-            if own != self.param_groups[0].get(name):
-                raise _disagreement(name, self.param_groups[0].get(name), own)
+            if settings.get(name) != self.param_groups[0].get(name):
+                raise _disagreement(name, self.param_groups[0].get(name), settings.get(name))
         super().add_param_group(param_group)
 
     @abstractmethod
     def direction(self, problem: Problem, damping: float) -> Tensor:
-        """The update d of a problem, which a step goes against: shape ``(P,)``."""
+        """The update d on a problem, shape ``(P,)``; the step is −η d."""
 
     # torch's own signature has a closure that returns a loss.
     def step(  # type: ignore[override]
@@ -79,45 +105,45 @@ class ExactOptimizer(Optimizer):
 
         Args:
             problem: the `Problem` of the batch at the present weights, or a function that returns
-                one. A model in train mode is refused: see ``docs/training.md``.
-            closure: such a function, under the name that torch has for it.
+                it. A model in train mode is an error: see ``docs/training.md``.
+            closure: such a function, under torch's name for it.
 
         Returns:
             The batch's mean loss (1/N) Σ_n ℓ_n before the step, in nats: float64, 0-d.
 
         Raises:
-            InputError: no problem was given, or two; its trainable parameters are not the
-                optimizer's; a group's setting is out of range, or the groups disagree on what they
-                share.
-            ModelError: the problem is of earlier weights.
-            EngineError: no engine treats the model on this batch.
-            NumericalError: the update is not finite, or not defined on this batch, or not known
-                closely enough.
+            InputError: there is no problem, or two; its trainable parameters are not the
+                optimizer's; a group's setting is out of range, or the groups disagree on a shared
+                one.
+            ModelError: the weights have changed since the problem was made.
+            EngineError: no engine can treat the model on this batch.
+            NumericalError: the update is not finite, not defined on this batch, or not accurate
+                enough.
         """
         for group in self.param_groups:
             _check_settings(group)
         if problem is not None and closure is not None:
             raise InputError(f"{type(self).__name__}.step takes a problem or a closure, not both")
-        given = problem if closure is None else closure
+        source = problem if closure is None else closure
         with torch.enable_grad():
-            found = given() if callable(given) else given
-        if not isinstance(found, Problem):
+            batch = source() if callable(source) else source
+        if not isinstance(batch, Problem):
             raise InputError(
                 f"{type(self).__name__}.step needs the ngeval.Problem of the batch, or a function "
-                f"that returns one, not {type(found).__name__}: "
+                f"that returns one, not {type(batch).__name__}: "
                 "optimizer.step(first_problem.with_batch(inputs, targets))"
             )
-        names = self._names_of(found)
-        updates = self._clipped(found, self._direction(found, self.shared("damping")))
+        names = self._names_of(batch)
+        updates = self._clipped(batch, self._direction(batch, self.shared("damping")))
         self._apply({parameter: updates[name] for name, parameter in names.items()})
-        return found.loss.mean()
+        return batch.loss.mean()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state of the same class and of parameters of the same shapes.
 
         Raises:
-            InputError: it is of another optimizer or of another model, or a setting in it is out
-                of range; nothing has changed.
+            InputError: the state is of another optimizer or of another model, or a setting in it is
+                out of range; nothing has changed.
         """
         foreign = {*SHARED} - self.defaults.keys()
         check_state(self, state_dict, (MOMENTUM,), foreign)
@@ -126,7 +152,7 @@ class ExactOptimizer(Optimizer):
         super().load_state_dict(dict(state_dict))
 
     def _direction(self, problem: Problem, damping: float) -> Tensor:
-        """The update; where a plan of another batch fails on this one, by a plan of its own."""
+        """The update; if a plan made for an earlier batch fails, with a new plan for this batch."""
         try:
             return self.direction(problem, damping)
         except Exception as error:
@@ -143,12 +169,12 @@ class ExactOptimizer(Optimizer):
             if is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"the per-sample gradients of this batch cannot be made ({error}), also with a "
-                "plan of its own; try engine='loop' in the first Problem, and report it"
+                f"the per-sample gradients of this batch cannot be computed ({error}), even with a "
+                "new plan for it; try engine='loop' in the first Problem, and report it"
             ) from error
 
     def shared(self, name: str) -> Any:
-        """A setting that all groups have in common; a scheduler may have changed it.
+        """The value of a setting in all groups, which a scheduler may have changed.
 
         Raises:
             InputError: the groups disagree, or the value is out of range.
@@ -162,33 +188,28 @@ class ExactOptimizer(Optimizer):
 
     @property
     def steps(self) -> int:
-        """How many steps were made, as the state has it."""
+        """The number of steps that the state has recorded."""
         return max((int(entry.get(STEP, 0)) for entry in self.state.values()), default=0)
 
     def _names_of(self, problem: Problem) -> dict[str, Tensor]:
         """The problem's trainable parameters by name, which must be those of the optimizer.
 
-        A frozen parameter in a group is left alone, as torch's optimizers do.
+        A frozen parameter in a group is ignored, as in torch's optimizers.
         """
         originals = problem.function.originals
-        wanted = {name: originals[name] for name in problem.function.parameters}
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        missing = [name for name, p in wanted.items() if id(p) not in held]
-        known = {id(p): name for name, p in wanted.items()}
-        extra = [
-            p
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad and id(p) not in known
-        ]
+        trainable = {name: originals[name] for name in problem.function.parameters}
+        held = [p for group in self.param_groups for p in group["params"]]
+        known, held_ids = set(map(id, trainable.values())), set(map(id, held))
+        missing = [name for name, p in trainable.items() if id(p) not in held_ids]
+        extra = [p for p in held if p.requires_grad and id(p) not in known]
         if missing or extra:
             described = [f"one of shape {tuple(p.shape)}" for p in extra]
             raise InputError(
                 "the optimizer's parameters are not the trainable ones of the problem's model: "
-                f"missing {_listed(missing)}; too many {_listed(described)}; make the optimizer "
-                "of this model's parameters()"
+                f"missing {_listed(missing)}; unexpected {_listed(described)}; build the optimizer "
+                "on this model's parameters()"
             )
-        return wanted
+        return trainable
 
     def _clipped(self, problem: Problem, update: Tensor) -> dict[str, Tensor]:
         """The update by parameter, in the parameters' dtypes, no longer than ``max_norm``."""
@@ -205,14 +226,14 @@ class ExactOptimizer(Optimizer):
             for name, part in parts.items():
                 if not is_finite(part):
                     raise NumericalError(
-                        f"the update of {name!r} is NaN or infinite; raise the damping (now "
-                        f"{self.shared('damping'):g}), or try dtype=torch.float64"
+                        f"the update of {name!r} is NaN or infinite; raise the damping from "
+                        f"{self.shared('damping'):g}, or try dtype=torch.float64"
                     )
         return parts
 
     @torch.no_grad()
     def _apply(self, updates: dict[Tensor, Tensor]) -> None:
-        """Move the weights and the state; nothing can fail any more."""
+        """Update the weights and the state; called when no error can be raised any more."""
         step = self.steps + 1
         for group in self.param_groups:
             moved = [p for p in group["params"] if p in updates]
@@ -229,14 +250,14 @@ class ExactOptimizer(Optimizer):
     def _momenta(
         self, parameters: list[Tensor], updates: list[Tensor], momentum: float
     ) -> list[Tensor]:
-        """The m of each parameter, which the state keeps where there is momentum."""
+        """The m of each parameter, which is stored in the state if there is momentum."""
         if not momentum:
             return updates
         buffers = []
         for parameter, update in zip(parameters, updates, strict=True):
             state = self.state[parameter]
             if MOMENTUM in state:
-                # The model may have been brought to another dtype or device.
+                # The model may have been moved to another dtype or device.
                 state[MOMENTUM] = state[MOMENTUM].to(update).mul_(momentum).add_(update)
             else:
                 state[MOMENTUM] = update.clone(memory_format=torch.preserve_format)
@@ -244,30 +265,17 @@ class ExactOptimizer(Optimizer):
         return buffers
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Each that is there is in its range."""
-    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "lr": (lambda x: x >= 0, "≥ 0"),
-        "damping": (lambda x: x >= 0, "≥ 0"),
-        "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
-        "weight_decay": (lambda x: x >= 0, "≥ 0"),
-        "max_norm": (lambda x: x > 0, "> 0, or None"),
-        "mc_samples": (lambda x: x >= 1 and x == int(x), "a whole number ≥ 1"),
-        "seed": (lambda x: x == int(x), "a whole number"),
-    }
-    for name, (allowed, words) in ranges.items():
-        value: Any = settings.get(name)
-        if name not in settings or (name == "max_norm" and value is None):
-            continue
-        number = as_number(value)
-        if not (math.isfinite(number) and allowed(number)):
-            raise InputError(f"{name} must be {words}, not {value!r}")
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Check those settings that are present; ``max_norm`` may be None."""
+    for name, numbers in RANGES.items():
+        if name in settings and not (name == "max_norm" and settings[name] is None):
+            number_in(settings[name], name, numbers)
 
 
-def _disagreement(name: str, one: Any, other: Any) -> InputError:
+def _disagreement(name: str, first: Any, second: Any) -> InputError:
     return InputError(
-        f"{name} is one setting of the whole update, but two parameter groups have {one!r} and "
-        f"{other!r}; give all groups the same"
+        f"{name} is a setting of the whole update, but two parameter groups have {first!r} and "
+        f"{second!r}; give all groups the same"
     )
 
 

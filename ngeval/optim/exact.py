@@ -1,7 +1,7 @@
-"""`EF`, `iEF`, `SF` and `NG`: the exact updates of `ngeval.methods`, batch by batch, as optimizers.
+"""`EF`, `iEF`, `SF` and `NG`: the exact updates of `ngeval.methods` on every batch, as optimizers.
 
 Everything is sum-reduced: with g_n the gradient of sample n's loss (no mean over the batch),
-G their rows and K = GGᵀ, a step goes against
+G their rows and K = GGᵀ, the step is −η d with d
 
 ====== ============================================== =========================================
 `EF`   Gᵀ(K + λI)⁻¹1 = (GᵀG + λI)⁻¹g                  every sample's loss falls by η
@@ -31,11 +31,15 @@ from ngeval.optim.single_update import empirical_update, sampled_update
 from ngeval.problem.problem import Problem
 
 STEP_GAP = 1e-3
-"""The relative gap between the bounds on γ up to which an update of `NG` is taken."""
+"""`NG` takes an update if the relative gap between the bounds on its γ is at most this."""
 
 
 class EF(ExactOptimizer):
-    """The empirical Fisher's update d = (Σ_n g_n g_nᵀ + λI)⁻¹ Σ_n g_n."""
+    """The empirical Fisher's update d = (Σ_n g_n g_nᵀ + λI)⁻¹ Σ_n g_n.
+
+    The learning rate is in nats: a step lowers every sample's loss by η to first order. See
+    `ExactOptimizer` for the arguments.
+    """
 
     improved = False
 
@@ -49,34 +53,24 @@ class EF(ExactOptimizer):
         weight_decay: float = 0.0,
         max_norm: float | None = None,
     ) -> None:
-        """Check the settings.
-
-        Args:
-            params: all trainable parameters of one model, or groups of them.
-            lr: η, in nats: by so much falls every sample's loss (`iEF`: by η‖u_n‖²).
-            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
-            momentum: μ in [0, 1).
-            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
-            max_norm: the length of the update over all parameters is cut to this; None: never.
-        """
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "damping": damping,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "max_norm": max_norm,
-            },
+            lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
         )
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
-        """Gᵀ(K + λI)⁻¹b."""
         return empirical_update(problem, damping, improved=self.improved)
 
 
 class iEF(EF):  # noqa: N801  (the method's name)
     """The improved empirical Fisher's update d = Gᵀ(K + λI)⁻¹s with s_n = ‖u_n‖².
+
+    A step lowers the loss of sample n by η‖u_n‖² to first order. See `ExactOptimizer` for the
+    arguments.
 
     Example:
         >>> import torch, ngeval
@@ -95,8 +89,10 @@ class iEF(EF):  # noqa: N801  (the method's name)
 class SF(ExactOptimizer):
     """The update d = (F̂ + λI)⁻¹g of a Fisher sampled with labels from the model itself.
 
-    The labels of a step are drawn from ``seed`` and the number of the step alone, so that a run
-    that is resumed from its ``state_dict`` draws what it would have drawn.
+    A learning rate of 1 is the whole damped natural gradient step. The labels of a step are drawn
+    from ``seed`` and the number of the step only, so that a run resumed from its ``state_dict``
+    draws the same labels as an uninterrupted one. ``mc_samples`` is k, the labels drawn for each
+    sample; see `ExactOptimizer` for the other arguments.
     """
 
     def __init__(
@@ -111,43 +107,28 @@ class SF(ExactOptimizer):
         mc_samples: int = 1,
         seed: int = 0,
     ) -> None:
-        """Check the settings.
-
-        Args:
-            params: all trainable parameters of one model, or groups of them.
-            lr: η; 1 is the whole damped natural gradient step.
-            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
-            momentum: μ in [0, 1).
-            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
-            max_norm: the length of the update over all parameters is cut to this; None: never.
-            mc_samples: k, labels drawn for each sample.
-            seed: of the draws.
-        """
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "damping": damping,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "max_norm": max_norm,
-                "mc_samples": mc_samples,
-                "seed": seed,
-            },
+            lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
+            mc_samples=mc_samples,
+            seed=seed,
         )
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
-        """(F̂ + λI)⁻¹g."""
-        draws = int(self.shared("mc_samples"))
         seed = draw_seed(int(self.shared("seed")), self.steps)
-        return sampled_update(problem, damping, draws, seed)
+        return sampled_update(problem, damping, int(self.shared("mc_samples")), seed)
 
 
 class NG(ExactOptimizer):
     """The exact damped natural gradient d = (F + λI)⁻¹g.
 
-    Where N times the number of outputs is beyond what is decomposed, by a Krylov run, which must
-    know γ of the update within `STEP_GAP`.
+    A learning rate of 1 is the whole natural gradient step. See `ExactOptimizer` for the arguments.
+    If N times the number of outputs is too large for an eigendecomposition, d comes from a Krylov
+    run, which must know γ of the update within `STEP_GAP`.
     """
 
     def __init__(
@@ -160,25 +141,13 @@ class NG(ExactOptimizer):
         weight_decay: float = 0.0,
         max_norm: float | None = None,
     ) -> None:
-        """Check the settings.
-
-        Args:
-            params: all trainable parameters of one model, or groups of them.
-            lr: η; 1 is the whole damped natural gradient step.
-            damping: λ ≥ 0, absolute and sum-reduced, one for all groups.
-            momentum: μ in [0, 1).
-            weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
-            max_norm: the length of the update over all parameters is cut to this; None: never.
-        """
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "damping": damping,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "max_norm": max_norm,
-            },
+            lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
         )
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
@@ -193,13 +162,13 @@ class NG(ExactOptimizer):
         if not gap <= STEP_GAP:
             raise NumericalError(
                 f"NG: after {state.solver.iterations} Krylov iterations the natural gradient is "
-                f"not known closely enough for a step: γ only within {gap:.1e}, and "
-                f"{STEP_GAP:g} is asked for; raise memory= of the Problem, take a smaller batch, "
-                f"or raise the damping (now {damping:g})"
+                f"not accurate enough for a step: γ is known only within {gap:.1e}, and "
+                f"{STEP_GAP:g} is required; raise memory= of the Problem, take a smaller batch, "
+                f"or raise the damping from {damping:g}"
             )
         return update
 
 
 def draw_seed(seed: int, step: int) -> int:
-    """The seed of the labels of one step: another one for each pair of numbers."""
+    """The seed of the labels of one step, different for every pair of numbers."""
     return (seed * 1_000_003 + step) % 2**63

@@ -1,9 +1,9 @@
-"""One update at one λ from one pass through the model: what a training step needs of a method.
+"""The update of a method at one λ from one pass through the model, for a training step.
 
-The methods of `ngeval.methods` factor once for many λ; here there is a single one, so that a
-Cholesky factor will do, and the pass that gave the losses also gives the rows and the update. The
-numbers are those of the methods, to rounding: where a factor would lose digits, or rows do not
-fit in memory, the method itself is asked.
+The methods of `ngeval.methods` factor once for many λ. For a single λ a Cholesky factor is enough,
+and the pass that computes the losses also gives the rows and the update. The numbers agree with
+the methods' up to rounding; where a factor would lose digits, or rows do not fit in memory, the
+method itself is used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ def empirical_update(problem: Problem, damping: float, *, improved: bool) -> Ten
     Args:
         problem: the model on the step's batch.
         damping: λ ≥ 0, absolute.
-        improved: iEF.
+        improved: whether it is iEF.
     """
     method = EmpiricalFisher("ief" if improved else "ef", improved)
     if 5 * 8 * problem.num_samples**2 > problem.rows.memory:
-        return method.prepare(problem, Kernel(problem)).direction(
-            damping
-        )  # which says what is too large
+        # Raises the error that says which matrix is too large.
+        return method.prepare(problem, Kernel(problem)).direction(damping)
     squares = problem.residual.square().flatten(1).sum(1)
     right = squares if improved else torch.ones_like(squares)
     rows = step_rows(problem, problem.residual.unsqueeze(1))
@@ -51,7 +50,7 @@ def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int)
         problem: the model on the step's batch.
         damping: λ ≥ 0, absolute; 0 is the pseudo-inverse.
         mc_samples: k.
-        seed: of the draws.
+        seed: for the draws.
     """
     method = SampledFisher(f"sf:{mc_samples}", mc_samples)
     if damping == 0:
@@ -60,8 +59,8 @@ def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int)
     rows = step_rows(problem, vectors)
     gram = rows.gram().unflatten(1, (-1, mc_samples + 1)).unflatten(0, (-1, mc_samples + 1))
     right = gram[:, 1:, :, 0].sum(2).flatten()
-    own = gram[:, 1:, :, 1:].flatten(2).flatten(0, 1)
-    solved = solution(problem, own, right, mc_samples * damping)
+    sampled = gram[:, 1:, :, 1:].flatten(2).flatten(0, 1)
+    solved = solution(problem, sampled, right, mc_samples * damping)
     if solved is None:
         return method.prepare(problem, Kernel(problem), seed).direction(damping)
     split = solved.unflatten(0, (-1, mc_samples))
@@ -70,10 +69,10 @@ def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int)
 
 
 def solution(problem: Problem, gram: Tensor, right: Tensor, damping: float) -> Tensor | None:
-    """(A + λI)⁻¹b for the Gram matrix A of rows: by a factor, or by the spectrum of A.
+    """(A + λI)⁻¹b for the Gram matrix A of rows, by a Cholesky factor or by the spectrum of A.
 
-    None where the problem is so small that its method has the rows themselves, of which more can
-    be told than of their products.
+    None if the factor loses digits and the problem is so small that its method has the rows
+    themselves, which are more accurate than their products.
     """
     epsilon = problem.function.row_epsilon
     solved = solve_damped(gram, right, damping, epsilon)
@@ -84,14 +83,14 @@ def solution(problem: Problem, gram: Tensor, right: Tensor, damping: float) -> T
 
 
 def step_rows(problem: Problem, vectors: Tensor) -> PassRows | CapturedRows:
-    """The rows J_nᵀv_nq, from the problem's own pass where it has one that fits in memory."""
+    """The rows J_nᵀv_nq, from the problem's one pass if that fits in memory."""
     fits = OnePass.fits(problem.rows, problem.num_samples, vectors.shape[1])
     recorded = problem.one_pass() if fits else None
     return CapturedRows(problem.rows, vectors) if recorded is None else recorded.rows(vectors)
 
 
 def combination(problem: Problem, rows: PassRows | CapturedRows, weights: Tensor) -> Tensor:
-    """Σ_nq w_nq J_nᵀv_nq: by what is recorded, or another pass."""
+    """Σ_nq w_nq J_nᵀv_nq, from the recorded pass or by a second one."""
     if isinstance(rows, PassRows):
         return rows.combination(weights)
     return CotangentUpdates(problem, rows.cotangents, weights.unsqueeze(0)).direction(0)
