@@ -548,7 +548,7 @@ class TestGraded:
         _, problem, stage = graded_at(find_checkpoints([str(tmp_path)])[-1])
         step = prepared(NamedOptimizer.parse("fadam").at(stage), problem)
         assert step.notes == ()
-        warmed = prepared(NamedOptimizer.parse("fadam:5", "fadam", "5").at(stage), problem)
+        warmed = prepared(NamedOptimizer.parse("fadam:5", "5").at(stage), problem)
         assert not torch.allclose(warmed.direction(0.0), step.direction(0.0), rtol=1e-2)
         named = prepared(NamedAccumulated.parse("diag-ema", "").at(stage), problem)
         assert named.direction(0.0).isfinite().all()
