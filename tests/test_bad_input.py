@@ -426,9 +426,11 @@ CHECKPOINTS = [
     checkpoint_case("bytes", "bytes.pt", "format", suffix=".pt"),
     checkpoint_case("list", "list.pt", "holds a list", "state dict", suffix=".pt"),
     checkpoint_case("tensor", "tensor.pt", "holds a Tensor", "state dict", suffix=".pt"),
-    checkpoint_case("numbers", "no plain tensors by name: epoch, step", "state dict", suffix=".pt"),
     checkpoint_case(
-        "nested", "no plain tensors by name: my_weights, epoch", "state dict", suffix=".pt"
+        "numbers", "not plain tensors by name: epoch, step", "state dict", suffix=".pt"
+    ),
+    checkpoint_case(
+        "nested", "not plain tensors by name: my_weights, epoch", "state dict", suffix=".pt"
     ),
     checkpoint_case("no_tensors", "holds nothing", "state dict", suffix=".pt"),
     checkpoint_case("module", "module.pt", "run code", "--allow-pickle", suffix=".pt"),

@@ -8,14 +8,13 @@ from ngeval.checkpoints.loading import (
     save_checkpoint,
 )
 from ngeval.checkpoints.optimizers import SavedOptimizer, read_optimizer, save_optimizer
-from ngeval.checkpoints.reading import listed, read_state
+from ngeval.checkpoints.reading import read_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointLoader",
     "SavedOptimizer",
     "find_checkpoints",
-    "listed",
     "load_checkpoint",
     "read_optimizer",
     "read_state",

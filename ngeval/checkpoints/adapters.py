@@ -1,4 +1,4 @@
-"""PEFT adapters on a base model that is loaded once: made trainable, strictly, base untouched."""
+"""PEFT adapters on a base model that is loaded once and never changed."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngeval.checkpoints.reading import listed, read_state
+from ngeval.checkpoints.reading import read_state
 from ngeval.errors import CheckpointError, NgevalError
 from ngeval.utils.optional import optional_module
+from ngeval.utils.text import listed
 
 PROMPTS_BY_ENCODER = ("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
-"""Virtual tokens that are not themselves the trained parameters, or not plainly so."""
+"""Types whose virtual tokens come from an encoder, which has the trained parameters."""
 
 MEGATRON = "megatron.core"
-"""What every LoRA configuration has as ``megatron_core``, a module that PEFT may import."""
+"""The ``megatron_core`` of every LoRA configuration, a module that PEFT can import."""
 
 SIZES = {"LORA": "r", "PROMPT_TUNING": "num_virtual_tokens", "PREFIX_TUNING": "num_virtual_tokens"}
-"""Under which name a configuration has a dimension of the adapter's tensors, by type."""
+"""The entry of a configuration that is a dimension of the adapter's tensors, by type."""
 
 
 class AlignedOutputs(nn.Module):
-    """A PEFT model without the outputs at its virtual tokens: one for each token of the input.
+    """A PEFT model with the outputs at the tokens of its input alone.
 
-    Prompt tuning puts virtual tokens before those that it is given, and returns logits for both.
+    Prompt tuning puts virtual tokens before the input's and returns logits for both.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap a PEFT model."""
         super().__init__()
         self.model = model
 
@@ -48,10 +48,11 @@ class AlignedOutputs(nn.Module):
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What ``adapter_config.json`` says.
+    """Read ``adapter_config.json``.
 
     Raises:
-        CheckpointError: it cannot be read, or is no PEFT configuration.
+        CheckpointError: the file cannot be read, is not a PEFT configuration, or is of an adapter
+            that cannot be graded.
     """
     path = folder / "adapter_config.json"
     try:
@@ -59,7 +60,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
-        raise CheckpointError(f"{path} has no peft_type, so it is no PEFT adapter's configuration")
+        raise CheckpointError(f"{path} has no peft_type, so it is not a PEFT configuration")
     saved, task_type = content.get("modules_to_save"), content.get("task_type")
     names = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
     if not (saved is None or names) or not isinstance(task_type, str | None):
@@ -89,53 +90,57 @@ def _unsupported(content: dict[str, Any]) -> str:
 
 
 class AdapterLoader:
-    """Adapters, one after the other, on one base model."""
+    """Loads adapters, one after the other, on one base model.
+
+    Args:
+        base: the base model, whose weights are shared with the adapted one and never changed.
+    """
 
     def __init__(self, base: nn.Module) -> None:
-        """Keep the base model, whose weights are shared and never changed."""
         self.base = base
         self._model: nn.Module | None = None
-        self._made_for: Any = None
+        self._key: Any = None
 
     def load(self, folder: Path, *, allow_pickle: bool = False) -> nn.Module:
         """The base model with an adapter, whose parameters alone are trainable.
 
-        Adapters of one configuration (the checkpoints of a run) are the same module, filled anew.
+        Adapters of one configuration (the checkpoints of a run) share one module, so the next call
+        changes the model that this one returned.
 
         Args:
-            folder: what PEFT's ``save_pretrained`` wrote.
+            folder: the folder of PEFT's ``save_pretrained``.
             allow_pickle: unpickle ``adapter_model.bin`` with code; only for files that you trust.
 
         Raises:
-            CheckpointError: unreadable, NaN weights, the adapter and the base do not fit, or it
-                has nothing trainable.
+            CheckpointError: the adapter is unreadable, has NaN weights or nothing trainable, or
+                does not fit the base.
             DependencyError: peft is not installed.
         """
         state = read_state(folder, allow_pickle=allow_pickle)
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
-        told = read_adapter_config(folder)
-        _check_sizes(folder, told, state)
-        key = (told, sorted(state))
+        config = read_adapter_config(folder)
+        _check_sizes(folder, config, state)
+        key = (config, sorted(state))
         with _peft_errors(folder):
-            if self._model is None or key != self._made_for:
-                self._model, self._made_for = _adapted(self.base, folder, told, state), key
+            if self._model is None or key != self._key:
+                self._model, self._key = _adapted(self.base, folder, config, state), key
             _fill(self._model, state, folder)
         if not any(parameter.requires_grad for parameter in self._model.parameters()):
             raise CheckpointError(f"{folder} has nothing trainable: there is no update to grade")
         return AlignedOutputs(self._model) if _is_prompt(self._model) else self._model
 
 
-def _check_sizes(folder: Path, told: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Refuse a configuration whose tensors would be larger than those that there are.
+def _check_sizes(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuse a configuration whose tensors would be larger than those in the file.
 
-    PEFT makes them before it finds that the file's do not fit, and may take all of the memory.
+    PEFT allocates them before it compares them with the file's, and could take all of the memory.
     """
     largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
-    name = SIZES.get(told["peft_type"], "")
-    ranks = told.get("rank_pattern") if name == "r" else None
-    numbers = [told.get(name), *(ranks.values() if isinstance(ranks, dict) else ())]
+    name = SIZES.get(config["peft_type"], "")
+    ranks = config.get("rank_pattern") if name == "r" else None
+    numbers = [config.get(name), *(ranks.values() if isinstance(ranks, dict) else ())]
     for number in numbers:
         if isinstance(number, int | float) and number > largest:
             raise CheckpointError(
@@ -144,23 +149,23 @@ def _check_sizes(folder: Path, told: dict[str, Any], state: dict[str, Tensor]) -
 
 
 def _adapted(
-    base: nn.Module, folder: Path, told: dict[str, Any], state: dict[str, Tensor]
+    base: nn.Module, folder: Path, content: dict[str, Any], state: dict[str, Tensor]
 ) -> nn.Module:
     """A model of the adapter's configuration over the base's weights."""
     peft = optional_module("peft")
-    if told["peft_type"] not in peft.PeftType.__members__:
+    if content["peft_type"] not in peft.PeftType.__members__:
         raise CheckpointError(
-            f"{folder}: this version of peft knows no adapters of type {told['peft_type']!r}"
+            f"{folder}: this version of peft has no adapters of type {content['peft_type']!r}"
         )
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    if hasattr(config, "prompt_tuning_init"):  # else it asks for a tokenizer
+    if hasattr(config, "prompt_tuning_init"):  # any other initialisation needs a tokenizer
         config.prompt_tuning_init = "RANDOM"
-    # Initialisations with a name (pissa, olora, …) take something off the base's weights.
+    # Initialisations with a name (pissa, olora, …) change the base's weights.
     in_place = isinstance(getattr(config, "init_lora_weights", None), str)
     copied = copy.deepcopy(base) if in_place else _sharing(base)
     model: nn.Module = peft.get_peft_model(copied, config)
-    # Memory of its own for what is trained in place (biases) or was saved with the adapter.
+    # Biases that are trained and modules that were saved with the adapter must not share memory.
     of_base = {parameter.data_ptr() for parameter in base.parameters()}
     for name, parameter in model.named_parameters():
         if (parameter.requires_grad or name in state) and parameter.data_ptr() in of_base:
@@ -169,12 +174,12 @@ def _adapted(
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Load an adapter's weights; every trainable parameter must get its own."""
-    found = optional_module("peft").set_peft_model_state_dict(model, state)
+    """Load an adapter's weights, which every trainable parameter must have."""
+    result = optional_module("peft").set_peft_model_state_dict(model, state)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    missing = [] if _is_prompt(model) else [n for n in found.missing_keys if n in trainable]
-    # With bias="all" PEFT saves a saved head's bias once more under its inner name.
-    unknown = [n for n in found.unexpected_keys if ".modules_to_save." not in n]
+    missing = [] if _is_prompt(model) else [n for n in result.missing_keys if n in trainable]
+    # With bias="all" PEFT saves the bias of a saved head a second time, under its inner name.
+    unknown = [n for n in result.unexpected_keys if ".modules_to_save." not in n]
     unexpected = [] if _is_prompt(model) else unknown
     problems = {"missing": missing, "unexpected": unexpected}
     listed_problems = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
@@ -190,7 +195,7 @@ def _is_prompt(model: nn.Module) -> bool:
 
 
 def _sharing(base: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the parameters' and buffers' memory."""
+    """A copy of the modules that shares the memory of parameters and buffers."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in base.parameters()
     }
@@ -200,14 +205,14 @@ def _sharing(base: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _peft_errors(folder: Path) -> Iterator[None]:
-    """Say which adapter it was that PEFT could not bring together with the base model."""
+    """Turn any error of PEFT into a `CheckpointError` that names the adapter."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's advice to those who train
+            warnings.simplefilter("ignore")  # PEFT's advice for training
             yield
     except NgevalError:
         raise
-    except Exception as error:  # whatever PEFT raises on a configuration or a state
+    except Exception as error:  # PEFT can raise anything on a configuration or a state
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} does not fit the base model: {type(error).__name__}: {text}"

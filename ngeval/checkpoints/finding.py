@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which files and folders are one, and in what order they were made."""
+"""Checkpoints on disk: which files and folders are checkpoints, and their order in training."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What ``save_pretrained`` writes, in the order in which they are looked for."""
+"""The files that ``save_pretrained`` writes, in the order of preference."""
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT writes, beside ``adapter_config.json``."""
+"""The files that PEFT writes beside ``adapter_config.json``."""
 
-LARGEST = 2.0**63
-"""Beyond this a number is no epoch; NaN is not below it either."""
+MAX_NUMBER = 2.0**63
+"""A larger number is not an epoch or a step; NaN compares as larger, too."""
 
 NOT_WEIGHTS = re.compile(r"(.+\.)?optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
-"""Files of a training run that have a checkpoint's suffix and are none."""
+"""Files of a training run that have a checkpoint's suffix but hold no weights."""
 
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")
-"""What transformers' Trainer and accelerate write into a checkpoint's folder."""
+"""The optimizer's file in a checkpoint's folder, of transformers' Trainer and of accelerate."""
 
 OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
-"""Under which of these a training program may keep the state in the checkpoint itself."""
+"""The keys under which training programs keep the optimizer's state in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder.
-        metadata: what is told beside it (epoch, step, losses, …); empty where nothing is.
-        as_built: it is the model as the task builds it, and nothing is loaded.
-        error: why it cannot be graded, where that is known before it is loaded.
+        metadata: the epoch, step, losses, … recorded beside it, if any.
+        as_built: the model is graded as the task builds it, and nothing is loaded.
+        error: why it cannot be graded, if that is known before it is loaded.
     """
 
     path: Path
@@ -58,27 +58,27 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name in result tables, which is the path as it was found."""
+        """The name in result tables: the path as it matched."""
         return encodable(str(self.path))
 
     @property
     def epoch(self) -> float | None:
-        """The training epoch, where the metadata or the file's name tell it."""
+        """The training epoch, if the metadata or the file's name record it."""
         return self._number("epoch")
 
     @property
     def step(self) -> float | None:
-        """The training step, likewise."""
+        """The training step, if the metadata or the file's name record it."""
         return self._number("step")
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter, which needs its base model."""
+        """Whether the checkpoint is a PEFT adapter, which needs its base model."""
         return not self.as_built and is_adapter(self.path)
 
     @property
     def optimizer(self) -> Path | None:
-        """The file with the optimizer's state, None where there is none.
+        """The file with the optimizer's state, or None.
 
         ``epoch-003.optimizer.pt`` beside ``epoch-003.safetensors``, ``optimizer.pt`` in a
         checkpoint's folder, or the checkpoint itself.
@@ -89,7 +89,7 @@ class Checkpoint:
         value = self.metadata.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             return None
-        return float(value) if abs(value) < LARGEST else None
+        return float(value) if abs(value) < MAX_NUMBER else None
 
 
 def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
@@ -97,30 +97,30 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
 
     A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter), or a Trainer's run with
     ``checkpoint-500/`` and others inside, or holds checkpoint files or such folders. What a folder
-    or a glob holds comes in natural order (``epoch-2`` before ``epoch-10``). One with a broken JSON
-    file beside it has its ``error``: the others can be graded.
+    or a glob holds is in natural order (``epoch-2`` before ``epoch-10``). A checkpoint beside a
+    broken JSON file carries an ``error``, so that the others can be graded.
 
     Raises:
-        CheckpointError: a pattern matches nothing.
+        CheckpointError: a pattern matches no checkpoint.
     """
     paths: list[Path] = []
     for pattern in patterns:
         try:
-            found = _matches(pattern)
-            below = [] if found else _folders_below(pattern)
-        except (OSError, ValueError) as error:  # also of a name with a NUL
+            matches = _matches(pattern)
+            below = [] if matches else _folders_below(pattern)
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL
             raise CheckpointError(
                 f"checkpoint {pattern[:80]!r} cannot be looked up: "
                 f"{getattr(error, 'strerror', None) or error}"
             ) from error
-        if not found:
+        if not matches:
             kinds = ", ".join(SUFFIXES)
             hint = f"; there are some in {', '.join(below[:4])}" if below else ""
             raise CheckpointError(
                 f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
                 f"save_pretrained's or a PEFT adapter's files), or a glob in quotes{hint}"
             )
-        paths += sorted(_without_insides(found), key=_natural_key)
+        paths += sorted(_without_insides(matches), key=_natural_key)
     return [_checkpoint(path) for path in dict.fromkeys(paths)]
 
 
@@ -137,11 +137,12 @@ def _matches(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         return _in_folder(path)
-    return [Path(match) for match in glob.glob(pattern, recursive=True) if _is_one(Path(match))]
+    matches = map(Path, glob.glob(pattern, recursive=True))
+    return [match for match in matches if _is_checkpoint(match)]
 
 
 def _folders_below(pattern: str) -> list[str]:
-    """Folders with checkpoints in a folder, or in those that a glob finds."""
+    """Folders with checkpoints in a folder, or in the folders that a glob matches."""
     folders = [Path(pattern), *map(Path, glob.glob(pattern))]
     inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     candidates = {path for path in [*folders[1:], *inside] if path.is_dir()}
@@ -157,7 +158,7 @@ def weights_file(folder: Path) -> Path:
     """The file that a checkpoint folder's weights are read from.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder holds no such file.
     """
     names = ADAPTER if is_adapter(folder) else WEIGHTS
     for name in names:
@@ -167,10 +168,10 @@ def weights_file(folder: Path) -> Path:
 
 
 def optimizer_file(path: Path) -> Path | None:
-    """Where the optimizer's state of a checkpoint is; never that of another one beside it."""
-    own = path.with_name(f"{path.stem}.optimizer.pt")
-    if not path.is_dir() and _is_file(own):
-        return own
+    """The file with a checkpoint's optimizer state, never that of a different checkpoint."""
+    beside = path.with_name(f"{path.stem}.optimizer.pt")
+    if not path.is_dir() and _is_file(beside):
+        return beside
     if path.is_dir() or path.name in WEIGHTS + ADAPTER:
         folder = path if path.is_dir() else path.parent
         return next((folder / name for name in OPTIMIZER if (folder / name).is_file()), None)
@@ -179,35 +180,35 @@ def optimizer_file(path: Path) -> Path | None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What is known of a checkpoint without opening it.
+    """The epoch, step, losses, … of a checkpoint, without opening it.
 
-    From a Trainer's ``trainer_state.json``, from the JSON of the same name beside a file, or from
-    a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
+    They are read from a Trainer's ``trainer_state.json``, from the JSON of the same name beside a
+    file, or from a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
 
     Raises:
-        CheckpointError: such a JSON file is broken.
+        CheckpointError: the JSON file is broken.
     """
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for word, number in re.findall(r"(epoch|step)=(\d+)", path.name):
-        told[word] = int(number)
+        metadata[word] = int(number)
     if numbered := re.fullmatch(r"checkpoint-(\d+)", path.name):
-        told["step"] = int(numbered[1])
+        metadata["step"] = int(numbered[1])
     state = path / "trainer_state.json"
     if state.is_file():
         content = _read_json(state)
-        told |= {
+        metadata |= {
             name: content[key]
             for name, key in (("epoch", "epoch"), ("step", "global_step"))
             if key in content
         }
     beside = path.with_suffix(".json")
     if path.is_file() and _is_file(beside) and not path.name.endswith(".index.json"):
-        told |= _read_json(beside)
-    return told
+        metadata |= _read_json(beside)
+    return metadata
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file is there; none is under a name that is too long."""
+    """Whether a file exists; a name that is too long for the file system is not an error."""
     try:
         return path.is_file()
     except OSError:
@@ -218,14 +219,16 @@ def _in_folder(folder: Path) -> list[Path]:
     inside = list(folder.iterdir())
     steps = [path for path in inside if re.fullmatch(r"checkpoint-\d+", path.name)]
     steps = [path for path in steps if _is_folder_checkpoint(path)]
-    if steps:  # the weights beside them are those of the last step again
+    if steps:  # weights beside them repeat those of the last step
         return steps
     if is_adapter(folder):  # PEFT puts adapters with other names into folders inside
         return [folder, *(path for path in inside if is_adapter(path))]
-    return [folder] if _is_folder_checkpoint(folder) else [path for path in inside if _is_one(path)]
+    if _is_folder_checkpoint(folder):
+        return [folder]
+    return [path for path in inside if _is_checkpoint(path)]
 
 
-def _is_one(path: Path) -> bool:
+def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
         return _is_folder_checkpoint(path)
     return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
@@ -240,7 +243,7 @@ def _is_folder_checkpoint(path: Path) -> bool:
 
 
 def _without_insides(paths: list[Path]) -> list[Path]:
-    """Without files of folders that are checkpoints themselves."""
+    """Leave out the files of folders that are checkpoints themselves."""
     folders = {path for path in paths if path.is_dir()}
     return [path for path in paths if path.parent not in folders or path.is_dir()]
 

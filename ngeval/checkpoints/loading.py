@@ -1,4 +1,4 @@
-"""Weights into a model, strictly, under whatever prefix a training program gave their names."""
+"""Loading weights into a model, strictly, under the prefixes that training programs use."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 
 from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.checkpoints.finding import Checkpoint
-from ngeval.checkpoints.reading import listed, read_state
+from ngeval.checkpoints.reading import read_state
 from ngeval.errors import CheckpointError
 from ngeval.utils.atomic import replace_file
+from ngeval.utils.text import listed
 
 T = TypeVar("T")
 
 COMPILED = "_orig_mod."
-"""What ``torch.compile`` puts into names."""
+"""The component that ``torch.compile`` inserts into names."""
 
 
 class CheckpointLoader:
-    """Checkpoints, one after the other, into one model: whole ones, or adapters on a base."""
+    """Loads checkpoints, one after the other, into one model.
+
+    Args:
+        model: the model as the task builds it; for adapters, their base.
+        allow_pickle: unpickle with code; only for files that you trust.
+    """
 
     def __init__(self, model: nn.Module, *, allow_pickle: bool = False) -> None:
-        """Keep the model that is loaded into.
-
-        Args:
-            model: as the task builds it; for adapters, the base.
-            allow_pickle: unpickle with code; only for files that you trust.
-        """
         self.model = model
         self.allow_pickle = allow_pickle
         self._adapters: AdapterLoader | None = None
@@ -44,8 +44,8 @@ class CheckpointLoader:
         """The model with a checkpoint's weights; the next call may change it.
 
         Raises:
-            CheckpointError: see `load_checkpoint`; an adapter does not fit its base model; or
-                adapters and whole models are mixed.
+            CheckpointError: as `load_checkpoint` and `AdapterLoader.load`, or adapters and whole
+                models are mixed.
         """
         if checkpoint.error:
             raise CheckpointError(checkpoint.error)
@@ -59,8 +59,8 @@ class CheckpointLoader:
             return self._adapters.load(checkpoint.path, allow_pickle=self.allow_pickle)
         if self._adapters is not None:
             raise CheckpointError(
-                f"{checkpoint.path} is no PEFT adapter as those before it; grade them in separate "
-                "runs"
+                f"{checkpoint.path} is not a PEFT adapter as those before it are; grade them in "
+                "separate runs"
             )
         if not checkpoint.as_built:
             self._loaded = True
@@ -73,14 +73,14 @@ def load_checkpoint(
 ) -> None:
     """Load weights into the model, strictly: every name and every shape must agree.
 
-    A prefix that all names share and the model's do not (``module.`` of data parallelism,
-    ``model.`` of a Lightning module) is left out, as is ``_orig_mod.`` of ``torch.compile``. Of
-    tied weights one name is enough. A folder of transformers is read by the model's own
-    ``from_pretrained`` where its names differ from the model's.
+    A prefix that all names in the file share and the model's do not (``module.`` of data
+    parallelism, ``model.`` of a Lightning module) is left out, as is ``_orig_mod.`` of
+    ``torch.compile``. One name is enough for tied weights. A folder whose names differ from the
+    model's is read by the model's own ``from_pretrained``, if it has one.
 
     Raises:
-        CheckpointError: unreadable, NaN weights, or missing, unexpected or wrongly shaped keys,
-            all listed. The model is unchanged then.
+        CheckpointError: the file is unreadable, has NaN weights, or missing, unexpected or wrongly
+            shaped keys, which are all listed. The model is unchanged then.
     """
     if checkpoint.is_adapter:
         raise CheckpointError(
@@ -97,13 +97,13 @@ def load_checkpoint(
 
 
 class MisfitError(CheckpointError):
-    """Names, shapes or kinds of a checkpoint are not the model's."""
+    """The names, shapes or number types of a checkpoint are not the model's."""
 
 
 def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
-    """A folder's weights by the names of today's transformers, which renames some on loading.
+    """A folder's weights by the names of the installed transformers, which renames some on loading.
 
-    None where that does not make them fit.
+    The result is None if the weights do not fit then, either.
     """
     read = getattr(type(model), "from_pretrained", None)
     if read is None or not (folder / "config.json").is_file():
@@ -111,63 +111,65 @@ def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found, report = read(folder, output_loading_info=True, local_files_only=True)
-    except Exception:  # whatever transformers raises; the plain misfit says enough
+            loaded, report = read(folder, output_loading_info=True, local_files_only=True)
+    except Exception:  # transformers can raise anything; the caller reports the names that differ
         return None
     if any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return None
-    state: dict[str, Tensor] = found.state_dict()
+    state: dict[str, Tensor] = loaded.state_dict()
     return state
 
 
 def _load_state(model: nn.Module, checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
-    own = model.state_dict(keep_vars=True)
-    state = renamed(state, list(own))
-    names_of: dict[int, list[str]] = {}
-    for key, tensor in own.items():
-        names_of.setdefault(id(tensor), []).append(key)
-    missing = [
-        key
-        for key, tensor in own.items()
-        if not any(name in state for name in names_of[id(tensor)])
-    ]
-    problems = [
-        f"missing: {listed(missing)}",
-        f"unexpected: {listed([key for key in state if key not in own])}",
-        "wrong shape: "
-        + listed(
-            [
-                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-                for key in own
-                if key in state and state[key].shape != own[key].shape
-            ]
-        ),
-    ]
-    other_kind = [
-        f"{key} {_kind(state[key])} instead of {_kind(own[key])}"
-        for key in own
-        if key in state and _kind(state[key]) != _kind(own[key])
-    ]
-    problems.append(f"wrong kind: {listed(other_kind)}")
-    problems = [line for line in problems if not line.endswith(": ")]
-    prefixes = Counter(
-        key.removesuffix(name) for name in missing for key in state if key.endswith(f".{name}")
-    )
-    prefix = max(prefixes, key=lambda found: prefixes[found], default="")
-    others = [key for key in state if not key.startswith(prefix)]
-    if others:
-        problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
-    if problems:
+    expected = model.state_dict(keep_vars=True)
+    state = renamed(state, list(expected))
+    if problems := _misfits(expected, state):
         raise MisfitError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in state.items():
-        # As the model will hold it: a large number may overflow there. Buffers may hold −∞
-        # (attention masks); a NaN is never meant.
-        held = tensor.to(own[key].dtype)
-        bad = ~torch.isfinite(held) if key in parameters else torch.isnan(held)
+        # In the model's dtype, in which a large number can overflow. Buffers may hold −∞
+        # (attention masks); a NaN is always a mistake.
+        loaded = tensor.to(expected[key].dtype)
+        bad = ~torch.isfinite(loaded) if key in parameters else torch.isnan(loaded)
         if bool(bad.any()):
             raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN or infinite values")
     model.load_state_dict(state, strict=False)
+
+
+def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """How the names, shapes and number types of a state dict differ from the model's."""
+    names_of: dict[int, list[str]] = {}
+    for key, tensor in expected.items():
+        names_of.setdefault(id(tensor), []).append(key)
+    missing = [
+        key
+        for key, tensor in expected.items()
+        if not any(name in state for name in names_of[id(tensor)])
+    ]
+    shared = [(key, state[key], tensor) for key, tensor in expected.items() if key in state]
+    differing = {
+        "missing": missing,
+        "unexpected": [key for key in state if key not in expected],
+        "wrong shape": [
+            f"{key} {tuple(given.shape)} instead of {tuple(tensor.shape)}"
+            for key, given, tensor in shared
+            if given.shape != tensor.shape
+        ],
+        "wrong kind": [
+            f"{key} {_kind(given)} instead of {_kind(tensor)}"
+            for key, given, tensor in shared
+            if _kind(given) != _kind(tensor)
+        ],
+    }
+    problems = [f"{what}: {listed(names)}" for what, names in differing.items() if names]
+    prefixes = Counter(
+        key.removesuffix(name) for name in missing for key in state if key.endswith(f".{name}")
+    )
+    prefix = max(prefixes, key=lambda candidate: prefixes[candidate], default="")
+    others = [key for key in state if not key.startswith(prefix)]
+    if others:
+        problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
+    return problems
 
 
 def _kind(tensor: Tensor) -> str:
@@ -176,21 +178,21 @@ def _kind(tensor: Tensor) -> str:
     return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
 
 
-def renamed(state: dict[str, T], own: list[str]) -> dict[str, T]:
-    """What is kept by name with the model's names, as far as prefixes tell them apart."""
+def renamed(state: dict[str, T], names: list[str]) -> dict[str, T]:
+    """Rename the keys of a state dict to a model's names, as far as they differ by prefixes."""
     plain = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
     if len(plain) < len(state):
         return state
-    prefix = _shared_prefix(list(plain), [key.replace(COMPILED, "") for key in own])
+    prefix = _shared_prefix(list(plain), [key.replace(COMPILED, "") for key in names])
     plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
-    named = {key.replace(COMPILED, ""): key for key in own}
-    return {named.get(key, key): tensor for key, tensor in plain.items()}
+    original = {key.replace(COMPILED, ""): key for key in names}
+    return {original.get(key, key): tensor for key, tensor in plain.items()}
 
 
-def _shared_prefix(names: list[str], own: list[str]) -> str:
-    """The leading components that all names share, and of which the model knows nothing."""
+def _shared_prefix(names: list[str], expected: list[str]) -> str:
+    """The leading components that all names share and the model's names do not have."""
     prefix = ""
-    while names and not set(names) & set(own):
+    while names and not set(names) & set(expected):
         first = f"{names[0].split('.')[0]}."
         if not all(name.startswith(first) for name in names):
             return ""
@@ -200,7 +202,7 @@ def _shared_prefix(names: list[str], own: list[str]) -> str:
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors checkpoint, and its metadata as JSON beside it, each as a whole.
+    """Write a safetensors checkpoint, and its metadata as JSON beside it; neither partially.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -208,6 +210,6 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -
     state = {
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
     }
-    told = json.dumps(dict(metadata), indent=2) + "\n"
-    replace_file(path, lambda place: safetensors.torch.save_file(state, place))
-    replace_file(path.with_suffix(".json"), lambda place: place.write_text(told, encoding="utf-8"))
+    text = json.dumps(dict(metadata), indent=2) + "\n"
+    replace_file(path, lambda file: safetensors.torch.save_file(state, file))
+    replace_file(path.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))

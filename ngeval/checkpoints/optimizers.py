@@ -1,4 +1,4 @@
-"""Optimizers' states in files: where they are, and reading them without running code."""
+"""The states of optimizers in files, read without running code."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PLACES = (
     "optimizer",
     "optim",
 )
-"""Under which of these a training program may keep its optimizers' states."""
+"""The keys under which training programs keep the states of their optimizers."""
 
 StateDict = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """What a file holds of optimizers.
+    """The optimizers' states in a file.
 
     Attributes:
         path: the file.
-        name: the optimizer's name, where ngeval wrote the file.
+        name: the optimizer's name, which ngeval records; None in files of other programs.
         states: the ``state_dict`` of each optimizer.
     """
 
@@ -52,16 +52,17 @@ def read_optimizer(path: Path, *, allow_pickle: bool = False) -> SavedOptimizer:
     """Read optimizers' states without running code.
 
     Args:
-        path: what `save_optimizer` wrote; a file with ``optimizer.state_dict()`` or a list of
-            several (a Trainer's ``optimizer.pt``); or a training program's checkpoint that keeps
-            them under one of `PLACES` (Lightning's ``optimizer_states``).
+        path: a file of `save_optimizer`; a file with ``optimizer.state_dict()`` or a list of
+            several (a Trainer's ``optimizer.pt``); or a training program's checkpoint with the
+            states under one of `PLACES` (Lightning's ``optimizer_states``).
         allow_pickle: unpickle with code; only for files that you trust.
 
     Raises:
-        CheckpointError: unreadable, asks for code to be run, or holds no optimizer's state.
+        CheckpointError: the file is unreadable, asks for code to be run, or holds no optimizer's
+            state.
     """
     content = load_file(path, "optimizer.state_dict()", allow_pickle=allow_pickle)
-    states = _found(content)
+    states = _state_dicts(content)
     if not states:
         raise CheckpointError(
             f"{path} holds no optimizer's state: ngeval reads optimizer.state_dict(), or a list of "
@@ -73,25 +74,25 @@ def read_optimizer(path: Path, *, allow_pickle: bool = False) -> SavedOptimizer:
     return SavedOptimizer(path, name if isinstance(name, str) else None, states)
 
 
-def _found(content: Any, depth: int = 0) -> list[StateDict]:
-    """The state dicts in what was saved, in order."""
+def _state_dicts(content: Any, depth: int = 0) -> list[StateDict]:
+    """The state dicts in the content of a file, in order."""
     if isinstance(content, Mapping):
         if "state" in content and "param_groups" in content:
             return [dict(content)]
         if depth < 2:
             for place in PLACES:
-                if found := _found(content.get(place), depth + 1):
-                    return found
+                if states := _state_dicts(content.get(place), depth + 1):
+                    return states
         content = list(content.values()) if depth else []
     if isinstance(content, list | tuple):
-        parts = [_found(value, 2) for value in content]
+        parts = [_state_dicts(value, 2) for value in content]
         if all(len(part) == 1 for part in parts):
             return [part[0] for part in parts]
     return []
 
 
 def _check(path: Path, state: StateDict) -> None:
-    """Refuse what has not the form of ``optimizer.state_dict()``."""
+    """Refuse a state that does not have the form of ``optimizer.state_dict()``."""
     entries, groups = state["state"], state["param_groups"]
     wrong = ""
     if not isinstance(entries, Mapping) or not isinstance(groups, list | tuple):
@@ -100,19 +101,19 @@ def _check(path: Path, state: StateDict) -> None:
         wrong = wrong or _misformed(f"param_groups[{number}]", group, entries)
     if wrong:
         raise CheckpointError(
-            f"{path}: {wrong} have not the form of optimizer.state_dict(); save that as it is"
+            f"{path}: {wrong} do not have the form of optimizer.state_dict(); save that as it is"
         )
 
 
 def _misformed(where: str, group: Any, entries: Mapping[Any, Any]) -> str:
-    """What is wrong with a group and its parameters' states, or nothing."""
+    """The part of a group and its parameters' states that is misformed, or an empty text."""
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
         return where
     keys, names = group["params"], group.get("param_names")
     if not all(isinstance(key, int | str) for key in keys):
         return f"the params of {where}"
-    told = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    if names is not None and not (told and len(names) == len(keys)):
+    texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if names is not None and not (texts and len(names) == len(keys)):
         return f"the param_names of {where}"
     without = [key for key in keys if not isinstance(entries.get(key, {}), Mapping)]
     return f"the entries of state[{without[0]!r}]" if without else ""

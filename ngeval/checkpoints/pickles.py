@@ -1,4 +1,4 @@
-"""What a pickle names, read from its opcodes: it is parsed, never run."""
+"""The functions that a pickle names, read from its opcodes; the pickle is never run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 ZIP = b"PK\x03\x04"
-"""How a file begins that ``torch.load`` takes for a zip, whatever stands at its end."""
+"""The first bytes of a file that ``torch.load`` takes for a zip, whatever its end."""
 
 HARMLESS = re.compile(r"torch\._utils\.\w+|torch\.\w+|collections\.OrderedDict")
-"""What every state dict names."""
+"""The names in every state dict."""
 
-DEEPEST = 1_000
-"""Tuples in tuples; Python's hash of some 100,000 ends the process without a word."""
+MAX_DEPTH = 1_000
+"""Tuples nested in tuples; hashing some 100,000 of them overflows Python's stack."""
 
-FILLING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
-"""Opcodes that put more into the value below."""
+EXTENDING = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
+"""Opcodes that add to the value below on the stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """What is known of a value on a pickle's stack: how deep it is nested, and a text's text."""
+    """A value on a pickle's stack: how deep it is nested, and its text if it is one."""
 
     depth: int = 0
     text: str | None = None
@@ -37,18 +37,18 @@ _MARK = _Item(-1)
 
 
 def asks_for_code(path: Path) -> list[str]:
-    """The functions and classes that the pickle in a file names; those of torch where alone."""
+    """The functions and classes that the pickle in a file names, those of torch only if alone."""
     named = list(dict.fromkeys(name for _, name in _read(path) if name is not None))
     return [name for name in named if not HARMLESS.fullmatch(name)] or named
 
 
 def names_any(path: Path, words: Iterable[str]) -> bool:
-    """Whether the pickle in a file holds one of some texts, as a key of a dict would be."""
-    wanted = set(words)
+    """Whether the pickle in a file holds one of some texts, as the keys of a dict are."""
+    keys = set(words)
     try:
         for data in _pickles(path):
             for _, text, _ in _opcodes(data):
-                if isinstance(text, str) and text in wanted:
+                if isinstance(text, str) and text in keys:
                     return True
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         pass
@@ -56,10 +56,10 @@ def names_any(path: Path, words: Iterable[str]) -> bool:
 
 
 def unreadable_because(path: Path) -> str:
-    """Why a file must not be given to ``torch.load``, or nothing.
+    """Why a file must not be passed to ``torch.load``; empty if it can be.
 
-    A small file can ask for all of the memory (compressed or overlapping members of a zip), or for
-    Python's stack (tuples nested by the hundred thousand, as a key), before any error is raised.
+    A small file can take all of the memory (compressed or overlapping members of a zip) or of
+    Python's stack (a hundred thousand nested tuples as a key) before any error is raised.
     """
     try:
         if _is_zip(path):
@@ -69,8 +69,8 @@ def unreadable_because(path: Path) -> str:
                 return f"its members declare {declared:,} bytes, more than the file has"
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
         return f"its directory of members is broken (truncated?): {error}"
-    if any(item.depth > DEEPEST for item, _ in _read(path)):
-        return f"it nests more than {DEEPEST:,} values"
+    if any(item.depth > MAX_DEPTH for item, _ in _read(path)):
+        return f"it nests more than {MAX_DEPTH:,} values"
     return ""
 
 
@@ -80,12 +80,12 @@ def _is_zip(path: Path) -> bool:
 
 
 def _pickles(path: Path) -> Iterator[Any]:
-    """The pickles' bytes in what ``torch.save`` wrote, as files."""
+    """The bytes of the pickles in a file of ``torch.save``, as files."""
     if _is_zip(path):
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                # Every one: which of several is loaded is up to the reader.
+                # All of them, because readers differ in which of several they load.
                 if info.filename.endswith("data.pkl") and info.file_size <= size:
                     with archive.open(info) as member:
                         yield io.BytesIO(member.read())
@@ -98,19 +98,19 @@ def _pickles(path: Path) -> Iterator[Any]:
 
 
 def _opcodes(data: Any) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
-    """The opcodes of all pickles that a file begins with; none if the bytes are something else.
+    """The opcodes of all pickles at the beginning of a file; none if it holds something else.
 
-    torch's old format is a few pickles in a row, and then raw numbers.
+    torch's old format is a few pickles in a row, followed by raw numbers.
     """
     while True:
         try:
             yield from pickletools.genops(data)
-        except Exception:  # arbitrary bytes make the parser raise anything, and so does the end
+        except Exception:  # the parser raises anything on arbitrary bytes and at the end
             return
 
 
 def _read(path: Path) -> Iterator[tuple[_Item, str | None]]:
-    """What each opcode leaves on the stack, and what it names that would be called."""
+    """The value that each opcode leaves on the stack, and the function that it names."""
     try:
         for data in _pickles(path):
             yield from _simulated(data)
@@ -119,7 +119,7 @@ def _read(path: Path) -> Iterator[tuple[_Item, str | None]]:
 
 
 def _simulated(data: Any) -> Iterator[tuple[_Item, str | None]]:
-    """Go through pickles with a stack of nesting depths in place of values."""
+    """Simulate an unpickler that keeps nesting depths in place of values."""
     stack: list[_Item] = []
     memo: dict[Any, _Item] = {}
     for opcode, argument, _ in _opcodes(data):
@@ -143,26 +143,26 @@ def _simulated(data: Any) -> Iterator[tuple[_Item, str | None]]:
                     text = argument if isinstance(argument, str) else None
                     stack.append(_Item(_depth(name, [part.depth for part in taken]), text))
                     yield stack[-1], _called(name, argument, taken)
-        except (IndexError, KeyError):  # no unpickler goes on from here
+        except (IndexError, KeyError):  # an unpickler stops here, too
             return
 
 
 def _called(name: str, argument: Any, taken: list[_Item]) -> str | None:
-    """The function or class that an opcode names, if it is one that does."""
+    """The function or class that an opcode names, or None."""
     if name == "STACK_GLOBAL":
         return ".".join(part.text or "?" for part in taken)
     return str(argument).replace(" ", ".") if name in ("GLOBAL", "INST") else None
 
 
 def _depth(name: str, parts: list[int]) -> int:
-    """How deep the value is nested that an opcode makes of others."""
-    if name in FILLING and parts:
+    """The nesting depth of the value that an opcode builds from others."""
+    if name in EXTENDING and parts:
         return max(parts[0], 1 + max(parts[1:], default=-1))
     return 1 + max(parts, default=-1)
 
 
 def _taken(stack: list[_Item], opcode: pickletools.OpcodeInfo) -> list[_Item]:
-    """What an opcode takes off the stack."""
+    """The values that an opcode takes off the stack."""
     before = opcode.stack_before
     taken: list[_Item] = []
     if pickletools.markobject in before:

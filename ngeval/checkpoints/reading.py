@@ -1,4 +1,4 @@
-"""State dicts from files, in every layout that training programs leave, without running code."""
+"""State dicts from files, in the layouts of common training programs, without running code."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from torch import Tensor
 from ngeval.checkpoints.finding import weights_file
 from ngeval.checkpoints.pickles import asks_for_code, unreadable_because
 from ngeval.errors import CheckpointError
-from ngeval.utils.text import shortened
+from ngeval.utils.text import first_line, listed
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Under which of these a training program may keep the weights beside other things."""
-
-LONGEST = 200
-"""Letters of a name in a message: a file may hold names of a million."""
+"""The keys under which training programs keep the weights among other things."""
 
 
 def read_state(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """Read a state dict without running code.
 
     Args:
-        path: a ``.safetensors`` file, what ``torch.save`` wrote (a state dict, or one inside
-            ``{"state_dict": …}`` or ``{"model": …}``, as of Lightning), the index of a sharded
-            checkpoint, or a folder of ``save_pretrained``.
+        path: a ``.safetensors`` file; a file of ``torch.save`` (a state dict, or one inside
+            ``{"state_dict": …}`` or ``{"model": …}``, as Lightning writes it); the index of a
+            sharded checkpoint; or a folder of ``save_pretrained``.
         allow_pickle: unpickle with code; only for files that you trust.
 
     Raises:
-        CheckpointError: unreadable, truncated, a shard is missing, holds something other than
-            tensors by name, or asks for code to be run.
+        CheckpointError: the file is unreadable or truncated, a shard is missing, it holds
+            something other than tensors by name, or it asks for code to be run.
     """
     if path.is_dir():
         path = weights_file(path)
@@ -45,41 +42,35 @@ def read_state(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     return _single(path, allow_pickle)
 
 
-def listed(names: list[str], most: int = 8) -> str:
-    """The first of some names, and how many there are."""
-    more = f", … ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(shortened(name, LONGEST) for name in names[:most]) + more
-
-
 def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except Exception as error:  # a broken file may raise anything
+        except Exception as error:  # a broken file can raise anything
             raise _unreadable(path, error) from error
     content = load_file(path, "model.state_dict()", allow_pickle=allow_pickle)
     return _checked(path, _unwrapped(content))
 
 
 def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
-    """What ``torch.save`` wrote, on the CPU, without running code.
+    """Read a file of ``torch.save`` to the CPU, without running code.
 
     Args:
         path: the file.
-        instead: what to save instead of a pickle that asks for code.
+        instead: what the message recommends to save instead of a pickle that asks for code.
         allow_pickle: unpickle with code; only for files that you trust.
 
     Raises:
-        CheckpointError: unreadable, truncated, or asks for code to be run.
+        CheckpointError: the file is unreadable or truncated, or asks for code to be run.
     """
     reason = "" if allow_pickle else unreadable_because(path)
     if reason:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on pickle protocols
+            warnings.simplefilter("ignore")  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except Exception as error:  # a broken file, or an allowed pickle, may raise anything
+    except Exception as error:  # a broken file, or an allowed pickle, can raise anything
         if not allow_pickle and (named := asks_for_code(path)):
             raise CheckpointError(
                 f"{path} is a pickle that asks to run code on loading ({listed(named, 3)}), which "
@@ -92,12 +83,12 @@ def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
 def _unreadable(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be read as a checkpoint (truncated, or of another format?): "
-        f"{type(error).__name__}: {_first_line(error)}"
+        f"{type(error).__name__}: {first_line(error)}"
     )
 
 
 def _sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """All shards that an index names."""
+    """The weights of all shards that an index names."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
@@ -140,7 +131,7 @@ def _is_beside(index: Path, file: str) -> bool:
 
 
 def _unwrapped(state: Any) -> Any:
-    """The weights among what a training program saved together with them."""
+    """The weights among the other things that a training program saved with them."""
     if not isinstance(state, Mapping) or not state:
         return state
     if all(isinstance(value, Tensor) for value in state.values()):
@@ -163,19 +154,15 @@ def _checked(path: Path, state: Any) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor) or not _is_plain(value)
     ]
     if odd or not state:
-        what = f"entries that are no plain tensors by name: {listed(odd)}" if odd else "nothing"
+        what = f"entries that are not plain tensors by name: {listed(odd)}" if odd else "nothing"
         raise CheckpointError(
-            f"{path} holds {what}; ngeval reads a state dict of tensors by name, also inside "
+            f"{path} holds {what}; ngeval reads a state dict of tensors by name, also under one of "
             f"{', '.join(WRAPPERS)}"
         )
     return dict(state)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Not sparse, quantized, nested or without data."""
+    """Whether a tensor has data and is not sparse, quantized or nested."""
     strided = tensor.layout == torch.strided and not tensor.is_nested
     return strided and not tensor.is_quantized and not tensor.is_meta
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

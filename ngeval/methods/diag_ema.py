@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngeval.checkpoints import listed, read_optimizer
+from ngeval.checkpoints import read_optimizer
 from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.diag import DiagonalState, parse_exponent
@@ -29,6 +29,7 @@ from ngeval.methods.optimizer.load_state import load_optimizer_state
 from ngeval.methods.optimizer.step import as_optimizers
 from ngeval.methods.stage import Stage, check_reduction
 from ngeval.problem.problem import Problem
+from ngeval.utils.text import listed
 
 MOMENTS: dict[tuple[str, str], tuple[str, ...]] = {
     **{("torch", kind): ("exp_avg_sq",) for kind in ("Adam", "AdamW", "NAdam", "RAdam")},

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import font_manager
 
-from ngeval.utils.text import MOST, shortened
+from ngeval.utils.text import MAX_NAME, shortened
 
 _GENERIC = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
 SIDE = 24
@@ -19,7 +19,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Stands for what cannot be drawn: control characters, and what no font at hand has."""
 
 
-def name_text(name: object, most: int = MOST) -> str:
+def name_text(name: object, most: int = MAX_NAME) -> str:
     r"""A method's, layer's, task's or checkpoint's name as matplotlib draws it letter by letter.
 
     A dollar sign begins no formula; white space is a space; a name that begins with an underscore,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngeval.checkpoints import listed, read_optimizer, renamed
+from ngeval.checkpoints import read_optimizer, renamed
 from ngeval.errors import CheckpointError
 from ngeval.methods.optimizer.clone import clone_optimizers, seeded, without_global_hooks
 from ngeval.methods.optimizer.parameter_orders import fitting_order
 from ngeval.methods.optimizer.state_checks import MisfitError, check_entry, check_hyperparameters
+from ngeval.utils.text import listed
 
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 """How a step is computed, not what it is: these stay as they are here."""

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngeval.checkpoints import listed
 from ngeval.methods.optimizer.state_checks import MisfitError
+from ngeval.utils.text import listed
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
 """Names of parameters that transformers' Trainer spares from weight decay."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from ngeval.checkpoints import listed
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.errors import InputError, NgevalError, NumericalError
@@ -28,6 +27,7 @@ from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradien
 from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import is_out_of_memory
+from ngeval.utils.text import listed
 
 FALLBACK_RATE = 1e-3
 """Taken where every learning rate is 0 and none is known from before."""

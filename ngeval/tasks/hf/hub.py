@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ngeval.errors import NgevalError, TaskError
 from ngeval.utils.optional import optional_module
+from ngeval.utils.text import first_line
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -58,7 +59,7 @@ def loading(name: str, what: str) -> Iterator[None]:
 
 
 def _advice(name: str, what: str, error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    text = first_line(error, 300)
     if "trust_remote_code" in str(error):
         return (
             f"{what} {name!r} asks to run Python code from its repository, which was refused; pass "

@@ -12,10 +12,10 @@ from torch import nn
 
 from ngeval.checkpoints.adapters import read_adapter_config
 from ngeval.checkpoints.finding import is_adapter
-from ngeval.checkpoints.reading import listed
 from ngeval.errors import TaskError, nearest_name
 from ngeval.tasks.hf.hub import loading, resolve_name
 from ngeval.utils.optional import optional_module
+from ngeval.utils.text import first_line, listed
 
 OBJECTIVES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -183,7 +183,7 @@ class HubModel:
                     **resolve_name(name, what), trust_remote_code=self.trust_remote_code
                 )
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                text = first_line(error, 200)
                 raise TaskError(_no_processor(what, name, text)) from error
 
 
