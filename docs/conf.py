@@ -3,7 +3,7 @@
 The source folder is the root, not ``docs``: pages link to figures, notebooks, benchmarks and the
 changelog by their places in the repository, and so they work on a code host as on the site.
 Nothing is fetched, neither while building nor while reading: mathematics is MathML, which browsers
-draw themselves, and fonts are the reader's own.
+draw, and fonts are the reader's own.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def mathml(node: nodes.Element, *, block: bool) -> str:
     """A formula as MathML.
 
     Raises:
-        ExtensionError: it is no LaTeX that docutils knows.
+        ExtensionError: docutils does not know this LaTeX.
     """
     try:
         text = str(tex2mathml(node.astext(), as_block=block))
     except MathError as error:
         raise ExtensionError(f"{node.source}:{node.line}: {error}: {node.astext()}") from error
-    # Bars are as high as letters, else one of a pair grows with what stands beside it.
+    # Bars must not stretch, or one of a pair grows with the term beside it.
     return re.sub(r"<mo( class=\"\w+\")?>([|‖∥])</mo>", r'<mo\1 stretchy="false">\2</mo>', text)
 
 
@@ -109,7 +109,7 @@ def inline_math(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
-    """Write a formula on lines of its own."""
+    """Write a displayed formula."""
     translator.body.append(f'<div class="math">{mathml(node, block=True)}</div>\n')
     raise nodes.SkipNode
 
@@ -119,7 +119,7 @@ def commands() -> str:
     group = typer.main.get_command(command_line)
     context = group.make_context("ngeval", [], resilient_parsing=True)
     text = get_docs_for_click(obj=group, ctx=context, name="ngeval")
-    text = text[text.index("\n## ") :]  # behind the list of commands, which has cut sentences
+    text = text[text.index("\n## ") :]  # after the list of commands, whose sentences are cut
     text = re.sub(r"\[/?bold\]", "**", text)
     text = re.sub(r"^(\*\*Example:\*\*) (ngeval .*)", r"\1\n\n\2", text, flags=re.MULTILINE)
     return re.sub(
@@ -130,14 +130,14 @@ def commands() -> str:
     )
 
 
-def _as_code(found: re.Match[str]) -> str:
-    if found["example"]:
-        return f"```bash\n{' '.join(found[0].splitlines())}\n```"
-    return found[0] if found[0].startswith("`") else f"`{found[0]}`"
+def _as_code(match: re.Match[str]) -> str:
+    if match["example"]:
+        return f"```bash\n{' '.join(match[0].splitlines())}\n```"
+    return match[0] if match[0].startswith("`") else f"`{match[0]}`"
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Put the commands into their page."""
+    """Insert the commands into their page."""
     if docname == "docs/command-line":
         source[0] += commands()
 
@@ -148,8 +148,8 @@ COLON = "\N{ONE DOT LEADER}"
 def before_napoleon(
     app: Sphinx, what: str, name: str, member: object, options: Any, lines: list[str]
 ) -> None:
-    """Let |dᵀg| be what it is, and a colon after a constant's first words no type."""
-    lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
+    """Keep the bars of |dᵀg| from being a substitution, and a first colon from being a type."""
+    lines[:] = [re.sub(r"(``.*?``)|\|", lambda match: match[1] or r"\|", line) for line in lines]
     if what in ("attribute", "data", "property") and lines:
         lines[0] = lines[0].replace(":", COLON)
 
@@ -164,20 +164,20 @@ def after_napoleon(
 def documented_elsewhere(
     app: Sphinx, what: str, name: str, member: object, skip: bool, options: Any
 ) -> bool | None:
-    """Leave out of a package's page what the page of ``ngeval`` has."""
+    """Skip names on a package's page that the page of ``ngeval`` has."""
     page = app.env.docname.rpartition("/")[2]
     return True if page != "ngeval" and getattr(ngeval, name, None) is member else None
 
 
 def named(env: BuildEnvironment, name: str) -> dict[str, ObjectEntry]:
-    """What is documented under this name, in whatever module; an entry once."""
+    """The entries documented under this name in any module, each once."""
     objects = env.domains.python_domain.objects
-    found = {o[:2]: full for full, o in objects.items() if f".{full}".endswith(f".{name}")}
-    return {full: objects[full] for full in found.values()}
+    entries = {o[:2]: full for full, o in objects.items() if f".{full}".endswith(f".{name}")}
+    return {full: objects[full] for full in entries.values()}
 
 
 def add_other_names(app: Sphinx, env: BuildEnvironment) -> None:
-    """Give what is public in two modules its second name in the inventory, too."""
+    """Add the second name of what is public in two modules to the inventory."""
     objects = env.domains.python_domain.objects
     modules = [full for full, entry in objects.items() if entry.objtype == "module"]
     for module in map(importlib.import_module, modules):
@@ -191,17 +191,17 @@ def add_other_names(app: Sphinx, env: BuildEnvironment) -> None:
 def find_by_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
-    """Resolve a docstring's `Problem` on the page of another module, where one thing has it."""
-    if node.get("refdomain") != "py" or len(found := named(env, node["reftarget"])) != 1:
+    """Resolve a docstring's `Problem` to a different module, if exactly one entry has this name."""
+    if node.get("refdomain") != "py" or len(entries := named(env, node["reftarget"])) != 1:
         return None
-    [(full, entry)] = found.items()
+    [(full, entry)] = entries.items()
     return make_refnode(
         app.builder, node["refdoc"], entry.docname, entry.node_id, content, title=full
     )
 
 
 def setup(app: Sphinx) -> None:
-    """Register what is defined above."""
+    """Register the functions above."""
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"

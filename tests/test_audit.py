@@ -1,4 +1,4 @@
-"""The audit of pinned versions: what fails CI, what does not, and that each is told."""
+"""The audit of pinned versions: what fails CI, what does not, and that both are reported."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ UNKNOWN = {"name": "other", "skip_reason": "not found"}
     ],
 )
 def test_verdict(audit, packages, without, code, words):
-    found, lines = audit.verdict({"dependencies": packages}, without)
-    assert found == code
+    result, lines = audit.verdict({"dependencies": packages}, without)
+    assert result == code
     assert words in "\n".join(lines)
 
 
-def test_what_is_left_out_has_a_date_and_a_reason(audit):
+def test_every_ignored_advisory_has_a_date_and_a_reason(audit):
     assert audit.ignored("# why\n\nCVE-1  2026-11-23  never called\n") == ["CVE-1"]
     with pytest.raises(SystemExit, match="needs an advisory, a date and a reason"):
         audit.ignored("CVE-1\n")
     assert audit.ignored((ROOT / ".ci" / "audit-ignore").read_text()) == []
 
 
-def test_a_service_that_does_not_answer_is_told(audit, monkeypatch, capsys):
+def test_a_service_that_does_not_answer_is_reported(audit, monkeypatch, capsys):
     answers = {"stdout": "", "stderr": "ConnectionError: no network"}
     done = type("Done", (), answers)
     monkeypatch.setattr(audit.subprocess, "run", lambda *args, **options: done)

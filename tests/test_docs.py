@@ -82,7 +82,7 @@ class TestHuggingFace:
         assert (table["status"] == "ok").all()
         assert (tmp_path / "vit.png").stat().st_size > 1000
 
-    def test_the_options_of_the_page_are_there(self):
+    def test_the_options_of_the_page_exist(self):
         text = (DOCS / "hugging-face.md").read_text()
         help_text = CliRunner().invoke(app, ["gamma", "--help"], env={"COLUMNS": "200"}).output
         for option in set(re.findall(r"--[a-z][a-z-]+", text)) - {"--kind"}:
@@ -114,14 +114,14 @@ class TestLayers:
         assert ranked["method"].nunique() == 19
         assert (ranked["status"] == "ok").all()
 
-    def test_the_columns_of_the_page_are_there(self):
+    def test_the_columns_of_the_page_exist(self):
         text = (DOCS / "layers.md").read_text()
         table = text[text.index("| column |") : text.index("- **`excess`")]
         for row in table.splitlines()[2:]:
             for name in re.findall(r"`(\w+)`", row.split("|")[1]) if row.strip() else []:
                 assert name in LAYER_COLUMNS, name
 
-    def test_the_options_of_the_page_are_there(self):
+    def test_the_options_of_the_page_exist(self):
         text = (DOCS / "layers.md").read_text()
         runner = CliRunner()
         help_text = "".join(
@@ -160,7 +160,7 @@ class TestOptimizers:
         assert (table["status"] == "ok").all()
         assert table["method"].nunique() == 8
 
-    def test_names_and_options_of_the_page_are_there(self):
+    def test_names_and_options_of_the_page_exist(self):
         text = (DOCS / "optimizers.md").read_text()
         for name in OPTIMIZERS:
             assert f"`{name}`" in text, name
@@ -209,7 +209,7 @@ class TestKronecker:
         least = table[table["damping"] == 1e-6].set_index("method")["gamma_over_ng"]
         assert least["ng"] <= least["block-ng"] <= least["kfac"]
 
-    def test_every_word_of_the_page_is_one(self):
+    def test_every_word_of_the_page_is_a_parameter_of_kfac(self):
         text = (DOCS / "kronecker.md").read_text()
         for word in ("expand", "reduce", "exact", "factored", "pi", "diagonal", "gradient", "zero"):
             assert f"| `{word}`" in text

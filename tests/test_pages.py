@@ -1,4 +1,4 @@
-"""Install, tutorial, pictures, clusters, errors: what these pages say is so, in smaller sizes."""
+"""Install, tutorial, pictures, clusters, errors: what these pages say is true, in smaller sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SMALLER = {
     "plot": ("--quiet",),
     "toy": ("--arrows", "5", "--steps", "5", "--quiet"),
 }
-"""Options that make a page's commands a matter of seconds."""
+"""Options with which a page's commands take seconds."""
 
 
 def run_page(page: str, languages: tuple[str, ...] = ("bash",)) -> None:
@@ -67,7 +67,7 @@ def run_page(page: str, languages: tuple[str, ...] = ("bash",)) -> None:
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which the tutorial's commands were run."""
+    """A folder in which the tutorial's commands have run."""
     folder = tmp_path_factory.mktemp("tutorial")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -107,12 +107,12 @@ class TestPictures:
             file.unlink()
         run_page("pictures.md", ("bash", "python"))
         text = (DOCS / "pictures.md").read_text()
-        asked = set(re.findall(r"[\w-]+\.(?:pdf|png)(?=\n| *\"|$)", text)) - {"one-batch.png"}
+        named = set(re.findall(r"[\w-]+\.(?:pdf|png)(?=\n| *\"|$)", text)) - {"one-batch.png"}
         drawn = {path.name for path in (*tutorial.glob("*.pdf"), *tutorial.glob("*.png"))}
-        assert len(asked) > 12
-        assert {name for name in asked if not (DOCS.parent / "figures" / name).exists()} <= drawn
+        assert len(named) > 12
+        assert {name for name in named if not (DOCS.parent / "figures" / name).exists()} <= drawn
 
-    def test_every_kind_of_picture_is_there(self):
+    def test_every_kind_of_picture_is_on_the_page(self):
         text = (DOCS / "pictures.md").read_text()
         for kind in FIGURES:
             assert f"--kind {kind} " in text, kind
@@ -163,7 +163,7 @@ class TestCluster:
     def test_commands_of_long_runs_in_a_smaller_size(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        """Each by one process: what torchrun adds is tested with the processes themselves."""
+        """Each in one process: other tests start torchrun."""
         monkeypatch.chdir(tmp_path)
         list(Training(get_task("digits-mlp"), Path("runs/mlp"), epochs=1, num_batches=2).run())
         shell = [text for language, text in blocks("cluster.md") if language == "bash"]
@@ -182,7 +182,7 @@ class TestCluster:
             assert done.exit_code == 0, (line, done.output)
 
     def test_joined_rows_are_those_of_one_run(self, tmp_path: Path):
-        """What the page promises of the seed: also the sampled labels of sf."""
+        """The seed fixes the labels that sf samples, too, as the page says."""
         task = get_task("digits-mlp")
         training = Training(task, tmp_path, epochs=1, num_batches=2)
         list(training.run())
@@ -208,20 +208,20 @@ class TestLargeModels:
 
 
 def messages() -> list[str]:
-    """Every text in the source, with … for what is filled in."""
-    found = []
+    """Every text in the source, with … for the parts that are filled in."""
+    texts = []
     for path in Path(ngeval.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                texts.append(node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
-                found.append("".join(map(str, parts)))
-    return found
+                texts.append("".join(map(str, parts)))
+    return texts
 
 
 class TestErrors:
-    def test_each_quoted_message_is_one_that_ngeval_gives(self):
+    def test_each_quoted_message_is_in_the_source(self):
         quoted = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(), re.MULTILINE)
         assert len(quoted) > 25
         known = messages()

@@ -1,4 +1,4 @@
-"""The README's commands and examples are what CI runs and what a reader can paste."""
+"""CI runs the README's commands, and its examples can be pasted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 
 
 def block_with(text: str) -> str:
-    found = [body for _, body in BLOCKS if text in body]
-    assert found, f"no code block of the README holds {text!r}"
-    return found[0]
+    bodies = [body for _, body in BLOCKS if text in body]
+    assert bodies, f"no code block of the README holds {text!r}"
+    return bodies[0]
 
 
 @pytest.mark.parametrize("command", ["&& ngeval demo", "&& python -m pytest"])
@@ -31,7 +31,7 @@ def test_ci_runs_the_commands_of_the_readme(command):
 
 def test_the_python_examples_run(capsys):
     names: dict[str, object] = {}
-    for start, said in (
+    for start, output in (
         ("import torch, ngeval", "damping"),
         ("optimizer = torch.optim.AdamW", "excess"),
         ("from ngeval.methods import ParameterState", "sign"),
@@ -39,7 +39,7 @@ def test_the_python_examples_run(capsys):
         ("optimizer = ngeval.optim.iEF", "mean loss"),
     ):
         exec(compile(block_with(start), "README.md", "exec"), names)
-        assert said in capsys.readouterr().out
+        assert output in capsys.readouterr().out
 
 
 def test_the_worked_example_runs_as_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The documentation site: built in strict mode, whole, and readable without a network."""
+"""The documentation site: built in strict mode, complete, and readable without a network."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ PUBLIC = (
     "ngeval.tasks",
     "ngeval.training",
 )
-# What a browser fetches to show a page, and where it is named.
+# What a browser fetches to show a page, and the attribute that names it.
 FETCHED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src")}
 FETCHING_LINKS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "modulepreload"}
 
 
 class Page(HTMLParser):
-    """What a page links to, what it fetches, and the anchors that it has."""
+    """A page's links, the files that it fetches, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -66,18 +66,18 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The command of docs/install.md but for the folder; once for all workers."""
-    own = tmp_path_factory.getbasetemp()
-    folder = own if worker_id == "master" else own.parent
-    target, said = folder / "site" / "html", folder / "site.txt"
+    """The site, built by the command of docs/install.md, once for all workers."""
+    local = tmp_path_factory.getbasetemp()
+    folder = local if worker_id == "master" else local.parent
+    target, log = folder / "site" / "html", folder / "site.txt"
     with (folder / "site.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not said.exists():
+        if not log.exists():
             options = shlex.split(COMMAND)[1:-1]
             command = [sys.executable, "-m", "sphinx", *options, "-q", str(target)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            said.write_text(f"{done.returncode}\n{done.stderr}")
-    code, _, errors = said.read_text().partition("\n")
+            log.write_text(f"{done.returncode}\n{done.stderr}")
+    code, _, errors = log.read_text().partition("\n")
     assert code == "0", errors[-4000:]
     return target
 
@@ -88,10 +88,10 @@ def test_the_command_is_that_of_the_install_page():
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[str, Page]:
-    """Every page by its place in the site."""
-    found = {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
-    assert len(found) > 40
-    return found
+    """Every page by its path in the site."""
+    all_pages = {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
+    assert len(all_pages) > 40
+    return all_pages
 
 
 def inside(page: str, target: str) -> tuple[str, str]:
@@ -108,7 +108,7 @@ def inside(page: str, target: str) -> tuple[str, str]:
 
 
 class TestLinks:
-    def test_every_link_within_the_site_leads_somewhere(self, site: Path, pages: dict[str, Page]):
+    def test_every_link_within_the_site_has_a_target(self, site: Path, pages: dict[str, Page]):
         checked, broken = 0, []
         for name, page in pages.items():
             for link in page.links:
@@ -123,7 +123,7 @@ class TestLinks:
         assert checked > 1000
         assert broken == []
 
-    def test_links_to_other_sites_are_safe_ones(self, pages: dict[str, Page]):
+    def test_links_to_other_sites_are_safe(self, pages: dict[str, Page]):
         schemes = {urlsplit(link).scheme for page in pages.values() for link in page.links}
         assert schemes <= {"", "https", "mailto"}
 
@@ -183,16 +183,16 @@ class TestOffline:
 
 
 def public_names(module: str) -> list[str]:
-    """``__all__``, or what is defined in the module itself under a name without underscore."""
-    found = importlib.import_module(module)
-    own = getattr(found, "__all__", None)
-    if own is None:
-        own = [
+    """``__all__``, or the module's own definitions without an underscore."""
+    loaded = importlib.import_module(module)
+    names = getattr(loaded, "__all__", None)
+    if names is None:
+        names = [
             name
-            for name, value in vars(found).items()
+            for name, value in vars(loaded).items()
             if not name.startswith("_") and getattr(value, "__module__", None) == module
         ]
-    return [f"{module}.{name}" for name in own]
+    return [f"{module}.{name}" for name in names]
 
 
 def names_used(notebook: Path) -> set[str]:
@@ -220,7 +220,7 @@ def names_used(notebook: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def inventory(site: Path) -> dict[str, str]:
-    """Where each documented name is."""
+    """The place of each documented name."""
     content = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
     return {
         name: item.uri
@@ -238,9 +238,9 @@ class TestApi:
 
     def test_every_public_name_has_a_docstring(self):
         for name in [name for module in PUBLIC for name in public_names(module)]:
-            module, _, own = name.rpartition(".")
-            thing = getattr(importlib.import_module(module), own)
-            assert not callable(thing) or thing.__doc__, name
+            module, _, attribute = name.rpartition(".")
+            value = getattr(importlib.import_module(module), attribute)
+            assert not callable(value) or value.__doc__, name
 
     def test_each_public_module_has_a_page(self, site: Path):
         for module in PUBLIC:
@@ -263,7 +263,7 @@ class TestApi:
             file, anchor = uri.split("#")
             assert anchor.replace("$", name) in pages[file].anchors, name
 
-    def test_errors_are_there_with_what_they_derive_from(self, site: Path):
+    def test_errors_are_on_the_page_of_ngeval(self, site: Path):
         text = (site / "docs" / "api" / "ngeval.html").read_text()
         for name in ("InputError", "ModelError", "EngineError", "NumericalError", "TaskError"):
             assert f'id="ngeval.{name}"' in text
