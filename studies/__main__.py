@@ -100,7 +100,7 @@ def study(
         check_packages(chosen)
         size: Size = "quick" if quick else "full"
         told = manifest({"study": name, "size": size, "seed": seed})
-        target = ResultFile(files.rows, force=force, told=told)
+        target = ResultFile(files.rows, force=force, manifest=told)
         rows = _run(chosen, size, seed, data_dir, target, quiet)
     else:
         rows = check_rows(read_results(rows_from), chosen)

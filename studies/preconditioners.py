@@ -30,7 +30,7 @@ from ngeval.plots.gamma import draw_stages
 from ngeval.plots.style import PAGE, in_style, legend_below, styles_of
 from ngeval.problem.problem import Problem
 from ngeval.runs.run import Run
-from ngeval.runs.units import Unit, labelled
+from ngeval.runs.units import Unit, iterate_units, labelled
 from ngeval.tasks import get_task
 from ngeval.training import Training
 from studies.base import Advance, Finding, Size, Study, decide
@@ -96,7 +96,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
             # From the first epoch on, so that Adam has a state.
             stages = sorted({1, *range(epochs // 3, epochs + 1, epochs // 3)})
             job = Run(task, [found[i] for i in stages], samples, batches, seed=number)
-            for unit in job.units(METHODS):
+            for unit in iterate_units(job, METHODS):
                 table = evaluate(unit.problem, unit.methods, dampings, seed=number)
                 parts = [table[KEPT].assign(part="gamma"), _moments(unit, number)]
                 rows = labelled(pd.concat(parts, ignore_index=True), unit.columns)

@@ -22,6 +22,7 @@ from ngeval.methods import get_methods
 from ngeval.problem.gamma import gradient_norms, loss_change
 from ngeval.problem.problem import Problem
 from ngeval.runs.run import Run
+from ngeval.runs.units import iterate_units
 from ngeval.tasks import get_task
 from ngeval.training import Training
 from studies.base import Advance, Size, Study
@@ -102,7 +103,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
 
 def _graded(job: Run, plan: Plan, *, with_samples: bool) -> Iterator[pd.DataFrame]:
     """γ at every damping; on the first batch also what becomes of each sample."""
-    for unit in job.units():
+    for unit in iterate_units(job):
         batch = int(unit.columns["batch"])
         seed = job.seed + batch
         table = evaluate(unit.problem, METHODS, plan.dampings, seed=seed, natural=False)

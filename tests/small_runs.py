@@ -11,7 +11,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-import ngeval.runs.run
+import ngeval.runs.tables
 from ngeval.cli.app import app
 
 BATCH = 5
@@ -112,7 +112,7 @@ def stop_after(monkeypatch, units: int, error: BaseException | None = None) -> N
 
 
 def _stop_one(monkeypatch, name: str, units: int, error: BaseException) -> None:
-    make, calls = getattr(ngeval.runs, name), []
+    make, calls = getattr(ngeval.runs.tables, name), []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -120,7 +120,7 @@ def _stop_one(monkeypatch, name: str, units: int, error: BaseException) -> None:
             raise error
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(ngeval.runs, name, stopped)
+    monkeypatch.setattr(ngeval.runs.tables, name, stopped)
 
 
 def files(folder: Path) -> set[str]:

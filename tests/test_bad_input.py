@@ -656,7 +656,7 @@ class TestOutput:
 
 
 def test_output_is_checked_before_the_work(place, monkeypatch):
-    monkeypatch.setattr("ngeval.runs.run.Units", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("ngeval.runs.execute.Units", lambda *_, **__: pytest.fail("work was begun"))
     assert_refused(run(command("gamma", place, place / "old.csv")), "--force")
 
 

@@ -19,7 +19,7 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 import ngeval
-import ngeval.runs.run
+import ngeval.runs.tables
 import ngeval.runs.units
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli.app import app
@@ -753,7 +753,7 @@ class TestOwnTasks:
 class TestInterruption:
     @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
     def test_finished_rows_of_gamma_are_saved(self, cnn, tmp_path, monkeypatch, kind):
-        evaluate, calls = ngeval.runs.run.evaluate, []
+        evaluate, calls = ngeval.runs.tables.evaluate, []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
@@ -761,7 +761,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return evaluate(*args, **kwargs)
 
-        monkeypatch.setattr(ngeval.runs.run, "evaluate", interrupted)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", interrupted)
         output = tmp_path / f"g.{kind}"
         args = (*CNN, "-c", cnn.folder, *SMALL, "-m", "sgd,ef", "--quiet")
         result = run("gamma", *args, "-o", output, code=130)
@@ -775,7 +775,7 @@ class TestInterruption:
         assert sorted(tmp_path.iterdir()) == [output, journal, manifest_path(output)]
 
     def test_finished_rows_of_imbalance_are_saved(self, cnn, tmp_path, monkeypatch):
-        norms, calls = ngeval.runs.units.gradient_norms, []
+        norms, calls = ngeval.runs.tables.gradient_norms, []
 
         def interrupted(problem):
             calls.append(1)
@@ -783,7 +783,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return norms(problem)
 
-        monkeypatch.setattr(ngeval.runs.units, "gradient_norms", interrupted)
+        monkeypatch.setattr(ngeval.runs.tables, "gradient_norms", interrupted)
         args = (*CNN, "-c", cnn.folder, *SMALL, "--quiet", "-o", tmp_path / "i.csv")
         run("imbalance", *args, code=130)
         assert len(read(tmp_path / "i.csv")) == 16
@@ -794,7 +794,7 @@ class TestInterruption:
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(ngeval.runs.run, "evaluate", interrupted)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", interrupted)
         (tmp_path / "g.csv").write_text("old")
         args = (*CNN, "-c", cnn.folder, *SMALL, "--force", "-o", tmp_path / "g.csv")
         run("gamma", *args, code=130)

@@ -15,13 +15,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ngeval
-import ngeval.runs.run
+import ngeval.runs.tables
 from ngeval.analysis.ranking import ranking
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli.app import app
 from ngeval.cli.compare import METHODS
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.runs.run import Run
+from ngeval.runs.tables import GammaTable, unit_tables
+from ngeval.runs.units import Units
 from ngeval.tasks import get_task
 
 # The first forward-mode product imports a part of torch that warns of itself.
@@ -190,7 +192,9 @@ class TestOptimizers:
         checkpoints = find_checkpoints([str(trained.folder)])[:2]
         options = OptimizerOptions("sum", False, False)
         job = Run(get_task(trained.task), checkpoints, 8, 1, optimizer_options=options)
-        tables = list(job.gammas([_Named(Bound())], [1.0]))
+        work = GammaTable.of([_Named(Bound())], dampings=[1.0])
+        entries = unit_tables(Units(job, work.resolved), work, job.keys)
+        tables = [entry.table for _, entry in entries]
         assert set(seen) == {("epoch-000", options), ("epoch-001", options)}
         assert [table["gamma_over_sgd"].tolist() for table in tables] == [[1.0], [1.0]]
 
@@ -312,7 +316,7 @@ class TestLayers:
             assert label in content
 
     def test_interrupted(self, trained, tmp_path, monkeypatch):
-        made, calls = ngeval.runs.layer_table, []
+        made, calls = ngeval.runs.tables.layer_table, []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
@@ -320,7 +324,7 @@ class TestLayers:
                 raise KeyboardInterrupt
             return made(*args, **kwargs)
 
-        monkeypatch.setattr(ngeval.runs, "layer_table", interrupted)
+        monkeypatch.setattr(ngeval.runs.tables, "layer_table", interrupted)
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd", "-q")
         run("layers", *args, "-o", tmp_path / "l.csv", code=130)
         assert len(pd.read_csv(tmp_path / "l.csv")) == 3 * 2
@@ -394,7 +398,7 @@ class TestCompare:
             assert label in (tmp_path / f"{kind}.svg").read_text()
 
     def test_a_second_run_needs_force_and_is_refused_before_work(self, compared, monkeypatch):
-        monkeypatch.setattr(ngeval.runs, "evaluate", None)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", None)
         before = {path: path.read_bytes() for path in compared.output.iterdir()}
         result = run("compare", *compared.args, "-o", compared.output, code=2)
         assert "--force" in result.stderr
@@ -402,7 +406,7 @@ class TestCompare:
 
     @pytest.mark.parametrize("name", ["ranking.csv", "ranking.png", "kfac.png"])
     def test_no_file_of_the_users_is_replaced(self, trained, tmp_path, monkeypatch, name):
-        monkeypatch.setattr(ngeval.runs, "evaluate", None)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", None)
         (tmp_path / name).write_text("mine")
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,kfac")
         assert name in run("compare", *args, "-o", tmp_path, code=2).stderr
@@ -431,7 +435,7 @@ class TestCompare:
         assert set(table["damping"]) == {1e-4, 1e-2, 1.0}
 
     def test_interrupted(self, trained, tmp_path, monkeypatch):
-        made, calls = ngeval.runs.evaluate, []
+        made, calls = ngeval.runs.tables.evaluate, []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
@@ -439,7 +443,7 @@ class TestCompare:
                 raise KeyboardInterrupt
             return made(*args, **kwargs)
 
-        monkeypatch.setattr(ngeval.runs, "evaluate", interrupted)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", interrupted)
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,ef", "-q")
         result = run("compare", *args, "--dampings", "1", "-o", tmp_path / "out", code=130)
         assert "interrupted" in result.stderr

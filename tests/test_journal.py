@@ -108,8 +108,8 @@ class TestUnits:
     def test_begin_starts_with_nothing(self, journal):
         journal.write((0, 0), Entry(rows(0, 0)))
         assert journal.exists
-        journal.begin("anew")
-        assert journal.told() == "anew"
+        journal.begin("again")
+        assert journal.description() == "again"
         assert journal.entries() == {}
 
     def test_removed(self, journal):
@@ -127,12 +127,12 @@ class TestFullDisk:
         def full(handle):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(ngeval.files.os, "fsync", full)
+        monkeypatch.setattr(ngeval.utils.atomic.os, "fsync", full)
         for key in ((0, 0), (0, 1)):
             with pytest.raises(OutputError, match=rf"00000-0000{key[1]}.*No space left"):
                 journal.write(key, Entry(rows(9, 9)))
         with pytest.raises(OutputError, match="No space left"):
-            journal.tell("more")
+            journal.describe("more")
         assert {path: path.read_bytes() for path in journal.folder.iterdir()} == before
 
     def test_a_folder_that_cannot_be(self, tmp_path):
@@ -141,7 +141,7 @@ class TestFullDisk:
         with pytest.raises(OutputError, match="cannot be written"), journal.held():
             pytest.fail("it is not held")
         with pytest.raises(OutputError, match="cannot be read or written"):
-            journal.told()
+            journal.description()
 
 
 HOLDER = """
@@ -170,7 +170,7 @@ class TestLock:
         first, second = (Journal(tmp_path / "g.csv") for _ in range(2))
         with first.held():
             (first.folder / "writer.json").write_text(text)
-            with pytest.raises(OutputError, match="which has just begun"), second.held():
+            with pytest.raises(OutputError, match="one that has just begun"), second.held():
                 pytest.fail("two hold it")
 
     def test_nothing_is_left_of_a_run_that_did_not_begin(self, tmp_path):

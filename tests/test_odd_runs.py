@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import ngeval.grading.evaluate
-import ngeval.runs.run
+import ngeval.runs.tables
 from ngeval.checkpoints import save_checkpoint
 from ngeval.errors import OutputError
 from ngeval.methods.sgd import Sgd
@@ -51,7 +51,7 @@ class TestMemory:
     def test_of_the_least_gamma(self, small, whole, error):
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules["ngeval.evaluate"], "natural_solver", failing(error))
+            patch.setattr(sys.modules["ngeval.grading.evaluate"], "natural_solver", failing(error))
             told = small.run("gamma", output, code=3).stderr
         assert "or not by every method" in told
         table = read_results(output)
@@ -83,7 +83,7 @@ class TestMemory:
 
 class TestCheckpoints:
     def test_one_that_is_written_to_in_the_run(self, small, whole, monkeypatch):
-        output, real, calls = small.folder / "g.csv", ngeval.runs.evaluate, []
+        output, real, calls = small.folder / "g.csv", ngeval.runs.tables.evaluate, []
 
         def evaluate(*args, **kwargs):
             if not calls:
@@ -92,7 +92,7 @@ class TestCheckpoints:
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ngeval.runs, "evaluate", evaluate)
+            patch.setattr(ngeval.runs.tables, "evaluate", evaluate)
             told = small.run("gamma", output, code=3).stderr
         assert "epoch=2.safetensors was written to since the run began" in told
         table = read_results(output)
@@ -105,7 +105,7 @@ class TestCheckpoints:
 
     def test_one_that_is_still_being_written_as_the_run_begins(self, small, whole, monkeypatch):
         path, output = small.checkpoint(2), small.folder / "g.csv"
-        content, real = path.read_bytes(), ngeval.runs.evaluate
+        content, real = path.read_bytes(), ngeval.runs.tables.evaluate
         path.write_bytes(content[:50])
 
         def evaluate(*args, **kwargs):
@@ -113,7 +113,7 @@ class TestCheckpoints:
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ngeval.runs, "evaluate", evaluate)
+            patch.setattr(ngeval.runs.tables, "evaluate", evaluate)
             small.run("gamma", output, code=3)
         small.run("gamma", output, "--resume")
         assert output.read_bytes() == whole

@@ -19,11 +19,14 @@ from typer.testing import CliRunner
 
 import ngeval
 import ngeval.plots
-from ngeval.checkpoints import find_checkpoints
+from ngeval.checkpoints import Checkpoint, find_checkpoints
 from ngeval.cli.app import app
 from ngeval.methods import METHODS
 from ngeval.plots import FIGURES
+from ngeval.results.journal import table_of
 from ngeval.runs.run import Run
+from ngeval.runs.tables import GammaTable, unit_tables
+from ngeval.runs.units import Units
 from ngeval.tasks import get_task
 from ngeval.training import Training
 from tests.pages import DOCS, blocks, in_folder, run_here, run_python, shell_lines
@@ -187,14 +190,14 @@ class TestCluster:
         training = Training(task, tmp_path, epochs=1, num_batches=2)
         list(training.run())
         checkpoints = find_checkpoints([str(tmp_path)])
-        run = Run(task, checkpoints, batch_size=8, num_batches=2)
-        parts = [
-            part
-            for one in checkpoints
-            for part in Run(task, [one], batch_size=8, num_batches=2).gammas(["sf"], [1e-3])
-        ]
-        whole = pd.concat(list(run.gammas(["sf"], [1e-3])), ignore_index=True)
-        joined = pd.concat(parts, ignore_index=True)
+        work = GammaTable.of("sf", dampings=[1e-3])
+
+        def table(checkpoints: list[Checkpoint]) -> pd.DataFrame:
+            run = Run(task, checkpoints, batch_size=8, num_batches=2)
+            return table_of(e for _, e in unit_tables(Units(run, work.resolved), work, run.keys))
+
+        whole = table(checkpoints)
+        joined = pd.concat([table([one]) for one in checkpoints], ignore_index=True)
         columns = ["checkpoint", "batch", "gamma"]
         pd.testing.assert_frame_equal(joined[columns], whole[columns])
 

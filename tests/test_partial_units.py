@@ -23,6 +23,7 @@ from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
 from ngeval.runs.identity import differences, identity
 from ngeval.runs.run import Run
+from ngeval.runs.tables import GammaTable
 from ngeval.runs.units import Units
 from tests.small_runs import BATCHES, STAGES, Small
 
@@ -134,12 +135,12 @@ class TestBatchesOfOptimizers:
     def test_are_part_of_what_a_run_depends_on(self, tmp_path, methods, same):
         task = ngeval.Task("mine", lambda: nn.Linear(4, 3), batches, "categorical")
         job = Run(task, [Checkpoint(tmp_path, {}, as_built=True)], batch_size=5, num_batches=2)
-        options = {"kind": "gamma", "methods": methods.split(",")}
+        work = GammaTable.of(methods, dampings=[1.0])
         torch.manual_seed(0)
-        then = identity(job, options)
+        then = identity(job, work)
         torch.manual_seed(0)
         changed = replace(job, task=replace(task, load_batches=other_at_other_seeds))
-        lines = differences(then, identity(changed, options))
+        lines = differences(then, identity(changed, work))
         assert all(line.startswith("accumulated_batches") for line in lines)
         assert bool(lines) != same
         assert json.loads(json.dumps(then)) == then

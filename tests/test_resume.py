@@ -28,7 +28,7 @@ from pandas.testing import assert_frame_equal
 import ngeval
 import ngeval.methods
 import ngeval.runs.identity
-import ngeval.runs.run
+import ngeval.runs.tables
 import ngeval.runs.units
 from ngeval.methods.registry import METHODS, MethodEntry
 from ngeval.results.journal import Entry, Journal
@@ -48,7 +48,7 @@ CODE = {"ngeval": "0", "ngeval_files": "a" * 64}
 @pytest.fixture(autouse=True)
 def _code(monkeypatch):
     """Somebody may be editing ngeval while it is tested, which is no business of these tests."""
-    monkeypatch.setattr(ngeval.identity, "code", lambda: dict(CODE))
+    monkeypatch.setattr(ngeval.runs.identity, "code", lambda: dict(CODE))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def stopped(tmp_path_factory):
     """A folder with a run that was stopped in the midst of its second checkpoint."""
     small = Small.of(tmp_path_factory.mktemp("stopped"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngeval.identity, "code", lambda: dict(CODE))
+        patch.setattr(ngeval.runs.identity, "code", lambda: dict(CODE))
         interrupted(small, "gamma", small.folder / "g.csv", 3)
     return small.folder
 
@@ -112,8 +112,8 @@ class TestInterruption:
             told = read_manifest(output)
             assert "complete" not in told
             assert len(read_results(output)) == units * 4
-        made = mock.Mock(wraps=ngeval.runs.evaluate)
-        with mock.patch.object(ngeval.runs, "evaluate", made):
+        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
             small.run("gamma", output, "--resume")
         assert made.call_count == UNITS - units
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
@@ -152,8 +152,8 @@ class TestInterruption:
         units[1].write_bytes(units[1].read_bytes()[:-100])
         units[3].unlink()
         output.unlink()
-        made = mock.Mock(wraps=ngeval.runs.evaluate)
-        with mock.patch.object(ngeval.runs, "evaluate", made):
+        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
             small.run("gamma", output, "--resume")
         assert made.call_count == 3
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
@@ -161,7 +161,8 @@ class TestInterruption:
     def test_killed(self, small, undisturbed):
         """SIGKILL, in a process of its own, while units come."""
         output = small.folder / "g.csv"
-        line = "import time, ngeval.runs as r; from ngeval.cli.app import main; make = r.evaluate\n"
+        line = "import time, ngeval.runs.tables as r; from ngeval.cli.app import main\n"
+        line += "make = r.evaluate\n"
         line += "r.evaluate = lambda *a, **k: (time.sleep(0.3), make(*a, **k))[1]; main()"
         args = [sys.executable, "-c", line, *small.args("gamma", output)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -193,7 +194,7 @@ class TestInterruption:
             table = read_results(wanted)
             journal = Journal(output)
             journal.forget(list(journal.entries()))
-            journal.run = json.loads(journal.told())["id"]
+            journal.run = json.loads(journal.description())["id"]
             for stage, batch in keys[:stop]:
                 rows = table[(table["stage"] == stage) & (table["batch"] == batch)]
                 journal.write((stage, batch), Entry(rows))
@@ -263,7 +264,7 @@ class TestRefusal:
         place = words.index("-c")
         words[place : place + 2] = [word for name in names for word in ("-c", name)]
         with contextlib.chdir(half.folder):
-            assert "in another order" in run(*words, code=2).stderr
+            assert "in a different order" in run(*words, code=2).stderr
 
     TASKS: ClassVar = {
         "model": ("torch.nn.Linear(4, 3)", "torch.nn.Linear(4, 3, bias=False)", "task.model: "),
@@ -283,7 +284,7 @@ class TestRefusal:
 
     def test_code(self, half, monkeypatch):
         now = CODE | {"ngeval_files": "b" * 64}
-        monkeypatch.setattr(ngeval.identity, "code", lambda: now)
+        monkeypatch.setattr(ngeval.runs.identity, "code", lambda: now)
         told = refused(half, "gamma", half.folder / "g.csv", "--resume")
         assert "code.ngeval_files: " in told
         assert "--force" in told
@@ -342,12 +343,14 @@ class TestRefusal:
             own = folder
         else:
             folder.write_text("mine")
-        assert "is not ngeval's" in refused(small, "gamma", output)
+        assert "is not a journal" in refused(small, "gamma", output)
         if kind != "file":
             assert [path.name for path in own.iterdir()] == ["notes.txt"]
 
     def test_a_manifest_that_cannot_be_written_is_told_before_the_work(self, small, monkeypatch):
-        monkeypatch.setattr("ngeval.runs.run.Units", lambda *_: pytest.fail("work was begun"))
+        monkeypatch.setattr(
+            "ngeval.runs.execute.Units", lambda *_, **__: pytest.fail("work was begun")
+        )
         (small.folder / "g.csv.manifest.json").mkdir()
         assert "is a folder" in refused(small, "gamma", small.folder / "g.csv")
 
@@ -355,15 +358,18 @@ class TestRefusal:
         output = half.folder / "g.csv"
         told = {"identity": {"checkpoints": {}, "code": [{"a": 1}], "batches": 7}, "resumed": 1}
         (Journal(output).folder / "run.json").write_text(json.dumps(told))
-        assert "is damaged: it does not tell" in refused(half, "gamma", output, "--resume")
+        assert "is damaged and does not record which run it belongs to" in refused(
+            half, "gamma", output, "--resume"
+        )
 
     def test_neither_journal_nor_manifest(self, half):
         output = half.folder / "old.csv"
         output.write_text("method,gamma\nsgd,1\n")
         told = refused(half, "gamma", output, "--resume")
-        assert "cannot be gone on with" in told
+        assert "so it cannot be continued" in told
         manifest_path(output).write_text('{"format": 1, "complete": true}')
-        assert "cannot be gone on with" in refused(half, "gamma", output, "--resume")
+        told = refused(half, "gamma", output, "--resume")
+        assert "is not a manifest that a run can be repeated from: it has no 'options'" in told
 
     def test_words_that_do_not_go_together(self, half):
         output = half.folder / "g.csv"
@@ -372,8 +378,8 @@ class TestRefusal:
         words = half.args("gamma", output, "--resume")
         place = words.index("-o")
         told = run(*words[:place], *words[place + 2 :], code=2).stderr
-        assert "--resume needs the --output" in told
-        assert "pass --resume to go on with it" in refused(half, "gamma", output)
+        assert "--resume needs the file that the run is kept in: --output" in told
+        assert "pass --resume to continue it" in refused(half, "gamma", output)
 
     def test_a_second_writer(self, half):
         output = half.folder / "g.csv"
@@ -405,8 +411,8 @@ class TestStart:
     def test_force_starts_anew(self, small, undisturbed):
         output = small.folder / "g.csv"
         interrupted(small, "gamma", output, 4, "--seed", "1")
-        made = mock.Mock(wraps=ngeval.runs.evaluate)
-        with mock.patch.object(ngeval.runs, "evaluate", made):
+        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
             small.run("gamma", output, "--force")
         assert made.call_count == UNITS
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
@@ -461,8 +467,8 @@ class TestFailedUnits:
             again = small.run("gamma", output, "--resume", code=3)
             assert "could not be graded" in again.stderr
         small.save(stage)
-        made = mock.Mock(wraps=ngeval.runs.evaluate)
-        with mock.patch.object(ngeval.runs, "evaluate", made):
+        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
             small.run("gamma", output, "--resume")
         assert made.call_count == BATCHES
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
@@ -501,7 +507,7 @@ class TestFailedUnits:
 
     def test_one_that_runs_out_of_memory(self, small, undisturbed, monkeypatch):
         output = small.folder / "g.csv"
-        calls, make = [], ngeval.runs.evaluate
+        calls, make = [], ngeval.runs.tables.evaluate
 
         def full(*args, **kwargs):
             calls.append(1)
@@ -509,7 +515,7 @@ class TestFailedUnits:
                 raise torch.OutOfMemoryError("Tried to allocate 7 TiB")
             return make(*args, **kwargs)
 
-        monkeypatch.setattr(ngeval.runs, "evaluate", full)
+        monkeypatch.setattr(ngeval.runs.tables, "evaluate", full)
         assert "7 TiB" in small.run("gamma", output, code=3).stderr
         table = read_results(output)
         lost = (table["stage"] == 1) & (table["batch"] == 1)

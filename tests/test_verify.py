@@ -49,7 +49,7 @@ def made(tmp_path_factory):
     """A folder with a result file of each command."""
     small = Small.of(tmp_path_factory.mktemp("made"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngeval.identity, "code", lambda: dict(CODE))
+        patch.setattr(ngeval.runs.identity, "code", lambda: dict(CODE))
         for name in OUTPUTS:
             small.run(name.partition(".")[0], small.folder / name)
     return small.folder
@@ -58,7 +58,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def small(made, tmp_path, monkeypatch):
     """Such a folder of one's own, which is the working one."""
-    monkeypatch.setattr(ngeval.identity, "code", lambda: dict(CODE))
+    monkeypatch.setattr(ngeval.runs.identity, "code", lambda: dict(CODE))
     folder = shutil.copytree(made, tmp_path / "made")
     monkeypatch.chdir(folder)
     return Small(folder)
@@ -201,8 +201,8 @@ class TestDiffers:
     def test_many_units_are_missing(self, small):
         recorded = read_recorded(Path("gamma.csv"), Trust("mine.py:task"))
         more = {f"c{i}": "" for i in range(20)}
-        found = recorded.identity | {"checkpoints": recorded.identity["checkpoints"] | more}
-        message = missing_units(replace(recorded, identity=found))
+        recorded.manifest.identity.checkpoints.update(more)
+        message = missing_units(recorded)
         assert message.startswith("40 of 46 units")
         assert message.endswith("c5 batch 1\n  and 28 more")
 
@@ -246,7 +246,7 @@ class TestDiffers:
 class TestChanged:
     def refused(self, told: str, name: str = "gamma.csv") -> None:
         message = verify(name, code=2).stderr
-        assert "cannot be had again" in message
+        assert "cannot be reproduced" in message
         assert told in message
 
     def test_a_checkpoint(self, small):
@@ -271,7 +271,7 @@ class TestChanged:
         self.refused(told)
 
     def test_code_and_machine_are_told(self, small, monkeypatch):
-        monkeypatch.setattr(ngeval.identity, "code", lambda: CODE | {"ngeval": "1"})
+        monkeypatch.setattr(ngeval.runs.identity, "code", lambda: CODE | {"ngeval": "1"})
         tell("gamma.csv", lambda m: m["machine"].update(cpu="abacus"))
         shown = verify("gamma.csv").stdout
         assert '\n  code.ngeval: "0" then, "1" now\n  machine.cpu: "abacus" then, ' in shown
@@ -286,7 +286,7 @@ class TestChanged:
     def test_a_checkpoint_that_is_gone(self, small):
         small.checkpoint(0).unlink()
         message = verify("gamma.csv", code=2).stderr
-        assert "checkpoint 'epoch=0.safetensors' of the run is not there" in message
+        assert "checkpoint 'epoch=0.safetensors' of the run does not exist" in message
         assert "verify in the folder that the run was started in" in message
 
     def test_elsewhere(self, small, monkeypatch, tmp_path):
@@ -303,7 +303,7 @@ class TestTrust:
 
         monkeypatch.setattr("ngeval.runs.from_options.get_task", ran)
         message = verify("gamma.csv", task=False, code=2).stderr
-        assert "is of the task 'mine.py:task', which is code that would be run" in message
+        assert "belongs to the task 'mine.py:task', which is code that would be run" in message
 
     def test_an_optimizer_is_code(self, small, monkeypatch):
         Path("evil_module_v.py").write_text("raise SystemExit('imported')\n")
@@ -377,12 +377,14 @@ class TestTrust:
             shutil.copy("kept.json", manifest_path(Path("gamma.csv")))
 
     def test_more_units_than_there_can_be(self, small, monkeypatch):
-        monkeypatch.setattr(ngeval.manifest_checks, "MOST_UNITS", UNITS - 1)
+        monkeypatch.setattr(ngeval.verification.manifest_checks, "MAX_UNITS", UNITS - 1)
         with pytest.raises(NgevalError, match="more than 5 units"):
             begin("gamma.csv")
 
     def test_a_batch_of_10_to_the_15_is_refused_before_it_is_made(self, small, monkeypatch):
-        monkeypatch.setattr(ngeval.verification, "make_run", lambda *_: pytest.fail("made"))
+        monkeypatch.setattr(
+            ngeval.verification.recompute, "make_run", lambda *_: pytest.fail("made")
+        )
         tell("gamma.csv", lambda told: told["options"].update(batch_size=10**15))
         message = verify("gamma.csv", code=2).stderr
         assert "num_batches × batch_size is 2.0e+15 samples; at most 1e+07 are" in message
@@ -408,7 +410,7 @@ class TestTrust:
 
     def test_another_runs_manifest(self, small):
         edit("gamma.csv", stage=7)
-        assert "are of different runs" in verify("gamma.csv", code=2).stderr
+        assert "belong to different runs" in verify("gamma.csv", code=2).stderr
 
     def test_the_results_are_never_written_over(self, small):
         before = Path("gamma.csv").read_bytes()

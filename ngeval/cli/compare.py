@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
-from ngeval.cli.grade import grade, read_dampings
-from ngeval.cli.options import ForceOption, MethodsOption, QuietOption, ResumeOption
+from ngeval.cli import console
+from ngeval.cli.grade import execute_work, finish, gamma_work
+from ngeval.cli.options import (
+    ForceOption,
+    MethodsOption,
+    QuietOption,
+    ResumeOption,
+    StopAfterOption,
+)
 from ngeval.cli.spread_options import takes_options
+from ngeval.dampings import parse_dampings
 from ngeval.errors import InputError
-from ngeval.methods import get_methods
 from ngeval.runs.options import (
     GradingOptions,
     HubOptions,
@@ -57,6 +64,7 @@ def compare(
     ] = None,
     force: ForceOption = False,
     resume: ResumeOption = False,
+    stop_after: StopAfterOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Rank many methods over a training run by γ/γ_min, or trained optimizers by test performance.
@@ -85,17 +93,18 @@ def compare(
         return
     if output is None:
         raise InputError("give a folder for the results (--output)")
-    names = [method.name for method in get_methods(methods)]
     from ngeval.cli.comparison import ranking_files, write_ranking
 
-    files = ranking_files(output, names, force or resume)
-    values = read_dampings(dampings)
-    if damping is not None:
-        values = list(dict.fromkeys([*values, *read_dampings(str(damping))]))
-    out = OutputOptions(files["results"], force, resume, quiet)
-    result = grade((run, hub, step), grading, out, methods, values)
-    write_ranking(result.table, files, damping, quiet)
-    result.finish()
+    values = parse_dampings(dampings) + ([] if damping is None else [damping])
+    work = gamma_work(methods, values, grading)
+    files = ranking_files(output, work.methods, force or resume)
+    out = OutputOptions(files["results"], force, resume, stop_after, quiet)
+    result = execute_work(work, (run, hub, step), out)
+    if result.num_done == result.num_units:
+        write_ranking(result.table, files, damping, quiet)
+    else:  # a ranking of some of the units would be taken for that of all
+        console.say(console.table_console(quiet), "the ranking is written when all units are done")
+    finish(result)
 
 
 def _refuse_grading(run: RunOptions, hub: HubOptions) -> None:

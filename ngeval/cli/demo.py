@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,8 @@ from ngeval.plots import (
 from ngeval.results.manifest import manifest
 from ngeval.results.table_files import ResultFile, check_output
 from ngeval.runs.run import Run
+from ngeval.runs.tables import GammaTable, SampleTable, unit_tables
+from ngeval.runs.units import Units
 from ngeval.tasks import Task, get_task
 from ngeval.training import EpochReport, Training
 
@@ -62,10 +65,10 @@ class Demo:
             **{"task": task.name, "epochs": self.epochs, "batch_size": self.batch_size},
             **{"num_batches": self.num_batches, "seed": self.seed},
         }
-        told = manifest(options)
+        record = manifest(options)
         with (
-            ResultFile(self.output / "results.parquet", force=self.force, told=told) as gammas,
-            ResultFile(self.output / "imbalance.parquet", force=self.force, told=told) as samples,
+            self._file("results.parquet", record) as gammas,
+            self._file("imbalance.parquet", record) as samples,
         ):
             training = Training(
                 task, checkpoints, epochs=self.epochs, seed=self.seed, force=self.force
@@ -80,14 +83,16 @@ class Demo:
                 num_batches=self.num_batches,
                 seed=self.seed,
             )
-            for table in run.gammas(METHODS, DAMPINGS):
-                gammas.append(table)
-                advance("grading updates", run.num_units)
-            for table in run.imbalances((), 0.0):
-                samples.append(table)
-                advance("gradient norms", run.num_units)
+            works = (GammaTable.of(METHODS, dampings=DAMPINGS), SampleTable.of(()))
+            for work, file in zip(works, (gammas, samples), strict=True):
+                for _, entry in unit_tables(Units(run, work.resolved), work, run.keys):
+                    file.append(entry.table)
+                    advance(work.description, run.num_units)
         self._draw(gammas.table(), samples.table())
         return gammas.table(), samples.table()
+
+    def _file(self, name: str, record: dict[str, Any]) -> ResultFile:
+        return ResultFile(self.output / name, force=self.force, manifest=record)
 
     @property
     def figures(self) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from ngeval.cli import console
 from ngeval.cli.options import DampingScaleOption, MethodsOption, MetricOption
 from ngeval.cli.spread_options import takes_options
-from ngeval.dampings import check_dampings, parse_dampings
+from ngeval.dampings import parse_dampings
 from ngeval.methods import get_methods
 from ngeval.runs.options import (
     GradingOptions,
@@ -23,9 +22,13 @@ from ngeval.runs.options import (
 )
 
 if TYPE_CHECKING:
-    from ngeval.runs.outcome import Collected
+    from ngeval.runs.outcome import Outcome
+    from ngeval.runs.tables import GammaTable, Work
 
 Groups = tuple[RunOptions, HubOptions, StepOptions]
+
+INCOMPLETE = 3
+"""The exit code of a run in which units could not be graded."""
 
 
 @takes_options
@@ -50,12 +53,13 @@ def gamma(
 
     ngeval gamma --hf-model t5-base --adapter lora-run --dataset glue --subset sst2 -m sgd,ief
     """
-    result = grade((run, hub, step), grading, out, methods, read_dampings(damping))
+    work = gamma_work(methods, parse_dampings(damping), grading)
     from ngeval.cli.tables import stages_table
 
+    result = execute_work(work, (run, hub, step), out)
     for value in list(dict.fromkeys(result.table["damping"]))[:3]:
         console.table_console(out.quiet).print(stages_table(result.table, value))
-    result.finish()
+    finish(result)
 
 
 @takes_options
@@ -74,11 +78,12 @@ def sweep(
 
     [bold]Example:[/bold] ngeval sweep --task digits-mlp -c runs/mlp/epoch-010.safetensors -o s.csv
     """
-    result = grade((run, hub, step), grading, out, methods, read_dampings(dampings))
+    work = gamma_work(methods, parse_dampings(dampings), grading)
     from ngeval.cli.tables import sweep_table
 
+    result = execute_work(work, (run, hub, step), out)
     console.table_console(out.quiet).print(sweep_table(result.table))
-    result.finish()
+    finish(result)
 
 
 @takes_options
@@ -108,21 +113,22 @@ def layers(
     ngeval layers --task my.py:task -c last.pt -m sgd,kfac --groups 2 && ngeval plot layers.csv
     --kind layers --output layers.png
     """
-    work = {
-        "methods": _names(methods),
-        "dampings": read_dampings(damping),
-        "groups": parse_groups(groups),
-        "damping_scale": damping_scale,
-        "metric_batches": parse_metric(metric_batches),
-        "natural": natural,
-    }
-    result = _execute("layers", work, (run, hub, step), out, {"groups": groups})
+    resolved, values = get_methods(methods), parse_dampings(damping)
     from ngeval.cli.tables import layer_tables
+    from ngeval.runs.tables import LayerTable
 
-    result.report_failures()
+    work = LayerTable.of(
+        resolved,
+        dampings=values,
+        groups=parse_groups(groups),
+        damping_scale=damping_scale,
+        metric_batches=parse_metric(metric_batches),
+        natural=natural,
+    )
+    result = execute_work(work, (run, hub, step), out, {"groups": groups})
     for table in layer_tables(result.table):
         console.table_console(out.quiet).print(table)
-    result.finish()
+    finish(result)
 
 
 @takes_options
@@ -140,65 +146,73 @@ def imbalance(
 
     [bold]Example:[/bold] ngeval imbalance --task digits-mlp -c runs/mlp --methods ef,ief -o i.csv
     """
-    check_dampings([damping])
-    work = {"methods": _names(methods) if methods else [], "damping": damping}
-    result = _execute("imbalance", work, (run, hub, step), out, {})
+    resolved = get_methods(methods) if methods else []
     from ngeval.cli.tables import imbalance_table
+    from ngeval.runs.tables import SampleTable
 
+    work = SampleTable.of(resolved, damping=damping)
+    result = execute_work(work, (run, hub, step), out)
     console.table_console(out.quiet).print(imbalance_table(result.table))
-    result.finish()
+    finish(result)
 
 
-def grade(
-    groups: Groups,
-    grading: GradingOptions,
-    out: OutputOptions,
-    methods: str,
-    dampings: list[float],
-) -> Collected:
-    """Grade the methods on every unit, as ``gamma``, ``sweep`` and ``compare`` do."""
-    work = {"methods": _names(methods), "dampings": dampings} | asdict(grading)
-    work["metric_batches"] = parse_metric(grading.metric_batches)
-    result = _execute("gamma", work, groups, out, {})
-    result.report_failures()
-    return result
-
-
-def _names(methods: str) -> list[str]:
-    return [method.name for method in get_methods(methods)]
-
-
-def read_dampings(text: str) -> list[float]:
-    """The dampings of an option's text: a comma list, or ``low:high:count``.
+def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> GammaTable:
+    """What ``gamma``, ``sweep`` and ``compare`` compute for each unit.
 
     Raises:
-        InputError: the text is something else, or a damping is negative or infinite.
+        InputError: an unknown method, or an option that cannot be used.
     """
-    return check_dampings(parse_dampings(text))
+    resolved = get_methods(methods)
+    from ngeval.runs.tables import GammaTable
+
+    return GammaTable.of(
+        resolved,
+        dampings=dampings,
+        damping_scale=grading.damping_scale,
+        metric_batches=parse_metric(grading.metric_batches),
+        natural=grading.natural,
+        gap=grading.gap,
+    )
 
 
-def _execute(
-    kind: str,
-    work: dict[str, Any],
-    groups: Groups,
-    out: OutputOptions,
-    as_typed: dict[str, Any],
-) -> Collected:
-    """Do all units of a run, and write them with a manifest of the options.
+def execute_work(
+    work: Work, groups: Groups, out: OutputOptions, as_typed: dict[str, Any] | None = None
+) -> Outcome:
+    """Compute the units of a run, and write them with a manifest of the options.
 
     Args:
-        kind: which table is computed for each unit.
-        work: the options of that table.
+        work: what is computed of each unit.
         groups: the options of the run.
         out: where the rows go.
         as_typed: the options whose text the manifest records in place of their value in ``work``.
+
+    Raises:
+        typer.Exit: this is one of torchrun's processes, and not the first.
+        NgevalError: no unit could be graded, or the result cannot be written.
     """
+    from ngeval.cli.progress import ProgressBar
     from ngeval.results.manifest import as_options
-    from ngeval.runs.execute import check_result, collect
+    from ngeval.runs.execute import check_result, execute
     from ngeval.runs.from_options import make_run
-    from ngeval.runs.tables import Work
 
     check_result(out)
     run, hub, step = groups
     recorded = (run, step) if hub.hf_model is None else groups
-    return collect(make_run(*groups), Work(kind, work), out, as_options(*recorded, work, as_typed))
+    options = as_options(*recorded, work.options, as_typed or {})
+    result = execute(make_run(*groups), work, out, options, ProgressBar(out.quiet))
+    if result is None:
+        raise typer.Exit
+    if lost := result.lost_rows():
+        console.complain(lost)
+    return result
+
+
+def finish(result: Outcome) -> None:
+    """Report the units that could not be graded.
+
+    Raises:
+        typer.Exit: with code 3, if there is one.
+    """
+    if missing := result.missing_units():
+        console.complain(missing)
+        raise typer.Exit(INCOMPLETE)

@@ -20,6 +20,7 @@ SEED = typer.Option(min=0, max=MAX_SEED, help="For batches, sampled labels and t
 DEVICE = typer.Option(help="cpu, cuda, cuda:1, mps.")
 FORCE = typer.Option("--force", help="Replace output that exists.")
 RESUME = typer.Option("--resume", help="Do only what a stopped run has not done, or start it.")
+STOP_AFTER = typer.Option(min=1, help="End after N units, which are kept; --resume continues.")
 QUIET = typer.Option("--quiet", "-q", help="Show errors only.")
 DAMPING_SCALE = typer.Option(
     help="What λ multiplies: absolute (sum-reduced), mean (Nλ), relative (λ·λmax)."
@@ -35,6 +36,7 @@ SeedOption = Annotated[int, SEED]
 DeviceOption = Annotated[str, DEVICE]
 ForceOption = Annotated[bool, FORCE]
 ResumeOption = Annotated[bool, RESUME]
+StopAfterOption = Annotated[int | None, STOP_AFTER]
 QuietOption = Annotated[bool, QUIET]
 MethodsOption = Annotated[
     str, typer.Option("--methods", "-m", help="Comma list; `ngeval methods` lists them.")
@@ -117,6 +119,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "output": typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl."),
         "force": FORCE,
         "resume": RESUME,
+        "stop_after": STOP_AFTER,
         "quiet": QUIET,
     },
 }

@@ -1,93 +1,75 @@
-"""How far a run is: one progress bar, however many processes do the work."""
+"""How far a run is: one progress bar, however many processes do the work, and lines above it."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
-from rich.progress import Progress as Bar
+from rich.console import Console
 from torch import nn
 
 from ngeval.checkpoints import Checkpoint
 from ngeval.cli import console
-from ngeval.cli.console import say
 from ngeval.errors import NgevalError
-from ngeval.runs.ranks import Ranks
-from ngeval.runs.run import Run
-from ngeval.runs.tables import Work
+from ngeval.runs import progress
+from ngeval.utils import torchrun
+
+LARGE = 2**31
+"""Bytes of checkpoints from which on hashing them has a bar of its own."""
+
+REFRESH_SECONDS = 0.5
 
 
-@dataclass
-class Shown:
-    """How far a run is: one bar, whoever does the work."""
+class ProgressBar(progress.Progress):
+    """Shows a run on standard error."""
 
-    ranks: Ranks
-    steps: Sequence[str]
-    bar: Bar
-    task: Any
-    before: int
-    told: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar = console.progress_bar(quiet)
+        self.out = self.bar.console
+        self.ended = threading.Event()
+        self.completed: Callable[[], int] = lambda: 0
 
-    @classmethod
-    @contextlib.contextmanager
-    def of(cls, job: Run, work: Work, quiet: bool, done: int) -> Iterator[Shown]:
-        """Show it while this lasts.
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            console.say(self.out, text)
 
-        Args:
-            job: the run.
-            work: its steps.
-            quiet: show nothing.
-            done: units that were done before.
-        """
-        size = max(1, len(work.steps))
-        with console.progress_bar(quiet) as bar:
-            task = bar.add_task(work.description, total=job.num_units * size, completed=done * size)
-            shown = cls(job.ranks, work.steps, bar, task, done * size)
-            watch = threading.Thread(target=shown._watch, daemon=True)
-            if job.ranks.count > 1 and not quiet:
-                watch.start()
-            try:
-                yield shown
-            finally:
-                shown.ended.set()
-                if watch.is_alive():
-                    watch.join()
-                shown._update()
+    def warn(self, text: str) -> None:
+        console.say(Console(stderr=True), text)
 
-    def advance(self, step: str) -> None:
-        """A method of the unit is done."""
-        if step in self.steps:
-            self._count(1)
-
-    def end_unit(self) -> None:
-        """All its steps count as done, told of or not."""
-        size = max(1, len(self.steps))
-        self._count(size - self.told)
-        self.told = 0
-
-    def tell(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """What an adapter leaves trainable."""
-        if checkpoint.is_adapter and not self.bar.disable:
-            say(self.bar.console, f"{checkpoint.name}: {trainable_line(model)}")
-
-    def _count(self, steps: int) -> None:
-        self.told += steps
-        self.ranks.count_step(steps)
-        self._update()
-
-    def _update(self) -> None:
-        if self.bar.disable:
+    def checkpoint_read(self, count: int, total: int, size: int) -> None:
+        if size < LARGE:
             return
-        with contextlib.suppress(NgevalError):  # no bar is worth a run
-            self.bar.update(self.task, completed=self.before + self.ranks.steps())
+        if count == 0:
+            self.bar.start()
+            self.task = self.bar.add_task("reading checkpoints", total=total)
+        self.bar.update(self.task, completed=count, visible=count < total)
+
+    def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
+        self.completed = completed
+        self.task = self.bar.add_task(description, total=total, completed=completed())
+        self.bar.start()
+        if torchrun.world_size() > 1 and not self.quiet:  # the others do not call advance() here
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def advance(self) -> None:
+        if not self.quiet:
+            with contextlib.suppress(NgevalError):  # a bar must not end a run
+                self.bar.update(self.task, completed=self.completed())
+
+    def end(self) -> None:
+        self.ended.set()
+        self.advance()
+        self.bar.stop()
+
+    def model_loaded(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        if checkpoint.is_adapter:
+            self.note(f"{checkpoint.name}: {trainable_line(model)}")
 
     def _watch(self) -> None:
-        while not self.ended.wait(0.5):
-            self._update()
+        while not self.ended.wait(REFRESH_SECONDS):
+            self.advance()
 
 
 def trainable_line(model: nn.Module) -> str:

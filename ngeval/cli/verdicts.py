@@ -17,7 +17,7 @@ from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.results.journal import Key
 from ngeval.results.manifest import machine, plain, versions
-from ngeval.runs.identity import MANY, listed
+from ngeval.runs.identity import MAX_LINES, listed
 from ngeval.runs.run import Run
 from ngeval.utils.atomic import replace_file
 from ngeval.verification.compare import Verdict, as_record
@@ -31,7 +31,7 @@ def report_differences(
     for what, lines in (("made of something else", changed), ("computed elsewhere", elsewhere)):
         if lines:
             say(out, f"{what}:{listed(lines)}")
-    if recorded.missing(MANY) and not recorded.finished:
+    if recorded.missing(MAX_LINES) and not recorded.finished:
         units = f"{len(recorded.units)} of {recorded.num_units} units"
         say(out, f"of a run that is not finished: {units} are in it")
 
@@ -41,12 +41,13 @@ def recompute(
 ) -> list[Verdict]:
     """Compute units again and compare them, with a progress bar."""
     compared: list[Verdict] = []
-    steps = max(1, len(recorded.work.steps))
+    names = recorded.work.names
+    steps = max(1, len(names))
     with console.progress_bar(quiet) as bar:
         task = bar.add_task("recomputing", total=len(keys) * steps)
 
         def advance(step: str) -> None:
-            bar.advance(task, float(step in recorded.work.steps))
+            bar.advance(task, float(step in names))
 
         for verdict in verdicts(recorded, run, keys, tolerance, advance):
             compared.append(verdict)
@@ -74,7 +75,7 @@ def write(
         "finished": recorded.finished,
         "units_there": len(recorded.units),
         "units_of_run": recorded.num_units,
-        "first_missing": recorded.missing(MANY),
+        "first_missing": recorded.missing(MAX_LINES),
         "units": [as_record(verdict) for verdict in compared],
         "versions": versions(),
         "machine": machine(),
@@ -89,7 +90,7 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
     differing = sum(not verdict.agrees for verdict in compared)
     if differing:
         console.complain(f"{differing} of {count} units of {path} differ from what it says")
-    lacking = recorded.finished and bool(recorded.missing(MANY))
+    lacking = recorded.finished and bool(recorded.missing(MAX_LINES))
     if lacking:
         console.complain(missing_units(recorded))
     if differing or lacking:
@@ -101,9 +102,11 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
 
 def missing_units(recorded: Recorded) -> str:
     """The units of a finished run that its table lacks, for a message."""
-    checkpoints = list(recorded.identity["checkpoints"])
+    checkpoints = recorded.names
     count = recorded.num_units - len(recorded.units)
-    lines = [f"\n  {checkpoints[stage]} batch {batch}" for stage, batch in recorded.missing(MANY)]
+    lines = [
+        f"\n  {checkpoints[stage]} batch {batch}" for stage, batch in recorded.missing(MAX_LINES)
+    ]
     more = f"\n  and {count - len(lines)} more" if count > len(lines) else ""
     return (
         f"{count} of {recorded.num_units} units of the run, which was finished, are missing from "

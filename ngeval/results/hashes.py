@@ -1,9 +1,11 @@
-"""SHA-256 of what numbers depend on: files, checkpoints, batches, tensors."""
+"""SHA-256 of everything that numbers depend on: files, checkpoints, batches, tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,11 +16,15 @@ from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
 from ngeval.model.checks import Inputs, named_tensors
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
-"""What a checkpoint's folder tells of its model."""
+"""The files in a checkpoint's folder that describe its model."""
+
+SETTLED_NS = 2_000_000_000
+"""A file that was written to less than this before it was read may be written to again without a
+change of its time: file systems keep it in steps of up to two seconds."""
 
 
 def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
-    """SHA-256 of files' contents, with their names below a folder if one is given.
+    """SHA-256 of the contents of files, and of their names below a folder if it is given.
 
     Raises:
         OSError: one cannot be read.
@@ -38,7 +44,10 @@ def _digest(path: Path) -> bytes:
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weights, of a single file its own; else why it cannot be read."""
+    """SHA-256 of a checkpoint's weights; if it cannot be read, the reason.
+
+    That of a single file is the file's own.
+    """
     if checkpoint.as_built:
         return "as the task builds it"
     try:
@@ -46,20 +55,64 @@ def hash_checkpoint(checkpoint: Checkpoint) -> str:
         if files == [checkpoint.path]:
             return _digest(checkpoint.path).hex()
         return hash_files(files, checkpoint.path if checkpoint.path.is_dir() else files[0].parent)
-    except OSError as error:  # it will be a failed unit
+    except OSError as error:  # its units will fail
         return f"cannot be read: {error}"
 
 
+class CheckpointHashes:
+    """`hash_checkpoint`, which reads a checkpoint again only if its files may have changed.
+
+    A file that has the size, the inode and the time of its last change that it had before is
+    taken to have the same content.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[object, str]] = {}
+
+    def hash(self, checkpoint: Checkpoint) -> str:
+        """SHA-256 of its weights, or the reason why they cannot be read."""
+        stamp = _stamp(checkpoint)  # before the files are read: a later change is noticed
+        earlier = self._read.get(checkpoint.name)
+        if earlier is not None and stamp is not None and earlier[0] == stamp:
+            return earlier[1]
+        digest = hash_checkpoint(checkpoint)
+        self._read[checkpoint.name] = (stamp, digest)
+        return digest
+
+
+def _stamp(checkpoint: Checkpoint) -> object:
+    """Names, sizes, inodes and times of a checkpoint's files; None if they are no evidence."""
+    if checkpoint.as_built:
+        return ()
+    try:
+        stats = [(path, path.stat()) for path in weight_files(checkpoint.path)]
+    except OSError:
+        return None
+    if any(time.time_ns() - stat.st_mtime_ns < SETTLED_NS for _, stat in stats):
+        return None
+    return [(path, stat.st_size, stat.st_ino, stat.st_mtime_ns) for path, stat in stats]
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: itself, or those of its folder or index that tell of weights."""
+    """The files of a checkpoint: itself, or those of its folder or index that describe weights."""
     if path.is_file() and path.suffix != ".json":
         return [path]
     folder = path if path.is_dir() else path.parent
-    return sorted(one for one in folder.iterdir() if one.is_file() and _tells_weights(one))
+    return sorted(file for file in folder.iterdir() if file.is_file() and _describes_weights(file))
 
 
-def _tells_weights(path: Path) -> bool:
-    """Results may lie there, too."""
+def weights_size(checkpoints: Iterable[Checkpoint]) -> int:
+    """The bytes of all checkpoints that can be read."""
+    total = 0
+    for checkpoint in checkpoints:
+        with contextlib.suppress(OSError):
+            if not checkpoint.as_built:
+                total += sum(path.stat().st_size for path in weight_files(checkpoint.path))
+    return total
+
+
+def _describes_weights(path: Path) -> bool:
+    """Whether a file belongs to a checkpoint: results may lie in its folder, too."""
     if path.suffix == ".json":
         return path.name in CONFIGURATIONS or path.name.endswith(".index.json")
     return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
@@ -74,7 +127,7 @@ def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def hash_text(text: str) -> str:
-    """SHA-256."""
+    """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

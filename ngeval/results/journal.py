@@ -1,10 +1,10 @@
-"""The journal of a run: a file for each unit that is done, so that nothing done is done again.
+"""The journal of a run: a file for each unit that is done, so that no unit is computed twice.
 
-While ``gamma.csv`` is made, ``gamma.csv.journal/`` lies beside it. A unit's rows are one file in
-it (Arrow, with every type as it was), which appears whole or not at all and is on the disk before
-the next unit begins. Units may come in any order and from any number of processes; the table is
-put together from the files in the order of the units, so that it does not depend on who made
-them, when, or how often the run was stopped on the way.
+While ``gamma.csv`` is being computed, ``gamma.csv.journal/`` lies beside it. A unit's rows are one
+file in it (Arrow, which keeps all types), which appears whole or not at all and is on the disk
+before the next unit begins. Units may come in any order and from any number of processes; the
+table is assembled from the files in the order of the units, so that it does not depend on which
+process computed them, when, or how often the run was stopped on the way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OF_UNIT = b"ngeval.unit"
 UNIT = re.compile(r"\d{5,}-\d{5,}\.arrow")
 
 OWN = re.compile(rf"{UNIT.pattern}|{RUN}|{WRITER}|{LOCK}|\.\w+\.\w+")
-"""What lies in a journal's folder; the last are files that were not yet whole."""
+"""The files of a journal; the last kind are temporary ones."""
 
 Key = tuple[int, int]
 """A unit: the number of its checkpoint, and of its batch."""
@@ -45,12 +45,12 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """What a unit came to.
+    """The result of a unit.
 
     Attributes:
         table: its rows.
-        failure: why it is to be done again: its checkpoint cannot be read, a method had no memory,
-            …; empty where it was graded, whatever else became of single methods.
+        failure: why it has to be computed again (its checkpoint cannot be read, a method lacked
+            memory, …); empty if it was graded, even if single methods failed in other ways.
     """
 
     table: pd.DataFrame
@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def lost(self) -> bool:
-        """Whether there is nothing of it."""
+        """Whether it has no row that could be computed."""
         if not self.failure or "status" not in self.table:
             return bool(self.failure)
         return bool((self.table["status"] == "failed").all())
@@ -70,16 +70,16 @@ class Journal:
     Attributes:
         output: the result file.
         folder: where the units lie.
-        run: a name of the run that is told with each of its units. A process that outlives its
-            run, since torchrun was killed, cannot add to the next one of the same output. Empty:
-            units of any run are read.
+        run: a name of the run that is written with each of its units, so that a process that
+            outlives its run, after torchrun was killed, cannot add to the next run of the same
+            output. Empty: units of any run are read.
     """
 
     def __init__(self, output: Path) -> None:
-        """Nothing is read or written yet.
+        """Read and write nothing yet.
 
         Args:
-            output: the result file that it is of.
+            output: the result file that the journal belongs to.
         """
         self.output = output
         self.folder = output.with_name(output.name + SUFFIX)
@@ -88,14 +88,14 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was begun, and not finished or not without failures."""
+        """Whether a run was begun and has not finished without failures."""
         return (self.folder / RUN).is_file()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Be the only run that writes this output.
 
-        The lock is the operating system's: one that is killed holds it no longer.
+        The lock is the operating system's, which releases it when the process is killed.
 
         Raises:
             OutputError: another run is writing it, or the folder cannot be made.
@@ -116,7 +116,7 @@ class Journal:
             self._sign()
             yield
         finally:
-            if not self.exists:  # nothing but the lock, which still holds
+            if not self.exists:  # nothing but the lock, which is still held
                 self.remove()
                 with contextlib.suppress(OSError):
                     (self.folder / LOCK).unlink(missing_ok=True)
@@ -124,28 +124,28 @@ class Journal:
             lock.release()
 
     def check(self) -> None:
-        """Find out whether the folder is a journal's, or can be made.
+        """Check that the folder is a journal, or can become one.
 
         Raises:
-            OutputError: it is somebody else's, who would lose what is in it.
+            OutputError: it holds other files, which would be lost.
         """
         taken = self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir())
         with _reported(self.folder):
-            strange = not taken and self.folder.is_dir() and self._strange()
-        if taken or strange:
+            foreign = not taken and self.folder.is_dir() and self._foreign_files()
+        if taken or foreign:
             raise OutputError(
-                f"{self.folder} is where the journal of {self.output} would be, and it is not "
-                "ngeval's; move it away, or give another output"
+                f"{self.folder} is where the journal of {self.output} would be, and is not a "
+                "journal; move it away, or give another output"
             )
 
-    def _strange(self) -> list[Path]:
+    def _foreign_files(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if not OWN.fullmatch(path.name)]
 
-    def begin(self, told: str) -> None:
+    def begin(self, description: str) -> None:
         """Start with no unit done.
 
         Args:
-            told: of the run, for `told` when it is resumed.
+            description: of the run, for `description` when it is resumed.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -154,18 +154,20 @@ class Journal:
             for path in self._files():
                 path.unlink()
         self._read = {}
-        self.tell(told)
+        self.describe(description)
 
-    def tell(self, told: str) -> None:
-        """Say something else of the run.
+    def describe(self, description: str) -> None:
+        """Replace the description of the run.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        replace_file(self.folder / RUN, lambda place: place.write_text(told, encoding="utf-8"))
+        replace_file(
+            self.folder / RUN, lambda place: place.write_text(description, encoding="utf-8")
+        )
 
-    def told(self) -> str:
-        """What was told of the run.
+    def description(self) -> str:
+        """The description of the run.
 
         Raises:
             OutputError: it cannot be read.
@@ -179,32 +181,40 @@ class Journal:
         Raises:
             OutputError: the disk is full or the folder cannot be written.
         """
-        made = pa.Table.from_pandas(entry.table, preserve_index=False)
+        table = pa.Table.from_pandas(entry.table, preserve_index=False)
         path = self._path(key)
-        told = {
+        metadata = {
+            **(table.schema.metadata or {}),
             FAILURE: entry.failure.encode(),
             OF_RUN: self.run.encode(),
-            OF_UNIT: path.stem.encode(),  # a file that was renamed is none of the unit's
+            OF_UNIT: path.stem.encode(),  # a file that was renamed does not count
         }
-        metadata = {**(made.schema.metadata or {}), **told}
-        made = made.replace_schema_metadata(metadata)
+        table = table.replace_schema_metadata(metadata)
 
         def write(place: Path) -> None:
-            with place.open("wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
-                writer.write_table(made)
+            with place.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
 
         replace_file(path, write)
 
     def entries(self) -> dict[Key, Entry]:
-        """All units that are done, in their order; a file that cannot be read is not done."""
-        found = {_key(path): path for path in self._files()}
-        for key in found.keys() - self._read.keys():
-            if (entry := _read_entry(found[key], self.run)) is not None:
+        """All units that are done, in their order; one whose file cannot be read is not."""
+        paths = {_key(path): path for path in self._files()}
+        for key in paths.keys() - self._read.keys():
+            if (entry := _read_entry(paths[key], self.run)) is not None:
                 self._read[key] = entry
-        return {key: self._read[key] for key in sorted(found) if key in self._read}
+        return {key: self._read[key] for key in sorted(paths) if key in self._read}
+
+    def size(self) -> int:
+        """The bytes of all units.
+
+        Raises:
+            OSError: a file disappears meanwhile.
+        """
+        return sum(path.stat().st_size for path in self._files())
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """These are to be done again.
+        """Remove units, which are to be computed again.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -215,7 +225,7 @@ class Journal:
                 self._path(key).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """All units are done and in the output; a lock that is held stays as long as it is."""
+        """Remove everything but a lock that is held: all units are in the output."""
         with contextlib.suppress(OSError):
             (self.folder / RUN).unlink(missing_ok=True)  # first: from here on there is no run
             for path in self.folder.iterdir():
@@ -224,7 +234,7 @@ class Journal:
             self.folder.rmdir()
 
     def _files(self) -> list[Path]:
-        """Of units; none where the folder is gone."""
+        """Those of units; none if the folder is gone."""
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if UNIT.fullmatch(path.name)]
@@ -233,7 +243,7 @@ class Journal:
         return self.folder / f"{key[0]:05d}-{key[1]:05d}.arrow"
 
     def _sign(self) -> None:
-        """Leave word of who is writing, for those who come second."""
+        """Record which process is writing, for the message that a second one shows."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = {"process": os.getpid(), "machine": platform.node(), "since": since}
         replace_file(self.folder / WRITER, lambda place: place.write_text(json.dumps(who)))
@@ -243,29 +253,29 @@ class Journal:
             who = json.loads((self.folder / WRITER).read_text(encoding="utf-8"))
             return f"process {who['process']} on {who['machine']} since {who['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "which has just begun"
+            return "one that has just begun"
 
 
 def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
-    """The rows of units, one after the other."""
+    """The rows of all units, in the order of the units."""
     frames = [entry.table for entry in entries if not entry.table.empty]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def _read_entry(path: Path, run: str) -> Entry | None:
-    """None where it is damaged, another run's or another unit's: the unit is done again."""
+    """None if it is damaged or belongs to a different run or unit: it is computed again."""
     try:
         with path.open("rb") as source:  # pyarrow's own takes no name that is not UTF-8
-            made = pa.ipc.open_file(source).read_all()
-        metadata = made.schema.metadata or {}
+            rows = pa.ipc.open_file(source).read_all()
+        metadata = rows.schema.metadata or {}
         if run and metadata.get(OF_RUN, b"").decode() != run:
             return None
         if metadata.get(OF_UNIT, b"").decode() != path.stem:
             return None
-        if len(set(made.column_names)) < len(made.column_names):
+        if len(set(rows.column_names)) < len(rows.column_names):
             return None
-        # What pandas has told of itself there is not needed: the types are Arrow's.
-        table = made.to_pandas(ignore_metadata=True)
+        # The metadata of pandas is not needed, and may be anything: the types are Arrow's.
+        table = rows.to_pandas(ignore_metadata=True)
         return Entry(table, metadata.get(FAILURE, b"").decode())
     except (OSError, ValueError, TypeError, LookupError, AttributeError, pa.ArrowException):
         return None

@@ -1,7 +1,7 @@
-"""What a result file cannot tell of itself: the command, versions and machine that made it.
+"""Manifests: the command, versions and machine behind a result file, and what its run depends on.
 
-A manifest lies beside the file that it is about, as ``gamma.csv.manifest.json`` beside
-``gamma.csv``: one JSON object, for people and for ``ngeval report``.
+A manifest lies beside its result file, as ``gamma.csv.manifest.json`` beside ``gamma.csv``: one
+JSON object, for people, ``ngeval report``, ``ngeval verify`` and ``--resume``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ngeval.errors import OutputError
 from ngeval.utils.atomic import replace_file
@@ -32,10 +33,73 @@ FORMAT = 1
 SUFFIX = ".manifest.json"
 
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "scikit-learn")
-"""Packages whose versions numbers may depend on."""
+"""Numbers may depend on the versions of these packages."""
 
 WHERE_IMPORTED = ("transformers", "peft", "datasets", "pytorch_optimizer")
-"""Likewise, where the run has imported them."""
+"""Likewise, if the run has imported them."""
+
+
+Index = Annotated[int, Field(ge=0)]
+
+
+class BatchRecord(BaseModel):
+    """A graded batch: the SHA-256 of its tensors; further keys are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    sha256: str
+
+
+class Identity(BaseModel):
+    """Everything that the numbers of a run depend on; see `ngeval.runs.identity`.
+
+    Further keys, of other versions, are kept.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    checkpoints: dict[str, str]
+    task: dict[str, Any]
+    batches: list[BatchRecord]
+    code: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """As it was read."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class RunManifest(BaseModel):
+    """The manifest of a run that can be resumed and verified.
+
+    Attributes:
+        options: those of the command.
+        identity: what the numbers depend on.
+        machine: where they were computed.
+        directory: where the command was typed.
+        complete: set at the end of the run: whether no unit has failed.
+        failed_units: set at the end of the run: the keys of units that are to be computed again.
+        rows: set at the end of the run: how many the table has.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    options: dict[str, Any]
+    identity: Identity
+    machine: dict[str, Any] = {}
+    directory: str = ""
+    id: str = ""
+    complete: bool = False
+    failed_units: list[tuple[Index, Index]] = []
+    rows: int | None = None
+    resumed: list[Any] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return "complete" in self.model_fields_set
+
+    def plain(self) -> dict[str, Any]:
+        """As it was read."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 def manifest(
@@ -44,18 +108,17 @@ def manifest(
     command: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What is told of a run, now.
+    """The manifest of a run that begins now.
 
     Args:
         options: those of the command, by name; see `as_options`.
-        command: program and arguments as typed; None takes this process's.
-        facts: what became of the options (task's name, checkpoints that were found, …).
+        command: program and arguments as typed; None: those of this process.
+        facts: what the options resulted in (the task's name, the checkpoints, …).
 
     Returns:
         ``format, created`` (UTC, ISO 8601), ``command``, ``directory`` (where it was typed, which
-        relative paths in it start from), ``options``, ``run`` (the facts),
-        ``versions`` (of ngeval, Python and packages) and ``machine``; plain values only, so that
-        it can be written as JSON.
+        its relative paths start from), ``options``, ``run`` (the facts), ``versions`` (of ngeval,
+        Python and packages) and ``machine``; plain values, which JSON can hold.
     """
     return {
         "format": FORMAT,
@@ -82,7 +145,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def as_options(*groups: Any, **more: Any) -> dict[str, Any]:
-    """Options by name, of dataclasses of them; those that are not set are left out."""
+    """Options by name, from dataclasses or mappings of them, without those that are not set."""
     merged: dict[str, Any] = {}
     for group in groups:
         merged |= asdict(group) if is_dataclass(group) and not isinstance(group, type) else group
@@ -91,10 +154,10 @@ def as_options(*groups: Any, **more: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of ngeval, Python, and the packages that a result may depend on."""
+    """Versions of ngeval, Python, and the packages that a result may depend on."""
     names = [*PACKAGES, *(name for name in WHERE_IMPORTED if name in sys.modules)]
-    found = {"ngeval": version("ngeval"), "python": platform.python_version()}
-    return found | {name: version(name) for name in names}
+    own = {"ngeval": version("ngeval"), "python": platform.python_version()}
+    return own | {name: version(name) for name in names}
 
 
 def machine() -> dict[str, Any]:
@@ -111,7 +174,7 @@ def machine() -> dict[str, Any]:
 
 
 def manifest_path(results: Path) -> Path:
-    """Where the manifest of a result file lies.
+    """The path of the manifest of a result file.
 
     >>> manifest_path(Path("runs/gamma.csv")).name
     'gamma.csv.manifest.json'
@@ -119,49 +182,91 @@ def manifest_path(results: Path) -> Path:
     return results.with_name(results.name + SUFFIX)
 
 
-def write_manifest(results: Path, told: Mapping[str, Any], scratch: Path | None = None) -> Path:
+def write_manifest(results: Path, manifest: Mapping[str, Any], scratch: Path | None = None) -> Path:
     """Write the manifest of a result file in one step, in place of an earlier one.
 
     Args:
         results: the result file.
-        told: the manifest.
-        scratch: a folder for what is not yet whole; see `replace_file`.
+        manifest: plain values.
+        scratch: a folder for the temporary file; see `replace_file`.
 
     Raises:
         OutputError: it cannot be written.
     """
     path = manifest_path(results)
-    text = json.dumps(told, ensure_ascii=False, indent=2) + "\n"
+    text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
     replace_file(path, lambda place: place.write_text(text, encoding="utf-8"), scratch)
     return path
 
 
 def read_manifest(results: Path) -> dict[str, Any] | None:
-    """The manifest of a result file, None where it has none.
+    """The manifest of a result file, whatever it holds; None if there is none.
 
     Raises:
-        OutputError: there is one that cannot be read.
+        OutputError: it cannot be read, or is not a JSON object.
     """
     path = manifest_path(results)
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
+        manifest = json.loads(_read(path))
     except RecursionError as error:
-        raise OutputError(
-            f"{path} cannot be read as a manifest: it is nested too deep; delete it"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} cannot be read as a manifest: {error}; delete it, if it is of no use"
-        ) from error
-    if not isinstance(told, dict):
+        raise _unreadable(path, "it is nested too deep") from error
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(manifest, dict):
         raise OutputError(f"{path} is not a manifest: it holds no JSON object; delete it")
-    return told
+    return manifest
+
+
+def read_run_manifest(results: Path) -> RunManifest | None:
+    """The manifest of a run's result file, checked; None if there is none.
+
+    Raises:
+        OutputError: it is not the manifest of a run; the message names what is wrong.
+    """
+    path = manifest_path(results)
+    if not path.is_file():
+        return None
+    try:
+        return RunManifest.model_validate_json(_read(path))
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            raise _unreadable(path, error.errors()[0]["msg"]) from error
+        raise malformed(path, first_problem(error)) from error
+
+
+def _unreadable(path: Path, problem: object) -> OutputError:
+    return OutputError(
+        f"{path} cannot be read as a manifest: {problem}; delete it if it is of no use"
+    )
+
+
+def malformed(path: Path, problem: str) -> OutputError:
+    """The error of a manifest that describes no run."""
+    return OutputError(f"{path} is not a manifest that a run can be repeated from: {problem}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of values that do not fit, in one line: where, the value, why."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"it has no {place!r}"
+    if not place:
+        return problem["msg"]
+    return f"{place} is {repr(problem['input'])[:60]}: {problem['msg']}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # an editor may have put a BOM in front
+    except (OSError, UnicodeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _directory() -> str:
-    """The folder that the process is in; nothing where it was deleted meanwhile."""
+    """The working directory; empty if it was deleted meanwhile."""
     try:
         return encodable(str(Path.cwd()))
     except OSError:
@@ -169,7 +274,7 @@ def _directory() -> str:
 
 
 def _processor() -> str:
-    """The processor's name: as Linux tells it, else as Python does."""
+    """The processor's name: from Linux if possible, else from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -179,7 +284,7 @@ def _processor() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Values as JSON has them; what it has not (paths, types, ∞) as text."""
+    """Values that JSON can hold; others (paths, types, ∞) become text."""
     if isinstance(value, Mapping):
         return {encodable(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

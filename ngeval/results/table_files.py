@@ -1,7 +1,7 @@
 """Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, written so that none is lost.
 
 A file is replaced atomically, at most every few seconds and always at the end, also after an
-error or Ctrl-C: what a reader finds is a whole table. Its manifest comes with the first rows.
+error or Ctrl-C: a reader always sees a whole table. Its manifest is written with the first rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _write_jsonl(table: pd.DataFrame, path: Path) -> None:
 
 
 def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    """Through Python's files: those of pyarrow take no name that is not UTF-8."""
+    """Write through a file of Python: pyarrow opens no name that is not UTF-8."""
     with path.open("wb") as file:
         table.to_parquet(file, index=False)
 
@@ -51,7 +51,7 @@ _WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".jsonl": _write_jsonl,
 }
 _TEXT = {"layer": str}
-"""Columns that are text also where they read like numbers: layers "0.1" and "0.10" are two."""
+"""Columns that are text even if they look like numbers: layers "0.1" and "0.10" differ."""
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, keep_default_na=True, dtype=_TEXT),
@@ -68,39 +68,39 @@ class ResultFile:
 
     Attributes:
         path: where it is written.
-        rows: how many rows it has so far.
+        rows: the number of rows so far.
     """
 
     def __init__(
-        self, path: Path, *, force: bool = False, told: Mapping[str, Any] | None = None
+        self, path: Path, *, force: bool = False, manifest: Mapping[str, Any] | None = None
     ) -> None:
         """Check now, before any work, that the file can be written.
 
         Args:
             path: ``.csv``, ``.parquet`` or ``.jsonl``; missing folders are made.
             force: replace an existing file (not before there is something to replace it with).
-            told: its manifest, which is written as the first rows are; None: it has none.
+            manifest: is written with the first rows; None: the file has none.
 
         Raises:
             OutputError: unknown extension, the file exists, or its folder cannot be written.
         """
         self.path = path
         self._frames: list[pd.DataFrame] = []
-        self._told = told
+        self._manifest = manifest
         self._unsaved = False
         self._saved_at = time.monotonic()
         check_output(path, tuple(_WRITERS), force=force)
 
     @property
     def rows(self) -> int:
-        """How many rows were appended."""
+        """The number of rows so far."""
         return sum(len(frame) for frame in self._frames)
 
     def append(self, frame: pd.DataFrame) -> None:
         """Add rows; they reach the disk within a few seconds and at the end."""
         self._frames.append(frame)
         self._unsaved = True
-        first = self._told is not None
+        first = self._manifest is not None
         if first or time.monotonic() - self._saved_at > FLUSH_SECONDS:
             self.flush()
 
@@ -109,16 +109,16 @@ class ResultFile:
         return pd.concat(self._frames, ignore_index=True) if self._frames else pd.DataFrame()
 
     def flush(self) -> None:
-        """Write everything to a temporary file beside the output, then put it in its place.
+        """Write everything to a temporary file beside the output, then rename it.
 
         Raises:
             OutputError: the disk is full or the folder cannot be written any more.
         """
         write_results(self.table(), self.path)
         self._unsaved, self._saved_at = False, time.monotonic()
-        if self._told is not None:  # after the rows: it never lies beside another run's
-            write_manifest(self.path, self._told)
-            self._told = None
+        if self._manifest is not None:  # after the rows, so that it never lies beside older ones
+            write_manifest(self.path, self._manifest)
+            self._manifest = None
 
     def __enter__(self) -> ResultFile:
         return self
@@ -134,16 +134,17 @@ class ResultFile:
 
 
 SUFFIXES = tuple(_WRITERS)
-"""What result files end in."""
+"""The extensions of result files."""
 
 
 def write_results(table: pd.DataFrame, path: Path, scratch: Path | None = None) -> None:
-    """Put a whole table in the place of a result file, or of none.
+    """Write a whole table, in place of an earlier result file if there is one.
 
     Args:
         table: all rows.
         path: ``.csv``, ``.parquet`` or ``.jsonl``.
-        scratch: a folder of the same file system for what is not yet whole; default: its own.
+        scratch: a folder of the same file system for the temporary file; default: that of the
+            result.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -165,7 +166,7 @@ def check_output(path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
         )
     try:
         is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:  # a name that the file system does not take
+    except OSError as error:  # a name that the file system does not allow
         raise OutputError(f"output {path} cannot be written: {error.strerror}") from error
     if is_folder:
         raise OutputError(f"output {path} is a folder")

@@ -1,61 +1,67 @@
-"""A run from its first unit to its file: what is done is kept, and shared among processes."""
+"""A run from its first unit to its file: each unit is kept once it is done, by any process."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import secrets
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import typer
+from pydantic import ValidationError
 
-from ngeval.cli import console
-from ngeval.cli.progress import Shown
 from ngeval.errors import InputError, OutputError
-from ngeval.results.hashes import weight_files
+from ngeval.results.hashes import CheckpointHashes, weights_size
 from ngeval.results.journal import Entry, Journal, Key, table_of
-from ngeval.results.manifest import manifest, manifest_path, read_manifest, write_manifest
+from ngeval.results.manifest import (
+    RunManifest,
+    first_problem,
+    manifest,
+    manifest_path,
+    read_run_manifest,
+    write_manifest,
+)
 from ngeval.results.table_files import SUFFIXES, check_output, read_results, write_results
-from ngeval.runs.identity import check_same, identity, is_identity
+from ngeval.runs.estimate import forecast_note, size_note
+from ngeval.runs.identity import check_same, identity
 from ngeval.runs.options import OutputOptions
-from ngeval.runs.outcome import Collected
-from ngeval.runs.ranks import joined
+from ngeval.runs.outcome import Outcome
+from ngeval.runs.progress import Progress, Steps
+from ngeval.runs.ranks import Ranks, joined
 from ngeval.runs.run import Run
-from ngeval.runs.tables import Work
+from ngeval.runs.tables import Work, unit_tables
+from ngeval.runs.units import Contents, Units
 from ngeval.utils import torchrun
 
 FLUSH_SECONDS = 5.0
-"""How often the table is put together anew while a run goes on, at most."""
+"""The table is written again at most this often while a run goes on."""
 
 FLUSH_SHARE = 0.05
-"""And what part of the time that may take."""
-
-LARGE = 2**31
-"""Bytes of checkpoints whose hashing is worth a bar."""
+"""The part of the time that this may take."""
 
 
 def check_result(out: OutputOptions) -> None:
-    """Before any work.
+    """Check, before any work, that the result can be written.
 
     Raises:
         OutputError: the file exists, or cannot be written.
-        InputError: --force and --resume together.
+        InputError: options that do not go together.
     """
     if out.force and out.resume:
-        raise InputError("--resume goes on with a run, --force starts it anew: give one of them")
+        raise InputError("--resume continues a run, --force starts it again: give one of them")
+    if out.stop_after is not None and out.stop_after < 1:
+        raise InputError("--stop-after needs a number of units from 1 on")
     if out.output is None:
-        if out.resume:
-            raise InputError("--resume needs the --output that is to be gone on with")
+        if out.resume or out.stop_after is not None:
+            option = "--resume" if out.resume else "--stop-after"
+            raise InputError(f"{option} needs the file that the run is kept in: --output")
         if torchrun.world_size() > 1:
             raise InputError("a run of several processes needs a file for its rows: --output")
         return
-    if torchrun.rank():  # the first process has it, and may have begun to write
+    if torchrun.rank():  # the first process has checked it, and may have begun to write
         return
     check_output(out.output, SUFFIXES, force=True)
     journal = Journal(out.output)
@@ -64,239 +70,286 @@ def check_result(out: OutputOptions) -> None:
         raise OutputError(f"{manifest_path(out.output)}, where the manifest goes, is a folder")
     if journal.exists and not (out.force or out.resume):
         raise OutputError(
-            f"output {out.output} is of a run that is not finished; pass --resume to go on with "
-            "it, or --force to start anew"
+            f"output {out.output} belongs to a run that is not finished; pass --resume to continue "
+            "it, or --force to start again"
         )
     check_output(out.output, SUFFIXES, force=out.force or out.resume)
 
 
-def collect(job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]) -> Collected:
-    """Do the units of a run, with a progress bar; each that is done is kept.
+def execute(
+    run: Run,
+    work: Work,
+    out: OutputOptions,
+    options: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Outcome | None:
+    """Compute the units of a run; each that is done is kept.
 
-    Beside the output file lie its manifest and, until all is done, its journal.
+    Beside the output file lie its manifest and, until all units are done, its journal.
 
     Args:
-        job: the run.
-        work: what is made of each unit.
-        out: where the rows go.
-        asked: the command's options, for the manifest.
+        run: the run.
+        work: what is computed of each unit.
+        out: where the rows go, and after how many units to stop.
+        options: those of the command, for the manifest.
+        progress: is notified on the way.
+
+    Returns:
+        The result; None in all processes but the first.
 
     Raises:
         InputError: no unit could be graded.
-        OutputError: the output cannot be written, another run is writing it, or ``--resume``
-            finds a run of something else.
+        OutputError: the output cannot be written, another run is writing it, or the run that is
+            to be resumed is a different one.
     """
-    with joined(job.device, together=job.together) as ranks:
-        quiet = out.quiet or ranks.rank > 0
-        job = replace(job, ranks=ranks)
+    progress = progress or Progress()
+    with joined(run.device, together=run.together, warn=progress.warn) as ranks:
+        execution = _Execution(run, work, ranks, Progress() if ranks.rank else progress)
         if out.output is None:
-            entries = _in_memory(job, work, quiet)
+            entries = dict(execution.tables(run.keys))
         else:
-            entries = _in_journal(job, work, replace(out, quiet=quiet), asked)
+            entries = execution.into_file(out.output, out, options)
     if ranks.rank:
-        raise typer.Exit
-    return _checked(job, entries)
-
-
-def _checked(job: Run, entries: Mapping[Key, Entry]) -> Collected:
+        return None
     failures = {key: entry.failure for key, entry in entries.items() if entry.failure}
     if entries and all(entry.lost for entry in entries.values()):
         reasons = "; ".join(dict.fromkeys(failures.values()))
         raise InputError(f"none of {len(entries)} units could be graded: {reasons}")
-    names = [checkpoint.name for checkpoint in job.checkpoints]
-    return Collected(table_of(entries.values()), failures, job.num_units, names)
+    names = [checkpoint.name for checkpoint in run.checkpoints]
+    return Outcome(table_of(entries.values()), failures, run.num_units, len(entries), names)
 
 
-def _in_memory(job: Run, work: Work, quiet: bool) -> dict[Key, Entry]:
-    """Where there is no output, nothing outlives the process."""
-    with Shown.of(job, work, quiet, 0) as shown:
-        return dict(_made(job, work, job.all_keys(), shown))
+class _Execution:
+    """A run and its work in one of the processes that share it."""
 
+    def __init__(self, run: Run, work: Work, ranks: Ranks, progress: Progress) -> None:
+        self.run, self.work, self.ranks, self.progress = run, work, ranks, progress
+        self.hashes = CheckpointHashes()
 
-def _in_journal(
-    job: Run, work: Work, out: OutputOptions, asked: Mapping[str, Any]
-) -> dict[Key, Entry]:
-    """Unit by unit onto the disk."""
-    output = out.output or Path()
-    journal, ranks = Journal(output), job.ranks
-    with journal.held() if ranks.rank == 0 else contextlib.nullcontext():
-        started = ranks.told(lambda: _start(job, work, journal, out, asked))
-        journal.run = started["manifest"].get("id", "")
-        missing = [(stage, batch) for stage, batch in started["missing"]]
-        made_of = started["manifest"]["identity"]
-        job = replace(
-            job,
-            checkpoint_hashes=made_of["checkpoints"],
-            batch_hashes=[batch["sha256"] for batch in made_of["batches"]],
-        )
-        if not missing and not journal.exists:  # the table is complete
-            return _finished(job, output, started["manifest"]) if ranks.rank == 0 else {}
-        file = _Table(journal, output, started["manifest"])
-        done = job.num_units - len(missing)
+    def tables(
+        self,
+        missing: Sequence[Key],
+        count: int | None = None,
+        contents: Contents | None = None,
+        disk: Callable[[], int] = lambda: 0,
+    ) -> Iterator[tuple[Key, Entry]]:
+        """Compute units.
+
+        Args:
+            missing: the units that are not done.
+            count: how many of these to compute; None: all.
+            contents: what was hashed when the run began.
+            disk: the bytes that one unit takes on the disk, once one is there.
+        """
+        run, work, progress = self.run, self.work, self.progress
+        keys = missing[:count]
+        progress.note(size_note(run, work, len(keys)))
+        steps = Steps(self.ranks, work.names, run.num_units - len(missing), progress)
+        units = Units(run, work.resolved, ranks=self.ranks, progress=progress, contents=contents)
+        progress.begin(work.description, run.num_units * steps.in_unit, steps.completed)
+        start, first = time.monotonic(), True
         try:
-            with Shown.of(job, work, out.quiet, done) as shown:
-                if done and not out.quiet:
-                    print(f"{done} of {job.num_units} units were done before", file=sys.stderr)
-                for key, entry in _made(job, work, ranks.keys(missing), shown):
-                    if ranks.rank == 0 or ranks.group is None:
+            for key, entry in unit_tables(units, work, self.ranks.share(keys), steps.method_done):
+                steps.unit_done()
+                yield key, entry
+                if first and len(missing) > 1:
+                    seconds, left = time.monotonic() - start, len(missing) - 1
+                    progress.note(forecast_note(run, self.ranks, left, seconds, disk()))
+                first = False
+        finally:
+            progress.end()
+
+    def into_file(
+        self, output: Path, out: OutputOptions, options: Mapping[str, Any]
+    ) -> dict[Key, Entry]:
+        """Compute what is missing of a file, unit by unit onto the disk."""
+        run, ranks, journal = self.run, self.ranks, Journal(output)
+        first = ranks.rank == 0
+        with journal.held() if first else contextlib.nullcontext():
+            start = ranks.broadcast(lambda: self._start(journal, out, options))
+            record = start["manifest"]
+            journal.run = record.get("id", "")
+            missing = [(stage, batch) for stage, batch in start["missing"]]
+            if not missing and not journal.exists:  # the table is complete
+                return _finished(run, output, record) if first else {}
+            batches = [batch["sha256"] for batch in record["identity"]["batches"]]
+            contents = Contents(record["identity"]["checkpoints"], batches, self.hashes)
+            file = _Table(journal, output, record, self.progress)
+            done = run.num_units - len(missing)
+            try:
+                if done:
+                    self.progress.note(f"{done} of {run.num_units} units were done before")
+                units = self.tables(missing, out.stop_after, contents, file.bytes_each)
+                for key, entry in units:
+                    if first or ranks.group is None:
                         journal.write(key, entry)
-                    if ranks.rank == 0:
+                    if first:
                         file.flush_if_due()
                 ranks.finish(file.flush_if_due)
-        except BaseException:
-            if ranks.rank == 0:
-                file.leave(job.num_units)
-            raise
-        return file.finish(out.quiet, job.num_units) if ranks.rank == 0 else {}
+            except BaseException:
+                if first:
+                    file.leave(run.num_units)
+                raise
+            if not first:
+                return {}
+            if out.stop_after is not None and out.stop_after < len(missing):
+                return file.pause(run.num_units)
+            return file.finish(run.num_units)
 
+    def _start(
+        self, journal: Journal, out: OutputOptions, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Which units are missing, and the manifest; in the first process alone."""
+        run, progress = self.run, self.progress
+        size = weights_size(run.checkpoints)
 
-def _made(
-    job: Run, work: Work, keys: Iterator[Key] | Sequence[Key], shown: Shown
-) -> Iterator[tuple[Key, Entry]]:
-    for table in work.tables(replace(job, keys=keys, on_model=shown.tell), shown.advance):
-        key, failure = table.attrs["unit"], table.attrs["failure"]
-        table.attrs = {}
-        shown.end_unit()
-        yield key, Entry(table, failure)
+        def on_checkpoint(count: int) -> None:
+            progress.checkpoint_read(count, len(run.checkpoints), size)
 
+        now = identity(run, self.work, self.hashes, on_checkpoint)
+        record = manifest(options, facts=facts(run, self.ranks))
+        record |= {"identity": now, "id": secrets.token_hex(8)}
+        check_result(out)  # again, now that no other run can write
+        if out.resume and journal.exists:
+            return self._resume(journal, record)
+        if out.resume and journal.output.exists():
+            saved = read_run_manifest(journal.output)
+            if saved is None or not saved.complete:
+                raise OutputError(
+                    f"{journal.output} has no journal and no manifest of a complete run beside it, "
+                    "so it cannot be continued; give another output, or --force to replace it"
+                )
+            check_same(journal.output, saved.identity.plain(), now, set())
+            return {"missing": [], "manifest": saved.plain()}
+        journal.begin(json.dumps(record, ensure_ascii=False))
+        return {"missing": run.keys, "manifest": record}
 
-def _start(
-    job: Run, work: Work, journal: Journal, out: OutputOptions, asked: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What is missing, and the manifest; only the first process comes here."""
-    now = _identity(job, work, out.quiet)
-    told = manifest(asked, facts=facts(job)) | {"identity": now, "id": secrets.token_hex(8)}
-    check_result(out)  # again, now that nobody else writes
-    if out.resume and journal.exists:
-        saved = _read(journal)
-        journal.run = saved.get("id", "")
+    def _resume(self, journal: Journal, record: dict[str, Any]) -> dict[str, Any]:
+        """Likewise, of a run that was interrupted."""
+        saved = _read_run(journal)
+        journal.run = saved.id
         entries = journal.entries()
         good = {key for key, entry in entries.items() if not entry.failure}
-        names = list(saved["identity"]["checkpoints"])
-        loose = set(names) - {names[stage] for stage, _ in good if stage < len(names)}
-        check_same(journal.output, saved["identity"], now, loose)
-        good &= set(job.all_keys())
+        names = list(saved.identity.checkpoints)
+        untouched = set(names) - {names[stage] for stage, _ in good if stage < len(names)}
+        check_same(journal.output, saved.identity.plain(), record["identity"], untouched)
+        good &= set(self.run.keys)
         journal.forget(entries.keys() - good)
-        told = _resumed(saved, told)
-        journal.tell(json.dumps(told, ensure_ascii=False))
-        return {"missing": [key for key in job.all_keys() if key not in good], "manifest": told}
-    if out.resume and journal.output.exists():
-        saved = read_manifest(journal.output) or {}
-        if saved.get("complete") is not True or not is_identity(saved.get("identity")):
-            raise OutputError(
-                f"{journal.output} has no journal and no manifest of a complete run beside it, so "
-                "it cannot be gone on with; give another output, or --force to replace it"
-            )
-        check_same(journal.output, saved["identity"], now, set())
-        return {"missing": [], "manifest": saved}
-    journal.begin(json.dumps(told, ensure_ascii=False))
-    return {"missing": job.all_keys(), "manifest": told}
+        again = {name: record[name] for name in ("created", "command", "directory", "machine")}
+        record = saved.plain() | {
+            "resumed": [*saved.resumed, again],
+            "identity": record["identity"],
+        }
+        journal.describe(json.dumps(record, ensure_ascii=False))
+        return {"missing": [key for key in self.run.keys if key not in good], "manifest": record}
 
 
-def _identity(job: Run, work: Work, quiet: bool) -> dict[str, Any]:
-    """With a bar of its own where reading the checkpoints takes a while."""
-    files = [
-        path for one in job.checkpoints if one.path.exists() for path in weight_files(one.path)
-    ]
-    small = sum(path.stat().st_size for path in files) < LARGE
-    with console.progress_bar(quiet or small) as bar:
-        task = bar.add_task("reading checkpoints", total=len(job.checkpoints))
-        options = {"kind": work.kind, **work.options}
-        return identity(job, options, lambda: bar.advance(task))
+def _read_run(journal: Journal) -> RunManifest:
+    """The manifest of the run that a journal belongs to.
 
-
-def _read(journal: Journal) -> dict[str, Any]:
+    Raises:
+        OutputError: the journal is damaged.
+    """
     try:
-        saved = json.loads(journal.told())
-        if is_identity(saved["identity"]) and isinstance(saved["id"], str):
-            return dict(saved)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
+        saved = RunManifest.model_validate_json(journal.description())
+        if saved.id:
+            return saved
+        problem = "it has no 'id'"
+    except ValidationError as error:
+        problem = first_problem(error)
     raise OutputError(
-        f"{journal.folder} is damaged: it does not tell what run it is of; --force starts anew"
+        f"{journal.folder} is damaged and does not record which run it belongs to ({problem}); "
+        "--force starts again"
     )
 
 
-def _resumed(saved: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the first start, with a line for every later one."""
-    again = {name: now[name] for name in ("created", "command", "directory", "machine")}
-    known = saved.get("resumed")
-    saved["resumed"] = [*(known if isinstance(known, list) else []), again]
-    return saved | {"identity": now["identity"]}
-
-
-def _finished(job: Run, output: Path, told: Mapping[str, Any]) -> dict[Key, Entry]:
-    """A finished table as if its units had just been made.
+def _finished(run: Run, output: Path, record: Mapping[str, Any]) -> dict[Key, Entry]:
+    """The units of a table that is complete.
 
     Raises:
-        OutputError: it is not all there any more.
+        OutputError: the table was changed since.
     """
-    table, where = read_results(output), dict[Key, list[int]]()
+    table, places = read_results(output), dict[Key, list[int]]()
     try:
         keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
         for row, key in enumerate(keys):
-            where.setdefault(key, []).append(row)
+            places.setdefault(key, []).append(row)
     except (KeyError, TypeError, ValueError):
-        where = {}
-    if where.keys() != set(job.all_keys()) or told.get("rows", len(table)) != len(table):
+        places = {}
+    if places.keys() != set(run.keys) or record.get("rows", len(table)) != len(table):
         raise OutputError(
-            f"{output} was changed since its run: it has {len(table)} rows of {len(where)} units, "
-            f"and the run had {told.get('rows', 'others')} of {job.num_units}; give another "
-            "output, or --force to make it anew"
+            f"{output} was changed since its run: it has {len(table)} rows of {len(places)} units, "
+            f"and the run had {record.get('rows', 'others')} of {run.num_units}; give another "
+            "output, or --force to compute it again"
         )
-    return {key: Entry(table.iloc[rows]) for key, rows in where.items()}
+    return {key: Entry(table.iloc[rows]) for key, rows in places.items()}
 
 
 class _Table:
     """The output file while it grows; one process writes it."""
 
-    def __init__(self, journal: Journal, output: Path, told: dict[str, Any]) -> None:
-        self.journal, self.output, self.told = journal, output, told
+    def __init__(
+        self, journal: Journal, output: Path, record: dict[str, Any], progress: Progress
+    ) -> None:
+        self.journal, self.output, self.record = journal, output, record
+        self.progress = progress
         self.due = 0.0
-        self.shown: frozenset[Key] = frozenset()
+        self.written: frozenset[Key] = frozenset()
+
+    def bytes_each(self) -> int:
+        """What a unit takes on the disk, in the table and in the journal."""
+        try:
+            return (self.output.stat().st_size + self.journal.size()) // len(self.written)
+        except (OSError, ZeroDivisionError):  # no table yet: the units so far have failed
+            return 0
 
     def flush_if_due(self) -> None:
-        """Put the table together, unless that was just done."""
+        """Write the table, unless that was just done."""
         if time.monotonic() >= self.due:
             self.flush()
 
     def flush(self) -> dict[Key, Entry]:
-        """The units so far, in the output; nothing is written before one of them is graded."""
+        """Write the units so far to the output, once one of them is graded."""
         entries, start = self.journal.entries(), time.monotonic()
-        if entries.keys() != self.shown and not all(one.lost for one in entries.values()):
-            first = not self.shown
+        if entries.keys() != self.written and not all(entry.lost for entry in entries.values()):
+            first = not self.written
             write_results(table_of(entries.values()), self.output, self.journal.folder)
-            self.shown = frozenset(entries)
-            if first:  # after the rows: it never lies beside another run's
-                write_manifest(self.output, self.told, self.journal.folder)
+            self.written = frozenset(entries)
+            if first:  # after the rows, so that it never lies beside those of another run
+                write_manifest(self.output, self.record, self.journal.folder)
         now = time.monotonic()
         self.due = now + max(FLUSH_SECONDS, (now - start) / FLUSH_SHARE)
         return entries
 
     def leave(self, num_units: int) -> None:
-        """Before the end: what is there is kept; where there is nothing, no trace of a run is."""
-        with contextlib.suppress(OutputError):  # a full disk; the journal has all that fitted
+        """Keep what is done of an interrupted run; without any unit, remove all traces of it."""
+        with contextlib.suppress(OutputError):  # a full disk; the journal has all that fits
             entries = self.flush()
             if not entries:
                 self.journal.remove()
                 return
-            print(
-                f"{len(entries)} of {num_units} units are done; the same command with --resume "
-                "goes on",
-                file=sys.stderr,
-            )
+            self.progress.warn(_continue(len(entries), num_units))
 
-    def finish(self, quiet: bool, num_units: int) -> dict[Key, Entry]:
-        """All units are there. The journal stays where one of them has failed.
+    def pause(self, num_units: int) -> dict[Key, Entry]:
+        """Keep what is done of a run that stops as it was asked to."""
+        entries = self.flush()
+        if all(entry.lost for entry in entries.values()):
+            self.journal.remove()
+        else:
+            self.progress.note(_continue(len(entries), num_units))
+        return entries
+
+    def finish(self, num_units: int) -> dict[Key, Entry]:
+        """All units are done; the journal stays if one of them has failed.
 
         Raises:
-            OutputError: one that was done is not there, since somebody deleted its file.
+            OutputError: a unit that was done is not there, since its file was deleted.
         """
         entries = self.flush()
         if len(entries) < num_units:
             raise OutputError(
                 f"{num_units - len(entries)} of {num_units} units are not in {self.journal.folder} "
-                "any more; the same command with --resume does them again"
+                "any more; the same command with --resume computes them again"
             )
         failed = [list(key) for key, entry in entries.items() if entry.failure]
         if all(entry.lost for entry in entries.values()):
@@ -304,27 +357,31 @@ class _Table:
             return entries
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         rows = sum(len(entry.table) for entry in entries.values())
-        self.told |= {"complete": not failed, "ended": ended, "rows": rows, "failed_units": failed}
-        write_manifest(self.output, self.told, self.journal.folder)
+        self.record |= {"complete": not failed, "ended": ended, "rows": rows}
+        self.record |= {"failed_units": failed}
+        write_manifest(self.output, self.record, self.journal.folder)
         if not failed:
             self.journal.remove()
-        if not quiet:
-            print(f"written: {self.output} ({rows} rows)", file=sys.stderr)
+        self.progress.note(f"written: {self.output} ({rows} rows)")
         return entries
 
 
-def facts(job: Run) -> dict[str, Any]:
-    """What a run's options came to, for its manifest."""
+def _continue(done: int, num_units: int) -> str:
+    return f"{done} of {num_units} units are done; the same command with --resume continues"
+
+
+def facts(run: Run, ranks: Ranks) -> dict[str, Any]:
+    """What a run's options resulted in, for its manifest."""
     return {
-        "task": job.task.name,
-        "description": job.task.description,
-        "likelihood": repr(job.task.resolved_likelihood()),
-        "checkpoints": [checkpoint.name for checkpoint in job.checkpoints],
-        "batch_size": job.batch_size,
-        "num_batches": job.num_batches,
-        "seed": job.seed,
-        "device": job.device,
-        "dtype": "the model's" if job.dtype is None else str(job.dtype).removeprefix("torch."),
-        "engine": job.engine,
-        "ranks": job.ranks.count,
+        "task": run.task.name,
+        "description": run.task.description,
+        "likelihood": repr(run.task.resolved_likelihood()),
+        "checkpoints": [checkpoint.name for checkpoint in run.checkpoints],
+        "batch_size": run.batch_size,
+        "num_batches": run.num_batches,
+        "seed": run.seed,
+        "device": run.device,
+        "dtype": "the model's" if run.dtype is None else str(run.dtype).removeprefix("torch."),
+        "engine": run.engine,
+        "ranks": ranks.count,
     }

@@ -103,16 +103,19 @@ class OutputOptions:
         output: a ``.csv``, ``.parquet`` or ``.jsonl`` file; None: the rows are only returned.
         force: replace a file that exists.
         resume: compute only what an interrupted run lacks, or start one.
+        stop_after: end after this many units, which are kept; ``resume`` continues.
         quiet: print errors only.
     """
 
     output: Path | None = None
     force: bool = False
     resume: bool = False
+    stop_after: int | None = None
     quiet: bool = False
 
 
 DTYPES = ("float32", "float64", "bfloat16")
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {
     f"{letter}{end}": 2**power

@@ -1,4 +1,4 @@
-"""What a run came to, and what is said of what is missing."""
+"""The result of a run: its table, and which rows and units could not be computed."""
 
 from __future__ import annotations
 
@@ -7,56 +7,47 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import typer
 
-from ngeval.cli import console
 from ngeval.errors import InputError
 from ngeval.results.journal import Key
 
-INCOMPLETE = 3
-"""The exit code of a run that left units out."""
-
 
 @dataclass(frozen=True)
-class Collected:
-    """What a run came to.
+class Outcome:
+    """The result of a run.
 
     Attributes:
-        table: the rows of all units.
-        failures: why units, or parts of them, are missing, by key.
-        num_units: how many there are in all.
-        names: of checkpoints, by their place.
+        table: the rows of all units that were computed.
+        failures: why units, or some methods of them, have to be computed again, by key.
+        num_units: the number of units of the run.
+        num_done: of these, the number that were computed.
+        names: of the checkpoints, by their place.
     """
 
     table: pd.DataFrame
     failures: Mapping[Key, str]
     num_units: int
+    num_done: int
     names: Sequence[str]
 
-    def report_failures(self) -> None:
-        """Say how many rows of graded units could not be computed, and why.
+    def lost_rows(self) -> str:
+        """How many rows of graded units could not be computed, and why; empty if all could.
 
         Raises:
             InputError: none could.
         """
+        if "status" not in self.table:
+            return self._lost_changes()
         lost = self.table[self.table["status"] != "ok"]
         if len(lost) == len(self.table):
-            raise InputError(_lost(lost, self.table))
-        keys = pd.Series(list(zip(lost["stage"], lost["batch"], strict=True)), index=lost.index)
-        pairs = zip(keys, lost["reason"], strict=True)
-        known = [reason in self.failures.get(key, "") for key, reason in pairs]
-        lost = lost[~np.array(known, dtype=bool)]
-        if not lost.empty:
-            console.complain(_lost(lost, self.table))
+            raise InputError(_rows_message(lost, self.table))
+        lost = self._not_reported(lost)
+        return _rows_message(lost, self.table) if len(lost) else ""
 
-    def finish(self) -> None:
-        """Say which units are missing.
-
-        Raises:
-            typer.Exit: with code 3, if one is.
-        """
+    def missing_units(self) -> str:
+        """Which units are missing, or graded in part, and why; empty if none is."""
         if not self.failures:
-            return
+            return ""
         reasons: dict[str, list[str]] = {}
         for (stage, batch), reason in self.failures.items():
             reasons.setdefault(reason, []).append(f"{self.names[stage]} batch {batch}")
@@ -64,23 +55,43 @@ class Collected:
             f"\n  {units[0]}{f' and {len(units) - 1} more' * (len(units) > 1)}: {reason}"
             for reason, units in reasons.items()
         ]
-        console.complain(
+        return (
             f"{len(self.failures)} of {self.num_units} units (checkpoint × batch) could not be "
-            f"graded{self._in_part}, the others are done:{''.join(lines)}\nOnce that is mended, "
-            "the same command with --resume does what is missing"
+            f"graded{self._in_part()}, the others are done:{''.join(lines)}\nOnce that is fixed, "
+            "the same command with --resume computes what is missing"
         )
-        raise typer.Exit(INCOMPLETE)
 
-    @property
-    def _in_part(self) -> str:
-        """What is to be added where rows of units that are missing are good."""
-        if "status" not in self.table:
+    def _lost_changes(self) -> str:
+        """Of a table of samples: which columns of methods could not be computed."""
+        if "reason" not in self.table:
             return ""
-        rows = self.table[self.table["status"] == "ok"]
-        there = set(zip(rows["stage"], rows["batch"], strict=True))
-        return ", or not by every method" if there & self.failures.keys() else ""
+        lost = self._not_reported(self.table[self.table["reason"] != ""])
+        if lost.empty:
+            return ""
+        reasons = "; ".join(dict.fromkeys(lost["reason"]))
+        return (
+            f"loss changes of {len(lost)} of {len(self.table)} samples could not be computed: "
+            f"{reasons}"
+        )
+
+    def _not_reported(self, lost: pd.DataFrame) -> pd.DataFrame:
+        """The rows whose reason is not that of a missing unit."""
+        keys = zip(lost["stage"], lost["batch"], strict=True)
+        pairs = zip(keys, lost["reason"], strict=True)
+        reported = [reason in self.failures.get(key, "") for key, reason in pairs]
+        return lost[~np.array(reported, dtype=bool)]
+
+    def _in_part(self) -> str:
+        """An addition where units that count as missing have good rows."""
+        rows = self.table
+        if "status" in rows:
+            rows = rows[rows["status"] == "ok"]
+        elif "reason" not in rows:
+            return ""
+        graded = set(zip(rows["stage"], rows["batch"], strict=True))
+        return ", or not by every method" if graded & self.failures.keys() else ""
 
 
-def _lost(lost: pd.DataFrame, table: pd.DataFrame) -> str:
+def _rows_message(lost: pd.DataFrame, table: pd.DataFrame) -> str:
     reasons = "; ".join(dict.fromkeys(lost["reason"]))
     return f"{len(lost)} of {len(table)} rows could not be computed: {reasons}"

@@ -1,8 +1,8 @@
-"""Processes that share a run: started by ``torchrun``, found by its environment variables.
+"""Processes that share a run, which ``torchrun`` starts and its environment variables describe.
 
 Units (checkpoint × batch) are handed out by counters in the processes' common store, so that a
-process which is done early takes from the others' share. Nothing else has to be agreed on, and no
-process waits for another before the end: units may take hours.
+process that is early takes from the others' share. Nothing else has to be agreed on, and no
+process waits for another one before the end: units may take hours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,116 +36,111 @@ T = TypeVar("T")
 POLL_SECONDS = 0.2
 
 PATIENCE = 20.0
-"""Seconds after which it is said that others are waited for."""
+"""Seconds after which the user learns that the other processes are being waited for."""
 
 
 class Ranks(Protocol):
     """The processes of a run, seen from one of them.
 
     Attributes:
-        rank: this process's number; the first one, 0, writes the table and talks to the user.
-        count: how many processes there are.
-        group: over which the samples of every unit are spread; None where a unit is one process's.
+        rank: this process's number; the first, 0, writes the table and reports to the user.
+        count: the number of processes.
+        group: over which the samples of each unit are spread; None where a unit belongs to one
+            process.
     """
 
     rank: int
     count: int
     group: ProcessGroup | None
 
-    def told(self, make: Callable[[], T]) -> T:
-        """What the first process makes (plain values), on every process."""
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        """The result (plain values) of the first process, on every process."""
         ...
 
-    def keys(self, missing: Sequence[Key]) -> Iterator[Key]:
-        """The units that this process does."""
+    def share(self, missing: Sequence[Key]) -> Iterator[Key]:
+        """The units that this process computes."""
         ...
 
-    def count_step(self, steps: int) -> None:
-        """So many steps more are done."""
+    def count_steps(self, steps: int) -> None:
+        """Add completed steps."""
         ...
 
     def steps(self) -> int:
-        """How many steps all processes have done."""
+        """The steps that all processes have completed."""
         ...
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What each process makes for itself; where processes go in step and one fails, all do."""
+    def agree(self, compute: Callable[[], T]) -> T:
+        """The result of each process; if processes go in step and one fails, all fail."""
         ...
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
-        """Say that this process is done; the first one waits for all."""
+        """Report that this process is done; the first one waits for all."""
         ...
 
 
 class OneProcess:
-    """No ``torchrun``: all units in their order."""
+    """A run without ``torchrun``: all units in their order."""
 
     rank, count = 0, 1
     group: ProcessGroup | None = None
 
     def __init__(self) -> None:
-        """Nothing is done yet."""
         self._steps = 0
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """As it is made."""
-        return make()
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        return compute()
 
-    def told(self, make: Callable[[], T]) -> T:
-        """As it is made."""
-        return make()
+    def agree(self, compute: Callable[[], T]) -> T:
+        return compute()
 
-    def keys(self, missing: Sequence[Key]) -> Iterator[Key]:
-        """All."""
+    def share(self, missing: Sequence[Key]) -> Iterator[Key]:
         return iter(missing)
 
-    def count_step(self, steps: int) -> None:
-        """Add them."""
+    def count_steps(self, steps: int) -> None:
         self._steps += steps
 
     def steps(self) -> int:
-        """Those of this process."""
         return self._steps
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
-        """There is nobody to wait for."""
+        """There is no other process to wait for."""
 
 
 class ManyProcesses:
-    """``torchrun``'s processes, over its key–value store."""
+    """The processes of ``torchrun``, which talk over its key–value store."""
 
     group: ProcessGroup | None = None
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
-        """Nothing is said yet.
+        """Talk over a store.
 
         Args:
-            store: the same one for all.
+            store: the same for all processes.
             rank: this process's number.
-            count: how many there are.
+            count: the number of processes.
         """
         self.store, self.rank, self.count = store, rank, count
-        self._told = 0
+        self._broadcasts = 0
 
-    def told(self, make: Callable[[], T]) -> T:
-        """By way of JSON; where the first process fails, torchrun ends the others."""
-        self._told += 1
-        name = f"told/{self._told}"
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        """As JSON through the store; if the first process fails, torchrun ends the others."""
+        self._broadcasts += 1
+        name = f"broadcast/{self._broadcasts}"
         if self.rank == 0:
-            text = json.dumps(make())
+            text = json.dumps(compute())
             with _reachable():
                 self.store.set(name, text)
         with _reachable():
-            while not self.store.check([name]):  # and not wait(), which no signal ends
+            while not self.store.check([name]):  # not wait(), which no signal can interrupt
                 time.sleep(POLL_SECONDS)
-            made: T = json.loads(self.store.get(name))
-        return made
+            result: T = json.loads(self.store.get(name))
+        return result
 
-    def keys(self, missing: Sequence[Key]) -> Iterator[Key]:
-        """Those of one checkpoint after the other, so that each is loaded by few processes.
+    def share(self, missing: Sequence[Key]) -> Iterator[Key]:
+        """The units of one checkpoint after the other, so that few processes load each.
 
-        The processes start at different checkpoints; one that finds no unit left in its own
-        goes on with those of others.
+        The processes start at different checkpoints; one that has no unit left of its
+        checkpoints continues with those of others.
         """
         stages: dict[int, list[Key]] = {}
         for stage, batch in missing:
@@ -158,47 +152,45 @@ class ManyProcesses:
             while (claimed := self._add(f"claimed/{stage}", 1)) <= len(units):
                 yield units[claimed - 1]
 
-    def count_step(self, steps: int) -> None:
-        """In the store; where that is gone, it is the next claim that fails, and not this unit."""
+    def count_steps(self, steps: int) -> None:
+        """In the store; if it is gone, the next claim fails, and not this unit."""
         with contextlib.suppress(NgevalError):
             self._add("steps", steps)
 
     def steps(self) -> int:
-        """Of all processes."""
         return self._add("steps", 0)
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """As it is made: a unit is one process's."""
-        return make()
+    def agree(self, compute: Callable[[], T]) -> T:
+        return compute()  # a unit belongs to one process
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
-        """A process that dies never says so: then torchrun ends this one."""
+        """Wait; if a process dies and never reports, torchrun ends this one."""
         self._add("finished", 1)
         while self.rank == 0 and self._add("finished", 0) < self.count:
             meanwhile()
             time.sleep(POLL_SECONDS)
 
     def _add(self, name: str, amount: int) -> int:
-        """To a counter; its new value."""
+        """Add to a counter; returns its new value."""
         with _reachable():
             return int(self.store.add(name, amount))
 
 
 class InStep(ManyProcesses):
-    """Processes that do every unit together, each a part of its samples.
+    """Processes that compute every unit together, each on a part of its samples.
 
     Attributes:
         group: for the sums over samples.
     """
 
     def __init__(self, store: Store, rank: int, count: int, device: str) -> None:
-        """Make the group, which all do at once.
+        """Create the group, which all processes do at once.
 
         Args:
-            store: the same one for all.
+            store: the same for all processes.
             rank: this process's number.
-            count: how many there are.
-            device: where it is computed: ``nccl`` on GPUs, ``gloo`` elsewhere.
+            count: the number of processes.
+            device: where to compute: ``nccl`` on GPUs, ``gloo`` elsewhere.
         """
         super().__init__(store, rank, count)
         dist.init_process_group(
@@ -206,41 +198,39 @@ class InStep(ManyProcesses):
             store=PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.count,
-            timeout=timedelta(hours=6),  # a rank may load a checkpoint, or factor, for long
+            timeout=timedelta(hours=6),  # loading a checkpoint, or a factorisation, may take long
         )
         self.group = dist.group.WORLD
 
-    def keys(self, missing: Sequence[Key]) -> Iterator[Key]:
-        """All, in their order."""
+    def share(self, missing: Sequence[Key]) -> Iterator[Key]:
         return iter(missing)
 
-    def count_step(self, steps: int) -> None:
-        """Once for all."""
-        if self.rank == 0:
-            super().count_step(steps)
+    def count_steps(self, steps: int) -> None:
+        if self.rank == 0:  # the steps are the same on all
+            super().count_steps(steps)
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What each process makes for itself; where one fails, all do.
+    def agree(self, compute: Callable[[], T]) -> T:
+        """The result of each process; if one fails, all do.
 
         Raises:
-            NgevalError: what a process failed by, on all of them.
+            NgevalError: the failure of one process, on all of them.
         """
-        return shards_of(self.group).synchronized(make)
+        return shards_of(self.group).synchronized(compute)
 
 
 @contextlib.contextmanager
 def _reachable() -> Iterator[None]:
-    """While the store is asked something.
+    """Report a store that is gone.
 
     Raises:
-        NgevalError: it is not there any more.
+        NgevalError: it is.
     """
     try:
         yield
     except dist.DistError as error:
         raise NgevalError(
-            "torchrun is not there any more, or its other processes are not; the same command "
-            f"with --resume goes on ({f'{error}'.partition(chr(10))[0][:200]})"
+            "torchrun or its other processes have ended; the same command with --resume continues "
+            f"({f'{error}'.partition(chr(10))[0][:200]})"
         ) from error
 
 
@@ -255,22 +245,22 @@ def own_device(device: str) -> str:
     return device
 
 
-def _met() -> tuple[Store, int, int]:
-    """The store of all processes, this one's number, and how many there are.
+def _meet(warn: Callable[[str], None]) -> tuple[Store, int, int]:
+    """The store of all processes, this one's number, and their number.
 
     Raises:
         InputError: they cannot be reached.
     """
-    found: list[tuple[Store, int, int]] = []
-    failed: list[Exception] = []
+    stores: list[tuple[Store, int, int]] = []
+    failures: list[Exception] = []
 
     def meet() -> None:
         try:
-            found.append(next(iter(rendezvous("env://"))))
-        except Exception as error:  # told by the thread that waits
-            failed.append(error)
+            stores.append(next(iter(rendezvous("env://"))))
+        except Exception as error:  # whatever it is, the thread that waits raises it
+            failures.append(error)
 
-    # In a thread, since no signal ends it while it waits for others.
+    # In a thread, since no signal can interrupt it while it waits for others.
     meeting = threading.Thread(target=meet, daemon=True)
     meeting.start()
     started = time.monotonic()
@@ -278,35 +268,35 @@ def _met() -> tuple[Store, int, int]:
         meeting.join(POLL_SECONDS)
         if time.monotonic() - started > PATIENCE:
             started = math.inf
-            print(
+            warn(
                 f"waiting for the other {torchrun.world_size() - 1} processes, as the environment "
-                "variables RANK and WORLD_SIZE say; unset them for a run by itself",
-                file=sys.stderr,
+                "variables RANK and WORLD_SIZE say; unset them for a run of one process"
             )
-    if failed:
+    if failures:
         raise InputError(
-            f"the other processes of torchrun cannot be reached: {failed[0]}; start them with "
+            f"the other processes of torchrun cannot be reached: {failures[0]}; start them with "
             "torchrun -m ngeval …"
-        ) from failed[0]
-    return found[0]
+        ) from failures[0]
+    return stores[0]
 
 
 def _attempt() -> str:
-    """A name of this start of all processes: after a restart, torchrun's store is the old one.
+    """A name for this start of all processes: torchrun keeps its store when it restarts them.
 
-    What the processes of an earlier start have claimed there, they may never have finished.
+    The units that processes of an earlier start have claimed there may not be finished.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return f"start {count} of {torchrun.world_size()} processes"
 
 
 @contextlib.contextmanager
-def joined(device: str, *, together: bool) -> Iterator[Ranks]:
+def joined(device: str, *, together: bool, warn: Callable[[str], None]) -> Iterator[Ranks]:
     """The processes of this run.
 
     Args:
-        device: where it is computed.
-        together: every unit is done by all processes, in step.
+        device: where to compute.
+        together: all processes compute every unit, in step.
+        warn: called with a line for the user if the others do not come.
 
     Raises:
         InputError: they cannot be reached.
@@ -314,10 +304,10 @@ def joined(device: str, *, together: bool) -> Iterator[Ranks]:
     if torchrun.world_size() == 1:
         yield OneProcess()
         return
-    store, rank, count = _met()
+    store, rank, count = _meet(warn)
     store = PrefixStore(_attempt(), store)
     if not together:
         yield ManyProcesses(store, rank, count)
         return
     yield InStep(store, rank, count, device)
-    dist.destroy_process_group()  # after a failure, it might wait for who is not there
+    dist.destroy_process_group()  # not after a failure: it might wait for a process that is gone

@@ -1,76 +1,302 @@
-"""What is made of each unit of a run: a table of γ, of layers, or of samples.
+"""The kinds of tables that a run computes for each unit: γ, layers, or samples.
 
-A `Work` is plain values, which a manifest can keep and ``ngeval verify`` can do again.
+Each kind is one class in `KINDS`: its options, which a manifest keeps and ``ngeval verify`` reads
+back, and the rows that it makes of a unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from torch import Tensor
+from torch.optim import Optimizer
 
+from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP
-from ngeval.errors import InputError, nearest_name
-from ngeval.grading.evaluate import Progress
-from ngeval.runs.run import Grading, Run
+from ngeval.dampings import MAX_COUNT, check_dampings, check_scale
+from ngeval.errors import InputError, TaskError
+from ngeval.grading.evaluate import COLUMNS, evaluate
+from ngeval.grading.evaluate import Progress as OnMethod
+from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
+from ngeval.grading.layer_table import layer_table
+from ngeval.grading.prepare import failure_reason, lost_memory
+from ngeval.methods import Method, get_methods
+from ngeval.problem.gamma import gradient_norms, loss_change
+from ngeval.problem.metric_batch import Metric
+from ngeval.problem.problem import Problem
+from ngeval.results.journal import Entry, Key
+from ngeval.results.manifest import first_problem
+from ngeval.runs.run import Run
+from ngeval.runs.units import Unit, Units, labelled
+from ngeval.utils.memory import OUT_OF_MEMORY
 
-DESCRIPTIONS = {
-    "gamma": "grading updates",
-    "layers": "grading layers",
-    "imbalance": "gradient norms",
-}
-"""What is said of each kind of work while it is done."""
+MAX_METHODS = 1_000
+
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dampings = Annotated[list[Damping], Field(min_length=1, max_length=MAX_COUNT)]
+Methods = Annotated[list[str], Field(min_length=1, max_length=MAX_METHODS)]
+Scale = Literal["absolute", "mean", "relative"]
+MetricBatches = Annotated[int, Field(ge=1)] | Literal["all"] | None
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is made of each unit.
+class Work(BaseModel, ABC):
+    """What is computed for each unit of a run: one kind of table with its options.
 
     Attributes:
-        kind: ``"gamma"``, ``"layers"`` or ``"imbalance"``.
-        options: what its numbers depend on besides the unit: ``methods`` (names), ``dampings``,
-            ``damping_scale``, …; plain values.
+        kind: its name in manifests.
+        description: its name while it is computed.
+        methods: names.
     """
 
-    kind: str
-    options: Mapping[str, Any]
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    kind: ClassVar[str]
+    description: ClassVar[str]
+    methods: list[str]
+    _resolved: list[Method] | None = PrivateAttr(None)
 
-    def __post_init__(self) -> None:
-        """Refuse an unknown kind.
+    @classmethod
+    def of(cls, methods: str | Iterable[str | Method | Optimizer], **options: Any) -> Self:
+        """The work of some methods, which are resolved here and nowhere else.
 
-        Raises:
-            InputError: it is.
-        """
-        if self.kind not in DESCRIPTIONS:
-            raise InputError(
-                f"unknown kind of work {self.kind!r}; {nearest_name(self.kind, DESCRIPTIONS)}"
-            )
-
-    @property
-    def description(self) -> str:
-        """For a progress bar."""
-        return DESCRIPTIONS[self.kind]
-
-    @property
-    def steps(self) -> list[str]:
-        """The methods that are told of in each unit; none where a unit is one step."""
-        return [] if self.kind == "imbalance" else list(self.options["methods"])
-
-    def tables(self, run: Run, on_step: Progress | None = None) -> Iterator[pd.DataFrame]:
-        """A table for each unit of a run; see `Run.gammas`, `Run.layers` and `Run.imbalances`.
+        Args:
+            methods: a comma list, names or objects, as in `ngeval.evaluate`.
+            **options: the fields of the class.
 
         Raises:
-            NgevalError: see there.
+            InputError: an unknown method, or an option that cannot be used.
         """
-        told = self.options
-        if self.kind == "imbalance":
-            return run.imbalances(told["methods"], told["damping"])
-        scale = told.get("damping_scale", "absolute")
-        grading = Grading(told.get("metric_batches"), told["natural"], told.get("gap", GAP))
-        if self.kind == "layers":
-            return run.layers(
-                told["methods"], told["dampings"], told["groups"], scale, grading, on_step
-            )
-        return run.gammas(told["methods"], told["dampings"], scale, grading, on_step)
+        resolved = get_methods(methods) if methods else []
+        if "dampings" in options:
+            options["dampings"] = check_dampings(options["dampings"])
+        if "damping" in options:
+            (options["damping"],) = check_dampings([options["damping"]])
+        if "damping_scale" in options:
+            check_scale(options["damping_scale"])
+        try:
+            work = cls(methods=[method.name for method in resolved], **options)
+        except ValidationError as error:
+            raise InputError(first_problem(error)) from error
+        work._resolved = resolved
+        return work
+
+    @property
+    def resolved(self) -> list[Method]:
+        """The methods; resolving a name may import the module that it names.
+
+        Raises:
+            InputError: unknown method.
+        """
+        if self._resolved is None:
+            self._resolved = get_methods(self.methods) if self.methods else []
+        return self._resolved
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the methods."""
+        return [method.name for method in self.resolved]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields as plain values, without the kind."""
+        return self.model_dump(mode="json")
+
+    @abstractmethod
+    def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
+        """The table of a unit; ``on_method`` is called with the name of each method that is done.
+
+        Raises:
+            NgevalError: the unit cannot be graded.
+        """
+
+    @abstractmethod
+    def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
+        """The rows of a unit that cannot be graded."""
+
+
+class GammaTable(Work):
+    """`ngeval.evaluate` on every unit."""
+
+    kind: ClassVar[str] = "gamma"
+    description: ClassVar[str] = "grading updates"
+    methods: Methods
+    dampings: Dampings
+    damping_scale: Scale = "absolute"
+    metric_batches: MetricBatches = None
+    natural: bool = True
+    gap: Annotated[float, Field(gt=0, allow_inf_nan=False)] = GAP
+
+    def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
+        return evaluate(
+            unit.problem,
+            unit.methods,
+            self.dampings,
+            damping_scale=self.damping_scale,
+            seed=run.seed_of(unit.key),
+            metric=_metric(run, unit.problem, self.metric_batches),
+            natural=self.natural,
+            gap=self.gap,
+            on_step=on_method,
+        )
+
+    def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
+        rows = _failed(self.methods, self.dampings, self.damping_scale, reason, seed)
+        counts = {"num_parameters": 0}
+        if self.natural and self.metric_batches is None:
+            counts["iterations"] = 0
+        return rows.assign(**counts).reindex(columns=COLUMNS)
+
+
+class LayerTable(Work):
+    """`ngeval.layer_table` on every unit."""
+
+    kind: ClassVar[str] = "layers"
+    description: ClassVar[str] = "grading layers"
+    methods: Methods
+    dampings: Dampings
+    damping_scale: Scale = "absolute"
+    metric_batches: MetricBatches = None
+    natural: bool = True
+    groups: Annotated[int, Field(ge=1)] | Literal["layer", "parameter"] = "layer"
+
+    def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
+        return layer_table(
+            unit.problem,
+            unit.methods,
+            self.dampings,
+            groups=self.groups,
+            damping_scale=self.damping_scale,
+            seed=run.seed_of(unit.key),
+            metric=_metric(run, unit.problem, self.metric_batches),
+            natural=self.natural,
+            on_step=on_method,
+        )
+
+    def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
+        rows = _failed(self.methods, self.dampings, self.damping_scale, reason, seed)
+        return rows.assign(layer="", num_parameters=0).reindex(columns=LAYER_COLUMNS)
+
+
+class SampleTable(Work):
+    """`ngeval.gradient_norms` on every unit, one row for each sample.
+
+    For each method a column ``loss_change_<method>``: the first-order change of that sample's loss
+    for the unit step −d(λ), in nats; NaN where the method fails, and ``reason`` says why. A unit
+    that cannot be graded has no rows.
+    """
+
+    kind: ClassVar[str] = "imbalance"
+    description: ClassVar[str] = "gradient norms"
+    methods: Annotated[list[str], Field(max_length=MAX_METHODS)] = []
+    damping: Damping = 0.0
+
+    def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
+        return sample_table(
+            unit.problem, unit.methods, self.damping, run.seed_of(unit.key), on_method
+        )
+
+    def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
+        return pd.DataFrame()
+
+
+KINDS: dict[str, type[Work]] = {work.kind: work for work in (GammaTable, LayerTable, SampleTable)}
+"""The kinds of work by name."""
+
+
+def unit_tables(
+    units: Units, work: Work, keys: Iterable[Key], on_method: OnMethod | None = None
+) -> Iterator[tuple[Key, Entry]]:
+    """The tables of units, with the columns that identify them in front.
+
+    A unit that cannot be graded (an unreadable checkpoint, NaN weights) has failed rows. One that
+    failed as a whole, or by a lack of memory in part, has a ``failure``: it is worth another try.
+
+    Args:
+        units: the units of a run.
+        work: what is computed of each.
+        keys: which, in this order.
+        on_method: called with the name of each method that is done.
+
+    Raises:
+        TaskError: the task has no such batch.
+    """
+    run = units.run
+    for key in keys:
+        try:  # the unit has no name here: its memory is free before the next one begins
+            table = work.rows(run, units.unit(key), on_method)
+            failure = _lost_memory(table)
+        except TaskError:  # every checkpoint would fail with it
+            raise
+        except Exception as error:  # a model may be anybody's code; its failure is data
+            failure = failure_reason(error)
+            table = work.failed_rows(failure, run.seed_of(key))
+        rows = labelled(table, run.columns(key))
+        rows.attrs = {}
+        yield key, Entry(rows, failure)
+
+
+def sample_table(
+    problem: Problem,
+    methods: Iterable[Method],
+    damping: float,
+    seed: int,
+    on_method: OnMethod | None = None,
+) -> pd.DataFrame:
+    """Per-sample norms, and the change of each sample's loss by each method's update.
+
+    Args:
+        problem: the model on its batch.
+        methods: whose updates.
+        damping: λ, absolute.
+        seed: for sampled labels.
+        on_method: called with the name of each method that is done.
+    """
+    table, kernel, failures = gradient_norms(problem), Kernel(problem), []
+
+    def change(method: Method) -> Tensor:
+        return loss_change(problem, method.prepare(problem, kernel, seed).direction(damping))
+
+    for method in methods:
+        column = f"loss_change_{method.name}"
+        try:
+            table[column] = problem.shards.synchronized(partial(change, method)).cpu().numpy()
+        except Exception as error:  # a method may be anybody's code; its failure is data
+            table[column] = math.nan
+            failures.append(f"{method.name}: {failure_reason(error)}")
+        if on_method is not None:
+            on_method(method.name)
+    return table.assign(reason="; ".join(failures))
+
+
+def _lost_memory(table: pd.DataFrame) -> str:
+    """Which methods lacked memory, of a table of any kind."""
+    if "method" in table:
+        return lost_memory(table)
+    reason = str(table["reason"].iloc[0])
+    return reason if OUT_OF_MEMORY in reason else ""
+
+
+def _metric(run: Run, problem: Problem, batches: int | str | None) -> Metric | None:
+    """The batches that grade: the same for every checkpoint and every graded batch."""
+    if batches is None:
+        return None
+    count = None if isinstance(batches, str) else batches
+    return Metric(problem, lambda: run.task.batches(run.batch_size, count, run.seed))
+
+
+def _failed(
+    methods: list[str], dampings: list[float], scale: str, reason: str, seed: int
+) -> pd.DataFrame:
+    """A row for each method and damping of a unit that cannot be graded; its counts are 0."""
+    return pd.DataFrame(
+        [
+            {"method": name, "damping": float(damping), "damping_scale": scale}
+            for name, damping in itertools.product(methods, dampings)
+        ]
+    ).assign(status="failed", reason=reason, num_samples=0, metric_samples=0, seed=seed)

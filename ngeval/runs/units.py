@@ -1,30 +1,28 @@
-"""One checkpoint on one batch: problems by their keys, and the rows that tables are made of."""
+"""The units of a run, one checkpoint on one batch each, as problems."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from ngeval.checkpoints import Checkpoint, CheckpointLoader
-from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, TaskError
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
 from ngeval.model.function import map_inputs
-from ngeval.problem.gamma import gradient_norms, loss_change
 from ngeval.problem.problem import Problem
-from ngeval.results.hashes import hash_batch, hash_checkpoint
+from ngeval.results.hashes import CheckpointHashes, hash_batch
 from ngeval.results.journal import Key
+from ngeval.runs.progress import Progress
+from ngeval.runs.ranks import OneProcess, Ranks
+from ngeval.runs.run import Run
 from ngeval.tasks import Batch
-
-if TYPE_CHECKING:
-    from ngeval.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -33,41 +31,70 @@ class Unit:
 
     Attributes:
         problem: the model with that checkpoint's weights on that batch.
-        columns: what identifies the unit in a table: ``task, checkpoint, stage`` (its place in
-            the list), ``epoch`` and ``step`` (where the checkpoint tells them, else NaN),
-            ``batch``.
-        methods: those that were asked for, at this checkpoint.
-        key: the checkpoint's place and the batch's.
+        methods: the methods of the run, at this checkpoint.
+        key: the places of the checkpoint and of the batch.
+        columns: what identifies the unit in a table; see `Run.columns`.
     """
 
     problem: Problem
+    methods: Sequence[Method]
+    key: Key
     columns: dict[str, Any]
-    methods: Sequence[Method] = ()
-    key: Key = (0, 0)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The SHA-256 of a run's checkpoints and batches when it began.
+
+    Attributes:
+        checkpoints: by name.
+        batches: in order.
+        hashes: computes those of the checkpoints.
+    """
+
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    batches: Sequence[str] = ()
+    hashes: CheckpointHashes = field(default_factory=CheckpointHashes)
 
 
 class Units:
-    """Problems by their keys; a checkpoint stays loaded until another is asked for."""
+    """The units of a run by their keys; a checkpoint stays loaded until another one is needed."""
 
-    def __init__(self, run: Run, methods: Sequence[str | Method]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        methods: Sequence[Method] = (),
+        *,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+        contents: Contents | None = None,
+    ) -> None:
         """Build the model.
 
+        Args:
+            run: the run.
+            methods: its methods.
+            ranks: the processes that share the run; None: this one alone.
+            progress: is notified of each model that is loaded and of the first problem.
+            contents: a checkpoint or batch that is different when it is read is refused.
+
         Raises:
-            InputError: unknown method.
-            CheckpointError: a method needs what a checkpoint has not.
+            CheckpointError: a method needs something that a checkpoint lacks.
         """
-        self.run = run
-        self.methods = get_methods(methods) if methods else []
+        self.run, self.methods = run, methods
         for index in range(len(run.checkpoints)):
-            methods_at(self.methods, run.stage(index))  # what is missing is an error now
+            methods_at(methods, run.stage(index))  # raises for what is missing before any work
         base = run.task.model().to(run.device).eval()
+        self.ranks = ranks or OneProcess()
+        self.progress = progress or Progress()
+        self.contents = contents or Contents()
         self.loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
         self.model: nn.Module = base
         self.stage = -1
         self.failure: Exception | None = None
         self.batches: Iterator[Batch] = iter(())
         self.next_batch = math.inf
-        self.batch_hashes = dict(enumerate(run.batch_hashes))
+        self.batch_hashes = dict(enumerate(self.contents.batches))
 
     def unit(self, key: Key) -> Unit:
         """One checkpoint on one batch.
@@ -90,89 +117,73 @@ class Units:
             dtype=run.dtype,
             engine=run.engine,
             memory=run.memory,
-            group=run.ranks.group,
+            group=self.ranks.group,
         )
-        return Unit(problem, run.columns(key), methods_at(self.methods, run.stage(stage)), key)
+        return Unit(problem, methods_at(self.methods, run.stage(stage)), key, run.columns(key))
 
     def _load(self, stage: int) -> None:
-        """Another checkpoint; one that cannot be loaded fails all its units, and is tried once."""
+        """Load a checkpoint; a failure is that of all its units, and loading is tried once."""
         run, checkpoint = self.run, self.run.checkpoints[stage]
         self.stage, self.failure = stage, None
         try:
-            self.model = run.ranks.agreed(lambda: self._as_it_was(checkpoint).to(run.device).eval())
-        except Exception as error:  # of whatever kind: the other checkpoints are none the worse
+            self.model = self.ranks.agree(lambda: self._unchanged(checkpoint).to(run.device).eval())
+        except Exception as error:  # any model's code runs here, and the other checkpoints may load
             self.failure = error
         else:
-            run.on_model(checkpoint, self.model)
+            self.progress.model_loaded(checkpoint, self.model)
 
-    def _as_it_was(self, checkpoint: Checkpoint) -> nn.Module:
-        """The model with a checkpoint that nobody has written to since the run began."""
+    def _unchanged(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model with a checkpoint that was not written to since the run began."""
         model = self.loader.load(checkpoint)
-        known = self.run.checkpoint_hashes.get(checkpoint.name)
-        if known is not None and hash_checkpoint(checkpoint) != known:
+        expected = self.contents.checkpoints.get(checkpoint.name)
+        if expected is not None and self.contents.hashes.hash(checkpoint) != expected:
             raise CheckpointError(
                 f"{checkpoint.name} was written to since the run began; where none of its units "
-                "was graded before, --resume takes it as it is now"
+                "was graded before, --resume grades it as it is now"
             )
         return model
 
     def _batch(self, index: int) -> Batch:
-        """A batch of the task; the same ones for every checkpoint.
+        """A batch of the task, the same for every checkpoint.
 
         Raises:
-            TaskError: it is another one than before.
+            TaskError: it differs from the one that was read before.
         """
+        run = self.run
         if index < self.next_batch:
-            run = self.run
             self.batches = run.task.batches(run.batch_size, run.num_batches, run.seed)
             self.next_batch = 0
         skipped = int(index - self.next_batch)
         self.next_batch = index + 1
         batch: Batch = next(itertools.islice(self.batches, skipped, None))
-        now = hash_batch(*batch)
-        if self.batch_hashes.setdefault(index, now) != now:
+        digest = hash_batch(*batch)
+        if self.batch_hashes.setdefault(index, digest) != digest:
             raise TaskError(
-                f"batch {index} of task {self.run.task.name} is another one when it is read again, "
-                "and every checkpoint has to be graded on the same: draw it by the seed that the "
-                "task's batches are asked for with"
+                f"batch {index} of task {run.task.name} differs when it is read again, and every "
+                "checkpoint must be graded on the same batches: draw them with the seed that "
+                "load_batches is given"
             )
         return batch
 
 
-def failed_rows(
-    methods: Sequence[str | Method],
-    dampings: Sequence[float],
-    damping_scale: str,
-    reason: str,
-    seed: int,
-) -> pd.DataFrame:
-    """A row for each method and damping of a unit that could not be had; counts are 0."""
-    names = [method.name for method in get_methods(methods)]
-    return pd.DataFrame(
-        [
-            {"method": name, "damping": float(damping), "damping_scale": damping_scale}
-            for name, damping in itertools.product(names, dampings)
-        ]
-    ).assign(status="failed", reason=reason, num_samples=0, metric_samples=0, seed=seed)
+def iterate_units(run: Run, methods: Sequence[str | Method] = ()) -> Iterator[Unit]:
+    """All units of a run, each checkpoint loaded once.
+
+    Raises:
+        InputError: unknown method.
+        NgevalError: see `Units`.
+    """
+    units = Units(run, get_methods(methods) if methods else [])
+    for key in run.keys:
+        yield units.unit(key)
 
 
 def methods_at(methods: Sequence[Method], stage: Stage) -> list[Method]:
-    """The methods at a checkpoint: those that have ``at(stage)`` are asked, others are the same."""
+    """The methods at a checkpoint: ``at(stage)`` of those that have it, the others as they are."""
     return [method.at(stage) if hasattr(method, "at") else method for method in methods]
 
 
-def sample_table(
-    problem: Problem, methods: Sequence[Method], damping: float, seed: int
-) -> pd.DataFrame:
-    """Per-sample norms, and what each method's update (absolute λ) does to each sample's loss."""
-    table, kernel = gradient_norms(problem), Kernel(problem)
-    for method in methods:
-        direction = method.prepare(problem, kernel, seed).direction(damping)
-        table[f"loss_change_{method.name}"] = loss_change(problem, direction).cpu().numpy()
-    return table
-
-
-def labelled(table: pd.DataFrame, columns: dict[str, Any]) -> pd.DataFrame:
-    """Put a unit's columns in front of a table."""
-    front = pd.DataFrame({key: [value] * len(table) for key, value in columns.items()})
+def labelled(table: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A table with the columns that identify its unit in front."""
+    front = pd.DataFrame({name: [value] * len(table) for name, value in columns.items()})
     return pd.concat([front, table.reset_index(drop=True)], axis=1)

@@ -1,182 +1,131 @@
-"""Whether a manifest that anybody may have written tells of a run that can be made.
+"""Whether a manifest, which anybody may have written, describes a run that can be repeated.
 
-Everything that ``ngeval verify`` reads of one is looked at here before anything is made of it: a
-value may be of any kind, a number of any size, and what a table holds may be of another run.
+Pydantic has checked the kinds of its values by then; here are the bounds that hold between them,
+which are checked before anything is computed from them.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar
 
 import pandas as pd
+from pydantic import TypeAdapter, ValidationError
 
-from ngeval.dampings import MAX_COUNT
 from ngeval.errors import OutputError
 from ngeval.results.journal import Key
+from ngeval.results.manifest import RunManifest, first_problem, malformed
 from ngeval.runs.options import MAX_SEED, RunOptions, parse_bytes
+from ngeval.runs.tables import KINDS, Work
 from ngeval.tasks.base import MOST_SAMPLES
 from ngeval.verification.compare import is_number
 
-MOST_UNITS = 10_000_000
+MAX_UNITS = 10_000_000
 """Checkpoints × batches of a run that is verified."""
 
-MOST_METHODS = 1_000
-
-MOST_CHARACTERS = 100
-"""Of an amount of memory."""
+T = TypeVar("T")
 
 
-def malformed(place: Path, what: str) -> OutputError:
-    """The error of a manifest that nothing can be made of."""
-    return OutputError(f"{place} is not a manifest that a run can be made of: {what}")
-
-
-def part(told: Mapping[str, Any], name: str, place: Path) -> dict[str, Any]:
-    """An object within a manifest.
+def read_options(group: type[T], values: Mapping[str, Any], place: Path) -> T:
+    """A dataclass of options from a mapping that may hold others; missing ones have the default.
 
     Raises:
-        OutputError: there is none.
+        OutputError: a value has the wrong type.
     """
-    found = told.get(name)
-    if not isinstance(found, dict):
-        raise malformed(place, f"it has no {name!r}; files of older versions have none")
-    return found
+    adapter = TypeAdapter(group)
+    names = group.__dataclass_fields__  # type: ignore[attr-defined]  # T is a dataclass
+    return _validated(adapter, {name: values[name] for name in names if name in values}, place)
 
 
-def members(hint: Any) -> list[Any]:
-    """All types within one."""
-    return [one for arg in get_args(hint) for one in (arg, *members(arg))]
-
-
-def check_kind(name: str, value: Any, hint: Any, place: Path) -> None:
-    """Refuse a value of another kind than an option has.
+def read_work(options: Mapping[str, Any], place: Path) -> Work:
+    """What was computed of each unit.
 
     Raises:
-        OutputError: it is.
+        OutputError: an unknown kind, or an option that is missing, unknown, or has a wrong value.
     """
-    if not _fits(value, hint):
-        raise malformed(place, f"{name} is {repr(value)[:60]}")
+    kind = options.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise malformed(place, f"unknown kind of work {repr(kind)[:40]}")
+    fields = KINDS[kind].model_fields
+    if missing := sorted(fields.keys() - options.keys()):
+        raise malformed(place, f"it has no {'identity.options.' + missing[0]!r}")
+    values = {name: value for name, value in options.items() if name != "kind"}
+    return _validated(TypeAdapter(KINDS[kind]), values, place)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is what an option takes."""
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
-    if isinstance(hint, UnionType) or get_origin(hint) is not None:
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint is NoneType:
-        return value is None
-    kinds: dict[Any, Any] = {Path: str, float: (int, float), str: str, int: int, bool: bool}
-    return isinstance(value, kinds[hint]) and isinstance(value, bool) == (hint is bool)
+def _validated(adapter: TypeAdapter[T], values: Mapping[str, Any], place: Path) -> T:
+    try:
+        return adapter.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise malformed(place, first_problem(error)) from error
 
 
-def check_work_sizes(options: Mapping[str, Any], place: Path) -> None:
-    """Bounds on what is made of each unit: methods, dampings, the gap.
-
-    Raises:
-        OutputError: there are more than anybody asks for, or a number is none that is computed
-            with.
-    """
-    for name, most in (("methods", MOST_METHODS), ("dampings", MAX_COUNT)):
-        count = len(options.get(name, ()))
-        if count > most:
-            raise malformed(place, f"{count} {name}; at most {most} are verified")
-    numbers = [*options.get("dampings", ()), options.get("damping", 0.0)]
-    if any(number > sys.float_info.max for number in numbers):
-        raise malformed(place, "a damping is too large for a number")
-    gap = options.get("gap", 1.0)
-    if not 0 < gap <= sys.float_info.max:
-        raise malformed(place, f"gap is {repr(gap)[:60]}")
-    metric = options.get("metric_batches")
-    if isinstance(metric, str) and metric != "all":
-        raise malformed(place, f"metric_batches is {metric[:60]!r}")
-
-
-def check_run_sizes(
-    run: RunOptions, options: Mapping[str, Any], found: Mapping[str, Any], place: Path
-) -> None:
+def check_sizes(run: RunOptions, work: Work, manifest: RunManifest, place: Path) -> None:
     """Bounds on a run: samples, batches, units, the seed, memory.
 
-    Args:
-        run: the options of the run.
-        options: of what is made of each unit.
-        found: the run's identity.
-        place: the manifest.
-
     Raises:
-        OutputError: a number is not what the manifest tells elsewhere, or beyond its bound.
+        OutputError: a number is beyond its bound, or contradicts another one.
+        InputError: the memory is not an amount.
     """
-    if run.batch_size < 1:
-        raise malformed(place, f"batch_size is {run.batch_size}")
-    metric = options.get("metric_batches")
-    for name, count in (("num_batches", run.num_batches), ("metric_batches", metric)):
-        if not isinstance(count, int):
-            continue
-        if count < 1:
-            raise malformed(place, f"{name} is {count}")
+    identity = manifest.identity
+    counts = {"num_batches": run.num_batches}
+    metric = work.options.get("metric_batches")
+    if isinstance(metric, int):
+        counts["metric_batches"] = metric
+    for name, value in {"batch_size": run.batch_size, **counts}.items():
+        if value < 1:
+            raise malformed(place, f"{name} is {value}")
+    for name, count in counts.items():
         if run.batch_size * count > MOST_SAMPLES:
             raise malformed(
                 place,
                 f"{name} × batch_size is {run.batch_size * count:.1e} samples; at most "
                 f"{MOST_SAMPLES:.0e} are verified",
             )
-    batches = found.get("batches")
-    if not isinstance(batches, list) or len(batches) != run.num_batches:
-        raise malformed(place, f"it does not tell of {run.num_batches} batches")
-    if len(found["checkpoints"]) * len(batches) > MOST_UNITS:
-        raise malformed(place, f"it tells of more than {MOST_UNITS} units")
+    if len(identity.batches) != run.num_batches:
+        raise malformed(
+            place,
+            f"it records {len(identity.batches)} batches, and num_batches is {run.num_batches}",
+        )
+    if len(identity.checkpoints) * len(identity.batches) > MAX_UNITS:
+        raise malformed(place, f"it records more than {MAX_UNITS} units")
     if not 0 <= run.seed <= MAX_SEED:
         raise malformed(place, f"seed is {run.seed}")
-    if run.memory is not None and len(run.memory) > MOST_CHARACTERS:
-        raise malformed(place, f"memory is {run.memory[:60]!r}")
     parse_bytes(run.memory)
 
 
-def read_end(
-    told: Mapping[str, Any], found: Mapping[str, Any], place: Path
-) -> tuple[bool, frozenset[Key]]:
-    """How the run ended: whether it came to its end, and its units that failed.
+def check_end(manifest: RunManifest, place: Path) -> frozenset[Key]:
+    """The units of a run that failed.
 
     Raises:
-        OutputError: units that there are not.
+        OutputError: the run has no such units, or is complete with failed units.
     """
-    finished, failed = "complete" in told, told.get("failed_units", [])
-    if finished and not isinstance(told["complete"], bool):
-        raise malformed(place, f"complete is {repr(told['complete'])[:60]}")
-    if not _fits(failed, list[list[int]]):
-        raise malformed(place, f"failed_units is {repr(failed)[:60]}")
-    ends = (len(found["checkpoints"]), len(found["batches"]))
-    units = set[Key]()
-    for key in failed:
-        if len(key) != len(ends) or not all(0 <= i < n for i, n in zip(key, ends, strict=True)):
-            raise malformed(place, f"a failed unit is {repr(key)[:60]}, which there is not")
-        units.add((key[0], key[1]))
-    if finished and told["complete"] == bool(units):
-        raise malformed(place, f"complete is {told['complete']}, with {len(units)} failed units")
-    return finished, frozenset(units)
+    identity, failed = manifest.identity, frozenset(manifest.failed_units)
+    for stage, batch in failed:
+        if stage >= len(identity.checkpoints) or batch >= len(identity.batches):
+            raise malformed(place, f"a failed unit is [{stage}, {batch}], which is not in the run")
+    if manifest.finished and manifest.complete == bool(failed):
+        raise malformed(place, f"complete is {manifest.complete}, with {len(failed)} failed units")
+    return failed
 
 
-def check_table(table: pd.DataFrame, found: Mapping[str, Any], path: Path) -> None:
-    """Refuse a table of other units than the manifest tells of.
+def check_table(table: pd.DataFrame, manifest: RunManifest, path: Path) -> None:
+    """Refuse a table of other units than the manifest records.
 
     Raises:
-        OutputError: it is one, or holds none.
+        OutputError: the table and the manifest do not belong together.
     """
     if not table.columns.is_unique:
         raise OutputError(f"{path} has a column twice")
-    ends = {"stage": len(found["checkpoints"]), "batch": len(found["batches"])}
-    for name, end in ends.items():
+    identity = manifest.identity
+    for name, end in {"stage": len(identity.checkpoints), "batch": len(identity.batches)}.items():
         values = table[name] if name in table else pd.Series([math.nan])
         whole = is_number(values) and bool((values % 1 == 0).all())
         if not whole or not bool(values.between(0, end - 1).all()):
             raise OutputError(
-                f"{path} and its manifest are of different runs: its column {name!r} does not tell "
-                f"one of {end}"
+                f"{path} and its manifest belong to different runs: its column {name!r} is not "
+                f"always one of the {end} of the run"
             )
-    if table.empty:
-        raise OutputError(f"{path} has no rows, so that there is nothing to verify")

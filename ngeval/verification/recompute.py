@@ -1,82 +1,71 @@
-"""Whether the numbers of a result file can be had again: some of its units, computed anew.
+"""Whether the numbers of a result file can be reproduced: some of its units, computed again.
 
-The manifest beside the file tells what was computed of what. It may be anybody's, so that nothing
-in it is trusted: values of another kind than options have are refused, and whatever runs code (a
-task of one's own, an optimizer's class by its path, pickles, code of a model's repository) has to
-be asked for again by whoever verifies.
+The manifest beside the file records what was computed. Anybody may have written it, so nothing in
+it is trusted: values of the wrong type or beyond their bounds are refused, and whatever runs code
+(a task of the user, an optimizer's class by its path, pickles, code of a model's repository) has
+to be passed again by whoever verifies.
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ngeval.dampings import check_dampings
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
-from ngeval.grading.evaluate import Progress
-from ngeval.methods import get_methods
+from ngeval.grading.evaluate import Progress as OnMethod
 from ngeval.results.journal import Key
-from ngeval.results.manifest import machine, manifest_path, read_manifest
+from ngeval.results.manifest import (
+    RunManifest,
+    machine,
+    malformed,
+    manifest_path,
+    read_run_manifest,
+)
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.from_options import make_run
 from ngeval.runs.identity import differences, identity, listed
 from ngeval.runs.options import HubOptions, RunOptions, StepOptions
 from ngeval.runs.run import Run
-from ngeval.runs.tables import DESCRIPTIONS, Work
+from ngeval.runs.tables import Work, unit_tables
+from ngeval.runs.units import Units
 from ngeval.tasks.builtin import BUILTIN_TASKS
 from ngeval.verification.compare import Verdict, compare
 from ngeval.verification.manifest_checks import (
-    check_kind,
-    check_run_sizes,
+    check_end,
+    check_sizes,
     check_table,
-    check_work_sizes,
-    malformed,
-    members,
-    part,
-    read_end,
+    read_options,
+    read_work,
 )
 
-T = TypeVar("T")
-
-MOST_LETTERS = 300
-"""Of what a manifest says of a folder."""
+MAX_CHARACTERS = 300
+"""Of the folder that a manifest names."""
 
 ELSEWHERE = ("code.", "machine.", "settings.device:")
-"""Where and by what it was computed: a difference there is told, and should make none."""
+"""Where and with which code it was computed: a difference there is reported, and should not change
+a number."""
 
 AS_TYPED = (
     "The manifest names files as they were typed: verify in the folder that the run was started in"
 )
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gamma": {
-        **{"methods": list[str], "dampings": list[float], "damping_scale": str},
-        **{"metric_batches": int | str | None, "natural": bool, "gap": float},
-    },
-    "layers": {
-        **{"methods": list[str], "dampings": list[float], "damping_scale": str},
-        **{"metric_batches": int | str | None, "natural": bool, "groups": int | str},
-    },
-    "imbalance": {"methods": list[str], "damping": float},
-}
-"""What a `Work` of each kind is made of."""
-
 
 @dataclass(frozen=True)
 class Trust:
-    """What the one who verifies allows, whatever a manifest says.
+    """What whoever verifies allows, whatever a manifest says.
 
     Attributes:
-        task: the run's task, where it is not ngeval's own: its file is run.
+        task: the run's task, if it is not a built-in one: its file is run.
         methods: optimizers' classes by their paths, which are imported.
-        allow_pickle: unpickle checkpoints with code.
+        allow_pickle: unpickle checkpoints that contain code.
         trust_remote_code: run code of the model's repository.
     """
 
@@ -88,56 +77,59 @@ class Trust:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A result file and what its manifest says of it, checked.
+    """A result file and its manifest, checked.
 
     Attributes:
         path: the result file.
         table: its rows.
+        manifest: what its run was.
         groups: the options of the run.
-        work: what was made of each unit.
-        identity: what its numbers depended on.
-        machine: on which it was computed.
-        finished: whether the run came to its end.
-        failed: its units that failed, which may have no rows.
-        directory: in which it was started, as the manifest says.
+        work: what was computed of each unit.
+        failed: the units that failed, which may have no rows.
     """
 
     path: Path
     table: pd.DataFrame
+    manifest: RunManifest
     groups: tuple[RunOptions, HubOptions, StepOptions]
     work: Work
-    identity: dict[str, Any]
-    machine: dict[str, Any]
-    finished: bool
     failed: frozenset[Key]
-    directory: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the checkpoints, by their place."""
+        return list(self.manifest.identity.checkpoints)
 
     @property
     def num_units(self) -> int:
-        """How many units the run has."""
-        return len(self.identity["checkpoints"]) * len(self.identity["batches"])
+        """The number of units of the run."""
+        return len(self.names) * len(self.manifest.identity.batches)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.manifest.finished
 
     @property
     def units(self) -> list[Key]:
-        """Those that the file tells of, in their order."""
+        """The units that the file has rows of, or that failed, in their order."""
         return sorted(self.rows.keys() | self.failed)
 
-    def missing(self, most: int) -> list[Key]:
-        """The first few of the others."""
-        there = set(self.units)
-        every = itertools.product(
-            range(len(self.identity["checkpoints"])), range(len(self.identity["batches"]))
-        )
-        return list(itertools.islice((key for key in every if key not in there), most))
+    def missing(self, count: int) -> list[Key]:
+        """The first few of the other units."""
+        present = set(self.units)
+        batches = len(self.manifest.identity.batches)
+        keys = itertools.product(range(len(self.names)), range(batches))
+        return list(itertools.islice((key for key in keys if key not in present), count))
 
-    @property
+    @cached_property
     def rows(self) -> dict[Key, list[int]]:
         """The places of each unit's rows in the table."""
         keys = zip(self.table["stage"].astype(int), self.table["batch"].astype(int), strict=True)
-        found: dict[Key, list[int]] = {}
+        places: dict[Key, list[int]] = {}
         for row, key in enumerate(keys):
-            found.setdefault(key, []).append(row)
-        return found
+            places.setdefault(key, []).append(row)
+        return places
 
 
 def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Recorded:
@@ -149,94 +141,98 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
         device: where to compute; None: where the run did.
 
     Raises:
-        OutputError: one of them is not there, or is not what a run writes.
+        OutputError: one of them is missing, or is not what a run writes.
         InputError: something that runs code was not allowed.
     """
-    table = read_results(path)
-    told = read_manifest(path)
-    if told is None:
+    table, place = read_results(path), manifest_path(path)
+    manifest = read_run_manifest(path)
+    if manifest is None:
         raise OutputError(
-            f"{path} has no manifest beside it ({manifest_path(path).name}), so that nobody knows "
-            "what it was computed of; ngeval writes one with every result file"
+            f"{path} has no manifest beside it ({place.name}), which would record what it was "
+            "computed from; ngeval writes one with every result file"
         )
-    place = manifest_path(path)
-    found = part(told, "identity", place)
-    options = part(told, "options", place)
-    work = _work(part(found, "options", place), place)
-    trusted: dict[str, Any] = {
+    work = read_work(manifest.identity.options, place)
+    task = manifest.options.get("task")
+    if task not in (None, *BUILTIN_TASKS) and trust.task is None:
+        raise InputError(
+            f"{path} belongs to the task {task!r}, which is code that would be run: a manifest may "
+            "name any file; look at it, and pass it with --task"
+        )
+    _check_methods(work, trust)
+    options: dict[str, Any] = manifest.options | {
         "allow_pickle": trust.allow_pickle,
         "trust_remote_code": trust.trust_remote_code,
     }
-    given = {"task": trust.task, "device": device}
-    trusted |= {name: value for name, value in given.items() if value is not None}
-    own = options.get("task")
-    if own not in (None, *BUILTIN_TASKS) and trust.task is None:
-        raise InputError(
-            f"{path} is of the task {own!r}, which is code that would be run: a manifest may name "
-            "any file; look at it, and pass it with --task"
-        )
-    _check_work(work, trust)
+    replaced = {"task": trust.task, "device": device}
+    options |= {name: value for name, value in replaced.items() if value is not None}
     groups = (
-        _group(RunOptions, options | trusted, place),
-        _group(HubOptions, options | trusted, place),
-        _group(StepOptions, options, place),
+        read_options(RunOptions, options, place),
+        read_options(HubOptions, options, place),
+        read_options(StepOptions, options, place),
     )
-    for name in ("checkpoints", "settings", "code", "task"):
-        part(found, name, place)
-    check_run_sizes(groups[0], work.options, found, place)
-    finished, failed = read_end(told, found, place)
-    check_table(table, found, path)
-    machine_then = told.get("machine")
-    return Recorded(
-        path,
-        table,
-        groups,
-        work,
-        found,
-        machine_then if isinstance(machine_then, dict) else {},
-        finished,
-        failed,
-        str(told.get("directory", "")),
-    )
+    check_sizes(groups[0], work, manifest, place)
+    failed = check_end(manifest, place)
+    check_table(table, manifest, path)
+    return Recorded(path, table, manifest, groups, work, failed)
+
+
+def _check_methods(work: Work, trust: Trust) -> None:
+    """Resolve the methods; a name with a dot is a class, whose module is imported.
+
+    Raises:
+        InputError: a class of a package other than torch that is not trusted, or an unknown
+            method.
+    """
+    for name in work.methods:
+        family = name.strip().partition(":")[0]
+        foreign = "." in family and not family.startswith("torch.optim.")
+        if foreign and name not in trust.methods:
+            raise InputError(
+                f"the run's method {name!r} is a class that would be imported, and a manifest may "
+                f"name any; pass --methods {name} if you trust it"
+            )
+    work.resolved  # noqa: B018  # raises for an unknown method
 
 
 def rebuild(recorded: Recorded) -> Run:
-    """The run that made a file, as far as it is still there.
+    """The run that computed a file, if its task and checkpoints still exist.
 
     Raises:
-        NgevalError: its task or a checkpoint is not.
+        NgevalError: one of them does not.
     """
-    names = list(recorded.identity["checkpoints"])
     try:
-        job = make_run(*recorded.groups)
-        found = {checkpoint.name: checkpoint for checkpoint in job.checkpoints}
+        run = make_run(*recorded.groups)
     except (CheckpointError, TaskError) as error:
         raise type(error)(f"{error}\n{_where(recorded)}") from error
-    if lost := [name for name in names if name not in found]:
-        raise CheckpointError(f"checkpoint {lost[0]!r} of the run is not there\n{_where(recorded)}")
-    return replace(job, checkpoints=[found[name] for name in names])
+    checkpoints = {checkpoint.name: checkpoint for checkpoint in run.checkpoints}
+    if lost := [name for name in recorded.names if name not in checkpoints]:
+        raise CheckpointError(
+            f"checkpoint {lost[0]!r} of the run does not exist\n{_where(recorded)}"
+        )
+    return replace(run, checkpoints=[checkpoints[name] for name in recorded.names])
 
 
 def _where(recorded: Recorded) -> str:
-    return f"{AS_TYPED}{f' ({recorded.directory[:MOST_LETTERS]})' if recorded.directory else ''}"
+    directory = recorded.manifest.directory[:MAX_CHARACTERS]
+    return f"{AS_TYPED}{f' ({directory})' if directory else ''}"
 
 
-def changes(recorded: Recorded, job: Run) -> tuple[list[str], list[str]]:
-    """What is not as it was when a file was made.
+def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
+    """What differs from when a file was computed.
 
     Returns:
-        What makes other numbers (checkpoints, data, settings), and what should make none (code,
-        versions, the machine), a line each.
+        What changes numbers (checkpoints, data, settings), and what should not (code, versions,
+        the machine), a line each.
 
     Raises:
         OutputError: the manifest is malformed.
-        TaskError: the task's model or batches cannot be had.
+        TaskError: the task's model or batches are not available.
     """
-    work, hardware = recorded.work, ("cpu", "gpus", "threads")
-    now = identity(job, {"kind": work.kind, **work.options})
-    now["machine"] = {name: machine()[name] for name in hardware}
-    then = dict(recorded.identity)
-    then["machine"] = {name: recorded.machine.get(name) for name in hardware}
+    hardware = ("cpu", "gpus", "threads")
+    now, then = identity(run, recorded.work), recorded.manifest.identity.plain()
+    here = machine()
+    now["machine"] = {name: here[name] for name in hardware}
+    then["machine"] = {name: recorded.manifest.machine.get(name) for name in hardware}
     try:
         lines = differences(then, now)
     except RecursionError as error:
@@ -246,28 +242,27 @@ def changes(recorded: Recorded, job: Run) -> tuple[list[str], list[str]]:
 
 
 def check_unchanged(path: Path, changed: list[str]) -> None:
-    """Refuse to compare what cannot agree.
+    """Refuse to compare numbers that cannot agree.
 
     Raises:
-        InputError: something makes other numbers now.
+        InputError: something differs that changes numbers.
     """
     if changed:
         raise InputError(
-            f"{path} cannot be had again, for what it was made of is not the same:"
+            f"{path} cannot be reproduced, since what it was computed from has changed:"
             f"{listed(changed)}\nRestore what it was; --anyway computes nevertheless"
         )
 
 
 def choose(recorded: Recorded, count: int, seed: int) -> list[Key]:
-    """Random units of a file, in their order; one with failed rows among them if there is any.
+    """Random units of a file, in their order; at least one with failed rows if there is one.
 
     Args:
         recorded: the file.
         count: how many; all, if there are fewer.
         seed: for the choice.
     """
-    rows = recorded.rows
-    keys = recorded.units
+    rows, keys = recorded.rows, recorded.units
     shuffled = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
     chosen = shuffled[:count]
     failed = np.zeros(len(recorded.table), dtype=bool)
@@ -281,92 +276,40 @@ def choose(recorded: Recorded, count: int, seed: int) -> list[Key]:
 
 def verdicts(
     recorded: Recorded,
-    job: Run,
+    run: Run,
     keys: Sequence[Key],
     tolerance: float | None = None,
-    on_step: Progress | None = None,
+    on_method: OnMethod | None = None,
 ) -> Iterator[Verdict]:
-    """Compute units anew and compare them, one after the other.
+    """Compute units again and compare them, one after the other.
 
     Args:
         recorded: the file.
-        job: the run that made it.
-        keys: of units that the file tells of.
+        run: the run that computed it.
+        keys: of units in the file.
         tolerance: the relative difference of numbers that is allowed; None: see
-            `ngeval.agreement.DIGITS`.
-        on_step: called with the names of methods that are done.
+            `ngeval.verification.compare.DIGITS`.
+        on_method: called with the name of each method that is done.
 
     Raises:
-        NgevalError: the task's model or batches cannot be had, or a method is unknown.
+        NgevalError: the task's model or batches are not available, or a method is unknown.
     """
-    rows = recorded.rows
-    gap = recorded.work.options.get("gap", 0.0)
-    for table in recorded.work.tables(replace(job, keys=keys), on_step):
-        key = table.attrs["unit"]
-        table.attrs = {}
-        then = recorded.table.iloc[rows.get(key, [])]
-        now = _through_file(table, recorded.path.suffix)
-        verdict = compare(key, job.checkpoints[key[0]].name, then, now, tolerance, gap)
+    work = recorded.work
+    gap = work.options.get("gap", 0.0)
+    for key, entry in unit_tables(Units(run, work.resolved), work, keys, on_method):
+        then = recorded.table.iloc[recorded.rows.get(key, [])]
+        now = _through_file(entry.table, recorded.path.suffix)
+        verdict = compare(key, run.checkpoints[key[0]].name, then, now, tolerance, gap)
         if key in recorded.failed and not verdict.agrees:
-            verdict = replace(verdict, note="it failed in the run: --resume does it again")
+            verdict = replace(verdict, note="it failed in the run: --resume computes it again")
         yield verdict
 
 
 def _through_file(table: pd.DataFrame, suffix: str) -> pd.DataFrame:
-    """A table as it is after it was written and read: CSV has no ∞ in whole numbers, JSON none."""
+    """A table after it was written and read: CSV has no ∞ in whole numbers, JSON has none."""
     if table.empty:
         return table
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
         write_results(table, path)
         return read_results(path)
-
-
-def _work(told: dict[str, Any], place: Path) -> Work:
-    kind = told.get("kind")
-    if not isinstance(kind, str) or kind not in DESCRIPTIONS:
-        raise malformed(place, f"unknown kind of work {str(kind)[:40]!r}")
-    given = {name: value for name, value in told.items() if name != "kind"}
-    wanted = OPTIONS[kind]
-    if given.keys() != wanted.keys():
-        odd = sorted(given.keys() ^ wanted.keys())
-        raise malformed(place, f"options of {kind} that are missing or too many: {odd[:4]}")
-    for name, hint in wanted.items():
-        check_kind(name, given[name], hint, place)
-    check_work_sizes(given, place)
-    return Work(kind, given)
-
-
-def _group(group: type[T], told: Mapping[str, Any], place: Path) -> T:
-    """A dataclass of options; those that the manifest does not tell are as when not typed."""
-    hints = get_type_hints(group)
-    given = {f.name: told[f.name] for f in fields(group) if f.name in told}  # type: ignore[arg-type]
-    for name, value in given.items():
-        check_kind(name, value, hints[name], place)
-    paths = {
-        name: [Path(one) for one in value] if isinstance(value, list) else Path(value)
-        for name, value in given.items()
-        if value is not None and Path in (hints[name], *members(hints[name]))
-    }
-    return group(**given | paths)
-
-
-def _check_work(work: Work, trust: Trust) -> None:
-    """The methods and dampings; a name with a dot is a class, whose module is imported.
-
-    Raises:
-        InputError: a class of other packages than torch's, without having been asked for; an
-            unknown method, or a damping that is none.
-    """
-    names = work.options["methods"]
-    for name in names:
-        family = name.strip().partition(":")[0]
-        foreign = "." in family and not family.startswith("torch.optim.")
-        if foreign and name not in trust.methods:
-            raise InputError(
-                f"the run's method {name!r} is a class that would be imported, and a manifest may "
-                f"name any; pass --methods {name} if you trust it"
-            )
-    if names or work.kind != "imbalance":
-        get_methods(names)
-    check_dampings(work.options.get("dampings", [work.options.get("damping")]))

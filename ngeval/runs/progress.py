@@ -1,0 +1,84 @@
+"""What a run reports while it goes on; how that is shown is the business of whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ngeval.checkpoints import Checkpoint
+from ngeval.problem.problem import Problem
+from ngeval.runs.ranks import Ranks
+
+
+class Progress:
+    """A listener that ignores everything: subclasses override what they show."""
+
+    def note(self, text: str) -> None:
+        """Show a line to the user."""
+
+    def warn(self, text: str) -> None:
+        """Show a line to the user, even if only errors are wanted."""
+
+    def checkpoint_read(self, count: int, total: int, size: int) -> None:
+        """Show that ``count`` of ``total`` checkpoints, of ``size`` bytes in all, were hashed."""
+
+    def problem_built(self, problem: Problem) -> None:
+        """Show the sizes of a unit's problem, before it is graded."""
+
+    def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
+        """Show that units are being computed.
+
+        Args:
+            description: what is computed.
+            total: steps of the whole run.
+            completed: returns the steps that all processes have completed.
+        """
+
+    def advance(self) -> None:
+        """Show that this process has completed steps."""
+
+    def end(self) -> None:
+        """Show that no more units follow; called after `begin` in any case."""
+
+    def model_loaded(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        """Show which model a checkpoint has become."""
+
+
+class Steps:
+    """Counts the steps of a run: each unit has one for each of its methods."""
+
+    def __init__(
+        self, ranks: Ranks, methods: Sequence[str], units_before: int, progress: Progress
+    ) -> None:
+        """Start counting.
+
+        Args:
+            ranks: the processes that share the run.
+            methods: the names of a unit's methods; none: a unit is one step.
+            units_before: units that were computed in earlier starts.
+            progress: is notified of each step.
+        """
+        self.ranks, self.methods, self.progress = ranks, frozenset(methods), progress
+        self.in_unit = max(1, len(methods))
+        self.before = units_before * self.in_unit
+        self._counted = 0
+
+    def completed(self) -> int:
+        """The steps that all processes have completed, in earlier starts too."""
+        return self.before + self.ranks.steps()
+
+    def method_done(self, name: str) -> None:
+        """Count a method of the unit."""
+        if name in self.methods:
+            self._count(1)
+
+    def unit_done(self) -> None:
+        """Count the steps of the unit that are not counted yet, as of one that failed."""
+        self._count(self.in_unit - self._counted)
+        self._counted = 0
+
+    def _count(self, steps: int) -> None:
+        self._counted += steps
+        self.ranks.count_steps(steps)
+        self.progress.advance()
