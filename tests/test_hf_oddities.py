@@ -199,7 +199,7 @@ class TestLabels:
     @pytest.mark.parametrize("words", [["bad", "bad"], ["bad", ""]])
     def test_words_that_tell_nothing(self, home: Path, words: list[str]):
         rows = [{"text": "a", "label": 0}]
-        with pytest.raises(TaskError, match="each class needs its own"):
+        with pytest.raises(TaskError, match="each class needs its own word"):
             classifier(home, rows, "t5", label_words=words)
 
 
@@ -273,7 +273,9 @@ class TestHub:
         assert hub.adapter_folder(str(home / "t5")) == str(home / "t5")
         assert hub.adapter_folder("runs/*") == "runs/*"
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(TaskError, match="adapter 'acme/lora' is no folder here"):
+        with pytest.raises(
+            TaskError, match="adapter 'acme/lora' is neither a folder nor in the local cache"
+        ):
             hub.adapter_folder("acme/lora")
 
 

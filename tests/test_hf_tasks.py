@@ -210,7 +210,7 @@ class TestRows:
 
     def test_without_a_network(self, monkeypatch):
         monkeypatch.setattr("ngeval.tasks.hf.sources.hub_is_reachable", lambda: False)
-        with pytest.raises(TaskError, match=r"no folder here.*--data-dir"):
+        with pytest.raises(TaskError, match=r"neither a folder nor in the local cache.*--data-dir"):
             load_rows("glue", "sst2", "train", None)
 
 
@@ -561,9 +561,7 @@ class TestBadInput:
     def test_names_that_are_nowhere(self, home: Path, monkeypatch):
         for module in ("hub", "sources"):
             monkeypatch.setattr(f"ngeval.tasks.hf.{module}.hub_is_reachable", lambda: False)
-        self.refused(
-            "no folder here and not in the local cache", home, "--hf-model", "acme/nothing"
-        )
+        self.refused("neither a folder nor in the local cache", home, "--hf-model", "acme/nothing")
         self.refused("there is no such folder", home, "--hf-model", "./nothing/at/all")
         self.refused("glue has no subset 'sst'; did you mean 'sst2'", home, "--subset", "sst")
 

@@ -8,7 +8,7 @@ import torch
 import ngeval
 from ngeval.jacobians import gram_matrix
 from ngeval.jacobians import row_source as rows
-from ngeval.utils.memory import LEAST, describe_bytes, free_memory, halving
+from ngeval.utils.memory import MIN_BYTES, describe_bytes, free_memory, halving
 from tests import problems
 from tests.problems import relative_gap
 
@@ -49,7 +49,7 @@ def test_other_errors_and_hopeless_ones_are_passed_on():
     with pytest.raises(RuntimeError, match="shapes differ"):
         halving(broken, 2**30)
     with pytest.raises(ngeval.EngineError, match="out of memory; use a smaller batch"):
-        halving(never, 4 * LEAST)
+        halving(never, 4 * MIN_BYTES)
 
 
 @pytest.mark.parametrize("times", [1, 2])

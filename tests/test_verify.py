@@ -391,11 +391,11 @@ class TestTrust:
 
     @pytest.mark.parametrize("told", [lambda *_: [range(10**15)], lambda *_: [itertools.count()]])
     def test_indices_without_end(self, monkeypatch, told):
-        monkeypatch.setattr(ngeval.tasks.base, "MOST_SAMPLES", 1000)
+        monkeypatch.setattr(ngeval.tasks.base, "MAX_SAMPLES", 1000)
         task = replace(get_task("digits-mlp"), load_indices=told)
         assert task.indices(10, 1, 0) is None  # whatever the task says of ten
         assert task.indices(10**15, 1, 0) is None
-        monkeypatch.setattr(ngeval.tasks.base, "MOST_SAMPLES", 10)
+        monkeypatch.setattr(ngeval.tasks.base, "MAX_SAMPLES", 10)
         assert replace(task, load_indices=lambda *_: [range(10)]).indices(10, 1, 0) == [
             [*range(10)]
         ]

@@ -1,4 +1,4 @@
-"""`Task`: what the command line needs to know of a user's model and data."""
+"""`Task`: a model with its data and its likelihood, as the command line needs them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,38 @@ from ngeval.model.checks import Inputs, check_inputs
 from ngeval.model.function import Output
 
 Batch = tuple[Inputs, Tensor]
+"""The inputs of N samples (a tensor, a tuple or a dict of tensors), and their targets."""
+
 LoadBatches = Callable[[int, int | None, int], Iterable[Batch]]
 LoadIndices = Callable[[int, int | None, int], Iterable[Iterable[int]]]
 
-MOST_SAMPLES = 10_000_000
-"""In a run's batches: no manifest tells the indices of more."""
+MAX_SAMPLES = 10_000_000
+"""The most samples of a run whose indices a manifest records."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named model with data and likelihood.
+    """A model with data and a likelihood, under one name.
+
+    Three things are needed: a function that builds the model, one that loads batches, and a
+    likelihood. The rest is optional. The methods below call those functions and check what they
+    return, so that an error names the task and the function that it comes from.
 
     Attributes:
-        name: as it appears in result tables.
-        build_model: makes the network, ``() -> nn.Module``; weights come from the checkpoint.
-        load_batches: ``(batch_size, num_batches, seed) -> iterable of (inputs, targets)``, the
-            same batches for the same arguments. ``ngeval train`` asks for one pass over the
-            training data with ``num_batches=None``.
-        likelihood: a name or a `ngeval.Likelihood`.
-        load_validation: optional; ``() -> iterable of (inputs, targets)`` of held-out data, for
-            the validation figures that ``ngeval train`` reports.
-        description: one line for ``ngeval tasks``.
-        output: which of the model's outputs is z, as in `ngeval.Problem`.
-        load_test: optional; as ``load_validation``, other held-out data, which no choice is made
-            by: for the figures of a tuned optimizer that are reported.
-        load_indices: optional; which samples of the data are in the batches that ``load_batches``
-            gives for the same arguments, in that order: for the manifest beside results.
+        name: the name in result tables.
+        build_model: builds the network, ``() -> nn.Module``; its weights are then loaded from a
+            checkpoint.
+        load_batches: ``(batch_size, num_batches, seed) -> iterable of (inputs, targets)``; equal
+            arguments must give equal batches. ``num_batches=None`` is one pass over the training
+            data, which ``ngeval train`` needs.
+        likelihood: a name, such as ``"categorical"``, or a `ngeval.Likelihood`.
+        load_validation: ``() -> iterable of (inputs, targets)`` of held-out data, on which
+            ``ngeval train`` reports the loss and stops early.
+        description: one line about the task.
+        output: which of the model's outputs is z; see `ngeval.Problem`.
+        load_test: as ``load_validation``, for data on which no choice is based.
+        load_indices: as ``load_batches``, the indices of the samples in each batch; the manifest
+            beside the results records them.
 
     Example:
         >>> import torch, ngeval
@@ -66,10 +72,10 @@ class Task:
     load_indices: LoadIndices | None = None
 
     def model(self) -> nn.Module:
-        """Build the network and check that it is one.
+        """Build the network.
 
         Raises:
-            TaskError: ``build_model`` failed or returned something else.
+            TaskError: ``build_model`` fails or returns something else.
         """
         with self._errors("build_model"):
             model: Any = self.build_model()
@@ -80,13 +86,25 @@ class Task:
             )
         return model
 
-    def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
-        """The task's batches, each checked to be (inputs, targets) of finite tensors.
+    def resolved_likelihood(self) -> Likelihood:
+        """The likelihood as an object.
 
         Raises:
-            TaskError: ``load_batches`` failed, a batch is something else, or there are fewer
-                than asked for.
-            InputError: inputs of the wrong kind, empty, or not finite.
+            InputError: the likelihood's name is unknown.
+        """
+        return get_likelihood(self.likelihood)
+
+    def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
+        """The batches of training data.
+
+        Args:
+            batch_size: samples in a batch.
+            num_batches: how many batches; None is one pass over the data.
+            seed: for the choice and the order of samples.
+
+        Raises:
+            TaskError: ``load_batches`` fails, yields something else, or yields fewer batches.
+            InputError: inputs of the wrong type, empty, or not finite.
         """
         count = 0
         with self._errors("load_batches"):
@@ -103,36 +121,38 @@ class Task:
             )
 
     def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
-        """Which samples of the data the batches hold.
+        """The indices of the samples in the batches of `batches` with the same arguments.
 
-        None where the task does not tell, or where there are more than ten million: a manifest
-        is no place for them.
+        Returns:
+            One list for each batch; None if the task does not provide them, or if there are more
+            than `MAX_SAMPLES`.
 
         Raises:
-            TaskError: ``load_indices`` failed, or tells of fewer batches than asked for.
+            TaskError: ``load_indices`` fails or yields fewer batches.
         """
-        if self.load_indices is None or batch_size * num_batches > MOST_SAMPLES:
+        if self.load_indices is None or batch_size * num_batches > MAX_SAMPLES:
             return None
-        found, left = list[list[int]](), MOST_SAMPLES
+        indices, room = list[list[int]](), MAX_SAMPLES
         with self._errors("load_indices"):
             batches = iter(self.load_indices(batch_size, num_batches, seed))
             for batch in itertools.islice(batches, num_batches):
-                found.append([int(index) for index in itertools.islice(batch, left + 1)])
-                left -= len(found[-1])
-                if left < 0:
+                indices.append([int(index) for index in itertools.islice(batch, room + 1)])
+                room -= len(indices[-1])
+                if room < 0:
                     return None
-        if len(found) < num_batches:
+        if len(indices) < num_batches:
             raise TaskError(
-                f"task {self.name!r}: load_indices tells of {len(found)} batches of {num_batches}"
+                f"task {self.name!r}: load_indices gave {len(indices)} batches of {num_batches} "
+                "asked for"
             )
-        return found
+        return indices
 
     def validation(self) -> Iterator[Batch]:
-        """The held-out batches, checked like the others; none if the task has none."""
+        """The batches of held-out data, checked as in `batches`; none if the task has none."""
         yield from self._held_out(self.load_validation, "load_validation")
 
     def test(self) -> Iterator[Batch]:
-        """The batches for testing, checked like the others; none if the task has none."""
+        """The batches of test data, checked as in `batches`; none if the task has none."""
         yield from self._held_out(self.load_test, "load_test")
 
     def _held_out(self, load: Callable[[], Iterable[Batch]] | None, source: str) -> Iterator[Batch]:
@@ -163,16 +183,12 @@ class Task:
 
     @contextlib.contextmanager
     def _errors(self, source: str) -> Iterator[None]:
-        """Say that it was the task's own function that failed."""
+        """Turn any error of the task's own function into a `TaskError` that names it."""
         try:
             yield
         except NgevalError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's function can raise anything
             raise TaskError(
                 f"task {self.name!r}: {source} failed: {type(error).__name__}: {error}"
             ) from error
-
-    def resolved_likelihood(self) -> Likelihood:
-        """The likelihood as an object."""
-        return get_likelihood(self.likelihood)

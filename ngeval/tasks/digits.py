@@ -25,7 +25,7 @@ HELD_OUT, TEST = 360, 180
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets: for training, for validation, for testing."""
+    """Inputs and targets for training, validation and testing."""
 
     train_inputs: Tensor
     train_targets: Tensor
@@ -35,41 +35,38 @@ class Split:
     test_targets: Tensor
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
-        """Batches without replacement within a pass over the shuffled training images.
-
-        ``num_batches=None`` is one whole pass, its last batch possibly smaller.
-        """
+        """Batches of training images; see `shuffled_batches`."""
         for chosen in self.indices(batch_size, num_batches, seed):
             yield self.train_inputs[chosen], self.train_targets[chosen]
 
     def indices(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Tensor]:
-        """Which of the training images, in scikit-learn's split, are in the batches."""
+        """The indices of the training images in each batch."""
         return shuffled_batches(len(self.train_targets), batch_size, num_batches, seed)
 
     def validation(self) -> Iterator[Batch]:
-        """The images for validation in one batch."""
+        """The images for validation, in one batch."""
         yield self.validation_inputs, self.validation_targets
 
     def test(self) -> Iterator[Batch]:
-        """The images for testing in one batch."""
+        """The images for testing, in one batch."""
         yield self.test_inputs, self.test_targets
 
     def map(
         self, inputs: Callable[[Tensor], Tensor], targets: Callable[[Tensor], Tensor] | None = None
     ) -> Split:
-        """Other inputs made of each part's; with ``targets``, the targets too, of the inputs."""
+        """The split with ``inputs(x)`` for the inputs x, and ``targets(x)`` for the targets."""
         parts = (
             (self.train_inputs, self.train_targets),
             (self.validation_inputs, self.validation_targets),
             (self.test_inputs, self.test_targets),
         )
-        made = [(inputs(x), y if targets is None else targets(x)) for x, y in parts]
-        return Split(*(tensor for pair in made for tensor in pair))
+        mapped = [(inputs(x), y if targets is None else targets(x)) for x, y in parts]
+        return Split(*(tensor for pair in mapped for tensor in pair))
 
 
 @cache
 def _images() -> Split:
-    """The classification split, images flat: ``(n, 64)``."""
+    """The classification split, with flat images ``(n, 64)``."""
     pixels, labels = load_digits(return_X_y=True)
     train_x, held_x, train_y, held_y = train_test_split(
         pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=SPLIT_SEED
@@ -87,7 +84,7 @@ def _square(images: Tensor) -> Tensor:
 
 
 def shape_moments(images: Tensor) -> Tensor:
-    """Four continuous properties of an image's ink, from its moments: shape ``(n, 4)``.
+    """Four properties of the ink of images ``(n, 8, 8)``, from its moments: shape ``(n, 4)``.
 
     With pixel values as weights: centre of mass (column, row), log of the spread (root mean
     squared distance from the centre), and slant (correlation between column and row).

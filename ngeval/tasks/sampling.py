@@ -1,4 +1,4 @@
-"""Which samples make up a batch."""
+"""The choice of samples for batches."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from ngeval.errors import TaskError
 def shuffled_batches(
     size: int, batch_size: int, num_batches: int | None, seed: int
 ) -> Iterator[Tensor]:
-    """Indices of batches, without replacement within a pass over the shuffled samples.
+    """Indices of the samples in each batch, without replacement within a pass over the data.
 
-    ``num_batches=None`` is one whole pass, its last batch possibly smaller.
+    Args:
+        size: the number of samples.
+        batch_size: samples in a batch.
+        num_batches: how many batches; None is one pass, whose last batch can be smaller.
+        seed: for the order of samples.
 
     Raises:
         TaskError: a batch is larger than the data.
     """
     if not 1 <= batch_size <= size:
-        raise TaskError(f"batch size {batch_size} is outside 1..{size}, the samples there are")
+        raise TaskError(f"batch size {batch_size} must be from 1 to {size}, the number of samples")
     generator = torch.Generator().manual_seed(seed)
     if num_batches is None:
         yield from torch.randperm(size, generator=generator).split(batch_size)

@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Small tools that know no model: files, memory, processes, texts, lazy imports."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ngeval.errors import OutputError
 
 
 def replace_file(path: Path, write: Callable[[Path], object], scratch: Path | None = None) -> None:
-    """Write a temporary file, then put it in its place.
+    """Write a temporary file, and rename it to the output.
 
-    A reader finds the earlier file or the new one, never a part; where writing fails, the earlier
-    one stays. What has returned from here is on the disk, whatever happens to the machine then.
+    A reader sees the earlier file or the new one, never a part of it; if writing fails, the earlier
+    file stays. When the function returns, the file is on the disk, even if the machine then fails.
 
     Args:
         path: the output.
-        write: writes all of it to the path that it is given.
+        write: writes the content to the path that it is called with.
         scratch: a folder of the same file system for the temporary file, which a killed process
-            leaves behind; default: the output's own.
+            leaves behind; default: the output's folder.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written (any more).
+        OutputError: the disk is full or the folder cannot be written.
     """
     try:
         handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=".", suffix=path.suffix)
@@ -43,15 +43,15 @@ def replace_file(path: Path, write: Callable[[Path], object], scratch: Path | No
 
 
 def _to_disk(path: Path) -> None:
-    """Have the system write what it keeps of a file, or of a folder's names."""
+    """Flush a file, or the entries of a folder, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folder
+    except PermissionError:  # Windows does not open folders
         return
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise  # file systems on the network may not know how to do that for a folder
+            raise  # network file systems may not support this for folders
     finally:
         os.close(handle)

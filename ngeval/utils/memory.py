@@ -1,4 +1,4 @@
-"""How much memory there is, and what to do when there was less."""
+"""The memory that is free, and retries after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory; use a smaller batch, or a smaller memory= for smaller blocks"
 
 SHARE_OF_FREE = 0.8
-"""What part of free memory is taken where nothing is asked for: others live here too."""
+"""The share of free memory that is used by default, since other programs need some, too."""
 
-LEAST = 2**20
-"""Below this many bytes an out-of-memory error is not ours to mend."""
+MIN_BYTES = 2**20
+"""With less memory than this, an out-of-memory error is not retried."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes to use on a device: four fifths of what is free now, shared with the other ranks."""
+    """Bytes to use on a device: four fifths of the free memory, shared among the local ranks."""
     ranks = local_world_size()
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -33,7 +33,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def describe_bytes(count: float) -> str:
-    """An amount as people write it.
+    """An amount of memory as text.
 
     >>> describe_bytes(3 * 2**29)
     '1.5 GiB'
@@ -52,9 +52,9 @@ def halving(attempt: Callable[[int], T], memory: int) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if memory < LEAST:
+            if memory < MIN_BYTES:
                 raise EngineError(OUT_OF_MEMORY) from error
-        # Outside the handler, so that the traceback no longer holds what the attempt had made.
+        # Outside the handler, whose traceback would keep the tensors of the attempt alive.
         memory //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Packages that only some functions need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def optional_module(name: str) -> Any:
     """Import ``transformers``, ``peft`` or ``datasets``.
 
     Raises:
-        DependencyError: it is not installed, or fails on import.
+        DependencyError: the package is not installed, or its import fails.
     """
     try:
         module = importlib.import_module(name)
@@ -23,7 +23,7 @@ def optional_module(name: str) -> Any:
             'pip install "ngeval[hf]" (or ".[hf]" in a clone) installs it'
         ) from error
     if name == "transformers":
-        # ngeval has errors and a progress bar of its own.
+        # ngeval reports errors and progress itself.
         logging.getLogger("transformers").setLevel(logging.ERROR)
         module.utils.logging.disable_progress_bar()
     if name == "datasets":

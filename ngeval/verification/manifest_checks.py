@@ -20,7 +20,7 @@ from ngeval.results.journal import Key
 from ngeval.results.manifest import RunManifest, first_problem, malformed
 from ngeval.runs.options import MAX_SEED, RunOptions, parse_bytes
 from ngeval.runs.tables import KINDS, Work
-from ngeval.tasks.base import MOST_SAMPLES
+from ngeval.tasks.base import MAX_SAMPLES
 from ngeval.verification.compare import is_number
 
 MAX_UNITS = 10_000_000
@@ -79,11 +79,11 @@ def check_sizes(run: RunOptions, work: Work, manifest: RunManifest, place: Path)
         if value < 1:
             raise malformed(place, f"{name} is {value}")
     for name, count in counts.items():
-        if run.batch_size * count > MOST_SAMPLES:
+        if run.batch_size * count > MAX_SAMPLES:
             raise malformed(
                 place,
                 f"{name} × batch_size is {run.batch_size * count:.1e} samples; at most "
-                f"{MOST_SAMPLES:.0e} are verified",
+                f"{MAX_SAMPLES:.0e} are verified",
             )
     if len(identity.batches) != run.num_batches:
         raise malformed(

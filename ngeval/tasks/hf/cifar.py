@@ -41,27 +41,25 @@ class Images:
     column_names: Sequence[str] = ("image", "label")
 
     def __len__(self) -> int:
-        """How many images there are."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row."""
         return {"image": Image.fromarray(self.pixels[index]), "label": int(self.labels[index])}
 
 
 def read_cifar(name: str, folder: Path, split: str) -> Images | None:
-    """The original files in a folder or in the folder that their archive makes there.
+    """Read the original files in a folder, or in the folder that their archive unpacks to.
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
-        folder: where they are.
+        folder: the folder of the files.
         split: ``"train"`` or ``"test"``.
 
     Returns:
-        None where the folder holds no such files.
+        The images, or None if the folder holds no such files.
 
     Raises:
-        TaskError: no such split, a file is missing or is something else.
+        TaskError: there is no such split, or a file is missing or is something else.
     """
     for place in (folder, *(folder / inside for inside in FOLDERS[name])):
         for ending in ("", ".bin"):
@@ -98,8 +96,10 @@ def _pickled(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = np.asarray(content[LABEL_KEYS[name]], np.int64)
     except TaskError:
         raise
-    except Exception as error:  # arbitrary bytes make the unpickler raise anything
-        raise TaskError(f"{path} is no file of {name}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the unpickler raises anything on arbitrary bytes
+        raise TaskError(
+            f"{path} is not a file of {name}: {type(error).__name__}: {error}"
+        ) from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise TaskError(
             f"{path} holds pixels of shape {pixels.shape} ({pixels.dtype}) for {len(labels)} "
@@ -109,7 +109,7 @@ def _pickled(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Of a pickle's functions and classes, only those that make up numpy arrays."""
+    """An unpickler that allows no functions and classes but those of numpy arrays."""
 
     _ALLOWED = frozenset(
         {

@@ -1,4 +1,4 @@
-"""Texts and images as batches of tensors: padding masked, never counted."""
+"""Texts and images as batches of tensors, with padding masked and never counted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ngeval.errors import TaskError
 from ngeval.tasks.base import Batch
 
 IGNORED = -100
-"""The target of a position that does not count."""
+"""The target of a position that is not counted."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Token ids of texts, and their padding.
+    """Turns texts into token ids, padded to the same length.
 
     Attributes:
-        tokenizer: of transformers.
-        max_length: tokens of a text at most; what is beyond is cut off.
-        side: where padding goes, ``"left"`` or ``"right"``.
-        positions: the model takes ``position_ids``, which left padding needs.
-        pad: the token that pads, by the model's configuration: classifiers on decoders find a
-            text's end by it. None: the tokenizer's.
+        tokenizer: a tokenizer of transformers.
+        max_length: the most tokens of a text; longer texts are truncated.
+        side: the side of padding, ``"left"`` or ``"right"``.
+        positions: whether the model takes ``position_ids``, which left padding needs.
+        pad: the padding token of the model's configuration, by which classifiers on decoders find
+            the end of a text; None: the tokenizer's.
     """
 
     tokenizer: Any
@@ -36,37 +36,37 @@ class Encoder:
     pad: int | None = None
 
     def ids(self, text: str, **options: Any) -> list[int]:
-        """Token ids of one text, cut to ``max_length``."""
+        """Token ids of one text, truncated to ``max_length``."""
         encoded = self.tokenizer(text, truncation=True, max_length=self.max_length, **options)
-        found: list[int] = list(encoded["input_ids"])
-        return found
+        ids: list[int] = list(encoded["input_ids"])
+        return ids
 
     @property
     def padding(self) -> int:
-        """The token that pads; masked, so any will do where neither model nor tokenizer has one."""
-        known = self.tokenizer.pad_token_id if self.pad is None else self.pad
-        return 0 if known is None else int(known)
+        """The padding token, or 0 if there is none; padding is masked, so any token will do."""
+        token = self.tokenizer.pad_token_id if self.pad is None else self.pad
+        return 0 if token is None else int(token)
 
     def inputs(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, and ``position_ids`` where they are needed."""
-        made = {
+        """``input_ids`` and ``attention_mask``, and ``position_ids`` if they are needed."""
+        inputs = {
             "input_ids": padded(sequences, self.padding, self.side),
             "attention_mask": padded([[1] * len(ids) for ids in sequences], 0, self.side),
         }
         if self.positions and self.side == "left":
-            made["position_ids"] = (made["attention_mask"].cumsum(1) - 1).clamp_min(0)
-        return made
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        return inputs
 
     def classification(
         self, texts: Sequence[Sequence[str]], labels: Sequence[Any], real: bool
     ) -> Batch:
-        """One text or a pair of them for each sample, and its class or its real labels."""
+        """A text or a pair of texts for each sample, with its class or its real labels."""
         encoded = [
             self.tokenizer(*parts, truncation=True, max_length=self.max_length) for parts in texts
         ]
-        inputs = self.inputs([list(one["input_ids"]) for one in encoded])
+        inputs = self.inputs([list(text["input_ids"]) for text in encoded])
         if "token_type_ids" in encoded[0]:
-            types = [list(one["token_type_ids"]) for one in encoded]
+            types = [list(text["token_type_ids"]) for text in encoded]
             inputs["token_type_ids"] = padded(types, 0, self.side)
         targets = torch.tensor(labels)
         if not real:
@@ -76,16 +76,16 @@ class Encoder:
     def seq2seq(
         self, prompts: Sequence[str], answers: Sequence[str], start: int, limit: int
     ) -> Batch:
-        """Prompts for the encoder; the answers' tokens as targets, all of them counted.
+        """Prompts for the encoder, and all tokens of the answers as targets.
 
         Args:
-            prompts: one for each sample.
-            answers: likewise.
+            prompts: the prompt of each sample.
+            answers: the answer of each sample.
             start: the decoder's first token.
-            limit: tokens of an answer at most, its end among them.
+            limit: the most tokens of an answer, including its end.
 
         Raises:
-            TaskError: an answer has more.
+            TaskError: an answer has more than ``limit`` tokens.
         """
         answered = [list(self.tokenizer(text_target=answer)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)
@@ -98,10 +98,10 @@ class Encoder:
     def causal(
         self, prompts: Sequence[str], answers: Sequence[str] | None, limit: int
     ) -> tuple[list[list[int]], list[int]]:
-        """Token ids, and how many tokens at the front of each are not predicted.
+        """Token ids, and the number of tokens at the front of each that are not predicted.
 
-        Without answers every token but the first counts; with them the answers' alone, which keep
-        their place where a prompt is cut.
+        Without answers every token but the first is predicted. With answers only their tokens are,
+        and a long prompt is truncated to leave room for them.
 
         Raises:
             TaskError: an answer has more than ``limit`` tokens.
@@ -128,7 +128,7 @@ class Encoder:
     def single_tokens(
         self, sequences: Sequence[list[int]], fronts: Sequence[int], generator: torch.Generator
     ) -> Batch:
-        """One sample for each sequence: one of its tokens, drawn evenly, given those before it."""
+        """One sample for each sequence: one of its tokens, drawn uniformly, given those before."""
         chosen = [
             int(torch.randint(front, len(ids), (), generator=generator))
             for ids, front in zip(sequences, fronts, strict=True)
@@ -138,7 +138,7 @@ class Encoder:
 
 
 def padded(sequences: Sequence[list[int]], value: int, side: str) -> Tensor:
-    """Sequences of unequal length as a matrix ``(N, longest)``."""
+    """Sequences as a matrix ``(N, longest)``, padded with a value on one side."""
     longest = max(len(ids) for ids in sequences)
     rows = []
     for ids in sequences:
@@ -151,19 +151,21 @@ def check_answers(answers: Sequence[str], encoded: Sequence[list[int]], limit: i
     """Raise if an answer has more tokens than are allowed, or none.
 
     Raises:
-        TaskError: it names the answer.
+        TaskError: the message names the answer.
     """
     for answer, ids in zip(answers, encoded, strict=True):
         if len(ids) > limit:
             raise TaskError(
                 f"label words {answer!r} are {len(ids)} tokens, and {limit} are allowed; raise "
-                "--max-target-tokens (max_target_tokens=), or give other --label-words"
+                "--max-target-tokens (max_target_tokens=), or give different --label-words"
             )
         if not ids:
-            raise TaskError(f"label words {answer!r} are no tokens; give others (--label-words)")
+            raise TaskError(
+                f"label words {answer!r} have no tokens; give different ones (--label-words)"
+            )
 
 
 def pixel_batch(processor: Any, images: Sequence[Any], labels: Sequence[int]) -> Batch:
-    """Images as the processor makes them, ``pixel_values (N, channels, height, width)``."""
-    made = processor([image.convert("RGB") for image in images], return_tensors="pt")
-    return {"pixel_values": made["pixel_values"]}, torch.tensor(labels)
+    """Images as ``pixel_values (N, channels, height, width)``, and their classes."""
+    encoded = processor([image.convert("RGB") for image in images], return_tensors="pt")
+    return {"pixel_values": encoded["pixel_values"]}, torch.tensor(labels)

@@ -1,7 +1,8 @@
 """The nine GLUE tasks: their columns, their text form for language models, their label words.
 
 The text forms are those of T5's multi-task mixture (Raffel et al. 2020, arXiv 1910.10683,
-appendix D), which checkpoints tuned from T5 know. GLUE is Wang et al. 2019, arXiv 1804.07461.
+appendix D), on which checkpoints tuned from T5 were trained. GLUE is Wang et al. 2019, arXiv
+1804.07461.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ class TextForm:
     """How a row of a table becomes a prompt and an answer.
 
     Attributes:
-        template: with the columns' names in braces.
+        template: the prompt, with the columns' names in braces.
         words: the answer for each class; empty where the label itself is the answer.
-        label: the label's column.
-        header: for GLUE's original ``.tsv`` files: the columns' names there, by name here, where
-            these differ.
+        label: the column of the label.
+        header: the columns of GLUE's original ``.tsv`` file by the names of the hub's, where they
+            differ.
     """
 
     template: str
@@ -32,18 +33,18 @@ class TextForm:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the template names, in its order."""
+        """The columns in the template, in its order."""
         return [name for _, name in self._parts() if name]
 
     def prompt(self, row: dict[str, Any]) -> str:
-        """The template with a row's values; a name in braces is a column's as it stands."""
+        """The template with a row's values in place of the columns' names."""
         return "".join(text + (str(row[name]) if name else "") for text, name in self._parts())
 
     def _parts(self) -> list[tuple[str, str]]:
-        """Text and the column after it.
+        """The texts of the template, each with the column that follows it.
 
         Raises:
-            TaskError: something other than names is in braces, or nothing is.
+            TaskError: braces hold something other than a name, or there are none.
         """
         try:
             parsed = list(string.Formatter().parse(self.template))
@@ -60,9 +61,9 @@ class TextForm:
         return [(text, name or "") for text, name, _, _ in parsed]
 
     def answer(self, label: object) -> str:
-        """The text that a language model is to give for a label.
+        """The text with which a language model should answer for a label.
 
-        Numbers, as STS-B's scores, are given to the nearest 0.2.
+        Numbers, such as STS-B's scores, are rounded to the nearest 0.2.
         """
         if self.words and isinstance(label, int):
             return self.words[label]
@@ -73,7 +74,7 @@ GLUE: dict[str, TextForm] = {
     "cola": TextForm(
         "cola sentence: {sentence}",
         ("unacceptable", "acceptable"),
-        header={"sentence": "3", "label": "1"},  # the file has no names
+        header={"sentence": "3", "label": "1"},  # the file has no header
     ),
     "sst2": TextForm("sst2 sentence: {sentence}", ("negative", "positive")),
     "mrpc": TextForm(
@@ -107,10 +108,10 @@ GLUE: dict[str, TextForm] = {
 """The tasks by the names of the ``glue`` data set on the hub."""
 
 REGRESSION = "stsb"
-"""The one task with real labels."""
+"""The task whose labels are real numbers."""
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
-"""Original folders whose names are not the task's in capitals."""
+"""The original folders whose names are not the task's name in capitals."""
 
 PAIR_COLUMNS = {"mnli": ["premise", "hypothesis"]}
-"""The order of a pair for a classifier, where it is not the template's."""
+"""The order of a pair for a classifier, where it differs from the template's."""

@@ -1,4 +1,4 @@
-"""Names of models and adapters: a folder here, or a repository on the Hugging Face hub."""
+"""Names of models and adapters: a local folder, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,41 +20,39 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_name(name: str, what: str) -> dict[str, Any]:
-    """Where ``from_pretrained`` is to look, as its arguments.
+    """The arguments of ``from_pretrained`` for a name.
 
     Args:
         name: a folder, or a name on the hub.
-        what: for messages, such as ``"model"``.
+        what: the word for messages, such as ``"model"``.
 
     Raises:
-        TaskError: it is neither.
+        TaskError: the name is not a folder and cannot be one of the hub.
     """
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, a NUL
         raise TaskError(f"{what} {name[:80]!r} cannot be looked up: {error!s:.200}") from error
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     if path.exists():
         raise TaskError(f"{what} {name!r} is a file; give the folder that holds it")
     if not HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise TaskError(f"{what} {name!r}: there is no such folder, and the hub has no such names")
+        raise TaskError(
+            f"{what} {name!r}: there is no such folder, and it cannot be a name on the hub"
+        )
     return {"pretrained_model_name_or_path": name, "local_files_only": not hub_is_reachable()}
 
 
 @contextlib.contextmanager
 def loading(name: str, what: str) -> Iterator[None]:
-    """Say what could not be loaded, from where, and what to do.
-
-    Raises:
-        TaskError: in place of whatever the Hugging Face libraries raise.
-    """
+    """Turn any error of the Hugging Face libraries into a `TaskError` that says what to do."""
     try:
         yield
     except NgevalError:
         raise
-    except Exception as error:
+    except Exception as error:  # the libraries can raise anything
         raise TaskError(_advice(name, what, error)) from error
 
 
@@ -68,12 +66,12 @@ def _advice(name: str, what: str, error: Exception) -> str:
     if _exists(name):
         return f"{what} in {name!r} cannot be loaded: {type(error).__name__}: {text}"
     near = Path(name).parent
-    if near != Path() and near.is_dir():  # more likely a folder's name with a slip
-        held = ", ".join(sorted(path.name for path in near.iterdir())[:8])
-        return f"{what} {name!r} does not exist; {near} holds {held or 'nothing'}"
+    if near != Path() and near.is_dir():  # more likely a misspelt folder
+        names = ", ".join(sorted(path.name for path in near.iterdir())[:8])
+        return f"{what} {name!r} does not exist; {near} holds {names or 'nothing'}"
     if not hub_is_reachable():
         return (
-            f"{what} {name!r} is no folder here and not in the local cache, and the hub cannot be "
+            f"{what} {name!r} is neither a folder nor in the local cache, and the hub cannot be "
             f"reached (no network?); download it where there is one (hf download {name} "
             "--local-dir FOLDER) and give that folder"
         )
@@ -84,19 +82,19 @@ def adapter_folder(name: str) -> str:
     """A folder or glob as it is; a name on the hub as the folder that it is downloaded to.
 
     Raises:
-        TaskError: it cannot be had.
+        TaskError: the download fails.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or _exists(name):
         return name
     with loading(name, "adapter"):
-        found: str = optional_module("huggingface_hub").snapshot_download(
+        folder: str = optional_module("huggingface_hub").snapshot_download(
             name, allow_patterns=["adapter_*"], local_files_only=not hub_is_reachable()
         )
-    return found
+    return folder
 
 
 def _exists(name: str) -> bool:
-    """Whether a path is there; none is under a name that the file system does not take."""
+    """Whether a path exists; a name that the file system rejects is not an error."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, RuntimeError):
@@ -105,7 +103,7 @@ def _exists(name: str) -> bool:
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the hub's name resolves; asked once: without a network its client waits long."""
+    """Whether the hub's name resolves; without a network, its client would wait for long."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

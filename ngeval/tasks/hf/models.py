@@ -23,7 +23,7 @@ OBJECTIVES = {
     "causal": "AutoModelForCausalLM",
     "image": "AutoModelForImageClassification",
 }
-"""What a model is trained for, and the class of transformers that loads it."""
+"""The objectives of models, and the class of transformers that loads each."""
 
 ENDINGS = {
     "ForSequenceClassification": "classification",
@@ -33,23 +33,23 @@ ENDINGS = {
     "LMHeadModel": "causal",
 }
 TASK_TYPES = {"SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
-MOST_POSITIONS = 2**31
-"""Without absolute positions there is no limit."""
+MAX_POSITIONS = 2**31
+"""The limit of a model without absolute positions."""
 
 HEADS = ("classifier", "score")
-"""What PEFT saves whole with an adapter for sequence classification."""
+"""The modules that PEFT saves with an adapter for sequence classification."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """Where a model comes from, and what it is for.
+    """A model of transformers that is not loaded yet.
 
     Attributes:
         name: a folder or a name on the hub.
-        config: of transformers.
+        config: the model's configuration.
         objective: a key of `OBJECTIVES`.
-        adapters: what ``adapter_config.json`` says, for each adapter that will be put on it.
-        attention: ``eager``, ``sdpa``, …; None leaves it to transformers.
+        adapters: the content of ``adapter_config.json`` of each adapter that will be put on it.
+        attention: ``eager``, ``sdpa``, …; None is the default of transformers.
         trust_remote_code: run the repository's code.
     """
 
@@ -72,7 +72,7 @@ class HubModel:
         """Read the configurations of the model and of its adapters.
 
         Raises:
-            TaskError: the model is neither here nor on the hub, or its objective is not known.
+            TaskError: the model is neither a folder nor on the hub, or its objective is unknown.
             CheckpointError: an adapter's configuration cannot be read.
         """
         transformers = optional_module("transformers")
@@ -80,40 +80,40 @@ class HubModel:
             base = read_adapter_config(Path(name)).get("base_model_name_or_path") or "its base"
             raise TaskError(
                 f"model {name!r} is a PEFT adapter; give its base with --hf-model (its "
-                f"configuration says {base}) and it with --adapter"
+                f"configuration says {base}) and the adapter with --adapter"
             )
         with loading(name, "model"):
             config = transformers.AutoConfig.from_pretrained(
                 **resolve_name(name, "model"), trust_remote_code=trust_remote_code
             )
-        told = [read_adapter_config(Path(a)) for a in adapters if is_adapter(Path(a))]
-        found = objective or _objective(config, told)
-        if found not in OBJECTIVES:
+        contents = [read_adapter_config(Path(a)) for a in adapters if is_adapter(Path(a))]
+        chosen = objective or _objective(config, contents)
+        if chosen is None:
             raise TaskError(
-                f"unknown objective {found!r}; {nearest_name(found, OBJECTIVES)}"
-                if found
-                else f"what the model {name!r} ({', '.join(config.architectures or ['?'])}) is for "
-                f"is not known; say it with --objective (objective=): {', '.join(OBJECTIVES)}"
+                f"the objective of model {name!r} ({', '.join(config.architectures or ['?'])}) is "
+                f"unknown; choose one with --objective (objective=): {', '.join(OBJECTIVES)}"
             )
-        auto = getattr(transformers, OBJECTIVES[found])
+        if chosen not in OBJECTIVES:
+            raise TaskError(f"unknown objective {chosen!r}; {nearest_name(chosen, OBJECTIVES)}")
+        auto = getattr(transformers, OBJECTIVES[chosen])
         if type(config) not in auto._model_mapping and not getattr(config, "auto_map", None):
-            by = "" if objective or not told else f", which {adapters[0]} is for"
+            by = "" if objective or not contents else f", which {adapters[0]} is for"
             raise TaskError(
-                f"model {name!r} ({config.model_type}) has no form for {found}{by}; give another "
-                "model, or another --objective"
+                f"model {name!r} ({config.model_type}) has no form for {chosen}{by}; give a "
+                "different model or a different --objective"
             )
-        return cls(name, config, found, told, attention, trust_remote_code)
+        return cls(name, config, chosen, contents, attention, trust_remote_code)
 
     @property
     def has_prompt(self) -> bool:
         """Whether an adapter puts virtual tokens before the text."""
-        return any(told["peft_type"] == "PROMPT_TUNING" for told in self.adapters)
+        return any(content["peft_type"] == "PROMPT_TUNING" for content in self.adapters)
 
     @property
     def positions(self) -> int:
-        """How many positions the model has an embedding for, as far as its configuration says."""
-        known = getattr(self.config, "max_position_embeddings", None)
-        return known if isinstance(known, int) and known > 0 else MOST_POSITIONS
+        """The number of positions that the model has an embedding for, if it is limited."""
+        count = getattr(self.config, "max_position_embeddings", None)
+        return count if isinstance(count, int) and count > 0 else MAX_POSITIONS
 
     @property
     def has_head(self) -> bool:
@@ -127,10 +127,10 @@ class HubModel:
         """The model with its weights, all of them trainable, in eval mode.
 
         Args:
-            num_labels: classes of a head that an adapter brings along.
+            num_labels: classes of a head that an adapter brings.
 
         Raises:
-            TaskError: it cannot be loaded, or lacks weights that no adapter has.
+            TaskError: the model cannot be loaded, or lacks weights that no adapter has.
         """
         transformers = optional_module("transformers")
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
@@ -144,20 +144,20 @@ class HubModel:
             model, report = auto.from_pretrained(
                 **resolve_name(self.name, "model"), output_loading_info=True, **options
             )
-        brought = {name for told in self.adapters for name in told.get("modules_to_save") or ()}
-        if any(told.get("task_type") == "SEQ_CLS" for told in self.adapters):
-            brought.update(HEADS)
-        lost = [key for key in report["missing_keys"] if not brought & set(key.split("."))]
-        if lost:
+        saved = {name for a in self.adapters for name in a.get("modules_to_save") or ()}
+        if any(content.get("task_type") == "SEQ_CLS" for content in self.adapters):
+            saved.update(HEADS)
+        missing = [key for key in report["missing_keys"] if not saved & set(key.split("."))]
+        if missing:
             raise TaskError(
-                f"model {self.name!r} has no weights for {listed(sorted(lost))}, as "
+                f"model {self.name!r} has no weights for {listed(sorted(missing))}, as "
                 f"{type(model).__name__} needs; give a model that was trained for "
                 f"{self.objective}, or an adapter that brings them (modules_to_save)"
             )
         if hasattr(model.config, "use_cache"):
-            model.config.use_cache = False  # for generation; here it only costs memory
-        built: nn.Module = model.eval()
-        return built
+            model.config.use_cache = False  # only generation needs the cache
+        evaluated: nn.Module = model.eval()
+        return evaluated
 
     def processor(self, place: str | None, kind: str) -> Any:
         """The tokenizer or image processor.
@@ -167,14 +167,14 @@ class HubModel:
             kind: ``"AutoTokenizer"`` or ``"AutoImageProcessor"``.
 
         Raises:
-            TaskError: there is none.
+            TaskError: it cannot be loaded.
         """
         name = place or self.name
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         folder = Path(name).expanduser()
         if kind == "AutoTokenizer" and folder.is_dir() and not _has_tokenizer(folder):
-            # transformers would make one without a vocabulary.
-            raise TaskError(_no_processor(what, name, "no file of one is there"))
+            # transformers would build a tokenizer without a vocabulary.
+            raise TaskError(_no_processor(what, name, "the folder has none of its files"))
         transformers = optional_module("transformers")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -183,8 +183,8 @@ class HubModel:
                     **resolve_name(name, what), trust_remote_code=self.trust_remote_code
                 )
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                text = first_line(error, 200)
-                raise TaskError(_no_processor(what, name, text)) from error
+                reason = first_line(error, 200)
+                raise TaskError(_no_processor(what, name, reason)) from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -194,16 +194,16 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _no_processor(what: str, name: str, why: str) -> str:
     return (
-        f"no {what} in {name!r} ({why}); save it there with its save_pretrained, or say where it "
-        "is with --processor (processor=)"
+        f"no {what} in {name!r} ({why}); save it there with its save_pretrained, or name its "
+        "folder with --processor (processor=)"
     )
 
 
 def _objective(config: Any, adapters: Sequence[dict[str, Any]]) -> str | None:
-    """What adapters and configuration say that the model is for."""
-    for told in adapters:
-        if told.get("task_type") in TASK_TYPES:
-            return TASK_TYPES[told["task_type"]]
+    """The objective in the configurations of the adapters and the model, or None."""
+    for content in adapters:
+        if content.get("task_type") in TASK_TYPES:
+            return TASK_TYPES[content["task_type"]]
     for architecture in config.architectures or []:
         for ending, objective in ENDINGS.items():
             if architecture.endswith(ending):

@@ -1,4 +1,4 @@
-"""Rows of a data set: from the hub, or from a folder in any of the layouts that users have."""
+"""The rows of a data set, from the hub or from a folder in one of the common layouts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ngeval.tasks.hf.cifar import LABEL_KEYS, read_cifar
 from ngeval.tasks.hf.glue import FOLDERS, GLUE
 from ngeval.tasks.hf.hub import hub_is_reachable, loading
 from ngeval.utils.optional import optional_module
+from ngeval.utils.text import first_line
 
 HUB_NAMES = {
     "glue": "nyu-mll/glue",
@@ -26,17 +27,15 @@ SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 
 
 class Rows(Protocol):
-    """What a task needs of a table; ``datasets.Dataset`` has it."""
+    """A table as tasks use it, such as a ``datasets.Dataset``."""
 
     @property
     def column_names(self) -> Sequence[str]:
-        """The columns."""
+        """The names of the columns."""
 
-    def __len__(self) -> int:
-        """How many rows there are."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row, by column."""
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) -> Rows:
@@ -44,26 +43,27 @@ def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) 
 
     Args:
         name: ``glue``, ``cifar10``, ``cifar100``, a data set on the hub, or a folder.
-        subset: its part, as ``sst2`` of ``glue``.
+        subset: a part of the data set, such as ``sst2`` of ``glue``.
         split: ``train``, ``validation``, ….
-        data_dir: where the files are, if not on the hub: a folder of ``save_to_disk``; or files
-            named for the split (``train.csv``, ``train-00000-of-00001.parquet``; ``.jsonl``,
-            ``.tsv``, ``.arrow``), there, in ``data/`` or in a folder named for the subset; or the
-            original files of GLUE or CIFAR.
+        data_dir: the folder of the files, if they are not on the hub: a folder of
+            ``save_to_disk``; or one with files named for the split (``train.csv``,
+            ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its
+            ``data/`` or in a folder named for the subset; or one with the original files of GLUE
+            or CIFAR.
 
     Raises:
-        TaskError: nothing there, no such split, unreadable, or empty.
+        TaskError: the data or the split do not exist, or are unreadable or empty.
         DependencyError: datasets is not installed.
     """
     folder = data_dir if data_dir is not None else Path(name)
     try:
-        there = folder.is_dir()
-    except OSError as error:  # a name that the file system does not take
+        exists = folder.is_dir()
+    except OSError as error:  # a name that the file system rejects
         raise TaskError(
             f"data {str(folder)[:80]!r} cannot be looked up: {error.strerror}"
         ) from error
-    if data_dir is not None or there:
-        if not there:
+    if data_dir is not None or exists:
+        if not exists:
             raise TaskError(f"data folder {folder} does not exist")
         rows = _local(name, subset, split, folder)
     else:
@@ -77,16 +77,16 @@ def _from_hub(name: str, subset: str | None, split: str) -> Rows:
     datasets = optional_module("datasets")
     hub_name = HUB_NAMES.get(name, name)
     if not hub_is_reachable():
-        # What is in the cache needs no network; the library would try for half a minute.
+        # Without a network, the library would wait half a minute before it reads its cache.
         datasets.config.HF_HUB_OFFLINE = True
     with loading(name, "data set"):
         try:
             rows: Rows = datasets.load_dataset(hub_name, subset, split=split)
         except (ConnectionError, FileNotFoundError) as error:
             raise TaskError(
-                f"data set {name!r} is no folder here and not in the local cache, and cannot be "
-                f"had from the hub ({str(error).splitlines()[0][:200]}); give a folder that holds "
-                "it with --data-dir (data_dir=)"
+                f"data set {name!r} is neither a folder nor in the local cache, and cannot be "
+                f"loaded from the hub ({first_line(error, 200)}); give a folder that holds it with "
+                "--data-dir (data_dir=)"
             ) from error
     return rows
 
@@ -107,17 +107,17 @@ def _local(name: str, subset: str | None, split: str, folder: Path) -> Rows:
         if files:
             original_glue = name == "glue" and files[0].suffix == ".tsv"
             return _read_files(files, subset if original_glue else None)
-    found = sorted({p.name for place in places for p in place.iterdir()})[:12]
+    names = sorted({path.name for place in places for path in place.iterdir()})[:12]
     raise TaskError(
         f"no split {split!r} of {name if subset is None else f'{name}/{subset}'} in {folder}: "
-        "expected what datasets' save_to_disk writes, or files such as "
+        "expected a folder of datasets' save_to_disk, or files such as "
         f"{split}.csv, {split}.jsonl or {split}-00000-of-00001.parquet; it holds "
-        f"{', '.join(found) or 'nothing'}"
+        f"{', '.join(names) or 'nothing'}"
     )
 
 
 def _saved_to_disk(place: Path, split: str) -> Rows | None:
-    """What ``save_to_disk`` wrote for one split, or for a dictionary of them."""
+    """The rows in a folder of ``save_to_disk``, of one split or of a dictionary of splits."""
     together = (place / "dataset_dict.json").is_file()
     single = next((p for p in (place / split, place) if (p / "state.json").is_file()), None)
     if not together and single is None:
@@ -128,7 +128,7 @@ def _saved_to_disk(place: Path, split: str) -> Rows | None:
             rows: Rows = datasets.load_from_disk(str(single))
             return rows
         splits = datasets.load_from_disk(str(place))
-    except Exception as error:  # whatever a broken folder makes the library raise
+    except Exception as error:  # a broken folder makes the library raise anything
         raise TaskError(f"{place} cannot be read by datasets.load_from_disk: {error}") from error
     if split not in splits:
         raise TaskError(f"{place} has the splits {', '.join(splits)}, not {split!r}")
@@ -137,19 +137,19 @@ def _saved_to_disk(place: Path, split: str) -> Rows | None:
 
 
 def _split_files(place: Path, split: str) -> list[Path]:
-    """The files of a split, all of one kind."""
+    """The files of a split, all with the same suffix."""
     if not place.is_dir():
         return []
     names = (split, split.replace("validation", "dev"))
     for suffix in SUFFIXES:
-        found = sorted(
+        files = sorted(
             path
             for path in place.iterdir()
             if path.suffix == suffix
             and (path.stem in names or any(path.stem.startswith(f"{name}-0") for name in names))
         )
-        if found:
-            return found
+        if files:
+            return files
     return []
 
 
@@ -166,11 +166,11 @@ def _read_files(files: Sequence[Path], glue: str | None) -> Rows:
             frames.append(_read_original(file, glue) if glue else _read_table(file))
         except NgevalError:
             raise
-        except Exception as error:  # whatever a broken file makes pandas raise
+        except Exception as error:  # a broken file makes pandas raise anything
             raise TaskError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-    whole = pd.concat(frames, ignore_index=True)
-    made: Rows = datasets.Dataset.from_pandas(whole, preserve_index=False)
-    return made
+    table = pd.concat(frames, ignore_index=True)
+    converted: Rows = datasets.Dataset.from_pandas(table, preserve_index=False)
+    return converted
 
 
 def _read_table(file: Path) -> pd.DataFrame:
@@ -178,20 +178,20 @@ def _read_table(file: Path) -> pd.DataFrame:
         return pd.read_parquet(file)
     if file.suffix in (".json", ".jsonl"):
         return pd.read_json(file, lines=file.suffix == ".jsonl")
-    # "None", "NA" and the like are words of a text.
+    # In a text, "None" and "NA" are words.
     separator = "\t" if file.suffix == ".tsv" else ","
     return pd.read_csv(file, sep=separator, keep_default_na=False)
 
 
 def _read_original(file: Path, subset: str) -> pd.DataFrame:
-    """A ``.tsv`` as GLUE gives it away, with the columns and class numbers of the hub's."""
+    """An original ``.tsv`` of GLUE, with the columns and class numbers of the hub's version."""
     form = GLUE[subset]
     options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
     frame = pd.read_csv(file, header=None if subset == "cola" else "infer", **options)
     frame.columns = frame.columns.map(str)
-    frame = frame.rename(columns={there: here for here, there in form.header.items()})
-    wanted = [*form.columns, form.label]
-    missing = [name for name in wanted if name not in frame.columns]
+    frame = frame.rename(columns={original: name for name, original in form.header.items()})
+    columns = [*form.columns, form.label]
+    missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise TaskError(
             f"{file} has no {', '.join(missing)} of {subset}; its columns are "
@@ -200,7 +200,7 @@ def _read_original(file: Path, subset: str) -> pd.DataFrame:
     labels = frame[form.label]
     if form.words and not pd.api.types.is_numeric_dtype(labels):
         numbers = labels.map({word: i for i, word in enumerate(form.words)})
-        frame = frame.assign(**{form.label: numbers})[numbers.notna()]  # MNLI's "-": no agreement
+        frame = frame.assign(**{form.label: numbers})[numbers.notna()]  # "-" in MNLI: no label
         frame = frame.astype({form.label: int})
-    chosen: pd.DataFrame = frame[wanted]
-    return chosen
+    selected: pd.DataFrame = frame[columns]
+    return selected

@@ -21,7 +21,7 @@ from ngeval.tasks.sampling import shuffled_batches
 from ngeval.utils.optional import optional_module
 
 REGRESSION_LIKELIHOOD = "gaussian:0.5"
-"""The squared error as transformers trains with it, (z − y)² without a half."""
+"""The squared error that transformers trains with, (z − y)² without a half."""
 
 IMAGE_COLUMNS = ("image", "img")
 IMAGE_LABELS = ("label", "fine_label", "labels")
@@ -48,38 +48,39 @@ def hub_task(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Task:
-    """A task made of a Hugging Face model and a data set.
+    """A task with a Hugging Face model and data set.
 
     Args:
         model: a folder of ``save_pretrained``, or a name on the hub.
         dataset: ``glue``, ``cifar10``, ``cifar100``, a data set on the hub, or a folder.
-        subset: its part, as ``sst2`` of ``glue``.
-        split: of the data set.
-        data_dir: the folder that holds it, in any layout of `ngeval.tasks.hf.sources.load_rows`.
-        adapters: folders of PEFT adapters that will be graded on this model; they tell the
-            objective, and whether a new head comes with them.
-        objective: ``seq2seq``, ``classification``, ``causal`` or ``image``; default: what the
-            adapters and the model's configuration say.
+        subset: a part of the data set, such as ``sst2`` of ``glue``.
+        split: a split of the data set.
+        data_dir: the folder with its files, in any layout of `ngeval.tasks.hf.sources.load_rows`.
+        adapters: folders of PEFT adapters that will be graded on this model; their configurations
+            name the objective, and whether they bring a head.
+        objective: ``seq2seq``, ``classification``, ``causal`` or ``image``; default: the one in
+            the configurations of the adapters and the model.
         columns: the text or image columns; default: those of the task or template.
-        label_column: default: ``label``.
+        label_column: the column of the labels; default: ``label``.
         template: a prompt with columns in braces, ``"sst2 sentence: {sentence}"``; default: GLUE's
             own, or the first column.
-        label_words: for language models: the answer for each class, in their order.
-        max_length: tokens of a text at most.
-        max_target_tokens: tokens of an answer at most, the end of it among them.
+        label_words: for language models: the answer for each class, in the order of the classes.
+        max_length: the most tokens of a text.
+        max_target_tokens: the most tokens of an answer, including its end.
         padding_side: ``right`` or ``left``; the results are the same.
         samples: for causal models: ``sequence``, or ``token``: one token of each sequence, drawn
-            evenly, given those before it.
-        processor: where the tokenizer or image processor is, if not with the model.
-        attention: ``eager``, ``sdpa``, …; default: transformers'.
+            uniformly, given those before it.
+        processor: the folder of the tokenizer or image processor, if it is not the model's.
+        attention: ``eager``, ``sdpa``, …; default: that of transformers.
         trust_remote_code: run Python code of the model's repository.
 
     Returns:
-        Its likelihood is categorical over classes or vocabulary, ``gaussian:0.5`` for STS-B with a
-        classifier, and as the configuration says for other regression and multi-label models.
+        A task whose likelihood is categorical over classes or vocabulary, ``gaussian:0.5`` for
+        STS-B with a classifier, and that of the configuration for other regression and multi-label
+        models.
 
     Raises:
-        TaskError: the model, tokenizer or data are not there, do not fit, or lack a column.
+        TaskError: the model, tokenizer or data do not exist, do not fit, or lack a column.
         CheckpointError: an adapter's configuration cannot be read.
         DependencyError: transformers, datasets or peft are not installed.
     """
@@ -103,11 +104,8 @@ def hub_task(
         length = min(max_length, tokenizer.model_max_length, source.positions)
         pad = getattr(source.config, "pad_token_id", None)
         encoder = Encoder(tokenizer, length, side, _takes_positions(source), pad)
-        pair = PAIR_COLUMNS.get(subset or "", form.columns) if dataset == "glue" else form.columns
-        is_regression = dataset == "glue" and subset == REGRESSION
-        data = _Texts(
-            source, rows, place, form, encoder, pair, is_regression, samples, max_target_tokens
-        )
+        glue = subset if dataset == "glue" else None
+        data = _Texts(source, rows, place, form, encoder, glue, samples, max_target_tokens)
     return Task(
         name=f"{Path(model).name} {place}",
         build_model=lambda: source.build(data.num_labels),
@@ -120,25 +118,25 @@ def hub_task(
 
 
 class _Data(ABC):
-    """Batches drawn from rows."""
+    """Batches of the rows of a data set."""
 
     def __init__(self, source: HubModel, rows: Rows, place: str, label: str) -> None:
         self.source, self.rows, self.place, self.label = source, rows, place, label
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
-        """See `ngeval.Task.load_batches`."""
+        """The batches of `ngeval.Task.load_batches`."""
         generator = torch.Generator().manual_seed(seed)
         for chosen in self.indices(batch_size, num_batches, seed):
             yield self.batch([self.rows[index] for index in chosen], generator)
 
     def indices(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[list[int]]:
-        """Which rows are in the batches."""
+        """The numbers of the rows in each batch."""
         usable = self.usable()
         for chosen in shuffled_batches(len(usable), batch_size, num_batches, seed):
             yield [usable[int(index)] for index in chosen]
 
     def usable(self) -> Sequence[int]:
-        """The rows that make samples."""
+        """The numbers of the rows that are samples."""
         return range(len(self.rows))
 
     @abstractmethod
@@ -147,8 +145,8 @@ class _Data(ABC):
 
     @property
     def num_labels(self) -> int | None:
-        """The classes of the data, if it says how many."""
-        if self.source.has_head:  # which knows for itself
+        """The classes of a head that the data defines; None where the model has a head."""
+        if self.source.has_head:
             return None
         names = getattr(getattr(self.rows, "features", {}).get(self.label), "names", None)
         if names:
@@ -161,7 +159,7 @@ class _Data(ABC):
         """A row's label as the number of a class.
 
         Raises:
-            TaskError: it is none.
+            TaskError: the label is not the number of a class.
         """
         label = row[self.label]
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
@@ -178,20 +176,20 @@ class _Data(ABC):
         """A row's label for a regression or several labels: a number, or a list of them.
 
         Raises:
-            TaskError: it is neither.
+            TaskError: the label is something else.
         """
         label = row[self.label]
         numbers = label if isinstance(label, list) else [label]
         if not numbers or not all(isinstance(number, int | float) for number in numbers):
             raise TaskError(
-                f"label {label!r} in column {self.label!r} of {self.place} is no number and no "
-                f"list of numbers, as {self.source.config.problem_type or 'regression'} needs"
+                f"label {label!r} in column {self.label!r} of {self.place} is neither a number nor "
+                f"a list of numbers, as {self.source.config.problem_type or 'regression'} needs"
             )
         return label
 
 
 class _Texts(_Data):
-    """Batches of texts, in the form that the model's objective asks for."""
+    """Batches of texts, in the form that the model's objective needs."""
 
     def __init__(
         self,
@@ -200,27 +198,27 @@ class _Texts(_Data):
         place: str,
         form: TextForm,
         encoder: Encoder,
-        pair: Sequence[str],
-        is_regression: bool,
+        glue: str | None,
         samples: str,
         max_target_tokens: int,
     ) -> None:
         super().__init__(source, rows, place, form.label)
-        self.form, self.encoder, self.pair = form, encoder, pair
+        self.form, self.encoder = form, encoder
+        self.pair = PAIR_COLUMNS.get(glue or "", form.columns)
         self.samples, self.max_target_tokens = samples, max_target_tokens
         classifier = source.objective == "classification"
         self.kind = getattr(source.config, "problem_type", None) if classifier else None
-        if classifier and self.kind is None and is_regression:
+        if classifier and self.kind is None and glue == REGRESSION:
             self.kind = "regression"
 
     @property
     def is_real(self) -> bool:
-        """Whether labels are numbers or lists of them, not classes."""
+        """Whether labels are numbers or lists of numbers, not classes."""
         return self.kind in ("regression", "multi_label_classification")
 
     @property
     def likelihood(self) -> str:
-        """What the model's loss is."""
+        """The likelihood of the model's loss."""
         kinds = {"regression": REGRESSION_LIKELIHOOD, "multi_label_classification": "bernoulli"}
         return kinds.get(self.kind or "", "categorical")
 
@@ -306,7 +304,7 @@ def _form(
     words: Sequence[str],
     label_column: str | None,
 ) -> TextForm:
-    """How rows become texts: GLUE's own form, what was asked for, or the first column."""
+    """How rows become texts: by the options, by GLUE's own form, or from the first column."""
     place = dataset if subset is None else f"{dataset}/{subset}"
     known = GLUE[subset] if dataset == "glue" and subset is not None else None
     if template is None and columns:
@@ -317,51 +315,50 @@ def _form(
     label = label_column or (known.label if known else "label")
     plain_text = source.objective == "causal" and not (known or words or label_column)
     if len(set(words)) < len(words) or not all(words):
-        raise TaskError(f"label words {', '.join(map(repr, words))}: each class needs its own")
+        raise TaskError(f"label words {', '.join(map(repr, words))}: each class needs its own word")
     form = TextForm(
         template, tuple(words) or (known.words if known else ()), "" if plain_text else label
     )
-    wanted = form.columns
-    for name in wanted if plain_text else [*wanted, label]:
+    for name in form.columns if plain_text else [*form.columns, label]:
         option = "--label-column" if name == label else "--columns or --template"
         _column(place, rows.column_names, (name,), option)
     return form
 
 
 def _column(
-    place: str, names: Sequence[str], wanted: Sequence[str], option: str, optional: bool = False
+    place: str, names: Sequence[str], choices: Sequence[str], option: str, optional: bool = False
 ) -> str:
-    """The first of some columns that is there.
+    """The first of some columns that a table has.
 
     Raises:
-        TaskError: none is.
+        TaskError: the table has none of them, and the column is not optional.
     """
-    for name in wanted:
+    for name in choices:
         if name in names:
             return name
     if optional:
         return ""
     raise TaskError(
-        f"{place} has no column {' or '.join(map(repr, wanted))}; it has {', '.join(names)} "
-        f"(say which with {option})"
+        f"{place} has no column {' or '.join(map(repr, choices))}; it has {', '.join(names)} "
+        f"(choose one with {option})"
     )
 
 
-def _side(source: HubModel, asked: str, samples: str) -> str:
-    """Where padding goes."""
-    if source.objective == "classification" and asked == "left":
+def _side(source: HubModel, side: str, samples: str) -> str:
+    """The side of padding that the model and the kind of samples allow."""
+    if source.objective == "classification" and side == "left":
         raise TaskError(
-            "classifiers of texts may read the class off the first token, so padding goes to the "
-            "right (padding never counts: the results are the same)"
+            "classifiers of texts can read the class from the first token, so padding must be on "
+            "the right (padding never counts: the results are the same)"
         )
     if source.objective != "causal":
-        return asked
-    if source.has_prompt and (asked == "left" or samples == "token"):
+        return side
+    if source.has_prompt and (side == "left" or samples == "token"):
         raise TaskError(
-            "virtual tokens before the text and padding on the left do not go together (PEFT takes "
+            "virtual tokens before the text and padding on the left cannot be combined (PEFT takes "
             "no position ids); use padding on the right and whole sequences as samples"
         )
-    return "left" if samples == "token" else asked
+    return "left" if samples == "token" else side
 
 
 def _takes_positions(source: HubModel) -> bool:
@@ -376,11 +373,11 @@ def _takes_positions(source: HubModel) -> bool:
 
 
 def _last_logits(raw: Any) -> Tensor:
-    """The logits at the last position, which left padding makes that of the sample's token."""
+    """The logits at the last position, which with left padding is that of the sample's token."""
     logits: Tensor = getattr(raw, "logits", raw)
     return logits[:, -1]
 
 
-def _check_choice(what: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise InputError(f"unknown {what} {given!r}; {nearest_name(given, known)}")
+def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"unknown {what} {value!r}; {nearest_name(value, choices)}")
