@@ -1,11 +1,12 @@
-"""What a method is: ``prepare(problem, kernel, seed) → state``, and what a state can be asked.
+"""The protocol of a method, ``prepare(problem, kernel, seed) → state``, and base classes of states.
 
-A state holds everything that does not depend on λ, so that a damping sweep costs one
+A state holds everything that does not depend on λ, so that a sweep over dampings costs one
 preparation and a rescaling for each λ.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,41 +21,36 @@ from ngeval.problem.problem import Problem
 class State(Protocol):
     """A method prepared on a problem.
 
-    Attributes:
-        largest_curvature: the largest eigenvalue of the method's own curvature, which
-            ``damping_scale="relative"`` multiplies λ by; NaN for a method without one.
-
-    A state may also have ``coverage``, the part of the parameters that it treats, in percent (100
-    if it has not), and ``notes``, a tuple of remarks that belong beside its results.
+    A state may also have ``coverage``, the percentage of the parameters that it treats (default
+    100), and ``notes``, a tuple of remarks for the column ``reason`` of its results.
     """
 
     @property
     def largest_curvature(self) -> float:
-        """See the attribute."""
-        ...
+        """The largest eigenvalue of the method's curvature; NaN if it has none.
 
-    def direction(self, damping: float) -> Tensor:
-        """The update d(λ), shape ``(P,)``; the step is −η d. λ is absolute."""
+        ``damping_scale="relative"`` multiplies λ by it.
+        """
         ...
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The updates of every λ (absolute), in a form that can be graded.
 
-        One update for all λ may stand for a method that λ does not enter.
+        A method that does not depend on λ may return one update for all of them.
         """
         ...
 
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ), shape ``(P,)``; the step is −η d. λ is absolute."""
+        return self.updates([damping]).direction(0)
+
 
 class Method(Protocol):
-    """An update rule that ngeval can grade.
-
-    Attributes:
-        name: as it is asked for, parameter included, e.g. ``"sf:4"``.
-    """
+    """An update rule that ngeval can grade."""
 
     @property
     def name(self) -> str:
-        """The name, parameter included."""
+        """The name in tables, parameter included, e.g. ``"sf:4"``."""
         ...
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> State:
@@ -62,40 +58,51 @@ class Method(Protocol):
 
         Args:
             problem: the model on its batch.
-            kernel: of the problem; what several methods share comes from it.
+            kernel: of the problem; it computes once what several methods share.
             seed: the only source of randomness.
         """
         ...
 
 
 class CotangentState(ABC):
-    """A state whose update is made of rows, d = Σ_nq c_nq J_nᵀv_nq: no λ needs a model pass."""
+    """A state whose update is a sum of rows, d = Σ_nq c_nq J_nᵀv_nq.
+
+    No λ needs a pass through the model.
+
+    Args:
+        problem: the model on its batch.
+        vectors: v in float64, shape ``(N, Q, *positions, C)``.
+        largest_curvature: see `State`.
+    """
 
     def __init__(self, problem: Problem, vectors: Tensor, largest_curvature: float) -> None:
-        """Keep the problem, the vectors v and the scale of the method's curvature."""
         self.problem = problem
         self.vectors = vectors
         self.largest_curvature = largest_curvature
 
     @abstractmethod
     def coefficients(self, dampings: Tensor) -> Tensor:
-        """The c of every λ: shape ``(L, N, Q)``, float64."""
+        """The coefficients c of every λ: shape ``(L, N, Q)``, float64."""
 
     def direction(self, damping: float) -> Tensor:
         """The update d(λ), by one backward pass."""
         return self.updates([damping]).direction(0)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """The coefficients of every λ."""
+        """The updates of every λ, as coefficients."""
         coefficients = self.coefficients(as_tensor(self.problem, dampings))
         return CotangentUpdates(self.problem, self.vectors, coefficients)
 
 
 class ParameterState(ABC):
-    """A state whose update is made in parameter space: one JVP for every λ."""
+    """A state whose update is computed in parameter space. Every λ needs one JVP.
+
+    Args:
+        problem: the model on its batch.
+        largest_curvature: see `State`.
+    """
 
     def __init__(self, problem: Problem, largest_curvature: float) -> None:
-        """Keep the problem and the scale of the method's curvature."""
         self.problem = problem
         self.largest_curvature = largest_curvature
 
@@ -104,5 +111,24 @@ class ParameterState(ABC):
         """The update d(λ), shape ``(P,)``."""
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """The directions, made when they are wanted."""
+        """The updates of every λ, each computed when it is graded."""
         return DirectionUpdates(len(dampings), lambda i: self.direction(dampings[i]))
+
+
+class UndampedState(ParameterState):
+    """A state with one update for every λ, and without a curvature.
+
+    Args:
+        problem: the model on its batch.
+        step: the update d, shape ``(P,)``.
+    """
+
+    def __init__(self, problem: Problem, step: Tensor) -> None:
+        super().__init__(problem, math.nan)
+        self.step = step
+
+    def direction(self, damping: float) -> Tensor:
+        return self.step
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        return DirectionUpdates(1, lambda _: self.step)

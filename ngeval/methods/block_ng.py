@@ -1,7 +1,8 @@
 """``block-ng``: the natural gradient of each layer alone, with the layer's exact Fisher.
 
-d_l(λ) = (F_ll + λI)⁻¹g_l for the diagonal blocks F_ll of F. What it loses against ``ng`` is lost by
-leaving out what layers do to each other; what ``kfac`` loses against it, by the Kronecker step.
+d_l(λ) = (F_ll + λI)⁻¹g_l for the diagonal blocks F_ll of F. The gap to ``ng`` is due to the
+neglected interactions between layers; the gap of ``kfac`` to this method is due to the Kronecker
+approximation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from ngeval.curvature.fisher_blocks import FisherBlocks, fisher_blocks
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.methods.base import State
 from ngeval.model.parameter_groups import make_groups
 from ngeval.problem.problem import Problem
 
@@ -36,34 +38,28 @@ class BlockNaturalGradient:
         return BlockState(fisher_blocks(kernel, make_groups(counts, "layer")))
 
 
-class BlockState:
-    """The layers' own natural gradients."""
+class BlockState(State):
+    """The natural gradients of the layers, from their factored blocks."""
 
     def __init__(self, blocks: FisherBlocks) -> None:
-        """Keep the blocks."""
         self.blocks = blocks
 
     @property
     def largest_curvature(self) -> float:
-        """The largest eigenvalue of all blocks."""
         return self.blocks.largest
 
-    def direction(self, damping: float) -> Tensor:
-        """The update d(λ), shape ``(P,)``."""
-        return self.blocks.directions([damping])[0]
-
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """Those of every λ; a pass over the rows makes as many as there is room for."""
+        """The updates of every λ; one pass over the rows computes as many as fit in memory."""
         problem = self.blocks.problem
         room = problem.rows.memory // (4 * problem.num_parameters * problem.dtype.itemsize)
         step = max(1, min(len(dampings), room))
-        made: dict[int, Tensor] = {}
+        computed: dict[int, Tensor] = {}
 
-        def make(index: int) -> Tensor:
+        def update(index: int) -> Tensor:
             first = index // step * step
-            if first not in made:
-                made.clear()
-                made[first] = self.blocks.directions(dampings[first : first + step])
-            return made[first][index - first]
+            if first not in computed:
+                computed.clear()
+                computed[first] = self.blocks.directions(dampings[first : first + step])
+            return computed[first][index - first]
 
-        return DirectionUpdates(len(dampings), make)
+        return DirectionUpdates(len(dampings), update)

@@ -1,8 +1,8 @@
 """``diag``, ``diag-sf``, ``diag-ef``, ``diag-ief``: diagonal preconditioners.
 
-d(λ) = g / (f + λ)^ρ with f the diagonal of Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ, where v says whose labels it
-is made of (see `ngeval.methods.labels`). ρ = ½ is the square root in Adam's and FAdam's update
-(Hwang, arXiv 2405.12807, §3.4.1).
+d(λ) = g / (f + λ)^ρ with f the diagonal of Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ, where v depends on the
+source of labels (see `ngeval.methods.label_sources`). ρ = ½ is the square root in the updates of
+Adam and FAdam (Hwang, arXiv 2405.12807, §3.4.1).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Diagonal:
     """d(λ) = g / (f + λ)^ρ.
 
     Attributes:
-        name: as it is asked for.
-        labels: whose labels f is made of.
+        name: in tables.
+        labels: the source of the labels in f.
         exponent: ρ.
     """
 
@@ -55,7 +55,7 @@ class Diagonal:
         """Sum the squared rows: C backward passes for the exact diagonal, k for k draws, else 1.
 
         Raises:
-            EngineError: the exact diagonal of so many outputs is out of reach.
+            EngineError: the batch has too many outputs for the exact diagonal.
         """
         if self.labels.source == EXACT:
             diagonal = problem.fisher().diagonal()
@@ -72,7 +72,6 @@ class DiagonalState(ParameterState):
     """g / (f + λ)^ρ for a diagonal f ≥ 0."""
 
     def __init__(self, problem: Problem, diagonal: Tensor, exponent: float) -> None:
-        """Keep f and ρ."""
         super().__init__(problem, float(diagonal.max()))
         self.diagonal = diagonal
         self.exponent = exponent

@@ -1,10 +1,9 @@
-"""``kfac`` and its relatives: Kronecker-factored curvature, layer by layer.
+"""``kfac``, ``ekfac`` and their variants: Kronecker-factored curvature of every layer.
 
-The factors come from the rows that every engine-wide quantity is made of; see
-`ngeval.jacobians.factors` for A and B, `ngeval.kronecker` for damping and solving, and
-`ngeval.methods.labels` for the four sources of labels. ``kfac-ef`` is what Wu et al.
-(arXiv 2406.06420) write eKFAC, ``kfac-ief`` their ieKFAC; ``ekfac`` is the eigenvalue-corrected
-KFAC of George et al. (arXiv 1806.03884), which others write EKFAC.
+See `ngeval.curvature.kronecker_factors` for the factors A and B, `ngeval.curvature.kronecker_block`
+for damping and solving, and `ngeval.methods.label_sources` for the four sources of labels.
+``kfac-ef`` is called eKFAC by Wu et al. (arXiv 2406.06420) and ``kfac-ief`` ieKFAC; ``ekfac`` is
+the eigenvalue-corrected KFAC of George et al. (arXiv 1806.03884), often written EKFAC.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from ngeval.utils.memory import describe_bytes
 
 DIAGONAL, GRADIENT, ZERO = "diagonal", "gradient", "zero"
 RESTS = (DIAGONAL, GRADIENT, ZERO)
-"""What is done with parameters that KFAC does not cover."""
+"""Treatments of parameters that KFAC does not cover."""
 
 LARGEST_FACTOR = 8192
-"""A factor of more rows than that (a vocabulary) is not decomposed: its layer is not covered."""
+"""A layer with a factor of more rows (a vocabulary) is not covered."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Kronecker:
     """D(λ) for every layer that is affine in its weight (linear, convolution, LoRA's A and B).
 
     Attributes:
-        name: as it is asked for.
-        labels: whose labels the output factors are made of.
+        name: in tables.
+        labels: the source of the labels in the output factors.
         sharing: ``"expand"`` or ``"reduce"``, for weights shared over positions.
         damping: ``"exact"``, ``"factored"`` or ``"pi"``.
-        rest: of parameters of other layers (norms, embeddings, tied weights): ``"diagonal"``,
-            g/(diag + λ) by the same labels; ``"gradient"``, g; ``"zero"``.
-        corrected: with the exact second moments in the Kronecker basis for eigenvalues.
+        rest: the update of other layers' parameters (norms, embeddings, tied weights):
+            ``"diagonal"``, g/(diag + λ) with the same labels; ``"gradient"``, g; ``"zero"``.
+        corrected: whether the eigenvalues are the exact second moments in the Kronecker basis.
     """
 
     name: str
@@ -67,14 +66,10 @@ class Kronecker:
     corrected: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what there is not."""
-        for value, known in (
-            (self.sharing, SHARINGS),
-            (self.damping, DAMPINGS),
-            (self.rest, RESTS),
-        ):
+        choices = ((self.sharing, SHARINGS), (self.damping, DAMPINGS), (self.rest, RESTS))
+        for value, known in choices:
             if value not in known:
-                raise InputError(f"method {self.name!r}: {value!r} is none of {', '.join(known)}")
+                raise InputError(f"method {self.name!r}: {value!r} is not in {', '.join(known)}")
         if self.corrected and self.damping != EXACT:
             raise InputError(
                 f"method {self.name!r}: eigenvalue-corrected KFAC has no factors left to damp; "
@@ -82,8 +77,8 @@ class Kronecker:
             )
         if self.corrected and self.sharing != EXPAND:
             raise InputError(
-                f"method {self.name!r}: the means over positions that {self.sharing!r} is made of "
-                "leave most of the eigenbasis open, which the corrected eigenvalues depend on; use "
+                f"method {self.name!r}: the corrected eigenvalues depend on the eigenbasis, and "
+                f"the means over positions of {self.sharing!r} leave most of it undetermined; use "
                 "ekfac with expand"
             )
 
@@ -114,7 +109,7 @@ class Kronecker:
         return cls(name, labels, corrected=name.startswith("ekfac"), **chosen)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> KroneckerState:
-        """Make and decompose the factors, once for all methods that share them.
+        """Compute and decompose the factors, once for all methods that share them.
 
         Raises:
             EngineError: no layer is covered, or the factors do not fit in the memory budget.
@@ -125,7 +120,7 @@ class Kronecker:
         return KroneckerState(problem, kernel, self, blocks, seed)
 
     def factors(self, problem: Problem, seed: int = 0) -> list[Factors]:
-        """A, B and the gradient of every layer that is covered.
+        """A, B and the gradient of every covered layer.
 
         Raises:
             EngineError: see `prepare`.
@@ -139,7 +134,7 @@ def _factors(problem: Problem, labels: Labels, seed: int, sharing: str) -> list[
 
 
 class _Blocks:
-    """What the methods of the same labels and sharing have in common."""
+    """The decomposed factors, which methods with the same labels and sharing have in common."""
 
     def __init__(self, problem: Problem, labels: Labels, seed: int, sharing: str) -> None:
         self.problem, self.labels, self.seed = problem, labels, seed
@@ -151,7 +146,7 @@ class _Blocks:
 
     @cached_property
     def corrected(self) -> list[KroneckerBlock]:
-        """The blocks with the exact second moments in their bases for eigenvalues."""
+        """The blocks with exact second moments in their bases as eigenvalues."""
         problem = self.problem
         bases = {b.layer: (b.input_vectors, b.output_vectors) for b in self.plain}
         values = problem.shards.sum(
@@ -161,11 +156,11 @@ class _Blocks:
 
 
 class KroneckerState(ParameterState):
-    """The blocks in their eigenbases, and what is done with the rest.
+    """The blocks in their eigenbases, and the treatment of the other parameters.
 
     Attributes:
-        coverage: the part of P in layers that are covered, in percent.
-        notes: what the rest is and how it is treated.
+        coverage: the percentage of the parameters that are in covered layers.
+        notes: the other parameters and their treatment.
     """
 
     def __init__(
@@ -176,7 +171,6 @@ class KroneckerState(ParameterState):
         blocks: list[KroneckerBlock],
         seed: int,
     ) -> None:
-        """Compute the diagonal of the rest, if it is wanted."""
         self.blocks = blocks
         self.kind = method.damping
         parameters = problem.function.parameters
@@ -194,7 +188,7 @@ class KroneckerState(ParameterState):
         super().__init__(problem, max(largest))
 
     def direction(self, damping: float) -> Tensor:
-        """D(λ) of every layer and the rest's share, float64, shape ``(P,)``."""
+        """D(λ) of every layer and the update of the other parameters, in float64."""
         gradient = self.problem.gradient()
         update = torch.zeros(len(gradient), dtype=torch.float64, device=gradient.device)
         parts = self._views(update)
@@ -216,19 +210,19 @@ class KroneckerState(ParameterState):
         return update
 
     def _views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of a flat vector."""
+        """The part of each parameter in a flat vector."""
         parameters = self.problem.function.parameters
         sizes = [parameter.numel() for parameter in parameters.values()]
         return dict(zip(parameters, vector.split(sizes), strict=True))
 
 
 def _covered(problem: Problem) -> list[Layer]:
-    """The layers that are treated; what their factors take is checked before they are made."""
+    """The covered layers, whose factors fit in the memory budget."""
     plan = problem.rows.plan
     if plan is None:
         raise EngineError(
-            "Kronecker factors are made of the inputs and output gradients of layers, which the "
-            f"engine {problem.engine!r} does not see; make the Problem with engine='layers'"
+            "Kronecker factors need the inputs and output gradients of layers, which the engine "
+            f"{problem.engine!r} does not record; make the Problem with engine='layers'"
         )
     modules = dict(problem.function.model.named_modules(remove_duplicate=False))
     layers, large, needed = [], [], 0
@@ -248,7 +242,7 @@ def _covered(problem: Problem) -> list[Layer]:
     if not layers:
         raise EngineError(
             "KFAC covers no layer of this model: it needs linear or convolution layers with a "
-            f"trainable weight of their own and factors of at most {LARGEST_FACTOR} rows"
+            f"trainable weight that is not shared, and factors of at most {LARGEST_FACTOR} rows"
             + (f" ({', '.join(large[:3])})" if large else "")
         )
     if needed > problem.rows.memory:
@@ -263,7 +257,7 @@ def _covered(problem: Problem) -> list[Layer]:
 def _captures(
     problem: Problem, labels: Labels, seed: int
 ) -> Iterator[tuple[Curvature, list[Term]]]:
-    """All rows of this rank's that the curvature and the gradient are made of, block by block."""
+    """The rows of the curvature and of the gradient on this rank, block by block."""
     vectors, share, gradient = labels.with_residual(problem, seed)
     gradient = problem.shards.local(gradient)
     for block, terms in CapturedRows(problem.rows, vectors).captures():

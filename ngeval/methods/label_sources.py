@@ -1,15 +1,15 @@
-"""Where the labels of a curvature come from: the cotangents that it is made of.
+"""The sources of labels in a curvature.
 
-Every curvature of ngeval is Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ for some v; the kinds differ in v alone:
+Every curvature of ngeval is Σ_nq (J_nᵀv_nq)(J_nᵀv_nq)ᵀ, and the source of labels determines v:
 
-=========== ============================== =========================================
-``exact``   the columns of S_n, S Sᵀ = H   the Fisher F, an expectation over labels
-``sampled`` û_nk/√k, k labels ~ p(·|z_n)   F̂, unbiased for F (type-2 factors of KFAC)
-``data``    u_n                            the empirical Fisher Σ g gᵀ
-``improved`` u_n/‖u_n‖                     iEF's: Σ g gᵀ/s_n with s_n = ‖u_n‖²
-=========== ============================== =========================================
+============ ============================== =========================================
+``exact``    the columns of S_n, S Sᵀ = H   the Fisher F, an expectation over labels
+``sampled``  û_nk/√k, k labels ~ p(·|z_n)   F̂, unbiased for F (type-2 factors of KFAC)
+``data``     u_n                            the empirical Fisher Σ g gᵀ
+``improved`` u_n/‖u_n‖                      iEF's: Σ g gᵀ/s_n with s_n = ‖u_n‖²
+============ ============================== =========================================
 
-Source of the last: Wu et al., "An improved empirical Fisher approximation for natural gradient
+Source of the last row: Wu et al., "An improved empirical Fisher approximation for natural gradient
 descent" (arXiv 2406.06420).
 """
 
@@ -35,16 +35,16 @@ MAX_DIGITS = 9
 """A longer number of draws is taken for a typing error."""
 
 FIELDS = 4
-"""Fields of the draws' size that exist at one time: labels, residuals, copies."""
+"""Tensors of the size of all draws that exist at once: labels, residuals, copies."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labels.
+    """A source of labels.
 
     Attributes:
         source: ``"exact"``, ``"sampled"``, ``"data"`` or ``"improved"``.
-        mc_samples: k, the draws for each sample, of sampled labels.
+        mc_samples: k, the number of draws for each sample if the labels are sampled.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Labels:
 
     @classmethod
     def of_method(cls, name: str) -> Labels:
-        """The labels that a method's name asks for, with one draw: ``"diag-ef:0.5"`` → data."""
+        """The labels that a method's name ends in, with one draw: ``"diag-ef:0.5"`` → data."""
         _, hyphen, ending = name.partition(":")[0].rpartition("-")
         return cls(SUFFIXES[hyphen + ending] if hyphen else EXACT)
 
@@ -64,7 +64,7 @@ class Labels:
         """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
 
         Raises:
-            EngineError: the columns of S, or so many draws, do not fit in the memory budget.
+            EngineError: the columns of S, or the draws, do not fit in the memory budget.
         """
         if self.source == EXACT:
             return factor_columns(problem)
@@ -86,14 +86,14 @@ class Labels:
         return sampled / math.sqrt(self.mc_samples)
 
     def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The v of the curvature, u among them or as one more, and in front what shows positions.
+        """The v of the curvature, extended so that u_n is a combination of them.
 
-        The first v is nonzero at every output that there is: the residual, or, where that
-        vanishes somewhere, random numbers.
+        The first v is nonzero at every unmasked position: it is the residual, or random numbers if
+        the residual vanishes somewhere.
 
         Returns:
-            v of shape ``(N, Q, *positions, C)``; which of the Q make the curvature (1 or 0), shape
-            ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
+            v of shape ``(N, Q, *positions, C)``; 1 for each of the Q that belongs to the curvature
+            and 0 for the others, shape ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
         """
         vectors = self.vectors(problem, seed)
         share = vectors.new_ones(vectors.shape[1])
@@ -125,7 +125,7 @@ def parse_draws(name: str, text: str) -> int:
 
 
 def _probe(problem: Problem) -> Tensor | None:
-    """Random numbers at all outputs that are not masked; None where the residual does as well."""
+    """Random numbers at all unmasked outputs; None if the residual is nonzero at all of them."""
     residual = problem.residual
     mask = problem.distribution.mask
     there = torch.ones_like(residual[..., :1], dtype=torch.bool) if mask is None else mask
@@ -139,6 +139,6 @@ def _probe(problem: Problem) -> Tensor | None:
 
 
 def _safe(problem: Problem) -> Tensor:
-    """‖u_n‖, and 1 where it is 0: what is divided by it is 0 too."""
+    """‖u_n‖, and 1 where it is 0, because only a residual of 0 is divided by it."""
     norms = problem.residual.flatten(1).norm(dim=1)
     return torch.where(norms > 0, norms, 1.0)

@@ -1,4 +1,4 @@
-"""``sf``: the Fisher estimated with labels drawn from the model, k draws for each sample.
+"""``sf``: the Fisher estimated from labels drawn from the model, k for each sample.
 
 F̂ = (1/k) ĜᵀĜ with kN rows ĝ = J_nᵀû; d = (F̂ + λI)⁻¹g, by the Woodbury identity
 (1/λ)[g − Ĝᵀ(ĜĜᵀ + kλI)⁻¹Ĝg]. Source: Wu et al. (arXiv 2406.06420), "SF".
@@ -23,12 +23,13 @@ from ngeval.utils.memory import describe_bytes
 
 @dataclass(frozen=True)
 class SampledFisher:
-    """d(λ) = (F̂ + λI)⁻¹g; at λ = 0, F̂⁺g, which lives in the sampled range alone.
+    """d(λ) = (F̂ + λI)⁻¹g; at λ = 0, F̂⁺g, which is in the range of F̂.
 
-    The limit λ → 0 is another thing: it is ruled by the part of g outside that range.
+    The limit λ → 0 is different: the part of g outside that range dominates it.
 
     Attributes:
-        mc_samples: k, the number of label draws for each sample.
+        name: in tables.
+        mc_samples: k, the number of labels drawn for each sample.
     """
 
     name: str
@@ -44,14 +45,14 @@ class SampledFisher:
         return cls(name, parse_draws(name, parameter or "1"))
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> SampledState:
-        """Draw the labels and factor ĜĜᵀ once."""
+        """Draw the labels and factor ĜĜᵀ."""
         return SampledState(problem, kernel.theta, self.vectors(problem, seed))
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
 
         Raises:
-            EngineError: the Gram matrix of so many sampled gradients does not fit in memory.
+            EngineError: the Gram matrix of the sampled gradients does not fit in memory.
         """
         rows = self.mc_samples * problem.num_samples
         if 5 * 8 * rows**2 > problem.rows.memory:
@@ -66,31 +67,34 @@ class SampledFisher:
 
 
 class SampledState(CotangentState):
-    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk."""
+    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk.
+
+    Args:
+        problem: the model on its batch.
+        theta: Θ of the problem.
+        vectors: u and the k sampled residuals, shape ``(N, 1 + k, *positions, C)``.
+    """
 
     def __init__(self, problem: Problem, theta: LogitKernel, vectors: Tensor) -> None:
-        """Factor ĜĜᵀ; the vectors are u and the k sampled residuals: ``(N, 1 + k, …)``."""
         self.mc_samples = vectors.shape[1] - 1
         gram = theta.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
-        # Ĝg: every sampled gradient against the sum of the true ones.
-        against = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2)
-        self.right = against.flatten()
+        # Ĝg: the inner products of every sampled gradient with the sum of the true ones.
+        self.right = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2).flatten()
         if isinstance(theta, DenseKernel):
             self.spectrum = theta.spectrum(vectors[:, 1:], self.right)
         else:
-            own = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
-            square = own.flatten(2).flatten(0, 1)
+            sampled = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
+            square = sampled.flatten(2).flatten(0, 1)
             self.spectrum = Spectrum.of_gram(square, problem.function.row_epsilon, self.right)
         super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
 
     def coefficients(self, dampings: Tensor) -> Tensor:
-        """Those of g_n and of ĝ_nk for every λ; λ = 0 is the pseudo-inverse."""
+        """The coefficients of g_n and of ĝ_nk; λ = 0 is the pseudo-inverse."""
         draws = self.mc_samples
         zero = dampings == 0
         scale = torch.where(zero, 1.0, dampings).reshape(-1, 1, 1)
         solved = self.spectrum.solve(self.right, draws * dampings).unflatten(1, (-1, draws))
-        own = torch.ones_like(solved[..., :1])
-        damped = torch.cat([own, -solved], 2) / scale
+        damped = torch.cat([torch.ones_like(solved[..., :1]), -solved], 2) / scale
         return torch.where(zero.reshape(-1, 1, 1), self._pseudo_inverse(), damped)
 
     def _pseudo_inverse(self) -> Tensor:

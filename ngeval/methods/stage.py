@@ -1,4 +1,4 @@
-"""Where in a training run a problem stands: what a method may need beside the model and a batch."""
+"""The checkpoint of a run, for methods that need more than the model and a batch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ngeval.errors import InputError, nearest_name
 from ngeval.model.checks import Inputs
 
 REDUCTIONS = ("mean", "token-mean", "sum")
-"""How a training loss can be reduced."""
+"""The reductions of a training loss."""
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How an optimizer's step is taken; see `ngeval.OptimizerStep`.
+    """Options of an optimizer's step; see `ngeval.OptimizerStep`.
 
     Attributes:
-        reduction: how the training loss was reduced: ``"mean"``, ``"sum"`` or ``"token-mean"``.
-        weight_decay: with the optimizer's weight decay.
-        allow_pickle: unpickle state files with code; only for files that you trust.
+        reduction: of the training loss: ``"mean"``, ``"sum"`` or ``"token-mean"``.
+        weight_decay: whether the step includes the optimizer's weight decay.
+        allow_pickle: whether to unpickle state files with code; only for files that you trust.
     """
 
     reduction: str = "mean"
@@ -30,7 +30,6 @@ class OptimizerOptions:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a reduction that is none."""
         check_reduction(self.reduction)
 
 
@@ -38,16 +37,16 @@ class OptimizerOptions:
 class Stage:
     """A checkpoint of a run, as methods see it.
 
-    A method with ``at(stage) → method`` is asked for the method at this checkpoint before it is
-    prepared on the checkpoint's problems.
+    If a method has ``at(stage) → method``, the method that it returns is prepared on the
+    checkpoint's problems.
 
     Attributes:
-        name: the checkpoint's.
-        optimizer_state: the file with the optimizer's state, None where there is none.
-        optimizer: the name of the optimizer that the run was made with, where it is known.
-        batches: gives K batches ``(inputs, targets)`` of the training data, others than those
+        name: of the checkpoint.
+        optimizer_state: the file with the optimizer's state; None if there is none.
+        optimizer: the name of the run's optimizer; None if it is not recorded.
+        batches: returns K batches ``(inputs, targets)`` of the training data, which are not those
             that are graded.
-        options: how an optimizer's step is taken.
+        options: of an optimizer's step.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Stage:
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise unless a training loss can be reduced like this.
+    """Check that a training loss can be reduced in this way.
 
     Raises:
         InputError: it cannot.

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.errors import InputError, NgevalError, NumericalError
-from ngeval.methods.base import ParameterState
+from ngeval.methods.base import UndampedState
 from ngeval.methods.optimizer.clone import (
     Clones,
     clone_optimizers,
@@ -33,30 +32,22 @@ FALLBACK_RATE = 1e-3
 """Taken where every learning rate is 0 and none is known from before."""
 
 
-class OptimizerState(ParameterState):
-    """One step of an optimizer, whatever the damping.
+class OptimizerState(UndampedState):
+    """One step of an optimizer, d = θ − θ′ in float64, for every damping.
 
-    Attributes:
-        coverage: percent of the trainable scalars that the optimizer holds.
-        notes: what a reader of the numbers has to know.
+    Args:
+        problem: the model on its batch.
+        step: d, shape ``(P,)``.
+        coverage: the percentage of the trainable scalars that the optimizer holds.
+        notes: remarks for the column ``reason``.
     """
 
     def __init__(
         self, problem: Problem, step: Tensor, coverage: float, notes: tuple[str, ...]
     ) -> None:
-        """Keep d."""
-        super().__init__(problem, math.nan)
-        self.step = step
+        super().__init__(problem, step)
         self.coverage = coverage
         self.notes = notes
-
-    def direction(self, damping: float) -> Tensor:
-        """The step θ − θ′ in float64, shape ``(P,)``."""
-        return self.step
-
-    def updates(self, dampings: Sequence[float]) -> Updates:
-        """One update, the same for every λ."""
-        return DirectionUpdates(1, lambda _: self.step)
 
 
 @dataclass(frozen=True, eq=False)
