@@ -185,7 +185,7 @@ def affine_layers(plan: CapturePlan) -> list[Layer]:
             owner.parameters.get("bias"),
             owner.rule.transposed,
         )
-        for owner in plan.owners
+        for owner in plan.modules
         if owner.rule is not None
         and owner.rule.affine
         and not owner.replicate

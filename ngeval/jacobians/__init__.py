@@ -1,8 +1,33 @@
-"""Per-sample rows of the Jacobian: one capture path behind one class.
+"""Per-sample Jacobian rows of any model: one path of capture behind one class, `RowSource`.
 
-Everything that ngeval needs of single samples is a set of rows J_nᵀv for cotangents v at
-sample n: v = u_n gives per-sample gradients, v = the unit vectors the logit Jacobian, v = the
-columns of S the square root of the Fisher, v = sampled residuals the sampled gradients.
+All that ngeval needs of single samples is rows J_nᵀv for cotangents v at sample n: v = u_n gives
+per-sample gradients, v = the unit vectors the logit Jacobian, v = the columns of S the square root
+of the Fisher, v = sampled residuals the sampled gradients.
+
+Three engines compute them:
+
+- ``layers``: hooks record the inputs and the output gradients of each layer in one forward pass and
+  one backward pass per cotangent; closed forms per layer give rows, or their inner products without
+  any row. The fastest by far.
+- ``vmap``: a VJP of the whole model under ``vmap`` over samples, which some models' code does not
+  allow.
+- ``loop``: one sample at a time by plain autograd, for any model.
+
+A choice between them is never taken on trust: `choose_engine` compares each engine's rows with
+tangents and with plain autograd on the model's own batch.
+
+Reading order, each file on top of those before it:
+
+1. `terms`: what the rows of a parameter consist of. `inner_products` and `row_sums`: products and
+   weighted sums of rows, by whichever form takes fewer operations.
+2. `layouts` (where a tensor keeps its samples), `layer_rules` (from a recorded call to a term),
+   `module_vjp` (the same for modules without a closed form), `whole_model` (the other two engines).
+3. `capture_plan`, `capture` (the passes with hooks), `planner` (the choice of what to hook).
+4. `row_source`: rows and reductions over a batch in bounded memory. `captured_rows`: rows that are
+   used several times. `parameter_blocks`: rows cut into groups of parameters. `one_pass`: rows of
+   a training step.
+5. `probe` and `engine_choice`: the check, and the choice of an engine.
+6. `rank_exchange`: all of the distributed case. Nothing above it depends on ranks.
 """
 
 from ngeval.jacobians.captured_rows import CapturedRows, row_combinations

@@ -1,14 +1,16 @@
-"""One forward pass with hooks, one backward pass for each cotangent: the terms of all rows.
+"""The layer engine: one forward pass with hooks, one backward pass for each cotangent.
 
-Which module is watched, and how, is the `CapturePlan`'s business. The forward pass runs with every
-parameter in place; the backward pass goes to the watched outputs alone, so that no gradient of a
-parameter is ever made.
+The `CapturePlan` says which modules are hooked. The forward pass runs with every parameter in place
+and records the hooked modules' calls; the backward pass computes the gradients at their outputs
+alone, so that no parameter's gradient is ever formed. Inputs and output gradients of a layer are
+the factors of its rows, a `Term`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -20,16 +22,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ngeval.errors import EngineError
 from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.layer_rules import HookedModule, RecordedCall
-from ngeval.jacobians.layouts import one_for_each
-from ngeval.jacobians.module_vjp import unit_term
-from ngeval.jacobians.terms import RowsTerm, Term, merged
-from ngeval.jacobians.whole_model import loop_rows
+from ngeval.jacobians.layouts import CallLayout, expand_to_samples
+from ngeval.jacobians.module_vjp import module_vjp_term
+from ngeval.jacobians.terms import ComputedTerm, Term, merged
+from ngeval.jacobians.whole_model import loop_term
 from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
-"""Takes ``(terms, vectors=slice)``."""
+"""Called as ``use(terms, vectors=slice)``."""
 
 BATCHED_ENTRIES = 2**22
 """Up to this many entries of gradients, cotangents are pulled back together; passes over larger
@@ -37,68 +39,123 @@ ones are faster one by one."""
 
 
 class UnsupportedLayerError(EngineError):
-    """The model was not called as it was when the plan was made."""
+    """The model was called differently from when the plan was made."""
 
 
 def capture(
     function: ModelFunction, plan: CapturePlan, samples: slice, cotangents: Tensor
 ) -> list[Term]:
-    """Run some samples forward once and pull Q cotangents of each back to every watched output.
+    """Run some samples forward once and pull Q cotangents of each back to every hooked output.
 
     Args:
         function: the model at θ on its batch.
-        plan: for this model.
+        plan: of this model.
         samples: which samples of the batch.
         cotangents: v of shape ``(samples, Q, *positions, C)``.
 
     Raises:
-        UnsupportedLayerError: a module was called another number of times than in the plan.
+        UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
-    batch = map_inputs(function.inputs, itemgetter(samples))
-    count, vectors = cotangents.shape[:2]
-    together = vectors > 1 and count * vectors * plan.watched_scalars(function) < BATCHED_ENTRIES
-    calls, copies, outputs = forward(function, plan, batch, fused=not together)
-    targets = _watched(calls, copies)
-    terms: list[Term] = []
-    if targets:
-        pull_back = _pull_back_together if together else _pull_back_singly
-        terms = _terms(function, calls, copies, pull_back(outputs, targets, cotangents))
-    if plan.looped:
-        terms.append(_loop_term(function, plan.looped, samples, cotangents))
-    return merged(terms)
+    batched = is_batched(function, plan, cotangents)
+    recorded = forward(function, plan, _batch(function, samples), fused=not batched)
+    return recorded.capture(samples, cotangents, batched=batched)
 
 
 def stream(
     function: ModelFunction, plan: CapturePlan, samples: slice, cotangents: Tensor, use: Use
 ) -> None:
-    """Like `capture`, but a layer's term is used, and let go, when the backward pass comes by.
+    """Like `capture`, but a layer's term is used, and freed, when the backward pass reaches it.
 
-    Beside what any backward pass holds, only one layer's gradient exists at a time. Cotangents
-    are pulled back one by one.
+    In addition to what any backward pass holds, only one layer's gradient exists at a time.
+    Cotangents are pulled back one by one.
 
     Args:
         function: the model at θ on its batch.
-        plan: for this model.
+        plan: of this model.
         samples: which samples of the batch.
         cotangents: v of shape ``(samples, Q, *positions, C)``.
         use: called with terms and the slice of the cotangents that they belong to; all terms of a
             parameter come in one call for each cotangent.
     """
-    batch = map_inputs(function.inputs, itemgetter(samples))
     taps = _Taps(function, plan.streamed())
-    calls, copies, outputs = forward(function, plan, batch, taps=taps, fused=True)
-    kept = [call for call in calls if call.owner.name not in taps.owners]
-    del calls
-    targets = [taps.source, *_watched(kept, copies)]
+    recorded = forward(function, plan, _batch(function, samples), taps=taps, fused=True)
+    recorded.calls[:] = [call for call in recorded.calls if call.hooked.name not in taps.modules]
     last = cotangents.shape[1] - 1
     for q in range(last + 1):
         part = slice(q, q + 1)
         taps.use, taps.last = partial(use, vectors=part), q == last
-        found = _pull_back_singly(outputs, targets, cotangents[:, part], retain=q < last)[1:]
-        terms = _terms(function, kept, copies, found)
-        if plan.looped:
-            terms.append(_loop_term(function, plan.looped, samples, cotangents[:, part]))
-        use(merged(terms), vectors=part)
+        chosen = cotangents[:, part]
+        use(recorded.capture(samples, chosen, retain=q < last, source=taps.source), vectors=part)
+
+
+def is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -> bool:
+    """Whether several cotangents of a sample are pulled back together."""
+    count, vectors = cotangents.shape[:2]
+    return vectors > 1 and count * vectors * plan.gradient_scalars(function) < BATCHED_ENTRIES
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """A forward pass with its graph.
+
+    Attributes:
+        function: the model at θ.
+        plan: of this model.
+        calls: of the hooked modules.
+        copies: of replicated parameters, one for each sample.
+        outputs: of the model.
+    """
+
+    function: ModelFunction
+    plan: CapturePlan
+    calls: list[RecordedCall]
+    copies: Parameters
+    outputs: Tensor
+
+    def capture(
+        self,
+        samples: slice,
+        cotangents: Tensor,
+        *,
+        batched: bool = False,
+        retain: bool = False,
+        source: Tensor | None = None,
+    ) -> list[Term]:
+        """Pull cotangents back to every hooked output: the terms of their rows.
+
+        Args:
+            samples: which samples of the batch the pass was of.
+            cotangents: v of shape ``(samples, Q, *positions, C)``.
+            batched: pull them back together, by ``vmap``; otherwise one by one.
+            retain: keep the graph for another backward pass.
+            source: another tensor to pull back to, without use of its gradient; see `_Taps`.
+        """
+        targets = [tensor for call in self.calls for tensor in call.outputs.values()]
+        targets += self.copies.values()
+        terms: list[Term] = []
+        if source is not None:
+            gradients = _pull_back(self.outputs, [source, *targets], cotangents, retain)[1:]
+            terms = self._terms(gradients)
+        elif targets:
+            pull_back = _pull_back_batched if batched else _pull_back
+            terms = self._terms(pull_back(self.outputs, targets, cotangents, retain))
+        if self.plan.looped:
+            terms.append(loop_term(self.function, self.plan.looped, samples, cotangents))
+        return merged(terms)
+
+    def _terms(self, gradients: Sequence[Tensor]) -> list[Term]:
+        """The terms of the recorded calls and copies, given the gradients there."""
+        remaining = iter(gradients)
+        terms: list[Term] = []
+        for call in self.calls:
+            if not call.outputs:  # under no_grad: its rows are zero
+                continue
+            for index in call.outputs:
+                call.add_gradient(index, next(remaining))
+            terms.append(_term(self.function, call))
+        for name, gradient in zip(self.copies, remaining, strict=True):
+            terms.append(_copy_term(name, gradient.transpose(0, 1).unsqueeze(2)))
+        return terms
 
 
 def forward(
@@ -109,59 +166,83 @@ def forward(
     taps: _Taps | None = None,
     fused: bool = False,
     leaves: Parameters | None = None,
-) -> tuple[list[RecordedCall], Parameters, Tensor]:
-    """The outputs with their graph, the recorded calls, and the copies of replicated parameters.
+) -> RecordedPass:
+    """Run the model with hooks and record the calls of the plan's modules.
 
     Args:
         function: the model at θ.
-        plan: for this model.
+        plan: of this model.
         batch: inputs.
-        taps: put after the outputs of the owners that they name.
+        taps: inserted after the outputs of the modules that they name.
         fused: allow fused attention.
-        leaves: the parameters that the graph starts from, where they are wanted afterwards.
+        leaves: the parameters that the graph starts from, if the caller needs them afterwards.
+
+    Raises:
+        UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
     count = next(named_tensors(batch))[1].shape[0]
     with autograd_enabled():
         if leaves is None:
             leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
-        copies = {name: one_for_each(leaves[name], count) for name in plan.replicated}
-        with _recorded(plan.owners, count, taps) as calls:
+        copies = {name: expand_to_samples(leaves[name], count) for name in plan.replicated}
+        with _recorded(plan.modules, _Recorder(count, taps)) as calls:
             outputs = function({**leaves, **copies}, batch, fused=fused)
-    for owner in plan.owners:
-        found = sum(call.owner is owner for call in calls)
-        if found != len(owner.calls):
-            raise UnsupportedLayerError(f"{owner.name} is called {found} times")
-    return calls, copies, outputs
+    for hooked in plan.modules:
+        times = sum(call.hooked is hooked for call in calls)
+        if times != len(hooked.calls):
+            raise UnsupportedLayerError(
+                f"{hooked.name} is called {times} times, not {len(hooked.calls)} as before"
+            )
+    return RecordedPass(function, plan, calls, copies, outputs)
+
+
+def _copy_term(name: str, rows: Tensor) -> Term:
+    """A replicated parameter's rows are the gradients of its copies: ``(n, q, 1, …)``."""
+    count, vectors, *shape = rows.shape
+    return ComputedTerm(
+        count,
+        vectors,
+        {name: torch.Size(shape)},
+        lambda samples, chosen: {name: rows[samples, chosen]},
+    )
+
+
+def _term(function: ModelFunction, call: RecordedCall) -> Term:
+    rule = call.hooked.rule
+    return rule.term(function, call) if rule else module_vjp_term(function, call)
+
+
+def _batch(function: ModelFunction, samples: slice) -> Any:
+    return map_inputs(function.inputs, itemgetter(samples))
 
 
 class _Taps:
-    """Identities after the streamed owners' outputs, which show the gradients that pass.
+    """Identities after the streamed modules' outputs, which see the gradients that pass.
 
-    A gradient at `source`, which every tap names as an input, makes autograd pass by all of them,
-    and makes no gradient of a parameter.
+    Every tap has `source` as an input. Its gradient therefore makes autograd pass all of them,
+    without forming the gradient of a parameter.
     """
 
-    def __init__(self, function: ModelFunction, owners: set[str]) -> None:
+    def __init__(self, function: ModelFunction, modules: set[str]) -> None:
         self.function = function
-        self.owners = owners
+        self.modules = modules
         self.source = torch.zeros((), device=function.device, requires_grad=True)
         self.use: Callable[[list[Term]], None] = lambda _: None
         self.last = False
 
-    def tap(self, call: RecordedCall, made: list[Any]) -> None:
-        """Put a tap after the output of a recorded call."""
+    def insert(self, call: RecordedCall, outputs: list[Any]) -> None:
+        """Insert a tap after the output of a recorded call, if it is one of a streamed module."""
+        if call.hooked.name not in self.modules or not call.outputs:
+            return
         index = next(iter(call.outputs))
         call.outputs.clear()
-        made[index] = _Tap.apply(  # type: ignore[no-untyped-call]
-            made[index], self.source, partial(self._passed, call, index)
+        outputs[index] = _Tap.apply(  # type: ignore[no-untyped-call]  # torch's own apply
+            outputs[index], self.source, partial(self._passed, call, index)
         )
 
     def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
-        layout, rule = call.layout.outputs[index], call.owner.rule
-        if layout is None or rule is None:
-            return
-        call.gradients[index] = layout.chunks(gradient.unsqueeze(0), 1)
-        self.use([rule.term(self.function, call)])
+        call.add_gradient(index, gradient.unsqueeze(0))
+        self.use([_term(self.function, call)])
         call.gradients.clear()
         if self.last:
             call.leaves.clear()
@@ -179,151 +260,123 @@ class _Tap(torch.autograd.Function):
         return gradient, gradient.new_zeros(()), None
 
 
-def _watched(calls: list[RecordedCall], copies: Parameters) -> list[Tensor]:
-    """Where gradients are wanted, in the order in which `_terms` takes them."""
-    return [*(tensor for call in calls for tensor in call.outputs.values()), *copies.values()]
-
-
-def _terms(
-    function: ModelFunction, calls: list[RecordedCall], copies: Parameters, found: list[Tensor]
-) -> list[Term]:
-    """The terms of recorded calls and copies, given the gradients there."""
-    gradients = iter(found)
-    terms: list[Term] = []
-    for call in calls:
-        if not call.outputs:  # under no_grad: its rows are zero
-            continue
-        for index in call.outputs:
-            layout = call.layout.outputs[index]
-            if layout is not None:
-                call.gradients[index] = layout.chunks(next(gradients), 1)
-        rule = call.owner.rule
-        terms.append(rule.term(function, call) if rule else unit_term(function, call))
-    for name, gradient in zip(copies, gradients, strict=True):
-        terms.append(_copy_term(name, gradient.transpose(0, 1).unsqueeze(2)))
-    return terms
-
-
 @contextlib.contextmanager
-def _recorded(
-    owners: list[HookedModule], count: int, taps: _Taps | None
-) -> Iterator[list[RecordedCall]]:
-    """Record the owners' calls while inside; all hooks are gone afterwards."""
-    calls: list[RecordedCall] = []
-
-    def hook_for(owner: HookedModule) -> Any:
-        layouts = iter(owner.calls)
-
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            layout = next(layouts, None)
-            if layout is None:
-                raise UnsupportedLayerError(f"{owner.name} is called more often than before")
-            leaves, spec = tree_flatten((args, kwargs))
-            made, made_spec = tree_flatten(output)
-            if owner.replicate:
-                made = [one_for_each(made[0], count)]
-            # An output may be made from another one inside: only what leaves counts.
-            apart = owner.rule is None and len(made) > 1
-            if apart:
-                made = [leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf for leaf in made]
-            made_by_leaf = {
-                i: leaf
-                for i, leaf in enumerate(made)
-                if isinstance(leaf, Tensor) and leaf.requires_grad and layout.outputs[i] is not None
-            }
-            detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            call = RecordedCall(owner, layout, spec, detached, made_by_leaf)
-            calls.append(call)
-            tapped = taps is not None and owner.name in taps.owners and bool(made_by_leaf)
-            if taps is not None and tapped:
-                taps.tap(call, made)
-            if layout.in_place:
-                # The model goes on with a copy, and what was recorded stays as it was.
-                made = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in made]
-            elif not (owner.replicate or tapped or apart):
-                return None
-            return tree_unflatten(made, made_spec)
-
-        return hook
-
+def _recorded(modules: list[HookedModule], recorder: _Recorder) -> Iterator[list[RecordedCall]]:
+    """Record the modules' calls inside the block; all hooks are removed afterwards."""
     handles = []
     try:
-        for owner in owners:
-            hook = hook_for(owner)
-            handles.append(owner.module.register_forward_hook(hook, with_kwargs=True))
-        yield calls
+        for hooked in modules:
+            hook = partial(recorder.hook, hooked, iter(hooked.calls))
+            handles.append(hooked.module.register_forward_hook(hook, with_kwargs=True))
+        yield recorder.calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _pull_back_together(outputs: Tensor, targets: list[Tensor], cotangents: Tensor) -> list[Tensor]:
+class _Recorder:
+    """Records calls of hooked modules, and replaces outputs where a layer's hook has to."""
+
+    def __init__(self, count: int, taps: _Taps | None) -> None:
+        self.calls: list[RecordedCall] = []
+        self.count = count
+        self.taps = taps
+
+    def hook(
+        self,
+        hooked: HookedModule,
+        layouts: Iterator[CallLayout],
+        _: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+    ) -> Any:
+        """A forward hook; returns the output to use in place of the module's, None for the same."""
+        layout = next(layouts, None)
+        if layout is None:
+            raise UnsupportedLayerError(f"{hooked.name} is called more often than before")
+        leaves, spec = tree_flatten((args, kwargs))
+        original, output_spec = tree_flatten(output)
+        outputs = list(original)
+        if hooked.replicate:
+            outputs = [expand_to_samples(outputs[0], self.count)]
+        if hooked.rule is None and len(outputs) > 1:
+            # One output may be computed from another: only what leaves the module counts.
+            outputs = _map_tensors(outputs, lambda tensor: tensor.view_as(tensor))
+        differentiable = {
+            index: tensor
+            for index, tensor in enumerate(outputs)
+            if layout.outputs[index] is not None and _requires_grad(tensor)
+        }
+        call = RecordedCall(
+            hooked, layout, spec, _map_tensors(leaves, Tensor.detach), differentiable
+        )
+        self.calls.append(call)
+        if self.taps is not None:
+            self.taps.insert(call, outputs)
+        if layout.in_place:
+            # The model continues with a copy, so that the recorded tensors are not overwritten.
+            outputs = _map_tensors(outputs, Tensor.clone)
+        if all(new is old for new, old in zip(outputs, original, strict=True)):
+            return None
+        return tree_unflatten(outputs, output_spec)
+
+
+def _map_tensors(leaves: list[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
+    return [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _requires_grad(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _pull_back_batched(
+    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
+) -> list[Tensor]:
     """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
     if outputs.requires_grad:
         vectors = cotangents.transpose(0, 1).to(outputs.dtype)
         try:
             options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
-            found = torch.autograd.grad(outputs, targets, vectors, **options)
-            return _with_zeros(found, targets, cotangents.shape[1])
+            gradients = torch.autograd.grad(outputs, targets, vectors, **options)
+            return _with_zeros(gradients, targets, cotangents.shape[1])
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
             # An operation has no rule for vmap.
-    return _pull_back_singly(outputs, targets, cotangents)
+    return _pull_back(outputs, targets, cotangents, retain)
 
 
-def _with_zeros(found: Sequence[Tensor | None], targets: list[Tensor], count: int) -> list[Tensor]:
-    return [
-        t.new_zeros(()).expand(count, *t.shape) if g is None else g
-        for t, g in zip(targets, found, strict=True)
-    ]
-
-
-def _pull_back_singly(
-    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, *, retain: bool = False
+def _pull_back(
+    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
 ) -> list[Tensor]:
-    """One backward pass for each cotangent."""
+    """Like `_pull_back_batched`, by one backward pass for each cotangent."""
     vectors = cotangents.transpose(0, 1).to(outputs.dtype)
-    found: list[Tensor | None] = [None] * len(targets)
+    stacked: list[Tensor | None] = [None] * len(targets)
     last = len(vectors) - 1
     if not outputs.requires_grad:
-        return _with_zeros(found, targets, last + 1)
+        return _with_zeros(stacked, targets, last + 1)
     for q, vector in enumerate(vectors):
-        single = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             outputs, targets, vector, retain_graph=retain or q < last, allow_unused=True
         )
-        for i, gradient in enumerate(single):
+        for i, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             if last == 0:
-                found[i] = gradient.unsqueeze(0)
+                stacked[i] = gradient.unsqueeze(0)
                 continue
-            kept = found[i]
-            if kept is None:
-                kept = found[i] = gradient.new_zeros(last + 1, *gradient.shape)
-            kept[q] = gradient
-    return _with_zeros(found, targets, last + 1)
+            total = stacked[i]
+            if total is None:
+                total = stacked[i] = gradient.new_zeros(last + 1, *gradient.shape)
+            total[q] = gradient
+    return _with_zeros(stacked, targets, last + 1)
 
 
-def _copy_term(name: str, rows: Tensor) -> Term:
-    """A replicated parameter's rows are the gradients of its copies: ``(n, q, 1, …)``."""
-    return RowsTerm(
-        rows.shape[0],
-        rows.shape[1],
-        {name: rows.shape[2:]},
-        lambda samples, vectors: {name: rows[samples, vectors]},
-    )
-
-
-def _loop_term(
-    function: ModelFunction, names: list[str], samples: slice, cotangents: Tensor
-) -> Term:
-    start = samples.start or 0
-
-    def compute(chosen: slice, vectors: slice) -> Parameters:
-        first, last, _ = chosen.indices(len(cotangents))
-        block = slice(start + first, start + last)
-        return loop_rows(function, block, cotangents[chosen, vectors], names)
-
-    shapes = {name: function.parameters[name].shape for name in names}
-    return RowsTerm(cotangents.shape[0], cotangents.shape[1], shapes, compute)
+def _with_zeros(
+    gradients: Sequence[Tensor | None], targets: list[Tensor], count: int
+) -> list[Tensor]:
+    return [
+        t.new_zeros(()).expand(count, *t.shape) if g is None else g
+        for t, g in zip(targets, gradients, strict=True)
+    ]

@@ -1,28 +1,24 @@
-"""Rows that several things are wanted of, and sums of them."""
+"""Rows that several quantities are computed from, and sums of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ngeval.jacobians.inner_products import add_inner_products, add_row_combinations
-from ngeval.jacobians.rank_exchange import of_others
-from ngeval.jacobians.row_source import Block, RowSource, from_lower, gram_matrix, pairs_over_ranks
+from ngeval.jacobians.row_source import Block, RowSource, gram_matrix, whole_block
 from ngeval.jacobians.terms import Term
-from ngeval.model.function import ModelFunction
-from ngeval.utils.memory import halving
 
 KEPT_SHARE = 0.25
-"""The part of the memory that captures may keep: rows are made beside them."""
+"""The share of the memory that kept captures may occupy: rows are computed beside them."""
 
 
 class CapturedRows:
-    """Rows that several things are wanted of.
+    """Rows J_nᵀv_nq whose captures are kept where they fit in `KEPT_SHARE` of the memory.
 
-    Their captures are kept where they fit in `KEPT_SHARE` of the memory, and made anew otherwise.
+    Where they do not fit, every quantity captures them again, block by block.
     """
 
     def __init__(self, source: RowSource, cotangents: Tensor) -> None:
@@ -34,10 +30,7 @@ class CapturedRows:
         """
         self.source = source
         self.cotangents = cotangents
-        self.shards = source.function.shards
-        self._part = source.local()
-        self._own = self.shards.local(cotangents)
-        self._kept: list[tuple[Block, list[Term]]] | None = None
+        self._kept: list[Term] | None = None
 
     def products(self, weights: Tensor) -> Tensor:
         """Inner products with the rows of combinations w_nr = Σ_q c_nrq v_nq of these cotangents.
@@ -48,129 +41,72 @@ class CapturedRows:
         Returns:
             Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
         """
-        (count, vectors), width = self.cotangents.shape[:2], weights.shape[1]
-        if not self.shards.alone:
-            return self._products_over_ranks(weights)
 
-        def attempt(limited: RowSource) -> Tensor:
-            device = limited.function.device
-            out = torch.zeros(count * vectors, count * width, dtype=torch.float64, device=device)
-            if self._can_be_kept(limited):
-                for block, captured in self._captures(limited):
-                    terms = [term.combined(weights[block.samples]) for term in captured]
-                    add_inner_products(out, captured, terms)
-                return out
-            others = torch.einsum("nrq,nq...->nr...", weights, self.cotangents)
-            for block in limited.blocks(others, share=KEPT_SHARE):
-                terms = limited.capture(others, block)
-                for other, captured in self._captures(limited):
-                    add_inner_products(out[other.rows, block.rows], captured, terms)
+        def compute(source: RowSource, vectors: Tensor, local_weights: Tensor) -> Tensor:
+            size = (vectors.shape[0] * vectors.shape[1], weights.shape[0] * weights.shape[1])
+            out = torch.zeros(size, dtype=torch.float64, device=source.function.device)
+            combined = self._combined(source, vectors, local_weights)
+            for columns, terms in self.source.all_blocks(combined, weights):
+                for block, captured in self._captures(source, vectors):
+                    add_inner_products(out[block.rows, columns], captured, terms)
             return out
 
-        source = self.source
-        return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+        return self.source.concatenate_over_samples(compute, self.cotangents, weights)
 
     def gram(self) -> Tensor:
         """Inner products of all rows with each other; see `gram_matrix`."""
-        size = self.cotangents.shape[0] * self.cotangents.shape[1]
-
-        def attempt(limited: RowSource) -> Tensor:
-            if not self.shards.alone:
-                return self._gram_over_ranks(limited)
-            if not self._can_be_kept(limited):
-                return gram_matrix(limited, self.cotangents)
-            gram = torch.zeros(size, size, dtype=torch.float64, device=limited.function.device)
-            for _, terms in self._captures(limited):
-                add_inner_products(gram, terms, terms, symmetric=True)
-            return from_lower(gram)
-
-        source = self.source
-        return halving(lambda memory: attempt(replace(source, memory=memory)), source.memory)
+        return gram_matrix(
+            self.source, self.cotangents, lambda source: self._keep(*source.local(self.cotangents))
+        )
 
     def combinations(self, weights: Tensor) -> Tensor:
         """Sums of rows with weights; see `row_combinations`."""
-        vectors = self.cotangents.shape[1]
-        samples = self.shards.local_slice(len(self.cotangents))
-        own = weights[:, samples.start * vectors : samples.stop * vectors]
 
-        def attempt(limited: RowSource) -> Tensor:
-            return _combined(limited.function, self._captures(limited, share=1.0), own)
-
-        part = self._part
-        return self.shards.sum(
-            lambda: halving(lambda memory: attempt(replace(part, memory=memory)), part.memory)
-        )
-
-    def captures(self) -> Iterator[tuple[Block, list[Term]]]:
-        """The terms of all rows of this rank's samples, block by block."""
-        yield from self._captures(self._part)
-
-    def _gram_over_ranks(self, limited: RowSource) -> Tensor:
-        size = self.cotangents.shape[0] * self.cotangents.shape[1]
-        part = replace(self._part, memory=limited.memory)
-
-        def own_share() -> Tensor:
-            kept = list(self._captures(part)) if self._can_be_kept(part) else []
-            gram = torch.zeros(size, size, dtype=torch.float64, device=part.function.device)
-            for rows, columns, left, right in pairs_over_ranks(limited, self.cotangents, kept):
-                add_inner_products(gram[rows, columns], left, right, symmetric=left is right)
-            return gram
-
-        return from_lower(self.shards.sum(own_share))
-
-    def _products_over_ranks(self, weights: Tensor) -> Tensor:
-        """The rows of one's own samples against everybody's, which are sent round."""
-        (count, vectors), width = self.cotangents.shape[:2], weights.shape[1]
-        start = self.shards.local_slice(count).start
-        own, function = self.shards.local(weights), self.source.function
-        others = torch.einsum("nrq,nq...->nr...", own, self._own)
-
-        def attempt(limited: RowSource) -> Tensor:
-            device = limited.function.device
-            size = (len(self._own) * vectors, count * width)
-            out = torch.zeros(size, dtype=torch.float64, device=device)
-            blocks = limited.blocks(others, share=KEPT_SHARE)
-            for i in range(max(self.shards.gather(len(blocks)))):
-                sent, terms, rows = blocks[i : i + 1], list[Term](), slice(0, 0)
-                for block in sent:
-                    first = start * width
-                    rows = slice(first + block.rows.start, first + block.rows.stop)
-                    terms = limited.capture(others, block)
-                    self._add(out[:, rows], limited, terms)
-                for columns, foreign in of_others(function, rows, terms, once=False, whole=True):
-                    self._add(out[:, columns], limited, foreign)
+        def compute(source: RowSource, vectors: Tensor, local_weights: Tensor) -> Tensor:
+            function, flat = source.function, local_weights.flatten(0, 1).T
+            starts = function.offsets
+            out = torch.zeros(
+                len(weights), function.num_parameters, dtype=function.dtype, device=function.device
+            )
+            for block, terms in self._captures(source, vectors, share=1.0):
+                add_row_combinations(out, starts, terms, flat[:, block.rows])
             return out
 
-        part = self._part
-        return halving(
-            lambda memory: self.shards.concatenate(lambda: attempt(replace(part, memory=memory))),
-            part.memory,
-        )
+        by_sample = weights.T.unflatten(0, self.cotangents.shape[:2])
+        return self.source.sum_over_samples(compute, self.cotangents, by_sample)
 
-    def _add(self, out: Tensor, source: RowSource, terms: list[Term]) -> None:
-        """Add the products of this rank's rows with those of some terms."""
-        for block, captured in self._captures(source):
-            add_inner_products(out[block.rows], captured, terms)
-
-    def _can_be_kept(self, source: RowSource) -> bool:
-        count, vectors = self._own.shape[:2]
-        whole = count * (vectors * source.captured_bytes + source.sample_bytes)
-        return whole <= KEPT_SHARE * source.memory
+    def captures(self) -> Iterator[tuple[Block, list[Term]]]:
+        """The terms of all rows of this process's samples, block by block."""
+        yield from self._captures(*self.source.local(self.cotangents))
 
     def _captures(
-        self, source: RowSource, share: float = KEPT_SHARE
+        self, source: RowSource, vectors: Tensor, share: float = KEPT_SHARE
     ) -> Iterator[tuple[Block, list[Term]]]:
-        """All rows, in one block if they can be kept, else in blocks of a share of the memory."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        blocks = source.blocks(self._own, share)
-        keep = len(blocks) == 1 and self._can_be_kept(source)
-        for block in blocks:
-            terms = source.capture(self._own, block)
-            if keep:
-                self._kept = [(block, terms)]
-            yield block, terms
+        """All rows, in one block if they are kept, else in blocks of a share of the memory."""
+        kept = self._keep(source, vectors)
+        if kept is None:
+            yield from source.captures(vectors, share)
+        else:
+            yield whole_block(vectors), kept
+
+    def _combined(
+        self, source: RowSource, vectors: Tensor, weights: Tensor
+    ) -> Iterator[tuple[Block, list[Term]]]:
+        """The terms of combinations of the rows' cotangents, block by block."""
+        kept = self._keep(source, vectors)
+        if kept is None:
+            others = torch.einsum("nrq,nq...->nr...", weights, vectors)
+            yield from source.captures(others, KEPT_SHARE)
+        else:
+            yield whole_block(weights), [term.combined(weights) for term in kept]
+
+    def _keep(self, source: RowSource, vectors: Tensor) -> list[Term] | None:
+        """The terms of all rows, captured once; None if they do not fit."""
+        if not source.fits(vectors.shape[0], vectors.shape[1], KEPT_SHARE):
+            return None
+        if self._kept is None:
+            self._kept = source.capture(vectors, whole_block(vectors))
+        return self._kept
 
 
 def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:
@@ -182,15 +118,3 @@ def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> 
         weights: w in float64, shape ``(k, N·Q)``.
     """
     return CapturedRows(source, cotangents).combinations(weights)
-
-
-def _combined(
-    function: ModelFunction, captures: Iterable[tuple[Block, list[Term]]], weights: Tensor
-) -> Tensor:
-    starts, total = {}, 0
-    for name, parameter in function.parameters.items():
-        starts[name], total = total, total + parameter.numel()
-    out = torch.zeros(len(weights), total, dtype=function.dtype, device=function.device)
-    for block, terms in captures:
-        add_row_combinations(out, starts, terms, weights[:, block.rows])
-    return out

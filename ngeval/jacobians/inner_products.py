@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, Term
 from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
@@ -24,8 +24,6 @@ TRIANGLE_SIZE = 512
 
 TRAFFIC = 32
 """Multiplications in the time in which an entry of a row is made and brought to float64."""
-
-ALL = slice(None)
 
 
 def add_inner_products(

@@ -1,7 +1,7 @@
 """From a recorded call of a layer to its term of the rows: one rule for each kind of layer.
 
-A rule is used where the layer is exactly of its class and has no hook or forward of the user's;
-anything else is a *unit*, whose own function is differentiated (see `ngeval.jacobians.units`).
+A rule applies to a layer that is exactly of its class and has no hook or forward of the user's. Any
+other module is differentiated as a function of its own; see `ngeval.jacobians.module_vjp`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.layouts import CallLayout
-from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.jacobians.terms import AffineTerm, ComputedTerm, EmbeddingTerm, Term
 from ngeval.model.function import ModelFunction, Parameters
 
 TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
-"""A layer's class by its module and name, so that transformers need not be there."""
+"""A class by its module and name, so that transformers need not be installed."""
 
 
 @dataclass
 class HookedModule:
-    """A module that is watched, and the trainable parameters whose rows are read off its calls.
+    """A module whose calls are recorded, and the parameters whose rows are read off them.
 
     Attributes:
         name: its path in the model.
         module: the module.
-        parameters: canonical parameter names by path inside the module.
+        parameters: canonical names of trainable parameters by path inside the module.
         calls: the layouts of its calls.
-        rule: None for a unit.
-        replicate: its outputs are the same for all samples, and are expanded to one for each.
-        looped: ``vmap`` was found not to work for its function.
+        rule: None for a module that is differentiated as a function.
+        replicate: its outputs are the same for all samples, and are expanded to one copy for each.
+        vmap_fails: ``vmap`` turned out not to work for its function; set when that happens.
     """
 
     name: str
@@ -42,28 +42,34 @@ class HookedModule:
     calls: list[CallLayout]
     rule: LayerRule | None
     replicate: bool = False
-    looped: list[bool] = field(default_factory=list)
+    vmap_fails: bool = False
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A recorded call: leaves of its arguments, the tensors that came out, and their gradients.
+    """A recorded call: the leaves of its arguments, its outputs, and the gradients there.
 
     Attributes:
-        owner: whose call.
+        hooked: the module that was called.
         layout: where the samples are.
-        spec: puts the input leaves together as ``(args, kwargs)``.
-        leaves: the input leaves, tensors detached.
+        spec: the pytree structure of ``(args, kwargs)``.
+        leaves: of the arguments, tensors detached.
         outputs: the output tensors that depend on parameters, by leaf number.
-        gradients: of vᵀz at those, chunked: ``(N, Q, *chunk)``.
+        gradients: of vᵀz at those, in chunks by sample: ``(N, Q, *chunk)``.
     """
 
-    owner: HookedModule
+    hooked: HookedModule
     layout: CallLayout
     spec: Any
     leaves: list[Any]
     outputs: dict[int, Tensor]
     gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def add_gradient(self, index: int, gradient: Tensor) -> None:
+        """Store the gradients at an output, shape ``(Q, *output.shape)``."""
+        layout = self.layout.outputs[index]
+        if layout is not None:
+            self.gradients[index] = layout.chunks(gradient, 1)
 
     def input_chunks(self, index: int, num_samples: int) -> Tensor:
         """An input leaf, one chunk for each sample."""
@@ -77,10 +83,10 @@ class LayerRule:
     """How one class of layer is treated.
 
     Attributes:
-        applies: whether a call with these layouts can be.
+        applies: whether it can treat a call with some layout.
         term: the term of a call.
         affine: the term is an `AffineTerm`.
-        transposed: with the weight's inputs first.
+        transposed: the weight is held with the inputs first.
     """
 
     applies: Callable[[Any, CallLayout], bool]
@@ -90,7 +96,7 @@ class LayerRule:
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a layer, None if its own function has to be differentiated."""
+    """The rule of a layer, None if it has to be differentiated as a function."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
@@ -108,8 +114,8 @@ def _affine(
     apply: Callable[[Tensor], Tensor] | None = None,
 ) -> AffineTerm:
     """The term with whichever of weight and bias is trainable."""
-    names = call.owner.parameters
-    module: Any = call.owner.module
+    names = call.hooked.parameters
+    module: Any = call.hooked.module
     return AffineTerm(
         names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents, apply
     )
@@ -121,29 +127,29 @@ def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
     chunks = call.input_chunks(0, count)
 
     def inputs(samples: slice) -> Tensor:
-        chosen = chunks[samples]
-        return chosen.reshape(chosen.shape[0], -1, 1, chosen.shape[-1])
+        selected = chunks[samples]
+        return selected.reshape(selected.shape[0], -1, 1, selected.shape[-1])
 
     return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
 
 
 def _transposed_term(function: ModelFunction, call: RecordedCall) -> Term:
-    """GPT-2's linear layer, which holds Wᵀ and the bias."""
+    """GPT-2's linear layer, which holds Wᵀ."""
     term = _linear_term(function, call)
     return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
 
 
 def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:
     """The samples are not in the dimension of features."""
-    given, made = layout.inputs[0], layout.outputs[0]
+    inputs, outputs = layout.inputs[0], layout.outputs[0]
     shape = layout.shapes[0]
     return shape is not None and all(
-        part is None or part.dim < len(shape) - 1 for part in (given, made)
+        part is None or part.dim < len(shape) - 1 for part in (inputs, outputs)
     )
 
 
 def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
-    layer: Any = call.owner.module
+    layer: Any = call.hooked.module
     gradient = call.gradients[0]  # (n, q, k, O, *pixels)
     chunks = call.input_chunks(0, gradient.shape[0])
 
@@ -163,13 +169,13 @@ def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
 
 def _conv_applies(layer: Any, layout: CallLayout) -> bool:
     shape = layout.shapes[0]
-    given, made = layout.inputs[0], layout.outputs[0]
+    inputs, outputs = layout.inputs[0], layout.outputs[0]
     return (
         shape is not None
         and len(shape) == len(layer.kernel_size) + 2
-        and given is not None
-        and made is not None
-        and given.dim == made.dim == 0
+        and inputs is not None
+        and outputs is not None
+        and inputs.dim == outputs.dim == 0
     )
 
 
@@ -193,23 +199,23 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
 
 
 def _embedding_term(_: ModelFunction, call: RecordedCall) -> Term:
-    table: Any = call.owner.module
+    table: Any = call.hooked.module
     gradient = call.gradients[0]
     count, vectors = gradient.shape[:2]
     indices = call.input_chunks(0, count).reshape(count, -1)
     if table.padding_idx is not None:
         indices = torch.where(indices == table.padding_idx, -1, indices)
     cotangents = gradient.reshape(count, vectors, -1, gradient.shape[-1])
-    return EmbeddingTerm(call.owner.parameters["weight"], table.weight.shape, indices, cotangents)
+    return EmbeddingTerm(call.hooked.parameters["weight"], table.weight.shape, indices, cotangents)
 
 
 def _embedding_applies(table: nn.Embedding, layout: CallLayout) -> bool:
     return not table.scale_grad_by_freq and _linear_applies(table, layout)  # type: ignore[arg-type]
 
 
-def _normalised(function: ModelFunction, owner: HookedModule, inputs: Tensor) -> Tensor:
-    """x̂, what a norm's weight multiplies."""
-    norm: Any = owner.module
+def _normalized(function: ModelFunction, hooked: HookedModule, inputs: Tensor) -> Tensor:
+    """x̂, which the norm's weight multiplies."""
+    norm: Any = hooked.module
     kind = type(norm)
     if kind is nn.LayerNorm:
         return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
@@ -217,7 +223,7 @@ def _normalised(function: ModelFunction, owner: HookedModule, inputs: Tensor) ->
         return nn.functional.rms_norm(inputs, norm.normalized_shape, eps=norm.eps)
     if kind is nn.GroupNorm:
         return nn.functional.group_norm(inputs, norm.num_groups, eps=norm.eps)
-    prefix = f"{owner.name}." if owner.name else ""
+    prefix = f"{hooked.name}." if hooked.name else ""
     mean, variance = (
         function.buffers[function.slots[f"{prefix}{name}"]]
         for name in ("running_mean", "running_var")
@@ -227,9 +233,9 @@ def _normalised(function: ModelFunction, owner: HookedModule, inputs: Tensor) ->
 
 def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: bool) -> Term:
     """Σ_t b_t ⊙ x̂_t for the weight, Σ_t b_t for the bias."""
-    owner, gradient = call.owner, call.gradients[0]
+    hooked, gradient = call.hooked, call.gradients[0]
     count, vectors = gradient.shape[:2]
-    module: Any = owner.module
+    module: Any = hooked.module
     shape = (module.weight if module.weight is not None else module.bias).shape
     chunks = call.input_chunks(0, count)
 
@@ -241,30 +247,30 @@ def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: b
     def compute(samples: slice, chosen: slice) -> Parameters:
         flat = positions_first(gradient[samples, chosen], 2)
         rows = {}
-        if weight := owner.parameters.get("weight"):
+        if weight := hooked.parameters.get("weight"):
             inputs = chunks[samples]
-            normal = _normalised(function, owner, inputs.flatten(0, 1)).reshape(inputs.shape)
-            products = torch.einsum("nqtd,ntd->nqd", flat, positions_first(normal, 1))
+            normalized = _normalized(function, hooked, inputs.flatten(0, 1)).reshape(inputs.shape)
+            products = torch.einsum("nqtd,ntd->nqd", flat, positions_first(normalized, 1))
             rows[weight] = products.unflatten(2, shape)
-        if bias := owner.parameters.get("bias"):
+        if bias := hooked.parameters.get("bias"):
             rows[bias] = flat.sum(2).unflatten(2, shape)
         return rows
 
-    names = dict.fromkeys(owner.parameters.values(), shape)
-    return RowsTerm(count, vectors, names, compute)
+    names = dict.fromkeys(hooked.parameters.values(), shape)
+    return ComputedTerm(count, vectors, names, compute)
 
 
 def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
     """The samples are not in a normalised dimension."""
     shape = layout.shapes[0]
-    given, made = layout.inputs[0], layout.outputs[0]
+    inputs, outputs = layout.inputs[0], layout.outputs[0]
     last = len(shape or ()) - len(norm.normalized_shape)
-    return shape is not None and all(part is None or part.dim < last for part in (given, made))
+    return shape is not None and all(part is None or part.dim < last for part in (inputs, outputs))
 
 
 def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
-    given, made = layout.inputs[0], layout.outputs[0]
-    return given is not None and made is not None and given.dim == made.dim == 0
+    inputs, outputs = layout.inputs[0], layout.outputs[0]
+    return inputs is not None and outputs is not None and inputs.dim == outputs.dim == 0
 
 
 _CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=True)

@@ -1,4 +1,4 @@
-"""Where a tensor inside a model keeps its samples: found by running it, not by guessing from sizes.
+"""Which dimension of a tensor inside a model holds the samples: measured, not guessed from sizes.
 
 The model is run on two and on three samples. The dimension of a tensor that grows from 2k to 3k
 is that of the samples, k entries for each (k > 1 where the model folds positions into the batch);
@@ -7,6 +7,7 @@ a tensor that does not grow is the same for all samples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class Layout:
         """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
 
         Args:
-            tensor: with ``leading`` dimensions in front of those that the layout speaks of.
-            leading: how many.
+            tensor: with ``leading`` dimensions before those that the layout describes.
+            leading: the number of them.
         """
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
@@ -43,12 +44,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class CallLayout:
-    """The layouts of a call's tensors, None where a leaf is no tensor or not of the batch.
+    """The layouts of a call's tensors, None where a leaf is not a tensor or has no samples.
 
     Attributes:
         inputs: of the leaves of ``(args, kwargs)``.
-        outputs: of the leaves of what it returned.
-        shapes: of the outputs' tensors in the smaller trial, None for other leaves.
+        outputs: of the leaves of the returned value.
+        shapes: of the output tensors in the smaller trial, None for other leaves.
         in_place: an output was modified after it was returned.
     """
 
@@ -59,7 +60,7 @@ class CallLayout:
 
     @property
     def output_scalars(self) -> int:
-        """Scalars that the call gives for one sample."""
+        """Output scalars of one sample."""
         return sum(
             shape.numel() // (TRIAL_SIZES[0] if layout else 1)
             for shape, layout in zip(self.shapes, self.outputs, strict=True)
@@ -68,8 +69,8 @@ class CallLayout:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Shapes of one call in one trial."""
+class _TrialCall:
+    """The shapes of one call in one trial, and the versions of the output tensors."""
 
     inputs: list[torch.Size | None]
     outputs: list[torch.Size | None]
@@ -84,13 +85,13 @@ def trial_batch(function: ModelFunction, size: int) -> Any:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the two trials of a model showed.
+    """The result of running a model on two and on three samples.
 
     Attributes:
-        calls: by ``id`` of the module, in the order of their first call, without modules whose
-            calls cannot be matched.
+        calls: by ``id`` of the module, in order of the first call; modules whose calls cannot be
+            matched are left out.
         outputs: of the smaller trial.
-        sample_bytes: what autograd keeps for one sample more.
+        sample_bytes: what autograd saves per additional sample.
     """
 
     calls: dict[int, list[CallLayout]]
@@ -105,44 +106,42 @@ def call_layouts(
 
     Args:
         function: the model at θ.
-        expanded: modules, by ``id``, whose output is to be expanded to one for each sample.
-        copies: parameters that are to be.
+        expanded: modules, by ``id``, whose output to expand to one copy per sample.
+        copies: parameters to expand.
     """
     (small, outputs, fewer), (large, _, more) = (
-        _watch(function, size, expanded, copies) for size in TRIAL_SIZES
+        _run_trial(function, size, expanded, copies) for size in TRIAL_SIZES
     )
-    found: dict[int, list[CallLayout]] = {}
+    layouts: dict[int, list[CallLayout]] = {}
     for key, calls in small.items():
-        others = large.get(key, [])
-        if len(calls) == len(others):
-            pairs = [_compare(a, b) for a, b in zip(calls, others, strict=True)]
-            if all(pair is not None for pair in pairs):
-                found[key] = [pair for pair in pairs if pair is not None]
-    return Trial(found, outputs, max(0, more - fewer))
+        with contextlib.suppress(ValueError):  # the module's calls cannot be matched
+            pairs = zip(calls, large.get(key, []), strict=True)
+            layouts[key] = [_call_layout(a, b) for a, b in pairs]
+    return Trial(layouts, outputs, max(0, more - fewer))
 
 
-def one_for_each(tensor: Tensor, count: int) -> Tensor:
-    """Expand what is the same for all samples: (1, …) or (…) to ``(count, …)``."""
+def expand_to_samples(tensor: Tensor, count: int) -> Tensor:
+    """Expand a tensor that is the same for all samples: (1, …) or (…) to ``(count, …)``."""
     shape = tensor.shape
     return tensor.expand(count, *(shape[1:] if shape[:1] == (1,) else shape))
 
 
-def _watch(
+def _run_trial(
     function: ModelFunction, size: int, expanded: Collection[int], copies: Sequence[str]
-) -> tuple[dict[int, list[_Seen]], Tensor, int]:
-    seen: dict[int, list[_Seen]] = {}
+) -> tuple[dict[int, list[_TrialCall]], Tensor, int]:
+    calls: dict[int, list[_TrialCall]] = {}
     saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if id(module) in expanded:
-            output = one_for_each(output, size)
+            output = expand_to_samples(output, size)
         outputs = tree_leaves(output)
-        seen.setdefault(id(module), []).append(
-            _Seen(
+        calls.setdefault(id(module), []).append(
+            _TrialCall(
                 _shapes(tree_leaves((args, kwargs))),
                 _shapes(outputs),
                 [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
@@ -154,30 +153,25 @@ def _watch(
         module.register_forward_hook(hook, with_kwargs=True) for module in function.model.modules()
     ]
     try:
-        with autograd_enabled(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with autograd_enabled(), saved_tensors_hooks(save, lambda tensor: tensor):
             leaves: Parameters = {
                 name: p.detach().requires_grad_() for name, p in function.parameters.items()
             }
-            placed = {name: one_for_each(leaves[name], size) for name in copies}
+            placed = {name: expand_to_samples(leaves[name], size) for name in copies}
             outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     finally:
         for handle in handles:
             handle.remove()
-    return seen, outputs, sum(saved.values())
+    return calls, outputs, sum(saved.values())
 
 
 def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
     return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
-def _compare(small: _Seen, large: _Seen) -> CallLayout | None:
-    if len(small.inputs) != len(large.inputs) or len(small.outputs) != len(large.outputs):
-        return None
-    try:
-        inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
-        outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
-    except ValueError:
-        return None
+def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
+    inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
+    outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
     modified = any(tensor._version != version for tensor, version in small.tensors)
     return CallLayout(tuple(inputs), tuple(outputs), tuple(small.outputs), modified)
 
@@ -186,7 +180,7 @@ def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None
     """The layout of a tensor of these two shapes.
 
     Raises:
-        ValueError: they do not differ as a batch of two and one of three do.
+        ValueError: they do not differ as batches of two and of three samples do.
     """
     if small is None or large is None or small == large:
         return None

@@ -1,14 +1,15 @@
-"""Which module's calls show the rows of which parameter: found by trial, mended where wrong.
+"""The making of a capture plan: which module's calls show the rows of which parameter, by trial.
 
-Every trainable parameter gets the cheapest way of seeing it that works, in this order:
+A parameter has one or more places: slots of modules that hold it. For each place the cheapest
+strategy is taken that works, in this order:
 
-0. nowhere, at a place whose module is never called, if it has other places (a tied embedding that
-   is kept under a third name);
-1. its module's rule (closed forms), or its module as a unit;
-2. expanded to one copy for each sample, if its first dimension is 1 and its module has others
-   inside (class tokens, position embeddings);
-3. the nearest module around it that is called with samples, as a unit
-   (``nn.MultiheadAttention`` uses its output layer's weight without calling it);
+0. nowhere, if the module there is never called and the parameter has other places (a tied embedding
+   that is kept under a third name);
+1. its module's rule (closed forms), or the VJP of its module as a function;
+2. expanded to one copy for each sample, if its first dimension is 1 and its module has children
+   (class tokens, position embeddings);
+3. the VJP of the nearest enclosing module that is called with samples (``nn.MultiheadAttention``
+   uses its output layer's weight without calling it);
 4. a loop over samples of the whole model.
 """
 
@@ -17,75 +18,78 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngeval.jacobians.capture import capture, forward
 from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import pieces
 from ngeval.jacobians.layer_rules import HookedModule, rule_for
 from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
+from ngeval.jacobians.terms import ALL
 from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
 
-REPLICATE, LOOP, NOWHERE = "replicate", "loop", "nowhere"
+NOWHERE, RULE, MODULE_VJP, REPLICATE, LOOP = "nowhere", "rule", "module-vjp", "replicate", "loop"
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way of seeing a parameter at one of its places: a module's path, or a word for it."""
+class _Strategy:
+    """One way to obtain a parameter's rows at one of its places.
+
+    Attributes:
+        kind: one of the five words above.
+        module: the path of the module to hook.
+    """
 
     kind: str
     module: str = ""
 
 
 class Planner:
-    """Makes a plan, and other plans without the ways that were found wrong."""
+    """Makes a plan, and then other plans without the strategies that turned out wrong.
+
+    Attributes:
+        strategies: by place, those that are left, best first.
+    """
 
     def __init__(self, function: ModelFunction) -> None:
         """Run the model on two and on three samples."""
         self.function = function
-        self.modules = dict(function.model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(
+            function.model.named_modules(remove_duplicate=False)
+        )
         self.expanded: set[int] = set()
         self.copies: list[str] = []
         self.trial = call_layouts(function)
-        self._expand()
-        self.ways = {slot: self._ways(slot) for slot in self._places()}
+        places = self._places()
+        self._expand(places)
+        self.strategies = {slot: self._strategies_for(slot) for slot in places}
 
     @property
     def sample_bytes(self) -> int:
-        """What autograd keeps for one sample more."""
+        """What autograd saves per additional sample."""
         return self.trial.sample_bytes
 
-    def _expand(self) -> None:
-        """Make one for each sample of what is the same for all, where the model bears it.
+    def plan(self) -> CapturePlan:
+        """The plan of the first strategy left for each place with which the model runs."""
+        while True:
+            plan = self._assemble()
+            failing = self._failing(plan)
+            if failing is None:
+                return plan
+            self.demote(failing)
 
-        A layer after an expanded one sees samples, so each is tried with those before it.
-        """
-        for slot in self._places():
-            path, _, _ = slot.rpartition(".")
-            name = self.function.slots[slot]
-            shape = self.function.parameters[name].shape
-            if shape[:1] == (1,) and any(True for _ in self.modules[path].children()):
-                self._try(self.expanded, [*self.copies, name])
-        owners = {id(self.modules[slot.rpartition(".")[0]]) for slot in self._places()}
-        for module in list(self.trial.calls):
-            calls = self.trial.calls.get(module, [])
-            if module in owners and calls and all(_same_for_all(call) for call in calls):
-                self._try(self.expanded | {module}, self.copies)
-
-    def _try(self, expanded: set[int], copies: list[str]) -> None:
-        """Keep these expansions if the outputs stay what they are."""
-        try:
-            trial = call_layouts(self.function, expanded, copies)
-        except Exception as error:  # whatever a user's module says of such tensors
-            if is_out_of_memory(error):
-                raise
-            return
-        if _equal(trial.outputs, self.trial.outputs):
-            self.trial, self.expanded, self.copies = trial, expanded, copies
+    def demote(self, names: set[str]) -> bool:
+        """Take the next strategy for the places of these parameters; False if one has none left."""
+        all_have = True
+        for slot, strategies in self.strategies.items():
+            if self.function.slots[slot] in names:
+                all_have = all_have and len(strategies) > 1
+                self.strategies[slot] = strategies[1:] or strategies
+        return all_have
 
     def _places(self) -> list[str]:
-        """The slots of trainable parameters; a module registered twice counts once."""
+        """The slots of trainable parameters; a module that is registered twice counts once."""
         seen: set[tuple[int, str]] = set()
         places = []
         for slot, name in self.function.slots.items():
@@ -96,114 +100,116 @@ class Planner:
                 places.append(slot)
         return places
 
-    def _ways(self, slot: str) -> list[_Way]:
-        path, _, _ = slot.rpartition(".")
-        module = self.modules[path]
+    def _expand(self, places: list[str]) -> None:
+        """Expand to one copy per sample what is the same for all, where the model allows it.
+
+        A layer after an expanded one sees samples, so each is tried with those before it.
+        """
+        for slot in places:
+            name = self.function.slots[slot]
+            shape = self.function.parameters[name].shape
+            if shape[:1] == (1,) and any(True for _ in self._module_of(slot).children()):
+                self._try_expanded(self.expanded, [*self.copies, name])
+        with_parameters = {id(self._module_of(slot)) for slot in places}
+        for key in list(self.trial.calls):
+            calls = self.trial.calls.get(key, [])
+            if key in with_parameters and calls and all(_same_for_all(call) for call in calls):
+                self._try_expanded(self.expanded | {key}, self.copies)
+
+    def _module_of(self, slot: str) -> nn.Module:
+        return self.modules[slot.rpartition(".")[0]]
+
+    def _try_expanded(self, expanded: set[int], copies: list[str]) -> None:
+        """Keep these expansions if they leave the outputs unchanged."""
+        try:
+            trial = call_layouts(self.function, expanded, copies)
+        except Exception as error:  # a user's module may raise anything on such tensors
+            if is_out_of_memory(error):
+                raise
+            return
+        if _equal(trial.outputs, self.trial.outputs):
+            self.trial, self.expanded, self.copies = trial, expanded, copies
+
+    def _strategies_for(self, slot: str) -> list[_Strategy]:
+        path = slot.rpartition(".")[0]
+        module, name = self.modules[path], self.function.slots[slot]
         calls = self.trial.calls.get(id(module), [])
-        ways = []
-        name = self.function.slots[slot]
-        if not calls and sum(other == name for other in self.function.slots.values()) > 1:
-            ways.append(_Way(NOWHERE))
+        strategies = []
+        if not calls and list(self.function.slots.values()).count(name) > 1:
+            strategies.append(_Strategy(NOWHERE))
         if name in self.copies:
-            ways.append(_Way(REPLICATE))
+            strategies.append(_Strategy(REPLICATE))
         rule = rule_for(module)
         if (
             rule
             and calls
             and all(call.outputs[0] is not None and rule.applies(module, call) for call in calls)
         ):
-            ways.append(_Way("rule", path))
-        while True:
-            if self._is_unit(path):
-                ways.append(_Way("unit", path))
-            if not path:
-                return [*ways, _Way(LOOP)]
-            path = path.rpartition(".")[0]
+            strategies.append(_Strategy(RULE, path))
+        parts = path.split(".")
+        enclosing = dict.fromkeys(".".join(parts[:i]) for i in range(len(parts), -1, -1))
+        strategies += [_Strategy(MODULE_VJP, p) for p in enclosing if self._can_differentiate(p)]
+        return [*strategies, _Strategy(LOOP)]
 
-    def _is_unit(self, path: str) -> bool:
+    def _can_differentiate(self, path: str) -> bool:
+        """Whether a module is called with samples, and has all its parameters on this rank."""
         calls = self.trial.calls.get(id(self.modules[path]), [])
-        return (
-            bool(calls)
-            and all(any(layout is not None for layout in call.outputs) for call in calls)
-            and not self._has_parts(path)
-        )
-
-    def _has_parts(self, path: str) -> bool:
-        """Whether it holds parameters in parts, which are there only while the model runs."""
         slots, prefix = self.function.slots, f"{path}." if path else ""
-        return any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
-
-    def plan(self) -> CapturePlan:
-        """The plan of the first way left for each place, tried on two samples."""
-        while True:
-            plan = self._assemble()
-            broken = self._broken(plan)
-            if broken is None:
-                return plan
-            self.demote(broken)
-
-    def demote(self, names: set[str]) -> bool:
-        """Take the next way for the places of these parameters; False if one has none left."""
-        left = True
-        for slot, ways in self.ways.items():
-            if self.function.slots[slot] in names:
-                left = left and len(ways) > 1
-                self.ways[slot] = ways[1:] if len(ways) > 1 else ways
-        return left
+        in_parts = any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
+        per_sample = all(any(layout is not None for layout in call.outputs) for call in calls)
+        return bool(calls) and per_sample and not in_parts
 
     def _assemble(self) -> CapturePlan:
-        looped = {
-            self.function.slots[slot] for slot, ways in self.ways.items() if ways[0].kind == LOOP
-        }
-        owners: dict[str, HookedModule] = {}
+        slots = self.function.slots
+        first = {slot: strategies[0] for slot, strategies in self.strategies.items()}
+        looped = {slots[slot] for slot, strategy in first.items() if strategy.kind == LOOP}
+        hooked: dict[_Strategy, HookedModule] = {}
         replicated = []
-        for slot, ways in self.ways.items():
-            name, way = self.function.slots[slot], ways[0]
-            if name in looped or way.kind == NOWHERE:  # a loop sees all places of a parameter
+        for slot, strategy in first.items():
+            name = slots[slot]
+            if (
+                name in looped or strategy.kind == NOWHERE
+            ):  # a loop covers all places of a parameter
                 continue
-            if way.kind == REPLICATE:
+            if strategy.kind == REPLICATE:
                 replicated.append(name)
                 continue
-            owner = owners.setdefault(f"{way.kind} {way.module}", self._owner(way))
-            prefix = f"{way.module}." if way.module else ""
-            owner.parameters[slot.removeprefix(prefix)] = name
-        order = [name for name in self.function.parameters if name in looped]
-        return CapturePlan(list(owners.values()), list(dict.fromkeys(replicated)), order)
+            module = hooked.setdefault(strategy, self._hooked(strategy))
+            prefix = f"{strategy.module}." if strategy.module else ""
+            module.parameters[slot.removeprefix(prefix)] = name
+        in_order = [name for name in self.function.parameters if name in looped]
+        return CapturePlan(list(hooked.values()), list(dict.fromkeys(replicated)), in_order)
 
-    def _owner(self, way: _Way) -> HookedModule:
-        module = self.modules[way.module]
+    def _hooked(self, strategy: _Strategy) -> HookedModule:
+        module = self.modules[strategy.module]
         calls = self.trial.calls[id(module)]
-        rule = rule_for(module) if way.kind == "rule" else None
-        return HookedModule(
-            way.module, module, {}, calls, rule, replicate=id(module) in self.expanded
-        )
+        rule = rule_for(module) if strategy.kind == RULE else None
+        replicate = id(module) in self.expanded
+        return HookedModule(strategy.module, module, {}, calls, rule, replicate)
 
-    def _broken(self, plan: CapturePlan) -> set[str] | None:
-        """The parameters of the first owner or copy with which the model does not run, if any."""
+    def _failing(self, plan: CapturePlan) -> set[str] | None:
+        """The parameters of the first hook or copy with which the model does not run, if any."""
         trial = replace(self.function, inputs=trial_batch(self.function, 2))
         with torch.no_grad():
             expected = trial(trial.parameters)
-        if _runs(trial, CapturePlan(plan.owners, plan.replicated), expected):
+        if _runs(trial, CapturePlan(plan.modules, plan.replicated), expected):
             return None
-        parts = [CapturePlan([owner]) for owner in plan.owners]
+        parts = [CapturePlan([hooked]) for hooked in plan.modules]
         parts += [CapturePlan([], [name]) for name in plan.replicated]
         for part in parts:
             if not _runs(trial, part, expected):
-                names = {name for owner in part.owners for name in owner.parameters.values()}
-                return names | set(part.replicated)
+                return set(part.uses())
         return None
 
 
 def _runs(trial: ModelFunction, plan: CapturePlan, expected: Tensor) -> bool:
-    """Whether the model gives the same outputs as ever, and rows, with this plan."""
+    """Whether the model gives its usual outputs with this plan, and rows can be computed."""
     vectors = torch.ones_like(expected).unsqueeze(1)
     try:
-        outputs = forward(trial, plan, trial.inputs)[2]
+        outputs = forward(trial, plan, trial.inputs).outputs
         for term in capture(trial, plan, slice(0, len(expected)), vectors):
-            for units in pieces(term, len(expected)):
-                term.rows(slice(None), slice(None), units)
-                break
-    except Exception as error:  # whatever a user's module says of such inputs
+            term.rows(ALL, ALL, next(pieces(term, len(expected))))
+    except Exception as error:  # a user's module may raise anything on such inputs
         if is_out_of_memory(error):
             raise
         return False
@@ -211,7 +217,7 @@ def _runs(trial: ModelFunction, plan: CapturePlan, expected: Tensor) -> bool:
 
 
 def _equal(outputs: Tensor, expected: Tensor) -> bool:
-    """But for rounding."""
+    """Up to rounding."""
     scale = float(expected.abs().max())
     return outputs.shape == expected.shape and torch.allclose(
         outputs, expected, rtol=1e-3, atol=1e-3 * scale
@@ -219,5 +225,5 @@ def _equal(outputs: Tensor, expected: Tensor) -> bool:
 
 
 def _same_for_all(call: CallLayout) -> bool:
-    """Whether the call gives one tensor, which is the same for all samples."""
+    """Whether the call returns a single tensor, which is the same for all samples."""
     return len(call.outputs) == 1 and call.outputs[0] is None and call.shapes[0] is not None

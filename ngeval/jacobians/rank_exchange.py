@@ -1,189 +1,287 @@
-"""Terms of rows from rank to rank: what they are made of is sent, and nothing is captured anew.
+"""The distributed case: rows and probes of a batch whose samples are spread over ranks.
 
-Of a layer's term the factors are sent, or its rows where these are smaller (a convolution's many
-patches); of any other kind the rows, as they are.
+Everything else in this package reads as for a single process; the two subclasses here override what
+differs. The sums of a Gram matrix need every pair of rows, so the ranks send their terms to each
+other instead of capturing rows of other ranks' samples. Of a layer's term the factors are sent, or
+its rows where these are smaller (a convolution with many patches); of any other term the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.jacobians.probe import Probe
+from ngeval.jacobians.row_source import Block, Pair, RowSource, whole_block
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, StoredTerm, Term
 from ngeval.model.function import ModelFunction, Parameters
 from ngeval.model.sharding import GroupShards
 
-ALL = slice(None)
-AFFINE, EMBEDDING, ROWS = "affine", "embedding", "rows"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class SentRows(Term):
-    """Rows that came from another rank.
+class ShardedRowSource(RowSource):
+    """The rows of a batch whose samples are spread over the ranks of a group."""
 
-    Attributes:
-        values: by parameter, shape ``(B, Q, *parameter.shape)``.
-        units: into how many pieces the first dimension of the parameters can be cut.
+    @property
+    def shards(self) -> GroupShards:
+        return cast(GroupShards, self.function.shards)
+
+    def local(self, field: Tensor) -> tuple[RowSource, Tensor]:
+        fields = vars(self) | {"function": self.function.local()}
+        return RowSource(**fields), self.shards.local(field)
+
+    def _over_samples(
+        self,
+        reduce: Callable[[Callable[[], T]], T],
+        compute: Callable[..., T],
+        fields: tuple[Tensor, ...],
+    ) -> T:
+        part, _ = self.local(fields[0])
+        local_fields = [self.shards.local(field) for field in fields]
+
+        def attempt(source: RowSource) -> T:
+            limited = replace(part, memory=source.memory)
+            return reduce(lambda: compute(limited, *local_fields))
+
+        # An error of one rank is raised on all, so that all of them try again together.
+        return self.retry(attempt)
+
+    def sum_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
+        return self._over_samples(self.shards.sum, compute, fields)
+
+    def concatenate_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
+        return self._over_samples(self.shards.concatenate, compute, fields)
+
+    def sum_over_pairs(self, compute: Callable[[RowSource], T]) -> T:
+        return self.retry(lambda source: self.shards.sum(lambda: compute(source)))
+
+    def pairs(self, cotangents: Tensor, kept: list[Term] | None = None) -> Iterator[Pair]:
+        """The pairs of this rank's rows with each other and with those of half of the other ranks.
+
+        Rows are numbered as in the whole batch. Terms are sent from rank to rank such that every
+        pair is computed once.
+        """
+        part, vectors = self.local(cotangents)
+        start = self._first_row(cotangents)
+
+        def split(share: float) -> list[Block]:
+            return part.blocks(vectors, share) if kept is None else [whole_block(vectors)]
+
+        def captured(block: Block) -> list[Term]:
+            return part.capture(vectors, block) if kept is None else kept
+
+        blocks = split(1.0)
+        if several := max(self.shards.gather(len(blocks))) > 1:
+            # Three blocks at a time: this one, another of this rank's, and a received one.
+            blocks = split(1 / 3)
+        for i in range(max(self.shards.gather(len(blocks)))):
+            rows, terms = slice(0, 0), list[Term]()
+            if i < len(blocks):
+                rows, terms = _shifted(blocks[i].rows, start), captured(blocks[i])
+                yield rows, rows, terms, terms
+            for other in blocks[i + 1 :]:
+                yield _shifted(other.rows, start), rows, captured(other), terms
+            for columns, received in self._exchange(rows, terms, once=True, whole=several):
+                for j, other in enumerate(blocks):
+                    local = _shifted(other.rows, start)
+                    local_terms = terms if i == j else captured(other)
+                    if local.start > columns.start:
+                        yield local, columns, local_terms, received
+                    else:
+                        yield columns, local, received, local_terms
+
+    def all_blocks(
+        self, captures: Iterator[tuple[Block, list[Term]]], cotangents: Tensor
+    ) -> Iterator[tuple[slice, list[Term]]]:
+        start = self._first_row(cotangents)
+        local = next(captures, None)
+        while any(self.shards.gather(local is not None)):
+            rows, terms = slice(0, 0), list[Term]()
+            if local is not None:
+                rows, terms = _shifted(local[0].rows, start), local[1]
+                yield rows, terms
+            yield from self._exchange(rows, terms, once=False, whole=True)
+            local = next(captures, None)
+
+    def can_stream(self, cotangents: Tensor) -> bool:
+        return False
+
+    def can_record(self) -> bool:
+        return False
+
+    def _first_row(self, cotangents: Tensor) -> int:
+        """The number of this rank's first row in the whole batch."""
+        return int(self.shards.local_slice(len(cotangents)).start * cotangents.shape[1])
+
+    def _exchange(
+        self, rows: slice, terms: list[Term], *, once: bool, whole: bool
+    ) -> Iterator[tuple[slice, list[Term]]]:
+        """Other ranks' terms in exchange for this rank's: every rank's terms visit the others.
+
+        Args:
+            rows: the numbers, in the whole batch, of the rows of this rank's terms.
+            terms: of some of this rank's rows; empty where it has no more.
+            once: of every two ranks, only one receives the other's terms.
+            whole: receive all terms of a rank together, since they are used several times;
+                otherwise one by one, so that only one is in memory.
+
+        Yields:
+            The numbers of some rows, and their terms.
+        """
+        shards = self.shards
+        headers = shards.synchronized(lambda: [pack(term)[0] for term in terms])
+        gathered = shards.gather(((rows.start, rows.stop), headers))
+        most = max(len(theirs) for _, theirs in gathered)
+        for step in range(1, 1 + (shards.size // 2 if once else shards.size - 1)):
+            source, destination = (
+                (shards.rank + step) % shards.size,
+                (shards.rank - step) % shards.size,
+            )
+            # In an even number of ranks, opposite ones would meet twice.
+            opposite = once and 2 * step == shards.size
+            place, theirs = (
+                gathered[source] if not opposite or shards.rank < source else ((0, 0), [])
+            )
+            sent_terms = terms if not opposite or destination < shards.rank else []
+            received_terms = []
+            for i in range(most):
+                sent, received = shards.synchronized(
+                    partial(_buffers, sent_terms, theirs, i, self.function.device)
+                )
+                shards.exchange(sent, destination, received, source)
+                if received:
+                    received_terms.append(theirs[i].term(received))
+                    if not whole:
+                        yield slice(*place), received_terms
+                        received_terms = []
+            if received_terms:
+                yield slice(*place), received_terms
+
+
+def probe_of(function: ModelFunction, outputs: Tensor, residual: Tensor) -> Probe:
+    """The probe of a batch, which also creates the sources of its rows; see `Probe`."""
+    shards = function.shards
+    if isinstance(shards, GroupShards):
+        return shards.synchronized(lambda: ShardedProbe(function, outputs, residual))
+    return Probe(function, outputs, residual)
+
+
+class ShardedProbe(Probe):
+    """A probe of this rank's samples, or of one of another rank's if it has none.
+
+    All ranks come to the same decisions: what is wrong on one is wrong.
     """
 
-    values: Parameters
-    units: int
+    source_class = ShardedRowSource
 
-    @property
-    def num_samples(self) -> int:  # type: ignore[override]
-        """B."""
-        return int(next(iter(self.values.values())).shape[0])
+    def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
+        self.local_slice = function.shards.local_slice(function.num_samples, at_least=1)
+        super().__init__(function, outputs, residual, self.local_slice)
+        self.shards = function.shards
 
-    @property
-    def num_vectors(self) -> int:  # type: ignore[override]
-        """Q."""
-        return int(next(iter(self.values.values())).shape[1])
+    def in_double(self) -> Probe:
+        return self.shards.synchronized(super().in_double)
 
-    @property
-    def num_units(self) -> int:
-        """As where they came from."""
-        return self.units
+    def try_engine(self, name: str, memory: int) -> tuple[RowSource, Parameters]:
+        return self.shards.synchronized(partial(super().try_engine, name, memory))
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of the values."""
-        return {name: value.shape[2:] for name, value in self.values.items()}
+    def row_products(self, source: RowSource) -> Parameters:
+        return self.shards.synchronized(partial(super().row_products, source))
 
-    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
-        """Slices of the values."""
-        if self.units == 1:
-            return {name: value[samples, vectors] for name, value in self.values.items()}
-        return {name: value[samples, vectors, units] for name, value in self.values.items()}
+    def wrong_parameters(self, products: Parameters) -> set[str]:
+        return set().union(*self.shards.gather(super().wrong_parameters(products)))
 
-    def combined(self, weights: Tensor) -> Term:
-        """By way of plain rows."""
-        plain = RowsTerm(
-            self.num_samples,
-            self.num_vectors,
-            self.shapes,
-            lambda samples, vectors: self.rows(samples, vectors, ALL),
-        )
-        return plain.combined(weights)
+    def agrees_with_tangent(self, products: Parameters, forward_mode: bool) -> bool:
+        return all(self.shards.gather(super().agrees_with_tangent(products, forward_mode)))
 
-    def restricted(self, names: Collection[str]) -> SentRows | None:
-        """Without the other values."""
-        values = {name: value for name, value in self.values.items() if name in names}
-        return replace(self, values=values) if values else None
+    def of_all_samples(self, products: Parameters) -> Parameters:
+        local = self.shards.local_slice(self.function.num_samples)
+        count = local.stop - local.start
+        return self.shards.concatenate(lambda: {n: part[:count] for n, part in products.items()})
+
+
+def _shifted(rows: slice, start: int) -> slice:
+    return slice(start + rows.start, start + rows.stop)
+
+
+def _buffers(
+    terms: list[Term], theirs: list[Header], index: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of one term to send, and empty ones for one term to receive."""
+    sent = pack(terms[index])[1] if index < len(terms) else []
+    return sent, theirs[index].empty(device) if index < len(theirs) else []
+
+
+TensorType = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
-class Form:
-    """A term but for the numbers in its tensors.
+class Header:
+    """A term without the values of its tensors.
 
     Attributes:
-        kind: of term.
-        names: of its parameters; for an affine layer's, weight and bias, None where frozen.
+        kind: the term's class; `StoredTerm` for one that is sent as rows.
+        names: of its parameters; weight and bias of an affine layer, None where frozen.
         tensors: shapes and dtypes.
-        weight_shape: of an affine layer's, or a table's, weight.
+        weight_shape: of an affine layer's weight or an embedding's table.
         transposed: of an affine layer's.
         units: of rows.
     """
 
-    kind: str
+    kind: type[Term]
     names: tuple[str | None, ...]
-    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    tensors: tuple[TensorType, ...]
     weight_shape: tuple[int, ...] = ()
     transposed: bool = False
     units: int = 1
 
     def empty(self, device: torch.device) -> list[Tensor]:
-        """Tensors to be filled."""
+        """Tensors to receive the values."""
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.tensors]
 
     def term(self, tensors: list[Tensor]) -> Term:
-        """The term of this form with these tensors."""
+        """The term with these tensors."""
         shape = torch.Size(self.weight_shape)
-        if self.kind == EMBEDDING:
+        if self.kind is EmbeddingTerm:
             return EmbeddingTerm(str(self.names[0]), shape, tensors[0], tensors[1])
-        if self.kind == ROWS:
-            return SentRows(dict(zip(map(str, self.names), tensors, strict=True)), self.units)
+        if self.kind is StoredTerm:
+            return StoredTerm(dict(zip(map(str, self.names), tensors, strict=True)), self.units)
+        weight, bias = self.names
         cotangents, inputs = tensors[0], tensors[-1]
         return AffineTerm(
-            *(self.names[0], self.names[1], shape),
-            inputs=lambda samples: inputs[samples],
-            cotangents=cotangents,
-            transposed=self.transposed,
+            weight, bias, shape, inputs.__getitem__, cotangents, transposed=self.transposed
         )
 
 
-def packed(term: Term) -> tuple[Form, list[Tensor]]:
-    """A term's form and tensors."""
+def pack(term: Term) -> tuple[Header, list[Tensor]]:
+    """A term's header and tensors."""
     if isinstance(term, EmbeddingTerm):
         tensors = [term.indices, term.cotangents]
-        return Form(EMBEDDING, (term.weight,), _shapes(tensors), tuple(term.weight_shape)), tensors
+        shape = tuple(term.weight_shape)
+        return Header(EmbeddingTerm, (term.weight,), _types(tensors), shape), tensors
     if isinstance(term, AffineTerm) and not _rows_are_smaller(term):
         tensors = [term.cotangents, *([term.inputs(ALL)] if term.weight else [])]
         names, shape = (term.weight, term.bias), tuple(term.weight_shape)
-        return Form(AFFINE, names, _shapes(tensors), shape, term.transposed), tensors
+        return Header(AffineTerm, names, _types(tensors), shape, term.transposed), tensors
     rows = term.rows(ALL, ALL, ALL)
     tensors = list(rows.values())
-    return Form(ROWS, tuple(rows), _shapes(tensors), units=term.num_units), tensors
+    return Header(StoredTerm, tuple(rows), _types(tensors), units=term.num_units), tensors
 
 
 def _rows_are_smaller(term: AffineTerm) -> bool:
-    if term.transposed:  # its bias is not cut as its weight is
+    if term.transposed:  # its bias is not cut into units as its weight is
         return False
     inputs = term.num_samples * term.positions * term.groups * term.fan_in if term.weight else 0
     rows = term.num_samples * term.num_vectors * term.row_size
     return rows < inputs + term.cotangents.numel()
 
 
-def _shapes(tensors: list[Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+def _types(tensors: list[Tensor]) -> tuple[TensorType, ...]:
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-
-
-def of_others(
-    function: ModelFunction, rows: slice, terms: list[Term], *, once: bool, whole: bool
-) -> Iterator[tuple[slice, list[Term]]]:
-    """Other ranks' terms, in exchange for one's own: everybody's go round the ranks.
-
-    Args:
-        function: the model at θ, whose samples are spread over ranks.
-        rows: where the rows of one's own terms are among those of the whole batch.
-        terms: of some rows of one's own; none where there are no more.
-        once: every two ranks meet once: only one of them gets the other's terms.
-        whole: all terms of a rank together, for they are gone through several times; otherwise
-            one at a time, and only one is in memory.
-
-    Yields:
-        Where the rows of some terms are among those of the whole batch, and the terms.
-    """
-    shards = cast(GroupShards, function.shards)
-    forms = shards.synchronized(lambda: [packed(term)[0] for term in terms])
-    everyone = shards.gather(((rows.start, rows.stop), forms))
-    most = max(len(theirs) for _, theirs in everyone)
-    for step in range(1, 1 + (shards.size // 2 if once else shards.size - 1)):
-        by, to = (shards.rank + step) % shards.size, (shards.rank - step) % shards.size
-        # In an even number of ranks, those that are opposite would meet twice.
-        opposite = once and 2 * step == shards.size
-        place, theirs = everyone[by] if not opposite or shards.rank < by else ((0, 0), [])
-        own = terms if not opposite or to < shards.rank else []
-        received = []
-        for i in range(most):
-            sent, made = shards.synchronized(partial(_prepared, own, theirs, i, function.device))
-            shards.exchange(sent, to, made, by)
-            if made:
-                received.append(theirs[i].term(made))
-            if made and not whole:
-                yield slice(*place), received
-                received = []
-        if received:
-            yield slice(*place), received
-
-
-def _prepared(
-    own: list[Term], theirs: list[Form], index: int, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of one term that are sent, and those for one that is received."""
-    sent = packed(own[index])[1] if index < len(own) else []
-    return sent, theirs[index].empty(device) if index < len(theirs) else []

@@ -1,13 +1,17 @@
-"""Rows of the Jacobian in bounded memory, and the reductions made of them.
+"""Rows of the Jacobian in bounded memory, and the reductions over them.
 
-Rows are numbered n·Q + q for sample n and its cotangent q. The batch is captured in blocks that
-fit the memory budget; a Gram matrix is then assembled from pairs of blocks.
+Row n·Q + q of a problem is J_nᵀv_nq, for sample n and its cotangent q. The batch is captured in
+blocks of rows that fit the memory budget; a Gram matrix is assembled from pairs of blocks.
+
+`RowSource` is all there is in a single process. Where the samples are spread over ranks, its
+subclass in `ngeval.jacobians.rank_exchange` overrides the methods of the last section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,19 +24,20 @@ from ngeval.jacobians.inner_products import (
     add_squared_column_sums,
     rows_of,
 )
-from ngeval.jacobians.rank_exchange import of_others
-from ngeval.jacobians.terms import RowsTerm, Term
-from ngeval.jacobians.whole_model import loop_rows, vmap_rows
+from ngeval.jacobians.terms import ALL, Term
+from ngeval.jacobians.whole_model import loop_rows, vmap_rows, whole_model_term
 from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.utils.memory import describe_bytes, halving
 
 STREAM_MEMORY = 2**26
-"""Bytes of rows that are only passed over: more is slower, since it misses every cache."""
+"""Bytes of rows that are only iterated over: larger blocks are slower, as they miss every cache."""
 
 TILE = 256
-"""Rows and columns of a matrix that are transposed at one time."""
+"""Rows and columns of a matrix that are transposed at a time."""
 
 ENGINES = ("layers", "vmap", "loop")
+
+T = TypeVar("T")
 
 Pair = tuple[slice, slice, list[Term], list[Term]]
 """Rows and columns of a Gram matrix, and the terms of both."""
@@ -40,7 +45,7 @@ Pair = tuple[slice, slice, list[Term], list[Term]]
 
 @dataclass(frozen=True)
 class Block:
-    """Some samples, and some of the Q cotangents of each."""
+    """Some samples, some of the Q cotangents of each, and the numbers of their rows."""
 
     samples: slice
     vectors: slice
@@ -48,20 +53,20 @@ class Block:
 
     @property
     def size(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return int(self.rows.stop - self.rows.start)
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where rows come from: a model at θ, the engine, and the memory that it may use.
+    """The source of rows: a model at θ on its batch, the engine, and a memory budget.
 
     Attributes:
         function: the model at θ on its batch.
         engine_name: ``"layers"``, ``"vmap"`` or ``"loop"``.
-        memory: bytes that captures and rows may take at one time.
-        plan: of the layer engine.
-        sample_bytes: what a sample's activations take in a forward pass.
+        memory: bytes that captures and rows may occupy at a time.
+        plan: of the layer engine; None for the others.
+        sample_bytes: size of one sample's activations in a forward pass.
     """
 
     function: ModelFunction
@@ -70,10 +75,6 @@ class RowSource:
     plan: CapturePlan | None = None
     sample_bytes: int = 0
 
-    def local(self) -> RowSource:
-        """The rows of this rank's samples: all of them, for a process by itself."""
-        return replace(self, function=self.function.local())
-
     @property
     def row_bytes(self) -> int:
         """Bytes of a whole row in the model's dtype and of its float64 copy."""
@@ -81,8 +82,16 @@ class RowSource:
 
     @property
     def captured_bytes(self) -> int:
-        """Bytes of what stands for a row between its capture and its use."""
+        """Bytes held for a row between its capture and its use."""
         return self.row_bytes if self.plan is None else self.plan.captured_bytes(self.function)
+
+    def fits(self, num_samples: int, num_vectors: int, share: float) -> bool:
+        """Whether captures of all rows of N samples with Q cotangents fit in a share of the memory.
+
+        False for no samples, of which nothing can be captured.
+        """
+        size = num_samples * (num_vectors * self.captured_bytes + self.sample_bytes)
+        return 0 < size <= share * self.memory
 
     def capture(self, cotangents: Tensor, block: Block) -> list[Term]:
         """The terms of the rows of one block.
@@ -95,10 +104,10 @@ class RowSource:
         with model_errors():
             if self.plan is not None:
                 return capture(self.function, self.plan, block.samples, chosen)
-            return [self._whole_model(block.samples, chosen)]
+            return [self._whole_model_term(block.samples, chosen)]
 
     def stream(self, cotangents: Tensor, block: Block, use: Use) -> None:
-        """Use the terms of one block's rows as soon as they are there; see `capture.stream`.
+        """Use the terms of one block's rows as soon as they are complete; see `capture.stream`.
 
         Args:
             cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
@@ -110,24 +119,17 @@ class RowSource:
             if self.plan is not None:
                 stream(self.function, self.plan, block.samples, chosen, use)
             else:
-                use([self._whole_model(block.samples, chosen)], vectors=slice(None))
+                use([self._whole_model_term(block.samples, chosen)], vectors=ALL)
 
-    def _whole_model(self, samples: slice, cotangents: Tensor) -> Term:
-        compute = vmap_rows if self.engine_name == "vmap" else loop_rows
-
-        def rows(chosen: slice, vectors: slice) -> Parameters:
-            first, last, _ = chosen.indices(len(cotangents))
-            inside = slice(samples.start + first, samples.start + last)
-            return compute(self.function, inside, cotangents[chosen, vectors])
-
-        shapes = {name: p.shape for name, p in self.function.parameters.items()}
-        return RowsTerm(cotangents.shape[0], cotangents.shape[1], shapes, rows)
+    def _whole_model_term(self, samples: slice, cotangents: Tensor) -> Term:
+        rows = vmap_rows if self.engine_name == "vmap" else loop_rows
+        return whole_model_term(rows, self.function, samples, cotangents)
 
     def blocks(self, cotangents: Tensor, share: float = 1.0) -> list[Block]:
-        """Blocks of which each takes no more than a share of the memory; one if all fit.
+        """Blocks that each take no more than a share of the memory; a single one if all rows fit.
 
         Raises:
-            EngineError: not even a single row fits.
+            EngineError: not even one row fits.
         """
         count, vectors = cotangents.shape[:2]
         single = self.captured_bytes + self.sample_bytes
@@ -145,6 +147,13 @@ class RowSource:
             limit = (budget - self.sample_bytes) // self.captured_bytes
         return split_rows(count, vectors, max(1, limit))
 
+    def captures(
+        self, cotangents: Tensor, share: float = 1.0
+    ) -> Iterator[tuple[Block, list[Term]]]:
+        """The terms of all rows, block by block; see `blocks`."""
+        for block in self.blocks(cotangents, share):
+            yield block, self.capture(cotangents, block)
+
     def iterate(self, cotangents: Tensor) -> Iterator[tuple[Block, Parameters]]:
         """All rows J_nᵀv_nq, block by block, by parameter, each of shape ``(rows, numel)``.
 
@@ -158,25 +167,98 @@ class RowSource:
 
     def rows(self, cotangents: Tensor, block: Block) -> Parameters:
         """Rows of every parameter, shape ``(samples, Q, *parameter.shape)``."""
-        terms = self.capture(cotangents, block)
-        every = slice(None)
-        found = rows_of(terms, every, every)
+        rows = rows_of(self.capture(cotangents, block), ALL, ALL)
         lead = (block.samples.stop - block.samples.start, block.vectors.stop - block.vectors.start)
         return {
-            name: found[name] if name in found else p.new_zeros(*lead, *p.shape)
+            name: rows[name] if name in rows else p.new_zeros(*lead, *p.shape)
             for name, p in self.function.parameters.items()
         }
 
+    def retry(self, attempt: Callable[[RowSource], T]) -> T:
+        """Call ``attempt(source)``, with half the memory after every out-of-memory error."""
+        return halving(lambda memory: attempt(replace(self, memory=memory)), self.memory)
 
-def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
+    # What differs where samples are spread over ranks.
+
+    def local(self, field: Tensor) -> tuple[RowSource, Tensor]:
+        """This process's samples: the source of their rows, and their entries of a tensor."""
+        return self, field
+
+    def sum_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
+        """A sum over samples, as tensors of which ``compute(source, *fields)`` gives a new part.
+
+        Args:
+            compute: sums over all samples of the source that it is called with.
+            fields: per-sample tensors, samples first.
+        """
+        return self.retry(lambda source: compute(source, *fields))
+
+    def concatenate_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
+        """Like `sum_over_samples`, for tensors with one entry per sample, or Q of them."""
+        return self.retry(lambda source: compute(source, *fields))
+
+    def sum_over_pairs(self, compute: Callable[[RowSource], T]) -> T:
+        """A sum over `pairs`, as tensors of which ``compute(source)`` gives a new part."""
+        return self.retry(compute)
+
+    def pairs(self, cotangents: Tensor, kept: list[Term] | None = None) -> Iterator[Pair]:
+        """Pairs of blocks whose inner products make up the lower triangle of a Gram matrix.
+
+        Args:
+            cotangents: v of shape ``(N, Q, *positions, C)``.
+            kept: the terms of all of this process's rows, if they are captured already.
+
+        Yields:
+            Rows and columns of the matrix and the terms of both, the same list on the diagonal.
+        """
+        if kept is not None:
+            block = whole_block(cotangents)
+            yield block.rows, block.rows, kept, kept
+            return
+        blocks = self.blocks(cotangents)
+        if len(blocks) > 1:
+            blocks = self.blocks(cotangents, share=0.5)
+        for i, block in enumerate(blocks):
+            terms = self.capture(cotangents, block)
+            yield block.rows, block.rows, terms, terms
+            for other in blocks[i + 1 :]:
+                yield other.rows, block.rows, self.capture(cotangents, other), terms
+
+    def all_blocks(
+        self, captures: Iterator[tuple[Block, list[Term]]], cotangents: Tensor
+    ) -> Iterator[tuple[slice, list[Term]]]:
+        """The rows and terms of every block of the batch.
+
+        Args:
+            captures: blocks of this process's samples with their terms.
+            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+        """
+        for block, terms in captures:
+            yield block.rows, terms
+
+    def can_stream(self, cotangents: Tensor) -> bool:
+        """Whether a Gram matrix can be summed layer by layer during a single backward pass."""
+        return cotangents.shape[1] == 1 and len(self.blocks(cotangents)) == 1
+
+    def can_record(self) -> bool:
+        """Whether the graph of one forward pass of the whole batch gives all rows."""
+        return self.plan is not None
+
+
+def gram_matrix(
+    source: RowSource,
+    cotangents: Tensor,
+    keep: Callable[[RowSource], list[Term] | None] = lambda _: None,
+) -> Tensor:
     """Inner products of all rows: entry (n·Q+q, m·Q+p) is (J_nᵀv_nq)·(J_mᵀv_mp).
 
     Accumulated in float64, layer by layer: the matrix of gradients reaches condition numbers
-    beyond what float32 sums resolve, and no more rows exist at one time than a layer has.
+    beyond what float32 sums resolve, and only one layer's rows exist at a time.
 
     Args:
         source: the model, engine and memory budget.
         cotangents: v of shape ``(N, Q, *positions, C)``.
+        keep: gives the terms of all of this process's rows, if they are kept.
 
     Returns:
         A symmetric float64 matrix of shape ``(N·Q, N·Q)``.
@@ -185,101 +267,32 @@ def gram_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
         EngineError: not even two single rows fit in the memory budget.
     """
     size = cotangents.shape[0] * cotangents.shape[1]
-    shards = source.function.shards
 
-    def attempt(limited: RowSource) -> Tensor:
+    def compute(source: RowSource) -> Tensor:
         gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
-        blocks = limited.blocks(cotangents)
-        if shards.alone and len(blocks) == 1 and cotangents.shape[1] == 1:
-            limited.stream(
+        kept = keep(source)
+        if kept is None and source.can_stream(cotangents):
+            source.stream(
                 cotangents,
-                blocks[0],
+                whole_block(cotangents),
                 lambda terms, vectors: add_inner_products(gram, terms, terms, symmetric=True),
             )
             return gram
-        for rows, columns, left, right in pairs(limited, cotangents):
+        for rows, columns, left, right in source.pairs(cotangents, kept):
             add_inner_products(gram[rows, columns], left, right, symmetric=left is right)
         return gram
 
-    # An error of one rank is raised on all, so that all try again together.
-    gram = halving(
-        lambda memory: shards.sum(lambda: attempt(replace(source, memory=memory))), source.memory
-    )
-    return from_lower(gram)
-
-
-def pairs(source: RowSource, cotangents: Tensor) -> Iterator[Pair]:
-    """All that the lower triangle of a Gram matrix is made of: its rows, its columns, their terms.
-
-    On the diagonal both lists of terms are the same one. Where samples are spread over ranks, each
-    has its part of these: see `pairs_over_ranks`.
-    """
-    if not source.function.shards.alone:
-        yield from pairs_over_ranks(source, cotangents)
-        return
-    blocks = source.blocks(cotangents)
-    if len(blocks) > 1:
-        blocks = source.blocks(cotangents, share=0.5)
-    for i, block in enumerate(blocks):
-        terms = source.capture(cotangents, block)
-        yield block.rows, block.rows, terms, terms
-        for other in blocks[i + 1 :]:
-            yield other.rows, block.rows, source.capture(cotangents, other), terms
-
-
-def pairs_over_ranks(
-    source: RowSource, cotangents: Tensor, kept: Sequence[tuple[Block, list[Term]]] = ()
-) -> Iterator[Pair]:
-    """The pairs of this rank's rows with each other, and with those of half of the other ranks.
-
-    Everybody's terms are sent round, so that every pair of ranks is computed once. Rows are
-    numbered as in the whole batch.
-
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
-        kept: captures of all of this rank's rows, where there are any.
-    """
-    shards, part = source.function.shards, source.local()
-    own, vectors = shards.local_slice(len(cotangents)), shards.local(cotangents)
-    blocks = [block for block, _ in kept] or part.blocks(vectors)
-    if several := max(shards.gather(len(blocks))) > 1:
-        # Beside the block that is sent round, another one's and another of one's own.
-        blocks = [block for block, _ in kept] or part.blocks(vectors, share=1 / 3)
-
-    def captured(block: Block) -> list[Term]:
-        known = [terms for other, terms in kept if other is block]
-        return known[0] if known else part.capture(vectors, block)
-
-    def place(block: Block) -> slice:
-        first = own.start * cotangents.shape[1]
-        return slice(first + block.rows.start, first + block.rows.stop)
-
-    for i in range(max(shards.gather(len(blocks)))):
-        sent = blocks[i : i + 1]
-        terms = captured(sent[0]) if sent else []
-        rows = place(sent[0]) if sent else slice(0, 0)
-        if sent:
-            yield rows, rows, terms, terms
-        for other in blocks[i + 1 :]:
-            yield place(other), rows, captured(other), terms
-        for theirs, foreign in of_others(source.function, rows, terms, once=True, whole=several):
-            for other in blocks:
-                mine, left = place(other), terms if other in sent else captured(other)
-                if mine.start > theirs.start:
-                    yield mine, theirs, left, foreign
-                else:
-                    yield theirs, mine, foreign, left
+    return from_lower(source.sum_over_pairs(compute))
 
 
 def from_lower(matrix: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle; it takes the place of the other."""
+    """The symmetric matrix with this lower triangle, in place."""
     size = len(matrix)
-    # By tiles, since a transposed matrix is read against the grain of memory.
+    # In tiles, since a transposed matrix is read against the order of memory.
     tiles = [slice(i, min(i + TILE, size)) for i in range(0, size, TILE)]
     for i, rows in enumerate(tiles):
-        own = torch.tril(matrix[rows, rows])
-        matrix[rows, rows] = own + torch.tril(own, -1).T
+        diagonal = torch.tril(matrix[rows, rows])
+        matrix[rows, rows] = diagonal + torch.tril(diagonal, -1).T
         for columns in tiles[:i]:
             matrix[columns, rows] = matrix[rows, columns].T
     return matrix
@@ -300,12 +313,10 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
     Args:
         source: the model, engine and memory budget.
         cotangents: v of shape ``(N, Q, *positions, C)``.
-        names: which parameters; with one of a layer's, all of that layer's.
+        names: which parameters; with one parameter of a layer, all of that layer's.
     """
-    shards, part = source.function.shards, source.local()
-    vectors = shards.local(cotangents)
 
-    def attempt(limited: RowSource) -> Parameters:
+    def compute(source: RowSource, vectors: Tensor) -> Parameters:
         parameters = source.function.parameters
         sums = {
             name: torch.zeros(
@@ -313,14 +324,11 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
             )
             for name in names
         }
-        for block in limited.blocks(vectors):
-            terms = limited.capture(vectors, block)
+        for _, terms in source.captures(vectors):
             add_squared_column_sums(sums, [t for t in terms if t.shapes.keys() <= sums.keys()])
         return sums
 
-    return shards.sum(
-        lambda: halving(lambda memory: attempt(replace(part, memory=memory)), source.memory)
-    )
+    return source.sum_over_samples(compute, cotangents)
 
 
 def row_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
@@ -330,15 +338,12 @@ def row_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
         source: the model and engine.
         cotangents: v of shape ``(N, Q, *positions, C)``.
     """
-    shards, part = source.function.shards, source.local()
-    vectors = shards.local(cotangents)
 
-    def made() -> Tensor:
-        blocks = [torch.cat(list(rows.values()), 1).double() for _, rows in part.iterate(vectors)]
-        nothing = vectors.new_zeros(0, source.function.num_parameters)
-        return torch.cat(blocks) if blocks else nothing
+    def compute(source: RowSource, vectors: Tensor) -> Tensor:
+        blocks = [torch.cat(list(rows.values()), 1).double() for _, rows in source.iterate(vectors)]
+        return torch.cat([*blocks, vectors.new_zeros(0, source.function.num_parameters)])
 
-    return shards.concatenate(made)
+    return source.concatenate_over_samples(compute, cotangents)
 
 
 def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
@@ -348,23 +353,27 @@ def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
         source: the model and engine.
         cotangents: v of shape ``(N, Q, *positions, C)``.
     """
-    shards, part = source.function.shards, source.local()
-    vectors = shards.local(cotangents)
 
-    def made() -> Tensor:
+    def compute(source: RowSource, vectors: Tensor) -> Tensor:
         norms = vectors.new_zeros(vectors.shape[0] * vectors.shape[1])
-        for block, rows in part.iterate(vectors):
+        for block, rows in source.iterate(vectors):
             for row in rows.values():
                 norms[block.rows] += row.to(torch.float64).square().sum(1)
         return norms
 
-    return shards.concatenate(made)
+    return source.concatenate_over_samples(compute, cotangents)
+
+
+def whole_block(cotangents: Tensor) -> Block:
+    """The block of all rows."""
+    count, vectors = cotangents.shape[:2]
+    return Block(slice(0, count), slice(0, vectors), slice(0, count * vectors))
 
 
 def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
     """Split N samples with Q cotangents each into blocks of at most ``limit`` rows.
 
-    Whole samples where they fit, parts of one sample's cotangents otherwise.
+    Whole samples where they fit, some of the cotangents of a single sample otherwise.
     """
     if limit >= num_vectors:
         step, width = limit // num_vectors, num_vectors

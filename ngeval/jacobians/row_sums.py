@@ -1,7 +1,7 @@
 """Weighted sums Σ_nq w_nq J_nᵀv_nq of captured rows, in the model's dtype, layer by layer.
 
-Such a sum of outer products is one product of their factors, Σ_nt (Σ_q w_nq b_nqt) a_ntᵀ, so that
-it costs what a weight's gradient costs in a backward pass. Where the rows themselves were made,
+Such a sum of outer products is a single product of their factors, Σ_nt (Σ_q w_nq b_nqt) a_ntᵀ, and
+costs as much as the weight's gradient in a backward pass. Where the rows themselves were computed
 for their inner products, it is a product with them.
 """
 
@@ -11,49 +11,37 @@ import torch
 from torch import Tensor
 
 from ngeval.jacobians.inner_products import PIECE_ENTRIES, needs_rows
-from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, RowsTerm, Term
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, StoredTerm, Term
 from ngeval.model.function import Parameters
-
-ALL = slice(None)
-
-
-class KeptRows(RowsTerm):
-    """Rows that were made once and are kept, in the model's dtype."""
 
 
 def with_rows(term: Term) -> Term:
-    """The term with its rows made, if its inner products take them and they are not too large."""
+    """The term with its rows in memory, if its inner products need them and they are few."""
     size = term.num_samples * term.num_vectors * term.row_size
     if size > PIECE_ENTRIES or not needs_rows(term):
         return term
-    rows = term.rows(ALL, ALL, ALL)
-    return KeptRows(
-        term.num_samples,
-        term.num_vectors,
-        term.shapes,
-        lambda samples, vectors: {name: value[samples, vectors] for name, value in rows.items()},
-    )
+    return StoredTerm(term.rows(ALL, ALL, ALL))
 
 
 def can_sum(term: Term) -> bool:
-    """Whether `row_sums` treats a term: rows are kept, or it has factors that are at hand."""
+    """Whether `row_sums` applies to a term: its rows or its factors are in memory."""
     if isinstance(term, AffineTerm):
         return term.groups == 1 and term.apply is None
-    return isinstance(term, EmbeddingTerm | KeptRows)
+    return isinstance(term, EmbeddingTerm | StoredTerm)
 
 
 def row_sums(terms: list[Term], weights: Tensor) -> Parameters:
     """Σ_nq w_nq of the terms' rows, by parameter and in its shape.
 
     Args:
-        terms: all of a capture's, for which `can_sum`.
+        terms: all terms of a capture, where `can_sum` holds for each.
         weights: w, shape ``(N, Q)``.
     """
-    found: Parameters = {}
+    sums: Parameters = {}
     for term in terms:
         for name, value in _sums(term, weights).items():
-            found[name] = found[name] + value if name in found else value
-    return found
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
 def _sums(term: Term, weights: Tensor) -> Parameters:
@@ -62,8 +50,8 @@ def _sums(term: Term, weights: Tensor) -> Parameters:
     if isinstance(term, EmbeddingTerm):
         gradients = _weighted(term.cotangents, weights).flatten(0, 1)
         indices, table = term.indices.reshape(-1), gradients.new_zeros(term.weight_shape)
-        seen = indices >= 0
-        return {term.weight: table.index_add_(0, indices[seen], gradients[seen])}
+        valid = indices >= 0
+        return {term.weight: table.index_add_(0, indices[valid], gradients[valid])}
     flat = weights.reshape(1, -1)
     return {
         name: (flat.to(rows.dtype) @ rows.reshape(flat.shape[1], -1)).reshape(term.shapes[name])
@@ -73,14 +61,14 @@ def _sums(term: Term, weights: Tensor) -> Parameters:
 
 def _affine_sums(term: AffineTerm, weights: Tensor) -> Parameters:
     gradients = _weighted(term.cotangents, weights).flatten(0, 1).flatten(1)
-    found: Parameters = {}
+    sums: Parameters = {}
     if term.weight:
         inputs = term.inputs(ALL).flatten(0, 1).flatten(1)
         product = inputs.T @ gradients if term.transposed else gradients.T @ inputs
-        found[term.weight] = product.reshape(term.weight_shape)
+        sums[term.weight] = product.reshape(term.weight_shape)
     if term.bias:
-        found[term.bias] = gradients.sum(0)
-    return found
+        sums[term.bias] = gradients.sum(0)
+    return sums
 
 
 def _weighted(cotangents: Tensor, weights: Tensor) -> Tensor:

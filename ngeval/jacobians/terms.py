@@ -1,8 +1,9 @@
-"""What the rows J_nᵀv of a parameter are made of, by kind of layer.
+"""The parts that rows J_nᵀv consist of, by kind of layer.
 
 A layer that is called once contributes one term to the rows of its parameters; a tied weight, or
-a layer called twice, several. A term knows its rows for any slice of the weight's first dimension
-(so that they never have to exist all at once) and, where they are outer products, its factors.
+a layer that is called twice, contributes several. A term computes its rows for any slice of the
+weight's first dimension, its units, so that they never have to exist all at once, and, where they
+are outer products, has their factors.
 
 Letters: n samples, q cotangents of a sample, t positions (tokens, pixels) at which the layer is
 applied to a sample, g groups, o and i the layer's outputs and inputs.
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from ngeval.model.function import Parameters, model_errors
 
+ALL = slice(None)
+
 PATCH_ENTRIES = 2**21
-"""Entries of the patches that a convolution's rows are made of at one time."""
+"""Entries of the patches from which a convolution's rows are computed at a time."""
 
 
 class Term(ABC):
-    """One additive part of the rows of some parameters, for B samples with Q cotangents each.
+    """One summand of the rows of some parameters, for N samples with Q cotangents each.
 
     Attributes:
-        num_samples: B.
+        num_samples: N.
         num_vectors: Q.
     """
 
@@ -37,7 +40,7 @@ class Term(ABC):
     @property
     @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
-        """The parameters that it is a part of, with their shapes."""
+        """The parameters that it contributes to, with their shapes."""
 
     @abstractmethod
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
@@ -49,31 +52,37 @@ class Term(ABC):
         """
 
     @abstractmethod
-    def combined(self, weights: Tensor) -> Term:
-        """The term of other cotangents, Σ_q w_nrq v_nq: of the same capture, linear as it is.
-
-        Args:
-            weights: w, shape ``(B, R, Q)``.
-        """
-
-    @abstractmethod
     def restricted(self, names: Collection[str]) -> Term | None:
         """The term of some of its parameters alone, None if it has none of them."""
 
+    def combined(self, weights: Tensor) -> Term:
+        """The term of the cotangents Σ_q w_nrq v_nq, in which it is linear.
+
+        Args:
+            weights: w, shape ``(N, R, Q)``.
+        """
+
+        def compute(samples: slice, vectors: slice) -> Parameters:
+            rows = self.rows(samples, ALL, ALL)
+            chosen = weights[samples, vectors]
+            return {name: _combine(chosen, value) for name, value in rows.items()}
+
+        return ComputedTerm(self.num_samples, weights.shape[1], self.shapes, compute)
+
     @property
     def num_units(self) -> int:
-        """Into how many pieces the rows can be cut."""
+        """The number of units into which the rows can be cut."""
         return 1
 
     @property
     def row_size(self) -> int:
-        """Scalars in one row."""
+        """The number of scalars in one row."""
         return sum(shape.numel() for shape in self.shapes.values())
 
 
 @dataclass(frozen=True)
-class RowsTerm(Term):
-    """Rows that are simply computed: norms, a module's own VJP under ``vmap``, a loop.
+class ComputedTerm(Term):
+    """Rows that are computed when they are used: norms, a module's VJP under ``vmap``, a loop.
 
     Attributes:
         compute: from slices of samples and cotangents to rows ``(samples, Q, *parameter.shape)``.
@@ -86,26 +95,14 @@ class RowsTerm(Term):
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """As given."""
         return self.parameter_shapes
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
-        """Every unit, whatever is asked: there is one piece."""
         with model_errors():
             return self.compute(samples, vectors)
 
-    def combined(self, weights: Tensor) -> RowsTerm:
-        """All rows are made, and combined."""
-
-        def compute(samples: slice, vectors: slice) -> Parameters:
-            rows = self.rows(samples, slice(None), slice(None))
-            chosen = weights[samples, vectors]
-            return {name: _mixed(chosen, value) for name, value in rows.items()}
-
-        return RowsTerm(self.num_samples, weights.shape[1], self.parameter_shapes, compute)
-
-    def restricted(self, names: Collection[str]) -> RowsTerm | None:
-        """All rows are made, and those of other parameters let go."""
+    def restricted(self, names: Collection[str]) -> ComputedTerm | None:
+        """Computes all rows, and drops those of other parameters."""
         shapes = {name: shape for name, shape in self.shapes.items() if name in names}
         if len(shapes) == len(self.shapes):
             return self
@@ -118,7 +115,70 @@ class RowsTerm(Term):
 
 
 @dataclass(frozen=True)
-class AffineTerm(Term):
+class StoredTerm(Term):
+    """Rows that are in memory.
+
+    Attributes:
+        values: by parameter, shape ``(N, Q, *parameter.shape)``.
+        units: into how many units the first dimension of the parameters can be cut.
+    """
+
+    values: Parameters
+    units: int = 1
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]  # derived, and never assigned
+        return int(next(iter(self.values.values())).shape[0])
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]  # derived, and never assigned
+        return int(next(iter(self.values.values())).shape[1])
+
+    @property
+    def num_units(self) -> int:
+        return self.units
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: value.shape[2:] for name, value in self.values.items()}
+
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        if self.units == 1:
+            return {name: value[samples, vectors] for name, value in self.values.items()}
+        return {name: value[samples, vectors, units] for name, value in self.values.items()}
+
+    def restricted(self, names: Collection[str]) -> StoredTerm | None:
+        values = {name: value for name, value in self.values.items() if name in names}
+        return replace(self, values=values) if values else None
+
+
+class _LayerTerm(Term):
+    """A term with the gradients at a layer's output.
+
+    Attributes:
+        weight_shape: as the layer holds it.
+        cotangents: b, shape ``(n, q, t, …)``.
+    """
+
+    weight_shape: torch.Size
+    cotangents: Tensor
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]  # derived, and never assigned
+        return int(self.cotangents.shape[0])
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]  # derived, and never assigned
+        return int(self.cotangents.shape[1])
+
+    @property
+    def positions(self) -> int:
+        """T, how often the layer is applied to a sample."""
+        return int(self.cotangents.shape[2])
+
+
+@dataclass(frozen=True)
+class AffineTerm(_LayerTerm):
     """A layer z_t = W a_t + b: the row of W is Σ_t b_t a_tᵀ, that of the bias Σ_t b_t.
 
     Here b_t is the gradient of vᵀz at the layer's output. A convolution is the layer applied to
@@ -127,10 +187,10 @@ class AffineTerm(Term):
 
     Attributes:
         weight: the weight's parameter name, None if it is frozen.
-        bias: the bias's, None if it is frozen or absent.
+        bias: the bias's parameter name, None if it is frozen or absent.
         weight_shape: as the layer holds it.
-        inputs: gives a for a slice of the samples, shape ``(n, t, g, i)``; patches are made only
-            when they are wanted.
+        inputs: gives a for a slice of the samples, shape ``(n, t, g, i)``; patches are extracted
+            only when they are used.
         cotangents: b, shape ``(n, q, t, g, o)``.
         apply: gives D a for another weight D, shape ``(n, t, g, o)``; None where that is a product
             with a.
@@ -144,21 +204,6 @@ class AffineTerm(Term):
     cotangents: Tensor
     apply: Callable[[Tensor], Tensor] | None = None
     transposed: bool = False
-
-    @property
-    def num_samples(self) -> int:  # type: ignore[override]
-        """B."""
-        return int(self.cotangents.shape[0])
-
-    @property
-    def num_vectors(self) -> int:  # type: ignore[override]
-        """Q."""
-        return int(self.cotangents.shape[1])
-
-    @property
-    def positions(self) -> int:
-        """T, how often the layer is applied to a sample."""
-        return int(self.cotangents.shape[2])
 
     @property
     def applied_once(self) -> bool:
@@ -177,17 +222,16 @@ class AffineTerm(Term):
 
     @property
     def fan_in(self) -> int:
-        """Length of a, per group."""
+        """The length of a, per group."""
         return int(self.weight_shape[0]) if self.transposed else self.weight_shape[1:].numel()
 
     @property
     def fan_out(self) -> int:
-        """Length of b, per group."""
+        """The length of b, per group."""
         return int(self.cotangents.shape[4])
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the trainable ones among weight and bias."""
         shapes = {}
         if self.weight:
             shapes[self.weight] = self.weight_shape
@@ -196,14 +240,11 @@ class AffineTerm(Term):
         return shapes
 
     def combined(self, weights: Tensor) -> AffineTerm:
-        """With other gradients at the layer's output."""
-        return replace(self, cotangents=_mixed(weights, self.cotangents))
+        return replace(self, cotangents=_combine(weights, self.cotangents))
 
     def restricted(self, names: Collection[str]) -> AffineTerm | None:
-        """Without the weight, or without the bias."""
-        weight, bias = (
-            name if name and name in names else None for name in (self.weight, self.bias)
-        )
+        weight = self.weight if self.weight in names else None
+        bias = self.bias if self.bias in names else None
         return replace(self, weight=weight, bias=bias) if weight or bias else None
 
     def applied(self, direction: Tensor) -> Tensor:
@@ -214,7 +255,7 @@ class AffineTerm(Term):
             weight = direction.unsqueeze(0)
         else:
             weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
-        inputs = self.inputs(slice(None))
+        inputs = self.inputs(ALL)
         moved = inputs.flatten(0, 1).transpose(0, 1) @ weight
         result: Tensor = moved.transpose(0, 1).unflatten(0, inputs.shape[:2])
         return result
@@ -226,24 +267,26 @@ class AffineTerm(Term):
             return self._transposed_rows(samples, cotangents, units)
         if self.groups == 1:
             cotangents = cotangents[..., units]
-        count, num_vectors, positions, groups, outputs = cotangents.shape
         rows = {}
         if self.weight:
-            left = cotangents.permute(0, 3, 1, 4, 2).reshape(count, groups, -1, positions)
-            products = left.new_empty(count, groups, num_vectors * outputs, self.fan_in)
-            first = samples.start or 0
-            # Patches of a few samples at a time stay in the cache, and in memory held already.
-            step = max(1, PATCH_ENTRIES // max(1, positions * groups * self.fan_in))
-            for start in range(0, count, step):
-                stop = min(start + step, count)
-                right = self.inputs(slice(first + start, first + stop)).transpose(1, 2)
-                torch.matmul(left[start:stop], right, out=products[start:stop])
-            split = products.unflatten(2, (num_vectors, outputs)).transpose(1, 2)
-            shape = (groups * outputs, *self.weight_shape[1:])
-            rows[self.weight] = split.reshape(count, num_vectors, *shape)
+            rows[self.weight] = self._weight_rows(samples, cotangents)
         if self.bias:
             rows[self.bias] = cotangents.sum(2).flatten(2)
         return rows
+
+    def _weight_rows(self, samples: slice, cotangents: Tensor) -> Tensor:
+        count, num_vectors, positions, groups, outputs = cotangents.shape
+        left = cotangents.permute(0, 3, 1, 4, 2).reshape(count, groups, -1, positions)
+        products = left.new_empty(count, groups, num_vectors * outputs, self.fan_in)
+        first = samples.start or 0
+        # Patches of a few samples at a time stay in the cache, and reuse allocated memory.
+        step = max(1, PATCH_ENTRIES // max(1, positions * groups * self.fan_in))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            right = self.inputs(slice(first + start, first + stop)).transpose(1, 2)
+            torch.matmul(left[start:stop], right, out=products[start:stop])
+        split: Tensor = products.unflatten(2, (num_vectors, outputs)).transpose(1, 2)
+        return split.reshape(count, num_vectors, groups * outputs, *self.weight_shape[1:])
 
     def _transposed_rows(self, samples: slice, cotangents: Tensor, units: slice) -> Parameters:
         rows = {}
@@ -259,13 +302,13 @@ class AffineTerm(Term):
 
 
 @dataclass(frozen=True)
-class EmbeddingTerm(Term):
+class EmbeddingTerm(_LayerTerm):
     """A table looked up at T indices: the row is Σ_t e_{index t} b_tᵀ.
 
     Attributes:
         weight: the table's parameter name.
         weight_shape: ``(V, d)``.
-        indices: shape ``(n, t)``; −1 where nothing flows back (padding).
+        indices: shape ``(n, t)``; −1 where no gradient flows back (padding).
         cotangents: b, shape ``(n, q, t, d)``.
     """
 
@@ -275,67 +318,48 @@ class EmbeddingTerm(Term):
     cotangents: Tensor
 
     @property
-    def num_samples(self) -> int:  # type: ignore[override]
-        """B."""
-        return int(self.cotangents.shape[0])
-
-    @property
-    def num_vectors(self) -> int:  # type: ignore[override]
-        """Q."""
-        return int(self.cotangents.shape[1])
-
-    @property
     def num_units(self) -> int:
         """V."""
         return int(self.weight_shape[0])
 
     @property
-    def positions(self) -> int:
-        """T."""
-        return int(self.indices.shape[1])
-
-    @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The table's."""
         return {self.weight: self.weight_shape}
 
     def combined(self, weights: Tensor) -> EmbeddingTerm:
-        """With other gradients at the table's output."""
-        return replace(self, cotangents=_mixed(weights, self.cotangents))
+        return replace(self, cotangents=_combine(weights, self.cotangents))
 
     def restricted(self, names: Collection[str]) -> EmbeddingTerm | None:
-        """All of it or nothing."""
         return self if self.weight in names else None
 
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """The gradients of equal indices, summed."""
         first, last, _ = units.indices(self.num_units)
         cotangents, indices = self.cotangents[samples, vectors], self.indices[samples]
-        count, vectors_count, _, width = cotangents.shape
-        rows = cotangents.new_zeros(count, vectors_count, last - first, width)
+        count, num_vectors, _, width = cotangents.shape
+        rows = cotangents.new_zeros(count, num_vectors, last - first, width)
         sample, position = ((indices >= first) & (indices < last)).nonzero(as_tuple=True)
-        which = torch.arange(vectors_count, device=rows.device)
-        where = (sample.unsqueeze(1), which, indices[sample, position].unsqueeze(1) - first)
+        vector = torch.arange(num_vectors, device=rows.device)
+        where = (sample.unsqueeze(1), vector, indices[sample, position].unsqueeze(1) - first)
         rows.index_put_(where, cotangents[sample, :, position], accumulate=True)
         return {self.weight: rows}
 
 
-def _mixed(weights: Tensor, values: Tensor) -> Tensor:
+def _combine(weights: Tensor, values: Tensor) -> Tensor:
     """Σ_q w_nrq x_nq…: ``(n, r, q)`` and ``(n, q, …)`` to ``(n, r, …)``."""
     if values.ndim == 2:  # of a scalar parameter
-        values = values.unsqueeze(2)
-        return _mixed(weights, values).squeeze(2)
-    # In the order of memory, in which the trailing dimensions are one without a copy.
+        return _combine(weights, values.unsqueeze(2)).squeeze(2)
+    # In the order of memory, in which the trailing dimensions flatten without a copy.
     order = sorted(range(2, values.ndim), key=values.stride, reverse=True)
     flat = values.permute(0, 1, *order).flatten(2)
-    mixed = torch.bmm(weights.to(values.dtype), flat)
-    split = mixed.unflatten(2, [values.shape[dim] for dim in order])
+    combined = torch.bmm(weights.to(values.dtype), flat)
+    split = combined.unflatten(2, [values.shape[dim] for dim in order])
     result: Tensor = split.permute(0, 1, *(2 + order.index(d) for d in range(2, values.ndim)))
     return result
 
 
 def merged(terms: list[Term]) -> list[Term]:
-    """Calls of one affine layer as a single term with the positions of all of them."""
+    """Calls of the same affine layer as a single term with the positions of all of them."""
     calls: dict[tuple[str | None, str | None], list[AffineTerm]] = {}
     others: list[Term] = []
     for term in terms:
@@ -343,15 +367,14 @@ def merged(terms: list[Term]) -> list[Term]:
             calls.setdefault((term.weight, term.bias), []).append(term)
         else:
             others.append(term)
-    return others + [_joined(group) for group in calls.values()]
+    return others + [_merge_calls(group) for group in calls.values()]
 
 
-def _joined(calls: list[AffineTerm]) -> AffineTerm:
+def _merge_calls(calls: list[AffineTerm]) -> AffineTerm:
     if len(calls) == 1:
         return calls[0]
-    first = calls[0]
     return replace(
-        first,
+        calls[0],
         inputs=lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
         cotangents=torch.cat([call.cotangents for call in calls], 2),
         apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),

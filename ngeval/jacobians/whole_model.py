@@ -1,26 +1,34 @@
-"""Whole-model rows J_nᵀv: ``vmap`` over samples, and a loop that works for any model.
+"""The two whole-model engines: ``vmap`` over samples, and a loop that works for any model.
 
 Both take a model function, some of its samples and Q cotangents for each, and return for each
-parameter the rows of shape ``(samples, Q, *parameter.shape)``.
+parameter the rows J_nᵀv of shape ``(samples, Q, *parameter.shape)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from ngeval.jacobians.terms import ComputedTerm
 from ngeval.model.checks import Inputs
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.model.function import (
+    ModelFunction,
+    Parameters,
+    autograd_enabled,
+    map_inputs,
+    pull_back,
+)
 
 
 def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
     """All samples at once: ``vmap`` over samples of a VJP, ``vmap``-ed over its cotangents."""
-    batch = map_inputs(function.inputs, lambda t: t[samples])
+    batch = map_inputs(function.inputs, itemgetter(samples))
 
-    def rows_of_one(sample: Inputs, vectors: Tensor) -> Parameters:
+    def rows_of_sample(sample: Inputs, vectors: Tensor) -> Parameters:
         outputs, pull_back, *_ = torch.func.vjp(
             lambda p: function.single(p, sample), function.parameters
         )
@@ -28,7 +36,7 @@ def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
         return rows
 
     with autograd_enabled():
-        result: Parameters = torch.func.vmap(rows_of_one)(batch, cotangents)
+        result: Parameters = torch.func.vmap(rows_of_sample)(batch, cotangents)
     return result
 
 
@@ -38,42 +46,71 @@ def loop_rows(
     cotangents: Tensor,
     names: Iterable[str] | None = None,
 ) -> Parameters:
-    """One sample, one cotangent at a time by plain autograd: slow, and works for any model.
+    """One sample and one cotangent at a time by plain autograd: slow, and works for any model.
 
     Args:
         function: the model at θ on its batch.
         samples: which samples of the batch.
         cotangents: v of shape ``(samples, Q, *positions, C)``.
-        names: the parameters whose rows are wanted; default: all.
+        names: parameters to differentiate; default: all.
     """
-    wanted = list(function.parameters) if names is None else list(names)
-    leaves = {n: function.parameters[n].detach().requires_grad_() for n in wanted}
+    names = list(function.parameters if names is None else names)
+    leaves = {name: function.parameters[name].detach().requires_grad_() for name in names}
     rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
     start = samples.start or 0
-    for offset, vectors in enumerate(cotangents):
-        one = slice(start + offset, start + offset + 1)
+    for n, vectors in enumerate(cotangents, start):
         with autograd_enabled():
             outputs = function(
                 {**function.parameters, **leaves},
-                map_inputs(function.inputs, itemgetter(one)),
+                map_inputs(function.inputs, itemgetter(slice(n, n + 1))),
                 fused=True,
             )
             for vector in vectors:
-                gradients = torch.autograd.grad(
-                    outputs,
-                    list(leaves.values()),
-                    vector.unsqueeze(0).to(outputs.dtype),
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                for name, gradient in zip(leaves, gradients, strict=True):
-                    rows[name].append(gradient.to_dense() if gradient.is_sparse else gradient)
+                gradients = pull_back(outputs, leaves, vector.unsqueeze(0), retain_graph=True)
+                for name, gradient in gradients.items():
+                    rows[name].append(gradient)
     lead = cotangents.shape[:2]
     return {
-        name: _stacked(found).reshape(*lead, *leaves[name].shape) for name, found in rows.items()
+        name: _stacked(parts).reshape(*lead, *leaves[name].shape) for name, parts in rows.items()
     }
 
 
+def whole_model_term(
+    compute_rows: Callable[[ModelFunction, slice, Tensor], Parameters],
+    function: ModelFunction,
+    samples: slice,
+    cotangents: Tensor,
+    names: Iterable[str] | None = None,
+) -> ComputedTerm:
+    """The term of rows that `vmap_rows` or `loop_rows` computes when they are used.
+
+    Args:
+        compute_rows: the engine.
+        function: the model at θ on its batch.
+        samples: which samples of the batch.
+        cotangents: v of shape ``(samples, Q, *positions, C)``.
+        names: the parameters whose rows it gives; default: all.
+    """
+    start = samples.start or 0
+
+    def compute(chosen: slice, vectors: slice) -> Parameters:
+        first, last, _ = chosen.indices(len(cotangents))
+        block = slice(start + first, start + last)
+        return compute_rows(function, block, cotangents[chosen, vectors])
+
+    names = function.parameters if names is None else names
+    shapes = {name: function.parameters[name].shape for name in names}
+    return ComputedTerm(cotangents.shape[0], cotangents.shape[1], shapes, compute)
+
+
+def loop_term(
+    function: ModelFunction, names: list[str], samples: slice, cotangents: Tensor
+) -> ComputedTerm:
+    """The term of some parameters' rows by `loop_rows`."""
+    compute_rows = partial(loop_rows, names=names)
+    return whole_model_term(compute_rows, function, samples, cotangents, names)
+
+
 def _stacked(rows: list[Tensor]) -> Tensor:
-    """Without a copy where there is one row, which may be as large as the model."""
+    """Without a copy of a single row, which may be as large as the model."""
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)

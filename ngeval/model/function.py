@@ -8,6 +8,7 @@ hooks are the same afterwards, also after an exception.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -142,6 +143,12 @@ class ModelFunction:
         return sum(p.numel() for p in self.parameters.values())
 
     @property
+    def offsets(self) -> dict[str, int]:
+        """Where each parameter begins in a flat vector of length P."""
+        sizes = [p.numel() for p in self.parameters.values()]
+        return dict(zip(self.parameters, itertools.accumulate([0, *sizes]), strict=False))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The widest dtype among the trainable parameters; flat vectors have it."""
         dtype = next(iter(self.parameters.values())).dtype
@@ -258,14 +265,7 @@ class ModelFunction:
         with autograd_enabled():
             leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
             outputs = self(leaves, fused=True)
-            gradients = torch.autograd.grad(
-                outputs,
-                list(leaves.values()),
-                cotangent.to(outputs.dtype),
-                materialize_grads=True,
-            )
-        dense = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
-        return dict(zip(leaves, dense, strict=True))
+            return pull_back(outputs, leaves, cotangent)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's own order."""
@@ -320,6 +320,21 @@ def autograd_enabled() -> Iterator[None]:
     """Record gradients whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def pull_back(
+    outputs: Tensor, leaves: Parameters, cotangent: Tensor, *, retain_graph: bool = False
+) -> Parameters:
+    """Jᵀw by one backward pass from recorded outputs: dense gradients by parameter name."""
+    gradients = torch.autograd.grad(
+        outputs,
+        list(leaves.values()),
+        cotangent.to(outputs.dtype),
+        materialize_grads=True,
+        retain_graph=retain_graph,
+    )
+    dense = [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
+    return dict(zip(leaves, dense, strict=True))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
