@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngeval import plots
-from ngeval.analysis.ranking import three_stages
+from ngeval.analysis.stages import three_stages
 from ngeval.errors import InputError, nearest_name
 from ngeval.results.manifest import manifest_path
 from studies import STUDIES
@@ -127,7 +127,7 @@ def draw_tasks(read: Read) -> Figure:
 PICTURES: dict[str, Callable[[Read], Figure]] = {
     "stages": lambda read: plots.stages_figure(read("digits")),
     "damping": draw_damping,
-    "imbalance": lambda read: plots.imbalance_figure(read("digits-norms")),
+    "imbalance": lambda read: plots.norms_figure(read("digits-norms")),
     "tasks": draw_tasks,
     "kfac": lambda read: plots.kfac_figure(read("digits-compare")),
     "ranking": lambda read: plots.ranking_figure(read("digits-compare")),

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from ngeval.analysis.ranking import at_best_damping
+from ngeval.analysis.best_damping import at_best_damping
 from ngeval.checkpoints import find_checkpoints
 from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError

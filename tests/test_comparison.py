@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 import ngeval
-from ngeval.analysis.ranking import COLUMNS, at_best_damping, ranking, three_stages
+from ngeval.analysis.best_damping import at_best_damping
+from ngeval.analysis.ranking import COLUMNS, ranking
+from ngeval.analysis.stages import three_stages
 from ngeval.analysis.summary import summarize
 
 DAMPINGS = (1e-4, 1e-2, 1.0)

@@ -12,7 +12,8 @@ import scipy.stats
 from rich.console import Console
 
 from ngeval import InputError
-from ngeval.analysis.training_results import average_ranks, outcomes, performance, t_interval
+from ngeval.analysis.intervals import t_interval
+from ngeval.analysis.training_results import average_ranks, outcomes, performance
 from ngeval.cli import console
 from ngeval.cli.training_tables import performance_tables, trained_line
 from ngeval.plots import performance_figure

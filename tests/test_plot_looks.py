@@ -240,15 +240,15 @@ class TestKinds:
         assert figure_of(tables).axes
 
     def test_tables_that_do_not_go_together(self):
-        with pytest.raises(InputError, match="gamma and layers do not go into one picture"):
+        with pytest.raises(InputError, match="gammas and layers cannot be in one picture"):
             kind_of({"a": gammas(), "b": layers()})
-        with pytest.raises(InputError, match="columns a, and is of none"):
+        with pytest.raises(InputError, match="a has the columns a and is not a result table"):
             kind_of({"a": pd.DataFrame({"a": [1]})})
-        with pytest.raises(InputError, match="python -m studies diagonal --from"):
+        with pytest.raises(InputError, match="rows of a study; `python -m studies diagonal --from"):
             kind_of({"a": pd.DataFrame({"study": ["diagonal"]})})
 
     def test_a_kind_that_the_table_has_not(self):
-        with pytest.raises(InputError, match="a holds a table of gamma, which does not go"):
+        with pytest.raises(InputError, match="a holds a table of gammas, which cannot be in"):
             figure_of({"a": gammas(), "b": samples()}, "imbalance")
         with pytest.raises(InputError, match="no column gamma_over_sgd"):
             figure_of({"a": layers().drop(columns="gamma_over_sgd")}, "damping")

@@ -162,19 +162,19 @@ class TestValues:
     def test_layers(self, value, tmp_path):
         table = layers(3, ("ief",))
         save_figure(layers_figure(table.assign(excess=value)), tmp_path / "a.png")
-        with pytest.raises(InputError, match="shares that are no finite numbers"):
+        with pytest.raises(InputError, match="shares that are not finite"):
             layers_figure(table.assign(curvature_share=value))
 
     @pytest.mark.parametrize("column", ["gamma_over_sgd", "damping", "epoch"])
     def test_texts_among_numbers_are_named(self, column):
         table = small()
         header = pd.DataFrame([{name: name for name in table} | {"status": "ok"}])
-        message = f"the column {column} holds '{column}', .* a header row"
+        message = f"column {column} has '{column}' in row 1; it should hold numbers .*a header row"
         mixed = table.astype({column: object})
         mixed.loc[0, column] = header.loc[0, column]
         with pytest.raises(InputError, match=message):
             plot_stages(mixed)
-        with pytest.raises(InputError, match="gradient_norm holds 'abc'"):
+        with pytest.raises(InputError, match="gradient_norm has 'abc'"):
             norms_figure(samples().assign(gradient_norm="abc"))
 
     def test_a_second_header_is_left_out(self):

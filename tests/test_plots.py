@@ -11,13 +11,13 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ngeval import InputError
-from ngeval.cli.tables import checkpoint_labels
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.cli import tables
 from ngeval.plots import (
     PAGE,
     Chosen,
     damping_figure,
     figure_of,
-    imbalance_figure,
     norms_figure,
     plot_damping,
     plot_imbalance,
@@ -236,7 +236,7 @@ class TestDamping:
 
 class TestImbalance:
     def test_two_panels_with_the_same_stages(self):
-        figure = imbalance_figure(samples())
+        figure = norms_figure(samples())
         upper, lower = figure.axes
         assert (upper.get_xlabel(), lower.get_xlabel()) == ("", "training epoch")
         assert upper.get_xlim() == lower.get_xlim()
@@ -283,7 +283,7 @@ class TestImbalance:
     def test_a_norm_of_zero_is_told(self):
         table = samples()
         table.loc[0, "gradient_norm"] = 0.0
-        figure = imbalance_figure(table)
+        figure = norms_figure(table)
         figure.canvas.draw()
         assert figure.axes[0].get_title() == "1 of 96 norms are 0"
         with pytest.raises(InputError, match="every batch"):
@@ -438,7 +438,7 @@ class TestStyle:
         before = table.copy()
         stages_figure(table)
         damping_figure(table)
-        imbalance_figure(samples())
+        norms_figure(samples())
         pd.testing.assert_frame_equal(table, before)
         assert dict(mpl.rcParams) == settings
 
@@ -446,7 +446,7 @@ class TestStyle:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for index, figure in enumerate(
-                (stages_figure(gammas()), damping_figure(gammas()), imbalance_figure(samples()))
+                (stages_figure(gammas()), damping_figure(gammas()), norms_figure(samples()))
             ):
                 figure.savefig(tmp_path / f"{index}.png")
 
@@ -483,8 +483,8 @@ def test_steps_of_a_million_are_told_in_full():
     rows = [{"checkpoint": f"{step}.pt", "epoch": math.nan, "step": step} for step in steps]
     table = pd.DataFrame(rows)
     expected = [f"step {step:.0f}" for step in steps]
+    assert list(tables.checkpoint_labels(table).values()) == expected
     assert list(checkpoint_labels(table).values()) == expected
-    assert [style.checkpoint_title(table, row["checkpoint"]) for row in rows] == expected
 
 
 def test_a_label_that_comes_twice_is_shown_once():

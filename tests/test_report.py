@@ -22,16 +22,18 @@ import ngeval.report.page
 import ngeval.report.tables
 from ngeval import InputError, OutputError
 from ngeval.analysis.intervals import geometric_means
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.tables import kind_of
 from ngeval.cli.app import app
 from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
 from ngeval.report.colours import CONTRAST, DARK, contrast, dark, looks_of
 from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.findings import findings
-from ngeval.report.sources import Source, Topic, kind_of, topics
-from ngeval.report.summaries import at_best, grades
+from ngeval.report.sources import Source, Topic, topics
+from ngeval.report.summaries import grades
 from ngeval.report.tables import gamma_table
-from ngeval.report.wording import chart_text, checkpoint_labels, shortened, with_interval
+from ngeval.report.wording import chart_text, with_interval
 from ngeval.results.manifest import manifest, write_manifest
 from tests.pages import blocks, run_here, shell_lines
 from tests.report_cases import (
@@ -128,12 +130,17 @@ class TestSources:
     @pytest.mark.parametrize(
         ("table", "message"),
         [
-            (pd.DataFrame({"a": [1], "b": [2]}), r"x\.csv is a table of another kind.*a, b"),
+            (
+                pd.DataFrame({"a": [1], "b": [2]}),
+                r"x\.csv has the columns a, b and is not a result table of ngeval",
+            ),
             (gammas().assign(study="s"), r"x\.csv holds the rows of a study"),
         ],
     )
     def test_others_are_refused_by_name(self, tmp_path, table, message):
-        with pytest.raises(InputError, match=f"{message}.*takes the result files of ngeval gamma"):
+        with pytest.raises(
+            InputError, match=f"{message}.*come from ngeval.evaluate and ngeval gamma"
+        ):
             source(tmp_path, table, "x.csv")
 
     def test_a_file_twice_is_refused(self, tmp_path):
@@ -144,7 +151,7 @@ class TestSources:
     def test_text_among_numbers_is_named(self, tmp_path):
         table = gammas().astype({"gamma_over_sgd": object})
         table.loc[4, "gamma_over_sgd"] = "much"
-        with pytest.raises(InputError, match=r"gamma\.csv: column gamma_over_sgd holds 'much'"):
+        with pytest.raises(InputError, match=r"gamma\.csv: column gamma_over_sgd has 'much'"):
             topics([source(tmp_path, table)])
 
     def test_tasks_of_several_files(self, tmp_path):
@@ -242,7 +249,7 @@ class TestFindings:
         text = said(gammas=gammas())
         assert "At λ = 1e-6 and epoch 10, nearer to the natural gradient than SGD: iEF;" in text
         assert "farther from it than SGD: EF;" in text
-        assert "cannot be told from SGD with these batches: diag." in text
+        assert "not distinguishable from SGD with these batches: diag." in text
 
     @pytest.mark.parametrize("seed", range(8))
     def test_nothing_is_nearer_or_farther_unless_its_interval_says_so(self, seed):
@@ -255,13 +262,19 @@ class TestFindings:
         last = last.set_index("method").drop("sgd")
         sentence = said(gammas=table).splitlines()[1]
         names = {"ief": "iEF", "ef": "EF", "diag": "diag"}
-        parts = {"nearer": "", "farther": "", "cannot": ""}
+        parts = {"nearer": "", "farther": "", "not distinguishable": ""}
         for part in sentence.rstrip(".").split("; "):
             parts[next(word for word in parts if word in part)] = part.rpartition(": ")[2]
         for method, name in names.items():
             low = last["gamma_over_sgd_geomean_low"][method]
             high = last["gamma_over_sgd_geomean_high"][method]
-            where = "nearer" if high < 1 - 1e-4 else "farther" if low > 1 + 1e-4 else "cannot"
+            where = (
+                "nearer"
+                if high < 1 - 1e-4
+                else "farther"
+                if low > 1 + 1e-4
+                else "not distinguishable"
+            )
             found = [key for key, told in parts.items() if name in re.split(", | and ", told)]
             assert found == [where]
 
@@ -279,11 +292,11 @@ class TestFindings:
 
     def test_nearest_and_an_end_of_the_range(self):
         text = said(gammas=gammas())
-        assert "Nearest to the least γ there is at epoch 10: iEF (λ = 1e-6) with " in text
+        assert "Nearest to the least γ possible at epoch 10: iEF (λ = 1e-6) with " in text
         assert " × γ_min. The next is SGD, whose γ is 2 [1.84, 2.17] × iEF's, batch by" in text
         assert "left out" not in text
         natural = gammas({"sgd": 1.0, "ief": 0.5, "ef": 10.0, "ng": 0.25})
-        assert "there is at epoch 10, exact NG left out: iEF (λ = 1e-6) with " in said(
+        assert "possible at epoch 10, exact NG left out: iEF (λ = 1e-6) with " in said(
             gammas=natural
         )
         ends = "EF (the largest, 1); iEF (the smallest, 1e-6)"
@@ -294,14 +307,14 @@ class TestFindings:
     def test_two_that_are_equal_cannot_be_told_apart(self):
         table = gammas({"sgd": 1.0, "ief": 0.5, "twin": 0.5})
         text = said(gammas=table)
-        assert "It cannot be told from twin (λ = 1e-6), whose γ is " in text
+        assert "It is not distinguishable from twin (λ = 1e-6), whose γ is " in text
         assert "× iEF's, batch by batch (each method at the λ that is best" in text
 
     def test_change_over_training(self):
         text = said(gammas=gammas(noise=0.0))
         assert "From epoch 0 to epoch 10, γ over SGD's goes at λ = 1e-6: " in text
         assert "EF from 1.23 to 10 (× 8.11" in text
-        assert "diag from 1 to 1 (no change that can be told)" in text
+        assert "diag from 1 to 1 (no significant change)" in text
 
     def test_over_which_damping(self):
         table = gammas(noise=0.0)
@@ -406,7 +419,7 @@ class TestCharts:
     @staticmethod
     def charts():
         table = gammas()
-        labels = checkpoint_labels([table])
+        labels = checkpoint_labels(table)
         return [
             *gamma_charts(grades(table), labels),
             *sample_charts(samples(), labels),
@@ -459,7 +472,7 @@ class TestCharts:
         assert label == "epoch 10"
         assert trace["text"][-1] == "ief"
         assert trace["text"][0] == "ef"
-        best = at_best(grades(gammas())).query("checkpoint == 'runs/epoch-010.pt'")
+        best = grades(gammas()).best.query("checkpoint == 'runs/epoch-010.pt'")
         expected = best.set_index("method")["best"]
         found = dict(zip(trace["text"], trace["x"], strict=True))
         for method, value in found.items():
@@ -484,19 +497,19 @@ class TestCharts:
 
     def test_many_methods_have_no_bands(self):
         table = gammas({"sgd": 1.0, **{f"m{i}": 0.5 for i in range(12)}})
-        chart = next(gamma_charts(grades(table), checkpoint_labels([table])))
+        chart = next(gamma_charts(grades(table), checkpoint_labels(table)))
         assert not [t for _, traces in chart.options for t in traces if t["meta"].get("band")]
 
     def test_names_are_shown_as_they_are(self):
         assert chart_text("<b>a&b</b>") == "&lt;b&gt;a&amp;b&lt;/b&gt;"
         assert "$" not in chart_text("$x$")
-        assert len(shortened("x" * 100)) == 28
+        assert len(chart_text("x" * 100)) == 28
 
 
 class TestTable:
     def test_first_shown_are_the_last_checkpoint_and_the_smallest_damping(self):
         table = gammas()
-        found = gamma_table(grades(table), checkpoint_labels([table]))
+        found = gamma_table(grades(table), checkpoint_labels(table))
         assert len(found.rows) == 36
         shown = [[cell.text for cell in row.cells] for row in found.rows if not row.hidden]
         assert [row[0] for row in shown] == ["sgd", "ief", "ef", "diag"]
@@ -505,7 +518,7 @@ class TestTable:
     def test_a_long_one_is_thinned_and_says_so(self, monkeypatch):
         monkeypatch.setattr(ngeval.report.tables, "MAX_ROWS", 40)
         table = gammas(dampings=tuple(np.geomspace(1e-6, 1, 20)))
-        found = gamma_table(grades(table), checkpoint_labels([table]))
+        found = gamma_table(grades(table), checkpoint_labels(table))
         assert len(found.rows) <= 40 + 12
         assert "of 20 λ" in found.note
         marked = [row for row in found.rows if "best" in row.filters["damping"]]
@@ -647,7 +660,7 @@ class TestFacts:
         parts = Source(tmp_path / "l.csv", "layers", layers(), beside)
         found = dict(facts(Topic("t", {"layers": parts.table}, [parts])))
         assert found["batches"] == "3 for each checkpoint, N = 160 samples each"
-        assert found["model's dtype"] == "its own (no other was asked for)"
+        assert found["model's dtype"] == "unchanged (--dtype was not given)"
         training = Source(tmp_path / "t.csv", "training", trainings(), manifest({"seed": 9}))
         other = Topic("t", {"layers": layers(), "training": training.table}, [training])
         assert dict(facts(other))["seed"] == "not recorded"  # that of a training is another
@@ -703,7 +716,7 @@ class TestCommand:
         )
         (tmp_path / "x.csv").write_text("a,b\n1,2\n")
         result = self.run(tmp_path / "x.csv", "-o", tmp_path / "r.html", code=2)
-        assert "x.csv is a table of another kind" in result.stderr
+        assert "x.csv has the columns a, b and is not a result table of ngeval" in result.stderr
         assert not (tmp_path / "r.html").exists()
 
     def test_help_has_examples(self):

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 import ngeval.report.page
 from ngeval import InputError, OutputError
+from ngeval.analysis.stages import checkpoint_labels
 from ngeval.errors import NgevalError
 from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.facts import facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, ends_of, topics
 from ngeval.report.summaries import grades
-from ngeval.report.wording import checkpoint_labels, interval_text, with_interval
+from ngeval.report.wording import interval_text, with_interval
 from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results
 from tests.report_cases import gammas, layers, samples, trainings
@@ -125,9 +126,7 @@ class TestRows:
         both = pd.concat([gammas(), gammas()[:5]])
         (found,) = topics(read(tmp_path, {"g.csv": both}))
         assert len(found.tables["gammas"]) == len(gammas())
-        assert found.notes == [
-            "g.csv: 5 rows stand there more than once, with all columns alike; counted once."
-        ]
+        assert found.notes == ["g.csv: 5 rows are there more than once, and counted once."]
         assert findings(found) == findings(topics(read(tmp_path, {"g.csv": gammas()}))[0])
 
     @pytest.mark.parametrize(
@@ -141,7 +140,9 @@ class TestRows:
     )
     def test_rows_that_contradict_each_other_are_refused(self, tmp_path, table, column, keys):
         other = table[-2:].assign(**{column: table[column] * 1.5 + 1})
-        message = rf"x\.csv: 2 rows stand for one that is there already \({keys} agree"
+        message = (
+            rf"x\.csv: 2 rows repeat an earlier one with different numbers \(they agree in {keys};"
+        )
         with pytest.raises(InputError, match=message):
             topics(read(tmp_path, {"x.csv": pd.concat([table, other])}))
 
@@ -217,11 +218,11 @@ class TestRows:
         table.loc[(table["sample"] == 3) & (table["batch"] == 0), "gradient_norm"] = value
         text = told_of(read(tmp_path, {"i.csv": table}))
         assert f"3 left out: the gradient's norm is {reason}" in text
-        assert "3 batches hold a sample whose norm is none" in text
+        assert "3 batches hold a sample with an invalid norm (NaN, infinite or negative)" in text
         assert "means over 5 batches" in text
         assert "without a gradient" not in text
         table.loc[table["sample"] == 3, "gradient_norm"] = value
-        assert "No batch has an imbalance" in told_of(read(tmp_path, {"i.csv": table}))
+        assert "No batch has a finite imbalance" in told_of(read(tmp_path, {"i.csv": table}))
 
     def test_norms_without_a_batch_are_of_one(self, tmp_path):
         table = samples()[lambda t: t["batch"] == 0].assign(batch=np.nan)
@@ -233,7 +234,7 @@ class TestRows:
     def test_columns_that_must_be_told_are_named(self, tmp_path, column, value):
         table = gammas().astype({column: object})
         table.loc[7, column] = value
-        with pytest.raises(InputError, match=rf"g\.csv: column {column} .* in row 7"):
+        with pytest.raises(InputError, match=rf"g\.csv: column {column} .* in row 8"):
             topics(read(tmp_path, {"g.csv": table}))
 
     @pytest.mark.parametrize("seed", ["a0", 0.5, [1, 2], {"a": 1}])
@@ -252,7 +253,7 @@ class TestVerdicts:
         table.loc[mine, "gamma_over_sgd"] = 1 - 1e-9 * (1 + table["batch"])
         text = said(gammas=table)
         assert "nearer to the natural gradient" not in text
-        assert "cannot be told from SGD with these batches: mine" in text
+        assert "not distinguishable from SGD with these batches: mine" in text
 
     @pytest.mark.parametrize("end", [1.00011, 1.0004, 1.003, 1.02, 0.99985, 0.9994, 0.996])
     def test_an_end_that_decides_is_not_shown_as_one(self, end):
@@ -270,7 +271,7 @@ class TestVerdicts:
         table = gammas(batches=3)
         table.loc[(table["method"] == "ef") & (table["batch"] > 0), "status"] = "failed"
         text = said(gammas=table)
-        assert "not told, for one batch has no interval: EF" in text
+        assert "unknown, for one batch has no interval: EF" in text
         assert "Caution: intervals over 3 batches are too narrow" in text
         assert re.search(r"EF from \S+ to \S+ \(without an interval\)", text)
 
@@ -293,10 +294,10 @@ class TestVerdicts:
     def test_large_steps_are_whole_and_differ(self):
         table = gammas().drop(columns="epoch")
         table["step"] = 1_234_567 + table["step"] / 10
-        labels = list(checkpoint_labels([table]).values())
+        labels = list(checkpoint_labels(table).values())
         assert labels == ["step 1234567", "step 1234572", "step 1234577"]
         halves = table.assign(step=table["step"] / 1e7)
-        assert len(set(checkpoint_labels([halves]).values())) == 3
+        assert len(set(checkpoint_labels(halves).values())) == 3
 
 
 TABLES = {"gammas": gammas(batches=2, epochs=(0, 1)), "samples": samples()[:40]}

@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Statistics of result tables: tables in, numbers out, without torch."""

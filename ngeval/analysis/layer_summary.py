@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError
+from ngeval.analysis.tables import require
 
 SUMMED = ("decrease_share", "curvature_share")
 """Columns that add up to 1 over layers."""
@@ -18,7 +18,7 @@ GEOMETRIC = ("gamma", "gamma_over_sgd", "gamma_over_best", "gamma_total")
 
 
 def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over batches of what `layer_table` found.
+    """Means over batches of the numbers of `layer_table`.
 
     Args:
         table: rows of `layer_table` for several batches and checkpoints.
@@ -29,11 +29,9 @@ def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
         gamma_over_best, gamma_total``, and ``num_parameters``. Rows that failed do not count.
 
     Raises:
-        InputError: the table is another one.
+        InputError: a column is missing.
     """
-    missing = [name for name in ("layer", *SUMMED, "excess") if name not in table]
-    if missing:
-        raise InputError(f"the table has no column {', '.join(missing)}; is it layer_table's?")
+    require(table, "layer", *SUMMED, "excess")
     keys = [key for key in ("checkpoint", "method", "damping", "layer") if key in table]
     rows = table[table["status"] != "failed"]
     rows = rows.assign(layer=rows["layer"].astype(str))  # "0" comes from a file as a number
@@ -45,21 +43,21 @@ def summarize_layers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def leading_layers(summary: pd.DataFrame, count: int) -> list[str]:
-    """The layers with the greatest shares, of loss or of KL and of either sign, in their order."""
+    """The layers with the largest absolute shares, of loss or of KL, in the table's order."""
     size = summary[[*SUMMED]].abs().max(axis=1).groupby(summary["layer"], sort=False).max()
     if len(size) <= count:
         return list(size.index)
-    chosen = set(size.nlargest(count - 1).index)
-    return [name for name in size.index if name in chosen]
+    largest = set(size.nlargest(count - 1).index)
+    return [name for name in size.index if name in largest]
 
 
 def with_rest(rows: pd.DataFrame, leading: Sequence[str]) -> pd.DataFrame:
-    """The rows of leading layers, and the others' sums as one; the rest has no γ of its own."""
-    kept = rows[rows["layer"].isin(leading)]
-    others = rows[~rows["layer"].isin(leading)]
-    if others.empty:
-        return kept
+    """The rows of the leading layers, and one with the sums over the others, which has no γ."""
+    is_leading = rows["layer"].isin(leading)
+    if is_leading.all():
+        return rows
+    others = rows[~is_leading]
     sums = others[["num_parameters", *SUMMED, "excess"]].sum()
     rest = {**rows.iloc[0], **sums, "layer": f"rest ({len(others)})"}
-    rest |= {"gamma": math.nan, "gamma_over_sgd": math.nan, "gamma_over_best": math.nan}
-    return pd.concat([kept, pd.DataFrame([rest])], ignore_index=True)
+    rest |= dict.fromkeys(("gamma", "gamma_over_sgd", "gamma_over_best"), math.nan)
+    return pd.concat([rows[is_leading], pd.DataFrame([rest])], ignore_index=True)

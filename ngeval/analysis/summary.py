@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.intervals import mean_intervals
+from ngeval.analysis.intervals import group_means
+from ngeval.analysis.tables import SUMMARIZED, numbers, require
 from ngeval.errors import InputError
-
-SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
-"""The columns that `summarize` needs besides ``status``."""
 
 
 def summarize(
@@ -27,7 +24,7 @@ def summarize(
 
     Args:
         table: rows of `evaluate` for several batches; only rows with ``status == "ok"`` count.
-        by: the columns that define a group; those absent from the table are left out.
+        by: the columns that define a group; those absent from the table are ignored.
         confidence: coverage of the percentile bootstrap intervals.
         resamples: number of bootstrap resamples.
         seed: for the resampling.
@@ -59,52 +56,42 @@ def summarize(
     keys = [key for key in by if key in table.columns]
     if not keys:
         raise InputError(f"none of the columns {list(by)} is in the table")
-    missing = [name for name in ("status", *SUMMARIZED) if name not in table.columns]
-    if missing:
-        raise InputError(f"the table has no column {', '.join(missing)}; is it evaluate's?")
-    usable = table[table["status"] == "ok"]
-    usable = usable.assign(**{name: _numbers(usable[name], name) for name in SUMMARIZED})
-    grouped = usable.groupby(keys, sort=False, dropna=False)
-    summary = grouped.size().rename("batches").reset_index()
+    require(table, "status", *SUMMARIZED)
+    usable = numbers(table[table["status"] == "ok"], *SUMMARIZED)
     floors = usable["gamma_floor"] * usable["gamma_over_sgd"] / usable["gamma"]
     with np.errstate(divide="ignore"):  # a floor of 0 (an overflowing uᵀH⁺u) has log −∞
         usable = usable.assign(log_floor=np.log(floors))
-    floor_groups = usable.groupby(keys, sort=False, dropna=False)
-    summary["floor_over_sgd"] = np.exp(floor_groups["log_floor"].mean().to_numpy())
+    grouped = usable.groupby(keys, sort=False, dropna=False)
+    summary = grouped.size().rename("batches").reset_index()
+    summary["floor_over_sgd"] = np.exp(grouped["log_floor"].mean().to_numpy())
     for ratio in ("gamma_over_sgd", "gamma_over_ng"):
         values = [group.dropna().to_numpy(dtype=float) for _, group in grouped[ratio]]
-        for suffix, transform, back in (
-            ("mean", np.asarray, np.asarray),
-            ("geomean", np.log, np.exp),
+        for mean, transform, back in (
+            (f"{ratio}_mean", np.asarray, np.asarray),
+            (f"{ratio}_geomean", np.log, np.exp),
         ):
-            means, low, high = _intervals(
-                [transform(v) for v in values], confidence, resamples, seed
-            )
-            name = f"{ratio}_{suffix}"
-            summary[name] = back(means)
-            summary[f"{name}_low"], summary[f"{name}_high"] = back(low), back(high)
+            groups = [transform(group) for group in values]
+            summary[[mean, f"{mean}_low", f"{mean}_high"]] = back(
+                group_means(groups, confidence=confidence, resamples=resamples, seed=seed)
+            ).T
     return summary
 
 
-def _intervals(
-    groups: list[np.ndarray], confidence: float, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and percentile bootstrap interval of every group; groups of one length together."""
-    means = np.array([group.mean() if len(group) else math.nan for group in groups])
-    low, high = np.full((2, len(groups)), math.nan)
-    for length in sorted({len(group) for group in groups} - {0, 1}):
-        chosen = [i for i, group in enumerate(groups) if len(group) == length]
-        low[chosen], high[chosen] = mean_intervals(
-            np.stack([groups[i] for i in chosen]),
-            confidence=confidence,
-            resamples=resamples,
-            seed=seed,
-        )
-    return means, low, high
+def with_natural(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add rows of the method ``ng`` if there are none, from the bounds on γ_NG(λ).
 
-
-def _numbers(column: pd.Series, name: str) -> np.ndarray:
-    try:
-        return pd.to_numeric(column).to_numpy(dtype=float, na_value=np.nan)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"column {name} of the table holds no numbers: {error!s:.200}") from error
+    Both bounds agree to a relative ``gap`` of 10⁻⁴ as a rule; their geometric mean is taken. A
+    table without them (``--no-natural``) stays as it is.
+    """
+    if "ng" in set(rows["method"]) or not {"gamma_ng_lower", "gamma_ng_upper"} <= set(rows):
+        return rows
+    keys = [key for key in ("checkpoint", "batch", "damping") if key in rows]
+    single = rows.drop_duplicates(keys)
+    lower, upper = single["gamma_ng_lower"], single["gamma_ng_upper"]
+    gamma = np.sqrt(lower.where(lower > 0) * upper.where(upper > 0))
+    over_sgd = gamma * single["gamma_over_sgd"] / single["gamma"]
+    least = single.get("gamma_min", np.nan)
+    natural = single.assign(
+        method="ng", gamma=gamma, gamma_over_sgd=over_sgd, gamma_over_ng=gamma / least
+    )
+    return pd.concat([rows, natural[np.isfinite(gamma)]], ignore_index=True)

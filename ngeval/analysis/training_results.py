@@ -7,140 +7,46 @@ Made from the rows of tuned trainings, one for each epoch, in the manner of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import scipy
 
+from ngeval.analysis.intervals import t_interval
+from ngeval.analysis.tables import FINITE, TEXT, WHOLE, Column, checked, require
 from ngeval.errors import InputError
 
 FIGURES = ("test_accuracy", "test_loss", "train_loss")
-"""What has a mean and an interval, the first two at the best validation epoch, the third after
-the last one."""
+"""The numbers that have a mean and an interval: two at the best validation epoch, and the last at
+the end."""
 
-TEXTS: dict[str, tuple[str, ...]] = {
-    "task": (),
-    "optimizer": (),
-    "phase": ("search", "final"),
-    "monitor": ("train_loss", "validation_loss", "validation_accuracy"),
-    "status": ("ok", "diverged", "failed"),
+COLUMNS: dict[str, Column] = {
+    "task": TEXT,
+    "optimizer": TEXT,
+    "phase": Column("text", ("search", "final")),
+    "monitor": Column("text", ("train_loss", "validation_loss", "validation_accuracy")),
+    "status": Column("text", ("ok", "diverged", "failed")),
+    **dict.fromkeys(("trial", "seed", "epoch"), WHOLE),
+    **dict.fromkeys(("learning_rate", "damping", "train_loss"), FINITE),
+    **{
+        f"{part}_{what}": FINITE for part in ("validation", "test") for what in ("loss", "accuracy")
+    },
 }
-"""The columns of text that are needed, with what may stand there (anything, where nothing is
-listed)."""
-
-WHOLE = ("trial", "seed", "epoch")
-"""The columns of whole numbers that are needed; no row lacks one."""
-
-NUMBERS = (
-    "learning_rate",
-    "damping",
-    "train_loss",
-    *(f"{part}_{what}" for part in ("validation", "test") for what in ("loss", "accuracy")),
-)
-"""The columns of finite numbers that are needed, where some may be missing; ``train_accuracy`` is
-one more where nothing is held out."""
-
-
-def t_interval(
-    values: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean of independent values, with Student's t-interval for it.
-
-    mean ± t_{n−1} · s/√n, with s the standard deviation (n − 1 in its denominator).
-
-    Args:
-        values: n of them; NaN are left out.
-        confidence: that the interval holds the mean, were the values normally distributed.
-
-    Returns:
-        Mean, low and high end; the ends of fewer than two values are NaN.
-    """
-    kept = np.asarray(values, dtype=float)
-    kept = kept[~np.isnan(kept)]
-    if len(kept) == 0:
-        return math.nan, math.nan, math.nan
-    mean = float(kept.mean())
-    if len(kept) == 1:
-        return mean, math.nan, math.nan
-    # Through the package, so that scipy.stats (a second to import) is loaded when needed.
-    quantile = float(scipy.stats.t.ppf(0.5 + confidence / 2, len(kept) - 1))
-    half = quantile * float(kept.std(ddof=1)) / math.sqrt(len(kept))
-    return mean, mean - half, mean + half
+"""The columns that are needed, and what they may hold."""
 
 
 def checked_rows(rows: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
-    """A table's rows, once it is known that performance can be made from them.
+    """The rows of trainings with one type for each column.
 
     Args:
         rows: as they were read, also those that somebody edited.
         source: what they were read from, for messages.
 
-    Returns:
-        The rows, with columns of one kind each: texts, whole numbers, numbers with NaN where there
-        are none. Columns that are not needed stay as they are.
-
     Raises:
-        InputError: a column is missing, or holds what it cannot.
+        InputError: a column is missing, or holds a value that it may not.
     """
-    missing = [name for name in (*TEXTS, *WHOLE, *NUMBERS) if name not in rows]
-    if missing:
-        raise InputError(
-            f"{source} has no column {', '.join(missing)}; performance is computed from the "
-            "rows of tuned trainings, one for each epoch (training.parquet)"
-        )
-    columns = {name: _text(rows[name], allowed, source) for name, allowed in TEXTS.items()}
-    columns |= {name: _whole(rows[name], source) for name in WHOLE}
-    numbers = (*NUMBERS, "train_accuracy") if "train_accuracy" in rows else NUMBERS
-    columns |= {name: _numbers(rows[name], source) for name in numbers}
-    return rows.assign(**columns)
-
-
-def _text(column: pd.Series, allowed: Sequence[str], source: str) -> pd.Series:
-    # A task may be called 1, which a CSV file gives back as a number.
-    fits = [
-        isinstance(value, str | int | float)
-        and not _is_nan(value)
-        and (not allowed or value in allowed)
-        for value in column
-    ]
-    _refuse(column, fits, " or ".join(allowed) or "text", source)
-    return column.astype(str)
-
-
-def _whole(column: pd.Series, source: str) -> pd.Series:
-    values = _as_numbers(column)
-    _refuse(column, np.isfinite(values) & (values == np.round(values)), "whole numbers", source)
-    return values.astype("int64")
-
-
-def _numbers(column: pd.Series, source: str) -> pd.Series:
-    values = _as_numbers(column)
-    fits = [
-        math.isfinite(number) or told is None or told is pd.NA or _is_nan(told)
-        for told, number in zip(column, values, strict=True)
-    ]
-    _refuse(column, fits, "finite numbers, or nothing", source)
-    return values
-
-
-def _as_numbers(column: pd.Series) -> pd.Series:
-    """The numbers of a column, NaN where there is something else."""
-    plain = [value if isinstance(value, int | float | np.number) else math.nan for value in column]
-    return pd.Series(plain, index=column.index, dtype=float)
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _refuse(column: pd.Series, fits: Sequence[bool] | pd.Series, wanted: str, source: str) -> None:
-    wrong = np.flatnonzero(~np.asarray(fits, dtype=bool))
-    if len(wrong):
-        raise InputError(
-            f"{source}: column {column.name} has {column.tolist()[wrong[0]]!r} in row "
-            f"{wrong[0] + 1}; it should hold {wanted}"
-        )
+    require(rows, *COLUMNS, source=source)
+    # Where no data are held out, the performance is that on the training data.
+    return checked(rows, COLUMNS | {"train_accuracy": FINITE}, source)
 
 
 def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -177,20 +83,20 @@ def _outcome(rows: pd.DataFrame) -> dict[str, object]:
         )
     monitor = str(rows["monitor"].iloc[0])
     judged = rows[monitor].to_numpy(dtype=float)
-    # Without validation data nothing tells an epoch from the next: the last one counts.
+    # Without validation data no epoch is better than the next, and the last one counts.
     best = len(rows) - 1
     if monitor != "train_loss" and not np.isnan(judged).all():
         best = int(np.nanargmax(judged) if monitor.endswith("accuracy") else np.nanargmin(judged))
-    told = rows.to_dict("records")[best]
-    data = next((p for p in ("test", "validation") if not pd.isna(told[f"{p}_loss"])), "train")
+    row = rows.to_dict("records")[best]
+    data = next((p for p in ("test", "validation") if not pd.isna(row[f"{p}_loss"])), "train")
     return {
-        "task": told["task"],
-        "optimizer": told["optimizer"],
-        "seed": told["seed"],
+        "task": row["task"],
+        "optimizer": row["optimizer"],
+        "seed": row["seed"],
         "data": data,
-        "best_epoch": told["epoch"],
-        "test_loss": told[f"{data}_loss"],
-        "test_accuracy": told.get(f"{data}_accuracy", math.nan),
+        "best_epoch": row["epoch"],
+        "test_loss": row[f"{data}_loss"],
+        "test_accuracy": row.get(f"{data}_accuracy", math.nan),
         "train_loss": rows["train_loss"].iloc[-1],
     }
 
@@ -260,27 +166,22 @@ def _performance(rows: pd.DataFrame, ended: pd.DataFrame, confidence: float) -> 
 
 
 def _edges(search: pd.DataFrame, final: pd.DataFrame) -> list[str]:
-    """Which of the tuned settings is the least or the largest of those that were tried."""
-    found = []
+    """Which of the tuned settings is the smallest or the largest of those that were tried."""
+    edges = []
     for name in ("learning_rate", "damping") if len(final) else ():
         tried = search[name].dropna()
         if tried.nunique() > 1 and final[name].iloc[0] in (tried.min(), tried.max()):
-            found.append(name)
-    return found
+            edges.append(name)
+    return edges
 
 
 def _ranks(rows: pd.DataFrame, metric: str) -> pd.Series:
     """Ranks on a task: fewer diverged trainings first, then the better mean; equals share one."""
     sign = -1.0 if metric == "test_accuracy" else 1.0
     value = (sign * rows[f"{metric}_mean"]).fillna(math.inf)
-    lost = rows["diverged"].where(rows["seeds"] > 0, math.inf)
-    keys = list(zip(lost, value, strict=True))
-    order = sorted(set(keys))
-    first = {
-        key: 1 + sum(keys.count(other) for other in order[:place])
-        for place, key in enumerate(order)
-    }
-    return pd.Series([float(first[key]) for key in keys], index=rows.index)
+    diverged = rows["diverged"].where(rows["seeds"] > 0, math.inf)
+    order = pd.MultiIndex.from_arrays([diverged, value])
+    return pd.Series(order.factorize(sort=True)[0], index=rows.index).rank(method="min")
 
 
 def average_ranks(table: pd.DataFrame) -> pd.Series:

@@ -15,7 +15,7 @@ from ngeval.errors import InputError
 from ngeval.plots import (
     FIGURE_SUFFIXES,
     damping_figure,
-    imbalance_figure,
+    norms_figure,
     save_figure,
     stages_figure,
 )
@@ -114,7 +114,7 @@ class Demo:
         figures = {
             "stages": stages_figure(gammas),
             "damping": damping_figure(gammas, list(dict.fromkeys(stages))),
-            "imbalance": imbalance_figure(samples),
+            "imbalance": norms_figure(samples),
         }
         for kind, figure in figures.items():
             save_figure(figure, self.figures[kind])

@@ -12,28 +12,22 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ngeval.analysis import stages
+from ngeval.analysis.best_damping import without_damping
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
-from ngeval.analysis.ranking import three_stages, without_damping
+from ngeval.analysis.stages import three_stages
 from ngeval.analysis.summary import summarize
 from ngeval.problem.gamma import imbalance
-from ngeval.utils.text import visible, whole_or_short
+from ngeval.utils.text import visible
 
 MAX_LAYERS = 16
 """Layers of an update in a printed table."""
 
 
 def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
-    """A short label for each checkpoint: its epoch or step where known, else its path's end."""
-    labels = {}
-    for name, rows in table.groupby("checkpoint", sort=False):
-        label = visible(str(name)[-40:])
-        for told in ("step", "epoch"):
-            if told in rows and math.isfinite(value := float(rows[told].iloc[0])):
-                label = f"{told} {whole_or_short(value)}"
-        labels[str(name)] = escape(label)
-    if len(set(labels.values())) < len(labels):  # several runs
-        return {name: escape(visible(name[-40:])) for name in labels}
-    return labels
+    """`ngeval.analysis.stages.checkpoint_labels` for a terminal."""
+    labels = stages.checkpoint_labels(table)
+    return {name: escape(visible(label[-40:])) for name, label in labels.items()}
 
 
 def stages_table(table: pd.DataFrame, damping: float) -> Table:

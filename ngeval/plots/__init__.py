@@ -1,13 +1,13 @@
 """Pictures of result tables, for papers and notebooks.
 
-Every ``plot_*`` draws on an ``ax`` that is given, or makes one, and returns it; every ``*_figure``
-is a whole picture, at the width that it is printed at. Colours are Okabe and Ito's, which
-colour-blind readers tell apart; each method keeps its colour and marker in every picture.
+Every ``plot_*`` draws on a given ``ax``, or makes one, and returns it; every ``*_figure`` is a
+whole picture, at its printed width. Colours are those of Okabe and Ito, which colour-blind readers
+can distinguish; each method has the same colour and marker in every picture.
 ``plt.style.use("ngeval.plots.ngeval")`` gives other pictures the same style.
 """
 
 from ngeval.plots.gamma import damping_figure, plot_damping, plot_stages
-from ngeval.plots.imbalance import imbalance_figure, norms_figure, plot_imbalance, plot_norms
+from ngeval.plots.imbalance import norms_figure, plot_imbalance, plot_norms
 from ngeval.plots.kinds import FIGURES, Chosen, figure_of, kind_of
 from ngeval.plots.layers import layers_figure, plot_layers
 from ngeval.plots.ranking import kfac_figure, plot_ranking, ranking_figure
@@ -25,7 +25,6 @@ __all__ = [
     "Chosen",
     "damping_figure",
     "figure_of",
-    "imbalance_figure",
     "kfac_figure",
     "kind_of",
     "layers_figure",

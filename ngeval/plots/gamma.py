@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.analysis.ranking import graded, numbers
-from ngeval.analysis.summary import SUMMARIZED, summarize
-from ngeval.dampings import check_dampings
+from ngeval.analysis.best_damping import smallest_positive
+from ngeval.analysis.intervals import geometric_means
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.summary import with_natural
+from ngeval.analysis.tables import graded, numbers, require
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
-    checkpoint_title,
     in_style,
     label_outer,
     legend_below,
     legend_under,
     own_axes,
     panels,
-    require,
     stage_label,
     stage_ticks,
     styles_of,
@@ -45,11 +45,11 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
 
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
-        damping: which λ, as given; None takes the smallest positive one in the table.
+        damping: λ as the table has it; None takes the smallest positive one in the table.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or nothing at that damping.
+        InputError: the table lacks a column, or has no rows at that damping.
     """
     table = usable(table, "checkpoint")
     rows, value = at_damping(table, damping)
@@ -72,12 +72,10 @@ def draw_stages(
         rows: those that could be computed.
         axes: where to draw.
         styles: of each method; see `styles_of`.
-        labels: other names for the legend.
+        labels: names of methods for the legend, if not their own.
     """
     staged = with_stage(rows)
-    summary = summarize(staged, ("x", "method"))
-    for method in _drawn_methods(summary):
-        part = summary[summary["method"] == method].sort_values("x")
+    for method, part in _by_method(geometric_means(staged, ["x", "method"], "gamma_over_sgd")):
         label = (labels or {}).get(method) or name_text(method)
         line_with_band(axes, part, "x", styles[method], label)
     _ratio_axis(axes)
@@ -91,22 +89,22 @@ def plot_damping(
 ) -> Axes:
     """γ/γ_SGD of every method against λ at one checkpoint, with the floor as a dashed line.
 
-    The exact natural gradient is drawn also where ``ng`` was not among the methods, from the
-    bounds on its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out.
+    The exact natural gradient is also drawn if ``ng`` was not among the methods, from the bounds on
+    its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out.
 
     Args:
         table: rows of `ngeval.evaluate` at many dampings (``ngeval sweep``'s output).
-        checkpoint: which one; None takes the first in the table.
+        checkpoint: its name; None takes the first in the table.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or no such checkpoint.
+        InputError: the table lacks a column, or has no such checkpoint.
     """
     table = usable(table)
     if "checkpoint" in table:
         names = list(dict.fromkeys(table["checkpoint"].astype(str)))
         checkpoint = names[0] if checkpoint is None else checkpoint
-        table = table[table["checkpoint"] == checkpoint]
+        table = table[table["checkpoint"].astype(str) == checkpoint]
         if table.empty:
             raise InputError(
                 f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
@@ -115,40 +113,20 @@ def plot_damping(
     if rows.empty:
         raise InputError("the only damping is 0, which has no place on a logarithmic axis")
     rows = with_natural(rows)
-    summary = summarize(rows, ("method", "damping"))
+    floors = rows["gamma_floor"] * rows["gamma_over_sgd"] / rows["gamma"]
+    keys = ["method", "damping"]
+    floor = geometric_means(rows.assign(floor=floors), keys, "floor", resamples=0)["mean"].median()
     styles = styles_of(rows)
     with own_axes(ax, (COLUMN, 2.9)) as axes:
-        for method in _drawn_methods(summary):
-            part = summary[summary["method"] == method].sort_values("damping")
-            single = len(part) == 1  # a line through one point would not be seen
+        for method, part in _by_method(geometric_means(rows, keys, "gamma_over_sgd")):
+            single = len(part) == 1  # a line through one point would not be visible
             line_with_band(axes, part, "damping", styles[method], name_text(method), markers=single)
-        floor = float(summary["floor_over_sgd"].median())
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=0.9, label="floor")
         log_scale(axes, "x")
         _ratio_axis(axes)
         axes.set_xlabel(f"damping λ ({scale_of(table)})")
         legend_under(axes)
     return axes
-
-
-def with_natural(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add rows of the method ``ng`` where there are none, from the bounds on γ_NG(λ).
-
-    Both bounds agree to a relative ``gap`` of 10⁻⁴ as a rule; their geometric mean is taken. A
-    table without them (``--no-natural``) stays as it is.
-    """
-    if "ng" in set(rows["method"]) or not {"gamma_ng_lower", "gamma_ng_upper"} <= set(rows):
-        return rows
-    keys = [key for key in ("checkpoint", "batch", "damping") if key in rows]
-    single = rows.drop_duplicates(keys)
-    lower, upper = single["gamma_ng_lower"], single["gamma_ng_upper"]
-    gamma = np.sqrt(lower.where(lower > 0) * upper.where(upper > 0))
-    over_sgd = gamma * single["gamma_over_sgd"] / single["gamma"]
-    least = single.get("gamma_min", np.nan)
-    natural = single.assign(
-        method="ng", gamma=gamma, gamma_over_sgd=over_sgd, gamma_over_ng=gamma / least
-    )
-    return pd.concat([rows, natural[np.isfinite(gamma)]], ignore_index=True)
 
 
 def damping_figure(
@@ -161,7 +139,8 @@ def damping_figure(
         checkpoints: which; None takes up to four.
         width: of the figure in inches; None takes a column for one panel, else a page.
     """
-    names = list(dict.fromkeys(table["checkpoint"])) if "checkpoint" in table else [None]
+    labels = checkpoint_labels(table) if "checkpoint" in table else {}
+    names: list[str | None] = [*labels] or [None]
     if checkpoints is not None:
         names = list(checkpoints)
     elif len(names) > MAX_STAGES:
@@ -172,7 +151,7 @@ def damping_figure(
         for ax, name in zip(grid, names, strict=True):
             plot_damping(table, name, ax)
             if name is not None:
-                ax.set_title(checkpoint_title(table, name))
+                ax.set_title(name_text(labels[str(name)]))
             without_legend(ax)
         label_outer(grid)
         legend_below(*grid)
@@ -180,33 +159,32 @@ def damping_figure(
 
 
 def usable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows of a γ table that can be drawn; see `ngeval.comparison.graded`.
+    """The rows of a γ table that can be drawn; see `ngeval.analysis.tables.graded`.
 
     Raises:
-        InputError: there are none, or the table has not the columns.
+        InputError: there are none, or the table lacks a column.
     """
-    require(table, *columns, "method", "damping", "status", *SUMMARIZED)
-    usable = graded(table)
-    if usable.empty:
+    require(table, *columns)
+    rows = graded(table)
+    if rows.empty:
         raise InputError(
             "no row of the table has status 'ok' and a finite positive γ and γ/γ_SGD, so there is "
             "nothing to draw"
         )
-    return numbers(usable, "gamma_ng_lower", "gamma_ng_upper")
+    return numbers(rows, "gamma_ng_lower", "gamma_ng_upper")
 
 
 def chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
-    """The λ of the table that is nearest to the one asked for; None: the smallest positive one.
+    """The λ of the table nearest to the given one; for None the smallest positive one.
 
     Raises:
         InputError: none is near.
     """
     present = np.sort(table["damping"].unique())
     if damping is None:
-        positive = present[present > 0]
-        return float(positive[0] if len(positive) else present[0])
-    check_dampings([damping])
-    nearest = float(present[np.argmin(np.abs(np.log((present + 1e-300) / (damping + 1e-300))))])
+        return smallest_positive(present)
+    distances = np.abs(np.log((present + 1e-300) / (max(damping, 0.0) + 1e-300)))
+    nearest = float(present[np.argmin(distances)])
     if not np.isclose(nearest, damping, rtol=0.5, atol=0):
         raise InputError(f"no rows near damping {damping:g}; the nearest is {nearest:g}")
     return nearest
@@ -219,13 +197,14 @@ def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame
 
 
 def scale_of(table: pd.DataFrame) -> str:
-    """What λ multiplies."""
+    """The damping scale: what λ multiplies."""
     return name_text(table["damping_scale"].iloc[0]) if "damping_scale" in table else "absolute"
 
 
-def _drawn_methods(summary: pd.DataFrame) -> list[str]:
-    """The methods in the order of the table; SGD is the line at 1."""
-    return [method for method in dict.fromkeys(summary["method"]) if method != "sgd"]
+def _by_method(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The means of each method in the order of the table; SGD is the line at 1."""
+    parts = means.groupby("method", sort=False)
+    return ((str(method), part) for method, part in parts if method != "sgd")
 
 
 def _ratio_axis(axes: Axes) -> None:

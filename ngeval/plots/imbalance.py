@@ -11,16 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 
-from ngeval.analysis.ranking import numbers
+from ngeval.analysis.norms import imbalance_means
+from ngeval.analysis.tables import numbers, require
 from ngeval.errors import InputError
-from ngeval.plots.means import geometric_means, line_with_band
+from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
     COLUMN,
     in_style,
     legend_below,
     legend_under,
     own_axes,
-    require,
     stage_label,
     stage_ticks,
     with_stage,
@@ -29,9 +29,9 @@ from ngeval.plots.style import (
 from ngeval.plots.ticks import log_scale
 
 MAX_VIOLINS = 15
-"""Stages whose distributions are drawn one by one; more are drawn as bands of quantiles."""
+"""Stages whose distributions are drawn; of more stages, bands of quantiles are."""
 
-_BLUE, _GREY = "#0072B2", "#444444"  # grey, for it is no method's
+_BLUE, _GREY = "#0072B2", "#444444"  # grey, which no method has
 _BANDS = ((0.05, 0.95, 0.2, "5–95 %"), (0.25, 0.75, 0.35, "25–75 %"))
 
 
@@ -40,15 +40,15 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Up to `MAX_VIOLINS` stages: a density each (of the logarithms, Gaussian kernel, Scott's width),
     all of the same width, from the least norm to the greatest; more stages: bands of quantiles.
-    The line joins the medians. A norm of 0 has no place on the logarithmic axis, nor has one that
-    is no finite number; how many there are is told above.
+    The line joins the medians. Norms that are 0 or not finite have no place on the logarithmic
+    axis; the title counts them.
 
     Args:
         table: ``ngeval imbalance``'s output, one row for each sample.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or no norm above 0.
+        InputError: the table lacks a column, or has no norm above 0.
     """
     require(table, "checkpoint", "gradient_norm")
     rows = _with_norms(table)
@@ -67,11 +67,11 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         axes.set_xlabel(stage_label(rows))
         axes.set_ylabel("per-sample gradient norm\n‖gₙ‖ (nats)")
         zeros = int((rows["gradient_norm"] == 0).sum())
-        told = [f"{zeros} of {len(rows)} norms are 0"] if zeros else []
-        if others := len(rows) - len(positive) - zeros:
-            told.append(f"{others} of {len(rows)} norms are not finite")
-        if told:
-            axes.set_title("\n".join(told))
+        others = len(rows) - len(positive) - zeros
+        counts = {"are 0": zeros, "are not finite": others}
+        missing = [f"{n} of {len(rows)} norms {what}" for what, n in counts.items() if n]
+        if missing:
+            axes.set_title("\n".join(missing))
         legend_under(axes)
     return axes
 
@@ -80,26 +80,23 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Imbalance of the gradient norms, max‖gₙ‖/min‖gₙ‖ of a batch, against the training stage.
 
     The line is the geometric mean over batches, the band its 95 % bootstrap interval. A batch with
-    a norm that is 0, or no finite number, has no such ratio and does not count.
+    a norm that is 0 or not finite has no such ratio and does not count.
 
     Args:
         table: ``ngeval imbalance``'s output, one row for each sample.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or every batch has such a norm.
+        InputError: the table lacks a column, or every batch has such a norm.
     """
     require(table, "checkpoint", "gradient_norm")
     rows = _with_norms(table)
-    keys = [key for key in ("x", "batch") if key in rows]
-    whole = rows[rows.groupby(keys, dropna=False)["is_norm"].transform("all")]
-    extremes = whole.groupby(keys, dropna=False)["gradient_norm"].agg(["min", "max"]).reset_index()
-    if extremes.empty:
+    means = imbalance_means(rows, "x")
+    if means.empty:
         raise InputError(
-            "every batch has a sample of gradient norm 0, or one that is no finite number, so "
-            "max/min is not defined"
+            "every batch has a sample of gradient norm 0 or one that is not finite, so max/min is "
+            "not defined"
         )
-    means = geometric_means(extremes["x"], extremes["max"] / extremes["min"])
     with own_axes(ax, (COLUMN, 1.9)) as axes:
         line_with_band(axes, means, "x", (_GREY, "o", "-"), "max/min")
         log_scale(axes, "y")
@@ -134,11 +131,6 @@ def norms_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
     return figure
 
 
-def imbalance_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
-    """`norms_figure`, by the name of its kind in ``ngeval plot``."""
-    return norms_figure(table, width=width)
-
-
 def _with_norms(table: pd.DataFrame) -> pd.DataFrame:
     """Rows with ``x``, and with ``is_norm``: whether a norm is positive and finite."""
     rows = numbers(with_stage(table), "gradient_norm")
@@ -147,15 +139,15 @@ def _with_norms(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
-    """Densities of the logarithms, put back onto the norms' own axis."""
+    """Densities of the logarithms on the axis of the norms."""
     places = sorted(rows["x"].unique())
     groups = [np.log(rows.loc[rows["x"] == x, "gradient_norm"].to_numpy()) for x in places]
-    # Few stages that lie far apart would make bodies that reach before the first one's time.
-    apart = float(min(np.diff(places).min(), np.ptp(places) / 6)) if len(places) > 1 else 1.0
+    # Of few stages that are far apart, bodies would reach beyond the first and the last stage.
+    gap = float(min(np.diff(places).min(), np.ptp(places) / 6)) if len(places) > 1 else 1.0
     drawn: dict[str, Any] = axes.violin(
         [_violin(logs) for logs in groups],
         places,
-        widths=0.8 * apart,
+        widths=0.8 * gap,
         showextrema=False,
     )
     for index, body in enumerate(drawn["bodies"]):
@@ -164,13 +156,13 @@ def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
 
 
 def _violin(logs: np.ndarray) -> dict[str, Any]:
-    """What `Axes.violin` draws one body from."""
+    """The statistics from which `Axes.violin` draws one body."""
     where = np.linspace(logs.min(), logs.max(), 120)
-    flat = np.ptp(logs) == 0  # a kernel has no width there
-    density = np.ones_like(where) if flat else GaussianKDE(logs).evaluate(where)
-    ends = {"mean": np.mean(logs), "median": np.median(logs), "min": logs.min(), "max": logs.max()}
-    moved = {name: float(np.exp(value)) for name, value in ends.items()}
-    return {"coords": np.exp(where), "vals": density, **moved}
+    is_flat = np.ptp(logs) == 0  # the kernel would have no width
+    density = np.ones_like(where) if is_flat else GaussianKDE(logs).evaluate(where)
+    marks = {"mean": np.mean(logs), "median": np.median(logs), "min": logs.min(), "max": logs.max()}
+    marks = {name: float(np.exp(value)) for name, value in marks.items()}
+    return {"coords": np.exp(where), "vals": density, **marks}
 
 
 def _draw_bands(rows: pd.DataFrame, axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""What each layer of an update buys and spends."""
+"""The loss that each layer of an update buys, and the KL that it spends."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from ngeval.analysis.layer_summary import (
     summarize_layers,
     with_rest,
 )
-from ngeval.analysis.ranking import numbers
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.tables import numbers, require
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
-    checkpoint_title,
     in_style,
     label_outer,
     legend_below,
     legend_under,
     own_axes,
     panels,
-    require,
     without_legend,
 )
 from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24
-"""Layers in a picture; those with smaller shares are one bar."""
+"""Bars in a picture; the last one is the rest."""
 
 _BARS = (  # the shares, side by side
     ("decrease_share", "#0072B2", "loss bought (of dᵀg)"),
@@ -62,14 +61,14 @@ def plot_layers(
 
     Args:
         table: rows of `ngeval.layer_table` (``ngeval layers``'s output).
-        method: which one; None takes the first.
-        damping: which λ, as given; None takes the smallest positive one.
-        checkpoint: which one; None takes the last.
-        layers: those to be shown, the others being one bar; None takes the greatest shares.
+        method: its name; None takes the first.
+        damping: λ as the table has it; None takes the smallest positive one.
+        checkpoint: its name; None takes the last.
+        layers: those with their own bars; None takes those with the largest shares.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or no such method, damping or checkpoint.
+        InputError: the table lacks a column, or has no such method, damping or checkpoint.
     """
     summary = _chosen(table, damping, checkpoint)
     names = list(dict.fromkeys(summary["method"]))
@@ -105,8 +104,8 @@ def layers_figure(
 
     Args:
         table: rows of `ngeval.layer_table` (``ngeval layers``'s output).
-        damping: which λ, as given; None takes the smallest positive one.
-        checkpoint: which one; None takes the last.
+        damping: λ as the table has it; None takes the smallest positive one.
+        checkpoint: its name; None takes the last.
         width: of the figure in inches; None takes a column for one method, else a page.
     """
     summary = _chosen(table, damping, checkpoint)
@@ -125,7 +124,8 @@ def layers_figure(
         label_outer(grid)
         where = f"λ = {number_text(summary['damping'].iloc[0])}"
         if "checkpoint" in summary:
-            where = f"{checkpoint_title(table, summary['checkpoint'].iloc[0])}, {where}"
+            label = checkpoint_labels(table)[str(summary["checkpoint"].iloc[0])]
+            where = f"{name_text(label)}, {where}"
         figure.suptitle(where)
         legend_below(grid[0])
     return figure
@@ -147,25 +147,25 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
 
 
 def _finite(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose two shares can be drawn; γ ratios that are none become NaN.
+    """Rows whose two shares can be drawn; γ ratios that are not possible become NaN.
 
     Raises:
-        InputError: there are none, or a column of numbers has a text in it.
+        InputError: there are none, or a column of numbers holds text.
     """
     rows = numbers(rows, "damping", "num_parameters", *SUMMED, "excess", *GEOMETRIC)
     rows = rows.replace([np.inf, -np.inf], np.nan).dropna(subset=[*SUMMED, "damping"])
     rows = rows[rows["damping"] >= 0]
     if rows.empty:
         raise InputError(
-            "every row of the table has status 'failed' or shares that are no finite numbers, so "
-            "there is nothing to draw"
+            "every row of the table has status 'failed' or shares that are not finite, so there is "
+            "nothing to draw"
         )
     ratios = {name: rows[name].where(rows[name] > 0) for name in GEOMETRIC if name in rows}
     return rows.assign(**ratios, method=rows["method"].fillna("").astype(str))
 
 
 def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> None:
-    """γ(d_l) over the least γ in its layer, at the right of each pair of bars."""
+    """Write γ(d_l) over the least γ of its layer at the right of each pair of bars."""
     if ratios.isna().all():
         return
     right = axes.get_yaxis_transform()

@@ -5,21 +5,6 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ngeval.analysis import intervals as bootstrap
-
-
-def geometric_means(x: pd.Series, values: pd.Series[float]) -> pd.DataFrame:
-    """The geometric mean of positive values for each x, with its 95 % bootstrap interval.
-
-    Returns:
-        Columns ``x, gamma_over_sgd_geomean`` and that with ``_low`` and ``_high``, in order of x;
-        intervals of a single value are NaN.
-    """
-    found = bootstrap.geometric_means(pd.DataFrame({"x": x, "value": values}), ["x"], "value")
-    mean = "gamma_over_sgd_geomean"
-    names = {"mean": mean, "low": f"{mean}_low", "high": f"{mean}_high"}
-    return found.rename(columns=names).sort_values("x")
-
 
 def line_with_band(
     axes: Axes,
@@ -30,20 +15,21 @@ def line_with_band(
     *,
     markers: bool = True,
 ) -> None:
-    """Draw the column ``gamma_over_sgd_geomean`` with its interval.
+    """Draw geometric means with their intervals.
 
     Args:
         axes: where to draw.
-        means: of `summarize` or `geometric_means`, in order of x.
+        means: `ngeval.analysis.intervals.geometric_means`.
         x: the column of the horizontal axis.
         style: colour, marker and dash.
         label: for the legend.
-        markers: on each point; without them a line of many points is easier to follow.
+        markers: on each point; a line of many points is easier to follow without.
     """
+    means = means.sort_values(x)
     colour, marker, dash = style
     axes.plot(
         means[x],
-        means["gamma_over_sgd_geomean"],
+        means["mean"],
         color=colour,
         linestyle=dash,
         marker=marker if markers else "",
@@ -51,8 +37,8 @@ def line_with_band(
     )
     axes.fill_between(
         means[x].to_numpy(dtype=float),
-        means["gamma_over_sgd_geomean_low"].to_numpy(dtype=float),
-        means["gamma_over_sgd_geomean_high"].to_numpy(dtype=float),
+        means["low"].to_numpy(dtype=float),
+        means["high"].to_numpy(dtype=float),
         color=colour,
         alpha=0.18,
         linewidth=0,

@@ -1,4 +1,8 @@
-"""Names of users in pictures: plain text of which nothing is lost, of no more than a line."""
+"""Names in pictures: plain text on one line.
+
+matplotlib would read a dollar sign as the start of a formula, leave a name that begins with an
+underscore out of the legend, and warn of each character that its fonts do not have.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +17,35 @@ from ngeval.utils.text import MAX_NAME, shortened
 
 _GENERIC = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
 SIDE = 24
-"""Letters of names beside a panel, which has what they leave of a column's width."""
+"""Characters of names beside a panel, which takes the rest of a column's width."""
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""Stands for what cannot be drawn: control characters, and what no font at hand has."""
+"""Replaces control characters, and characters that no available font has."""
 
 
 def name_text(name: object, most: int = MAX_NAME) -> str:
-    r"""A method's, layer's, task's or checkpoint's name as matplotlib draws it letter by letter.
+    r"""A method's, layer's, task's or checkpoint's name as text that matplotlib draws as it is.
 
-    A dollar sign begins no formula; white space is a space; a name that begins with an underscore,
-    which would have no place in a legend, gets a space in front; of a long one the end is kept.
+    White space becomes a space; a name that begins with an underscore gets a space in front; of a
+    long one the end is kept.
 
     >>> print(name_text("$x_1$"), name_text("_mine"), name_text(""))
     \$x_1\$  _mine (no name)
     """
     flat = shortened(" ".join(str(name).split()), most)
     if not flat.isascii() or not flat.isprintable():
-        known = _letters(tuple(_families()))
-        flat = "".join(letter if _is_drawn(letter, known) else UNKNOWN for letter in flat)
+        known = _characters(tuple(_families()))
+        flat = "".join(character if _is_drawn(character, known) else UNKNOWN for character in flat)
     flat = flat.replace("$", r"\$")
     return f" {flat}" if flat.startswith("_") else flat or "(no name)"
 
 
-def _is_drawn(letter: str, known: frozenset[int]) -> bool:
-    return unicodedata.category(letter)[0] != "C" and ord(letter) in known
+def _is_drawn(character: str, known: frozenset[int]) -> bool:
+    return unicodedata.category(character)[0] != "C" and ord(character) in known
 
 
 def _families() -> list[str]:
-    """The fonts that matplotlib is set to try, by name."""
+    """The names of the fonts that matplotlib is set to try."""
     settings: dict[Any, Any] = mpl.rcParams
     families: list[str] = []
     for family in mpl.rcParams["font.family"]:
@@ -50,8 +54,8 @@ def _families() -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _letters(families: tuple[str, ...]) -> frozenset[int]:
-    """The code points of those fonts that there are."""
+def _characters(families: tuple[str, ...]) -> frozenset[int]:
+    """The code points of the fonts that are installed."""
     known: set[int] = set()
     present = {font.name for font in font_manager.fontManager.ttflist}
     for family in families:

@@ -10,13 +10,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.analysis.ranking import at_best_damping, ranking
+from ngeval.analysis.best_damping import at_best_damping
+from ngeval.analysis.ranking import ranking
+from ngeval.analysis.stages import checkpoint_labels
 from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
 from ngeval.plots.names import SIDE, name_text
 from ngeval.plots.style import (
     COLUMN,
-    checkpoint_title,
     in_style,
     label_outer,
     legend_below,
@@ -35,8 +36,8 @@ KFAC_METHODS = {
     "kfac-sf": "kfac-sf (KFAC, sampled label)",
     "kfac-ef": "kfac-ef (eKFAC)",
 }
-"""The methods of Wu et al.'s comparison, with their names for them; KFAC's output factors by the
-expectation over labels, and by one drawn label, as it is trained with."""
+"""The methods of Wu et al.'s comparison, with the paper's names. KFAC's output factors are by the
+expectation over labels, or by one drawn label, as in training."""
 
 _STAGE_STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#000000", "D"))
 
@@ -48,26 +49,26 @@ def kfac_figure(
     *,
     width: float | None = None,
 ) -> Figure:
-    """γ/γ_SGD over training stages for iEF and KFAC's kinds, in the manner of Wu et al.
+    """γ/γ_SGD over training stages for iEF and variants of KFAC, in the manner of Wu et al.
 
-    On the left each method at its own best λ for every checkpoint, on the right all at one λ.
+    On the left each method at its best λ for every checkpoint, on the right all at one λ.
     Geometric means over batches with 95 % bootstrap intervals. Source of the comparison: Wu et al.
     (arXiv 2406.06420), the experiments on KFAC.
 
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
-        damping: λ of the right panel, as given; None takes the smallest positive one.
-        methods: others than ``ief, kfac-ief, kfac, kfac-sf, kfac-ef``.
+        damping: λ of the right panel as the table has it; None takes the smallest positive one.
+        methods: their names; None takes ``ief, kfac-ief, kfac, kfac-sf, kfac-ef``.
         width: of the figure in inches; None takes a page for two panels, a column for one.
 
     Raises:
-        InputError: the table has not the columns, none of the methods, or nothing at that λ.
+        InputError: the table lacks a column, the methods, or rows at that λ.
     """
     table = usable(table, "checkpoint")
-    wanted = list(KFAC_METHODS) if methods is None else list(methods)
-    rows = table[table["method"].isin(wanted)]
+    names = list(KFAC_METHODS) if methods is None else list(methods)
+    rows = table[table["method"].isin(names)]
     if rows.empty:
-        raise InputError(f"the table has none of the methods {', '.join(wanted)}")
+        raise InputError(f"the table has none of the methods {', '.join(names)}")
     at_one, value = at_damping(rows, damping)
     styles = styles_of(table)
     parts = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
@@ -86,20 +87,21 @@ def kfac_figure(
 def plot_ranking(
     table: pd.DataFrame, checkpoints: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """γ/γ_min of every method at an early, a middle and a late checkpoint; 1 is the least there is.
+    """γ/γ_min of every method at an early, a middle and a late checkpoint; 1 is the least possible.
 
     Each method at its best λ of those in the table; geometric means over batches with 95 %
     bootstrap intervals; the best at the last checkpoint on top.
 
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval compare``'s output).
-        checkpoints: which; None takes the first, the middle and the last.
+        checkpoints: their names; None takes the first, the middle and the last.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, or no γ_min.
+        InputError: the table lacks a column, or γ_min.
     """
     ranked = ranking(usable(table, "checkpoint"), checkpoints)
+    labels = checkpoint_labels(table)
     if ranked["gamma_over_ng"].isna().all():
         raise InputError("the table has no γ_min (--no-natural or another metric), so no γ/γ_min")
     stages = list(dict.fromkeys(ranked["checkpoint"]))
@@ -109,7 +111,7 @@ def plot_ranking(
         for index, name in enumerate(stages):
             rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
             style = _STAGE_STYLES[(index - len(stages)) % len(_STAGE_STYLES)]
-            label = f"{rows['stage_name'].dropna().iloc[0]}: {checkpoint_title(table, name)}"
+            label = f"{rows['stage_name'].dropna().iloc[0]}: {name_text(labels[str(name)])}"
             offset = 0.22 * (index - (len(stages) - 1) / 2)
             _draw_stage(axes, rows, np.arange(len(methods)) + offset, style, label)
         axes.set_yticks(np.arange(len(methods)), [name_text(method, SIDE) for method in methods])
@@ -150,13 +152,13 @@ def ranking_figure(
     *,
     width: float | None = None,
 ) -> Figure:
-    """`plot_ranking` in a figure of its own, as wide as a column or as is told (inches)."""
+    """`plot_ranking` as a whole figure, as wide as a column or as given in inches."""
     count = table["method"].nunique() if "method" in table else 1
     with in_style():
         figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
         plot_ranking(table, checkpoints, axes)
         without_legend(axes)
-        legend_below(axes)  # as wide as the figure, names of methods and all
+        legend_below(axes)  # which may be as wide as the figure
     return figure
 
 

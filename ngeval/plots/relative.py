@@ -5,9 +5,10 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ngeval.analysis.intervals import geometric_means
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import at_damping, scale_of, usable
-from ngeval.plots.means import geometric_means, line_with_band
+from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
 from ngeval.plots.ticks import log_scale, number_text
@@ -23,23 +24,23 @@ def plot_relative(
     """γ of one method over that of another against the training stage; below 1 it is closer to NG.
 
     The line is the geometric mean of the ratio within each batch, the band its 95 % bootstrap
-    interval. What batches have in common cancels, so that the interval is narrower than what two
-    lines over SGD would show.
+    interval. Differences between batches cancel, so that the interval is narrower than the two of
+    the methods' ratios to SGD.
 
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
         method: the numerator.
         reference: the denominator.
         damping: which λ, as given; None takes the smallest positive one in the table.
-        ax: where to draw, also a second ratio; None makes a figure.
+        ax: where to draw, for example a second ratio; None makes a figure.
 
     Raises:
-        InputError: the table has not the columns, one of the methods, or that damping.
+        InputError: the table lacks a column, one of the methods, or that damping.
     """
     table = usable(table, "checkpoint")
     rows, value = at_damping(table, damping)
     ratios = with_stage(_ratios(rows, method, reference))
-    means = geometric_means(ratios["x"], ratios["ratio"])
+    means = geometric_means(ratios, ["x"], "ratio")
     colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
     upper, lower = name_text(method), name_text(reference)
     with own_axes(ax, (COLUMN, 2.2)) as axes:
@@ -57,15 +58,15 @@ def _ratios(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
     """One row for each checkpoint and batch in which both could be computed.
 
     Raises:
-        InputError: one of them is not in the table, or there is no batch with both.
+        InputError: one of them is not in the table, or no batch has both.
     """
     names = list(dict.fromkeys(rows["method"]))
     for name in (method, reference):
         if name not in names:
             raise InputError(f"no rows for method {name!r}; {nearest_name(name, names)}")
     keys = [key for key in ("checkpoint", "batch") if key in rows]
-    told = [key for key in ("epoch", "step") if key in rows]
-    upper = rows.loc[rows["method"] == method, [*keys, *told, "gamma"]]
+    stages = [key for key in ("epoch", "step") if key in rows]
+    upper = rows.loc[rows["method"] == method, [*keys, *stages, "gamma"]]
     lower = rows.loc[rows["method"] == reference, [*keys, "gamma"]]
     both = upper.merge(lower, on=keys, suffixes=("", "_reference"))
     if both.empty:

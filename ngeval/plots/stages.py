@@ -17,7 +17,7 @@ from ngeval.plots.relative import plot_relative
 from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below, without_legend
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
-"""The ratios that are drawn of those methods that the table has."""
+"""The ratios that are drawn if the table has their methods."""
 
 HEIGHTS = {"stages": 1.9, "relative": 1.3, "imbalance": 1.3}
 """Of each line of panels, in inches."""
@@ -31,7 +31,7 @@ def stages_figure(
     relative: Sequence[tuple[str, str]] | None = None,
     width: float | None = None,
 ) -> Figure:
-    """γ/γ_SGD over training, and below it what explains it; a column for each task.
+    """γ/γ_SGD over training, and what explains it below; a column for each task.
 
     The lines of panels are: `plot_stages`; `plot_relative` of the pairs in ``relative``; and
     `plot_imbalance`, where there are samples. In the manner of the figures of Wu et al.
@@ -39,16 +39,16 @@ def stages_figure(
 
     Args:
         gammas: rows of `ngeval.evaluate` for several checkpoints, of one task or several; or
-            tables by the title that each column shall have.
+            tables by the titles of their columns.
         dampings: a column of every task for each of these λ; None takes the smallest positive one.
         samples: rows of ``ngeval imbalance`` for the same tasks and checkpoints.
-        relative: methods whose γ are set against each other; None takes SF and EF over iEF where
-            there are several tasks or samples, else none.
+        relative: pairs of methods whose γ are compared; None takes SF and EF over iEF if there are
+            several tasks or samples, else none.
         width: of the figure in inches; None takes a column for one task, else a page.
 
     Raises:
-        InputError: a table has not the columns, nothing at a damping, a method of ``relative`` is
-            not in any table, or no sample is of a task in ``gammas``.
+        InputError: a table lacks a column or rows at a damping, a method of ``relative`` is not in
+            any table, or no sample is of a task in ``gammas``.
     """
     tables = {title: usable(part, "checkpoint") for title, part in _by_task(gammas).items()}
     chosen: Sequence[float | None] = dampings or [None]
@@ -95,12 +95,12 @@ def stages_figure(
 def samples_of(
     samples: pd.DataFrame, table: pd.DataFrame, tables: Sequence[pd.DataFrame]
 ) -> pd.DataFrame:
-    """The samples of a γ table: those of its task, and where tables share it, of its checkpoints.
+    """The samples of a γ table: of its task, and if several tables share it, of its checkpoints.
 
     Args:
         samples: rows of ``ngeval imbalance``.
         table: the γ table.
-        tables: all that the samples may belong to.
+        tables: all γ tables that the samples may belong to.
     """
     if "task" in samples and "task" in table:
         tasks = set(table["task"])
@@ -112,7 +112,7 @@ def samples_of(
 
 
 def _by_task(gammas: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Mapping[str, pd.DataFrame]:
-    """Tables by title; that of the only task is left out."""
+    """Tables by title, which is empty for a single task."""
     if isinstance(gammas, Mapping):
         if not gammas:
             raise InputError("no tables were given, so there is nothing to draw")
@@ -123,7 +123,7 @@ def _by_task(gammas: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Mapping[str, 
 
 
 def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
-    """The usual ratios, of methods that are there."""
+    """The usual ratios, if a table has both methods."""
     present = [set(table["method"]) for table in tables]
     return [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
 
@@ -133,7 +133,7 @@ def _draw_relative(
 ) -> None:
     for method, reference in pairs:
         plot_relative(table, method, reference, damping, axes)
-    axes.set_title("")  # told above
+    axes.set_title("")  # it is that of the panel above
     references = list(dict.fromkeys(reference for _, reference in pairs))
     axes.set_ylabel(
         f"γ relative\nto {name_text(references[0])}" if len(references) == 1 else "ratio of γ"

@@ -1,4 +1,4 @@
-"""What pictures share: settings, colours, stages of training, files."""
+"""What pictures share: settings, colours, the axis of stages, panels, legends, files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ngeval.analysis.ranking import numbers
-from ngeval.errors import InputError, OutputError
-from ngeval.plots.names import name_text
+from ngeval.analysis.stages import stage_column
+from ngeval.analysis.tables import numbers
+from ngeval.errors import OutputError
 from ngeval.utils.text import whole_or_short
 
 STYLE: dict[Any, Any] = dict(
     mpl.rc_params_from_file(Path(__file__).with_name("ngeval.mplstyle"), use_default_template=False)
 )
 """matplotlib settings that every picture of ngeval is drawn with: those of ``ngeval.mplstyle``,
-which ``plt.style.use("ngeval.plots.ngeval")`` sets for pictures of one's own."""
+which ``plt.style.use("ngeval.plots.ngeval")`` sets for other pictures."""
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths in inches of a column and of a page of a paper."""
@@ -64,7 +64,7 @@ _FAMILIES = {  # colour, marker and first dash; there are more families than col
     "ekfac-ef": (_RED, "p", 2),
     "ekfac-ief": (_BLUE, "p", 2),
     "ekfac-sf": (_GREEN, "p", 2),
-    # Optimizers: SGD's kin black and grey, Adam's orange, the others what is left.
+    # Optimizers: variants of SGD black and grey, of Adam orange, the others the rest.
     "momentum": (_BLACK, "X", 1),
     "nesterov": (_BLACK, "h", 2),
     "asgd": (_BLACK, "<", 3),
@@ -81,8 +81,8 @@ _FAMILIES = {  # colour, marker and first dash; there are more families than col
     "adadelta": (_SKY, ">", 2),
     "rmsprop": (_SKY, "<", 1),
 }
-_NAMED_FAMILIES = {"sgd+momentum": "momentum"}  # what else a family is called
-_OTHERS = tuple(  # of a user's methods; the marker tells them from the families
+_SYNONYMS = {"sgd+momentum": "momentum"}
+_OTHERS = tuple(  # of users' methods, which the marker distinguishes from the families
     (colour, "8", dash) for dash in (1, 3) for colour in (_GREY, _SKY, _ORANGE, _GREEN, _PURPLE)
 )
 _DASHES = ("-", "--", ":", "-.")
@@ -105,10 +105,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @contextmanager
 def in_style(settings: Mapping[Any, Any] | None = None) -> Iterator[None]:
-    """Ngeval's style for what is drawn within, with other settings on top where some are given.
+    """Draw in ngeval's style, with some other settings on top.
 
     A notebook's backend is loaded with the first figure, and then turns on interactive mode, in
-    which figures are shown; the end of ``rc_context`` alone would turn it off again.
+    which figures are shown. ``rc_context`` alone would turn it off again.
     """
     with mpl.rc_context(STYLE | dict(settings or {})):
         yield
@@ -118,7 +118,7 @@ def in_style(settings: Mapping[Any, Any] | None = None) -> Iterator[None]:
 
 @contextmanager
 def own_axes(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iterator[Axes]:
-    """The axes given, in the style that its owner draws in; or new ones, in ngeval's style."""
+    """The given axes, in the style that the caller has set; or new ones, in ngeval's style."""
     if ax is not None:
         yield ax
         return
@@ -129,41 +129,26 @@ def own_axes(ax: Axes | None, size: tuple[float, float] = (COLUMN, 2.6)) -> Iter
             _make_room(figure, legend)
 
 
-def require(table: pd.DataFrame, *columns: str) -> None:
-    """Check that a table is of the right kind.
-
-    Raises:
-        InputError: it has not the columns.
-    """
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(
-            f"the table has no column {', '.join(missing)}; this picture needs another result "
-            "file (gamma, sweep and compare make γ tables, layers makes tables of layers, "
-            "imbalance makes norms of samples)"
-        )
-
-
 def with_stage(table: pd.DataFrame) -> pd.DataFrame:
-    """Add ``x``: the epoch or step, where every checkpoint tells it, else its place in the list.
+    """Add ``x``: the epoch or step if every checkpoint has one, else its place in the list.
 
     Raises:
-        InputError: an epoch or a step is a text.
+        InputError: an epoch or a step is text.
     """
     table = numbers(table, "epoch", "step")
-    if (told := _told(table)) is not None:
-        return table.assign(x=table[told])
+    if (column := stage_column(table)) is not None:
+        return table.assign(x=table[column])
     return table.assign(x=pd.factorize(table["checkpoint"], use_na_sentinel=False)[0])
 
 
 def stage_label(rows: pd.DataFrame) -> str:
-    """What the axis of ``x`` is called."""
-    told = _told(rows)
-    return "checkpoint (in order)" if told is None else f"training {told}"
+    """The label of the axis of ``x``."""
+    column = stage_column(rows)
+    return "checkpoint (in order)" if column is None else f"training {column}"
 
 
 def stage_ticks(axes: Axes, x: pd.Series) -> None:
-    """Whole numbers on the axis of ``x``; a single stage has one."""
+    """Whole numbers on the axis of ``x``, only one for a single stage."""
     if x.nunique() == 1:
         where = float(x.iloc[0])
         axes.set_xlim(where - 1, where + 1)
@@ -172,37 +157,18 @@ def stage_ticks(axes: Axes, x: pd.Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _told(rows: pd.DataFrame) -> str | None:
-    """Whether all checkpoints tell the epoch, or else the step, each its own (as one run's do)."""
-    single = numbers(rows.drop_duplicates("checkpoint"), "epoch", "step")
-    columns = (name for name in ("epoch", "step") if name in rows)
-    return next(
-        (name for name in columns if np.isfinite(single[name]).all() and single[name].is_unique),
-        None,
-    )
-
-
-def checkpoint_title(table: pd.DataFrame, name: str) -> str:
-    """A checkpoint's epoch or step, or else its name."""
-    rows = table[table["checkpoint"] == name]
-    told = _told(rows)
-    if told is None or rows.empty:
-        return name_text(name)
-    return f"{told} {whole_or_short(rows[told].iloc[0])}"
-
-
 def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and dash of each method; variants of a family share its colour and marker.
 
-    They are the same in every picture, also those of a user's methods, which go by their names
-    (two of a table that would get the same ones are told apart by order).
+    They are the same in every picture. A user's method gets them by its name; if two of a table
+    would get the same, the second gets the next.
     """
     seen: dict[str, int] = {}
     taken: dict[str, int] = {}
     styles = {}
     for method in dict.fromkeys(table["method"].astype(str)):
         family = method.partition(":")[0]
-        family = _NAMED_FAMILIES.get(family, family)
+        family = _SYNONYMS.get(family, family)
         if family not in _FAMILIES and family not in taken:
             place = zlib.crc32(family.encode()) % len(_OTHERS)
             while place in taken.values() and len(taken) < len(_OTHERS):
@@ -223,8 +189,8 @@ def panels(
         count: of panels.
         width: of the figure in inches; None takes a column for one panel, else a page.
         height: of a panel in inches.
-        least: width that a panel needs.
-        options: of ``plt.subplots``.
+        least: width that a panel needs, in inches.
+        options: further ones of ``plt.subplots``.
     """
     width = width or (COLUMN if count == 1 else PAGE)
     columns = min(count, max(1, int(width / least)))
@@ -244,7 +210,7 @@ def panels(
 
 
 def label_outer(grid: Sequence[Axes]) -> None:
-    """Numbers and names of axes only where no panel of `panels` stands below or to the left."""
+    """Numbers and labels of axes only where no panel of `panels` is below or to the left."""
     for index, axes in enumerate(grid):
         spec, name = axes.get_subplotspec(), axes.get_xlabel()
         axes.label_outer()
@@ -254,9 +220,9 @@ def label_outer(grid: Sequence[Axes]) -> None:
 
 
 def keep_to_lines(axes: Axes) -> None:
-    """Cut a logarithmic axis at ten times what its lines need: bands of few values go on forever.
+    """Cut a logarithmic axis at ten times what its lines need: bands of few values are very wide.
 
-    The limits still hold every line; a band that goes on leaves the panel at its edge.
+    The limits still hold every line; a wider band leaves the panel at its edge.
     """
     low, high = axes.get_ylim()
     drawn = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()]).astype(float)
@@ -265,10 +231,9 @@ def keep_to_lines(axes: Axes) -> None:
 
 
 def legend_below(*axes: Axes) -> None:
-    """One legend for several axes, below the figure; a label that comes twice is shown once.
+    """One legend for several axes, below the figure; a repeated label is shown once.
 
-    It has as many columns as the figure is wide enough for; where it has many lines, the figure
-    grows for them.
+    It has as many columns as the figure is wide enough for; for many lines, the figure grows.
     """
     entries: dict[tuple[str, Any], Any] = {}
     for ax in axes:
@@ -291,13 +256,13 @@ def legend_below(*axes: Axes) -> None:
 
 
 def _line_counts(entries: int) -> Iterator[int]:
-    """Lines of a legend, from one to one for each entry; those that make other columns."""
+    """Numbers of lines that a legend may have, each with a different number of columns."""
     columns = [-(-entries // lines) for lines in range(1, entries + 1)]
     yield from (columns.index(count) + 1 for count in dict.fromkeys(columns))
 
 
 def _make_room(figure: Figure, legend: Legend) -> None:
-    """Let a figure grow by what its legend takes beyond `LEGEND`: panels keep their size."""
+    """Let a figure grow by the height of its legend beyond `LEGEND`, so that panels keep theirs."""
     more = legend.get_window_extent().height / figure.dpi - LEGEND
     if more > 0:
         figure.set_figheight(figure.get_figheight() + more)
@@ -317,6 +282,6 @@ def legend_under(axes: Axes, columns: int = 4) -> None:
 
 
 def without_legend(axes: Axes) -> None:
-    """Take the panel's own legend away, where the figure has one for all."""
+    """Remove a panel's legend, if the figure has one for all panels."""
     if (legend := axes.get_legend()) is not None:
         legend.remove()

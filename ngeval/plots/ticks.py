@@ -1,4 +1,10 @@
-"""Ticks of logarithmic axes, and numbers as text."""
+"""Ticks of logarithmic axes, and numbers as text.
+
+matplotlib labels the minor ticks of a logarithmic axis up to a given length, all or none of them:
+in a panel of 1.5 inches an axis of two decades has one number, or numbers that overlap. These ticks
+are chosen by the room that an axis has, and there are always two. Powers are written with
+superscript characters, not as formulas, so that an SVG or PDF can be searched for them.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +22,24 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number_text(value: float) -> str:
-    """A number for a title: a power of ten where it is one, as text that can be searched."""
+    """A number for a title, as a power of ten if it is a large or small one.
+
+    >>> number_text(1e-8), number_text(0.5), number_text(100.0)
+    ('10⁻⁸', '0.5', '100')
+    """
+    power = _power_text(value)
+    return power if power.startswith("10") and not 1e-3 < value < 1e3 else f"{value:g}"
+
+
+def _power_text(value: float) -> str:
+    """A number as a multiple of a power of ten."""
     mantissa, _, exponent = f"{value:.3e}".partition("e")
-    if value and float(mantissa) == 1 and abs(int(exponent)) > 2:
-        return "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
-    return f"{value:g}"
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+    return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
 
 
 def log_scale(axes: Axes, *names: Literal["x", "y"]) -> None:
-    """Make axes logarithmic, with ticks of which at least two have a number."""
+    """Make axes logarithmic, with at least two numbers on each."""
     for name in names:
         axis = axes.xaxis if name == "x" else axes.yaxis
         getattr(axes, f"set_{name}scale")("log")
@@ -33,10 +48,7 @@ def log_scale(axes: Axes, *names: Literal["x", "y"]) -> None:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Ticks for a logarithmic axis: as many numbers as there is room for, however far it goes.
-
-    They are found anew at each drawing, from the limits that the axis then has.
-    """
+    """Give a logarithmic axis as many numbers as there is room for, whatever its limits are."""
     axis.set_major_locator(_LogTicks())
     axis.set_major_formatter(_LogNumbers())
     axis.set_minor_locator(LogLocator(subs="auto"))
@@ -47,27 +59,24 @@ class _LogTicks(LogLocator):
     """The finest of several series of round numbers that the axis has room for."""
 
     SUBS = (
-        (1.0,),
-        (1.0, 3.0),
-        (1.0, 2.0, 5.0),
-        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
         (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
+        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+        (1.0, 2.0, 5.0),
+        (1.0, 3.0),
     )
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         low, high = sorted((max(vmin, sys.float_info.min), max(vmax, sys.float_info.min)))
         room = self._room()
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        for subs in reversed(self.SUBS):
-            powers = 10.0 ** np.arange(first, last + 1)
-            found = _within(np.multiply.outer(powers, subs).ravel(), low, high)
-            if 2 <= len(found) <= room:
-                return found
-        for stride in range(2, last - first + 1):
-            start = -(-first // stride) * stride  # a multiple of it, so that 1 may be among them
-            found = _within(10.0 ** np.arange(start, last + 1, stride), low, high)
-            if 2 <= len(found) <= room:
-                return found
+        powers = np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        series = [np.multiply.outer(10.0**powers, subs).ravel() for subs in self.SUBS]
+        # Multiples of the stride, so that 1 may be among the ticks.
+        series += [10.0 ** powers[powers % stride == 0] for stride in range(1, len(powers))]
+        for values in series:
+            # An end that rounding has moved is still an end.
+            ticks = values[(low * (1 - 1e-9) <= values) & (values <= high * (1 + 1e-9))]
+            if 2 <= len(ticks) <= room:
+                return [float(tick) for tick in ticks]
         return MaxNLocator(room, min_n_ticks=2).tick_values(low, high)
 
     def nonsingular(self, v0: float, v1: float) -> tuple[float, float]:
@@ -78,19 +87,14 @@ class _LogTicks(LogLocator):
         return limits
 
     def _room(self) -> int:
-        """How many numbers fit; side by side they need more than one above the other."""
+        """How many numbers fit; side by side they need more room than above each other."""
         axis: Any = self.axis
         space = axis.get_tick_space()
         return int(np.clip(space * 2 // 3 if axis.axis_name == "x" else space, 3, 7))
 
 
-def _within(values: np.ndarray, low: float, high: float) -> list[float]:
-    # An end that rounding has moved by a hair is still an end.
-    return [float(v) for v in values if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
-
-
 class _LogNumbers(Formatter):
-    """Plain numbers, or all powers of ten where one of them would have too many digits."""
+    """Plain numbers, or all powers of ten if one of them would have too many digits."""
 
     _shown: Sequence[float] = ()
 
@@ -100,8 +104,4 @@ class _LogNumbers(Formatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         shown = [value for value in self._shown if value > 0] or [x]
-        if min(shown) >= 1e-3 and max(shown) < 1e4:
-            return f"{x:.6g}"
-        mantissa, _, exponent = f"{x:.3e}".partition("e")
-        power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
-        return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
+        return f"{x:.6g}" if min(shown) >= 1e-3 and max(shown) < 1e4 else _power_text(x)

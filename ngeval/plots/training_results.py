@@ -16,7 +16,7 @@ from ngeval.plots.ticks import log_scale
 
 
 def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Figure:
-    """A line of two panels for each task: test performance, and training loss after the last epoch.
+    """Two panels for each task: test performance, and training loss after the last epoch.
 
     Each panel is `plot_performance`.
 
@@ -25,7 +25,7 @@ def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Fig
         width: of the figure in inches; None takes a page's.
 
     Raises:
-        InputError: the table is of another kind, or no final training in it came to its end.
+        InputError: the table lacks a column, or no final training in it finished.
     """
     table, ended = _results(rows)
     counts = table.groupby("task", sort=False).size()
@@ -53,20 +53,19 @@ def plot_performance(
     """How well tuned optimizers did on a task, in the order of the rows.
 
     Means over seeds with 95 % t-intervals, each seed a small point below its mean. An optimizer
-    whose trainings all diverged is named, without a point. Losses, where all are positive, stand on
-    a logarithmic axis; an interval that reaches 0 or below, as one of two seeds may, goes on to the
-    axis's edge.
+    whose trainings all diverged is named, without a point. Training losses, if all are positive,
+    have a logarithmic axis; an interval that reaches 0 or below, as one of two seeds may, ends in
+    an arrow at the edge.
 
     Args:
         rows: of trainings, one for each epoch.
-        task: which one; None takes the first.
-        what: ``train_loss``, ``test_loss`` or ``test_accuracy``; None takes what the task is
-            judged by.
+        task: its name; None takes the first.
+        what: ``train_loss``, ``test_loss`` or ``test_accuracy``; None takes the task's metric.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the table is of another kind, it has not the task or not these numbers, or no
-            final training in it came to its end.
+        InputError: the table lacks a column, the task or these numbers, or no final training in it
+            finished.
     """
     table, ended = _results(rows)
     names = [str(name) for name in dict.fromkeys(table["task"])]
@@ -80,10 +79,12 @@ def plot_performance(
 
 
 def _results(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table of `performance`, and the trainings that it is made from."""
+    """The table of `performance`, and the trainings that it is computed from."""
     table, ended = performance(rows), outcomes(rows)
     if ended.empty:
-        raise InputError("the table has no final training that came to its end: nothing to draw")
+        raise InputError(
+            "the table has no final training that finished, so there is nothing to draw"
+        )
     return table, ended
 
 
@@ -102,7 +103,7 @@ def _panel(
         "train_loss": "training loss after the last epoch (nats)",
     }
     styles = styles_of(table.rename(columns={"optimizer": "method"}))
-    # A Gaussian's loss may leave a constant out, and so be negative.
+    # The loss of a Gaussian without its constant may be negative.
     if what == "train_loss" and bool((seeds[what] > 0).all()):
         log_scale(axes, "x")
     _draw(axes, part, seeds, what, styles, 100.0 if what == "test_accuracy" else 1.0)
@@ -117,7 +118,7 @@ def _draw(
     styles: dict[str, tuple[str, str, str]],
     scale: float,
 ) -> None:
-    """A mean with its interval and the seeds, a line for each optimizer, the first on top."""
+    """A mean with its interval and the seeds for each optimizer, the first on top."""
     optimizers = [str(optimizer) for optimizer in table["optimizer"]]
     ends = scale * table[[f"{name}_{end}" for end in ("mean", "low", "high")]].to_numpy(dtype=float)
     ends = np.where(np.isnan(ends), ends[:, :1], ends)  # one seed has no interval
@@ -128,7 +129,7 @@ def _draw(
         below = np.full(len(single), place + 0.28)
         axes.plot(single, below, ".", color=colour, markersize=2.5, alpha=0.5)
         is_cut = is_log and low <= 0
-        if is_cut:  # to the edge, whatever the limits will be
+        if is_cut:  # an arrow to the edge, whatever the limits will be
             across = axes.get_yaxis_transform()
             axes.plot([mean, high], [place, place], color=colour, linewidth=0.8)
             axes.annotate(

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ngeval.analysis.layer_summary import leading_layers, with_rest
-from ngeval.analysis.ranking import three_stages
-from ngeval.analysis.training_results import performance
+from ngeval.analysis.norms import are_norms, imbalance_means
+from ngeval.analysis.stages import in_order, three_stages
+from ngeval.analysis.training_results import FIGURES, performance
 from ngeval.report import colours
 from ngeval.report.colours import Look, looks_of
-from ngeval.report.summaries import (
-    Grades,
-    are_norms,
-    at_best,
-    imbalance_means,
-    in_order,
-    layer_means,
-    norm_quantiles,
-)
+from ngeval.report.summaries import Grades, layer_means
 from ngeval.report.traces import Chart, Line, Trace, dots, log_axis, reference, rounded, stage_axis
 from ngeval.report.wording import chart_text, damping_text, with_interval
 
@@ -30,10 +24,10 @@ MAX_OPTIONS = 400
 """Updates to choose from; of more, those of three checkpoints are shown."""
 
 MAX_BANDS = 8
-"""Methods whose intervals are drawn; of more they would hide the lines, and are told by hover."""
+"""Methods whose intervals are drawn; those of more would hide the lines, and are shown on hover."""
 
 MAX_LAYERS = 16
-"""Layers of an update; the rest is one bar."""
+"""Bars of an update; the last one is the rest."""
 
 SGD = Look(colours.INK)
 FLOOR = Look(colours.GREY, "dash")
@@ -41,12 +35,7 @@ NATURAL = Look(colours.NATURAL, symbol="diamond")
 
 
 def gamma_charts(short: Grades, labels: dict[str, str]) -> Iterator[Chart]:
-    """γ/γ_SGD over stages and over λ, and the ranking: those of them that have something to show.
-
-    Args:
-        short: of a task.
-        labels: of its checkpoints.
-    """
+    """γ/γ_SGD over stages and over λ, and the ranking, unless there is nothing to show."""
     looks = looks_of(short.summary)
     if len(short.checkpoints) > 1:
         yield _stages(short, labels, looks)
@@ -59,7 +48,7 @@ def gamma_charts(short: Grades, labels: dict[str, str]) -> Iterator[Chart]:
 def _stages(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Chart:
     x, axis = stage_axis(short.rows, short.checkpoints, labels)
     place = dict(zip(short.checkpoints, x, strict=True))
-    parts = [("the best of each method", at_best(short))]
+    parts = [("the best of each method", short.best)]
     parts += [
         (damping_text(value), short.summary[short.summary["damping"] == value])
         for value in short.dampings
@@ -89,9 +78,9 @@ def _stages(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Ch
 
 
 def _by_method(part: pd.DataFrame, methods: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each method that has some."""
-    found = {str(name): rows for name, rows in part.groupby("method", sort=False)}
-    return ((name, found[name]) for name in methods if name in found)
+    """The rows of each method that has any."""
+    groups = {str(name): rows for name, rows in part.groupby("method", sort=False)}
+    return ((name, groups[name]) for name in methods if name in groups)
 
 
 def _ratio_line(
@@ -103,7 +92,7 @@ def _ratio_line(
     markers: bool = True,
     band: bool = True,
 ) -> list[Trace]:
-    """γ/γ_SGD of a method; hover tells method, checkpoint, λ, value and interval."""
+    """γ/γ_SGD of a method, with checkpoint, λ, value and interval on hover."""
     hover = (
         "%{fullData.name}<br>%{customdata[3]}, λ = %{customdata[4]}<br>"
         f"{RATIO} = %{{customdata[5]}}<br>batches: %{{customdata[2]}}<extra></extra>"
@@ -158,16 +147,16 @@ def _ranking(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> C
     natural = bool(short.summary["best"].notna().any())
     value = ["best", "best_low", "best_high"] if natural else ["ratio", "low", "high"]
     title, plain = (BEST, "γ/γ_min") if natural else (RATIO, "γ/γ_SGD")
-    best = at_best(short)
     options = []
     for checkpoint in short.checkpoints:
-        rows = best[(best["checkpoint"] == checkpoint) & best[value[0]].notna()]
+        rows = short.best[short.best["checkpoint"] == checkpoint]
+        rows = rows[rows[value[0]].notna()]
         rows = rows.sort_values(value[0], ascending=False, kind="stable")
         names = [str(name) for name in rows["method"]]
-        told = [f"{labels[checkpoint]}, λ = {damping_text(damping)}" for damping in rows["damping"]]
+        notes = [f"{labels[checkpoint]}, λ = {damping_text(value)}" for value in rows["damping"]]
         pairs = [looks[name].colours for name in names]
-        options.append((labels[checkpoint], [dots(names, rows[value], told, pairs, title)]))
-    meaning = "γ over the least there is, 1 is the natural gradient itself" if natural else plain
+        options.append((labels[checkpoint], [dots(names, rows[value], notes, pairs, title)]))
+    meaning = "γ over the least possible, 1 is the natural gradient itself" if natural else plain
     return Chart(
         "Ranking",
         f"Each method at its best λ, chosen on the same batches: {meaning}; geometric mean over "
@@ -199,10 +188,10 @@ def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Cha
     )
     where = [place[name] for name in means["checkpoint"]]
     ends = (means["low"].tolist(), means["high"].tolist())
-    told = [chart_text(labels[name]) for name in means["checkpoint"]]
+    shown_at = [chart_text(labels[name]) for name in means["checkpoint"]]
     counts = [int(count) for count in means["count"]]
     shown = [with_interval(*row) for row in means[["mean", "low", "high"]].to_numpy(dtype=float)]
-    extra = (counts, told, shown)
+    extra = (counts, shown_at, shown)
     line = Line("max/min", NATURAL, where, means["mean"].tolist(), *ends, hover, extra)
     yield Chart(
         "Imbalance of gradient norms",
@@ -219,7 +208,8 @@ def _norms(
     samples: pd.DataFrame, x: Sequence[Any], labels: Sequence[str], axis: dict[str, Any]
 ) -> Chart:
     """Quantiles over all samples as nested bands with the median."""
-    quantiles = norm_quantiles(samples, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0))
+    norms = samples.groupby("checkpoint", sort=False)["gradient_norm"]
+    quantiles = norms.quantile(np.array([0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0])).unstack()
     hover = "%{customdata[2]}<br>%{fullData.name}: %{y:.3~g}<extra></extra>"
     traces: list[Trace] = []
     for name, low, high in (("", 0.0, 1.0), ("", 0.05, 0.95), ("median", 0.25, 0.75)):
@@ -245,14 +235,14 @@ def _norms(
 
 
 def layer_charts(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
-    """What each layer of an update buys and spends."""
+    """The loss that each layer of an update buys and the KL that it spends."""
     summary = layer_means(table)
     if summary is None:
         return
     keys = summary[["checkpoint", "method", "damping"]].drop_duplicates().to_numpy().tolist()
     if len(keys) > MAX_OPTIONS:
-        kept = three_stages(summary)
-        keys = [key for key in keys if key[0] in kept][:MAX_OPTIONS]
+        stages = three_stages(summary)
+        keys = [key for key in keys if key[0] in stages][:MAX_OPTIONS]
     parts = dict(list(summary.groupby(["checkpoint", "method", "damping"])))
     leading = leading_layers(summary, MAX_LAYERS)
     options = []
@@ -302,7 +292,7 @@ def training_charts(rows: pd.DataFrame) -> Iterator[Chart]:
     table = table[table["seeds"] > 0]
     looks = looks_of(table.rename(columns={"optimizer": "method"}))
     options = []
-    for figure in ("test_accuracy", "test_loss", "train_loss"):
+    for figure in FIGURES:
         part = table[table[f"{figure}_mean"].notna()]
         if part.empty:
             continue
@@ -312,10 +302,10 @@ def training_charts(rows: pd.DataFrame) -> Iterator[Chart]:
             label = f"{part['data'].iloc[0]} {figure.removeprefix('test_')}"
         names = [str(name) for name in part["optimizer"]]
         settings = part[["seeds", "learning_rate"]].to_numpy(dtype=float)
-        told = [f"{seeds:g} seeds, learning rate {rate:.3g}" for seeds, rate in settings]
+        notes = [f"{seeds:g} seeds, learning rate {rate:.3g}" for seeds, rate in settings]
         values = part[[f"{figure}_{end}" for end in ("mean", "low", "high")]]
         pairs = [looks[name].colours for name in names]
-        options.append((label, [dots(names, values, told, pairs, label)]))
+        options.append((label, [dots(names, values, notes, pairs, label)]))
     if options:
         yield Chart(
             "Trained optimizers",

@@ -1,4 +1,4 @@
-"""Rows of a result table as a report needs them: columns of one kind each, none twice, by run."""
+"""Rows of a result table as a report needs them: one type a column, each row once, run by run."""
 
 from __future__ import annotations
 
@@ -8,26 +8,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.summary import SUMMARIZED
+from ngeval.analysis.tables import (
+    ANY,
+    GAMMAS,
+    LABEL,
+    LAYERS,
+    NUMBER,
+    SAMPLES,
+    SUMMARIZED,
+    TRAINING,
+    checked,
+    require,
+    row_number,
+)
 from ngeval.analysis.training_results import checked_rows
 from ngeval.errors import InputError
 from ngeval.report.wording import listed
 
-GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
-"""Kinds of tables."""
+SHARES = ("decrease_share", "curvature_share", "excess")
 
-NUMERIC = (
-    *("gradient_norm", "damping", "decrease_share", "curvature_share", "excess"),
-    *("num_parameters", "gamma_ng_lower", "gamma_ng_upper", "gamma_min", "epoch", "step"),
-    *("loss", *SUMMARIZED),
-)
-"""Columns of numbers, where a table has them."""
+REQUIRED: dict[str, tuple[str, ...]] = {
+    GAMMAS: ("method", "damping", "status", *SUMMARIZED),
+    SAMPLES: ("sample", "gradient_norm"),
+    LAYERS: ("method", "damping", "layer", "num_parameters", *SHARES, "status"),
+}
+"""The columns that a table of each kind must have; see `checked_rows` for trainings."""
 
-TEXTS = ("method", "status", "layer", "damping_scale", "likelihood", "dtype", "engine")
-"""Columns of text."""
-
-LABELS = ("batch", "sample", "seed", "num_samples", "metric_samples")
-"""Columns that are numbers as a rule, and are shown as text where they are not."""
+COLUMNS = {
+    **dict.fromkeys(("gradient_norm", "loss", "damping", "num_parameters", "gamma_min"), NUMBER),
+    **dict.fromkeys(("gamma_ng_lower", "gamma_ng_upper", "epoch", "step"), NUMBER),
+    **dict.fromkeys((*SHARES, *SUMMARIZED), NUMBER),
+    **dict.fromkeys(("task", "checkpoint", "method", "layer", "status", "reason"), ANY),
+    **dict.fromkeys(("damping_scale", "likelihood", "dtype", "engine"), ANY),
+    **dict.fromkeys(("batch", "sample", "seed", "num_samples", "metric_samples"), LABEL),
+}
+"""What the columns of tables other than trainings may hold."""
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     GAMMAS: ("checkpoint", "batch", "method", "damping"),
@@ -35,131 +50,99 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     LAYERS: ("checkpoint", "batch", "method", "damping", "layer"),
     TRAINING: ("optimizer", "phase", "trial", "seed", "epoch"),
 }
-"""What tells one row of a kind from the next, within a task."""
+"""The columns that distinguish the rows of a kind within a task."""
 
-COUNTS = {"num_samples", "metric_samples", "num_parameters"}
-"""Columns that are 0 in rows of a unit that could not be had."""
-
-SETTINGS = ("damping_scale", "likelihood", "dtype", "num_parameters")
-"""What rows must share to be means of one run; a layer has its own number of parameters."""
+SETTINGS = {
+    GAMMAS: ("damping_scale", "likelihood", "dtype", "num_parameters"),
+    SAMPLES: ("damping_scale", "likelihood", "dtype", "num_parameters"),
+    LAYERS: ("damping_scale", "likelihood", "dtype"),  # a layer has its own number of parameters
+    TRAINING: (),
+}
+"""The columns that rows must share to be of one run."""
 
 OF_BATCHES = ("num_samples", "metric_samples", "seed")
-"""Likewise, but that one batch may have other than the next."""
+"""Likewise, except that they may differ from one batch to the next."""
 
 LEFT_OUT = "left out"
-"""The status of rows that are ok in the file, and whose numbers cannot be used."""
+"""The status of rows that are ok in the file, but whose numbers cannot be used."""
 
 
-def checked(table: pd.DataFrame, kind: str, name: str, task: str) -> pd.DataFrame:
-    """A table whose columns are what they are taken for; what a single table has not is filled.
+def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFrame:
+    """A table with one type for each column, in which missing columns are filled.
 
     Args:
         table: as it was read.
-        kind: of it.
-        name: of the file, for messages.
-        task: where the table does not tell it.
+        kind: its kind.
+        source: the file's name, for messages.
+        task: the task of rows that do not name one.
 
     Raises:
-        InputError: a column of numbers holds something else, or a row does not tell its λ or batch.
+        InputError: a column is missing or holds a value that it may not, or a row does not have a
+            λ or batch.
     """
     if kind == TRAINING:
-        return checked_rows(table, name)
-    columns: dict[str, Any] = {
-        column: _numbers(table[column], column, name) for column in NUMERIC if column in table
+        return checked_rows(table, source)
+    require(table, *REQUIRED[kind], source=source)
+    defaults: dict[str, str | int] = {
+        "task": task,
+        "checkpoint": "",
+        "reason": "",
+        "status": "ok",
+        "batch": 0,
     }
-    columns |= {column: _texts(table[column]) for column in TEXTS if column in table}
-    columns |= {column: _labels(table[column]) for column in LABELS if column in table}
-    for column, default in (("task", task), ("checkpoint", ""), ("reason", ""), ("status", "ok")):
-        if column not in table:
-            columns[column] = default
-        elif column != "status":
-            columns[column] = _texts(table[column], default)
-    columns["batch"] = _batches(columns.get("batch"), name)
-    if "num_samples" in columns:  # of a unit that could not be had nothing is known
-        lost = (table["status"] == "failed") & (columns["num_samples"] == 0)
-        for column in COUNTS & columns.keys():
-            columns[column] = np.where(lost, np.nan, columns[column])
-    return _judged(table.assign(**columns), kind, name)
-
-
-def _numbers(column: pd.Series, label: str, name: str) -> np.ndarray:
-    values = pd.to_numeric(column, errors="coerce")
-    wrong = column[values.isna() & column.notna()]
-    if not wrong.empty:
-        raise InputError(
-            f"{name}: column {label} holds {wrong.iloc[0]!r} in row {wrong.index[0]}, which is no "
-            "number"
-        )
-    return values.to_numpy(dtype=float, na_value=np.nan)
-
-
-def _texts(column: pd.Series, missing: str = "") -> pd.Series:
-    if not isinstance(column.dtype, pd.StringDtype):
-        column = _as_text(column)
-    return column.fillna(missing)
-
-
-def _as_text(column: pd.Series) -> pd.Series:
-    """Also of lists and mappings, which JSON may hold; what is missing stays so."""
-    plain = column.astype(object)
-    return plain.where(plain.notna(), None).map(str, na_action="ignore").astype("str")
-
-
-def _labels(column: pd.Series) -> pd.Series:
-    values = pd.to_numeric(column, errors="coerce")
-    if values.isna().equals(column.isna()):
-        return values if values.dtype.kind in "iu" else values.astype(float)
-    return _as_text(column)
-
-
-def _batches(given: pd.Series | None, name: str) -> pd.Series | int:
-    if given is None or given.isna().all():
-        return 0
-    if given.isna().any():
-        row = given.index[given.isna()][0]
-        raise InputError(f"{name}: column batch is empty in row {row}; number the batches there")
-    return given
-
-
-def _judged(table: pd.DataFrame, kind: str, name: str) -> pd.DataFrame:
-    """Rows that are ok, and whose numbers cannot be used, get a status and a reason of their own.
-
-    Raises:
-        InputError: a row that could be computed does not tell its λ.
-    """
-    ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
-    if kind == LAYERS:
-        finite = np.isfinite(table[["decrease_share", "curvature_share", "excess"]]).all(axis=1)
-        wrong = {"a share is NaN or infinite": pd.Series(~finite)}
-    else:
-        told, column = ("γ/γ_SGD", "gamma_over_sgd")
-        if kind == SAMPLES:
-            told, column = ("the gradient's norm", "gradient_norm")
-        values = table[column]
-        wrong = {f"{told} is NaN": values.isna(), f"{told} is infinite": values.abs() == np.inf}
-        if kind == SAMPLES:
-            wrong[f"{told} is negative"] = (values < 0) & (values > -np.inf)
-        else:
-            wrong[f"{told} is not positive"] = (values <= 0) & (values > -np.inf)
-    status, reason = table["status"].copy(), table["reason"].copy()
-    for why, mask in wrong.items():
-        lost = ok & mask
-        if lost.any():
-            more = reason[lost].map(lambda text, why=why: f"{why} ({text})" if text else why)
-            status[lost], reason[lost] = LEFT_OUT, more
-    table = table.assign(status=status, reason=reason)
+    table = table.assign(**{name: v for name, v in defaults.items() if name not in table})
+    table = checked(table, COLUMNS, source)
+    if table["batch"].isna().all():
+        table["batch"] = 0
+    _refuse_empty(table, "batch", table["batch"].isna(), source, "number the batches there")
+    table["task"] = table["task"].where(table["task"] != "", task)
+    if "num_samples" in table:  # nothing is known of a unit that could not be loaded
+        unknown = (table["status"] == "failed") & (table["num_samples"] == 0)
+        for column in {"num_samples", "metric_samples", "num_parameters"} & {*table}:
+            table[column] = table[column].mask(unknown)
+    table = _without_unusable(table, kind)
     if kind != SAMPLES:
-        lost = ok & (status != LEFT_OUT) & table["damping"].isna()
-        if lost.any():
-            raise InputError(
-                f"{name}: column damping is empty in row {table.index[lost][0]}; write the λ there "
-                "(for a method that λ does not enter, one of the others' or 0)"
-            )
+        usable = ~table["status"].isin({"failed", LEFT_OUT})
+        advice = "write the λ there (for a method that λ does not enter, 0 or one of the others')"
+        _refuse_empty(table, "damping", usable & table["damping"].isna(), source, advice)
     return table
 
 
+def _refuse_empty(
+    table: pd.DataFrame, column: str, empty: pd.Series[bool], source: str, advice: str
+) -> None:
+    if empty.any():
+        row = row_number(table.index, int(np.argmax(empty)))
+        raise InputError(f"{source}: column {column} is empty in row {row}; {advice}")
+
+
+def _without_unusable(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The table with a status and a reason for rows whose numbers cannot be used."""
+    if kind == LAYERS:
+        conditions = [~np.isfinite(table[[*SHARES]].to_numpy()).all(axis=1)]
+        reasons = ["a share is NaN or infinite"]
+    else:
+        name, values = "γ/γ_SGD", table.get("gamma_over_sgd", pd.Series(dtype=float))
+        too_small, word = values <= 0, "not positive"
+        if kind == SAMPLES:
+            name, values = "the gradient's norm", table["gradient_norm"]
+            too_small, word = values < 0, "negative"
+        conditions = [
+            test.to_numpy() for test in (values.isna(), values.abs() == np.inf, too_small)
+        ]
+        reasons = [f"{name} is {what}" for what in ("NaN", "infinite", word)]
+    unusable = pd.Series(np.select(conditions, reasons, ""), index=table.index)
+    ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
+    lost = ok & (unusable != "")
+    before = table["reason"].map(lambda text: f" ({text})" if text else "")
+    return table.assign(
+        status=table["status"].mask(lost, LEFT_OUT),
+        reason=table["reason"].mask(lost, unusable + before),
+    )
+
+
 def single(table: pd.DataFrame, kind: str) -> tuple[pd.DataFrame, int]:
-    """A checked table with each row once, and how many were repetitions."""
+    """A clean table with each row once, and the number of repetitions that were dropped."""
     keys = [key for key in ("task", *IDENTITY[kind]) if key in table]
     again = table.duplicated(keys, keep=False)
     if not again.any():
@@ -170,31 +153,37 @@ def single(table: pd.DataFrame, kind: str) -> tuple[pd.DataFrame, int]:
     return table.drop(index=twice.index[twice]), int(twice.sum())
 
 
-def runs(rows: pd.DataFrame, kind: str, name: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The runs of a task in one table: rows with other settings are not means of one.
+def runs(rows: pd.DataFrame, kind: str, source: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The runs of a task in one table: rows with different settings are not batches of one run.
 
     Yields:
         The settings, where there are several, and the rows.
 
     Raises:
-        InputError: rows of one run agree in all that tells rows apart, and differ in numbers.
+        InputError: rows of one run have the same identity and different numbers.
     """
     by: dict[str, pd.Series] = {}
-    settings = () if kind == TRAINING else SETTINGS if kind != LAYERS else SETTINGS[:-1]
-    for column in (column for column in settings if column in rows):
+    for column in (column for column in SETTINGS[kind] if column in rows):
         known = rows[column].where(rows[column] != "")
-        if known.nunique() > 1:  # rows of what could not be had are of the run beside them
+        if known.nunique() > 1:  # a unit that could not be loaded is of the run beside it
             by[column] = known.ffill().bfill()
-    # Without numbers, batches with a seed each look like runs: then no row is told from the next.
-    numbered = kind != TRAINING and rows["batch"].nunique() > 1
-    for column in OF_BATCHES if kind != TRAINING else ():
-        if column == "seed" and not numbered:
-            continue
-        if column in rows and differs_within_batches(rows, column):
-            by[column] = _first_seeds(rows) if column == "seed" else rows[column]
+    if kind != TRAINING:
+        by |= _by_batches(rows)
     for key, part in rows.groupby(list(by.values()), sort=False) if by else [((), rows)]:
-        _refuse_repeats(part, kind, name)
+        _refuse_repeats(part, kind, source)
         yield ", ".join(f"{n} {_shown(v)}" for n, v in zip(by, key, strict=True)), part
+
+
+def _by_batches(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """The columns of `OF_BATCHES` by which the rows are of different runs."""
+    # Without numbers, batches with a seed each would look like runs.
+    numbered = rows["batch"].nunique() > 1
+    columns = (name for name in OF_BATCHES if name in rows and (numbered or name != "seed"))
+    return {
+        name: _first_seeds(rows) if name == "seed" else rows[name]
+        for name in columns
+        if differs_within_batches(rows, name)
+    }
 
 
 def differs_within_batches(rows: pd.DataFrame, column: str) -> bool:
@@ -217,20 +206,20 @@ def _shown(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _refuse_repeats(rows: pd.DataFrame, kind: str, name: str) -> None:
+def _refuse_repeats(rows: pd.DataFrame, kind: str, source: str) -> None:
     keys = list(IDENTITY[kind])
     if kind != TRAINING:
         rows = rows[rows["status"] != "failed"]
     again = rows[rows.duplicated(keys)]
     if again.empty:
         return
-    told = listed(keys)
     row = {key: again[key].iloc[0] for key in keys}
     shown = ", ".join(f"{key} {_shown(value)!r}" for key, value in row.items() if value != "")
-    mend = "keep one of them, or put each run into a file of its own"
+    advice = "keep one of them, or put each run into its own file"
     if kind != TRAINING:
-        mend = f"if they are of several batches, number these in column batch; else {mend}"
+        advice = f"if they are of several batches, number these in column batch; else {advice}"
     raise InputError(
-        f"{name}: {len(again)} rows stand for one that is there already ({told} agree, the numbers "
-        f"do not; the first is row {again.index[0]}: {shown}), and would count as batches; {mend}"
+        f"{source}: {len(again)} rows repeat an earlier one with different numbers (they agree in "
+        f"{listed(keys)}; the first is row {row_number(again.index, 0)}: {shown}), and would count "
+        f"as batches; {advice}"
     )

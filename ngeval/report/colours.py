@@ -1,4 +1,4 @@
-"""Colours of the figures, and the same made readable on a dark page."""
+"""The pictures' colours and markers for plotly, also readable on a dark page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DARK = "#15181c"
 """The dark page."""
 
 CONTRAST = 4.5
-"""Of a line on the dark page at least, as WCAG 2 asks for text."""
+"""Least contrast of a line on the dark page: what WCAG 2 demands of text."""
 
 INK = ("#000000", "#f0f0f0")
 GREY = ("#595959", "#a6a6a6")
@@ -34,8 +34,6 @@ SYMBOLS = {
     "h": "hexagon",
     "H": "hexagon2",
     "8": "octagon",
-    "+": "cross-thin-open",
-    "x": "x-thin-open",
 }
 """plotly's names of matplotlib's markers."""
 
@@ -58,7 +56,7 @@ class Look:
 
 
 def looks_of(table: pd.DataFrame) -> dict[str, Look]:
-    """The looks of a table's methods: those that they have in the figures."""
+    """The looks of a table's methods, the same as in the pictures."""
     return {
         name: Look(
             pair(to_hex(colour)),
@@ -85,7 +83,7 @@ def dark(colour: str) -> str:
 
 
 def contrast(first: tuple[float, float, float], second: tuple[float, float, float]) -> float:
-    """Of two colours, from 1 to 21: (L₁ + 0.05)/(L₂ + 0.05) of their luminances (WCAG 2)."""
+    """Contrast of two colours, 1 to 21: (L₁ + 0.05)/(L₂ + 0.05) with luminances L (WCAG 2)."""
     bright, dim = sorted((_luminance(first), _luminance(second)), reverse=True)
     return (bright + 0.05) / (dim + 0.05)
 

@@ -1,4 +1,4 @@
-"""What was measured and how, and what could not be: facts of a report that are no numbers."""
+"""What was measured and how, and what could not be: facts of a report that are not numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Source, Topic
-from ngeval.report.wording import checkpoint_labels, damping_text, listed, shortened
+from ngeval.report.wording import damping_text, listed
 from ngeval.utils.memory import describe_bytes
 
 SCALES = {
@@ -43,16 +44,16 @@ NOT_RECORDED = "not recorded"
 GRADED = (GAMMAS, LAYERS, SAMPLES)
 """Kinds of tables whose rows are of checkpoints and batches."""
 
-OWN = {"the model's": "its own (no other was asked for)"}
-"""What a manifest says of a model's dtype, behind that name."""
+MODELS_DTYPE = {"the model's": "unchanged (--dtype was not given)"}
+"""Dtypes in a manifest that are not names of types."""
 
-MANY = 12
-"""Names in a list before the rest is counted."""
+MAX_NAMES = 12
+"""Names in a list; further ones are counted."""
 
-LONG = 2_000
-"""Characters of a manifest's entry that are shown."""
+MAX_CHARACTERS = 2_000
+"""Of a manifest's entry."""
 
-MOST_MEMORY = 2**60
+MAX_MEMORY = 2**60
 """Bytes of memory that no machine has."""
 
 
@@ -78,26 +79,24 @@ class Trouble:
 def facts(topic: Topic) -> list[tuple[str, str]]:
     """What was measured on a task, and how, as pairs of a name and its value."""
     graded = [topic.tables[kind] for kind in GRADED if kind in topic.tables]
-    told: list[tuple[str, str]] = [("files", listed([source.shown for source in topic.sources]))]
+    pairs = [("files", listed([source.shown for source in topic.sources]))]
     if graded:
-        told += _checkpoints(graded)
-        told += _batches(graded, topic)
-    for kind in (GAMMAS, LAYERS):
+        pairs += [_checkpoints(graded), *_batches(graded, topic)]
+    for kind, name in ((GAMMAS, "methods"), (LAYERS, "layers of")):
         if kind in topic.tables:
-            name = "methods" if kind == GAMMAS else "layers of"
-            told += _methods(topic.tables[kind], name, _told(topic, "damping_scale", kind))
+            scales = _recorded(topic, "damping_scale", kind)
+            pairs += _methods(topic.tables[kind], name, scales)
     if graded:
-        told += _settings(graded, topic)
+        pairs += _settings(graded, topic)
     if TRAINING in topic.tables:
-        told += _trainings(topic.tables[TRAINING])
-    return told
+        pairs += _trainings(topic.tables[TRAINING])
+    return pairs
 
 
-def _checkpoints(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
-    labels = list(checkpoint_labels(tables).values())
-    count = len(labels)
-    shown = labels if count <= 3 else [labels[0], "…", labels[-1]]
-    return [("checkpoints", f"{count}: {', '.join(shown)}")]
+def _checkpoints(tables: Sequence[pd.DataFrame]) -> tuple[str, str]:
+    labels = list(checkpoint_labels(*tables).values())
+    shown = labels if len(labels) <= 3 else [labels[0], "…", labels[-1]]
+    return "checkpoints", f"{len(labels)}: {', '.join(shown)}"
 
 
 def _batches(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:
@@ -106,13 +105,13 @@ def _batches(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, st
     sizes = _values(tables, "num_samples")
     if not sizes and "sample" in first:
         sizes = [str(first.groupby(["checkpoint", "batch"]).size().max())]
-    sizes = sizes or _told(topic, "batch_size")
+    sizes = sizes or _recorded(topic, "batch_size")
     size = f"N = {', '.join(sizes)} samples each" if sizes else f"N {NOT_RECORDED}"
-    told = [("batches", f"{batches.max()} for each checkpoint, {size}")]
+    pairs = [("batches", f"{batches.max()} for each checkpoint, {size}")]
     metric = _values(tables, "metric_samples")
     if metric and metric != sizes:
-        told.append(("graded by", f"the Fisher and gradient of {', '.join(metric)} samples"))
-    return told
+        pairs.append(("graded by", f"the Fisher and gradient of {', '.join(metric)} samples"))
+    return pairs
 
 
 def _methods(table: pd.DataFrame, name: str, scales: Sequence[str]) -> list[tuple[str, str]]:
@@ -125,155 +124,152 @@ def _methods(table: pd.DataFrame, name: str, scales: Sequence[str]) -> list[tupl
         ends = f"{damping_text(others[0])} to {damping_text(others[-1])}"
         shown = f"{zero}{len(others)} values from {ends}"
     scale = _values([table], "damping_scale") or scales
-    words = "; ".join(SCALES.get(value, value) for value in scale) or f"scale {NOT_RECORDED}"
-    return [(name, ", ".join(methods)), ("damping λ", f"{shown} ({words})")]
+    meaning = "; ".join(SCALES.get(value, value) for value in scale) or f"scale {NOT_RECORDED}"
+    return [(name, ", ".join(methods)), ("damping λ", f"{shown} ({meaning})")]
 
 
 def _settings(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:
-    told = []
-    likelihoods = _values(tables, "likelihood")
-    words = [
-        f"{name} ({LIKELIHOODS[name.partition(':')[0]]})"
-        if name.partition(":")[0] in LIKELIHOODS
-        else name
-        for name in likelihoods
-    ]
-    words = words or [_likelihood(value) for value in _told(topic, "likelihood")]
-    told.append(("likelihood", "; ".join(words) or NOT_RECORDED))
+    # The layers' numbers of parameters are not the model's.
+    whole = [table for table in tables if "layer" not in table] or list(tables)
+    likelihoods = [_likelihood(name) for name in _values(tables, "likelihood")]
+    likelihoods = likelihoods or [_likelihood(text) for text in _recorded(topic, "likelihood")]
+    pairs = [("likelihood", "; ".join(likelihoods) or NOT_RECORDED)]
     for label, column in (
         ("parameters", "num_parameters"),
         ("model's dtype", "dtype"),
         ("Jacobian engine", "engine"),
         ("seed", "seed"),
     ):
-        source = [table for table in tables if "layer" not in table] or list(tables)
-        values = _values(source, column)
-        if column == "num_parameters" and values:
+        values = _values(whole, column)
+        if column == "num_parameters":
             values = [f"{float(value):,.0f}" for value in values]
-        if column == "seed" and len(values) > 1 and _run_of(values):
+        if column == "seed" and len(values) > 1 and _are_consecutive(values):
             values = [f"{values[0]} (batch b draws its labels with seed {values[0]} + b)"]
-        values = values or [OWN.get(value, value) for value in _told(topic, column)]
-        told.append((label, _some(values) or NOT_RECORDED))
-    return told
+        values = values or [MODELS_DTYPE.get(value, value) for value in _recorded(topic, column)]
+        pairs.append((label, _some(values) or NOT_RECORDED))
+    return pairs
 
 
-def _told(topic: Topic, name: str, kind: str | None = None) -> list[str]:
-    """What the manifests of graded files (of a kind) tell of a setting that no table has."""
-    found: dict[str, None] = {}
+def _likelihood(text: str) -> str:
+    """A likelihood as a table (``gaussian:0.5``) or a manifest has it, with its meaning."""
+    meaning = LIKELIHOODS.get(text.partition(":")[0])
+    if meaning:
+        return f"{text} ({meaning})"
+    meaning = LIKELIHOODS.get(text.partition("(")[0].lower(), "")
+    return f"{text}: {meaning.partition(';')[0]}" if meaning else text
+
+
+def _recorded(topic: Topic, name: str, kind: str | None = None) -> list[str]:
+    """The values of a setting in the manifests of graded files, or of those of one kind."""
+    values: dict[str, None] = {}
     for source in topic.sources:
         if source.manifest is not None and source.kind in ((kind,) if kind else GRADED):
             settings = _mapping(source.manifest, "options") | _mapping(source.manifest, "run")
-            found[_text(settings.get(name))] = None
-    return [value for value in found if value]
+            values[_text(settings.get(name))] = None
+    return [value for value in values if value]
 
 
-def _likelihood(shown: str) -> str:
-    """A likelihood as a manifest has it, ``Categorical(ignore_index=-100)``, with its meaning."""
-    meaning = LIKELIHOODS.get(shown.partition("(")[0].lower(), "")
-    return f"{shown}: {meaning.partition(';')[0]}" if meaning else shown
-
-
-def _run_of(values: Sequence[str]) -> bool:
+def _are_consecutive(seeds: Sequence[str]) -> bool:
     """Whether seeds follow each other, as those of a run's batches do."""
-    first = int(values[0]) if values[0].removeprefix("-").isdecimal() else None
-    return first is not None and values == [str(first + i) for i in range(len(values))]
+    first = int(seeds[0]) if seeds[0].removeprefix("-").isdecimal() else None
+    return first is not None and seeds == [str(first + i) for i in range(len(seeds))]
 
 
 def _trainings(rows: pd.DataFrame) -> list[tuple[str, str]]:
     final = rows[rows["phase"] == "final"].drop_duplicates(["optimizer", "seed"])
     search = rows[rows["phase"] == "search"].drop_duplicates(["optimizer", "trial"])
-    told = [("optimizers", _some([str(name) for name in rows["optimizer"].unique()]))]
-    told.append(("trainings", f"{len(search)} of a search, {len(final)} with the tuned settings"))
-    told.append(("chosen by", _some(_values([rows], "monitor"))))
-    return told
+    return [
+        ("optimizers", _some([str(name) for name in rows["optimizer"].unique()])),
+        ("trainings", f"{len(search)} of a search, {len(final)} with the tuned settings"),
+        ("chosen by", _some(_values([rows], "monitor"))),
+    ]
 
 
 def run_facts(source: Source) -> list[tuple[str, str]]:
-    """What a manifest tells of a file's run; empty where there is none."""
-    told = source.manifest
-    if told is None:
+    """The contents of a file's manifest; empty if there is none."""
+    manifest = source.manifest
+    if manifest is None:
         return []
-    versions, machine = _mapping(told, "versions"), _mapping(told, "machine")
-    found = [
-        ("command", _text(told.get("command", NOT_RECORDED))),
-        ("created", _text(told.get("created", NOT_RECORDED))),
+    versions, run = _mapping(manifest, "versions"), _mapping(manifest, "run")
+    settings = (_mapping(manifest, "options") | run).items()
+    return [
+        ("command", _text(manifest.get("command", NOT_RECORDED))),
+        ("created", _text(manifest.get("created", NOT_RECORDED))),
         ("versions", ", ".join(f"{k} {_text(v)}" for k, v in versions.items()) or NOT_RECORDED),
-        ("machine", _machine(machine) or NOT_RECORDED),
+        ("machine", _machine(_mapping(manifest, "machine")) or NOT_RECORDED),
+        *((name.replace("_", " "), text) for name, value in settings if (text := _text(value))),
     ]
-    run, options = _mapping(told, "run"), _mapping(told, "options")
-    known = [(name, _text(value)) for name, value in (options | run).items()]
-    return found + [(name.replace("_", " "), value) for name, value in known if value]
 
 
-def _machine(told: dict[str, Any]) -> str:
-    if not told:
+def _machine(machine: dict[str, Any]) -> str:
+    if not machine:
         return ""
-    parts = [_text(told.get("cpu"))]
-    parts += [f"{_text(told[name])} {name}" for name in ("cores", "threads") if name in told]
-    memory = told.get("memory")
-    if isinstance(memory, int) and 0 < memory < MOST_MEMORY:
+    parts = [_text(machine.get("cpu"))]
+    parts += [f"{_text(machine[name])} {name}" for name in ("cores", "threads") if name in machine]
+    memory = machine.get("memory")
+    if isinstance(memory, int) and 0 < memory < MAX_MEMORY:
         parts.append(describe_bytes(memory))
-    gpus = told.get("gpus") or ["no GPU"]
+    gpus = machine.get("gpus") or ["no GPU"]
     parts += [_text(name) for name in (gpus if isinstance(gpus, list) else [gpus])]
-    return ", ".join(part for part in [*parts, _text(told.get("platform"))] if part)
+    return ", ".join(part for part in [*parts, _text(machine.get("platform"))] if part)
 
 
 def troubles(topic: Topic) -> list[Trouble]:
     """Rows that could not be computed, and remarks on those that could, by reason."""
-    found = []
+    result = []
     for table in topic.tables.values():
         if "status" not in table or "reason" not in table:
             continue
         reasons = table["reason"].astype(object).fillna("").astype(str)
         marked = table[(table["status"] != "ok") | (reasons != "")].assign(reason=reasons)
         for (status, reason), rows in marked.groupby(["status", "reason"], sort=False):
-            shown = str(reason) or "no reason is told"
-            found.append(Trouble(topic.name, str(status), shown, len(rows), _where(rows)))
-    return sorted(found, key=lambda entry: (entry.status == "ok", -entry.count))
+            shown = str(reason) or "no reason is recorded"
+            result.append(Trouble(topic.name, str(status), shown, len(rows), _where(rows)))
+    return sorted(result, key=lambda entry: (entry.status == "ok", -entry.count))
 
 
 def _where(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    told = []
+    pairs = []
     for name, column in (("methods", "method"), ("optimizers", "optimizer"), ("layers", "layer")):
         if column in rows:
-            told.append((name, _some([str(value) for value in rows[column].unique()])))
+            pairs.append((name, _some([str(value) for value in rows[column].unique()])))
     if "damping" in rows and rows["damping"].notna().any():
         values = sorted(rows["damping"].dropna().unique())
-        told.append(("λ", _some([damping_text(value) for value in values])))
+        pairs.append(("λ", _some([damping_text(value) for value in values])))
     if "checkpoint" in rows:
-        told.append(("checkpoints", _some(list(checkpoint_labels([rows]).values()))))
-    return told
+        pairs.append(("checkpoints", _some(list(checkpoint_labels(rows).values()))))
+    return pairs
 
 
 def _some(values: Sequence[str]) -> str:
     """A list, the rest of a long one counted."""
-    rest = len(values) - MANY
+    rest = len(values) - MAX_NAMES
     more = [f"and {rest} more"] if rest > 0 else []
-    return ", ".join([*map(str, values[:MANY]), *more])
+    return ", ".join([*values[:MAX_NAMES], *more])
 
 
 def _values(tables: Iterable[pd.DataFrame], column: str) -> list[str]:
     """The different values of a column, as text."""
-    found: dict[str, None] = {}
+    values: dict[str, None] = {}
     for table in tables:
         if column in table:
             for value in table[column].dropna().unique():
-                whole = isinstance(value, float) and value.is_integer()
-                found[str(int(value)) if whole else str(value)] = None
-    return [value for value in found if value]
+                is_whole = isinstance(value, float) and value.is_integer()
+                values[str(int(value)) if is_whole else str(value)] = None
+    return [value for value in values if value]
 
 
-def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
-    value = told.get(name)
+def _mapping(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a manifest, which may hold anything."""
+    value = manifest.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return _some([_text(entry) for entry in value[: MANY + 1]]) + (
-            f" and {len(value) - MANY - 1} more" if len(value) > MANY + 1 else ""
-        )
+        return _some([_text(entry) for entry in value])
     try:
-        return "" if value is None else shortened(str(value), LONG)
+        text = "" if value is None else str(value)
     except RecursionError:
-        return "(nested too deep to be shown)"
+        return "(nested too deeply to be shown)"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

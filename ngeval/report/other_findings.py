@@ -10,57 +10,54 @@ import numpy as np
 import pandas as pd
 import scipy
 
+from ngeval.analysis.best_damping import smallest_positive
+from ngeval.analysis.norms import imbalance_means, imbalances
+from ngeval.analysis.stages import in_order
 from ngeval.analysis.training_results import performance
-from ngeval.report.summaries import (
-    Grades,
-    imbalance_means,
-    imbalances,
-    layer_means,
-    smallest_positive,
-)
+from ngeval.report.summaries import Grades, layer_means
 from ngeval.report.wording import counted, damping_text, listed, method_text, with_interval
 
 FEW = 5
-"""Batches below which a bootstrap interval is too narrow to lean on."""
+"""Batches below which a bootstrap interval is too narrow to rely on."""
 
 
 def imbalance_findings(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
     """Largest over smallest gradient norm, at the first and the last checkpoint."""
+    samples = in_order(samples)
     means, batches = imbalance_means(samples), imbalances(samples)
-    # Of a batch whose gradients all vanish, 0/0.
-    broken = int((batches["count"] < batches["size"]).sum())
-    lost = int((~np.isfinite(batches["imbalance"])).sum()) - broken
-    if means.empty and lost == len(batches):
+    # Batches with an invalid norm, and batches with a norm of 0 (0/0 where all are).
+    invalid = int((batches["count"] < batches["size"]).sum())
+    infinite = int((~np.isfinite(batches["imbalance"])).sum()) - invalid
+    if means.empty and infinite == len(batches):
         yield "Every batch has a sample with no gradient, so the imbalance of norms is infinite."
         return
     if means.empty:
-        yield "No batch has an imbalance of norms that can be told."
+        yield "No batch has a finite imbalance of norms."
     else:
         yield _imbalance_means(means, labels)
-    if lost:
-        holders = "One batch holds" if lost == 1 else f"{lost} batches hold"
-        yield f"{holders} a sample without a gradient, whose imbalance is not counted."
-    if broken:
-        holders = "One batch holds" if broken == 1 else f"{broken} batches hold"
+    if infinite:
+        hold = "One batch holds" if infinite == 1 else f"{infinite} batches hold"
+        yield f"{hold} a sample without a gradient, whose imbalance is not counted."
+    if invalid:
+        hold = "One batch holds" if invalid == 1 else f"{invalid} batches hold"
         yield (
-            f"{holders} a sample whose norm is none (NaN, infinite or negative), and is not "
+            f"{hold} a sample with an invalid norm (NaN, infinite or negative), and is not "
             "counted; see the warnings."
         )
 
 
 def _imbalance_means(means: pd.DataFrame, labels: dict[str, str]) -> str:
-    told = [
+    values = [
         with_interval(row["mean"], row["low"], row["high"])
         + f" × the smallest at {labels[row['checkpoint']]}"
         for row in means.iloc[[0, -1] if len(means) > 1 else [0]].to_dict("records")
     ]
     over = counted(int(means["count"].min()), int(means["count"].max()), "batch", "batches")
-    sentence = " and ".join(told)
-    narrow = means["count"].between(2, FEW - 1).any()
-    caution = ", too few for an interval to lean on" if narrow else ""
+    is_narrow = means["count"].between(2, FEW - 1).any()
+    caution = ", too few to rely on the interval" if is_narrow else ""
     return (
-        f"The largest per-sample gradient norm of a batch is {sentence} (geometric "
-        f"{'mean' if len(told) == 1 else 'means'} over {over}{caution})."
+        f"The largest per-sample gradient norm of a batch is {' and '.join(values)} (geometric "
+        f"{'mean' if len(values) == 1 else 'means'} over {over}{caution})."
     )
 
 
@@ -73,14 +70,14 @@ def imbalance_with_ef(short: Grades, samples: pd.DataFrame) -> Iterator[str]:
     both = ef[["checkpoint", "ratio"]].merge(means[["checkpoint", "imbalance"]])
     if len(both) < FEW or both[["ratio", "imbalance"]].nunique().min() < 2:
         return
-    # Through the package, so that scipy.stats is loaded when needed.
+    # Through the package: scipy.stats takes a second to import.
     rank = float(scipy.stats.spearmanr(both["ratio"], both["imbalance"]).statistic)
     if math.isnan(rank):
         return
-    what = "grows with the imbalance" if rank > 0.5 else "does not simply go with the imbalance"
+    trend = "grows with the imbalance" if rank > 0.5 else "does not simply go with the imbalance"
     yield (
-        f"EF's γ over SGD's {what}: Spearman's ρ is {rank:.2f} over the {len(both)} checkpoints at "
-        f"λ = {damping_text(short.smallest)} (checkpoints of one run are not independent)."
+        f"EF's γ over SGD's {trend}: Spearman's ρ is {rank:.2f} over the {len(both)} checkpoints "
+        f"at λ = {damping_text(short.smallest)} (checkpoints of one run are not independent)."
     )
 
 
@@ -92,40 +89,39 @@ def layer_findings(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]
         return
     last = summary[summary["checkpoint"] == summary["checkpoint"].iloc[-1]]
     last = last[last["damping"] == smallest_positive(last["damping"])]
-    ordered = last.loc[last.groupby("method", sort=False)["excess"].idxmax()]
-    told = [
+    worst = last.loc[last.groupby("method", sort=False)["excess"].idxmax()]
+    losses = [
         f"{method_text(row['method'])} in layer {row['layer']} ({_percent(row['curvature_share'])} "
         f"of its KL for {_percent(row['decrease_share'])} of the loss it buys)"
-        for row in ordered.nlargest(3, "excess").to_dict("records")
+        for row in worst.nlargest(3, "excess").to_dict("records")
         if row["excess"] > 0.005
     ]
-    if told:
+    if losses:
         checkpoint, damping = last[["checkpoint", "damping"]].to_numpy()[0]
         where = f"{labels[checkpoint]}, λ = {damping_text(damping)}"
-        yield f"Updates lose most at {where}: {'; '.join(told)}."
+        yield f"Updates lose most at {where}: {'; '.join(losses)}."
 
 
 def training_findings(rows: pd.DataFrame) -> Iterator[str]:
-    """The optimizer with the best mean, and whether the next is told from it."""
+    """The optimizer with the best mean, and whether the next is distinguishable from it."""
     for task, table in performance(rows).groupby("task", sort=False):
-        ranked = table[table["seeds"] > 0].sort_values("rank")
-        if ranked.empty:
-            yield f"On {task} no tuned training came to its end."
+        ranked = table[table["seeds"] > 0].sort_values("rank").to_dict("records")
+        if not ranked:
+            yield f"On {task} no tuned training finished."
             continue
-        metric, data = str(ranked["metric"].iloc[0]), str(ranked["data"].iloc[0])
-        figure = f"{data} {metric.removeprefix('test_')}"
-        best, *others = ranked.to_dict("records")
-        seeds = counted(best["seeds"], best["seeds"], "seed", "seeds")
+        best, *others = ranked
+        metric = str(best["metric"])
+        figure = f"{best['data']} {metric.removeprefix('test_')}"
         sentence = (
             f"On {task}, {best['optimizer']} has the best mean {figure}: {_mean(best, metric)}"
         )
         if others:
-            second = others[0]
-            apart = _apart(best, second, metric)
-            verdict = "" if apart else " (their intervals overlap)"
-            sentence += f", before {second['optimizer']} with {_mean(second, metric)}{verdict}"
+            overlap = " (their intervals overlap)" if _overlap(best, others[0], metric) else ""
+            second = f"{others[0]['optimizer']} with {_mean(others[0], metric)}"
+            sentence += f", before {second}{overlap}"
+        seeds = counted(best["seeds"], best["seeds"], "seed", "seeds")
         yield f"{sentence} ({seeds}, 95 % t-interval)."
-        if edges := [row["optimizer"] for row in ranked.to_dict("records") if row["edge"]]:
+        if edges := [row["optimizer"] for row in ranked if row["edge"]]:
             yield f"On {task} a tuned setting lies at an end of those tried for {listed(edges)}."
 
 
@@ -134,10 +130,9 @@ def _percent(share: float) -> str:
 
 
 def _mean(row: dict[Any, Any], metric: str) -> str:
-    values = (row[f"{metric}_{end}"] for end in ("mean", "low", "high"))
-    return with_interval(*values)
+    return with_interval(*(row[f"{metric}_{end}"] for end in ("mean", "low", "high")))
 
 
-def _apart(first: dict[Any, Any], second: dict[Any, Any], metric: str) -> bool:
-    ends = [(row[f"{metric}_low"], row[f"{metric}_high"]) for row in (first, second)]
-    return bool(ends[0][0] > ends[1][1] or ends[0][1] < ends[1][0])
+def _overlap(first: dict[Any, Any], second: dict[Any, Any], metric: str) -> bool:
+    low, high = (f"{metric}_{end}" for end in ("low", "high"))
+    return not (first[low] > second[high] or first[high] < second[low])

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
@@ -19,16 +19,11 @@ import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.errors import InputError
-from ngeval.report.charts import (
-    gamma_charts,
-    layer_charts,
-    sample_charts,
-    training_charts,
-)
-from ngeval.report.checked_rows import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
 from ngeval.report.colours import DARK
-from ngeval.report.facts import CONVENTIONS, Trouble, facts, run_facts, troubles
+from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
@@ -37,37 +32,29 @@ from ngeval.report.traces import Chart
 from ngeval.report.wording import printable
 
 MAX_CELLS = 4_000_000
-"""Values of a table that goes into the page as it is; of a larger one the means go."""
+"""Values of a table that is put into the page; of a larger one only the means are."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A task as the page shows it.
-
-    Attributes:
-        name: its heading.
-        facts: what was measured.
-        findings: sentences.
-        charts: by their ids.
-        tables: that sort.
-    """
+class Section:
+    """A task as the page shows it: a name and what follows in each part of the page."""
 
     name: str
     facts: list[tuple[str, str]]
     findings: list[str]
-    charts: dict[str, Chart] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
+    charts: dict[str, Chart]
+    tables: list[Table]
 
 
 @dataclass(frozen=True)
 class Download:
-    """Rows to take from the page.
+    """Rows to save from the page.
 
     Attributes:
-        name: of the file that is made.
-        original: of the file that they come from.
+        name: of the file that the browser writes.
+        original: the file that they come from.
         content: CSV, gzip, base64.
-        note: what is in it.
+        note: a few words on what is in it.
     """
 
     name: str
@@ -88,28 +75,29 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     """
     if not sources:
         raise InputError("a report needs at least one result file")
-    found = topics(sources)
-    made = {topic.name: _grades(topic) for topic in found}
+    tasks = topics(sources)
+    shorts = {
+        topic.name: grades(topic.tables[GAMMAS]) if GAMMAS in topic.tables else None
+        for topic in tasks
+    }
     ids = count(1)
-    shown = [_shown(topic, made[topic.name], ids) for topic in found]
-    charts = {key: chart for entry in shown for key, chart in entry.charts.items()}
-    told: list[Trouble] = [trouble for topic in found for trouble in troubles(topic)]
-    scripts = {"plotly": get_plotlyjs() if charts else "", "own": _file("report.js")}
+    sections = [_section(topic, shorts[topic.name], ids) for topic in tasks]
+    charts = {key: chart for section in sections for key, chart in section.charts.items()}
+    reasons = [trouble for topic in tasks for trouble in troubles(topic)]
+    notes = [note for source in sources for note in source.notes]
+    notes += [note for topic in tasks for note in topic.notes]
+    scripts = {"plotly": get_plotlyjs() if charts else "", "local": _file("report.js")}
     page = _template().render(
-        title=title or "ngeval: " + ", ".join(topic.name for topic in found),
+        title=title or "ngeval: " + ", ".join(topic.name for topic in tasks),
         dark=DARK,
-        shown=shown,
-        several=len(shown) > 1,
-        conventions=CONVENTIONS if any(made.values()) else (),
+        sections=sections,
+        several=len(sections) > 1,
+        conventions=CONVENTIONS if any(shorts.values()) else (),
         runs=[(source.shown, run_facts(source)) for source in sources],
-        failures=[trouble for trouble in told if trouble.status != "ok"],
-        notes=list(
-            dict.fromkeys(
-                [*(n for s in sources for n in s.notes), *(n for t in found for n in t.notes)]
-            )
-        ),
-        remarks=[trouble for trouble in told if trouble.status == "ok"],
-        downloads=[_download(source, made, found) for source in sources],
+        failures=[trouble for trouble in reasons if trouble.status != "ok"],
+        notes=list(dict.fromkeys(notes)),
+        remarks=[trouble for trouble in reasons if trouble.status == "ok"],
+        downloads=[_download(source, shorts, tasks) for source in sources],
         data=json_text({key: chart.payload() for key, chart in charts.items()}),
         css=_file("report.css"),
         scripts=scripts,
@@ -117,7 +105,7 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("ngeval"),
     )
-    return printable(page)  # a name that is no text must not cost the page
+    return printable(page)  # a name may hold bytes that no encoding has
 
 
 def json_text(value: Any) -> str:
@@ -127,16 +115,12 @@ def json_text(value: Any) -> str:
     "\u003c/script\u003e"
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _grades(topic: Topic) -> Grades | None:
-    return grades(topic.tables[GAMMAS]) if GAMMAS in topic.tables else None
-
-
-def _shown(topic: Topic, short: Grades | None, ids: count[int]) -> Shown:
+def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
     charts: list[Chart] = []
     tables: list[Table] = []
     labels = topic.labels
@@ -150,26 +134,26 @@ def _shown(topic: Topic, short: Grades | None, ids: count[int]) -> Shown:
     if TRAINING in topic.tables:
         charts += training_charts(topic.tables[TRAINING])
         tables.append(training_table(topic.tables[TRAINING]))
-    keyed = {f"chart-{next(ids)}": chart for chart in charts}
-    return Shown(topic.name, facts(topic), findings(topic, short), keyed, tables)
+    by_id = {f"chart-{next(ids)}": chart for chart in charts}
+    return Section(topic.name, facts(topic), findings(topic, short), by_id, tables)
 
 
-def _download(source: Source, made: dict[str, Grades | None], found: Sequence[Topic]) -> Download:
+def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[Topic]) -> Download:
     table, stem = source.table, source.shown.removesuffix(source.path.suffix).replace("/", "-")
     name = f"{stem}.csv"
     note = f"{len(table):,} rows, all columns"
     if table.size > MAX_CELLS:
         parts = [
             short.summary.assign(task=topic.name)
-            for topic in found
+            for topic in tasks
             if source.kind == GAMMAS
             and source in topic.sources
-            and (short := made[topic.name]) is not None
+            and (short := shorts[topic.name]) is not None
         ]
-        lost = f"the {len(table):,} rows themselves are too many for a page"
+        too_many = f"the {len(table):,} rows themselves are too many for a page"
         if not parts:
-            return Download(name, source.shown, "", lost)
-        name, note = f"{stem}-means.csv", f"means over batches; {lost}"
+            return Download(name, source.shown, "", too_many)
+        name, note = f"{stem}-means.csv", f"means over batches; {too_many}"
         table = pd.concat(parts)
     text = io.BytesIO()
     table.to_csv(text, index=False, encoding="utf-8", errors="replace")

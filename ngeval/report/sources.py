@@ -1,4 +1,4 @@
-"""The files that a report is made of: what they are, which tasks they are of, what they tell."""
+"""The files that a report is made of, and the tasks whose rows they hold."""
 
 from __future__ import annotations
 
@@ -11,45 +11,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.summary import SUMMARIZED
-from ngeval.analysis.training_results import NUMBERS, TEXTS, WHOLE
+from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING, kind_of
 from ngeval.errors import InputError, OutputError
 from ngeval.report.checked_rows import (
-    GAMMAS,
     IDENTITY,
-    LAYERS,
-    OF_BATCHES,
-    SAMPLES,
     SETTINGS,
-    TRAINING,
-    checked,
+    clean,
     differs_within_batches,
     runs,
     single,
 )
-from ngeval.report.wording import checkpoint_labels, printable
+from ngeval.report.wording import printable
 from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
 
-ACCEPTED = (
-    "a report takes the result files of ngeval gamma, sweep, compare (results.parquet), "
-    "imbalance and layers, and training.parquet of ngeval train"
-)
-
-NEEDED: dict[str, tuple[str, ...]] = {
-    TRAINING: (*TEXTS, *WHOLE, *NUMBERS),
-    SAMPLES: ("sample", "gradient_norm"),
-    LAYERS: (
-        *("method", "damping", "layer", "num_parameters"),
-        *("decrease_share", "curvature_share", "excess", "status"),
-    ),
-    GAMMAS: ("method", "damping", "status", *SUMMARIZED),
-}
-"""The columns that tell a kind of table, the first that fits."""
-
-
-GRADED = {GAMMAS: ("gamma", "gamma_over_sgd")}
-"""The numbers by which a row that stands in two files is known as the same one."""
+REPEATABLE = {GAMMAS: ("gamma", "gamma_over_sgd")}
+"""Kinds of which two files may hold the same row, and the numbers that must then agree."""
 
 ROUNDING = 1e-6
 """Relative difference of γ that the order of sums may make from one command to the next."""
@@ -61,10 +39,11 @@ class Source:
 
     Attributes:
         path: where it was read from.
-        kind: of its table, a key of `NEEDED`.
-        table: its rows, as they are.
-        manifest: what is told beside it, None where nothing is.
-        name: as much of the path's end as tells it from the other files; "" takes the file's name.
+        kind: of its table, a key of `ngeval.analysis.tables.KINDS`.
+        table: its rows, as they were read.
+        manifest: its manifest, or None if there is none.
+        name: as much of the path's end as distinguishes it from the other files; "" takes the
+            file's name.
         notes: warnings about the file.
     """
 
@@ -86,9 +65,9 @@ class Topic:
     """A task of the report, with its rows of each kind.
 
     Attributes:
-        name: the task, with the file's name and settings where there are different runs of it.
+        name: the task, with the file's name and settings if there are different runs of it.
         tables: rows by kind.
-        sources: where they come from.
+        sources: the files that they come from.
         notes: warnings about the files' rows.
     """
 
@@ -101,14 +80,14 @@ class Topic:
     def labels(self) -> dict[str, str]:
         """A short label for each checkpoint."""
         graded = [table for kind, table in self.tables.items() if kind != TRAINING]
-        return checkpoint_labels(graded) if graded else {}
+        return checkpoint_labels(*graded) if graded else {}
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
     """Read result files, each with its manifest.
 
     Raises:
-        InputError: a file is given twice, or its table is of no kind that a report is made of.
+        InputError: a file is named twice, or its table is not a result table.
         OutputError: a file cannot be read.
     """
     seen: set[Path] = set()
@@ -120,17 +99,18 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
         seen.add(path.resolve())
         table = read_results(path)
         kind = kind_of(table, str(path))
+        manifest: dict[str, Any] | None = None
         notes: tuple[str, ...] = ()
         try:
-            told = read_manifest(path)
-        except OutputError as error:  # it costs the report nothing but what it would have told
-            told, notes = None, (printable(str(error)),)
-        sources.append(Source(path, kind, table, told, names[path], notes))
+            manifest = read_manifest(path)
+        except OutputError as error:  # the report can do without
+            notes = (printable(str(error)),)
+        sources.append(Source(path, kind, table, manifest, names[path], notes))
     return sources
 
 
 def ends_of(paths: Sequence[Path]) -> dict[Path, str]:
-    """As much of each path's end as tells it from the others.
+    """As much of each path's end as distinguishes it from the others.
 
     >>> list(ends_of([Path("a/g.csv"), Path("b/g.csv"), Path("b/i.csv")]).values())
     ['a/g.csv', 'b/g.csv', 'i.csv']
@@ -146,60 +126,6 @@ def ends_of(paths: Sequence[Path]) -> dict[Path, str]:
         ends |= {path: ends[path] + 1 for path in longer}
 
 
-def kind_of(table: pd.DataFrame, name: str) -> str:
-    """Which kind of result a table is, told by its columns.
-
-    Raises:
-        InputError: none that a report is made of.
-    """
-    kind = next((k for k, needed in NEEDED.items() if set(needed) <= set(table)), None)
-    if kind is not None and (kind == TRAINING or "study" not in table):
-        return kind
-    if "study" in table:
-        raise InputError(f"{name} holds the rows of a study, which has its own page; {ACCEPTED}")
-    shown = ", ".join(map(str, table.columns[:8])) + (", …" if len(table.columns) > 8 else "")
-    raise InputError(f"{name} is a table of another kind (its columns: {shown}); {ACCEPTED}")
-
-
-def topics(sources: Sequence[Source]) -> list[Topic]:
-    """The tasks of some files, in order of appearance.
-
-    Files with parts of one run (other checkpoints, methods or dampings, the same settings) are
-    taken together, also where they overlap in rows that agree, each of which counts once;
-    different runs of a task stay apart, under the files' names, and those of one file under their
-    settings as well.
-
-    Raises:
-        InputError: a column of numbers holds something else, or rows contradict each other.
-    """
-    found: dict[str, Topic] = {}
-    heads = _heads(sources)
-    for kind in (GAMMAS, SAMPLES, LAYERS, TRAINING):
-        parts: dict[str, list[_Run]] = {}
-        for source in (source for source in sources if source.kind == kind):
-            for task, run in _runs_of(source):
-                _add(parts.setdefault(task, []), run, kind)
-        for task, together in parts.items():
-            for run in together:
-                head = task
-                if len(together) > 1:
-                    files = ", ".join(heads[source.shown] for source in run.sources)
-                    head = f"{task} ({files}{'; ' if run.settings else ''}{run.settings})"
-                while head in found and kind in found[head].tables:  # a task is called like a run
-                    head += "′"
-                topic = found.setdefault(head, Topic(head))
-                topic.tables[kind] = run.rows.reset_index(drop=True)
-                topic.sources.extend(s for s in run.sources if s not in topic.sources)
-                topic.notes.extend(run.notes)
-    return list(found.values())
-
-
-def _heads(sources: Sequence[Source]) -> dict[str, str]:
-    """The files' names in headings: without extension, where that tells them apart."""
-    stems = {s.shown: s.shown.removesuffix(s.path.suffix) for s in sources}
-    return stems if len(set(stems.values())) == len(stems) else {name: name for name in stems}
-
-
 @dataclass
 class _Run:
     """Rows of one task with one setting."""
@@ -210,106 +136,137 @@ class _Run:
     notes: list[str]
 
 
+def topics(sources: Sequence[Source]) -> list[Topic]:
+    """The tasks of some files, in order of appearance.
+
+    Files with parts of one run (different checkpoints, methods or dampings, the same settings) are
+    joined, also where they overlap in rows that agree, each of which counts once. Different runs of
+    a task are separate topics, under the files' names, and those of one file under their settings
+    as well.
+
+    Raises:
+        InputError: a column of numbers holds something else, or rows contradict each other.
+    """
+    result: dict[str, Topic] = {}
+    stems = _stems(sources)
+    for kind in (GAMMAS, SAMPLES, LAYERS, TRAINING):
+        parts: dict[str, list[_Run]] = {}
+        for source in (source for source in sources if source.kind == kind):
+            for task, run in _runs_of(source):
+                _add(parts.setdefault(task, []), run, kind)
+        for task, task_runs in parts.items():
+            for run in task_runs:
+                name = task
+                if len(task_runs) > 1:
+                    files = ", ".join(stems[source.shown] for source in run.sources)
+                    name = f"{task} ({files}{'; ' if run.settings else ''}{run.settings})"
+                while name in result and kind in result[name].tables:  # a task called like a run
+                    name += "′"
+                topic = result.setdefault(name, Topic(name))
+                topic.tables[kind] = run.rows.reset_index(drop=True)
+                topic.sources.extend(s for s in run.sources if s not in topic.sources)
+                topic.notes.extend(run.notes)
+    return list(result.values())
+
+
+def _stems(sources: Sequence[Source]) -> dict[str, str]:
+    """The files' names in headings: without extension, if they still differ."""
+    stems = {s.shown: s.shown.removesuffix(s.path.suffix) for s in sources}
+    return stems if len(set(stems.values())) == len(stems) else {name: name for name in stems}
+
+
 def _runs_of(source: Source) -> Iterator[tuple[str, _Run]]:
     """The runs of a file, each with its task."""
-    name = str(source.path)
-    stem = printable(source.path.stem)
-    table, twice = single(checked(source.table, source.kind, name, stem), source.kind)
+    path = str(source.path)
+    table = clean(source.table, source.kind, path, printable(source.path.stem))
+    table, twice = single(table, source.kind)
     notes = []
     if twice:
-        rows = "1 row stands" if twice == 1 else f"{twice:,} rows stand"
-        notes.append(
-            f"{source.shown}: {rows} there more than once, with all columns alike; counted once."
-        )
-    for task, of_task in table.groupby("task", sort=False):
-        found = list(runs(of_task, source.kind, name))
-        told = list(notes)
-        if len(found) > 1:
-            each = "; ".join(settings for settings, _ in found)
-            told.append(
-                f"{source.shown} holds {len(found)} runs of {task}, each with settings of its own "
-                f"({each}); they are not averaged, and stand apart here."
+        rows = "1 row is" if twice == 1 else f"{twice:,} rows are"
+        notes.append(f"{source.shown}: {rows} there more than once, and counted once.")
+    for task, rows_of_task in table.groupby("task", sort=False):
+        parts = list(runs(rows_of_task, source.kind, path))
+        separate = []
+        if len(parts) > 1:
+            settings = "; ".join(settings for settings, _ in parts)
+            separate.append(
+                f"{source.shown} holds {len(parts)} runs of {task} with different settings "
+                f"({settings}); they are shown separately, not averaged."
             )
-        for settings, part in found:
-            yield str(task), _Run([source], part, settings, told)
+        for settings, part in parts:
+            yield str(task), _Run([source], part, settings, notes + separate)
 
 
-def _add(together: list[_Run], run: _Run, kind: str) -> None:
-    """Put rows to those of the same run in other files, or begin another."""
-    for other in together:
-        apart = run.sources[0] in other.sources
-        if not apart and _one_run(other.rows, run.rows, kind):
-            other.rows = _together(other.rows, run.rows, kind)
+def _add(task_runs: list[_Run], run: _Run, kind: str) -> None:
+    """Join rows to those of the same run in other files, or add a run."""
+    for other in task_runs:
+        same_file = run.sources[0] in other.sources  # whose runs differ
+        if not same_file and _is_one_run(other.rows, run.rows, kind):
+            other.rows = _joined(other.rows, run.rows, kind)
             other.sources += run.sources
             other.notes += [note for note in run.notes if note not in other.notes]
             other.settings = other.settings or run.settings
             return
-    together.append(run)
+    task_runs.append(run)
 
 
-def _one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
-    """Whether two tables are parts of one: the same settings, and rows in both agree."""
-    if kind != TRAINING:
-        sizes = OF_BATCHES[:-1]
-        for name in (*(SETTINGS if kind != LAYERS else SETTINGS[:-1]), *sizes):
-            if name in first and name in second:
-                own = first[name].where(first[name] != "")
-                other = second[name].where(second[name] != "")
-                values = {*own.dropna().unique(), *other.dropna().unique()}
-                if len(values) > max(own.nunique(), 1):
-                    return False
-        if "seed" in first and "seed" in second:
-            columns = ["checkpoint", "batch", "seed"]
-            both = pd.concat([first[columns].astype(str), second[columns].astype(str)])
-            if differs_within_batches(both, "seed"):
-                return False
-    keys = list(IDENTITY[kind])
-    numbers = list(GRADED.get(kind, ()))
-    one, two = (rows[keys + numbers].drop_duplicates() for rows in (first, second))
-    one, two = _alike(one, two, keys)
-    shared = one.merge(two, on=keys, suffixes=("", "_again"))
+def _is_one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
+    """Whether two tables are parts of one run: the same settings, and the rows in both agree."""
+    settings = (*SETTINGS[kind], *(("num_samples", "metric_samples") if kind != TRAINING else ()))
+    if not all(_may_agree(first, second, name) for name in settings):
+        return False
+    if kind != TRAINING and "seed" in first and "seed" in second:
+        columns = ["checkpoint", "batch", "seed"]
+        both = pd.concat([first[columns].astype(str), second[columns].astype(str)])
+        if differs_within_batches(both, "seed"):
+            return False
+    keys, numbers = list(IDENTITY[kind]), list(REPEATABLE.get(kind, ()))
+    one, other = (table[keys + numbers].drop_duplicates() for table in (first, second))
+    one, other = _with_same_types(one, other, keys)
+    shared = one.merge(other, on=keys, suffixes=("", "_again"))
     return shared.empty or (bool(numbers) and _agree(shared, numbers))
 
 
-def _alike(
+def _may_agree(first: pd.DataFrame, second: pd.DataFrame, name: str) -> bool:
+    """Whether a setting has no value in one table that the other one does not have."""
+    if name not in first or name not in second:
+        return True
+    known = [{*table[name][table[name] != ""].dropna().unique()} for table in (first, second)]
+    return len(known[0] | known[1]) <= max(len(known[0]), 1)
+
+
+def _with_same_types(
     first: pd.DataFrame, second: pd.DataFrame, keys: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables with keys of the same types: one may have batches 0, 1, the other "a", "b"."""
-    other = [key for key in keys if first[key].dtype != second[key].dtype]
-    types = dict.fromkeys(other, "str")
+    types = {key: "str" for key in keys if first[key].dtype != second[key].dtype}
     return first.astype(types), second.astype(types)
 
 
-def _agree(shared: pd.DataFrame, values: Sequence[str]) -> bool:
-    """Whether rows with the same keys have the same numbers, but for rounding; none is as none."""
-    return all(
-        np.isclose(
-            shared[name].to_numpy(dtype=float),
-            shared[f"{name}_again"].to_numpy(dtype=float),
-            rtol=ROUNDING,
-            atol=0,
-            equal_nan=True,
-        ).all()
-        for name in values
+def _agree(shared: pd.DataFrame, columns: Sequence[str]) -> bool:
+    """Whether rows with the same keys have the same numbers up to rounding; NaN equals NaN."""
+    first, again = (
+        shared[[f"{c}{end}" for c in columns]].to_numpy(float) for end in ("", "_again")
     )
+    return np.allclose(first, again, rtol=ROUNDING, atol=0, equal_nan=True)
 
 
-def _together(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> pd.DataFrame:
+def _joined(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The rows of two parts of a run, each once.
 
-    Of two that agree the first stays, but where only the other has been compared with the exact
-    natural gradient.
+    Of two rows that agree, the first is taken, unless only the second has been compared with the
+    exact natural gradient.
     """
     keys = list(IDENTITY[kind])
-    first, second = _alike(first, second, keys)
-    if kind in GRADED:
-        least, others = first["gamma_over_ng"], second[second["gamma_over_ng"].notna()]
-        first = first[~(least.isna() & _stands_in(others, first, keys))]
-        second = second[~_stands_in(first, second, keys)]
+    first, second = _with_same_types(first, second, keys)
+    if kind in REPEATABLE:
+        compared = second[second["gamma_over_ng"].notna()]
+        first = first[~(first["gamma_over_ng"].isna() & _is_in(compared, first, keys))]
+        second = second[~_is_in(first, second, keys)]
     return pd.concat([first, second], ignore_index=True)
 
 
-def _stands_in(table: pd.DataFrame, rows: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
-    """Which rows have the keys of one of a table."""
-    own, others = (pd.MultiIndex.from_frame(part[list(keys)]) for part in (rows, table))
-    return own.isin(others)
+def _is_in(table: pd.DataFrame, rows: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Which rows have the keys of a row of the table."""
+    of_rows, of_table = (pd.MultiIndex.from_frame(part[list(keys)]) for part in (rows, table))
+    return of_rows.isin(of_table)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.training_results import performance
-from ngeval.report.summaries import Grades, at_best
+from ngeval.analysis.training_results import FIGURES, performance
+from ngeval.report.summaries import Grades
 from ngeval.report.wording import damping_text, interval_text, number, value_text
 
 MAX_ROWS = 5_000
-"""Rows of a table in the page; beyond, dampings are thinned out."""
+"""Rows of a table in the page; of a longer one not all dampings are shown."""
+
+TEXT_COLUMNS = ("method", "optimizer", "checkpoint")
+"""Heads of the columns that are not of numbers."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell.
-
-    Attributes:
-        text: as shown.
-        key: what it sorts by; None sorts by the text.
-    """
+class Cell(NamedTuple):
+    """A cell's text, and the number that it sorts by; without one it sorts by the text."""
 
     text: str
     key: str | None = None
@@ -56,7 +54,7 @@ class Table:
     Attributes:
         caption: above it.
         heads: of the columns, and whether each is of numbers.
-        rows: all of them; those that the filters leave out at first are hidden.
+        rows: all of them; those that the filters exclude at first are hidden.
         filters: to choose by.
         note: below it.
     """
@@ -73,64 +71,52 @@ def gamma_table(short: Grades, labels: dict[str, str]) -> Table:
 
     ``best`` among the λ is each method's best one at that checkpoint.
     """
-    summary, kept = short.summary, _kept_dampings(short)
-    best = at_best(short)
-    marked = pd.Index(summary.index).isin(best.index)
-    order = {value: place for place, value in enumerate(short.dampings)}
-    places = {name: place for place, name in enumerate(short.checkpoints)}
-    first = {"checkpoint": str(len(places) - 1), "damping": str(order[short.smallest])}
-    chosen = summary.assign(marked=marked)
-    chosen = chosen[chosen["damping"].isin(kept) | chosen["marked"]]
+    dampings = _shown_dampings(short)
+    numbers = {value: str(place) for place, value in enumerate(short.dampings)}
+    places = {name: str(place) for place, name in enumerate(short.checkpoints)}
+    chosen = {"checkpoint": places[short.checkpoints[-1]], "damping": numbers[short.smallest]}
+    summary = short.summary.assign(is_best=short.summary.index.isin(short.best.index))
+    summary = summary[summary["damping"].isin(dampings) | summary["is_best"]]
     rows = []
-    for told in chosen.to_dict("records"):
+    for row in summary.to_dict("records"):
         filters = {
-            "checkpoint": str(places[told["checkpoint"]]),
-            "damping": str(order[told["damping"]]) + (" best" if told["marked"] else ""),
+            "checkpoint": places[row["checkpoint"]],
+            "damping": numbers[row["damping"]] + (" best" if row["is_best"] else ""),
         }
-        hidden = any(first[name] not in value.split() for name, value in filters.items())
-        label = labels[told["checkpoint"]]
+        hidden = any(chosen[name] not in value.split() for name, value in filters.items())
         cells = [
-            Cell(told["method"]),
-            _ratio(told, "ratio", "low", "high"),
-            Cell(interval_text(told["low"], told["high"]) or "–", _key(told["low"])),
-            _ratio(told, "best", "best_low", "best_high"),
-            Cell(interval_text(told["best_low"], told["best_high"]) or "–", _key(told["best_low"])),
-            _numbered(told["damping"], damping_text(told["damping"])),
-            Cell(label, filters["checkpoint"]),
-            _numbered(told["batches"]),
+            Cell(row["method"]),
+            *_with_interval(row["ratio"], row["low"], row["high"]),
+            *_with_interval(row["best"], row["best_low"], row["best_high"]),
+            _numeric(row["damping"], damping_text(row["damping"])),
+            Cell(labels[row["checkpoint"]], filters["checkpoint"]),
+            _numeric(row["batches"]),
         ]
         rows.append(Row(cells, filters, hidden))
-    dampings = [(str(order[value]), damping_text(value)) for value in kept]
-    checkpoints = [(str(place), labels[name]) for name, place in places.items()]
-    thinned = len(kept) < len(order)
+    by_damping = [(numbers[value], damping_text(value)) for value in dampings]
+    by_checkpoint = [(place, labels[name]) for name, place in places.items()]
+    best = ("best", "the best of each method")
+    all_rows = ("", "all")
+    note = ""
+    if len(dampings) < len(numbers):
+        note = f"{len(dampings)} of {len(numbers)} λ, and each method's best; the charts have all."
     return Table(
         "Geometric means over batches with 95 % bootstrap intervals",
-        [
-            *(("method", False), ("γ/γ_SGD", True), ("interval", True)),
-            *(("γ/γ_min", True), ("interval", True)),
-            *(("λ", True), ("checkpoint", False), ("batches", True)),
-        ],
+        _heads("method", "γ/γ_SGD", "interval", "γ/γ_min", "interval", "λ", "checkpoint")
+        + _heads("batches"),
         rows,
         [
-            Filter("checkpoint", "checkpoint", [("", "all"), *checkpoints], first["checkpoint"]),
-            Filter(
-                "damping",
-                "damping λ",
-                [("", "all"), ("best", "the best of each method"), *dampings],
-                first["damping"],
-            ),
+            Filter("checkpoint", "checkpoint", [all_rows, *by_checkpoint], chosen["checkpoint"]),
+            Filter("damping", "damping λ", [all_rows, best, *by_damping], chosen["damping"]),
         ],
-        f"{len(kept)} of {len(order)} λ, and each method's best; the charts have all."
-        if thinned
-        else "",
+        note,
     )
 
 
-def _kept_dampings(short: Grades) -> list[float]:
-    """The λ in the table: all, or so many as keep it short, the smallest always."""
+def _shown_dampings(short: Grades) -> list[float]:
+    """The λ in the table: all, or as many as fit, always with the smallest."""
     values = short.dampings
-    each = len(short.summary) / len(values)
-    count = max(2, int(MAX_ROWS / each))
+    count = max(2, int(MAX_ROWS * len(values) / len(short.summary)))
     if count >= len(values):
         return values
     places = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
@@ -141,39 +127,43 @@ def training_table(rows: pd.DataFrame) -> Table:
     """Tuned optimizers of every task."""
     table = performance(rows)
     shown = []
-    for told in table.to_dict("records"):
-        cells = [_numbered(told["rank"]), Cell(told["optimizer"])]
-        for figure in ("test_accuracy", "test_loss", "train_loss"):
-            mean, low, high = (told[f"{figure}_{end}"] for end in ("mean", "low", "high"))
-            cells += [_numbered(mean), Cell(interval_text(low, high) or "–", _key(low))]
-        cells += [_numbered(told["seeds"]), _numbered(told["diverged"])]
-        for setting in (told["learning_rate"], told["damping"]):
-            cells.append(_numbered(setting, "–" if math.isnan(setting) else damping_text(setting)))
+    for row in table.to_dict("records"):
+        cells = [_numeric(row["rank"]), Cell(row["optimizer"])]
+        for figure in FIGURES:
+            mean, low, high = (row[f"{figure}_{end}"] for end in ("mean", "low", "high"))
+            cells += [_numeric(mean), _interval(low, high)]
+        cells += [_numeric(row["seeds"]), _numeric(row["diverged"])]
+        for setting in (row["learning_rate"], row["damping"]):
+            cells.append(_numeric(setting, "–" if math.isnan(setting) else damping_text(setting)))
         shown.append(Row(cells))
     data = next((name for name in table["data"] if name), "test")
-    interval = ("interval", True)
     return Table(
         "Tuned optimizers: means over seeds with 95 % t-intervals",
-        [
-            *(("rank", True), ("optimizer", False)),
-            *((f"{data} accuracy", True), interval, (f"{data} loss", True), interval),
-            *(("training loss", True), interval, ("seeds", True), ("diverged", True)),
-            *(("learning rate", True), ("λ", True)),
-        ],
+        _heads("rank", "optimizer", f"{data} accuracy", "interval", f"{data} loss")
+        + _heads("interval", "training loss", "interval", "seeds", "diverged")
+        + _heads("learning rate", "λ"),
         shown,
     )
 
 
-def _ratio(told: dict[Any, Any], *names: str) -> Cell:
-    """The first of value, low and high end, with as many digits as the interval has."""
-    value, low, high = (float(told[name]) for name in names)
-    return _numbered(value, value_text(value, low, high))
+def _heads(*names: str) -> list[tuple[str, bool]]:
+    """The heads of columns, with whether each is of numbers."""
+    return [(name, name not in TEXT_COLUMNS) for name in names]
 
 
-def _numbered(value: float, text: str | None = None) -> Cell:
+def _with_interval(value: float, low: float, high: float) -> Sequence[Cell]:
+    """A value with as many digits as its interval has, and the interval."""
+    return _numeric(value, value_text(value, low, high)), _interval(low, high)
+
+
+def _interval(low: float, high: float) -> Cell:
+    return Cell(interval_text(low, high) or "–", _key(low))
+
+
+def _numeric(value: Any, text: str | None = None) -> Cell:
     return Cell(number(float(value)) if text is None else text, _key(value))
 
 
 def _key(value: float) -> str:
-    """What a number sorts by; nothing, which comes last, where there is none."""
+    """What a number sorts by; "", which comes last, if there is none."""
     return "" if math.isnan(value) else f"{float(value):.9g}"

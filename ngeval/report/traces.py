@@ -1,4 +1,4 @@
-"""What charts are made of: plotly's traces and axes, as plain data."""
+"""The parts of charts: plotly's traces and axes, as plain data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ngeval.analysis.stages import stage_column
 from ngeval.report.colours import Look
 from ngeval.report.wording import chart_text, with_interval
 
@@ -23,13 +24,13 @@ class Chart:
 
     Attributes:
         title: above it.
-        note: what it shows, in a sentence.
-        choice: what the list chooses.
-        options: the entries and what each shows.
-        layout: of plotly, for all entries.
+        note: a sentence on what it shows.
+        choice: the label of the list.
+        options: the entries of the list, each with its traces.
+        layout: plotly's, for all entries.
         columns: heads of its table of numbers: of the series, of x, of the value.
         start: the entry that is shown first.
-        sideways: the value is along x, names along y.
+        sideways: whether the value is along x and the names along y.
     """
 
     title: str
@@ -42,7 +43,7 @@ class Chart:
     sideways: bool = False
 
     def payload(self) -> dict[str, Any]:
-        """What the page's script draws it from."""
+        """The data from which the page's script draws it."""
         return {
             "traces": [traces for _, traces in self.options],
             "layout": self.layout,
@@ -58,14 +59,14 @@ class Line:
     Attributes:
         name: in the legend.
         look: colour, dash and marker.
-        x: where.
+        x: a number or place for each point.
         y: the value.
-        low: the interval, NaN where there is none.
-        high: likewise.
-        hover: shown beside a point, in plotly's template.
+        low: the interval's lower end, NaN if there is no interval.
+        high: its upper end.
+        hover: plotly's template for what is shown beside a point.
         extra: further values of each point, ``customdata[2]`` and so on.
-        markers: draw points as well.
-        band: draw the interval.
+        markers: whether to draw points as well.
+        band: whether to draw the interval.
     """
 
     name: str
@@ -115,15 +116,14 @@ class Line:
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
-    """Five significant digits, None for what JSON has no word for."""
-    short = (float(f"{v:.5g}") for v in map(float, values))
-    return [v if math.isfinite(v) else None for v in short]
+    """Five significant digits; None for NaN and infinities, which JSON does not have."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in map(float, values)]
 
 
 def dots(
     names: Sequence[str],
     values: pd.DataFrame,
-    told: Sequence[str],
+    notes: Sequence[str],
     pairs: Sequence[tuple[str, str]],
     title: str,
 ) -> Trace:
@@ -134,9 +134,9 @@ def dots(
     Args:
         names: of the rows.
         values: three columns: value, low and high end.
-        told: a line more of hover text for each.
+        notes: a further line of hover text for each.
         pairs: the colour of each, on a light and on a dark page.
-        title: of the value.
+        title: the name of the value.
     """
     middle, below, above = values.to_numpy(dtype=float).T
     return {
@@ -154,7 +154,7 @@ def dots(
         "customdata": [
             [*ends, chart_text(note), with_interval(*row)]
             for *ends, note, row in zip(
-                rounded(below), rounded(above), told, values.to_numpy(dtype=float), strict=True
+                rounded(below), rounded(above), notes, values.to_numpy(dtype=float), strict=True
             )
         ],
         "hovertemplate": (
@@ -168,7 +168,7 @@ def dots(
 def reference(
     name: str, x: Sequence[Any], y: Sequence[float], look: Look, value: str
 ) -> list[Trace]:
-    """A line without points or interval that others are seen against."""
+    """A line without points or interval, to compare others with."""
     hover = f"%{{fullData.name}}<br>{value} = %{{y:.3~g}}<extra></extra>"
     return list(Line(name, look, x, y, hover=hover, markers=False).traces())
 
@@ -176,12 +176,12 @@ def reference(
 def stage_axis(
     rows: pd.DataFrame, checkpoints: Sequence[str], labels: dict[str, str]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Where each checkpoint stands on the axis of stages: at its epoch or step, if all tell it."""
-    single = rows.drop_duplicates("checkpoint").set_index("checkpoint").loc[list(checkpoints)]
-    for told in ("epoch", "step"):
-        if told in single and np.isfinite(single[told]).all() and single[told].is_unique:
-            axis = {"title": {"text": f"training {told}"}, "rangemode": "tozero"}
-            return [float(value) for value in single[told]], axis
+    """The places of checkpoints on the axis of stages (epoch or step, if known), and the axis."""
+    column = stage_column(rows)
+    if column is not None:
+        single = rows.drop_duplicates("checkpoint").set_index("checkpoint")[column]
+        axis = {"title": {"text": f"training {column}"}, "rangemode": "tozero"}
+        return single.loc[list(checkpoints)].tolist(), axis
     names = [chart_text(labels[name]) for name in checkpoints]
     ticks = {"tickvals": list(range(len(names))), "ticktext": names, "automargin": True}
     return list(range(len(names))), {"title": {"text": "checkpoint"}, **ticks}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
-from ngeval.utils.text import whole_or_short
+from ngeval.utils.text import shortened
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LEAST = 1e-4
-"""Relative difference from 1 below which nothing is told apart: what five digits show."""
+ROUNDING = 1e-4
+"""Relative difference from 1 below which a number counts as 1: what five digits show."""
 
-KNOWN = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
+CHART_NAME = 28
+"""Characters of a name in a chart."""
+
+PAPER_NAMES = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Three significant digits, or as many as are asked for; a power of ten where it is shorter.
+    """A number with three significant digits, as a power of ten where that is shorter.
 
     >>> [number(value) for value in (0.4912, 61.53, 12345, 5.1e7, 2e-6)]
     ['0.491', '61.5', '12,300', '5.1 × 10⁷', '2 × 10⁻⁶']
@@ -51,7 +52,7 @@ def damping_text(value: float) -> str:
 
 
 def interval_text(low: float, high: float) -> str:
-    """``[low, high]``, nothing where there is no interval."""
+    """``[low, high]``, or nothing if there is no interval."""
     if math.isnan(low) or math.isnan(high):
         return ""
     digits = _digits(low, high)
@@ -64,15 +65,15 @@ def value_text(value: float, low: float, high: float) -> str:
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    """A value with its interval behind it."""
+    """A value followed by its interval."""
     return f"{value_text(value, low, high)} {interval_text(low, high)}".rstrip()
 
 
 def _digits(low: float, high: float) -> int:
-    """As many as tell the ends of a narrow interval apart, and from 1."""
+    """As many as distinguish the ends of a narrow interval from each other and from 1."""
     spread = abs(high / low - 1) if low else math.inf
-    digits = 5 if LEAST < spread < 0.002 else 4 if 0.002 <= spread < 0.02 else 3
-    # An end that is shown as 1 would contradict a verdict that it lies beyond.
+    digits = 5 if ROUNDING < spread < 0.002 else 4 if 0.002 <= spread < 0.02 else 3
+    # An end shown as 1 would contradict a verdict that it lies beyond 1.
     ends = [end for end in (low, high) if below_one(end) or above_one(end)]
     while digits < 6 and any(float(f"{end:.{digits}g}") == 1 for end in ends):
         digits += 1
@@ -81,22 +82,22 @@ def _digits(low: float, high: float) -> int:
 
 def below_one(end: Any) -> Any:
     """Whether an end of an interval lies below 1 by more than rounding, and is shown so."""
-    return end < 1 - LEAST
+    return end < 1 - ROUNDING
 
 
 def above_one(end: Any) -> Any:
     """Whether an end of an interval lies above 1 by more than rounding, and is shown so."""
-    return end > 1 + LEAST
+    return end > 1 + ROUNDING
 
 
 def method_text(method: str) -> str:
-    """A method as papers write it; names that they do not know stay as they are.
+    """A method as papers write it; names that they do not use stay as they are.
 
     >>> [method_text(name) for name in ("ief", "sf:4", "kfac-ef")]
     ['iEF', 'SF:4', 'kfac-ef']
     """
     family, colon, parameter = method.partition(":")
-    return KNOWN.get(family, family) + colon + parameter
+    return PAPER_NAMES.get(family, family) + colon + parameter
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -108,54 +109,21 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def counted(least: int, most: int, one: str, many: str) -> str:
-    """How many, or from how many to how many."""
+def counted(least: int, most: int, singular: str, plural: str) -> str:
+    """A number of things, or a range of numbers."""
     amount = f"{least}" if least == most else f"{least} to {most}"
-    return f"{amount} {one if most == 1 else many}"
-
-
-def shortened(name: str, length: int = 28) -> str:
-    """A name that fits a chart: its beginning and its end."""
-    if len(name) <= length:
-        return name
-    kept = (length - 1) // 2
-    return f"{name[:kept]}…{name[-(length - 1 - kept) :]}"
+    return f"{amount} {singular if most == 1 else plural}"
 
 
 def chart_text(name: str) -> str:
-    """A name for plotly, which takes some HTML in labels: shown as it is, and not too long."""
-    flat = re.sub(r"\s+", " ", shortened(name))
-    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        flat = flat.replace(sign, entity)
+    """A name that plotly, which reads some HTML in labels, shows as it is; a long one is cut."""
+    flat = re.sub(r"\s+", " ", shortened(name, CHART_NAME))
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        flat = flat.replace(character, entity)
     flat = flat.replace("%{", "&#37;{")  # which would begin a value in hover text
     return flat.replace("$", "&#36;")  # which would begin a formula
 
 
 def printable(name: str) -> str:
-    """A name of a file as text: what is no text in it (bytes of another encoding) as ``?``."""
+    """A file's name as text: bytes that are not UTF-8 as ``?``."""
     return name.encode("utf-8", "replace").decode("utf-8")
-
-
-def whole_text(values: Sequence[float]) -> list[str]:
-    """Epochs or steps: whole numbers in full, different ones never alike.
-
-    >>> whole_text([0.0, 1234567.0]), whole_text([0.5, 1.25])
-    (['0', '1234567'], ['0.5', '1.25'])
-    """
-    shown = [whole_or_short(value) for value in values]
-    return shown if len(set(shown)) == len(shown) else [repr(float(value)) for value in values]
-
-
-def checkpoint_labels(tables: Iterable[pd.DataFrame]) -> dict[str, str]:
-    """A short label for each checkpoint: its epoch or step where all tell it, else its name."""
-    columns = ["checkpoint", "epoch", "step"]
-    rows = pd.concat([table.reindex(columns=columns) for table in tables])
-    single = rows.drop_duplicates("checkpoint")
-    names = [str(name) for name in single["checkpoint"]]
-    for told in ("epoch", "step"):
-        if single[told].notna().all() and single[told].is_unique:
-            shown = whole_text(single[told].tolist())
-            return {n: f"{told} {text}" for n, text in zip(names, shown, strict=True)}
-    ends = [name.replace("\\", "/").rstrip("/").rpartition("/")[2] for name in names]
-    chosen = ends if len(set(ends)) == len(names) else names
-    return dict(zip(names, (name or "the checkpoint" for name in chosen), strict=True))

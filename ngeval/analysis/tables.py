@@ -1,0 +1,223 @@
+"""The kinds of result tables, told apart by their columns, and what each column may hold.
+
+Tables come from files that people edit, join and filter. Everything that reads one checks the
+columns that it uses here, so that a wrong value is reported by column and row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ngeval.errors import InputError
+
+GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
+"""Kinds of tables: γ of updates, gradient norms of samples, layers of updates, trainings."""
+
+SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
+"""The numbers of a γ table, the first two of which make a row a grade."""
+
+KINDS: dict[str, tuple[str, ...]] = {
+    LAYERS: ("layer", "method", "decrease_share"),
+    GAMMAS: ("method", "damping", "gamma"),
+    TRAINING: ("optimizer", "phase", "train_loss"),
+    SAMPLES: ("gradient_norm",),
+}
+"""The columns by which a kind of table is recognised; the first kind that fits is taken."""
+
+MADE_BY = (
+    "γ tables come from ngeval.evaluate and ngeval gamma, sweep or compare; tables of layers from "
+    "ngeval.layer_table or ngeval layers; gradient norms from ngeval imbalance; and trainings from "
+    "searches, with a row for each epoch (training.parquet)"
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column may hold.
+
+    Attributes:
+        kind: ``number`` (NaN and ∞ included; nothing counts as NaN), ``finite`` (a finite number,
+            or nothing), ``whole`` (an integer in every row), ``text`` (in every row), ``any``
+            (shown as text, "" where there is nothing) or ``label`` (numbers if all are, else text).
+        choices: the texts that are allowed; empty allows all of them.
+    """
+
+    kind: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """What the column should hold, for messages."""
+        return " or ".join(self.choices) or {
+            "number": "numbers",
+            "finite": "finite numbers, or nothing",
+            "whole": "whole numbers",
+        }.get(self.kind, "text")
+
+
+NUMBER, FINITE, WHOLE = Column("number"), Column("finite"), Column("whole")
+TEXT, ANY, LABEL = Column("text"), Column("any"), Column("label")
+
+
+def kind_of(table: pd.DataFrame, source: str = "the table") -> str:
+    """The kind of a table by its columns, a key of `KINDS`.
+
+    Raises:
+        InputError: it is not a result table of ngeval, or holds the rows of a study.
+    """
+    if "study" in table:
+        name = table["study"].iloc[0] if len(table) else ""
+        raise InputError(
+            f"{source} holds the rows of a study; `python -m studies {name} --from FILE`, in a "
+            f"clone, draws them. {MADE_BY}"
+        )
+    kind = next((kind for kind, columns in KINDS.items() if {*columns} <= {*table}), None)
+    if kind is None:
+        names = ", ".join(map(str, table.columns[:8])) + (", …" if len(table.columns) > 8 else "")
+        raise InputError(
+            f"{source} has the columns {names} and is not a result table of ngeval; {MADE_BY}"
+        )
+    return kind
+
+
+def require(table: pd.DataFrame, *columns: str, source: str = "the table") -> None:
+    """Check that a table has some columns.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{source} has no column {', '.join(missing)}; {MADE_BY}")
+
+
+def checked(
+    table: pd.DataFrame, columns: Mapping[str, Column], source: str = "the table"
+) -> pd.DataFrame:
+    """A table with those of the given columns that it has converted to one type each.
+
+    Args:
+        table: as it was read; other columns stay as they are.
+        columns: what each column may hold.
+        source: where the table comes from, for messages.
+
+    Raises:
+        InputError: a column holds a value that it may not.
+    """
+    converted = {}
+    for name, column in columns.items():
+        if name in table:
+            values, fits = _CONVERT[column.kind](table[name], column.choices)
+            _refuse(table[name], fits, column.expected, source)
+            converted[name] = values
+    return table.assign(**converted)
+
+
+def numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """`checked` for columns of numbers."""
+    return checked(table, dict.fromkeys(columns, NUMBER))
+
+
+def graded(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a γ table that are a grade: status ok, with finite positive γ and γ/γ_SGD.
+
+    Only these have a logarithm, a rank and a place in a picture. Values of γ/γ_min and of the floor
+    that are not possible become NaN; methods become text.
+
+    Raises:
+        InputError: a column is missing, or a column of numbers holds text.
+    """
+    require(table, "method", "damping", "status", *SUMMARIZED)
+    rows = numbers(table[table["status"] == "ok"], "damping", *SUMMARIZED)
+    usable = _is_positive(rows["gamma"]) & _is_positive(rows["gamma_over_sgd"])
+    rows = rows[usable & rows["damping"].between(0, math.inf, inclusive="left")]
+    floor, least = rows["gamma_floor"], rows["gamma_over_ng"]
+    return rows.assign(
+        method=rows["method"].fillna("").astype(str),
+        gamma_over_ng=least.where(_is_positive(least)),
+        gamma_floor=floor.where(floor.between(0, math.inf, inclusive="left")),
+    )
+
+
+def _is_positive(values: pd.Series[float]) -> pd.Series[bool]:
+    return values.between(0, math.inf, inclusive="neither")
+
+
+def _number(
+    column: pd.Series, choices: Collection[str]
+) -> tuple[pd.Series[float], pd.Series[bool]]:
+    values = pd.to_numeric(column, errors="coerce")
+    fits = values.notna() | column.isna()
+    return pd.Series(values.to_numpy(float, na_value=math.nan), index=column.index), fits
+
+
+def _finite(
+    column: pd.Series, choices: Collection[str]
+) -> tuple[pd.Series[float], pd.Series[bool]]:
+    values, fits = _number(column, choices)
+    return values, fits & ~np.isinf(values)
+
+
+def _whole(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[int], pd.Series[bool]]:
+    values, _ = _number(column, choices)
+    fits = (values == np.round(values)) & (values.abs() < 2**53)
+    return values.where(fits, 0).astype("int64"), fits
+
+
+def _text(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[str], pd.Series[bool]]:
+    # A task may be called 1, which a CSV file gives back as a number.
+    fits = column.map(lambda value: isinstance(value, str | int | float)) & column.notna()
+    return column.astype(str), fits & column.isin(choices) if choices else fits
+
+
+def _any(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[str], pd.Series[bool]]:
+    if not isinstance(column.dtype, pd.StringDtype):
+        column = _as_text(column)
+    return column.fillna(""), pd.Series(True, index=column.index)
+
+
+def _label(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series, pd.Series[bool]]:
+    values = pd.to_numeric(column, errors="coerce")
+    fits = pd.Series(True, index=column.index)
+    if not values.isna().equals(column.isna()):
+        return _as_text(column), fits
+    return values if values.dtype.kind in "iu" else values.astype(float), fits
+
+
+_CONVERT: dict[str, Callable[[pd.Series, Collection[str]], tuple[pd.Series, pd.Series[bool]]]] = {
+    "number": _number,
+    "finite": _finite,
+    "whole": _whole,
+    "text": _text,
+    "any": _any,
+    "label": _label,
+}
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Also of lists and mappings, which JSON may hold; a missing value stays missing."""
+    plain = column.astype(object)
+    return plain.where(plain.notna(), None).map(str, na_action="ignore").astype("str")
+
+
+def row_number(index: pd.Index, place: int) -> int:
+    """The row of a file that a row of its table was read from, counted from 1."""
+    label = index[place]
+    return 1 + (int(label) if isinstance(label, int | np.integer) else place)
+
+
+def _refuse(column: pd.Series, fits: pd.Series[bool], expected: str, source: str) -> None:
+    if fits.all():
+        return
+    place = int(np.flatnonzero(~fits)[0])
+    value = column.tolist()[place]
+    hint = " (is it a header row among the rows?)" if value == column.name else ""
+    raise InputError(
+        f"{source}: column {column.name} has {value!r:.60} in row "
+        f"{row_number(column.index, place)}; it should hold {expected}{hint}"
+    )
