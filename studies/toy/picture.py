@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from ngeval.analysis.tables import require
 from ngeval.errors import InputError
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
@@ -22,7 +23,6 @@ from ngeval.plots.style import (
     legend_below,
     own_axes,
     panels,
-    require,
     styles_of,
 )
 from ngeval.plots.ticks import log_scale, number_text
