@@ -1,4 +1,4 @@
-"""The picture of *diagonal*: heat maps over depth and width."""
+"""The figure of *diagonal*: heat maps over depth and width."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     columns = max(2, len(thresholds))
     lines = -(-len(maps) // columns)
     with in_style({"axes.grid": False}):
-        made, grid = plt.subplots(
+        drawn, grid = plt.subplots(
             lines, columns, figsize=(PAGE, 1.55 * lines + 0.6), squeeze=False, layout="constrained"
         )
         for axes, (method, threshold) in zip(grid.flat, maps, strict=False):
@@ -36,12 +36,12 @@ def figure(rows: pd.DataFrame) -> Figure:
             image = _draw(axes, part, norm)
             axes.set_title(f"{NAMES[method]}, training loss {threshold:g}")
         label_outer(list(grid.flat))
-        bar = made.colorbar(image, ax=grid, location="bottom", aspect=50, pad=0.02)
+        bar = drawn.colorbar(image, ax=grid, location="bottom", aspect=50, pad=0.02)
         plain_ticks(bar.ax.xaxis)
         bar.set_label(
             "γ/γ_min at the best λ (1: the natural gradient itself), with its 95 % interval"
         )
-    return made
+    return drawn
 
 
 def _draw(axes: Axes, part: pd.DataFrame, norm: LogNorm) -> AxesImage:

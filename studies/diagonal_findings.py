@@ -1,4 +1,4 @@
-"""What the rows of *diagonal* say of FAdam's claim that a diagonal is enough."""
+"""Findings of *diagonal*: FAdam's claim that a diagonal is enough."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CELL = ["depth", "width", "threshold"]
 
 
 def findings(rows: pd.DataFrame) -> list[Finding]:
-    """One for each claim.
+    """One finding for each claim.
 
     Raises:
-        InputError: there are fewer than two widths or depths that came to a stage.
+        InputError: fewer than two widths or depths reached a stage.
     """
     best = at_best(rows)
     if best["width"].nunique() < 2 or best["depth"].nunique() < 2:
@@ -53,34 +53,25 @@ def at_best(rows: pd.DataFrame) -> pd.DataFrame:
 
 def cells(best: pd.DataFrame, method: str, column: str = "gamma_over_ng") -> pd.DataFrame:
     """Geometric mean in each cell: columns ``depth, width, threshold, value, low, high``."""
-    own = best[best["method"] == method]
-    # The batches of one network are alike: a network counts once.
-    logs = own.assign(log=np.log(own[column]))
+    rows = best[best["method"] == method]
+    # The batches of one network are correlated: a network counts once.
+    logs = rows.assign(log=np.log(rows[column]))
     networks = logs.groupby([*CELL, "seed"], as_index=False).agg({"log": "mean"})
-    records = []
-    for cell, part in _cells_of(networks):
-        found = geometric_interval(np.exp(part["log"]))
-        records.append((*cell, *found))
+    records = [
+        (*cell, *geometric_interval(np.exp(part["log"]))) for cell, part in networks.groupby(CELL)
+    ]
     return pd.DataFrame(records, columns=[*CELL, *Interval._fields])
 
 
-def _cells_of(networks: pd.DataFrame) -> list[tuple[tuple[float, ...], pd.DataFrame]]:
-    places = networks[CELL].drop_duplicates().sort_values(CELL)
-    return [
-        (tuple(place), networks[(networks[CELL] == place).all(axis=1)])
-        for place in places.to_numpy(dtype=float)
-    ]
-
-
 def _enough(best: pd.DataFrame) -> Finding:
-    outcomes, told = [], []
+    outcomes, evidence = [], []
     for method, name in NAMES.items():
         table = cells(best, method)
         if method in ("diag", "diag-ef:0.5"):
             outcomes += list(table["value"] <= ENOUGH)
         table = table.sort_values("value")
         least, most = table.iloc[0], table.iloc[-1]
-        told.append(
+        evidence.append(
             f"{name} {least['value']:.2f} ({_place(least)}) to {most['value']:.2f} "
             f"({_place(most)}), {(table['value'] <= ENOUGH).sum()} of {len(table)} up to {ENOUGH:g}"
         )
@@ -89,7 +80,7 @@ def _enough(best: pd.DataFrame) -> Finding:
         f"{PAPER}, §3.2",
         decide(outcomes),
         "γ/γ_min at each method's best λ, geometric means over networks of a depth, width and "
-        "stage, least to largest: " + "; ".join(told) + ".",
+        "stage, least to largest: " + "; ".join(evidence) + ".",
         f"γ/γ_min of the exact diagonal and of Adam's root is at most {ENOUGH:g}; a case for each "
         "of both and cell",
     )
@@ -97,13 +88,13 @@ def _enough(best: pd.DataFrame) -> Finding:
 
 def _slope(best: pd.DataFrame, axis: str, sign: int) -> Finding:
     """Whether γ/γ_min falls with the width, or grows with the depth."""
-    outcomes, told = [], []
+    outcomes, evidence = [], []
     for method in (*DIAGONALS, "kfac"):
         for threshold in sorted(best["threshold"].unique(), reverse=True):
-            found = within_slope(best, method, float(threshold), axis)
+            slope = within_slope(best, method, float(threshold), axis)
             if method in ("diag", "diag-ef:0.5"):
-                outcomes.append(found.is_below(0) if sign < 0 else found.is_above(0))
-            told.append(f"{NAMES[method]}, loss {threshold:g}: {found.text('.2f')}")
+                outcomes.append(slope.is_below(0) if sign < 0 else slope.is_above(0))
+            evidence.append(f"{NAMES[method]}, loss {threshold:g}: {slope.text('.2f')}")
     what = {
         "width": "A diagonal fails where layers are small: γ/γ_min falls with the width",
         "depth": "A diagonal gets worse with depth: γ/γ_min grows with the number of layers",
@@ -114,21 +105,21 @@ def _slope(best: pd.DataFrame, axis: str, sign: int) -> Finding:
         source,
         decide(outcomes),
         f"Slope of log γ/γ_min on log {axis}, networks of the same "
-        f"{'depth' if axis == 'width' else 'width'} compared: " + "; ".join(told) + ".",
+        f"{'depth' if axis == 'width' else 'width'} compared: " + "; ".join(evidence) + ".",
         f"the 95 % interval lies {'below' if sign < 0 else 'above'} 0 for the exact diagonal and "
         "for Adam's root, at each stage",
     )
 
 
 def within_slope(best: pd.DataFrame, method: str, threshold: float, axis: str) -> Interval:
-    """The slope of log γ/γ_min on the log of one axis, the other one held.
+    """The slope of log γ/γ_min on the log of one axis, the other axis held fixed.
 
-    Means over the networks of the same other axis are taken off both (their own intercepts), so
-    that a width that only shallow networks reach does not pass for an effect.
+    Every value of the other axis has its own intercept (means are subtracted), so that a width that
+    only shallow networks reach is not mistaken for an effect.
     """
-    own = best[(best["method"] == method) & (best["threshold"] == threshold)]
+    rows = best[(best["method"] == method) & (best["threshold"] == threshold)]
     other = "depth" if axis == "width" else "width"
-    logs = own.assign(x=np.log(own[axis]), y=np.log(own["gamma_over_ng"]))
+    logs = rows.assign(x=np.log(rows[axis]), y=np.log(rows["gamma_over_ng"]))
     networks = logs.groupby(["depth", "width", "seed"], as_index=False)[["x", "y"]].mean()
     centred = networks[["x", "y"]] - networks.groupby(other)[["x", "y"]].transform("mean")
     return slope_interval(centred["x"], centred["y"])
@@ -141,19 +132,19 @@ def _narrow(rows: pd.DataFrame) -> Finding:
     """
     width, damping = rows["width"].min(), rows["damping"].min()
     near = rows[(rows["status"] == "ok") & (rows["damping"] == damping)]
-    outcomes, told = [], []
+    outcomes, evidence = [], []
     for method in ("diag", "diag-ef:0.5"):
         table = cells(near[near["width"] == width], method, "gamma_over_sgd")
         for _, cell in table.iterrows():
-            found = Interval(cell["value"], cell["low"], cell["high"])
-            outcomes.append(found.is_above(1))
-            told.append(f"{NAMES[method]}, {_place(cell)}: {found.text('.2f')}")
+            ratio = Interval(cell["value"], cell["low"], cell["high"])
+            outcomes.append(ratio.is_above(1))
+            evidence.append(f"{NAMES[method]}, {_place(cell)}: {ratio.text('.2f')}")
     return Finding(
         "With insufficient layer sizes the diagonal does worse than SGD",
         f"{PAPER}, failure signatures",
         decide(outcomes),
         f"γ/γ_SGD at λ = {damping:g} in the narrowest networks ({width} units): "
-        + "; ".join(told)
+        + "; ".join(evidence)
         + ".",
         "the 95 % interval lies above 1; a case for each depth, stage and diagonal",
     )

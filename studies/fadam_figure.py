@@ -1,8 +1,6 @@
-"""The picture of *fadam*: six panels."""
+"""The figure of *fadam*: six panels."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,8 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_under, styles_of
+from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_under
 from ngeval.plots.ticks import log_scale
+from studies.drawing import draw_line, style_of
 from studies.fadam_findings import (
     CLAIMS,
     FORMS,
@@ -28,7 +27,7 @@ from studies.statistics import Interval, geometric_interval, mean_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00")
 MARKERS = ("o", "s", "^", "D")
-"""Of what is no method: models and forms. Methods have their own; see `styles_of`."""
+"""Styles of models and forms; those of methods are `style_of`'s."""
 
 SHORT = {"continuous regression": "continuous", "discrete regression": "discrete"}
 NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
@@ -37,21 +36,21 @@ NAMES = {"momentum": "SGD with momentum", "adamw": "AdamW", "fadam": "FAdam"}
 def figure(rows: pd.DataFrame) -> Figure:
     """Losses, ablations and exponents; γ over exponents, the two forms of a regression."""
     with in_style():
-        made, grid = plt.subplots(3, 2, figsize=(PAGE, 7.4), layout="constrained")
+        drawn, grid = plt.subplots(3, 2, figsize=(PAGE, 7.4), layout="constrained")
         _plot_better(rows, grid[0, 0])
         _plot_ablation(rows, grid[0, 1])
         _plot_powers(rows, grid[1, 0])
         _plot_power_graded(rows, grid[1, 1])
         _plot_forms(rows, grid[2, 0])
         _plot_empirical(rows, grid[2, 1])
-    return made
+    return drawn
 
 
 def _plot_better(rows: pd.DataFrame, axes: Axes) -> None:
     """FAdam's loss over AdamW's."""
     names = subjects(rows, "fadam")
-    found = [ratio(final(rows, name, "fadam"), final(rows, name, "adamw")) for name in names]
-    _points(axes, found, list(range(len(names))), _look("fadam"))
+    ratios = [ratio(final(rows, name, "fadam"), final(rows, name, "adamw")) for name in names]
+    _points(axes, ratios, list(range(len(names))), *style_of("fadam")[:2])
     axes.set_yticks(range(len(names)), [SHORT.get(name, name) for name in names])
     axes.invert_yaxis()
     _against_one(axes, "test loss of FAdam over AdamW's")
@@ -63,10 +62,10 @@ def _plot_ablation(rows: pd.DataFrame, axes: Axes) -> None:
     names = [name for name in CLAIMS if name in set(rows["without"])]
     for index, subject in enumerate(subjects(rows, "fadam", names[0])):
         whole = final(rows, subject, "fadam")
-        found = [ratio(final(rows, subject, "fadam", name), whole) for name in names]
-        found.append(ratio(final(rows, subject, "adamw"), whole))
-        places = [place + 0.22 * index - 0.11 for place in range(len(found))]
-        _points(axes, found, places, (COLOURS[index], MARKERS[index]), subject)
+        ratios = [ratio(final(rows, subject, "fadam", name), whole) for name in names]
+        ratios.append(ratio(final(rows, subject, "adamw"), whole))
+        heights = [place + 0.22 * index - 0.11 for place in range(len(ratios))]
+        _points(axes, ratios, heights, COLOURS[index], MARKERS[index], subject)
     axes.set_yticks(range(len(names) + 1), [*(f"no {name}" for name in names), "none (AdamW)"])
     axes.invert_yaxis()
     _against_one(axes, "test loss over FAdam's")
@@ -77,9 +76,10 @@ def _plot_ablation(rows: pd.DataFrame, axes: Axes) -> None:
 def _plot_powers(rows: pd.DataFrame, axes: Axes) -> None:
     """The text's loss for every ρ, and AdamW's."""
     by_power = {rho: mean_interval(losses) for rho, losses in powers(rows).items()}
-    _line(axes, by_power, _look("fadam"), "FAdam")
+    colour, marker, _ = style_of("fadam")
+    draw_line(axes, by_power, colour, marker=marker, label="FAdam")
     adam = mean_interval(final(rows, TEXT, "adamw"))
-    colour, _ = _look("adamw")
+    colour, _, _ = style_of("adamw")
     axes.axhline(adam.value, color=colour, linestyle="--", label="AdamW")
     axes.axhspan(adam.low, adam.high, color=colour, alpha=0.15, linewidth=0)
     axes.axvline(ROOT, color="black", linewidth=0.7)
@@ -91,9 +91,12 @@ def _plot_powers(rows: pd.DataFrame, axes: Axes) -> None:
 
 def _plot_power_graded(rows: pd.DataFrame, axes: Axes) -> None:
     """γ for every ρ over that at ½."""
-    labels = {"fisher": "f of FAdam's state", "diag-ef": "f = Σₙ gₙ² of the batch"}
-    for (family, label), look in zip(labels.items(), ("fadam", "diag-ef"), strict=True):
-        _line(axes, power_ratios(rows, family), _look(look), label)
+    for family, method, label in (
+        ("fisher", "fadam", "f of FAdam's state"),
+        ("diag-ef", "diag-ef", "f = Σₙ gₙ² of the batch"),
+    ):
+        colour, marker, _ = style_of(method)
+        draw_line(axes, power_ratios(rows, family), colour, marker=marker, label=label)
     axes.axvline(ROOT, color="black", linewidth=0.7)
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xlabel("exponent ρ of the diagonal")
@@ -103,16 +106,15 @@ def _plot_power_graded(rows: pd.DataFrame, axes: Axes) -> None:
 
 
 def _plot_forms(rows: pd.DataFrame, axes: Axes) -> None:
-    """What each optimizer leaves of the KL, in either form."""
+    """The KL divergence that each optimizer leaves, in either form."""
     for index, (optimizer, label) in enumerate(NAMES.items()):
-        found = [geometric_interval(final(rows, form, optimizer)) for form in FORMS]
-        places = [place + 0.12 * (index - 1) for place in range(len(FORMS))]
-        colour, marker = _look(optimizer)
-        ends = np.abs(np.array([[f.value - f.low, f.high - f.value] for f in found])).T
+        losses = [geometric_interval(final(rows, form, optimizer)) for form in FORMS]
+        colour, marker, _ = style_of(optimizer)
+        values, low, high = np.array(losses).T
         axes.errorbar(
-            places,
-            [f.value for f in found],
-            yerr=ends,
+            [place + 0.12 * (index - 1) for place in range(len(FORMS))],
+            values,
+            yerr=np.abs([values - low, high - values]),
             color=colour,
             marker=marker,
             linestyle="none",
@@ -133,7 +135,14 @@ def _plot_empirical(rows: pd.DataFrame, axes: Axes) -> None:
         for power, label, dash in ((":0.5", "ρ = ½", "-"), ("", "ρ = 1", "--")):
             table = empirical_ratios(rows, form, power)
             by_step = {float(step): mean_interval(table[step]).exp() for step in table.columns}
-            _line(axes, by_step, (COLOURS[index], MARKERS[index]), f"{SHORT[form]}, {label}", dash)
+            draw_line(
+                axes,
+                by_step,
+                COLOURS[index],
+                marker=MARKERS[index],
+                dash=dash,
+                label=f"{SHORT[form]}, {label}",
+            )
     axes.axhline(1, color="black", linewidth=0.7)
     log_scale(axes, "y")
     keep_to_lines(axes)
@@ -143,48 +152,29 @@ def _plot_empirical(rows: pd.DataFrame, axes: Axes) -> None:
     axes.set_title("what taking the data's labels costs")
 
 
-def _look(method: str) -> tuple[str, str]:
-    """Colour and marker that the method has in every picture."""
-    colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
-    return colour, marker
-
-
 def _points(
     axes: Axes,
-    found: list[Interval],
-    places: list[float],
-    look: tuple[str, str],
-    label: str = "",
+    ratios: list[Interval],
+    heights: list[float],
+    colour: str,
+    marker: str,
+    label: str | None = None,
 ) -> None:
     """Ratios as points with their intervals, one below the other."""
-    values = np.array([[f.value, f.value - f.low, f.high - f.value] for f in found])
-    shown = np.isfinite(values[:, 0])
+    points = np.array(ratios)
+    finite = np.isfinite(points[:, 0])  # an optimizer that diverged has no point
+    values, low, high = points[finite].T
     axes.errorbar(
-        values[shown, 0],
-        np.array(places)[shown],
-        xerr=np.nan_to_num(np.abs(values[shown, 1:])).T,
-        color=look[0],
-        marker=look[1],
+        values,
+        np.array(heights)[finite],
+        xerr=np.nan_to_num(np.abs([values - low, high - values])),
+        color=colour,
+        marker=marker,
         linestyle="none",
-        label=label or None,
+        label=label,
     )
 
 
 def _against_one(axes: Axes, label: str) -> None:
     axes.axvline(1, color="black", linewidth=0.7)
     axes.set_xlabel(label)
-
-
-def _line(
-    axes: Axes,
-    found: Mapping[float, Interval],
-    look: tuple[str, str],
-    label: str,
-    dash: str = "-",
-) -> None:
-    """Values with their intervals along an axis."""
-    values, low, high = np.array(list(found.values())).T
-    where = list(found)
-    colour, marker = look
-    axes.plot(where, values, color=colour, marker=marker, linestyle=dash, label=label)
-    axes.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0)

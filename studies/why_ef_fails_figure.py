@@ -1,4 +1,4 @@
-"""The picture of *why EF fails*: six panels."""
+"""The figure of *why EF fails*: six panels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_below, styles_of
+from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_below
 from ngeval.plots.ticks import log_scale, number_text
+from studies.drawing import draw_line, style_of
 from studies.statistics import geometric_intervals
 from studies.toy.least_squares import LeastSquares
 from studies.toy.picture import plot_paths
@@ -23,7 +24,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     """The toy; what updates do to samples; γ against the imbalance, the stage and λ."""
     parts = {name: rows[rows["part"] == name] for name in ("toy", "gamma", "samples")}
     with in_style():
-        made, grid = plt.subplots(2, 3, figsize=(PAGE, 5.3), layout="constrained")
+        drawn, grid = plt.subplots(2, 3, figsize=(PAGE, 5.3), layout="constrained")
         plot_paths(LeastSquares(), parts["toy"], ax=grid[0, 0])
         last = parts["samples"]["epoch"].max()
         samples = parts["samples"][parts["samples"]["epoch"] == last]
@@ -33,7 +34,7 @@ def figure(rows: pd.DataFrame) -> Figure:
         _plot_stages(near_zero(parts["gamma"]), grid[1, 1])
         _plot_dampings(parts["gamma"], grid[1, 2])
         legend_below(*grid.flat)
-    return made
+    return drawn
 
 
 def _plot_falls(samples: pd.DataFrame, axes: Axes) -> None:
@@ -107,7 +108,7 @@ def _by_method(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _points(axes: Axes, method: str, x: pd.Series[float], y: pd.Series[float]) -> None:
-    colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
+    colour, marker, _ = style_of(method)
     axes.plot(
         x,
         y,
@@ -122,11 +123,9 @@ def _points(axes: Axes, method: str, x: pd.Series[float], y: pd.Series[float]) -
 
 def _line(axes: Axes, method: str, rows: pd.DataFrame, x: str) -> None:
     """Geometric means over trainings and batches with their interval."""
-    colour, marker, dash = styles_of(pd.DataFrame({"method": [method]}))[method]
-    found = geometric_intervals(rows, x, "gamma_over_sgd")
-    values, low, high = np.array(list(found.values())).T
-    axes.plot(list(found), values, color=colour, marker=marker, linestyle=dash, label=method)
-    axes.fill_between(list(found), low, high, color=colour, alpha=0.18, linewidth=0)
+    colour, marker, dash = style_of(method)
+    intervals = geometric_intervals(rows, x, "gamma_over_sgd")
+    draw_line(axes, intervals, colour, marker=marker, dash=dash, label=method)
 
 
 def _logarithmic(axes: Axes) -> None:
