@@ -99,8 +99,8 @@ def study(
     if rows_from is None:
         check_packages(chosen)
         size: Size = "quick" if quick else "full"
-        told = manifest({"study": name, "size": size, "seed": seed})
-        target = ResultFile(files.rows, force=force, manifest=told)
+        options = manifest({"study": name, "size": size, "seed": seed})
+        target = ResultFile(files.rows, force=force, manifest=options)
         rows = _run(chosen, size, seed, data_dir, target, quiet)
     else:
         rows = check_rows(read_results(rows_from), chosen)

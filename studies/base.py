@@ -1,6 +1,6 @@
-"""`Study` and `Finding`: an experiment, and what its rows say of a claim.
+"""`Study` and `Finding`: an experiment, and what its rows say about a claim.
 
-Rows hold all that figure and findings are made of, so that both can be made again from a file.
+Figure and findings are computed from the rows alone, so that a file of rows is enough for both.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ QUICK = "The quick size shows that the study runs; it is too small to judge by."
 Verdict = Literal["confirmed", "not confirmed", "under conditions"]
 
 Advance = Callable[[str, int], None]
-"""Called after every step of the work with what is being done, and how many such steps there are
-in all."""
+"""Called after every step of the work with the name of the part and its number of steps."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the rows of a study say of one claim.
+    """What the rows of a study say about one claim.
 
     Attributes:
-        claim: what was claimed, in a sentence.
+        claim: the claim in a sentence.
         source: the paper and its section.
-        verdict: made from the numbers by ``rule``.
+        verdict: follows from the numbers by ``rule``.
         evidence: the numbers, with intervals.
         rule: how the verdict follows from the numbers.
     """
@@ -49,19 +48,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment: rows, and a figure and findings that are made of the rows alone.
+    """An experiment: rows, and a figure and findings that are computed from the rows alone.
 
     Attributes:
-        name: as it is asked for.
-        title: a line about it.
-        run: ``(size, seed, progress) -> iterator of tables``, the rows of each part as soon as it
-            is done; the same rows for the same size and seed. Where ``data`` is set, it also takes
-            ``data_dir``, a folder or None.
-        figure: the picture of some rows.
-        findings: what some rows say of each claim.
-        minutes: how long the full size takes on one core, about.
-        data: what ``--data-dir`` may hold; empty where the study takes none.
-        needs: optional packages that it cannot do without.
+        name: of the study on the command line.
+        title: one line on what it is.
+        run: ``(size, seed, progress) -> iterator of tables``, the rows of each part as soon as the
+            part has ended; the same rows for the same size and seed. Where ``data`` is not empty it
+            also takes ``data_dir``, a folder or None.
+        figure: draws rows.
+        findings: judges every claim by rows.
+        minutes: that the full size takes on one core, roughly.
+        data: the files that ``--data-dir`` may hold; empty for a study that makes its own data.
+        needs: optional packages that the study needs.
     """
 
     name: str
@@ -95,33 +94,35 @@ def check_packages(study: Study) -> None:
 
 
 def check_rows(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
-    """The rows of a file, if they are this study's.
+    """Return the rows of a file, if they are this study's.
 
     Raises:
-        InputError: they are another study's, or none's.
+        InputError: they are a different study's, or no study's.
     """
-    found = sorted(map(str, rows["study"].unique())) if "study" in rows else []
-    if found != [study.name]:
-        told = f"rows of {', '.join(found)}" if found else "no column 'study'"
-        raise InputError(f"these are not the rows of the study {study.name!r}: the file has {told}")
+    names = sorted(map(str, rows["study"].unique())) if "study" in rows else []
+    if names != [study.name]:
+        content = f"rows of {', '.join(names)}" if names else "no column 'study'"
+        raise InputError(
+            f"these are not the rows of the study {study.name!r}: the file has {content}"
+        )
     return rows
 
 
 def decide(outcomes: Sequence[bool]) -> Verdict:
-    """``confirmed`` where every case holds, ``not confirmed`` where none does.
+    """``confirmed`` if every case holds, ``not confirmed`` if none does, else ``under conditions``.
 
     Raises:
         InputError: there is no case.
     """
     if not outcomes:
-        raise InputError("the rows hold no case that the claim could be judged by")
+        raise InputError("the rows hold no case to judge the claim by; was the run interrupted?")
     if all(outcomes):
         return "confirmed"
     return "under conditions" if any(outcomes) else "not confirmed"
 
 
 def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str:
-    """The findings as a page of Markdown, with the command that made them."""
+    """The findings as a page of Markdown, with the command behind them."""
     size, seed = rows["size"].iloc[0], rows["study_seed"].iloc[0]
     command = f"python -m studies {study.name}{' --quick' * (size == 'quick')} --seed {seed}"
     lines = [
@@ -140,9 +141,8 @@ def report(study: Study, rows: pd.DataFrame, findings: Sequence[Finding]) -> str
     if size == "quick":
         lines += ["", f"**{QUICK}**"]
     for number, finding in enumerate(findings, 1):
-        lines += ["", f"## {number}. {finding.claim}", "", f"**{finding.verdict}** "]
-        lines[-1] += f"({finding.source})"
-        lines += ["", finding.evidence]
+        lines += ["", f"## {number}. {finding.claim}", ""]
+        lines += [f"**{finding.verdict}** ({finding.source})", "", finding.evidence]
         if finding.rule:
             lines += ["", f"Rule: {finding.rule}"]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,12 @@
 """How full-batch iEF converges on a network with more parameters than samples.
 
-At λ → 0, with the per-sample gradients independent, iEF's flow lowers every sample's loss by
-itself, dℓ_n/dt = −s_n with s_n = ‖u_n‖² and t = η × steps. For the squared error (σ² = 1)
-s_n = 2ℓ_n, so ℓ_n(t) = ℓ_n(0)e^{−2t}: linear convergence. For softmax cross-entropy with
-p = e^{−ℓ_n} the probability of the label, s_n lies between (1 − p)²C/(C − 1), all other classes
-alike, and 2(1 − p)², one other class: ℓ_n falls like 1/t, sub-linearly. Source: Wu et al. (arXiv
-2406.06420), the two theorems on the convergence of iEF; the curves are worked out here.
+At λ → 0, with linearly independent per-sample gradients, iEF's flow lowers each sample's loss
+independently of the others, dℓ_n/dt = −s_n with s_n = ‖u_n‖² and t = η × steps. For the squared
+error (σ² = 1) s_n = 2ℓ_n, so ℓ_n(t) = ℓ_n(0)e^{−2t}: linear convergence. For softmax cross-entropy,
+with p = e^{−ℓ_n} the probability of the label, s_n lies between (1 − p)²C/(C − 1), where the other
+classes are equally likely, and 2(1 − p)², where one of them has all the rest: ℓ_n falls like 1/t,
+sub-linearly. Source: Wu et al. (arXiv 2406.06420), the two theorems on the convergence of iEF; the
+curves are derived here.
 """
 
 from __future__ import annotations
@@ -39,25 +40,25 @@ from studies.convergence_findings import (
 T = TypeVar("T")
 
 DAMPING = 1e-12
-"""As good as 0 for K of these networks, of which the diagonal is some 10 s_n."""
+"""λ, negligible against the diagonal of K, which is about 10 s_n for these networks."""
 
 TOLERANCE = 0.1
-"""How far a loss may be outside its bounds, relatively: steps are not a flow."""
+"""Largest relative distance of a loss from its bounds: steps are not a flow."""
 
 PIXELS = 64
 
 THINNED = 5
-"""Of the steps of EF and SGD, every so many-th is kept."""
+"""Every fifth step of EF and SGD has a row."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted.
+    """A problem to fit.
 
     Attributes:
-        task: where the data are from.
-        likelihood: of the loss.
-        outputs: C; of a regression that has more, the last ones.
+        task: the source of the data.
+        likelihood: name of the likelihood.
+        outputs: C; a regression with fewer outputs than the task has takes the last ones.
     """
 
     task: str
@@ -74,14 +75,14 @@ FITS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it is done.
+    """The extent of a size.
 
     Attributes:
-        seeds: of weights and samples.
+        seeds: number of seeds, of weights and samples.
         samples: N, the whole batch.
         width: of the hidden layer.
         times: η × steps up to which theory and training are compared, by loss.
-        rates: η of iEF, by loss; theory, which is of a flow, is looked at for the first three.
+        rates: η of iEF, by loss; the first three are compared with theory, which is of a flow.
         contrast: η of EF, and of SGD for the mean loss.
     """
 
@@ -145,9 +146,9 @@ def predicted(initial: Tensor, time: float, kind: str, classes: int) -> tuple[Te
 
 
 def flow_time(kind: str, rate: float, step: int) -> float:
-    """The t at which the flow is where so many steps would be on a model linear in its weights.
+    """The time t of the flow that corresponds to k steps on a model linear in its weights.
 
-    There a step of the squared error's iEF multiplies every residual by 1 − η: t = −k ln(1 − η),
+    A step of iEF with the squared error multiplies every residual by 1 − η, so t = −k ln(1 − η),
     which is ηk for small η. For the cross-entropy t = ηk.
     """
     return -step * math.log1p(-rate) if kind in REGRESSIONS else rate * step
@@ -159,8 +160,8 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     Columns ``kind, method, learning_rate, seed, step, time`` (η × steps), ``loss`` (mean ℓ_n less
     its least value, nats), ``status, reason``; for iEF also ``low, high`` (means of `predicted` at
     `flow_time`), ``within``, the share of the samples between their bounds to within `TOLERANCE`,
-    and ``falling``, the share of those whose loss is less than one step before; NaN where theory is
-    not looked at.
+    and ``falling``, the share of those whose loss is less than one step before; NaN where there is
+    no prediction.
     """
     plan = PLANS[size]
     for kind in FITS:
@@ -175,7 +176,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
 
 
 def descend(kind: str, method: str, rate: float, steps: int, plan: Plan, seed: int) -> pd.DataFrame:
-    """One full-batch training; it ends early where a loss is no number any more."""
+    """One full-batch training, which stops early where a loss becomes NaN or infinite."""
     fit = FITS[kind]
     batch, targets = next(get_task(fit.task).batches(plan.samples, 1, seed))
     inputs = map_inputs(batch, Tensor.double)
@@ -216,24 +217,24 @@ def descend(kind: str, method: str, rate: float, steps: int, plan: Plan, seed: i
 
 
 def excess_losses(problem: Problem, kind: str) -> Tensor:
-    """ℓ_n less its least value: of a Gaussian ½‖z − y‖², without the constant ½C ln 2π."""
+    """ℓ_n less its least value: for a Gaussian ½‖z − y‖², without the constant ½C ln 2π."""
     if kind in REGRESSIONS:
         return 0.5 * problem.residual.square().sum(1)
     return problem.loss
 
 
 def _stepper(method: str, rate: float, model: nn.Module) -> Callable[[Problem], object]:
-    """What moves the weights: EF, iEF, or the gradient of the mean loss."""
+    """The step of EF, of iEF, or along the gradient of the mean loss."""
     if method in ("ef", "ief"):
         make = EF if method == "ef" else iEF
         optimizer = make(model.parameters(), rate, damping=DAMPING)
         return optimizer.step
 
     def descend_gradient(problem: Problem) -> None:
-        moved = nn.utils.parameters_to_vector(model.parameters()).detach()
-        moved = moved - rate / problem.num_samples * problem.gradient()
+        weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+        weights = weights - rate / problem.num_samples * problem.gradient()
         with torch.no_grad():
-            nn.utils.vector_to_parameters(moved, model.parameters())
+            nn.utils.vector_to_parameters(weights, model.parameters())
 
     return descend_gradient
 

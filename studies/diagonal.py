@@ -1,7 +1,7 @@
 """When is a diagonal enough? γ/γ_min of diagonals and of KFAC over depth and width.
 
-FAdam (Hwang, arXiv 2405.12807) holds that the diagonal of the Fisher is enough to make a natural
-gradient, but for "models with insufficient layer sizes", where entries off the diagonal matter.
+FAdam (Hwang, arXiv 2405.12807) holds that the diagonal of the Fisher is enough for a natural
+gradient, except for "models with insufficient layer sizes", where entries off the diagonal matter.
 Networks of several depths and widths are trained on the digits with AdamW until the training loss
 first falls below a threshold, so that they are compared at the same stage and not at the same step.
 """
@@ -29,22 +29,22 @@ METHODS = ("sgd", "diag", "diag:0.5", "diag-ef", "diag-ef:0.5", "kfac")
 PIXELS, CLASSES = 64, 10
 TRAINING_BATCH = 64
 MEASURED = 1024
-"""Training images that the training loss is measured on."""
+"""Number of training images that the training loss is measured on."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it is done.
+    """The extent of a size.
 
     Attributes:
-        depths: hidden layers.
-        widths: units in each of them.
-        seeds: of weights and of the order of samples.
-        thresholds: training losses (mean, nats) that the stages are told by.
-        epochs: of training at most; a network that does not come below a threshold has no rows.
+        depths: numbers of hidden layers.
+        widths: numbers of units in each of them.
+        seeds: number of seeds, of weights and of the order of samples.
+        thresholds: training losses (mean, nats) that define the stages.
+        epochs: maximum; a network that stays above a threshold has no rows for that stage.
         batch_size: N of a graded batch.
-        num_batches: graded at each stage.
-        dampings: λ, absolute, of which each method has its best.
+        num_batches: graded batches at each stage.
+        dampings: λ, absolute; each method is judged at its best.
     """
 
     depths: tuple[int, ...]
@@ -84,9 +84,9 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     for depth in plan.depths:
         for width in plan.widths:
             for start in range(seed, seed + plan.seeds):
-                told = {"depth": depth, "width": width, "seed": start}
+                place = {"depth": depth, "width": width, "seed": start}
                 for stage, table in _stages(task, network(depth, width, start), plan, start):
-                    yield table.assign(**told, **stage)[COLUMNS]
+                    yield table.assign(**place, **stage)[COLUMNS]
                 progress("networks", total)
 
 
@@ -97,7 +97,7 @@ COLUMNS = [
 
 
 def network(depth: int, width: int, seed: int) -> nn.Module:
-    """An MLP with so many hidden layers of as many units, and weights from a seed."""
+    """An MLP with ``depth`` hidden layers of ``width`` units, and weights from a seed."""
     sizes = [PIXELS] + [width] * depth
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

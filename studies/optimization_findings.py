@@ -1,4 +1,4 @@
-"""What the rows of *optimization* say of iEF as an optimizer."""
+"""Findings of *optimization*: iEF as an optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from studies.statistics import Interval, mean_interval
 PAPER = "Wu et al., arXiv 2406.06420, experiment on optimisation performance"
 
 TASKS = 5
-"""Of a run that came to its end."""
+"""Number of tasks of a run that was not interrupted."""
 
 EXACT, TUNED = ("ef", "sf"), ("adamw", "adafactor", "sgd")
 NAMES = {"ef": "EF", "sf": "SF", "adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD"}
@@ -39,31 +39,34 @@ def findings(rows: pd.DataFrame) -> list[Finding]:
 
 
 def paired(ended: pd.DataFrame, task: str, other: str, what: str) -> Interval:
-    """Compare iEF with another optimizer on a task, over the seeds that both came to an end with.
+    """Mean difference of iEF and another optimizer on a task, over the seeds that both ended with.
 
-    A seed gives both the same initial weights and order of samples, so differences are paired. Of
-    the training loss the difference of logarithms is taken. ``ended`` is made by
-    `ngeval.performance.outcomes`.
+    A seed gives both the same initial weights and order of samples, so differences are paired; of
+    training losses it is the difference of logarithms.
+
+    Args:
+        ended: the table of `ngeval.analysis.training_results.outcomes`.
+        task: name of the task.
+        other: name of the other optimizer.
+        what: ``"test_accuracy"`` or ``"train_loss"``.
     """
-    single = ended[ended["task"] == task].set_index("seed")
-    own, others = (single.loc[single["optimizer"] == name, what] for name in ("ief", other))
+    rows = ended[ended["task"] == task].set_index("seed")
+    ief, others = (rows.loc[rows["optimizer"] == name, what] for name in ("ief", other))
     if what == "train_loss":
-        own, others = np.log(own), np.log(others)
-    return mean_interval((own - others).dropna())
+        ief, others = np.log(ief), np.log(others)
+    return mean_interval((ief - others).dropna())
 
 
 def _compared(ended: pd.DataFrame, others: Sequence[str], what: str) -> Finding:
     """Test accuracy or final training loss, a case for each task and other optimizer."""
     is_loss = what == "train_loss"
-    held, told = [], []
+    held, evidence = [], []
     for task in dict.fromkeys(ended["task"]):
         for other in others:
-            found = paired(ended, task, other, what)
-            held.append(found.is_below(0) if is_loss else found.is_above(0))
-            shown = (
-                found.exp().text() if is_loss else Interval(*(100 * x for x in found)).text(".1f")
-            )
-            told.append(f"{task}, {NAMES[other]}: {shown}{' *' * held[-1]}")
+            gap = paired(ended, task, other, what)
+            held.append(gap.is_below(0) if is_loss else gap.is_above(0))
+            text = gap.exp().text() if is_loss else Interval(*(100 * x for x in gap)).text(".1f")
+            evidence.append(f"{task}, {NAMES[other]}: {text}{' *' * held[-1]}")
     names = " and ".join([", ".join(NAMES[other] for other in others[:-1]), NAMES[others[-1]]])
     claim = "ends with less training loss" if is_loss else "has better test accuracy"
     measure = (
@@ -76,7 +79,7 @@ def _compared(ended: pd.DataFrame, others: Sequence[str], what: str) -> Finding:
         f"iEF {claim} than {names}, all tuned with equal budgets",
         PAPER,
         decide(held),
-        f"{measure} of pairs with the same seed (*: it holds): " + "; ".join(told) + ".",
+        f"{measure} of pairs with the same seed (*: it holds): " + "; ".join(evidence) + ".",
         f"the 95 % interval of the {'ratio lies below 1' if is_loss else 'difference is above 0'}; "
         "a case for each task and other optimizer",
     )

@@ -1,6 +1,6 @@
-"""KFAC's kinds against iEF, and Adam read as a diagonal natural gradient, over training runs.
+"""Variants of KFAC against iEF, and Adam as a diagonal natural gradient, over training runs.
 
-Two claims about what stands for the Fisher. Wu et al. (arXiv 2406.06420) report that KFAC with
+Two claims about what approximates the Fisher. Wu et al. (arXiv 2406.06420) report that KFAC with
 iEF's scaling of the output gradients (their ieKFAC; ``kfac-ief``) is nearer to the natural gradient
 than KFAC with sampled labels (``kfac-sf``) and than KFAC with the data's labels (their eKFAC;
 ``kfac-ef``), and about as near as iEF. Hwang (arXiv 2405.12807) reads Adam as natural gradient
@@ -40,20 +40,20 @@ KRONECKER = ("ief", "kfac-ief", "kfac-sf", "kfac-ef", "kfac")
 DIAGONALS = ("adam", "diag-ema", "diag-ef:0.5", "diag-ef", "diag")
 METHODS = ("sgd", *KRONECKER, *DIAGONALS)
 MOMENTS = {"v̂ and Σg²": ("diag-ema", "diag-ef"), "v̂ and diag F": ("diag-ema", "diag")}
-"""Pairs of diagonals whose order over the parameters is compared."""
+"""Pairs of diagonals whose ranks over the parameters are compared."""
 
-KEPT = [
+COLUMNS = [
     *("method", "damping", "gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor"),
     *("status", "reason"),
 ]
-"""What is kept of evaluate's columns: the rows are committed."""
+"""Columns of `ngeval.evaluate` in the rows, which are committed and so had better be few."""
 
 SMALL = 1e-7
 SIZES = {"quick": (2, 2, 1, 40, 3), "full": (5, 13, 4, 160, 12)}
 """Seeds, dampings, graded batches, samples in each, and epochs."""
 
 KFAC_SOURCE = "Wu et al., arXiv 2406.06420, comparison of KFAC's kinds"
-OWN = "not in the paper, which samples KFAC's labels"
+NOT_CLAIMED = "not in the paper, which samples KFAC's labels"
 ADAM_SOURCE = "Hwang, arXiv 2405.12807, §3.4.1"
 CLOSER = "KFAC with iEF's scaling is nearer to the natural gradient than KFAC with"
 KINDS = (
@@ -61,9 +61,9 @@ KINDS = (
     ("the data's labels", SMALL, "kfac-ef", KFAC_SOURCE),
     ("sampled labels, at each one's best damping", None, "kfac-sf", KFAC_SOURCE),
     ("the data's labels, at each one's best damping", None, "kfac-ef", KFAC_SOURCE),
-    ("exact expectations over labels, at each one's best damping", None, "kfac", OWN),
+    ("exact expectations over labels, at each one's best damping", None, "kfac", NOT_CLAIMED),
 )
-"""What ``kfac-ief`` is compared with: in words, at which λ (None: the best), method, source."""
+"""Comparisons of ``kfac-ief``: with what in words, at which λ (None: the best), method, source."""
 
 ADAMS = (
     ("Adam's step", None, "adam"),
@@ -75,7 +75,7 @@ ADAMS = (
         "diag-ef:0.5",
     ),
 )
-"""What is compared with the gradient: in words, at which λ (None: the best), method."""
+"""Comparisons with the gradient: of what in words, at which λ (None: the best), method."""
 
 RULE = (
     "at every checkpoint after the first, the 95 % t interval over seeds of the logarithm of the "
@@ -92,22 +92,22 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
         with tempfile.TemporaryDirectory() as folder:
             for _ in Training(task, Path(folder), "adam", epochs=epochs, seed=number).run():
                 progress("training", seeds * (epochs + 1))
-            found = find_checkpoints([folder])
+            checkpoints = find_checkpoints([folder])
             # From the first epoch on, so that Adam has a state.
             stages = sorted({1, *range(epochs // 3, epochs + 1, epochs // 3)})
-            job = Run(task, [found[i] for i in stages], samples, batches, seed=number)
+            job = Run(task, [checkpoints[i] for i in stages], samples, batches, seed=number)
             for unit in iterate_units(job, METHODS):
                 table = evaluate(unit.problem, unit.methods, dampings, seed=number)
-                parts = [table[KEPT].assign(part="gamma"), _moments(unit, number)]
+                parts = [table[COLUMNS].assign(part="gamma"), _moments(unit, number)]
                 rows = labelled(pd.concat(parts, ignore_index=True), unit.columns)
-                # The same name in every run: the folder is gone after it.
+                # A name that is the same in every run: the folder is temporary.
                 stage = f"epoch {unit.columns['epoch']:g}"
                 yield rows.assign(checkpoint=stage, seed=number)
                 progress("grading", seeds * job.num_units)
 
 
 def _moments(unit: Unit, seed: int) -> pd.DataFrame:
-    """Spearman's ρ over the parameters of Adam's v̂ with two diagonals of the Fisher."""
+    """Spearman's ρ of Adam's v̂ with two diagonals of the Fisher, over the parameters."""
     diagonals = {
         method.name: _diagonal(method, unit.problem, seed)
         for method in unit.methods
@@ -115,9 +115,9 @@ def _moments(unit: Unit, seed: int) -> pd.DataFrame:
     }
     rows = []
     for label, pair in MOMENTS.items():
-        one, other = (diagonals[name] for name in pair)
-        seen = (one > 0) & (other > 0)  # pixels that are always 0 would agree for nothing
-        value = spearmanr(one[seen], other[seen]).statistic
+        first, second = (diagonals[name] for name in pair)
+        positive = (first > 0) & (second > 0)  # pixels that are always 0 would agree trivially
+        value = spearmanr(first[positive], second[positive]).statistic
         rows.append({"part": "moments", "method": label, "correlation": value, "status": "ok"})
     return pd.DataFrame(rows)
 
@@ -131,7 +131,7 @@ def _diagonal(method: Method, problem: Problem, seed: int) -> np.ndarray:
 
 
 def findings(rows: pd.DataFrame) -> list[Finding]:
-    """What the rows say of the claims of both papers."""
+    """One finding for each claim of both papers."""
     gammas = rows[rows["part"] == "gamma"]
     best = _best(gammas)
     tables = {SMALL: gammas[np.isclose(gammas["damping"], SMALL, rtol=1e-6)], None: best}
@@ -159,7 +159,7 @@ def _best(gammas: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ratios(table: pd.DataFrame, first: str, second: str) -> dict[float, Interval]:
-    """γ of a method over γ of another by epoch: a seed's geometric mean over batches."""
+    """γ of a method over γ of another by epoch: each seed's geometric mean over batches."""
     keys = ["seed", "epoch", "batch"]
     wide = table[table["status"] == "ok"].pivot_table("gamma", keys, "method").reset_index()
     logs = wide.assign(log=np.log(wide[first]) - np.log(wide[second]))
@@ -167,7 +167,7 @@ def _ratios(table: pd.DataFrame, first: str, second: str) -> dict[float, Interva
 
 
 def _over_seeds(rows: pd.DataFrame, column: str) -> dict[float, Interval]:
-    """Mean of a seed's means by epoch."""
+    """Mean over seeds of each seed's mean, by epoch."""
     means = rows.groupby(["epoch", "seed"])[column].mean().reset_index()
     return {float(str(e)): mean_interval(part[column]) for e, part in means.groupby("epoch")}
 
@@ -194,22 +194,24 @@ def _near(table: pd.DataFrame) -> Finding:
 
 
 def _second_moment(rows: pd.DataFrame) -> Finding:
-    """How alike the orders of v̂ and of two diagonals are."""
-    found = {label: _over_seeds(rows[rows["method"] == label], "correlation") for label in MOMENTS}
-    first = next(iter(found.values()))
+    """How similar the ranks of v̂ and of two diagonals are."""
+    intervals = {
+        label: _over_seeds(rows[rows["method"] == label], "correlation") for label in MOMENTS
+    }
+    first = next(iter(intervals.values()))
     return Finding(
         "Adam's second moment stands for the diagonal of the empirical Fisher",
         ADAM_SOURCE,
         decide([interval.low > 0.9 for interval in _later(first)]),
         "Spearman's ρ over the parameters, "
-        + "; ".join(f"{label}: {_by_epoch(intervals)}" for label, intervals in found.items()),
+        + "; ".join(f"{label}: {_by_epoch(by_epoch)}" for label, by_epoch in intervals.items()),
         "the 95 % t interval over seeds of ρ with Σ_n g_n² lies above 0.9 at every checkpoint "
         "after the first: confirmed; at some: under conditions",
     )
 
 
 def _later(by_epoch: dict[float, Interval]) -> list[Interval]:
-    """All but the first checkpoint's, where nothing has been learnt yet."""
+    """All but the first checkpoint's, where nothing has been learnt so far."""
     return [by_epoch[epoch] for epoch in sorted(by_epoch)[1:]]
 
 
@@ -218,7 +220,7 @@ def _by_epoch(intervals: dict[float, Interval]) -> str:
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """γ/γ_SGD over training: KFAC's kinds at one λ and at their best, diagonals at their best.
+    """γ/γ_SGD over training: KFAC's variants at one λ and at the best λ, diagonals at the best λ.
 
     Geometric means over seeds and batches, with 95 % bootstrap intervals.
     """

@@ -1,4 +1,4 @@
-"""What the rows of *why EF fails* say of the claims of Wu et al. (arXiv 2406.06420)."""
+"""Findings of *why EF fails*: the claims of Wu et al. (arXiv 2406.06420)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SMALL = 1e-7
 """The near-zero λ at which updates are compared."""
 
 EQUAL = 0.01
-"""How far numbers that should be the same may be apart, relatively."""
+"""Largest relative difference of numbers that should be equal."""
 
 ROBUST = 1.1
-"""γ at the near-zero λ over γ at the best λ: up to here a method counts as robust."""
+"""A method is robust up to this γ at the near-zero λ over γ at the best λ."""
 
 
 def findings(rows: pd.DataFrame) -> list[Finding]:
-    """One for each claim.
+    """One finding for each claim.
 
     Raises:
         InputError: a part of the rows is missing.
@@ -57,9 +57,9 @@ def _of_samples(samples: pd.DataFrame) -> list[Finding]:
     }
     spread = [rows["loss_change"].min() / rows["loss_change"].max() for rows in by_stage["ef"]]
     squares = [rows["residual_square"] for rows in by_stage["ef"]]
-    others = [values.max() / values.min() for values in squares]
+    spans = [values.max() / values.min() for values in squares]
     ratios = [-rows["loss_change"] / rows["residual_square"] for rows in by_stage["ief"]]
-    off = [float((ratio - 1).abs().max()) for ratio in ratios]
+    errors = [float((ratio - 1).abs().max()) for ratio in ratios]
     slopes = {
         name: [
             slope_interval(np.log(rows["gradient_norm"]), np.log(rows["projection"].abs()))
@@ -68,7 +68,9 @@ def _of_samples(samples: pd.DataFrame) -> list[Finding]:
         for name in by_stage
     }
     ef = [slope.value for slope in slopes["ef"]]
-    told = {name: f"{np.median([s.value for s in slopes[name]]):.2f}" for name in ("ief", "sgd")}
+    medians = {
+        name: f"{np.median([slope.value for slope in slopes[name]]):.2f}" for name in ("ief", "sgd")
+    }
     places = f"{len(stages)} stages of training, N = {samples['sample'].nunique()}"
     return [
         Finding(
@@ -76,15 +78,15 @@ def _of_samples(samples: pd.DataFrame) -> list[Finding]:
             f"{PAPER}, inversely-scaled projection issue",
             decide([abs(value) <= 1 + EQUAL and value > 0 for value in spread]),
             f"Largest over smallest first-order fall of ℓ_n under EF: at most {max(spread):.6g} in "
-            f"{places}, while s_n = ‖u_n‖² spans a factor of up to {max(others):.2g} in a batch.",
+            f"{places}, while s_n = ‖u_n‖² spans a factor of up to {max(spans):.2g} in a batch.",
             f"at every stage within {EQUAL:.0%} of 1",
         ),
         Finding(
             "iEF at λ → 0 lowers every sample's loss in proportion to s_n = ‖u_n‖²",
             f"{PAPER}, improved empirical Fisher",
-            decide([value <= EQUAL for value in off]),
-            f"Largest relative departure of the fall of ℓ_n from s_n under iEF: {max(off):.2g} in "
-            f"{places}.",
+            decide([value <= EQUAL for value in errors]),
+            "Largest relative departure of the fall of ℓ_n from s_n under iEF: "
+            f"{max(errors):.2g} in {places}.",
             f"at every stage at most {EQUAL:.0%}",
         ),
         Finding(
@@ -92,7 +94,7 @@ def _of_samples(samples: pd.DataFrame) -> list[Finding]:
             f"{PAPER}, inversely-scaled projection issue",
             decide([abs(value + 1) <= EQUAL for value in ef]),
             f"Slope of log projection on log ‖g_n‖ under EF: {min(ef):.6g} to {max(ef):.6g} in "
-            f"{places}; median slope of iEF {told['ief']}, of SGD {told['sgd']}.",
+            f"{places}; median slope of iEF {medians['ief']}, of SGD {medians['sgd']}.",
             f"slope within {EQUAL:.0%} of −1 at every stage",
         ),
     ]
@@ -101,11 +103,11 @@ def _of_samples(samples: pd.DataFrame) -> list[Finding]:
 def _of_imbalance(gammas: pd.DataFrame) -> Finding:
     """The rank correlation of the imbalance with γ/γ_SGD at the near-zero λ."""
     near = near_zero(gammas)
-    found = {}
+    correlations = {}
     for method in ("ef", "sf", "ief"):
         rows = near[near["method"] == method]
         groups = list(zip(rows["training_seed"], rows["epoch"], strict=True))
-        found[method] = rank_correlation(rows["imbalance"], rows["gamma_over_sgd"], groups)
+        correlations[method] = rank_correlation(rows["imbalance"], rows["gamma_over_sgd"], groups)
     ranges = near.groupby("method")["gamma_over_sgd"].agg(["min", "max"])
     spans = ", ".join(
         f"{m} {ranges['min'][m]:.2g} to {ranges['max'][m]:.2g}" for m in ("ef", "sf", "ief")
@@ -113,41 +115,42 @@ def _of_imbalance(gammas: pd.DataFrame) -> Finding:
     return Finding(
         "EF's approximation gets worse with the imbalance max‖g_n‖/min‖g_n‖ of gradient norms",
         f"{PAPER}, experiment on approximation quality",
-        decide([found["ef"].is_above(0)]),
+        decide([correlations["ef"].is_above(0)]),
         f"Spearman's ρ of the imbalance with γ/γ_SGD at λ = {SMALL:g} over "
-        f"{len(near[near['method'] == 'ef'])} batches: EF {found['ef'].text('.2f')}, SF "
-        f"{found['sf'].text('.2f')}, iEF {found['ief'].text('.2f')}. γ/γ_SGD runs over {spans}.",
+        f"{len(near[near['method'] == 'ef'])} batches: EF "
+        f"{correlations['ef'].text('.2f')}, SF {correlations['sf'].text('.2f')}, iEF "
+        f"{correlations['ief'].text('.2f')}. γ/γ_SGD runs over {spans}.",
         "the 95 % bootstrap interval (drawing checkpoints) of EF's ρ lies above 0",
     )
 
 
 def _closer(gammas: pd.DataFrame, *, each_at_best: bool) -> Finding:
     """γ_iEF against γ_EF and γ_SF at every stage of training."""
-    chosen = _best(gammas) if each_at_best else near_zero(gammas)
+    rows = _best(gammas) if each_at_best else near_zero(gammas)
     where = "With each method at its best λ" if each_at_best else f"At λ = {SMALL:g}"
-    ratios = {other: _ratio(chosen, "ief", other) for other in ("ef", "sf", "sgd")}
+    ratios = {other: _ratio(rows, "ief", other) for other in ("ef", "sf", "sgd")}
     outcomes = [i.is_below(1) for other in ("ef", "sf") for i in ratios[other].values()]
-    lines = []
-    for other, found in ratios.items():
-        lost = [f"{epoch:g}" for epoch, interval in found.items() if not interval.is_below(1)]
-        first, last = found[min(found)], found[max(found)]
-        lines.append(
-            f"γ_iEF/γ_{other.upper()} {first.text()} at epoch {min(found):g}, {last.text()} at "
-            f"epoch {max(found):g}; below 1 at every epoch"
-            + (f" but {', '.join(lost)}" if lost else "")
+    evidence = []
+    for other, by_epoch in ratios.items():
+        above = [f"{epoch:g}" for epoch, interval in by_epoch.items() if not interval.is_below(1)]
+        first, last = min(by_epoch), max(by_epoch)
+        evidence.append(
+            f"γ_iEF/γ_{other.upper()} {by_epoch[first].text()} at epoch {first:g}, "
+            f"{by_epoch[last].text()} at epoch {last:g}; below 1 at every epoch"
+            + (f" but {', '.join(above)}" if above else "")
         )
     return Finding(
         "iEF approximates the natural gradient consistently better than EF and SF"
         + (", also where each is given its best damping" if each_at_best else " at near-zero λ"),
         f"{PAPER}, experiment on approximation quality",
         decide(outcomes),
-        f"{where}, geometric means over trainings and batches: " + "; ".join(lines) + ".",
+        f"{where}, geometric means over trainings and batches: " + "; ".join(evidence) + ".",
         "the 95 % interval of γ_iEF/γ_EF and of γ_iEF/γ_SF lies below 1, at every epoch",
     )
 
 
 def _of_damping(gammas: pd.DataFrame) -> Finding:
-    """What a near-zero λ costs against the best one."""
+    """γ at the near-zero λ against γ at the best λ."""
     keys = ["training_seed", "epoch", "batch", "method"]
     near = near_zero(gammas).set_index(keys)["gamma"]
     cost = (near / usable(gammas).groupby(keys)["gamma"].min()).rename("cost").reset_index()
@@ -158,13 +161,13 @@ def _of_damping(gammas: pd.DataFrame) -> Finding:
         worst[method] = epoch, by_epoch[epoch]
     sensitive = [worst[name][1].is_above(ROBUST) for name in ("ef", "sf")]
     outcomes = [*sensitive, worst["ief"][1].is_below(ROBUST)]
-    told = "; ".join(f"{name} {i.text()} (epoch {epoch:g})" for name, (epoch, i) in worst.items())
+    evidence = "; ".join(f"{n} {i.text()} (epoch {epoch:g})" for n, (epoch, i) in worst.items())
     return Finding(
         "EF and SF are highly sensitive to damping, iEF is robust with near-zero damping",
         f"{PAPER}, experiment on the impact of damping",
         decide(outcomes),
         f"γ at λ = {SMALL:g} over γ at the best λ of those tried, at each method's worst epoch: "
-        f"{told}.",
+        f"{evidence}.",
         f"the interval lies above {ROBUST:g} for EF and for SF, and below it for iEF",
     )
 
@@ -200,7 +203,7 @@ def near_zero(gammas: pd.DataFrame) -> pd.DataFrame:
     """The rows at λ = `SMALL`.
 
     Raises:
-        InputError: there are none.
+        InputError: no row has this λ.
     """
     rows = usable(gammas)
     rows = rows[np.isclose(rows["damping"], SMALL, rtol=1e-6, atol=0)]
