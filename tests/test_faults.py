@@ -50,7 +50,7 @@ class TestKills:
         ended = scene.fork([("at_unit", 4, name)])
         assert ended.code == CODES[name]
         assert len(scene.done()) == 3
-        assert "3 of 6 units are done; the same command with --resume goes on" in ended.err
+        assert "3 of 6 units are done; the same command with --resume continues" in ended.err
         scene.check_visible()
         whole = scene.undisturbed.splitlines()
         assert scene.output.read_bytes().splitlines() == whole[: 1 + len(whole) // 2]

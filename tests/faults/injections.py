@@ -1,7 +1,7 @@
 """The command ngeval with a fault in it: ``python -m tests.faults.injections``.
 
-What goes wrong is told by the environment variable ``FAULTS``, a list in JSON of names and
-arguments; see `INJECTIONS`. All else is the command ``ngeval`` as it is.
+The environment variable ``FAULTS`` says what goes wrong: a list in JSON of names and arguments;
+see `INJECTIONS`. Everything else is the command ``ngeval`` as it is.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Injection = tuple[str | float | int, ...]
 """A name of `INJECTIONS` and its arguments."""
 
 CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "open")
-"""What a run asks of the file system, by names in ``os``."""
+"""The calls of a run to the file system, by their names in ``os``."""
 
 
 def flush_often() -> None:
-    """The table is put together after each unit, not every five seconds."""
-    from ngeval.cli import collect  # noqa: PLC0415  # imports are ngeval's own, and late
+    """The table is written after each unit, not every five seconds."""
+    from ngeval.runs import execute  # noqa: PLC0415  # imports are ngeval's own, and late
 
-    collect.FLUSH_SECONDS, collect.FLUSH_SHARE = 0.0, 1e9
+    execute.FLUSH_SECONDS, execute.FLUSH_SHARE = 0.0, 1e9
 
 
 def count_calls(log: str) -> None:
-    """Write down each call to the file system, to know at how many points a run can be killed."""
+    """Log each call to the file system, which shows at how many points a run can be killed."""
 
     def wrap(name: str) -> None:
         real = getattr(os, name)
@@ -94,9 +94,9 @@ def at_unit(number: int, action: str, argument: str = "") -> None:
     """
     import torch  # noqa: PLC0415
 
-    from ngeval import runs  # noqa: PLC0415
+    from ngeval.runs import tables  # noqa: PLC0415
 
-    real, calls = runs.evaluate, [0]
+    real, calls = tables.evaluate, [0]
 
     def called(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -118,7 +118,7 @@ def at_unit(number: int, action: str, argument: str = "") -> None:
             signal.raise_signal(getattr(signal, action))
         return real(*args, **kwargs)
 
-    runs.evaluate = called
+    tables.evaluate = called
 
 
 def nan_at(method: str, damping: float) -> None:
@@ -138,20 +138,20 @@ def nan_at(method: str, damping: float) -> None:
 
 
 def slow(seconds: float) -> None:
-    """Every unit takes so much longer."""
-    from ngeval import runs  # noqa: PLC0415
+    """Each unit takes that many seconds longer."""
+    from ngeval.runs import tables  # noqa: PLC0415
 
-    real = runs.evaluate
+    real = tables.evaluate
 
     def called(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
         return real(*args, **kwargs)
 
-    runs.evaluate = called
+    tables.evaluate = called
 
 
 def note_units(log: str) -> None:
-    """Write down each unit that the journal says it has."""
+    """Log each unit that was written to the journal."""
     from ngeval.results.journal import Journal  # noqa: PLC0415
 
     real = Journal.write
@@ -165,12 +165,12 @@ def note_units(log: str) -> None:
 
 
 def no_sync() -> None:
-    """Nothing is written to the disk before the system cares to: what ngeval must not do."""
+    """Leave it to the system when files reach the disk, which ngeval must not do."""
     os.fsync = lambda _: None
 
 
 def put(path: str, content: str) -> None:
-    """As the last unit ends, somebody else writes a file of the journal (bytes in hex)."""
+    """As the last unit ends, another program writes a file of the journal (bytes in hex)."""
     from ngeval.runs.ranks import OneProcess  # noqa: PLC0415
 
     def finish(self: OneProcess, meanwhile: Callable[[], None]) -> None:
@@ -186,7 +186,7 @@ INJECTIONS: dict[str, Callable[..., None]] = {
 
 
 def fill(folder: Path) -> None:
-    """Write until the disk is full; only where that is a small one of our own."""
+    """Write until the disk is full; only on a small disk made for it."""
     total = os.statvfs(folder)
     if total.f_blocks * total.f_frsize > 2**24:
         raise ValueError(f"{folder} is on a real disk")
@@ -248,7 +248,7 @@ def _watch_syncs() -> set[tuple[int, int]]:
 
 
 def _cut_power(synced: set[tuple[int, int]]) -> None:
-    """Empty what this process wrote below the current folder and left to the system to write."""
+    """Empty the files below the working directory that this process wrote and did not sync."""
     started = Path(f"/proc/{os.getpid()}").stat().st_mtime
     for path in Path.cwd().rglob("*"):
         if path.is_file():

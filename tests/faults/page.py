@@ -14,7 +14,7 @@ FUZZ = ROOT / "tests" / "fuzz" / "RESULTS.json"
 
 
 def page() -> str:
-    """The page with its tables made anew."""
+    """The page with its tables replaced."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in {"faults": fault_table(), "fuzz": fuzz_table()}.items():
         marks = f"<!-- {name}: made by python -m tests.faults.page -->", f"<!-- end of {name} -->"

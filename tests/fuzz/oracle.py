@@ -1,9 +1,9 @@
-"""What must never come of an input, whatever it is: the judge of all targets and engines.
+"""What no input may cause: the judge of all targets and engines.
 
 Allowed are success and ngeval's own errors with a message. Findings are any other exception, an
-error without a message, more than `PATIENCE` seconds, and whatever Python's audit events tell of:
-a file written, moved or removed outside the input's folder, a process, a connection, a class that
-an unpickler looks up, a sign of the canary that hostile pickles would call.
+error without a message, more than `PATIENCE` seconds, and these of Python's audit events: a file
+written, moved or removed outside the input's folder, a process, a connection, a class that an
+unpickler looks up, a call of the canary that hostile pickles name.
 """
 
 from __future__ import annotations
@@ -73,17 +73,17 @@ class Finding:
 
 
 class Late(BaseException):
-    """The patience is over."""
+    """The time for an input has passed."""
 
 
-def canary(sign: str = "") -> dict[str, Any]:
-    """What hostile pickles ask to call: audit hooks hear of it."""
-    sys.audit("fuzz.canary", sign)
+def canary(name: str = "") -> dict[str, Any]:
+    """The function that hostile pickles call: audit hooks are notified of it."""
+    sys.audit("fuzz.canary", name)
     return {}
 
 
 class _Events:
-    """The audit hook: it cannot be removed, so there is one, which listens when it is told to."""
+    """The audit hook: it cannot be removed, so there is one, active while it has a folder."""
 
     def __init__(self) -> None:
         self.folder: str | None = None
@@ -93,29 +93,37 @@ class _Events:
         if self.folder is None:
             return
         if event == "open":
-            path, _, flags = arguments
-            if isinstance(path, str | bytes) and flags & WRITES and not self._inside(path):
-                self.heard.append(f"open for writing: {path!r}")
-        elif event in IN_FOLDER:
-            base = arguments[IN_FOLDER[event]]
-            path = os.fsdecode(arguments[0])
-            whole = path if base in (-1, None) else f"/proc/self/fd/{base}/{path}"
-            if not self._inside(whole):
-                self.heard.append(f"{event}: {path!r}")
-        elif event in CHANGES:
-            for path in arguments[: CHANGES[event]]:
-                if isinstance(path, str | bytes | os.PathLike) and not self._inside(path):
+            self._opened(*arguments)
+        elif event in IN_FOLDER or event in CHANGES:
+            for path in _changed_paths(event, arguments):
+                if not self._inside(path):
                     self.heard.append(f"{event}: {path!r}")
         elif event in FORBIDDEN and arguments[:1] != ("uname",):  # of Python's `platform`
             self.heard.append(f"{event}: {arguments!r}"[:300])
         elif event == "pickle.find_class":
             module = str(arguments[0])
-            if not any(module == name or module.startswith(f"{name}.") for name in ALLOWED_CLASSES):
+            if not any(f"{module}.".startswith(f"{name}.") for name in ALLOWED_CLASSES):
                 self.heard.append(f"{event}: {arguments!r}")
+
+    def _opened(self, path: object, _: object, flags: int) -> None:
+        if isinstance(path, str | bytes) and flags & WRITES and not self._inside(path):
+            self.heard.append(f"open for writing: {path!r}")
 
     def _inside(self, path: str | bytes | os.PathLike[str]) -> bool:
         real = os.path.realpath(os.fsdecode(path))
         return real == os.devnull or f"{real}{os.sep}".startswith(f"{self.folder}{os.sep}")
+
+
+def _changed_paths(
+    event: str, arguments: tuple[Any, ...]
+) -> Iterator[str | bytes | os.PathLike[str]]:
+    """The paths that an event of the file system changes."""
+    if event in IN_FOLDER:
+        base, path = arguments[IN_FOLDER[event]], os.fsdecode(arguments[0])
+        yield path if base in (-1, None) else f"/proc/self/fd/{base}/{path}"
+    else:
+        paths = arguments[: CHANGES[event]]
+        yield from (path for path in paths if isinstance(path, str | bytes | os.PathLike))
 
 
 _EVENTS = _Events()
@@ -129,7 +137,7 @@ def listen() -> None:
 
 
 def judged(attempt: Callable[[bytes, Path], None], data: bytes, folder: Path) -> Finding | None:
-    """Try an input and judge what came of it.
+    """Try an input and judge the result.
 
     Args:
         attempt: of a target.
@@ -169,7 +177,7 @@ def _place(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer."""
+    """Interrupt an input that takes longer."""
 
     def late(number: int, frame: Any) -> None:
         raise Late

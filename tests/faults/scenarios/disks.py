@@ -130,7 +130,7 @@ def _read_only_start(scene: Scene, out: Path) -> None:
         scene.outcome.faults += 1
         scene.check_quiet(ended, {2})
         if "Read-only file system" not in ended.err:
-            raise LostError(f"what is told is not that it is read-only: {ended.err}")
+            raise LostError(f"the message is not that it is read-only: {ended.err}")
     scene.resume()
 
 
@@ -151,7 +151,7 @@ def _immutable_after(scene: Scene, out: Path, more: int) -> None:
 
 
 def output_removed(place: Place, kills: int, random: Random) -> Outcome:
-    """The output's folder, or its journal, is deleted by somebody while the run goes on."""
+    """The output's folder, or its journal, is deleted during the run."""
     outcome = Outcome("output-removed", "the output's folder or the journal is deleted in a run")
     with Clock(outcome):
         scene = Scene(place, outcome, 2, 3)
@@ -167,7 +167,7 @@ def _removed(scene: Scene, what: Path) -> None:
     scene.check_quiet(ended, {2})
     (scene.folder / "out").mkdir(exist_ok=True)
     scene.check_visible()
-    if scene.output.exists():  # the table without its journal: it is not gone on with
+    if scene.output.exists():  # the table without its journal: no run can continue it
         again = scene.fork()
         scene.check_quiet(again, {2})
         scene.clear()
@@ -175,7 +175,7 @@ def _removed(scene: Scene, what: Path) -> None:
 
 
 def second_writer(place: Place, kills: int, random: Random) -> Outcome:
-    """A second run of the same output, and of the same output anew."""
+    """A second run of the same output, continued or from scratch."""
     outcome = Outcome("second-writer", "a second run that writes the same output")
     with Clock(outcome):
         scene = Scene(place, outcome, 4, 4)
@@ -193,6 +193,6 @@ def _second(scene: Scene) -> None:
         scene.outcome.faults += 1
         scene.check_quiet(ended, {2})
         if "is being written by another run (process" not in ended.err:
-            raise LostError(f"the second is not told who is first: {ended.err}")
+            raise LostError(f"the message does not name the first: {ended.err}")
     scene.check_quiet(first.wait(), {0})
     scene.check_complete()

@@ -1,7 +1,7 @@
 """Every point at which a run asks something of the file system, one after the other.
 
-A run of four units is killed at its first call, at its second, and so on to its last, and gone on
-with after each: whatever order a run writes in, no moment between two calls is left out.
+A run of four units is killed at its first call, at its second, and so on to its last, and resumed
+after each: in whatever order a run writes in, no moment between two calls is left out.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ VICTIMS = ("rank 0", "another rank", "torchrun", "torchrun, SIGTERM", "torchrun,
 
 
 def torchrun(place: Place, kills: int, random: Random) -> Outcome:
-    """A random process dies; gone on with by another number of processes."""
+    """A random process dies; a different number of processes continues."""
     what = "SIGKILL of a rank or of torchrun, SIGTERM or SIGINT to torchrun, with 2 to 4 ranks"
     outcome = Outcome("torchrun", what)
     with Clock(outcome):

@@ -57,7 +57,7 @@ def check_failed(
 
 
 def bad_checkpoint(place: Place, kills: int, random: Random) -> Outcome:
-    """One in the middle of the list that cannot be used; then it is mended."""
+    """One in the middle of the list that cannot be used; then it is fixed."""
     outcome = Outcome("bad-checkpoint", "a checkpoint in the middle of the list that is damaged")
     with Clock(outcome):
         scene = Scene(place, outcome, 3, 2)
