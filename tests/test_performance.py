@@ -15,7 +15,7 @@ from ngeval import InputError
 from ngeval.analysis.intervals import t_interval
 from ngeval.analysis.training_results import average_ranks, outcomes, performance
 from ngeval.cli import console
-from ngeval.cli.training_tables import performance_tables, trained_line
+from ngeval.cli.training_tables import performance_tables
 from ngeval.plots import performance_figure
 from ngeval.results.table_files import ResultFile
 from studies.tuning import COLUMNS
@@ -281,12 +281,6 @@ class TestShown:
         assert "diverged" in shown
         assert "1 diverged" in shown
         assert "validation accuracy" in shown
-
-    def test_a_line_for_each_training(self):
-        line = trained_line(training("ief", 3, damping=1e-3, seconds=1.25).assign(seed=3))
-        for part in ("ief  final  lr 0.1  λ 0.001  seed 3", "epoch 1 of 2", "0.6 (80.0%)", "1.2 s"):
-            assert part in line
-        assert "diverged in epoch 2: NaN" in trained_line(lost("sgd", 0))
 
 
 class TestFigure:

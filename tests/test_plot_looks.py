@@ -272,7 +272,7 @@ class TestCommand:
         return [tmp_path / f"{name}.parquet" for name in tables]
 
     def test_several_files_and_what_fits_them(self, files, tmp_path):
-        assert "drawn: stages" in run("plot", *files, "--output", tmp_path / "a.svg")
+        assert "kind: stages" in run("plot", *files, "--output", tmp_path / "a.svg")
         text = (tmp_path / "a.svg").read_text()
         for word in ("t (lora)", "t (prompt)", "sf/ief", "ef/ief", "max/min"):
             assert f">{word}</text>" in text

@@ -17,7 +17,8 @@ from ngeval.errors import InputError
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.tasks import get_task
 from ngeval.training import EXACT, DivergedError, Settings, Training
-from ngeval.training.optimizers import build, make_stepper, resolved
+from ngeval.training.optimizers import build, resolved
+from ngeval.training.steppers import make_stepper
 from tests.test_cli import run
 from tests.trainings import (
     ALONE,
@@ -268,16 +269,18 @@ class TestSettings:
 
 
 class TestFolder:
-    def test_of_an_earlier_search_is_not_taken_without_force(self, tmp_path):
-        table = tmp_path / "training.parquet"
-        table.write_text("of hours")
+    def test_of_an_earlier_run_is_not_taken_without_force(self, tmp_path):
+        earlier, other = tmp_path / "epoch-007.safetensors", tmp_path / "training.parquet"
+        earlier.write_text("of hours")
+        other.write_text("of days")
         job = Training(CLASSES, tmp_path, "sgd", epochs=0)
-        with pytest.raises(ngeval.OutputError, match=r"holds training\.parquet of an earlier"):
+        with pytest.raises(ngeval.OutputError, match=r"of an earlier run \(epoch-007\.safetensors"):
             next(job.run())
-        assert [path.name for path in tmp_path.iterdir()] == ["training.parquet"]
+        assert earlier.read_text() == "of hours"
         list(dataclasses.replace(job, force=True).run())
-        assert not table.exists()
-        assert len(list(tmp_path.iterdir())) == 3
+        assert not earlier.exists()
+        assert other.read_text() == "of days"
+        assert len(list(tmp_path.iterdir())) == 4
 
 
 class TestReports:

@@ -32,8 +32,8 @@ METHODS = (
     "sgd,ef,ief,sf,diag,diag-ef:0.5,kfac,kfac-sf,kfac-ef,kfac-ief,ekfac,momentum:20,adam:20,"
     "adamw:20,nadam:20,rmsprop:20,adagrad:20,adafactor:20,muon:20"
 )
-"""What is compared by default: optimizers with a state of 20 batches at the checkpoint's weights,
-which every checkpoint has, whatever it was trained with."""
+"""The methods that are compared by default. Optimizers take a state of 20 batches at the
+checkpoint's weights, which is available for any checkpoint, whatever it was trained with."""
 
 
 @takes_options
@@ -51,8 +51,8 @@ def compare(
     trained: Annotated[
         list[Path] | None,
         typer.Option(
-            help="training.parquet of `ngeval train`, or its folder; repeat or list several. In "
-            "place of --task and --checkpoint."
+            help="Table of tuned trainings (training.parquet), or its folder; repeat or list "
+            "several. In place of --task and --checkpoint."
         ),
     ] = None,
     methods: MethodsOption = METHODS,
@@ -70,10 +70,10 @@ def compare(
     """Rank many methods over a training run by γ/γ_min, or trained optimizers by test performance.
 
     Writes results.parquet (every row), ranking.csv and ranking.png (an early, a middle and a late
-    checkpoint) and kfac.png (iEF and KFAC's kinds over training) into the folder.
+    checkpoint) and kfac.png (iEF and the variants of KFAC over training) into the folder.
 
-    With --trained: the tuned optimizers of `ngeval train` side by side, means over seeds with
-    95 % intervals; performance.csv and performance.png go into the folder, if one is given.
+    With --trained: tuned optimizers side by side, from the rows of their trainings, as means over
+    seeds with 95 % intervals; performance.csv and performance.png go into the folder, if any.
 
     [bold]Examples:[/bold]
 
@@ -108,10 +108,10 @@ def compare(
 
 
 def _refuse_grading(run: RunOptions, hub: HubOptions) -> None:
-    given = {"--task": run.task, "--checkpoint": run.checkpoint, "--hf-model": hub.hf_model}
-    wrong = [name for name, value in given.items() if value]
-    if wrong:
-        raise InputError(
-            f"--trained compares finished trainings, {wrong[0]} grades a run's checkpoints; give "
-            "one or the other"
-        )
+    options = {"--task": run.task, "--checkpoint": run.checkpoint, "--hf-model": hub.hf_model}
+    for name, value in options.items():
+        if value:
+            raise InputError(
+                f"--trained compares finished trainings, {name} grades a run's checkpoints; give "
+                "one or the other"
+            )

@@ -22,7 +22,9 @@ from ngeval.plots import (
 )
 from ngeval.plots.ranking import KFAC_METHODS
 from ngeval.results.table_files import ResultFile, check_output, read_results
-from ngeval.training.run import RESULTS
+
+TRAINED = "training.parquet"
+"""The table of tuned trainings in its folder."""
 
 TABLES = (".csv", ".parquet", ".jsonl")
 """The endings of an ``--output`` that is a file for the table."""
@@ -67,10 +69,10 @@ def write_ranking(
 
 
 def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: bool) -> None:
-    """Print the table of tuned optimizers; write it, or the picture, or into a folder both.
+    """Print the table of tuned optimizers, and write it, its figure, or both into a folder.
 
     Raises:
-        InputError: no such rows, or an optimizer on a task in several files.
+        InputError: see `read_trained`.
         OutputError: a file cannot be read, or the output exists (without ``force``).
     """
     files = _trained_files(output)
@@ -81,7 +83,7 @@ def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: 
     rows = read_trained(paths)
     table = performance(rows)
     if "table" in files and not table["seeds"].any():
-        files.pop("figure", None)  # which would be empty
+        files.pop("figure", None)  # it would be empty
     if "table" in files:
         with ResultFile(files["table"], force=force) as target:
             target.append(table)
@@ -95,7 +97,7 @@ def compare_trained(paths: list[Path], output: Path | None, force: bool, quiet: 
 
 
 def _trained_files(output: Path | None) -> dict[str, Path]:
-    """What ``--trained`` writes: a table, a picture, or both in a folder."""
+    """The files that ``--trained`` writes: a table, a figure, or both in a folder."""
     if output is None:
         return {}
     if output.suffix in TABLES and not output.is_dir():
@@ -106,23 +108,23 @@ def _trained_files(output: Path | None) -> dict[str, Path]:
 
 
 def read_trained(paths: list[Path]) -> pd.DataFrame:
-    """The rows of several searches, each of its own optimizers or tasks.
+    """The rows of tuned trainings in several files.
 
     Args:
-        paths: result files of `ngeval train`, or the folders that hold them.
+        paths: the files, or the folders that hold a ``training.parquet``.
 
     Raises:
-        InputError: there is no such file, the rows are of another kind, or an optimizer on a task
-            is in several files.
+        InputError: a file does not exist or holds a different kind of rows, or an optimizer on a
+            task is in several files.
         OutputError: a file cannot be read.
     """
     frames: list[pd.DataFrame] = []
     seen: dict[tuple[str, str], Path] = {}
     for path in paths:
-        file = path / RESULTS if path.is_dir() else path
+        file = path / TRAINED if path.is_dir() else path
         if not file.exists():
-            where = f"{path} holds no {RESULTS}" if path.is_dir() else f"{path} does not exist"
-            raise InputError(f"--trained: {where}; give a result file of `ngeval train`")
+            where = f"{path} holds no {TRAINED}" if path.is_dir() else f"{path} does not exist"
+            raise InputError(f"--trained: {where}; give a table of tuned trainings")
         frame = checked_rows(read_results(file), str(file))
         for task, optimizer in frame[["task", "optimizer"]].drop_duplicates().to_numpy():
             if (task, optimizer) in seen:

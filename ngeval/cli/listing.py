@@ -1,4 +1,4 @@
-"""``plot``, ``tasks`` and ``methods``: the commands that compute nothing."""
+"""``plot``, ``tasks`` and ``methods``: the commands that draw and list."""
 
 from __future__ import annotations
 
@@ -43,35 +43,37 @@ def plot(
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
-            "--checkpoint", "-c", help="Panels of damping, stages of ranking; the one of layers."
+            "--checkpoint", "-c", help="Panels of damping, stages of ranking, subject of layers."
         ),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", "-m", help="Comma list of those drawn; default: all."),
+        typer.Option("--methods", "-m", help="Methods to draw, a comma list; default: all."),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", "-t", help="Of files with several; stages has them side by side."),
+        typer.Option(
+            "--task", "-t", help="Of files with several tasks; stages draws them side by side."
+        ),
     ] = None,
     relative: Annotated[
         str | None,
         typer.Option(
-            help="Methods over others in stages, as sf/ief,ef/ief; default: these, where there "
-            "are several tasks or samples; none: leave them out."
+            help="Pairs of methods to compare in stages, as sf/ief,ef/ief; default: these, where "
+            "there are several tasks or samples; none: leave them out."
         ),
     ] = None,
     width: Annotated[
         str | None,
         typer.Option(
-            help="As it is printed: column (3.4 in) or page (7 in); default: a column for one "
-            "panel, else a page."
+            help="Of the printed figure: column (3.4 in) or page (7 in); default: column for one "
+            "panel, otherwise page."
         ),
     ] = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw result files, at the width they are printed at.
+    """Draw figures of result files, at the width of print.
 
     [bold]Examples:[/bold]
 
@@ -101,8 +103,6 @@ def plot(
     widths = {"column": COLUMN, "page": PAGE}
     if width is not None and width not in widths:
         raise InputError(f"unknown width {width!r}; {nearest_name(width, widths)}")
-    if kind is not None and kind not in FIGURES:
-        raise InputError(f"unknown picture {kind!r}; {nearest_name(kind, FIGURES)}")
     tables = read_tables(results)
     chosen = Chosen(
         damping,
@@ -118,7 +118,7 @@ def plot(
     save_figure(figure, output)
     out = console.table_console(quiet)
     if kind is None:
-        say(out, f"drawn: {drawn} (--kind: {', '.join(FIGURES)})")
+        say(out, f"kind: {drawn} (--kind {'|'.join(FIGURES)})")
     if most > MANY_LINES:
         say(out, f"{most} lines are too many to distinguish: choose some with --methods")
 
@@ -127,10 +127,11 @@ def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
     """Result files by their stems, or by their paths where files share a stem.
 
     Raises:
-        InputError: one cannot be read, or is given twice.
+        InputError: a file is named twice.
+        OutputError: a file cannot be read.
     """
     if len(set(paths)) < len(paths):
-        raise InputError("a result file is given twice")
+        raise InputError("a result file is given twice; name each of them once")
     stems = [path.stem for path in paths]
     from ngeval.results.table_files import read_results
 
@@ -139,17 +140,20 @@ def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
 
 
 def relative_pairs(text: str | None) -> list[tuple[str, str]] | None:
-    """``sf/ief,ef/ief`` as pairs; ``none`` as no pairs.
+    """Read ``sf/ief,ef/ief`` as pairs and ``none`` as no pairs; None stays None.
 
     Raises:
-        InputError: it is not such a list.
+        InputError: the text is not such a list.
     """
     if text is None or text == "none":
         return None if text is None else []
-    pairs = [tuple(pair.strip().split("/")) for pair in text.split(",")]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise InputError(f"--relative {text!r} is not a list of pairs such as sf/ief,ef/ief")
-    return [(pair[0], pair[1]) for pair in pairs]
+    pairs = []
+    for part in text.split(","):
+        method, _, over = part.strip().partition("/")
+        if not method or not over or "/" in over:
+            raise InputError(f"--relative {text!r} is not a list of pairs such as sf/ief,ef/ief")
+        pairs.append((method, over))
+    return pairs
 
 
 def tasks() -> None:
@@ -177,7 +181,7 @@ def methods() -> None:
     say(out, "example: --methods sgd,ief,sf:4,diag-ef:0.5,adamw,muon:20")
     say(
         out,
-        "also the path of any torch.optim.Optimizer class, as pytorch_optimizer.SOAP:20; an "
-        "optimizer alone takes its state from the checkpoint, :0 its first step, :K a state "
-        "accumulated over K batches",
+        "also the path of any torch.optim.Optimizer class, such as pytorch_optimizer.SOAP:20; an "
+        "optimizer's name alone takes the state in the checkpoint, :0 is the first step, and :K "
+        "takes a state accumulated over K batches",
     )

@@ -21,7 +21,7 @@ from ngeval.problem.gamma import imbalance
 from ngeval.utils.text import visible
 
 MAX_LAYERS = 16
-"""Layers of an update in a printed table."""
+"""Layers of an update in a printed table; the rest are summed."""
 
 
 def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
@@ -35,11 +35,11 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
     rows = table[table["damping"] == damping]
     summary = summarize(rows)
     methods = [name for name in dict.fromkeys(rows["method"]) if name != "sgd"]
-    lost = rows[rows["status"] == "failed"]
-    failed = set(zip(lost["checkpoint"], lost["method"], strict=True))
+    failures = rows[rows["status"] == "failed"]
+    failed = set(zip(failures["checkpoint"], failures["method"], strict=True))
     shown = Table(
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
-        caption="below 1: closer to the natural gradient than SGD; floor: no update is below it",
+        caption="below 1: closer to the natural gradient than SGD; floor: a bound on every update",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -50,9 +50,9 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
     for name, label in checkpoint_labels(table).items():
         part = summary[summary["checkpoint"] == name].set_index("method")
         cells = [
-            _ratio_cell(part, method)
-            if method in part.index or (name, method) not in failed
-            else "failed"
+            "failed"
+            if method not in part.index and (name, method) in failed
+            else _ratio_cell(part, method)
             for method in methods
         ]
         shown.add_row(label, *cells, f"{part['floor_over_sgd'].median():.3g}")
@@ -60,13 +60,13 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
 
 
 def sweep_table(table: pd.DataFrame) -> Table:
-    """For each checkpoint and method: γ/γ_min at the smallest λ, and the best over λ."""
+    """γ/γ_min by checkpoint and method: at the smallest λ, and the smallest over all λ."""
     summary = summarize(table)
-    free = without_damping(table)
+    undamped = without_damping(table)
     smallest = summary["damping"].min()
     shown = Table(
         title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
-        caption="best: the smallest over the dampings, with the λ where it is reached",
+        caption="best: the smallest over the dampings, with its λ",
     )
     for column in ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="):
         shown.add_column(column, justify="left" if column in ("checkpoint", "method") else "right")
@@ -78,7 +78,7 @@ def sweep_table(table: pd.DataFrame) -> Table:
             if values.empty:
                 continue
             at_smallest = f"{values[smallest]:.3g}" if smallest in values else "–"
-            where = "–" if method in free else f"{values.idxmin():.1e}"
+            where = "–" if method in undamped else f"{values.idxmin():.1e}"
             cells = (at_smallest, f"{values.min():.3g}", where)
             shown.add_row(label if first else "", str(method), *cells)
             first = False
@@ -87,7 +87,7 @@ def sweep_table(table: pd.DataFrame) -> Table:
 
 
 def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
-    """What each layer buys and spends: for up to three checkpoints, at the first λ."""
+    """What each layer of an update buys and spends, for up to three checkpoints at the first λ."""
     labels = {"": ""}
     names = [""]
     if "checkpoint" in table:
@@ -95,7 +95,7 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
     summary = summarize_layers(table[table["damping"] == table["damping"].iloc[0]])
     for name in names:
         rows = summary[summary["checkpoint"] == name] if name else summary
-        if rows.empty:  # none of its units could be graded
+        if rows.empty:  # no unit of the checkpoint could be graded
             continue
         where = f"{labels[name]}, " if name else ""
         shown = Table(
@@ -136,27 +136,27 @@ def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
 
 
 def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]:
-    """The methods by rank: a table for each checkpoint of `ngeval.comparison.ranking`.
+    """The methods by rank, one table for each checkpoint.
 
     Args:
-        ranked: the ranking.
-        table: what it was made of.
+        ranked: the result of `ngeval.analysis.ranking.ranking`.
+        table: the γ table that was ranked.
     """
     labels = checkpoint_labels(table)
     natural = bool(ranked["gamma_over_ng"].notna().any())
     ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")
     last = ranked["checkpoint"].iloc[-1]
-    several = table["damping"].nunique() > 1
-    ends = (table["damping"].min(), table["damping"].max()) if several else ()
-    alone = ranked["checkpoint"].nunique() == 1
+    is_range = table["damping"].nunique() > 1
+    ends = (table["damping"].min(), table["damping"].max()) if is_range else ()
+    single = ranked["checkpoint"].nunique() == 1
     for name, rows in ranked.groupby("checkpoint", sort=False):
         shown = Table(
-            title=("" if alone else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
+            title=("" if single else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
             box=box.SIMPLE_HEAD,
         )
         columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
-        partly = bool((rows["coverage"] < 100).any())
-        columns += ["γ/γ_SGD"] * natural + ["covers"] * partly
+        partial = bool((rows["coverage"] < 100).any())
+        columns += ["γ/γ_SGD"] * natural + ["covers"] * partial
         for column in columns:
             shown.add_column(column, justify="left" if column == "method" else "right")
         for _, row in rows.iterrows():
@@ -171,25 +171,25 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
                 cell(row["damping_run"], ".0e"),
             ]
             cells += [cell(row["gamma_over_sgd"])] if natural else []
-            cells += [f"{row['coverage']:.0f} %"] if partly else []
+            cells += [f"{row['coverage']:.0f} %"] if partial else []
             shown.add_row(*cells)
         if name == last:
             shown.caption = (
-                f"{least} at each method's best λ of those given, geometric mean over batches; one "
-                "λ: the one that is best over all checkpoints"
+                f"{least} at each method's best λ of the range, geometric mean over batches; one "
+                "λ: the best single λ over all checkpoints"
                 + ("; 1 is the natural gradient itself" if natural else "")
-                + "; *: at an end of the range, try a wider one" * several
+                + "; *: at an end of the range, try a wider one" * is_range
             )
         yield shown
 
 
 def cell(value: float, form: str = ".3g") -> str:
-    """A number in a table, a dash where there is none."""
+    """A number in a table, or a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{form}}"
 
 
 def imbalance_table(table: pd.DataFrame) -> Table:
-    """Quantiles of per-sample gradient norms and the imbalance, for each checkpoint."""
+    """Quantiles of per-sample gradient norms, and their imbalance, for each checkpoint."""
     shown = Table(
         title="per-sample gradient norms ‖g_n‖ (nats)",
         caption="max/min: geometric mean over batches",

@@ -1,4 +1,4 @@
-"""Tuned optimizers as the command line shows them: a line for each training, tables at the end."""
+"""Trainings as commands print them: a line for each epoch, tables of tuned optimizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTION = "mean over seeds ± half its 95 % t-interval; bold: the best mean"
 
 
 def training_line(report: EpochReport) -> str:
-    """One line about an epoch: mean losses in nats, with accuracies where there are any."""
+    """One line about an epoch: mean losses in nats, and accuracies if there are any."""
     line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
     if report.train_accuracy is not None:
         line += f" ({report.train_accuracy:.1%})"
@@ -31,35 +31,15 @@ def training_line(report: EpochReport) -> str:
     return line
 
 
-def trained_line(rows: pd.DataFrame) -> str:
-    """One line about a finished training of a search: settings, its best epoch, its time."""
-    first, last = rows.iloc[0], rows.iloc[-1]
-    line = f"{first['optimizer']}  {first['phase']}  lr {cell(first['learning_rate'], 'g')}"
-    if not math.isnan(first["damping"]):
-        line += f"  λ {first['damping']:g}"
-    line += f"  seed {first['seed']}"
-    if first["status"] != "ok":
-        return f"{line}  {first['status']} in epoch {last['epoch']}: {first['reason']}"
-    monitor = str(first["monitor"])
-    values = rows[monitor].to_numpy()
-    place = int(values.argmax() if monitor.endswith("accuracy") else values.argmin())
-    best = last if monitor == "train_loss" else rows.iloc[place]
-    line += f"  train loss {last['train_loss']:.4g}  best epoch {best['epoch']} of {last['epoch']}"
-    if not math.isnan(best["validation_loss"]):
-        line += f": validation loss {best['validation_loss']:.4g}"
-    if not math.isnan(best["validation_accuracy"]):
-        line += f" ({best['validation_accuracy']:.1%})"
-    return f"{line}  {last['seconds']:.1f} s"
-
-
 def performance_tables(table: pd.DataFrame, width: int | None = None) -> Iterator[Table]:
     """Tuned optimizers: test performance, final training loss, tuned settings.
 
-    The optimizers stand side by side, each task a line; where that is too wide, below each other.
+    The optimizers are columns and the tasks are rows; where that is too wide, every optimizer on a
+    task is a row.
 
     Args:
-        table: of `ngeval.performance.performance`.
-        width: characters in a line; None: as many as are needed.
+        table: the result of `ngeval.analysis.training_results.performance`.
+        width: characters in a line; None is as many as the tables need.
     """
     wide = _side_by_side(table)
     if width is None or all(_width(part) <= width for part in wide):
@@ -70,7 +50,7 @@ def performance_tables(table: pd.DataFrame, width: int | None = None) -> Iterato
 
 
 def _width(table: Table) -> int:
-    """How many characters a line of a table needs, if nothing in it is to be broken."""
+    """The characters in a line of a table that is not wrapped."""
     console = Console(width=10_000)
     return Measurement.get(console, console.options, table).maximum
 
@@ -110,22 +90,22 @@ def _below_each_other(table: pd.DataFrame) -> Table:
             shown.add_row(*cells)
         shown.add_section()
     if table["task"].nunique() > 1:
-        for place, (name, rank) in enumerate(_rank_cells(table).items()):
-            shown.add_row("" if place else "average rank", escape(name), "", "", rank)
+        for number, (name, rank) in enumerate(_rank_cells(table).items()):
+            shown.add_row("" if number else "average rank", escape(name), "", "", rank)
     return shown
 
 
 def _performance(table: pd.DataFrame) -> str:
-    """Of test data, unless a task has none; then the unit of each task says what of."""
+    """The measure in the titles; where a task has no test data, the unit of each names the data."""
     return "test performance" if set(table["data"]) <= {"test", ""} else "performance"
 
 
 def _cells(part: pd.DataFrame, rows: pd.DataFrame) -> tuple[str, list[str], list[str]]:
-    """What is measured on a task, and its two figures of each optimizer.
+    """The unit of a task's performance, its cells, and the cells of the training loss.
 
     Args:
         part: the task's rows of the table.
-        rows: those of all the optimizers that are shown, some of which it may lack.
+        rows: its rows for all optimizers of the table, empty where the task lacks one.
     """
     metric, data = part["metric"].iloc[0], next(filter(None, part["data"]), "test")
     percent = metric == "test_accuracy"
@@ -172,8 +152,8 @@ def _bold(cells: list[str], best: list[bool]) -> list[str]:
 
 def _tuned_table(table: pd.DataFrame) -> Table:
     shown = Table(
-        title="what they were tuned to" if table["trials"].any() else "settings (none was tuned)",
-        caption="*: at an end of the values tried, a better one may lie beyond"
+        title="tuned settings" if table["trials"].any() else "settings (not tuned)",
+        caption="*: at an end of the values tried, so a better one may lie beyond"
         if bool((table["edge"] != "").any())
         else None,
         box=box.SIMPLE_HEAD,
@@ -183,12 +163,14 @@ def _tuned_table(table: pd.DataFrame) -> Table:
     for column in ("learning\nrate", "λ", "trials", "seeds", "diverged"):
         shown.add_column(column, justify="right")
     for task, part in table.groupby("task", sort=False):
-        for place, (_, row) in enumerate(part.iterrows()):
+        for number, (_, row) in enumerate(part.iterrows()):
             edges = str(row["edge"]).split(", ")
             rate = cell(row["learning_rate"], "g") + "*" * ("learning_rate" in edges)
             damping = cell(row["damping"], "g") + "*" * ("damping" in edges)
             lost = row["trials_diverged"] + row["diverged"]
             cells = (rate, damping, f"{row['trials']}", f"{row['seeds']}", f"{lost}")
-            shown.add_row(escape(str(task)) if place == 0 else "", escape(row["optimizer"]), *cells)
+            shown.add_row(
+                escape(str(task)) if number == 0 else "", escape(row["optimizer"]), *cells
+            )
         shown.add_section()
     return shown

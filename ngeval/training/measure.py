@@ -17,27 +17,27 @@ from ngeval.model.function import map_inputs, model_errors, outputs_of
 from ngeval.tasks import Batch, Task
 
 MONITORS = ("loss", "accuracy")
-"""What a training can be judged by, on the validation data."""
+"""The measures on the validation data by which a training can be judged."""
 
 
 class DivergedError(ModelError):
-    """Training left the range of numbers in which a step is defined."""
+    """The loss, the outputs or a step of a training are not finite."""
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """A model after an epoch: mean losses ℓ_n in nats, accuracies as fractions.
+    """A model after an epoch: mean losses in nats, and accuracies as fractions.
 
     Attributes:
         epoch: passes over the training data so far; 0 is the initial model.
         train_loss: over one pass of the training data.
-        train_accuracy: None where the targets are no classes.
-        validation_loss: None where the task has no such data; so are the rest.
-        validation_accuracy: fraction of the classes that are right.
-        test_loss: over the data that no choice is made by.
-        test_accuracy: fraction of the classes that are right.
-        step: steps taken so far.
-        seconds: time that they took, without that of measuring.
+        train_accuracy: as all accuracies, None where the targets are not classes.
+        validation_loss: None, as its accuracy, where the task has no validation data.
+        validation_accuracy: on the validation data.
+        test_loss: None, as its accuracy, where the task has no test data.
+        test_accuracy: on the test data.
+        step: steps so far.
+        seconds: the time of these steps, without the time of measuring.
     """
 
     epoch: int
@@ -52,7 +52,7 @@ class EpochReport:
 
 
 def to_device(inputs: Inputs, device: str) -> Inputs:
-    """The batch's inputs where the model is."""
+    """Copy the inputs of a batch to a device."""
     return map_inputs(inputs, lambda tensor: tensor.to(device))
 
 
@@ -70,8 +70,8 @@ def forward(
 
     Raises:
         DivergedError: an output is NaN or infinite.
-        ModelError: the model failed.
-        InputError: the targets do not fit.
+        ModelError: the model fails.
+        InputError: the targets do not fit the outputs.
     """
     inputs, targets = batch
     with model_errors():
@@ -85,7 +85,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on some batches: mean loss in nats, accuracy where targets are classes."""
+    """The mean loss of a model in nats, and its accuracy where targets are classes."""
 
     loss: float
     accuracy: float | None
@@ -98,11 +98,11 @@ def measure(
     """Mean loss and accuracy over batches, the model in eval mode.
 
     Args:
-        task: whose likelihood it is.
-        model: in any mode; it is left in eval mode.
+        task: the task, for its likelihood.
+        model: the model, which is left in eval mode.
         batches: the data.
-        source: the function of the task that gives them, for messages.
-        device: where the model is.
+        source: the name of the task's function that loads the batches, for messages.
+        device: the model's device.
 
     Raises:
         TaskError: there is no batch.
@@ -132,10 +132,10 @@ def measure(
 
 
 def monitored_column(task: Task, monitor: str) -> str:
-    """By which of a report's figures a training is judged; without validation data ``train_loss``.
+    """The field of a report by which a training is judged: ``train_loss`` without validation data.
 
     Raises:
-        InputError: no such monitor, or an accuracy where the targets are no classes.
+        InputError: the monitor is unknown, or it is the accuracy and the targets are not classes.
     """
     if monitor not in MONITORS:
         raise InputError(f"monitor {monitor!r}: write one of {', '.join(MONITORS)}")
@@ -148,7 +148,7 @@ def monitored_column(task: Task, monitor: str) -> str:
 
 
 def monitored(report: EpochReport, column: str) -> float:
-    """A report's figure to judge by, so that less is better; NaN where there is none."""
+    """The value by which a report is judged, with a sign so that less is better; NaN if missing."""
     value = getattr(report, column)
     if value is None:
         return math.nan

@@ -17,47 +17,45 @@ from torch import nn
 from ngeval.checkpoints import save_checkpoint, save_optimizer
 from ngeval.errors import InputError, ModelError, OutputError
 from ngeval.model.checks import check_device
-from ngeval.results.manifest import SUFFIX
 from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
-from ngeval.training.optimizers import Settings, Stepper, eval_mode_note, make_stepper, resolved
+from ngeval.training.optimizers import Settings, resolved
+from ngeval.training.steppers import Stepper, eval_mode_note, make_stepper
 
-RESULTS = "training.parquet"
-"""What a search writes into its folder."""
+CHECKPOINT_FILE = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
 
-UNTOLD = ("seconds",)
-"""What is not written beside a checkpoint, which the same seed makes again to the bit."""
+NOT_RECORDED = ("seconds",)
+"""Fields of a report that are not written, so that a seed gives the same files to the bit."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: minimise the mean loss of a task.
+    """A training run, which minimises the mean loss of a task.
 
     Attributes:
         task: the model, data and likelihood.
         output: folder for ``epoch-000.safetensors``, ``epoch-000.json``,
             ``epoch-000.optimizer.pt``, …; None writes nothing.
-        optimizer: a name in `OPTIMIZERS`, the dotted path of an
-            Optimizer class, or one of the methods under study, exact on every batch: ``ef``,
-            ``ief``, ``sf``, ``sf:4``, ``ng`` (the model is then in eval mode throughout).
+        optimizer: a name in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, the dotted path of an
+            Optimizer class, or ``ef``, ``ief``, ``sf``, ``sf:4`` or ``ng``, exact on every batch
+            (the model is then in eval mode throughout).
         epochs: passes over the training data; 0 writes the initial weights alone.
-        learning_rate: None takes the optimizer's default.
+        learning_rate: as the following five, a setting of the optimizer; see `Settings`.
         batch_size: samples in a step.
         num_batches: steps in an epoch; None is one pass over the data.
         seed: for the initial weights, the order of samples and the labels that ``sf`` draws.
         device: where to compute.
-        force: replace the checkpoints of an earlier run in that folder, or an earlier search's
-            ``training.parquet``.
-        damping: λ, absolute; of ef, ief, sf and ng alone.
-        momentum: None takes the optimizer's own; so do the following.
-        weight_decay: see `ngeval.training.Settings`; so for the following two.
-        max_norm: of an exact optimizer's update, of the mean gradient for the others.
+        force: replace the checkpoints of an earlier run in the folder.
+        damping: λ, absolute; of ``ef``, ``ief``, ``sf`` and ``ng`` alone.
+        momentum: None is the optimizer's default.
+        weight_decay: None is the optimizer's default.
+        max_norm: of an exact optimizer's update, and of the mean gradient for the others.
         schedule: of the learning rate: ``constant``, ``linear`` or ``cosine``.
-        patience: stop when so many epochs were no better than the best before, by ``monitor`` on
-            the validation data.
+        patience: stop after this many epochs that were not better than the best before, by
+            ``monitor`` on the validation data.
         monitor: ``loss`` or ``accuracy``.
-        on_note: is told what a reader must know before the first step.
+        on_note: called with what a user should know, before the first step.
     """
 
     task: Task
@@ -81,7 +79,7 @@ class Training:
 
     @property
     def settings(self) -> Settings:
-        """The optimizer's, as they are asked for."""
+        """The settings of the optimizer, None where its defaults are taken."""
         return Settings(
             self.learning_rate,
             self.damping,
@@ -95,10 +93,10 @@ class Training:
         """Train, yielding a report for each checkpoint as soon as it is written.
 
         Raises:
-            InputError: unknown optimizer, or a setting out of range or of another optimizer.
+            InputError: see `check`.
             OutputError: see `check`.
-            DivergedError: the loss became NaN or infinite (a `ModelError`).
-            ModelError: the model or a step of the optimizer fails, or there is nothing to train.
+            DivergedError: the loss becomes NaN or infinite.
+            ModelError: the model or a step of the optimizer fails, or nothing is trainable.
         """
         self.check()
         with torch.random.fork_rng(devices=[]):
@@ -109,10 +107,13 @@ class Training:
             stepper = make_stepper(
                 self.optimizer, self.task, model, self.settings, self.seed, self.device
             )
-            self._tell(model)
+            note = eval_mode_note(self.optimizer, model)
+            if note is not None and self.on_note is not None:
+                self.on_note(note)
             report, steps = self._measured(model, 0, 0, 0.0)
-            if self.output is not None:  # only now that there is something to put in their place
-                remove_earlier(self.output)
+            if self.output is not None:  # not before the model has run
+                for path in _checkpoint_files(self.output):
+                    path.unlink()
             yield self._save(stepper, report)
             stepper.schedule(self.schedule, steps * self.epochs)
             yield from self._epochs(model, stepper, report)
@@ -135,12 +136,12 @@ class Training:
                 return
 
     def check(self) -> None:
-        """Find out before any work what can be found out.
+        """Check the settings and the folder before any work.
 
         Raises:
-            InputError: unknown optimizer, or a setting out of range or of another optimizer.
-            OutputError: the folder holds checkpoints or a search's results (without ``force``), or
-                cannot be written.
+            InputError: the optimizer is unknown, or a setting is out of range or not one of its
+                own.
+            OutputError: the folder holds checkpoints (without ``force``) or cannot be written.
         """
         if self.epochs < 0 or self.batch_size < 1:
             raise InputError("epochs must be ≥ 0 and the batch size ≥ 1")
@@ -163,16 +164,16 @@ class Training:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output {folder} is a file; give a folder")
         check_folder(folder)
-        check_earlier(folder, self.force)
-
-    def _tell(self, model: nn.Module) -> None:
-        note = eval_mode_note([self.optimizer], model)
-        if note is not None and self.on_note is not None:
-            self.on_note(note)
+        earlier = _checkpoint_files(folder)
+        if earlier and not self.force:
+            raise OutputError(
+                f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
+                "--force to replace them"
+            )
 
     def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> None:
         stepper.ready()
-        # Another order of samples in every epoch, reproducible from the seed.
+        # A different order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
         for batch in self.task.batches(self.batch_size, self.num_batches, seed):
             stepper.step(batch)
@@ -180,18 +181,20 @@ class Training:
     def _measured(
         self, model: nn.Module, epoch: int, step: int, seconds: float
     ) -> tuple[EpochReport, int]:
-        """Losses and accuracies on all data, and how many batches an epoch has."""
+        """Losses and accuracies on all data, and the number of batches in an epoch."""
         task, device = self.task, self.device
         batches = task.batches(self.batch_size, self.num_batches, self.seed)
         train = measure(task, model, batches, "load_batches", device)
-        held: dict[str, float | None] = {}
+        held_out: dict[str, float | None] = {}
         for part, data in (("validation", task.validation), ("test", task.test)):
             loss = accuracy = None
             if getattr(task, f"load_{part}") is not None:
-                found = measure(task, model, data(), f"load_{part}", device)
-                loss, accuracy = found.loss, found.accuracy
-            held |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
-        report = EpochReport(epoch, train.loss, train.accuracy, **held, step=step, seconds=seconds)
+                measured = measure(task, model, data(), f"load_{part}", device)
+                loss, accuracy = measured.loss, measured.accuracy
+            held_out |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+        report = EpochReport(
+            epoch, train.loss, train.accuracy, **held_out, step=step, seconds=seconds
+        )
         return report, train.batches
 
     def _save(self, stepper: Stepper, report: EpochReport) -> EpochReport:
@@ -199,11 +202,12 @@ class Training:
             return report
         stem = self.output / f"epoch-{report.epoch:03d}"
         save_optimizer(stepper.optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
-        told = {name: value for name, value in asdict(report).items() if name not in UNTOLD}
-        save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), told | self._settings())
+        metadata = {k: value for k, value in asdict(report).items() if k not in NOT_RECORDED}
+        metadata |= self._recorded_settings()
+        save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), metadata)
         return report
 
-    def _settings(self) -> dict[str, Any]:
+    def _recorded_settings(self) -> dict[str, Any]:
         return {
             "task": self.task.name,
             "likelihood": self.task.resolved_likelihood().name,
@@ -219,35 +223,7 @@ class Training:
         }
 
 
-def check_earlier(folder: Path, force: bool) -> None:
-    """Raise where a folder, if there is one, holds an earlier run or search.
-
-    Raises:
-        OutputError: it does (without ``force``).
-    """
-    earlier = [path for path in _earlier(folder) if not path.name.endswith(SUFFIX)]
-    if not earlier or force:
-        return
-    if any(path.name == RESULTS for path in earlier):
-        raise OutputError(
-            f"{folder} holds {RESULTS} of an earlier search; pass --force to replace it"
-        )
-    raise OutputError(
-        f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass --force to "
-        "replace them"
-    )
-
-
-def remove_earlier(folder: Path, but: str | None = None) -> None:
-    """Remove an earlier run's or search's files, but for a table that is new, and its manifest."""
-    for path in _earlier(folder):
-        if but is None or path.name.removesuffix(SUFFIX) != but:
-            path.unlink()
-
-
-def _earlier(folder: Path) -> list[Path]:
-    """The files of an earlier run or search in the folder itself."""
-    table = rf"{re.escape(RESULTS)}({re.escape(SUFFIX)})?"
-    ours = re.compile(rf"epoch-\d+\.(safetensors|json|optimizer\.pt)|{table}")
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if ours.fullmatch(path.name)]
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The files of an earlier training in a folder, if it exists."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if CHECKPOINT_FILE.fullmatch(path.name)]

@@ -1,0 +1,165 @@
+"""How optimizers take a step on a batch: along a gradient, or exactly on a problem."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ngeval.errors import ModelError, NgevalError, NumericalError
+from ngeval.problem.problem import Problem
+from ngeval.tasks import Batch, Task
+from ngeval.training.measure import DivergedError, forward, to_device
+from ngeval.training.optimizers import SCHEDULES, Settings, build, is_exact
+from ngeval.utils.memory import is_out_of_memory
+
+
+@dataclass
+class Stepper(ABC):
+    """A model with its optimizers, which takes steps on batches.
+
+    Attributes:
+        task: the task, for its likelihood.
+        model: the model that is trained.
+        optimizers: the optimizers of its parameters.
+        device: the model's device.
+        max_norm: see `Settings`.
+        schedulers: the schedules of the learning rates.
+        steps: the number of steps so far.
+    """
+
+    task: Task
+    model: nn.Module
+    optimizers: list[Optimizer]
+    device: str
+    max_norm: float | None = None
+    schedulers: list[LambdaLR] = field(default_factory=list)
+    steps: int = 0
+
+    def schedule(self, name: str, steps: int) -> None:
+        """Let the learning rates follow a schedule over a number of steps."""
+        if name == "constant" or steps == 0:
+            return
+        factor = SCHEDULES[name]
+        self.schedulers = [
+            LambdaLR(optimizer, lambda step: factor(min(step / steps, 1.0)))
+            for optimizer in self.optimizers
+        ]
+
+    def step(self, batch: Batch) -> None:
+        """Take a step on a batch.
+
+        Raises:
+            DivergedError: outputs or update are not finite.
+            ModelError: the model or the optimizer's step fails.
+        """
+        self.take(batch)
+        self.steps += 1
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    @abstractmethod
+    def take(self, batch: Batch) -> None:
+        """Take the step, without the schedule of the learning rate."""
+
+    def ready(self) -> None:
+        """Set the mode in which the model is trained, before the steps of an epoch."""
+        self.model.train()
+
+
+class GradientStepper(Stepper):
+    """Steps on the gradient of the mean loss, with the model in train mode."""
+
+    def take(self, batch: Batch) -> None:
+        outputs, distribution = forward(self.task, self.model, batch, self.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        # dL/dz is the residual: the likelihood is the one source of truth for the loss.
+        mean_residual = distribution.residual() / len(outputs)
+        outputs.backward(mean_residual.to(outputs.dtype))
+        if self.max_norm is not None:
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            nn.utils.clip_grad_norm_(trainable, self.max_norm)
+        for optimizer in self.optimizers:
+            with step_errors(optimizer):
+                optimizer.step()
+
+
+class ExactStepper(Stepper):
+    """Steps that are exact on each batch, with the model in eval mode.
+
+    In eval mode alone, a sample's outputs are a function of the weights.
+    """
+
+    _problem: Problem | None = None
+
+    def ready(self) -> None:
+        self.model.eval()
+
+    def take(self, batch: Batch) -> None:
+        inputs, targets = to_device(batch[0], self.device), batch[1].to(self.device)
+        try:
+            if self._problem is None:  # the first problem chooses and checks an engine
+                likelihood, output = self.task.resolved_likelihood(), self.task.output
+                self._problem = Problem(self.model, inputs, targets, likelihood, output=output)
+            else:
+                self._problem = self._problem.with_batch(inputs, targets)
+            with step_errors(self.optimizers[0]):
+                self.optimizers[0].step(self._problem)  # type: ignore[call-overload]
+        except NumericalError as error:
+            raise DivergedError(f"training diverged: {error}") from error
+        except ModelError:
+            with torch.no_grad():  # raises a DivergedError if the outputs are not finite
+                forward(self.task, self.model, batch, self.device)
+            raise
+
+
+def make_stepper(
+    name: str, task: Task, model: nn.Module, settings: Settings, seed: int, device: str
+) -> Stepper:
+    """Build an optimizer on a model by its name."""
+    optimizers = build(name, model, settings, seed)
+    if is_exact(name):  # these clip their updates themselves
+        return ExactStepper(task, model, optimizers, device)
+    return GradientStepper(task, model, optimizers, device, settings.max_norm)
+
+
+def eval_mode_note(name: str, model: nn.Module) -> str | None:
+    """How training in eval mode differs from train mode, for an exact optimizer on such a model."""
+    parts = []
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()):
+        parts.append("without its dropout")
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        parts.append("with batch norm on its running statistics, which stay as they are")
+    if not is_exact(name) or not parts:
+        return None
+    return f"{name}: the model trains in eval mode, {' and '.join(parts)}"
+
+
+@contextmanager
+def step_errors(optimizer: Optimizer) -> Iterator[None]:
+    """Turn any error of an optimizer's step, but for out of memory, into an error of ngeval.
+
+    Raises:
+        DivergedError: a number overflows.
+        ModelError: the step fails otherwise.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:  # an optimizer of another package can raise anything
+        if is_out_of_memory(error):
+            raise
+        what = f"{type(optimizer).__name__}'s step failed: {type(error).__name__}: {error}"
+        if isinstance(error, OverflowError) or "overflow" in str(error):
+            raise DivergedError(f"training diverged: {what}; lower the learning rate") from error
+        raise ModelError(what) from error
