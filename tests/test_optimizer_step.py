@@ -497,7 +497,7 @@ class TestParameters:
             named = problem.function.unflatten(state.direction(0.0))
             assert not named["pooler.weight"].any()
             assert named["dead"].all()  # its gradient is zero: decayed
-            told = "pooler.weight, pooler.bias took no part in the loss: no gradient, and no step"
+            told = "the loss does not depend on pooler.weight, pooler.bias: no gradient, no step"
             assert state.notes == (told,)
         start = flat(real)
         nn.functional.cross_entropy(real(x), y).backward()
@@ -601,7 +601,7 @@ class TestRefusals:
             OptimizerStep(given)
 
     def test_what_to_do_with_a_rule_of_ones_own(self):
-        with pytest.raises(InputError, match=r"small class of.*problem\.gamma\(\{name: step\}\)"):
+        with pytest.raises(InputError, match=r"subclass of.*problem\.gamma\(\{name: step\}\)"):
             OptimizerStep(object())
 
     def test_a_warmup_that_can_be_gone_through_once(self):

@@ -20,20 +20,20 @@ from ngeval.problem.problem import Problem
 MAX_BATCHES = 100_000
 """A larger number of warm-up batches is taken for a typing error."""
 
-KEPT_SHARE = 16
-"""Warm copies are kept where they take at most this part of the memory to work in."""
+CACHED_SHARE = 16
+"""Warm copies are cached if they take at most 1/16 of the memory budget."""
 
 
 @dataclass(frozen=True, eq=False)
 class WarmOnce(OptimizerStep):
-    """As `OptimizerStep`, but the state accumulated at a θ is kept for its other batches."""
+    """An `OptimizerStep` that caches the state accumulated at a θ for further batches."""
 
     _warm: list[tuple[Any, Clones, list[str]]] = field(default_factory=list, repr=False)
 
     def warmed(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
     ) -> tuple[Clones, list[str]]:
-        """Copies of those that were warmed before at this θ, in this dtype, if they were."""
+        """Copies of those that were warmed up before at this θ and in this dtype, if any."""
         if self.warmup is None:
             return super().warmed(dtype, problem, names)
         key = (dtype, problem.dtype, problem.function.versions)
@@ -41,7 +41,7 @@ class WarmOnce(OptimizerStep):
             if known == key:
                 return clones.again(), list(notes)
         clones, notes = super().warmed(dtype, problem, names)
-        if clones.num_bytes > problem.rows.memory // KEPT_SHARE:
+        if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
             return clones, notes
         self._warm[:] = [(key, clones, list(notes))]
         return clones.again(), notes
@@ -49,7 +49,7 @@ class WarmOnce(OptimizerStep):
 
 @dataclass(frozen=True)
 class _Bound:
-    """An optimizer on a model at a checkpoint, and what is to be said of its state."""
+    """An optimizer on a model at a checkpoint, and notes on its state."""
 
     model: nn.Module
     stage: Stage | None
@@ -59,24 +59,25 @@ class _Bound:
 
 @dataclass(frozen=True)
 class NamedOptimizer:
-    """An optimizer by name, built on the problem's own model with the defaults of its class.
+    """An optimizer by name, built on the problem's model with the defaults of its class.
 
     ``adamw`` steps with the state that the training run saved with the checkpoint; ``adamw:0``
     takes a first step, without a state; ``adamw:20`` steps with a state accumulated over 20
     batches at the checkpoint's weights.
 
     Attributes:
-        name: as asked for.
+        name: in tables.
         family: the name without the parameter.
-        warmup_batches: K after the colon; None takes the checkpoint's real state.
-        stage: the checkpoint, once it is known.
+        warmup_batches: K after the colon; None takes the state saved with the checkpoint.
+        stage: the checkpoint; None until it is known.
     """
 
     name: str
     family: str
     warmup_batches: int | None
     stage: Stage | None = None
-    _slot: list[_Bound] = field(default_factory=list, compare=False, repr=False)
+    # The optimizer of the latest checkpoint; `at` copies the method but shares the list.
+    _cache: list[_Bound] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedOptimizer:
@@ -98,14 +99,14 @@ class NamedOptimizer:
 
     @property
     def needs_stage(self) -> bool:
-        """Whether it must be told of a checkpoint before it can be prepared."""
+        """Whether the method can be prepared only at a checkpoint."""
         return self.warmup_batches != 0
 
     def at(self, stage: Stage) -> NamedOptimizer:
         """The method at a checkpoint.
 
         Raises:
-            CheckpointError: the optimizer's real state is asked for, and there is none.
+            CheckpointError: the method needs the optimizer's saved state, and there is none.
         """
         if self.warmup_batches is None and stage.optimizer_state is None:
             raise CheckpointError(
@@ -116,7 +117,7 @@ class NamedOptimizer:
         return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
-        """Build the optimizer, give it its state, and take the step on copies.
+        """Build the optimizer, load its state, and take the step on copies.
 
         Raises:
             InputError: a checkpoint is needed; see also `OptimizerStep.prepare`.
@@ -133,11 +134,8 @@ class NamedOptimizer:
         return OptimizerState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
 
     def _bound(self, model: nn.Module) -> _Bound:
-        """The optimizer on a model, with its state: made once for all batches of a checkpoint.
-
-        Copies of this method for other checkpoints share the slot: one is kept at a time.
-        """
-        for known in self._slot:
+        """The optimizer on a model with its state, built once for all batches of a checkpoint."""
+        for known in self._cache:
             if known.model is model and known.stage is self.stage:
                 return known
         options = self.stage.options if self.stage else OptimizerOptions()
@@ -154,5 +152,5 @@ class NamedOptimizer:
             warmup=(lambda: stage.batches(count)) if stage and count else None,
             name=self.name,
         )
-        self._slot[:] = [_Bound(model, stage, method, notes)]
-        return self._slot[0]
+        self._cache[:] = [_Bound(model, stage, method, notes)]
+        return self._cache[0]

@@ -1,8 +1,8 @@
-"""Optimizers copied, with all that they hold, onto parameters of their own.
+"""Copies of optimizers, with their whole state, that act on copies of their parameters.
 
-An optimizer's own ``__getstate__`` keeps three attributes, so ``copy.deepcopy`` of one loses what a
-class has besides. Here the attributes are copied themselves, under a memo that maps every
-parameter to its copy: whatever refers to a parameter refers to the copy afterwards.
+``Optimizer.__getstate__`` has only three attributes, so ``copy.deepcopy`` loses those that a class
+adds. Here the attributes themselves are copied, with a memo that maps every parameter to its copy,
+so that every reference to a parameter becomes a reference to the copy.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 HOOKS = "_hooks"
-"""How the names of the attributes end that hold what users want to be called at a step."""
+"""The ending of the names of attributes that hold users' hooks."""
 
 GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-"""Where torch keeps the hooks that are called at the steps of every optimizer."""
+"""The variables of torch that hold the hooks for the steps of every optimizer."""
 
-_HOOKS_OF_ALL = sys.modules[Optimizer.__module__]
+_TORCH_MODULE = sys.modules[Optimizer.__module__]
 
 _LEAVES = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float, torch.dtype)
 
@@ -36,9 +36,9 @@ class Clones:
     """Copies that can be stepped.
 
     Attributes:
-        optimizers: copies of those that were given, in their order.
-        every: with the optimizers that they wrap.
-        parameters: by the ``id`` of the original parameter, the original and its copy.
+        optimizers: the copies, in the order of the originals.
+        every: the copies and the copies of the optimizers that they wrap.
+        parameters: the original and its copy, by the ``id`` of the original parameter.
         hooked: the class names of originals whose step hooks were left out.
     """
 
@@ -58,12 +58,12 @@ class Clones:
 
     @property
     def num_bytes(self) -> int:
-        """What the copies' tensors take."""
-        found = reachable([vars(optimizer) for optimizer in self.every])
-        return sum(value.nbytes for value in found if isinstance(value, Tensor))
+        """The memory of the copies' tensors."""
+        values = reachable([vars(optimizer) for optimizer in self.every])
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
     def again(self) -> Clones:
-        """Copies of the copies, which belong to the same originals."""
+        """Copies of the copies, with the same originals."""
         further = clone_optimizers(self.optimizers, None)
         parameters = {
             key: (original, further.parameters[id(clone)][1])
@@ -72,7 +72,7 @@ class Clones:
         return replace(further, parameters=parameters, hooked=self.hooked)
 
     def put_back(self) -> None:
-        """Give every copied parameter its original's value again; the state stays."""
+        """Restore every copied parameter from its original; the state stays as it is."""
         with torch.no_grad():
             for original, clone in self.parameters.values():
                 clone.copy_(original)
@@ -82,46 +82,30 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
     """Copy optimizers with their state; the originals are only read.
 
     Hooks, and methods that were patched into an instance (as learning-rate schedulers do), are
-    left out: they may act on the originals.
+    left out, because they may act on the originals.
 
     Args:
         optimizers: they may share parameters, and wrap others.
-        dtype: for copied parameters and for tensors of the state that are not scalars, or are the
-            state of a parameter that is one (a step count stays as it is); None keeps everything
-            as it is.
+        dtype: of copied parameters, and of tensors in the state except for scalars of parameters
+            that are not scalars themselves (a step count keeps its dtype); None keeps all dtypes.
     """
-    kept = {id(optimizer): _attributes(optimizer) for optimizer in optimizers}
-    every = list(optimizers)
-    tensors: list[Tensor] = []
-    for found in reachable(list(kept.values())):
-        if isinstance(found, Tensor):
-            tensors.append(found)
-        elif isinstance(found, Optimizer) and id(found) not in kept:
-            every.append(found)
-    for inner in every[len(optimizers) :]:
-        kept[id(inner)] = _attributes(inner)
-        tensors += [t for t in reachable(kept[id(inner)]) if isinstance(t, Tensor)]
-    parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for optimizer in every:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if id(parameter) not in parameters:
-                copied = nn.Parameter(_copied(parameter, dtype, scalars=True))
-                copied.requires_grad_(parameter.requires_grad)
-                parameters[id(parameter)] = parameter, copied
+    originals = _with_wrapped(optimizers)
+    every = [optimizer for optimizer, _ in originals]
+    parameters = _copied_parameters(every, dtype)
     memo: dict[int, Any] = {key: clone for key, (_, clone) in parameters.items()}
     moments = _scalar_moments(every)
-    for tensor in tensors:
-        if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
-            memo[id(tensor)] = _copied(tensor, dtype, scalars=id(tensor) in moments)
+    for value in reachable([attributes for _, attributes in originals]):
+        if type(value) in (Tensor, nn.Parameter) and id(value) not in memo:
+            memo[id(value)] = _copied(value, dtype, scalars=id(value) in moments)
     memo |= {id(optimizer): object.__new__(type(optimizer)) for optimizer in every}
-    for optimizer in every:
-        attributes = copy.deepcopy(kept[id(optimizer)], memo)
-        if dtype is not None:  # some classes keep the dtype of the state that they make
-            floats = {n: v for n, v in attributes.items() if _is_float_dtype(v)}
-            attributes |= dict.fromkeys(floats, dtype)
-        vars(memo[id(optimizer)]).update(attributes)
+    for optimizer, attributes in originals:
+        clone = memo[id(optimizer)]
+        copied = copy.deepcopy(attributes, memo)
+        if dtype is not None:  # some classes have the dtype of their state as an attribute
+            copied |= {name: dtype for name, value in copied.items() if _is_float_dtype(value)}
+        vars(clone).update(copied)
         if dtype is not None and isinstance(optimizer, Adafactor):
-            _keep_floor(memo[id(optimizer)], optimizer)
+            _keep_floor(clone, optimizer)
     return Clones(
         [memo[id(optimizer)] for optimizer in optimizers],
         [memo[id(optimizer)] for optimizer in every],
@@ -133,19 +117,19 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside accelerate's wrapper.
 
-    That one only passes a step on, but with a loss scale it patches what it wraps.
+    The wrapper only forwards a step, but with a loss scale it patches the optimizer inside.
     """
     kind, inner = type(optimizer), vars(optimizer).get("optimizer")
-    accelerates = kind.__module__.partition(".")[0] == "accelerate"
-    return unwrapped(inner) if accelerates and isinstance(inner, Optimizer) else optimizer
+    from_accelerate = kind.__module__.partition(".")[0] == "accelerate"
+    return unwrapped(inner) if from_accelerate and isinstance(inner, Optimizer) else optimizer
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers from a seed; the generators are afterwards as they were."""
+    """Draw random numbers from a seed, and restore the generators afterwards."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        # Not torch.manual_seed, which reaches devices that are not put back.
+        # Not torch.manual_seed, which also seeds devices that are not restored.
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             with torch.cuda.device(device):
@@ -155,19 +139,48 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """No hook that was registered for the steps of every optimizer is called."""
-    kept = {name: getattr(_HOOKS_OF_ALL, name) for name in GLOBAL_HOOKS}
+    """Call no hook that is registered for the steps of every optimizer."""
+    registered = {name: getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS}
     try:
         for name in GLOBAL_HOOKS:
-            setattr(_HOOKS_OF_ALL, name, OrderedDict())
+            setattr(_TORCH_MODULE, name, OrderedDict())
         yield
     finally:
-        for name, hooks in kept.items():
-            setattr(_HOOKS_OF_ALL, name, hooks)
+        for name, hooks in registered.items():
+            setattr(_TORCH_MODULE, name, hooks)
+
+
+def _with_wrapped(optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, dict[str, Any]]]:
+    """The optimizers and then those that they wrap, each with the attributes to copy."""
+    originals: list[tuple[Optimizer, dict[str, Any]]] = []
+    waiting, seen = deque(optimizers), set(map(id, optimizers))
+    while waiting:
+        optimizer = waiting.popleft()
+        attributes = _attributes(optimizer)
+        originals.append((optimizer, attributes))
+        for value in reachable(attributes):
+            if isinstance(value, Optimizer) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+    return originals
+
+
+def _copied_parameters(
+    optimizers: Sequence[Optimizer], dtype: torch.dtype | None
+) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    """The parameters in the optimizers' groups and their copies, by ``id`` of the original."""
+    parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if id(parameter) not in parameters:
+                copied = nn.Parameter(_copied(parameter, dtype, scalars=True))
+                copied.requires_grad_(parameter.requires_grad)
+                parameters[id(parameter)] = parameter, copied
+    return parameters
 
 
 def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
-    """The ``id`` of what parameters without dimensions have in their state, but for its step."""
+    """The ``id`` of everything except ``step`` in the states of scalar parameters."""
     return {
         id(value)
         for optimizer in optimizers
@@ -179,9 +192,9 @@ def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
 
 
 def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
-    """Give a copied Adafactor the floor of v̂ that its original has.
+    """Give a copied Adafactor the floor of v̂ of its original.
 
-    Without one it takes the machine epsilon of a parameter's dtype, which the copies have not.
+    The default is the machine epsilon of the parameter's dtype, which is not that of the copies.
     """
     groups = []
     for copied, group in zip(clone.param_groups, original.param_groups, strict=True):
@@ -191,31 +204,31 @@ def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
             continue
         for dtype in dict.fromkeys(parameter.dtype for parameter in group["params"]):
             pairs = zip(copied["params"], group["params"], strict=True)
-            members = [ours for ours, theirs in pairs if theirs.dtype == dtype]
+            members = [clone_of for clone_of, source in pairs if source.dtype == dtype]
             floor = torch.finfo(dtype).eps, second
             groups.append({**copied, "params": members, "eps": floor})
     clone.param_groups[:] = groups
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What is copied of an optimizer."""
-    kept: dict[str, Any] = {}
+    """The attributes of an optimizer that are copied: no hooks, no patched methods."""
+    attributes: dict[str, Any] = {}
     for name, value in vars(optimizer).items():
         if name.endswith(HOOKS) and isinstance(value, dict):
-            kept[name] = OrderedDict()
+            attributes[name] = OrderedDict()
         elif not (callable(value) and hasattr(type(optimizer), name)):
-            kept[name] = value
-    return kept
+            attributes[name] = value
+    return attributes
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    on_all = any(getattr(_HOOKS_OF_ALL, name) for name in GLOBAL_HOOKS)
-    return on_all or any(vars(optimizer).get(name) for name in names)
+    on_every = any(getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS)
+    return on_every or any(vars(optimizer).get(name) for name in names)
 
 
 def reachable(root: Any) -> Iterator[Any]:
-    """Everything that can be got to from a value, each once; not into tensors or optimizers."""
+    """Every object that a value refers to, once each; tensors and optimizers are not entered."""
     seen: set[int] = set()
     waiting = [root]
     while waiting:
@@ -239,7 +252,7 @@ def _is_float_dtype(value: Any) -> bool:
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None, *, scalars: bool) -> Tensor:
-    """A tensor with memory of its own, cut off from any graph."""
+    """A copy of a tensor, detached from any graph."""
     plain = tensor.detach()
     cast = dtype is not None and plain.is_floating_point() and (scalars or plain.ndim > 0)
     return plain.to(dtype, copy=True) if cast else plain.clone()

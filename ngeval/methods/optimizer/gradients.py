@@ -1,4 +1,4 @@
-"""The gradient that an optimizer is given: of the training loss, as it was reduced."""
+"""Gradients of the training loss, with its reduction, for an optimizer's step."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from ngeval.problem.problem import Problem
 
 Batches = Iterable[tuple[Inputs, Tensor]]
 Gradients = dict[str, Tensor]
-"""Float64, by parameter name, in the parameters' shapes; none for parameters that take no part."""
+"""By parameter name, float64, in the parameters' shapes; unused parameters have no entry."""
 
 
 def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
-    """What the sum Σ_n ℓ_n is divided by.
+    """The number that the reduction divides Σ_n ℓ_n by.
 
     Args:
         distribution: of a batch.
         reduction: ``"mean"`` (N samples), ``"token-mean"`` (unmasked positions) or ``"sum"`` (1).
 
     Raises:
-        InputError: no such reduction, or every position is masked.
+        InputError: there is no such reduction, or every position is masked.
     """
     check_reduction(reduction)
-    return 1.0 if reduction == "sum" else _some(_counted(distribution, reduction))
+    return 1.0 if reduction == "sum" else _positive(_count(distribution, reduction))
 
 
-def _counted(distribution: OutputDistribution, reduction: str) -> float:
-    """How many samples, or positions that are not masked."""
+def _count(distribution: OutputDistribution, reduction: str) -> float:
+    """The number of samples, or of unmasked positions."""
     if reduction != "token-mean":
         return float(len(distribution.logits))
     mask = distribution.mask
     return float(distribution.logits[..., 0].numel() if mask is None else mask.sum())
 
 
-def _some(positions: float) -> float:
+def _positive(positions: float) -> float:
     if positions == 0:
         raise InputError("every position of a batch is masked: its mean over tokens is undefined")
     return positions
 
 
 def batch_gradient(problem: Problem, reduction: str) -> Gradients:
-    """The gradient of the reduced loss on the problem's own batch."""
+    """The gradient of the reduced loss on the problem's batch."""
     terms = loss_terms(problem.distribution, reduction)
-    return taking_part(divided(problem, problem.gradient(), terms), problem.function)
+    return _used(_split(problem, problem.gradient(), terms), problem.function)
 
 
 def batch_gradients(
@@ -62,26 +62,26 @@ def batch_gradients(
 
     Args:
         problem: the model at θ, the likelihood and the memory budget.
-        batches: ``(inputs, targets)`` pairs, or a function that gives them.
+        batches: ``(inputs, targets)`` pairs, or a function that returns them.
         reduction: see `loss_terms`.
 
     Raises:
-        InputError: no batch, or one does not fit the model.
+        InputError: there is no batch, or one does not fit the model.
     """
     number = 0
     for batch in batches() if callable(batches) else batches:
         number += 1
         metric = Metric(problem, [batch])
         total, counts = metric.summed(partial(_summed, metric, reduction))
-        terms = 1.0 if reduction == "sum" else _some(float(counts))
+        terms = 1.0 if reduction == "sum" else _positive(float(counts))
         function, _ = next(metric.sources())
-        yield taking_part(divided(problem, total, terms), function)
+        yield _used(_split(problem, total, terms), function)
     if number == 0:
         raise InputError("warmup holds no batch to accumulate the optimizer's state over")
 
 
 def _summed(metric: Metric, reduction: str) -> tuple[Tensor, Tensor]:
-    """The gradient of Σ_n ℓ_n, and what it is divided by: of this rank's samples."""
+    """The gradient of Σ_n ℓ_n on this rank's samples, and their share of the divisor."""
     problem = metric.problem
     total = torch.zeros(problem.num_parameters, dtype=torch.float64, device=problem.device)
     terms = 0.0
@@ -89,12 +89,12 @@ def _summed(metric: Metric, reduction: str) -> tuple[Tensor, Tensor]:
         with model_errors():
             part = chunk.function.flatten(chunk.function.vjp(chunk.residual))
         total += part.to(torch.float64)
-        terms += _counted(chunk.distribution, reduction)
+        terms += _count(chunk.distribution, reduction)
     return total, torch.tensor(terms, dtype=torch.float64)
 
 
-def divided(problem: Problem, vector: Tensor, terms: float) -> Gradients:
-    """A gradient of length P by parameter name, in memory that an optimizer may overwrite."""
+def _split(problem: Problem, vector: Tensor, terms: float) -> Gradients:
+    """A gradient of length P divided and split by parameter; an optimizer may overwrite it."""
     parameters = problem.function.parameters
     parts = vector.split([parameter.numel() for parameter in parameters.values()])
     return {
@@ -103,11 +103,12 @@ def divided(problem: Problem, vector: Tensor, terms: float) -> Gradients:
     }
 
 
-def taking_part(gradients: Gradients, function: ModelFunction) -> Gradients:
-    """Without parameters that the outputs do not depend on: their ``.grad`` would be None.
+def _used(gradients: Gradients, function: ModelFunction) -> Gradients:
+    """The gradients of those parameters that the outputs depend on.
 
-    An optimizer passes those by, while one whose gradient is zero it may still decay. Only where
-    a gradient is zero throughout is a first sample put through the model to tell.
+    In training the others have ``.grad = None`` and the optimizer skips them, whereas it may still
+    decay a parameter with a gradient of zero. Which is which is tested on the first sample, and
+    only if some gradient is zero.
     """
     zero = [name for name, gradient in gradients.items() if not bool(gradient.any())]
     if not zero:
@@ -115,8 +116,8 @@ def taking_part(gradients: Gradients, function: ModelFunction) -> Gradients:
     first = function.on(slice(0, 1))
     with autograd_enabled(), model_errors():
         leaves = {n: p.detach().requires_grad_() for n, p in first.parameters.items()}
-        found = torch.autograd.grad(
+        slopes = torch.autograd.grad(
             first(leaves).sum(), [leaves[name] for name in zero], allow_unused=True
         )
-    absent = {name for name, gradient in zip(zero, found, strict=True) if gradient is None}
+    absent = {name for name, slope in zip(zero, slopes, strict=True) if slope is None}
     return {name: gradient for name, gradient in gradients.items() if name not in absent}

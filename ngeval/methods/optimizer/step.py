@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from ngeval.utils.memory import is_out_of_memory
 from ngeval.utils.text import listed
 
 FALLBACK_RATE = 1e-3
-"""Taken where every learning rate is 0 and none is known from before."""
+"""The learning rate if every one is 0 and none is known from an earlier step."""
 
 
 class OptimizerState(UndampedState):
@@ -52,25 +51,29 @@ class OptimizerState(UndampedState):
 
 @dataclass(frozen=True, eq=False)
 class OptimizerStep:
-    """The step that an optimizer would take now, d = θ − θ′, with the state that it has.
+    """The step that an optimizer would take now, d = θ − θ′, with its present state.
 
-    The step is taken by copies of the optimizer and of its parameters, on the gradient of the
-    problem's batch. The parameters, their ``.grad``, the optimizer's state and groups and torch's
-    random numbers stay as they are, bit for bit. The copies are float64, so that d is exact where
-    a step is a millionth of θ; an optimizer that cannot step in float64 does in the parameters'
-    own dtype, and a note says so. The damping λ does not enter.
+    Copies of the optimizer and of its parameters take the step, on the gradient of the problem's
+    batch. The parameters, their ``.grad``, the optimizer's state and groups and torch's random
+    generators do not change. The copies are float64, so that d is accurate even if a step is a
+    millionth of θ; an optimizer that cannot step in float64 steps in the parameters' dtype, and a
+    note records it. The step does not depend on the damping λ.
 
     Attributes:
-        optimizer: built on the problem's model; or several that share its parameters out.
-        reduction: how the training loss was reduced, which the state depends on: ``"mean"`` over
-            samples, ``"token-mean"`` over unmasked positions, or ``"sum"``.
-        weight_decay: with the optimizer's weight decay, which is not a part of the loss's
-            gradient.
-        warmup: batches ``(inputs, targets)``, or a function that gives them: before the graded
-            step the copies take a step on each, and θ is put back after each, so that momentum
-            and second moments are those accumulated at this θ.
-        name: in tables; default: the classes' names, as ``"adam"``, with the number of warm-up
-            batches, as ``"adam:20"``, or ``"adam:warm"`` where that is not known beforehand.
+        optimizer: built on the problem's model; or several, each with a part of its parameters.
+        reduction: of the training loss, which the state depends on: ``"mean"`` over samples,
+            ``"token-mean"`` over unmasked positions, or ``"sum"``.
+        weight_decay: whether the step includes the optimizer's weight decay, which is not part of
+            the gradient of the loss.
+        warmup: batches ``(inputs, targets)``, or a function that returns them. Before the graded
+            step the copies take a step on each of them, and θ is restored after each, so that
+            momentum and second moments are those accumulated at this θ.
+        name: in tables; the default is the classes' names, as ``"adam"``, with the number of
+            warm-up batches, as ``"adam:20"``, or ``"adam:warm"`` if that is unknown.
+
+    Raises:
+        InputError: the optimizer is not one, or needs a closure; the batches can be iterated over
+            only once; there is no such reduction.
 
     Example:
         >>> import torch, ngeval
@@ -89,17 +92,12 @@ class OptimizerStep:
     name: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what is no optimizer, and batches that can be gone through only once.
-
-        Raises:
-            InputError: it says what to give instead.
-        """
         check_reduction(self.reduction)
         for optimizer in self.optimizers:
             _check_closure(optimizer)
         if isinstance(self.warmup, Iterator):
             raise InputError(
-                "warmup is an iterator, which can be gone through only once; give a list, a "
+                "warmup is an iterator, which can be iterated over only once; give a list, a "
                 "DataLoader, or a function that returns an iterable of batches"
             )
         if not self.name:
@@ -108,7 +106,7 @@ class OptimizerStep:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers, without wrappers that only pass a step on."""
+        """The optimizers, without wrappers that only forward a step."""
         return as_optimizers(self.optimizer)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
@@ -117,7 +115,7 @@ class OptimizerStep:
         Args:
             problem: the model that the optimizer was built on, and the batch.
             kernel: not used.
-            seed: for the random numbers of an optimizer that draws some.
+            seed: of the random numbers, for an optimizer that draws some.
 
         Raises:
             InputError: the optimizer holds none of the model's parameters, or cannot step on a
@@ -133,34 +131,28 @@ class OptimizerStep:
             for name, parameter in problem.function.parameters.items()
         ]
         step = torch.cat(parts)
-        largest = float(torch.linalg.vector_norm(step, math.inf))
-        if not math.isfinite(largest):
-            bad = [
-                n
-                for n, part in zip(problem.function.parameters, parts, strict=True)
-                if not bool(torch.isfinite(part).all())
-            ]
-            raise NumericalError(
-                f"{self.name}: the step of {bad[0]!r} is NaN or infinite (is its state?)"
-            )
+        for name, part in zip(problem.function.parameters, parts, strict=True):
+            if not bool(torch.isfinite(part).all()):
+                raise NumericalError(
+                    f"{self.name}: the step of {name!r} is NaN or infinite (is its state?)"
+                )
         if missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            notes.append(f"no optimizer holds {shown}: their update is 0")
+            notes.append(f"no optimizer holds {listed(missing)}: their update is 0")
         left = sum(problem.function.parameters[name].numel() for name in missing)
         coverage = 100.0 * (1.0 - left / problem.num_parameters)
-        if largest == 0:
+        if not bool(step.any()):
             notes.append("the step is 0 (some optimizers only set up their state in the first)")
         return OptimizerState(problem, step, coverage, tuple(notes))
 
     def _steps(
         self, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """By parameter name, and notes; in float64, or else in the parameters' own dtype."""
+        """The steps by parameter name, in float64 if the optimizer can; and notes."""
         try:
             return self._steps_in(torch.float64, problem, names, seed)
         except NgevalError:
             raise
-        except Exception as error:  # a step may be anybody's code
+        except Exception as error:  # the step of a third-party class can raise anything
             if is_out_of_memory(error):
                 raise
             first = error
@@ -168,13 +160,13 @@ class OptimizerStep:
             steps, notes = self._steps_in(None, problem, names, seed)
         except NgevalError:
             raise
-        except Exception as error:  # see above
+        except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
             raise InputError(
-                f"{self.name}: step() failed with {told(error)}{_hint(error)}"
+                f"{self.name}: step() failed with {_in_a_line(error)}{_hint(error)}"
             ) from error
-        note = f"stepped in the parameters' own dtype, and d is rounded there ({told(first)})"
+        note = f"stepped in the parameters' own dtype, where d is rounded ({_in_a_line(first)})"
         return steps, [*notes, note]
 
     def _steps_in(
@@ -183,10 +175,10 @@ class OptimizerStep:
         clones, notes = self.warmed(dtype, problem, names)
         with seeded(problem.device, seed):
             gradients = batch_gradient(problem, self.reduction)
-            _take(clones, gradients, names)
+            _step(clones, gradients, names)
         idle = [name for name in names.values() if name not in gradients]
         if idle:
-            notes.append(f"{listed(idle)} took no part in the loss: no gradient, and no step")
+            notes.append(f"the loss does not depend on {listed(idle)}: no gradient, no step")
         steps = {
             names[key]: original.detach() - clone.detach().to(torch.float64)
             for key, (original, clone) in clones.parameters.items()
@@ -197,16 +189,16 @@ class OptimizerStep:
     def warmed(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
     ) -> tuple[Clones, list[str]]:
-        """Copies that are ready for the graded step, which they are moved by; and notes.
+        """Copies that are ready for the graded step, and notes.
 
         Args:
-            dtype: of the copies' parameters and states; None keeps their own.
-            problem: the model at θ; its batch does not enter.
-            names: of the parameters that are graded, by ``id``.
+            dtype: of the copies' parameters and states; None keeps that of the originals.
+            problem: the model at θ; its batch is not used.
+            names: of the graded parameters, by ``id``.
         """
         clones = clone_optimizers(self.optimizers, dtype)
         notes = [f"step hooks of {name} are left out" for name in clones.hooked]
-        notes += _with_a_rate(clones)
+        notes += _ensure_rate(clones)
         if not self.weight_decay:
             for group in clones.groups():
                 if "weight_decay" in group:
@@ -214,29 +206,29 @@ class OptimizerStep:
         if self.warmup is not None:
             with seeded(problem.device, 0):  # the same for every graded batch
                 for gradients in batch_gradients(problem, self.warmup, self.reduction):
-                    _take(clones, gradients, names)
+                    _step(clones, gradients, names)
                     clones.put_back()
         return clones, notes
 
 
-def as_optimizers(given: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """One or several optimizers as a list, without wrappers that only pass a step on.
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """One or several optimizers as a list, without wrappers that only forward a step.
 
     Raises:
-        InputError: something else was given.
+        InputError: they are not optimizers.
     """
-    several: list[Any] = [*given] if isinstance(given, list | tuple) else [given]
-    if not several or not all(isinstance(one, Optimizer) for one in several):
+    several: list[Any] = [*optimizer] if isinstance(optimizer, list | tuple) else [optimizer]
+    if not several or not all(isinstance(each, Optimizer) for each in several):
         raise InputError(
             "optimizer must be a torch.optim.Optimizer or a list of them, not "
-            f"{type(given).__name__}; for a rule of your own, write its step as a small class of "
+            f"{type(optimizer).__name__}; for another update rule, write its step as a subclass of "
             "torch.optim.Optimizer, or grade the direction with problem.gamma({name: step})"
         )
-    return [unwrapped(optimizer) for optimizer in several]
+    return [unwrapped(each) for each in several]
 
 
 def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
-    """What tells a warmed optimizer from the same one without in a table."""
+    """The ending of a name that distinguishes an optimizer with warm-up from one without."""
     if warmup is None:
         return ""
     try:
@@ -246,32 +238,31 @@ def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
-    """The trainable parameters that the optimizers hold: name by the parameter's ``id``.
+    """The names of the trainable parameters that the optimizers hold, by ``id``.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     graded = problem.function.parameters
     names = {id(p): n for n, p in problem.function.model.named_parameters() if n in graded}
-    found = {key: name for key, name in names.items() if key in held}
-    if not found:
+    if not names.keys() & held:
         raise InputError(
             "the optimizer holds none of the problem's trainable parameters; build it on "
-            "model.parameters() of the very model that the problem was made of (a copy, or a "
-            "model that was moved or wrapped later, has others)"
+            "model.parameters() of the same model as the problem (a copy, or a model that was "
+            "moved or wrapped later, has different ones)"
         )
-    return found
+    return {key: name for key, name in names.items() if key in held}
 
 
 def _check_closure(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step evaluates the loss itself.
+    """Check that an optimizer's step does not evaluate the loss.
 
     Raises:
         InputError: it does.
     """
     parameters = inspect.signature(type(optimizer).step).parameters
-    if "problem" in parameters:  # ngeval.optim's, which this module is below
+    if "problem" in parameters:  # a class of ngeval.optim, which cannot be imported here
         name = type(optimizer).__name__
         raise InputError(
             f"ngeval.optim.{name} steps on a Problem, not on a gradient: grade the method "
@@ -282,24 +273,24 @@ def _check_closure(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS) or needed:
         raise InputError(
             f"{type(optimizer).__name__} evaluates the loss within its step (a closure), so its "
-            "step does not follow from one gradient and cannot be graded; give the direction that "
-            "you want graded to problem.gamma"
+            "step does not follow from one gradient and cannot be graded; grade a direction with "
+            "problem.gamma instead"
         )
 
 
-def _with_a_rate(clones: Clones) -> list[str]:
-    """Where every learning rate is 0 (the end of a schedule), take the first ones instead."""
+def _ensure_rate(clones: Clones) -> list[str]:
+    """If every learning rate is 0 (the end of a schedule), take the initial ones, with a note."""
     groups = [group for group in clones.groups() if group.get("lr") is not None]
     if not groups or any(float(group["lr"]) for group in groups):
         return []
     for group in groups:
         group["lr"] = float(group.get("initial_lr", 0.0)) or FALLBACK_RATE
-    taken = ", ".join(sorted({f"{group['lr']:g}" for group in groups}))
-    return [f"every learning rate is 0 here (a schedule's end or start); stepped with {taken}"]
+    rates = ", ".join(sorted({f"{group['lr']:g}" for group in groups}))
+    return [f"every learning rate is 0 here (a schedule's end or start); stepped with {rates}"]
 
 
-def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
-    """One step of the copies on a gradient; parameters not graded, or in no use, have none."""
+def _step(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
+    """One step of the copies on a gradient; parameters that it does not have do not move."""
     for key, (_, clone) in clones.parameters.items():
         gradient = gradients.get(names[key]) if key in names else None
         clone.grad = None if gradient is None else gradient.to(clone.dtype)
@@ -308,19 +299,18 @@ def _take(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
             optimizer.step()
 
 
-def told(error: BaseException) -> str:
-    """An exception in a line."""
+def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _hint(error: BaseException) -> str:
-    """Why a step cannot be taken, where its error tells."""
+    """The reason why a step cannot be taken, if its error shows it."""
     text = str(error).lower()
     if "closure" in text:
         return "; a step that evaluates the loss itself (a closure) cannot be graded"
     if "does not require grad" in text:
         return (
-            "; it differentiates the gradient once more, as AdaHessian does, and a gradient that "
-            "is given has no second derivatives: such a step cannot be graded"
+            "; it differentiates the gradient a second time, as AdaHessian does, but the gradient "
+            "of a graded step has no second derivatives: such a step cannot be graded"
         )
     return ""
