@@ -454,7 +454,7 @@ class TestGroupsWithoutNames:
             load_optimizer_state(fresh, model, path)
             assert fresh[0].param_groups[0]["params"][0] is model.norm.weight
         else:
-            with pytest.raises(CheckpointError, match="no shape in its state tells"):
+            with pytest.raises(CheckpointError, match="no shape in its state determines"):
                 load_optimizer_state(fresh, model, path)
 
 
@@ -501,7 +501,7 @@ class TestMisfits:
             ),
             ("exp_avg", torch.ones(3, 5, dtype=torch.int32), r"exp_avg of 2\.weight.*torch\.int32"),
             ("step", torch.tensor(torch.inf), r"step of 2\.weight is inf"),
-            ("step", torch.tensor(-3.0), r"step of 2\.weight is -3\.0, which is no number of"),
+            ("step", torch.tensor(-3.0), r"step of 2\.weight is -3\.0, which is not a number of"),
             ("step", "three", r"step of 2\.weight is 'three'"),
         ],
     )
@@ -576,7 +576,7 @@ class TestMisfits:
     def test_the_number_of_optimizers(self, tmp_path):
         one, optimizers = trained("muon", 1)
         path = saved(tmp_path, [o.state_dict() for o in optimizers])
-        with pytest.raises(CheckpointError, match="2 optimizers; adamw is made of 1"):
+        with pytest.raises(CheckpointError, match="2 optimizers; adamw consists of 1"):
             load_optimizer_state(build("adamw", one.model), one.model, path, name="adamw")
 
 

@@ -121,11 +121,21 @@ class UndampedState(ParameterState):
     Args:
         problem: the model on its batch.
         step: the update d, shape ``(P,)``.
+        coverage: see `State`.
+        notes: see `State`.
     """
 
-    def __init__(self, problem: Problem, step: Tensor) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        step: Tensor,
+        coverage: float = 100.0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(problem, math.nan)
         self.step = step
+        self.coverage = coverage
+        self.notes = notes
 
     def direction(self, damping: float) -> Tensor:
         return self.step

@@ -1,9 +1,9 @@
 """``diag-ema``: the diagonal of squared gradients that an optimizer accumulated over training.
 
-The second moment v̂ in the state of Adam and its kin is an average of ḡ², the squared gradient of
-the training loss, over past batches; FAdam takes it for the Fisher's diagonal (Hwang, arXiv
-2405.12807, §3.4.1). Beside ``diag-ef`` it shows what the average over the past, and the square of a
-sum in place of a sum of squares, do to an update.
+The second moment v̂ in the state of Adam and its variants is an average of ḡ², the squared gradient
+of the training loss, over past batches; FAdam interprets it as the Fisher's diagonal (Hwang, arXiv
+2405.12807, §3.4.1). A comparison with ``diag-ef`` shows the effect of the average over the past,
+and of the square of a sum in place of a sum of squares.
 """
 
 from __future__ import annotations
@@ -40,31 +40,32 @@ MOMENTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("ngeval", "FAdam"): ("fisher",),
     ("pytorch_optimizer", "FAdam"): ("fim",),
 }
-"""Classes whose second moment is read, by package and name, and where in the state it is.
+"""Entries of the state that hold the second moment, by the package and name of the class.
 
-Others keep something else under the same names: SOAP's ``exp_avg_sq`` is in a rotated basis,
-Prodigy's is scaled, Adan's is of differences of gradients.
+Other classes have something else under the same names: SOAP's ``exp_avg_sq`` is in a rotated
+basis, Prodigy's is scaled, Adan's is of differences of gradients.
 """
 
-KINDS = (
-    *("adamw", "adam", "nadam", "radam", "rmsprop", "adadelta", "adagrad", "adafactor", "fadam"),
-)
-"""Optimizers with a second moment, as a file that does not say which it is of is tried."""
+KINDS = ("adamw", "adam", "nadam", "radam", "rmsprop", "adadelta", "adagrad", "adafactor", "fadam")
+"""Optimizers with a second moment, in the order in which a file without a name is tried."""
 
 
 @dataclass(frozen=True, eq=False)
 class AccumulatedDiagonal:
     """d(λ) = g / (v̂ + λ)^ρ with the second moment v̂ in an optimizer's state.
 
-    v̂ is brought to the units of the sum-reduced loss: a state accumulated with the mean over N
+    v̂ is converted to the units of the sum-reduced loss: a state accumulated with the mean over N
     samples is multiplied by N² (of the problem's batch), one with the mean over tokens by their
-    number squared. See `second_moment` for what is read.
+    number squared. See `second_moment` for the supported classes.
 
     Attributes:
         optimizer: built on the problem's model, with its state; or several.
         exponent: ρ; ½ is the root in Adam and FAdam.
-        reduction: how the training loss was reduced: ``"mean"``, ``"token-mean"`` or ``"sum"``.
+        reduction: of the training loss: ``"mean"``, ``"token-mean"`` or ``"sum"``.
         name: in tables.
+
+    Raises:
+        InputError: the optimizer is not one, or there is no such reduction.
     """
 
     optimizer: Optimizer | Sequence[Optimizer]
@@ -73,63 +74,57 @@ class AccumulatedDiagonal:
     name: str = "diag-ema"
 
     def __post_init__(self) -> None:
-        """Refuse what is no optimizer, and an unknown reduction.
-
-        Raises:
-            InputError: it says what to give instead.
-        """
         as_optimizers(self.optimizer)
         check_reduction(self.reduction)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
-        """Read v̂; nothing is computed.
+        """Read v̂ from the state.
 
         Raises:
             InputError: a parameter has no second moment.
         """
         names = {id(p): name for name, p in problem.function.model.named_parameters()}
-        found: dict[str, Tensor] = {}
-        without: dict[str, str] = {}
-        unread: set[str] = set()
-        for optimizer in as_optimizers(self.optimizer):
-            if _entries(optimizer) == ():
-                unread.add(type(optimizer).__name__)
+        optimizers = as_optimizers(self.optimizer)
+        moments: dict[str, Tensor] = {}
+        lacking: dict[str, str] = {}
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     state, name = optimizer.state.get(parameter, {}), names.get(id(parameter), "")
                     moment = second_moment(optimizer, state, group)
                     if moment is not None:
-                        found[name] = moment.detach().to(torch.float64)
+                        moments[name] = moment.detach().to(torch.float64)
                     else:
-                        without[name] = listed([str(key) for key in state]) or "nothing"
+                        lacking[name] = listed([str(key) for key in state]) or "nothing"
         parameters = problem.function.parameters
         missing = [
-            f"{n} (state: {without.get(n, 'not held')})" for n in parameters if n not in found
+            f"{n} (state: {lacking.get(n, 'not held')})" for n in parameters if n not in moments
         ]
         if missing:
             classes = ", ".join(dict.fromkeys(kind for _, kind in MOMENTS))
-            whose = f" of {listed(sorted(unread))}, which is not read" if unread else ""
+            unread = sorted({type(each).__name__ for each in optimizers if not _entries(each)})
+            whose = f" of {listed(unread)}, which is not read" if unread else ""
             raise InputError(
                 f"{self.name}: no second moment in the optimizer's state{whose}, for "
                 f"{listed(missing)}; {classes} have one once they have stepped; diag-ef:0.5 is "
                 "the diagonal of the batch itself"
             )
-        moments = torch.cat([found[name].reshape(-1) for name in parameters]).to(problem.device)
+        diagonal = torch.cat([moments[name].reshape(-1) for name in parameters]).to(problem.device)
         terms = loss_terms(problem.distribution, self.reduction)
-        return DiagonalState(problem, moments * terms**2, self.exponent)
+        return DiagonalState(problem, diagonal * terms**2, self.exponent)
 
 
 def second_moment(
     optimizer: Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]
 ) -> Tensor | None:
-    """The average of squared gradients in a parameter's state; None if it has none.
+    """The average of squared gradients in a parameter's state; None if there is none.
 
-    Only of the classes in `MOMENTS` and what is derived from them. An average that starts from
-    zero is divided by 1 − βᵗ (Adam's ``exp_avg_sq``, whose β is the second of ``betas``; RMSprop's
-    and Adadelta's ``square_avg``). Of Adagrad's ``sum`` the value that it started from is taken
-    off, and it is divided by its steps t. FAdam's ``fisher`` is unbiased as it is, unless made with
-    ``debiased_fisher=False``; so are pytorch_optimizer's ``fim`` and Adafactor's, which is put
-    together from its rows and columns.
+    Supported are the classes in `MOMENTS` and their subclasses. An average that starts from zero is
+    divided by 1 − βᵗ (Adam's ``exp_avg_sq``, whose β is the second of ``betas``; RMSprop's and
+    Adadelta's ``square_avg``). Adagrad's ``sum`` has its initial value subtracted and is divided by
+    the number of steps t. FAdam's ``fisher`` is unbiased unless ``debiased_fisher=False``, and so
+    are pytorch_optimizer's ``fim`` and Adafactor's average, which is the product of its rows and
+    columns.
     """
     entry = next((entry for entry in _entries(optimizer) if entry in state), None)
     steps = float(state.get("step", group.get("step", math.nan)))
@@ -142,20 +137,17 @@ def second_moment(
         decay = group["alpha"] if "alpha" in group else group["rho"]
         moment = moment / (1.0 - float(decay) ** steps)
     elif entry == "sum":
-        started = torch.full_like(moment, group.get("initial_accumulator_value", 0.0))
-        moment = (moment - started) / steps
+        initial = torch.full_like(moment, group.get("initial_accumulator_value", 0.0))
+        moment = (moment - initial) / steps
     elif entry == "row_var":
         moment = moment @ state["col_var"] / moment.mean(dim=-2, keepdim=True)
     return moment if bool(torch.isfinite(moment).all()) else None
 
 
 def _entries(optimizer: Optimizer) -> tuple[str, ...]:
-    """Where a class keeps its second moment; nothing if it is none of `MOMENTS`."""
-    for kind in type(optimizer).__mro__:
-        found = MOMENTS.get((kind.__module__.partition(".")[0], kind.__name__))
-        if found is not None:
-            return found
-    return ()
+    """The entries that can hold the second moment of an optimizer; empty if none is known."""
+    classes = [(k.__module__.partition(".")[0], k.__name__) for k in type(optimizer).__mro__]
+    return next((MOMENTS[each] for each in classes if each in MOMENTS), ())
 
 
 @dataclass(frozen=True)
@@ -163,9 +155,9 @@ class NamedAccumulated:
     """``diag-ema`` and ``diag-ema:ρ`` on the command line: v̂ from a checkpoint's saved state.
 
     Attributes:
-        name: as asked for.
+        name: in tables.
         exponent: ρ.
-        stage: the checkpoint, once it is known.
+        stage: the checkpoint; None until it is known.
     """
 
     name: str
@@ -173,7 +165,7 @@ class NamedAccumulated:
     stage: Stage | None = None
 
     needs_stage = True
-    """It means nothing without a checkpoint."""
+    """The method can be prepared only at a checkpoint."""
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedAccumulated:
@@ -188,7 +180,7 @@ class NamedAccumulated:
         """The method at a checkpoint.
 
         Raises:
-            CheckpointError: there is no optimizer's state.
+            CheckpointError: the checkpoint has no optimizer state.
         """
         if stage.optimizer_state is None:
             raise CheckpointError(
@@ -201,7 +193,7 @@ class NamedAccumulated:
         """Read v̂ from the checkpoint's file.
 
         Raises:
-            InputError: no checkpoint, or an optimizer without a second moment.
+            InputError: there is no checkpoint, or its optimizer has no second moment.
             CheckpointError: the file cannot be read, or fits none of the optimizers.
         """
         if self.stage is None:
@@ -215,7 +207,7 @@ class NamedAccumulated:
         return method.prepare(problem, kernel, seed)
 
     def _loaded(self, model: nn.Module, stage: Stage) -> list[Optimizer]:
-        """The saved optimizer, by its name where that is known."""
+        """The saved optimizer: that of the recorded name, else the first that the state fits."""
         path, pickled = stage.optimizer_state, stage.options.allow_pickle
         if path is None:
             raise CheckpointError(f"{self.name}: no optimizer state beside {stage.name}")
@@ -241,10 +233,10 @@ class NamedAccumulated:
 
 
 def _check_known(label: str, path: Path, states: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a file that has no entry by the name of a second moment.
+    """Check that a file has an entry with the name of a second moment.
 
     Raises:
-        CheckpointError: says what it has instead.
+        CheckpointError: it has none; the message lists its entries.
     """
     present = {
         str(key)

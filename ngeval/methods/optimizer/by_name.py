@@ -10,10 +10,11 @@ from torch import nn
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.errors import CheckpointError, InputError
+from ngeval.methods.base import UndampedState
 from ngeval.methods.optimizer.build import build_optimizers, optimizer_class
 from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.load_state import load_optimizer_state
-from ngeval.methods.optimizer.step import OptimizerState, OptimizerStep
+from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.problem.problem import Problem
 
@@ -116,7 +117,7 @@ class NamedOptimizer:
             )
         return replace(self, stage=stage)
 
-    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> UndampedState:
         """Build the optimizer, load its state, and take the step on copies.
 
         Raises:
@@ -131,7 +132,7 @@ class NamedOptimizer:
             )
         bound = self._bound(problem.function.model)
         state = bound.method.prepare(problem, kernel, seed)
-        return OptimizerState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
+        return UndampedState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
 
     def _bound(self, model: nn.Module) -> _Bound:
         """The optimizer on a model with its state, built once for all batches of a checkpoint."""

@@ -1,9 +1,10 @@
-"""A saved state into fresh optimizers: matched by name or order, checked against a trial step."""
+"""Loading a saved state into new optimizers: matched by name or order, checked by a trial step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,23 @@ from ngeval.methods.optimizer.state_checks import MisfitError, check_entry, chec
 from ngeval.utils.text import listed
 
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-"""How a step is computed, not what it is: these stay as they are here."""
+"""Options that do not change the value of a step; those of the new optimizer are kept."""
 
 ADDED_LATER = (*EXECUTION, "maximize", "decoupled_weight_decay")
-"""What torch's optimizers did not always have in their groups."""
+"""Options that files of earlier versions of torch do not have in their groups."""
 
 OF_CLASSES = {
-    *("alpha", "amsgrad", "beta2_decay", "betas", "centered", "d", "dampening", "etas"),
-    *("initial_accumulator_value", "lambd", "lr_decay", "momentum", "momentum_decay", "nesterov"),
-    *("ns_coefficients", "ns_steps", "rho", "step_sizes", "t0"),
+    "SGD": ("dampening", "momentum", "nesterov"),
+    "Adam and its variants": ("amsgrad", "betas", "momentum_decay"),
+    "Adagrad": ("initial_accumulator_value", "lr_decay"),
+    "Adadelta": ("rho",),
+    "RMSprop": ("alpha", "centered"),
+    "Rprop": ("etas", "step_sizes"),
+    "ASGD": ("lambd", "t0"),
+    "Adafactor": ("beta2_decay", "d"),
+    "Muon": ("ns_coefficients", "ns_steps"),
 }
-"""Hyperparameters by which torch's classes differ."""
+"""Hyperparameters that distinguish torch's classes."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class _Saved:
     """One optimizer's state in a file, by parameter name.
 
     Attributes:
-        groups: names and hyperparameters of each group that holds something trainable.
+        groups: names and hyperparameters of each group with trainable parameters.
         states: the state of each parameter that has one.
     """
 
@@ -52,28 +59,27 @@ def load_optimizer_state(
     allow_pickle: bool = False,
     name: str | None = None,
 ) -> tuple[str, ...]:
-    """Put a saved state into freshly built optimizers.
+    """Load a saved state into newly built optimizers.
 
-    Parameters are matched by the names in the file's groups (``param_names``) where it has them,
-    else by position: in the optimizers' own groups, in the model's order (one group), or with
-    those that decay first (two groups, as transformers' Trainer has them); every shape is checked.
-    The file's groups and hyperparameters take the place of the optimizers' own, but for those that
-    only say how a step is computed (`EXECUTION`).
+    Parameters are matched by the names in the file's groups (``param_names``) if it has them, else
+    by position: in the groups of the optimizers, in the model's order (one group), or with the
+    parameters that decay first (two groups, as in transformers' Trainer). Every shape is checked.
+    The file's groups and hyperparameters replace those of the optimizers, except for `EXECUTION`.
 
     Args:
         optimizers: built on the model's trainable parameters, as many as the file has.
         model: whose parameters they hold; it is only read.
         path: see `ngeval.checkpoints.read_optimizer`.
-        allow_pickle: unpickle with code; only for files that you trust.
-        name: which optimizer it is, for messages, and for files that say of which they are.
+        allow_pickle: whether to unpickle with code; only for files that you trust.
+        name: of the optimizer, for error messages, and to compare with the name in the file.
 
     Returns:
-        Notes for a reader of the results.
+        Notes for the results.
 
     Raises:
-        CheckpointError: unreadable; of another optimizer; parameters, or entries of their state,
-            are missing, unexpected, have other shapes or are not finite; or the shapes leave open
-            which parameters are in which group. The optimizers are then fresh no more.
+        CheckpointError: the file is unreadable or of another optimizer; parameters, or entries of
+            their state, are missing, unexpected, of another shape or not finite; or the shapes do
+            not determine which parameters are in which group. The optimizers may have changed.
     """
     saved = read_optimizer(path, allow_pickle=allow_pickle)
     label = name or "+".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -84,10 +90,10 @@ def load_optimizer_state(
         )
     if len(saved.states) != len(optimizers):
         raise CheckpointError(
-            f"{path} holds the states of {len(saved.states)} optimizers; {label} is made of "
+            f"{path} holds the states of {len(saved.states)} optimizers; {label} consists of "
             f"{len(optimizers)}"
         )
-    fresh = 0
+    unstepped = 0
     for optimizer, state in zip(optimizers, saved.states, strict=True):
         try:
             known = _by_name(optimizer, model, state)
@@ -96,33 +102,33 @@ def load_optimizer_state(
                 check_hyperparameters(hyper, optimizer.defaults)
             _regroup(optimizer, model, known)
             if not known.states and saved.name is not None:
-                fresh += 1  # our own file, from before the first step
+                unstepped += 1  # a file that ngeval wrote before the first step
             else:
                 _check_states(optimizer, model, known, label)
         except MisfitError as error:
             raise CheckpointError(f"{path} does not fit {label}: {error}") from error
         _fill(optimizer, model, known)
-    if fresh and fresh == len(optimizers):
+    if unstepped and unstepped == len(optimizers):
         return ("the optimizer had not stepped at this checkpoint: this is its first step",)
     return ()
 
 
 def _by_name(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> _Saved:
-    """Names for the parameters of a state dict."""
+    """A state dict by parameter name."""
     groups = [dict(group) for group in state["param_groups"]]
     held = _held(optimizer, model)
     keys = [key for group in groups for key in group["params"]]
     if all(isinstance(key, str) for key in keys):
-        told = dict(zip(keys, keys, strict=True))
+        recorded = dict(zip(keys, keys, strict=True))
     elif all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         names = [name for group in groups for name in group["param_names"] or ()]
-        told = dict(zip(keys, names, strict=True))
+        recorded = dict(zip(keys, names, strict=True))
     else:
         order = fitting_order(optimizer, model, groups, state["state"])
         name_of = dict(zip(keys, order, strict=True))
         return _assembled(model, held, groups, name_of, state["state"])
-    ours = renamed({told[key]: key for key in keys}, held)
-    name_of = {key: name for name, key in ours.items()}
+    key_of = renamed({recorded[key]: key for key in keys}, held)
+    name_of = {key: name for name, key in key_of.items()}
     return _assembled(model, held, groups, name_of, state["state"])
 
 
@@ -133,7 +139,7 @@ def _assembled(
     name_of: Mapping[Any, str],
     states: Mapping[Any, Any],
 ) -> _Saved:
-    """The groups and states of the parameters that are held; frozen ones are left out.
+    """The groups and states of the optimizer's parameters; frozen ones are left out.
 
     Raises:
         MisfitError: parameters are missing, or are not the model's.
@@ -141,34 +147,34 @@ def _assembled(
     frozen = {name for name, _ in model.named_parameters()} - set(held)
     unexpected = [name for name in name_of.values() if name not in held and name not in frozen]
     missing = [name for name in held if name not in name_of.values()]
-    problems = {"missing": missing, "unexpected": unexpected}
-    told = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
-    if told:
-        raise MisfitError("parameters " + "; ".join(told))
-    kept = []
+    faults = {"missing": missing, "unexpected": unexpected}
+    if missing or unexpected:
+        lists = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
+        raise MisfitError("parameters " + "; ".join(lists))
+    trainable = []
     for group in groups:
         names = [name_of[key] for key in group["params"] if name_of[key] in held]
         hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         if names:
-            kept.append((names, hyper))
+            trainable.append((names, hyper))
     by_name = {
         name: _present(states[key])
         for key, name in name_of.items()
         if name in held and _present(states.get(key, {}))
     }
-    return _Saved(kept, by_name)
+    return _Saved(trainable, by_name)
 
 
 def _present(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state without the None of an SGD that has no momentum."""
+    """A parameter's state without entries that are None, as those of an SGD without momentum."""
     return {key: value for key, value in state.items() if value is not None}
 
 
 def _check_groups(optimizer: Optimizer, saved: _Saved, label: str) -> None:
-    """The file's hyperparameters are of the optimizer's class.
+    """Check that the file's hyperparameters are those of the optimizer's class.
 
     Raises:
-        MisfitError: it is of another.
+        MisfitError: they are not.
     """
     of_torch = type(optimizer).__module__.startswith("torch.optim")
     for _, hyper in saved.groups:
@@ -180,24 +186,24 @@ def _check_groups(optimizer: Optimizer, saved: _Saved, label: str) -> None:
         lacking = [key for key in needed if key not in hyper]
         if lacking:
             raise MisfitError(f"its groups have no {listed(lacking)}; is the file {label}'s?")
-        other = sorted((set(hyper) & OF_CLASSES) - set(optimizer.defaults)) if of_torch else []
-        if other:
+        others = {*chain(*OF_CLASSES.values())} - optimizer.defaults.keys()
+        if of_torch and (other := sorted(hyper.keys() & others)):
             raise MisfitError(f"its groups have {listed(other)}; is the file {label}'s?")
-        decoupled = "decoupled_weight_decay"  # what makes an Adam an AdamW
+        decoupled = "decoupled_weight_decay"  # the difference of Adam and AdamW in torch
         if hyper.get(decoupled, None) not in (None, optimizer.defaults.get(decoupled)):
             raise MisfitError(
                 f"it has {decoupled}={hyper[decoupled]}, as "
-                f"{'AdamW' if hyper[decoupled] else 'Adam'} has and {label} has not"
+                f"{'AdamW' if hyper[decoupled] else 'Adam'} has, but {label} has not"
             )
 
 
 def _regroup(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
-    """Give a fresh optimizer the file's groups."""
+    """Give a new optimizer the file's groups."""
     parameters = dict(model.named_parameters())
-    own = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = []
     for names, hyper in saved.groups:
-        base = own[id(parameters[names[0]])]
+        base = group_of[id(parameters[names[0]])]
         chosen = {key: value for key, value in hyper.items() if key not in EXECUTION}
         members = {"params": [parameters[name] for name in names], "param_names": list(names)}
         groups.append({**base, **chosen, **members})
@@ -205,47 +211,47 @@ def _regroup(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
 
 
 def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: str) -> None:
-    """Every parameter has the state that a step would give it.
+    """Check that every parameter has the entries that a step would create.
 
     Raises:
-        MisfitError: entries are missing, unexpected, have other shapes, or cannot be stepped with.
+        MisfitError: entries are missing, unexpected, of another shape, or unusable in a step.
     """
     missing: dict[str, list[str]] = {}
     unexpected: dict[str, list[str]] = {}
     wrong: list[str] = []
     after = _after_a_step(optimizer, model)
     for name, expected in after.items():
-        found = saved.states.get(name, {})
-        for key in expected.keys() - found.keys():
+        entries = saved.states.get(name, {})
+        for key in expected.keys() - entries.keys():
             missing.setdefault(str(key), []).append(name)
-        for key in found.keys() - expected.keys():
+        for key in entries.keys() - expected.keys():
             unexpected.setdefault(str(key), []).append(name)
         wrong += [
-            f"{key} of {name} {_shapes(found[key])} instead of {_shapes(expected[key])}"
-            for key in expected.keys() & found.keys()
-            if _shapes(expected[key]) != _shapes(found[key])
+            f"{key} of {name} {_shapes(entries[key])} instead of {_shapes(expected[key])}"
+            for key in expected.keys() & entries.keys()
+            if _shapes(expected[key]) != _shapes(entries[key])
         ]
     if not type(optimizer).__module__.startswith("torch.optim"):
-        unexpected = {}  # others make some of their state later than in the first step
-    told = [
+        unexpected = {}  # other packages create some of the state after the first step
+    faults = [
         f"{key} {what} for {listed(names)}"
-        for what, entries in (("missing", missing), ("unexpected", unexpected))
-        for key, names in sorted(entries.items())
+        for what, names_of in (("missing", missing), ("unexpected", unexpected))
+        for key, names in sorted(names_of.items())
     ]
     if wrong:
-        told.append(f"wrong shape: {listed(wrong)}")
-    if told:
+        faults.append(f"wrong shape: {listed(wrong)}")
+    if faults:
         never = "" if saved.states else " (no parameter has any: had it never stepped?)"
-        raise MisfitError("; ".join(told) + f"; is the file {label}'s?{never}")
+        raise MisfitError("; ".join(faults) + f"; is the file {label}'s?{never}")
     for name, entries in saved.states.items():
-        for key, found in entries.items():
-            check_entry(key, name, after.get(name, {}).get(key), found)
+        for key, value in entries.items():
+            check_entry(key, name, after.get(name, {}).get(key), value)
 
 
 def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The state that each parameter has after one step of a fresh copy."""
+    """The state of each parameter after one step of a copy."""
     clones = clone_optimizers([optimizer], None)
-    for group in clones.groups():  # without what a class counts in its groups as it goes
+    for group in clones.groups():  # some classes count their steps in their groups
         for key in set(group) - {*optimizer.defaults, "params", "param_names"}:
             del group[key]
     for _, clone in clones.parameters.values():
@@ -254,7 +260,7 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
     try:
         with seeded(device, 0), without_global_hooks():
             clones.optimizers[0].step()
-    except Exception as error:  # a step may be anybody's code
+    except Exception as error:  # the step of a third-party class can raise anything
         raise MisfitError(f"a first step failed: {type(error).__name__}: {error}") from error
     names = {id(p): name for name, p in model.named_parameters()}
     state = clones.optimizers[0].state
@@ -264,7 +270,7 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
 
 
 def _fill(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
-    """Load what was checked, as the optimizer's own class does on resuming."""
+    """Load the checked state with the optimizer's ``load_state_dict``, as on resuming."""
     content = optimizer.state_dict()
     parameters = dict(model.named_parameters())
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -283,7 +289,7 @@ def _held(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
 
 def _shapes(value: Any) -> Any:
-    """The shapes of the tensors in an entry; scalars count as numbers."""
+    """The shapes of the tensors in an entry; scalars are treated like numbers."""
     if isinstance(value, Tensor):
         return tuple(value.shape) if value.ndim else ()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""In which orders training programs give a model's parameters to an optimizer."""
+"""The orders in which training programs pass a model's parameters to an optimizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ngeval.methods.optimizer.state_checks import MisfitError
 from ngeval.utils.text import listed
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
-"""Names of parameters that transformers' Trainer spares from weight decay."""
+"""Names of parameters that transformers' Trainer excludes from weight decay."""
 
 FULL = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta")
-"""Entries of a state that have the parameter's shape in every optimizer that has them."""
+"""Entries of a state that always have the shape of their parameter."""
 
 BY_HAND = (
     "build the optimizer in Python with the groups of the run, call its load_state_dict, and give "
-    "it to ngeval.OptimizerStep; or save the state of an optimizer made from "
-    "model.named_parameters(), which torch writes the names of"
+    "it to ngeval.OptimizerStep; or save the state of an optimizer that was built on "
+    "model.named_parameters(), whose names torch saves"
 )
 
 States = Mapping[Any, Mapping[str, Any]]
@@ -30,32 +30,32 @@ States = Mapping[Any, Mapping[str, Any]]
 def fitting_order(
     optimizer: Optimizer, model: nn.Module, groups: Sequence[Mapping[str, Any]], states: States
 ) -> list[str]:
-    """The names of the parameters in a file's groups, one after the other, that has no names.
+    """The names of the parameters in a file's groups, in their order, if the file has no names.
 
-    The optimizer's own groups go first, where they are several and as large as the file's. Other
-    orders are guesses: the shapes must fit one of them only, and must tell groups apart whose
-    hyperparameters differ.
+    If the optimizer has several groups of the same sizes as the file's, their order is tried
+    first. Other orders are guesses: the shapes must fit only one of them, and must distinguish
+    groups with different hyperparameters.
 
     Args:
-        optimizer: as it is built here.
+        optimizer: the new optimizer.
         model: whose parameters it holds.
-        groups: the file's.
-        states: the file's, by the keys in its groups' ``params``.
+        groups: of the file.
+        states: of the file, by the keys in the ``params`` of its groups.
 
     Raises:
-        MisfitError: no order fits, or the shapes leave open which.
+        MisfitError: no order fits, or the shapes do not determine the order.
     """
     sizes = [len(group["params"]) for group in groups]
     keys = [key for group in groups for key in group["params"]]
     parameters = dict(model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
-    own = [
+    grouped = [
         [names[id(p)] for p in group["params"] if id(p) in names]
         for group in optimizer.param_groups
     ]
-    held = {name for group in own for name in group}
-    declared = [len(group) for group in own] == sizes and len(sizes) > 1
-    orders = [[n for group in own for n in group]] if declared else []
+    held = {name for group in grouped for name in group}
+    declared = [len(group) for group in grouped] == sizes and len(sizes) > 1
+    orders = [[name for group in grouped for name in group]] if declared else []
     fitting: list[list[str]] = []
     problem = ""
     for order in [*orders, *_guesses(model, held, sizes)]:
@@ -84,10 +84,10 @@ def fitting_order(
 def _check_certain(
     fitting: Sequence[list[str]], groups: Sequence[Mapping[str, Any]], states: States
 ) -> None:
-    """Refuse a guess that decides about the step and that no tensor confirms.
+    """Check that a guess which affects the step is confirmed by the shape of some tensor.
 
     Raises:
-        MisfitError: it is one.
+        MisfitError: it is not.
     """
     hyper = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}
@@ -104,12 +104,12 @@ def _check_certain(
     if several or (differ and not any(with_tensors)):
         raise MisfitError(
             f"its {len(groups)} groups have no names of parameters (param_names), and no shape in "
-            f"its state tells which parameters are in which group; {BY_HAND}"
+            f"its state determines which parameters are in which group; {BY_HAND}"
         )
 
 
 def _guesses(model: nn.Module, held: set[str], sizes: Sequence[int]) -> Iterator[list[str]]:
-    """Orders of parameter names for groups of some sizes, likely ones first."""
+    """Orders of parameter names for groups of given sizes, likely ones first."""
     names = [name for name, _ in model.named_parameters()]
     trainable = [name for name in names if name in held]
     if len(sizes) == 2:
@@ -124,19 +124,19 @@ def _guesses(model: nn.Module, held: set[str], sizes: Sequence[int]) -> Iterator
 
 
 def _decayed(model: nn.Module) -> set[str]:
-    """Parameters with weight decay in transformers' Trainer: no biases, nothing of a norm."""
-    spared = {
+    """Parameters with weight decay in transformers' Trainer: no biases, no norms."""
+    excluded = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if isinstance(module, nn.LayerNorm)
         for name, _ in module.named_parameters()
     }
     names = [name for name, _ in model.named_parameters()]
-    return {n for n in names if n not in spared and not UNDECAYED.search(n.lower())}
+    return {n for n in names if n not in excluded and not UNDECAYED.search(n.lower())}
 
 
 def _matrices(model: nn.Module) -> set[str]:
-    """Parameters with weight decay where a program goes by their dimensions."""
+    """Parameters with weight decay in programs that decide by the number of dimensions."""
     return {name for name, p in model.named_parameters() if p.ndim >= 2}
 
 
@@ -148,11 +148,11 @@ def _full_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...
 
 
 def _has_tensor(state: Any) -> bool:
-    """Whether a parameter's state has a shape to go by."""
+    """Whether a parameter's state has a tensor with a shape."""
     values = state.values() if isinstance(state, Mapping) else ()
     return any(isinstance(value, Tensor) and value.ndim for value in values)
 
 
 def _plain(value: Any) -> Any:
-    """A hyperparameter as what can be compared."""
+    """A hyperparameter in a form that can be compared."""
     return value.tolist() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What is in a saved state can be stepped with: numbers that are finite, of the right type."""
+"""Checks that the values of a saved state can be used in a step: finite, of the right type."""
 
 from __future__ import annotations
 
@@ -10,81 +10,81 @@ from torch import Tensor
 
 from ngeval.methods.optimizer.clone import reachable
 
-MEND = "; set it in the file's param_groups and save the file again"
+FIX = "; set it in the file's param_groups and save the file again"
 
 
 class MisfitError(Exception):
-    """Why a state does not fit; the caller adds which file it was."""
+    """The reason why a state does not fit; the caller adds the name of the file."""
 
 
 def check_hyperparameters(hyper: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """A group's numbers are numbers, and finite where a step would be silently lost.
+    """Check that the hyperparameters of a group that should be numbers are usable numbers.
 
     Args:
         hyper: of a group in a file.
         defaults: of the optimizer's class.
 
     Raises:
-        MisfitError: names the hyperparameter.
+        MisfitError: one is not; the message names it.
     """
     for key in (k for k, default in defaults.items() if isinstance(default, float) and k in hyper):
         value = hyper[key]
         if not _is_number(value):
-            raise MisfitError(f"{key} in its groups is {value!r}, not a number{MEND}")
+            raise MisfitError(f"{key} in its groups is {value!r}, not a number{FIX}")
         if not _is_usable(value, infinite=key != "lr"):
-            raise MisfitError(f"{key} in its groups is {float(value)}{MEND}")
+            raise MisfitError(f"{key} in its groups is {float(value)}{FIX}")
     if (count := hyper.get("step")) is not None:
         _check_count("step in its groups", count)
 
 
-def check_entry(key: str, name: str, expected: Any, found: Any) -> None:
-    """An entry of a parameter's state is of the type that a step makes, and finite.
+def check_entry(key: str, name: str, expected: Any, value: Any) -> None:
+    """Check that an entry of a parameter's state has the type that a step creates, and is finite.
 
     Args:
         key: of the entry.
         name: of the parameter.
         expected: the entry after a first step.
-        found: the entry in the file.
+        value: the entry in the file.
 
     Raises:
-        MisfitError: names the entry and the parameter.
+        MisfitError: it does not; the message names the entry and the parameter.
     """
     where = f"{key} of {name}"
     if key == "step":
-        _check_count(where, found)
+        _check_count(where, value)
         return
     numeric = isinstance(expected, Tensor | int | float) and not isinstance(expected, bool)
-    if numeric and not isinstance(found, Tensor | int | float):
-        raise MisfitError(f"{where} is a {type(found).__name__}, not a tensor or number")
-    if isinstance(expected, Tensor) and isinstance(found, Tensor):
+    if numeric and not isinstance(value, Tensor | int | float):
+        raise MisfitError(f"{where} is a {type(value).__name__}, not a tensor or number")
+    if isinstance(expected, Tensor) and isinstance(value, Tensor):
         real = expected.is_floating_point()
-        if (real and not found.is_floating_point()) or expected.is_complex() != found.is_complex():
-            raise MisfitError(f"{where} is of {found.dtype}, where {expected.dtype} is needed")
-    for value in [found] if isinstance(found, float) else reachable(found):
-        if isinstance(value, Tensor | float) and not _is_usable(value):
+        if (real and not value.is_floating_point()) or expected.is_complex() != value.is_complex():
+            raise MisfitError(f"{where} is of {value.dtype}, where {expected.dtype} is needed")
+    for part in [value] if isinstance(value, float) else reachable(value):
+        if isinstance(part, Tensor | float) and not _is_usable(part):
             raise MisfitError(f"{where} is NaN or infinite: the run had diverged, or overflowed")
 
 
 def _check_count(where: str, value: Any) -> None:
-    """Refuse what no number of steps can be.
+    """Check that a value can be a number of steps.
 
     Raises:
-        MisfitError: NaN, infinite, negative, or no real number.
+        MisfitError: it is NaN, infinite, negative, or not a real number.
     """
     if not _is_number(value) or not _is_usable(value) or float(value) < 0:
-        told = value.tolist() if isinstance(value, Tensor) and value.numel() == 1 else value
-        raise MisfitError(f"{where} is {told!r}, which is no number of steps")
+        shown = value.tolist() if isinstance(value, Tensor) and value.numel() == 1 else value
+        raise MisfitError(f"{where} is {shown!r}, which is not a number of steps")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one real number, as such or in a tensor."""
+    """Whether a value is one real number, in a tensor or not."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_usable(value: Tensor | float, *, infinite: bool = False) -> bool:
-    """Whether a number, or all of a tensor, is finite; with ``infinite`` only not NaN."""
+    """Whether a number, or all of a tensor, is finite; ``infinite`` allows infinity too."""
     tensor = torch.as_tensor(value)
     good = ~torch.isnan(tensor) if infinite else torch.isfinite(tensor)
     return bool(good.all())

@@ -31,24 +31,6 @@ FALLBACK_RATE = 1e-3
 """The learning rate if every one is 0 and none is known from an earlier step."""
 
 
-class OptimizerState(UndampedState):
-    """One step of an optimizer, d = θ − θ′ in float64, for every damping.
-
-    Args:
-        problem: the model on its batch.
-        step: d, shape ``(P,)``.
-        coverage: the percentage of the trainable scalars that the optimizer holds.
-        notes: remarks for the column ``reason``.
-    """
-
-    def __init__(
-        self, problem: Problem, step: Tensor, coverage: float, notes: tuple[str, ...]
-    ) -> None:
-        super().__init__(problem, step)
-        self.coverage = coverage
-        self.notes = notes
-
-
 @dataclass(frozen=True, eq=False)
 class OptimizerStep:
     """The step that an optimizer would take now, d = θ − θ′, with its present state.
@@ -109,8 +91,8 @@ class OptimizerStep:
         """The optimizers, without wrappers that only forward a step."""
         return as_optimizers(self.optimizer)
 
-    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> OptimizerState:
-        """Take the step on copies.
+    def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> UndampedState:
+        """Take the step on copies, in float64; its coverage is that of the optimizer.
 
         Args:
             problem: the model that the optimizer was built on, and the batch.
@@ -142,7 +124,7 @@ class OptimizerStep:
         coverage = 100.0 * (1.0 - left / problem.num_parameters)
         if not bool(step.any()):
             notes.append("the step is 0 (some optimizers only set up their state in the first)")
-        return OptimizerState(problem, step, coverage, tuple(notes))
+        return UndampedState(problem, step, coverage, tuple(notes))
 
     def _steps(
         self, problem: Problem, names: dict[int, str], seed: int
