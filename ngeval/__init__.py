@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from ngeval.curvature.kernel import Kernel
     from ngeval.curvature.natural_gradient import gamma_min
     from ngeval.grading.evaluate import evaluate
+    from ngeval.grading.gradient_norms import gradient_norms
     from ngeval.grading.layer_table import layer_table
     from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
     from ngeval.methods import METHODS, Method, MethodEntry, get_method
     from ngeval.methods.diag_ema import AccumulatedDiagonal
     from ngeval.methods.optimizer.step import OptimizerStep
     from ngeval.problem.fisher import FisherOperator
-    from ngeval.problem.gamma import gamma, gamma_floor, gradient_norms, loss_change
+    from ngeval.problem.gamma import gamma, gamma_floor, loss_change
     from ngeval.problem.metric_batch import Metric
     from ngeval.problem.problem import Problem
     from ngeval.tasks import Task
@@ -46,13 +47,14 @@ __getattr__, __dir__ = _lazy_names(
         "ngeval.curvature.kernel": ["Kernel"],
         "ngeval.curvature.natural_gradient": ["gamma_min"],
         "ngeval.grading.evaluate": ["evaluate"],
+        "ngeval.grading.gradient_norms": ["gradient_norms"],
         "ngeval.grading.layer_table": ["layer_table"],
         "ngeval.likelihoods": ["Bernoulli", "Categorical", "Gaussian", "Likelihood"],
         "ngeval.methods": ["METHODS", "Method", "MethodEntry", "get_method"],
         "ngeval.methods.diag_ema": ["AccumulatedDiagonal"],
         "ngeval.methods.optimizer.step": ["OptimizerStep"],
         "ngeval.problem.fisher": ["FisherOperator"],
-        "ngeval.problem.gamma": ["gamma", "gamma_floor", "gradient_norms", "loss_change"],
+        "ngeval.problem.gamma": ["gamma", "gamma_floor", "loss_change"],
         "ngeval.problem.metric_batch": ["Metric"],
         "ngeval.problem.problem": ["Problem"],
         "ngeval.tasks": ["Task"],

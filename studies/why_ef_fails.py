@@ -18,8 +18,9 @@ import torch
 from ngeval.checkpoints import find_checkpoints
 from ngeval.curvature.kernel import Kernel
 from ngeval.grading.evaluate import evaluate
+from ngeval.grading.gradient_norms import gradient_norms
 from ngeval.methods import get_methods
-from ngeval.problem.gamma import gradient_norms, loss_change
+from ngeval.problem.gamma import loss_change
 from ngeval.problem.problem import Problem
 from ngeval.runs.run import Run
 from ngeval.runs.units import iterate_units

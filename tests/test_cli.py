@@ -19,6 +19,7 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 import ngeval
+import ngeval.grading.gradient_norms
 import ngeval.runs.tables
 import ngeval.runs.units
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
@@ -496,6 +497,15 @@ class TestImbalance:
         np.testing.assert_allclose(found["gradient_norm"], rows.norm(dim=1), rtol=1e-9)
         np.testing.assert_allclose(found["loss_change_sgd"], -rows @ rows.sum(0), rtol=1e-7)
 
+    def test_a_method_without_memory_does_not_lose_the_unit(self, cnn, tmp_path):
+        options = ("-m", "ef,block-ng", "--memory", "3MB", "-q", "-o", tmp_path / "i.csv")
+        run("imbalance", *CNN, "-c", max(cnn.folder.glob("*.safetensors")), *SMALL[2:], *options)
+        samples = read(tmp_path / "i.csv")
+        assert len(samples) == 160
+        assert samples["loss_change_ef"].notna().all()
+        assert samples["loss_change_block-ng"].isna().all()
+        assert samples["reason"].str.contains("block-ng: .*raise memory=").all()
+
     def test_prints_quantiles_and_imbalance(self, cnn):
         result = run("imbalance", *CNN, "-c", cnn.folder, *SMALL)
         for word in ("‖g_n‖", "median", "max/min", "epoch 0", "epoch 2"):
@@ -775,7 +785,7 @@ class TestInterruption:
         assert sorted(tmp_path.iterdir()) == [output, journal, manifest_path(output)]
 
     def test_finished_rows_of_imbalance_are_saved(self, cnn, tmp_path, monkeypatch):
-        norms, calls = ngeval.runs.tables.gradient_norms, []
+        norms, calls = ngeval.grading.gradient_norms.gradient_norms, []
 
         def interrupted(problem):
             calls.append(1)
@@ -783,7 +793,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return norms(problem)
 
-        monkeypatch.setattr(ngeval.runs.tables, "gradient_norms", interrupted)
+        monkeypatch.setattr(ngeval.grading.gradient_norms, "gradient_norms", interrupted)
         args = (*CNN, "-c", cnn.folder, *SMALL, "--quiet", "-o", tmp_path / "i.csv")
         run("imbalance", *args, code=130)
         assert len(read(tmp_path / "i.csv")) == 16

@@ -13,6 +13,7 @@ import ngeval
 from ngeval.analysis.intervals import mean_intervals
 from ngeval.curvature.updates import DirectionUpdates
 from ngeval.grading.evaluate import COLUMNS
+from ngeval.grading.gradient_norms import sample_table
 from tests import problems
 from tests.problems import prepared
 
@@ -64,6 +65,28 @@ class Mine:
 
     def updates(self, dampings):
         return DirectionUpdates(len(dampings), lambda i: self.direction(dampings[i]))
+
+
+class TestSampleTable:
+    @pytest.mark.parametrize("failing", ["block-ng", Failing(RuntimeError("broken"), "prepare")])
+    def test_a_method_that_fails_loses_its_own_column_alone(self, failing):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)).double()
+        inputs, targets = torch.randn(16, 20).double(), torch.arange(16) % 10
+        problem = ngeval.Problem(model, inputs, targets, "categorical", memory=400_000)
+        failing = ngeval.get_method(failing)
+        methods, steps = [failing, ngeval.get_method("ef")], []
+        table = sample_table(problem, methods, 1e-3, 0, steps.append)
+        assert table[f"loss_change_{failing.name}"].isna().all()
+        assert (table["loss_change_ef"] < 0).all()
+        reason = "over the memory budget" if failing.name == "block-ng" else "RuntimeError: broken"
+        assert table["reason"].str.startswith(f"{failing.name}: ").all()
+        assert table["reason"].str.contains(reason).all()
+        assert steps == [failing.name, "ef"]
+        # The same methods in a table of γ: one failed row, and ef is kept.
+        graded = ngeval.evaluate(problem, methods, [1e-3], natural=False)
+        assert graded["status"].tolist() == ["failed", "ok"]
+        assert graded["reason"][0] in table["reason"][0]
 
 
 class TestTable:

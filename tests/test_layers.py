@@ -316,9 +316,9 @@ def test_bad_arguments(options, message):
 
 def test_metric_of_another_problem():
     first, second = (problems.problem_of(f"categorical-{m}-float64") for m in ("mlp", "conv"))
-    with pytest.raises(ngeval.InputError, match="made for another problem"):
+    with pytest.raises(ngeval.InputError, match="made for a different problem"):
         ngeval.layer_table(first, ["sgd"], metric=ngeval.Metric(second))
-    with pytest.raises(ngeval.InputError, match=r"takes an ngeval\.Problem"):
+    with pytest.raises(ngeval.InputError, match=r"problem must be an ngeval\.Problem, not Linear"):
         ngeval.layer_table(nn.Linear(2, 2), ["sgd"])
 
 

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import ngeval
+import ngeval.grading.gradient_norms
 import ngeval.runs.tables
 from ngeval import OutputError
 from ngeval.cli.app import app
@@ -122,7 +123,7 @@ class TestCommands:
         assert read_manifest(tmp_path / "i.jsonl")["options"]["damping"] == 0.5
 
     def test_a_run_that_is_stopped_has_one(self, weights, tmp_path, monkeypatch):
-        norms, calls = ngeval.runs.tables.gradient_norms, []
+        norms, calls = ngeval.grading.gradient_norms.gradient_norms, []
 
         def interrupted(problem):
             calls.append(1)
@@ -131,7 +132,7 @@ class TestCommands:
                 raise KeyboardInterrupt
             return norms(problem)
 
-        monkeypatch.setattr(ngeval.runs.tables, "gradient_norms", interrupted)
+        monkeypatch.setattr(ngeval.grading.gradient_norms, "gradient_norms", interrupted)
         args = ("-t", "digits-mlp", "-c", weights, *SMALL, "-o", tmp_path / "i.csv")
         run("imbalance", *args, code=130)
         assert len(pd.read_csv(tmp_path / "i.csv")) == 8
@@ -141,7 +142,7 @@ class TestCommands:
         def interrupted(problem):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(ngeval.runs.tables, "gradient_norms", interrupted)
+        monkeypatch.setattr(ngeval.grading.gradient_norms, "gradient_norms", interrupted)
         write_manifest(tmp_path / "i.csv", {"of": "an earlier run"})
         args = ("-t", "digits-mlp", "-c", weights, *SMALL, "--force", "-o", tmp_path / "i.csv")
         run("imbalance", *args, code=130)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 
 from ngeval.analysis.intervals import geometric_means
+
+
+def imbalance(norms: pd.Series[float]) -> float:
+    """Largest over smallest norm; ∞ where the smallest is zero, NaN where all are."""
+    smallest, largest = float(norms.min()), float(norms.max())
+    if largest == 0:
+        return math.nan
+    return largest / smallest if smallest > 0 else math.inf
 
 
 def are_norms(samples: pd.DataFrame) -> pd.Series[bool]:

@@ -15,9 +15,9 @@ from rich.table import Table
 from ngeval.analysis import stages
 from ngeval.analysis.best_damping import without_damping
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
+from ngeval.analysis.norms import imbalance
 from ngeval.analysis.stages import three_stages
 from ngeval.analysis.summary import summarize
-from ngeval.problem.gamma import imbalance
 from ngeval.utils.text import visible
 
 MAX_LAYERS = 16

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,26 +22,54 @@ from torch.optim import Optimizer
 
 from ngeval.curvature.fisher_blocks import fisher_blocks
 from ngeval.curvature.kernel import Kernel
-from ngeval.dampings import check_dampings, check_scale
-from ngeval.errors import InputError, NgevalError
-from ngeval.grading.evaluate import Progress
-from ngeval.grading.prepare import Prepared, failure_reason, prepare
+from ngeval.dampings import check_dampings
+from ngeval.grading.evaluate import DAMPING_COLUMNS, SETTING_COLUMNS
+from ngeval.grading.prepare import (
+    NUMERICAL,
+    Failure,
+    Prepared,
+    Progress,
+    add_note,
+    attempt,
+    check_request,
+    common_columns,
+    prepare,
+)
 from ngeval.methods import Method, get_methods
 from ngeval.model.parameter_groups import Group, Groups, make_groups
 from ngeval.model.tangents import slices
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
+NUMBERS = [
+    "gamma",
+    "gamma_over_sgd",
+    "gamma_over_best",
+    "decrease",
+    "decrease_share",
+    "curvature",
+    "curvature_share",
+    "excess",
+    "own_curvature",
+    "update_norm",
+    "gamma_total",
+    "coverage",
+]
+"""The columns of a part's grades."""
+
 COLUMNS = [
-    *("method", "damping", "damping_absolute", "damping_scale", "layer", "num_parameters"),
-    *("gamma", "gamma_over_sgd", "gamma_over_best", "decrease", "decrease_share"),
-    *("curvature", "curvature_share", "excess", "own_curvature", "update_norm", "gamma_total"),
-    *("coverage", "status", "reason"),
-    *("num_samples", "metric_samples", "likelihood", "dtype", "engine", "seed"),
+    "method",
+    *DAMPING_COLUMNS,
+    "layer",
+    "num_parameters",
+    *NUMBERS,
+    "status",
+    "reason",
+    "num_samples",
+    "metric_samples",
+    *SETTING_COLUMNS,
 ]
 """The columns of `layer_table`, in order."""
-
-NUMBERS = COLUMNS[6 : COLUMNS.index("status")]
 
 
 @dataclass(frozen=True)
@@ -129,41 +158,33 @@ def layer_table(
         >>> [round(float(share), 4) for share in table.groupby("method")["decrease_share"].sum()]
         [1.0, 1.0]
     """
-    if not isinstance(problem, Problem):
-        raise InputError(f"layer_table takes an ngeval.Problem, not {type(problem).__name__}")
-    resolved = get_methods(methods)
-    lambdas = check_dampings(dampings)
-    check_scale(damping_scale)
-    if metric is not None and metric.problem is not problem:
-        raise InputError("the metric was made for another problem; make one for this one")
-    chosen = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
-    problem.shards.synchronized(problem.function.check_unchanged)
-    done = on_step or (lambda _: None)
+    check_request(problem, damping_scale, metric)
+    resolved, lambdas = get_methods(methods), check_dampings(dampings)
+    layers = make_groups({n: p.numel() for n, p in problem.function.parameters.items()}, groups)
+    tables = []
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         kernel = Kernel(problem)
-        graded = Metric(problem) if metric is None else metric
-        plain = parts_of(graded, problem.gradient(), chosen).gammas
-        least, missing = _least_gammas(kernel, chosen, wanted=natural and metric is None)
-        tables = []
+        grader = Metric(problem) if metric is None else metric
+        sgd = parts_of(grader, problem.gradient(), layers).gammas
+        least: np.ndarray | Failure = np.full(len(layers), math.nan)
+        if natural and metric is None:
+            least = attempt(problem.shards, partial(_least_gammas, kernel, layers), NUMERICAL)
         for method in resolved:
-            rows = _method_rows(kernel, graded, method, lambdas, chosen, (damping_scale, seed))
-            for row in rows:
-                table = pd.DataFrame(row)
-                ratios = {"gamma_over_sgd": plain, "gamma_over_best": least}
-                table = table.assign(**{name: table["gamma"] / by for name, by in ratios.items()})
-                tables.append(_noted(table, missing))
-            done(method.name)
-        samples = problem.num_samples if metric is None else metric.totals.num_samples
-    table = pd.concat(tables, ignore_index=True).assign(
-        damping_scale=damping_scale,
-        num_samples=problem.num_samples,
-        metric_samples=samples,
-        likelihood=problem.likelihood.name,
-        dtype=str(problem.dtype).removeprefix("torch."),
-        engine=problem.engine,
-        seed=seed,
-    )
-    return table.reindex(columns=COLUMNS)
+            prepared = attempt(
+                problem.shards, partial(prepare, kernel, method, lambdas, damping_scale, seed)
+            )
+            table = _method_table(method.name, lambdas, prepared, layers, grader)
+            table["gamma_over_sgd"] = table["gamma"] / np.tile(sgd, len(lambdas))
+            if isinstance(least, Failure):
+                table["gamma_over_best"] = math.nan
+                table = add_note(table, f"no least γ of layers: {least.reason}")
+            else:
+                table["gamma_over_best"] = table["gamma"] / np.tile(least, len(lambdas))
+            tables.append(table)
+            if on_step is not None:
+                on_step(method.name)
+        columns = common_columns(problem, metric, damping_scale, seed)
+    return pd.concat(tables, ignore_index=True).assign(**columns).reindex(columns=COLUMNS)
 
 
 def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Parts:
@@ -229,64 +250,53 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
     return rows
 
 
-def _least_gammas(
-    kernel: Kernel, groups: Sequence[Group], *, wanted: bool
-) -> tuple[np.ndarray, str]:
-    """Each layer's least γ, and why there is none where there is none."""
-    nothing = np.full(len(groups), math.nan)
-    if not wanted:
-        return nothing, ""
-    try:
-        shards = kernel.problem.shards
-        found = shards.synchronized(lambda: fisher_blocks(kernel, groups).least_gammas())
-    except (NgevalError, RuntimeError, MemoryError) as error:  # LAPACK's are RuntimeErrors
-        return nothing, f"no least γ of layers: {failure_reason(error)}"
-    least = np.array([found[group.name] for group in groups])
-    return np.where(np.isfinite(least), least, math.nan), ""
+def _least_gammas(kernel: Kernel, layers: Sequence[Group]) -> np.ndarray:
+    """Each layer's least γ, NaN where its gradient is 0."""
+    gammas = fisher_blocks(kernel, layers).least_gammas()
+    least = np.array([gammas[layer.name] for layer in layers])
+    return np.where(np.isfinite(least), least, math.nan)
 
 
-def _noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
-    """Add a note to rows that are not failures."""
-    if not note:
-        return table
-    joined = [f"{reason}; {note}" if reason else note for reason in table["reason"]]
-    return table.assign(reason=np.where(table["status"] == "ok", joined, table["reason"]))
-
-
-def _method_rows(
-    kernel: Kernel,
-    metric: Metric,
-    method: Method,
+def _method_table(
+    name: str,
     dampings: Sequence[float],
-    groups: Sequence[Group],
-    options: tuple[str, int],
-) -> list[dict[str, Any]]:
-    """The columns of every λ; a method that cannot be computed is data too."""
-    scale, seed = options
-    common = {
-        "method": method.name,
-        "layer": [group.name for group in groups],
-        "num_parameters": [group.num_parameters for group in groups],
-    }
-    absolute = [math.nan] * len(dampings)
-    shards = metric.problem.shards
-    try:
-        prepared = shards.synchronized(lambda: prepare(kernel, method, dampings, scale, seed))
-        absolute = prepared.absolute
-        found = shards.synchronized(
-            lambda: [
-                _part_columns(parts_of(metric, prepared.updates.direction(i), groups), prepared)
-                for i in range(prepared.updates.count)
-            ]
-        )
-    except Exception as error:  # a method may be anybody's; its failure is data
+    prepared: Prepared | Failure,
+    layers: Sequence[Group],
+    metric: Metric,
+) -> pd.DataFrame:
+    """The rows of one method: every layer at the first λ, then at the next."""
+    count = len(dampings)
+    parts: list[dict[str, Any]] | Failure = (
+        prepared
+        if isinstance(prepared, Failure)
+        else attempt(metric.problem.shards, partial(_update_columns, prepared, layers, metric))
+    )
+    if isinstance(parts, Failure):
         missing = dict.fromkeys(NUMBERS, math.nan)
-        found = [{**missing, "status": "failed", "reason": failure_reason(error)}]
-    if len(found) == 1:
-        found *= len(dampings)
+        parts = [{**missing, "status": "failed", "reason": parts.reason}]
+    if len(parts) == 1:
+        parts = parts * count
+    absolute = [math.nan] * count if isinstance(prepared, Failure) else prepared.absolute
+    common = {
+        "method": name,
+        "layer": [layer.name for layer in layers],
+        "num_parameters": [layer.num_parameters for layer in layers],
+    }
+    rows = [
+        pd.DataFrame({**common, "damping": damping, "damping_absolute": used, **columns})
+        for damping, used, columns in zip(dampings, absolute, parts, strict=True)
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _update_columns(
+    prepared: Prepared, layers: Sequence[Group], metric: Metric
+) -> list[dict[str, Any]]:
+    """The columns of every update, one direction in memory at a time."""
+    updates = prepared.updates
     return [
-        {**common, "damping": damping, "damping_absolute": used, **columns}
-        for damping, used, columns in zip(dampings, absolute, found, strict=True)
+        _part_columns(parts_of(metric, updates.direction(i), layers), prepared)
+        for i in range(updates.count)
     ]
 
 

@@ -1,20 +1,44 @@
-"""A method on a problem at many dampings: where every table of updates starts."""
+"""A method on a problem at many dampings, and the guard that makes its failure data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import Updates
+from ngeval.dampings import check_scale
 from ngeval.errors import InputError, NgevalError
 from ngeval.methods import Method, State
+from ngeval.model.sharding import Shards
+from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import OUT_OF_MEMORY, is_out_of_memory
 from ngeval.utils.text import encodable
+
+T = TypeVar("T")
+
+Progress = Callable[[str], None]
+"""Called with the name of what is done."""
+
+NUMERICAL = (NgevalError, RuntimeError, MemoryError)
+"""What ngeval's own computations may raise; LAPACK's errors are RuntimeErrors."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something could not be computed.
+
+    Attributes:
+        reason: for a table.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -25,13 +49,31 @@ class Prepared:
         absolute: λ as it is added to the sum-reduced curvature; NaN where λ does not enter.
         updates: those of every λ.
         coverage: the part of the parameters that the method treats, in percent.
-        remarks: what is to be known of its results.
+        remarks: what a reader of its results should know.
     """
 
     absolute: list[float]
     updates: Updates
     coverage: float
     remarks: str
+
+
+def attempt(
+    shards: Shards,
+    compute: Callable[[], T],
+    expected: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> T | Failure:
+    """The result of a computation, or why it failed; all ranks succeed, or all fail.
+
+    Args:
+        shards: of the problem.
+        compute: the computation.
+        expected: the exceptions that are failures. By default all: a method may be anybody's code.
+    """
+    try:
+        return shards.synchronized(compute)
+    except expected as error:
+        return Failure(failure_reason(error))
 
 
 def prepare(
@@ -41,11 +83,10 @@ def prepare(
 
     Raises:
         InputError: a relative damping of a method that has no curvature to scale it.
-        Exception: whatever the method raises, which may be anybody's; see `failure_reason`.
+        Exception: whatever the method raises; see `attempt`.
     """
-    problem = kernel.problem
-    state = method.prepare(problem, kernel, seed)
-    absolute = _absolute_dampings(problem, state, dampings, scale)
+    state = method.prepare(kernel.problem, kernel, seed)
+    absolute = _absolute_dampings(kernel.problem, state, dampings, scale)
     updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
     if math.isnan(absolute[0]) and updates.count > 1:
         raise InputError(f"{method.name} has no curvature for a relative damping to scale")
@@ -54,7 +95,7 @@ def prepare(
 
 
 def failure_reason(error: Exception) -> str:
-    """What a table says of a method that failed."""
+    """The reason that a table gives for a failure."""
     if isinstance(error, NgevalError):
         return encodable(str(error))
     if is_out_of_memory(error):
@@ -63,15 +104,60 @@ def failure_reason(error: Exception) -> str:
 
 
 def lost_memory(table: pd.DataFrame) -> str:
-    """Why a unit that was graded is to be done again: what it had no memory for, or nothing.
+    """Which methods of a unit's table ran out of memory, or nothing.
 
-    A method that cannot be computed would fail again; with more memory this would not.
+    Other failures would repeat; with more memory these would not, so the unit is graded again.
     """
     if "reason" not in table:
         return ""
     lost = table[table["reason"].str.contains(OUT_OF_MEMORY, regex=False, na=False)]
-    told = zip(lost["method"], lost["reason"], strict=True)
-    return "; ".join(dict.fromkeys(f"{method}: {reason}" for method, reason in told))
+    pairs = zip(lost["method"], lost["reason"], strict=True)
+    return "; ".join(dict.fromkeys(f"{method}: {reason}" for method, reason in pairs))
+
+
+def check_request(problem: Problem, damping_scale: str, metric: Metric | None) -> None:
+    """Raise unless updates of a problem can be graded as requested.
+
+    Raises:
+        InputError: not a problem, an unknown scale, or a metric of a different problem.
+        ModelError: the model was changed since the problem was made.
+    """
+    if not isinstance(problem, Problem):
+        raise InputError(f"problem must be an ngeval.Problem, not {type(problem).__name__}")
+    check_scale(damping_scale)
+    if metric is not None and not isinstance(metric, Metric):
+        raise InputError(
+            f"metric must be an ngeval.Metric(problem, batches), not {type(metric).__name__}"
+        )
+    if metric is not None and metric.problem is not problem:
+        raise InputError("the metric was made for a different problem; make one for this problem")
+    # Results that are in memory already would not notice.
+    problem.shards.synchronized(problem.function.check_unchanged)
+
+
+def common_columns(
+    problem: Problem, metric: Metric | None, damping_scale: str, seed: int
+) -> dict[str, Any]:
+    """The columns of every table that depend on neither method nor damping."""
+    return {
+        "damping_scale": damping_scale,
+        "num_samples": problem.num_samples,
+        "metric_samples": problem.num_samples if metric is None else metric.totals.num_samples,
+        "likelihood": problem.likelihood.name,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "engine": problem.engine,
+        "seed": seed,
+    }
+
+
+def add_note(table: pd.DataFrame, note: str, where: pd.Series[bool] | bool = True) -> pd.DataFrame:
+    """Append a note to the reasons of rows, except those that have failed with a reason."""
+    if not note:
+        return table
+    reasons = table["reason"].to_numpy()
+    free = (table["status"] == "ok") | (table["reason"] == "")
+    joined = [f"{reason}; {note}" if reason else note for reason in reasons]
+    return table.assign(reason=np.where(free & where, joined, reasons))
 
 
 def _absolute_dampings(
@@ -81,7 +167,7 @@ def _absolute_dampings(
 
     A method without curvature (sgd) has no relative scale: NaN, and λ does not enter it.
     """
-    if scale == "relative":  # asked for only then: it may have to be computed
+    if scale == "relative":  # only then: the largest eigenvalue may have to be computed
         factor = state.largest_curvature
     else:
         factor = float(problem.num_samples) if scale == "mean" else 1.0

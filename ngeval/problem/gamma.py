@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from ngeval.errors import NumericalError
-from ngeval.jacobians import squared_norms
 from ngeval.model.directions import Direction
 from ngeval.problem.linearized import Linearized
 
@@ -116,42 +114,3 @@ def loss_change(problem: Linearized, direction: Direction) -> Tensor:
         True
     """
     return -(problem.residual * problem.jvp(direction)).flatten(1).sum(1)
-
-
-def gradient_norms(problem: Linearized) -> pd.DataFrame:
-    """Per-sample norms: one row for each sample of the batch.
-
-    Returns:
-        Columns ``sample``, ``gradient_norm`` (‖g_n‖), ``residual_norm`` (‖u_n‖), ``loss`` (ℓ_n,
-        nats). In ``.attrs["imbalance"]``: the largest over the smallest ‖g_n‖ (∞ where one is
-        zero).
-
-    Example:
-        >>> import torch, ngeval
-        >>> model = torch.nn.Linear(2, 1, bias=False).double()
-        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.ones(2, 1)
-        >>> with torch.no_grad():
-        ...     _ = model.weight.zero_()
-        >>> table = ngeval.gradient_norms(ngeval.Problem(model, inputs, targets, "gaussian"))
-        >>> table["gradient_norm"].tolist(), table.attrs["imbalance"]
-        ([1.0, 2.0], 2.0)
-    """
-    norms = squared_norms(problem.rows, problem.residual.unsqueeze(1))
-    table = pd.DataFrame(
-        {
-            "sample": range(problem.num_samples),
-            "gradient_norm": norms.sqrt().cpu().numpy(),
-            "residual_norm": problem.residual.flatten(1).norm(dim=1).cpu().numpy(),
-            "loss": problem.loss.cpu().numpy(),
-        }
-    )
-    table.attrs["imbalance"] = imbalance(table["gradient_norm"])
-    return table
-
-
-def imbalance(norms: pd.Series[float]) -> float:
-    """Largest over smallest norm; ∞ where the smallest is zero, NaN where all are."""
-    smallest, largest = float(norms.min()), float(norms.max())
-    if largest == 0:
-        return math.nan
-    return largest / smallest if smallest > 0 else math.inf

@@ -7,28 +7,24 @@ back, and the rows that it makes of a unit.
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP
 from ngeval.dampings import MAX_COUNT, check_dampings, check_scale
 from ngeval.errors import InputError, TaskError
 from ngeval.grading.evaluate import COLUMNS, evaluate
-from ngeval.grading.evaluate import Progress as OnMethod
+from ngeval.grading.gradient_norms import sample_table
 from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.grading.layer_table import layer_table
+from ngeval.grading.prepare import Progress as OnMethod
 from ngeval.grading.prepare import failure_reason, lost_memory
 from ngeval.methods import Method, get_methods
-from ngeval.problem.gamma import gradient_norms, loss_change
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 from ngeval.results.journal import Entry, Key
@@ -239,39 +235,6 @@ def unit_tables(
         rows = labelled(table, run.columns(key))
         rows.attrs = {}
         yield key, Entry(rows, failure)
-
-
-def sample_table(
-    problem: Problem,
-    methods: Iterable[Method],
-    damping: float,
-    seed: int,
-    on_method: OnMethod | None = None,
-) -> pd.DataFrame:
-    """Per-sample norms, and the change of each sample's loss by each method's update.
-
-    Args:
-        problem: the model on its batch.
-        methods: whose updates.
-        damping: λ, absolute.
-        seed: for sampled labels.
-        on_method: called with the name of each method that is done.
-    """
-    table, kernel, failures = gradient_norms(problem), Kernel(problem), []
-
-    def change(method: Method) -> Tensor:
-        return loss_change(problem, method.prepare(problem, kernel, seed).direction(damping))
-
-    for method in methods:
-        column = f"loss_change_{method.name}"
-        try:
-            table[column] = problem.shards.synchronized(partial(change, method)).cpu().numpy()
-        except Exception as error:  # a method may be anybody's code; its failure is data
-            table[column] = math.nan
-            failures.append(f"{method.name}: {failure_reason(error)}")
-        if on_method is not None:
-            on_method(method.name)
-    return table.assign(reason="; ".join(failures))
 
 
 def _lost_memory(table: pd.DataFrame) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
-from ngeval.grading.evaluate import Progress as OnMethod
+from ngeval.grading.prepare import Progress as OnMethod
 from ngeval.results.journal import Key
 from ngeval.results.manifest import (
     RunManifest,
