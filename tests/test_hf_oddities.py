@@ -106,7 +106,7 @@ class TestAdapters:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"peft_type": "WONDER"}, "knows no adapters of type 'WONDER'"),
+            ({"peft_type": "WONDER"}, "has no adapters of type 'WONDER'"),
             ({"peft_type": 5}, "no peft_type"),
             ({"task_type": ["SEQ_CLS"]}, "not what PEFT writes"),
             ({"modules_to_save": 5}, "not what PEFT writes"),

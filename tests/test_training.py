@@ -240,7 +240,7 @@ class TestSettings:
             ({"optimizer": "torch.optim.SparseAdam"}, "does not support dense gradients"),
             ({"optimizer": "ngeval.optim.iEF"}, "train with 'ief'"),
             ({"optimizer": "ngeval.optim.exact.NG"}, "train with 'ng'"),
-            ({"optimizer": "trainings.Own"}, "train with 'ief'"),
+            ({"optimizer": "tests.trainings.Own"}, "train with 'ief'"),
             ({"optimizer": "ief:2"}, "only sf takes a number"),
             ({"optimizer": "sf:0"}, "only sf takes a number"),
             ({"optimizer": "sf:x"}, "only sf takes a number"),
@@ -363,7 +363,7 @@ class TestDivergence:
             reports(optimizer=name, learning_rate=1e300)
 
     def test_what_anothers_step_raises_is_said_to_be_that(self):
-        found = Training(CLASSES, None, "trainings.Fifth", epochs=2, batch_size=16).run()
+        found = Training(CLASSES, None, "tests.trainings.Fifth", epochs=2, batch_size=16).run()
         assert [next(found).epoch, next(found).epoch] == [0, 1]
         with pytest.raises(ngeval.ModelError, match="Fifth's step failed: KeyError: 'the fifth st"):
             next(found)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ngeval.analysis import stages
 from ngeval.analysis.best_damping import without_damping
 from ngeval.analysis.layer_summary import leading_layers, summarize_layers, with_rest
-from ngeval.analysis.norms import imbalance
+from ngeval.analysis.norms import imbalances
 from ngeval.analysis.stages import three_stages
 from ngeval.analysis.summary import summarize
 from ngeval.utils.text import visible
@@ -196,11 +196,12 @@ def imbalance_table(table: pd.DataFrame) -> Table:
     )
     for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
         shown.add_column(column, justify="left" if column == "checkpoint" else "right")
+    batches = imbalances(table).groupby("checkpoint")["imbalance"]
+    ratios = batches.agg(lambda values: np.exp(np.log(values).mean()))
     for name, label in checkpoint_labels(table).items():
-        rows = table[table["checkpoint"] == name]
-        quantiles = rows["gradient_norm"].quantile([0, 0.05, 0.5, 0.95, 1])
-        ratio = math.exp(np.log(rows.groupby("batch")["gradient_norm"].apply(imbalance)).mean())
-        shown.add_row(label, *[f"{value:.3g}" for value in quantiles], f"{ratio:.3g}")
+        norms = table["gradient_norm"][table["checkpoint"] == name]
+        cells = [*norms.quantile([0, 0.05, 0.5, 0.95, 1]), ratios[name]]
+        shown.add_row(label, *[f"{value:.3g}" for value in cells])
     return shown
 
 
