@@ -53,7 +53,7 @@ def checkpoint_labels(*tables: pd.DataFrame) -> dict[str, str]:
     if (column := stage_column(rows)) is not None:
         labels = [f"{column} {value}" for value in _whole_texts(rows[column].tolist())]
     else:
-        ends = [name.replace("\\", "/").rstrip("/").rpartition("/")[2] for name in names]
+        ends = [name.rstrip("/").rpartition("/")[2] for name in names]
         labels = ends if len(set(ends)) == len(names) else names
         labels = [label or "the checkpoint" for label in labels]
     return dict(zip(names, labels, strict=True))

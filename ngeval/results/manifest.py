@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ngeval.errors import OutputError
@@ -162,6 +161,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Platform, processor, GPUs, threads; memory in bytes."""
+    import torch  # noqa: PLC0415  (manifests are read without torch)
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "platform": platform.platform(),
