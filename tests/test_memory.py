@@ -8,7 +8,8 @@ import torch
 import ngeval
 from ngeval.jacobians import gram_matrix
 from ngeval.jacobians import row_source as rows
-from ngeval.utils.memory import MIN_BYTES, describe_bytes, free_memory, halving
+from ngeval.utils.memory import MIN_BYTES, free_memory, halving
+from ngeval.utils.text import describe_bytes
 from tests import problems
 from tests.problems import relative_gap
 

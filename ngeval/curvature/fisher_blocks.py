@@ -30,7 +30,7 @@ from ngeval.model.parameter_groups import Group
 from ngeval.problem.fisher import factor_columns
 from ngeval.problem.gamma import gamma
 from ngeval.problem.problem import Problem
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 MODERATE_RESIDUAL = 1e2
 """Up to that entry of r (a loss of 9 nats) blocks may be made in parameter space."""

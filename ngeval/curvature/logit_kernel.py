@@ -28,7 +28,7 @@ from ngeval.problem.fisher import (
     unit_cotangents,
 )
 from ngeval.problem.linearized import Linearized, Sizes
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 EXPLICIT_ENTRIES = 2**22
 """Up to this many entries J is kept itself (32 MiB in float64)."""

@@ -27,7 +27,8 @@ from ngeval.jacobians.inner_products import (
 from ngeval.jacobians.terms import ALL, Term
 from ngeval.jacobians.whole_model import loop_rows, vmap_rows, whole_model_term
 from ngeval.model.function import ModelFunction, Parameters, model_errors
-from ngeval.utils.memory import describe_bytes, halving
+from ngeval.utils.memory import halving
+from ngeval.utils.text import describe_bytes
 
 STREAM_MEMORY = 2**26
 """Bytes of rows that are only iterated over: larger blocks are slower, as they miss every cache."""

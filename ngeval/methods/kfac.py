@@ -34,7 +34,7 @@ from ngeval.jacobians.terms import Term
 from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import SAMPLED, Labels, parse_draws
 from ngeval.problem.problem import Problem
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 DIAGONAL, GRADIENT, ZERO = "diagonal", "gradient", "zero"
 RESTS = (DIAGONAL, GRADIENT, ZERO)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ngeval.errors import EngineError, InputError
 from ngeval.problem.fisher import SMALL, factor_columns
 from ngeval.problem.problem import Problem
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 EXACT, SAMPLED, DATA, IMPROVED = "exact", "sampled", "data", "improved"
 

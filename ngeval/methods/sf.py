@@ -18,7 +18,7 @@ from ngeval.errors import EngineError
 from ngeval.methods.base import CotangentState
 from ngeval.methods.label_sources import parse_draws
 from ngeval.problem.problem import Problem
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 
 @dataclass(frozen=True)

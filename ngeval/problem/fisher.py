@@ -19,7 +19,7 @@ from ngeval.errors import EngineError, InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.model.tangents import push_directions, slices
 from ngeval.problem.linearized import Linearized, Sizes
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 SMALL = 2**26
 """Bytes that the columns of S may always take."""

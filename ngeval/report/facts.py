@@ -12,7 +12,7 @@ from ngeval.analysis.stages import checkpoint_labels
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
 from ngeval.report.sources import Source, Topic
 from ngeval.report.wording import damping_text, listed
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 SCALES = {
     "absolute": "absolute: λ is added to the sum-reduced curvature",

@@ -7,7 +7,7 @@ from datetime import timedelta
 from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work
-from ngeval.utils.memory import describe_bytes
+from ngeval.utils.text import describe_bytes
 
 
 def size_note(run: Run, work: Work, count: int) -> str:

@@ -32,18 +32,6 @@ def free_memory(device: torch.device) -> int:
     return int(SHARE_OF_FREE * psutil.virtual_memory().available / ranks)
 
 
-def describe_bytes(count: float) -> str:
-    """An amount of memory as text.
-
-    >>> describe_bytes(3 * 2**29)
-    '1.5 GiB'
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{int(count)} B"
-
-
 def halving(attempt: Callable[[int], T], memory: int) -> T:
     """Call ``attempt(memory)``, with half the memory after every out-of-memory error."""
     while True:

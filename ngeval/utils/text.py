@@ -89,3 +89,15 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     """
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(shortened(name, MAX_LISTED) for name in names[:most]) + more
+
+
+def describe_bytes(count: float) -> str:
+    """An amount of memory as text.
+
+    >>> describe_bytes(3 * 2**29)
+    '1.5 GiB'
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{int(count)} B"
