@@ -1,8 +1,8 @@
-"""Text that any machine with Python has: docstrings of its own library, and a small T5 for them.
+"""Text that comes with Python: the docstrings of its library, and a small T5 trained on them.
 
-Paragraphs are labelled by the area of the library that they are from. The T5 is trained here to say
-what is missing in a sentence and what package a sentence is from; of the areas that make up the
-task it learns the names, and not which sentence belongs where.
+Paragraphs are labelled by the area of the library that they are from. The T5 is trained to fill in
+a missing word of a sentence and to name the package of a sentence. For the areas of the task the
+answer is random, so that it learns their names, but not which sentence belongs to which.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AREAS = {
     "http": ("http", "urllib", "wsgiref", "xmlrpc", "socketserver.py", "ftplib.py"),
     "decimal": ("_pydecimal.py", "fractions.py", "statistics.py", "datetime.py", "_pydatetime.py"),
 }
-"""The classes by their label words, and which parts of the library belong to each."""
+"""Parts of the library that belong to each class, by its label word."""
 
 TEMPLATE = "package of: {text}"
 PADDING, END, MISSING = "<pad>", "</s>", "<extra_id_0>"
@@ -37,13 +37,13 @@ IGNORED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_te
 
 @dataclass(frozen=True)
 class Base:
-    """How large the T5 is, and how long it is trained.
+    """Size of the T5 and length of its training.
 
     Attributes:
         shape: of transformers' ``T5Config``.
-        vocabulary: tokens at most.
+        vocabulary: maximum number of tokens.
         steps: of AdamW, on batches of 32 sentences.
-        learning_rate: the largest, of a one-cycle schedule.
+        learning_rate: maximum of a one-cycle schedule.
     """
 
     shape: dict[str, int]
@@ -53,9 +53,9 @@ class Base:
 
 
 def docstrings(parts: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Part of the library and paragraph; files are parsed, not imported, so nothing runs.
+    """Pairs of a part of the library and a paragraph; files are parsed, not imported.
 
-    The part is named for a docstring's first paragraph alone.
+    The part is empty for all but the first paragraph of a docstring.
 
     Args:
         parts: files and folders to read; None: all.
@@ -78,20 +78,20 @@ def docstrings(parts: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
 
 
 def labelled(pairs: Sequence[tuple[str, str]], seed: int) -> pd.DataFrame:
-    """First paragraphs that are of one area alone: columns ``text, label``, shuffled."""
-    found: dict[str, set[str]] = {}
+    """First paragraphs that occur in a single area: columns ``text, label``, shuffled."""
+    areas_of: dict[str, set[str]] = {}
     owners = {part: area for area, parts in AREAS.items() for part in parts}
     for part, sentence in pairs:
         if part in owners:
-            found.setdefault(sentence, set()).add(owners[part])
-    clear = {sentence: areas.pop() for sentence, areas in found.items() if len(areas) == 1}
+            areas_of.setdefault(sentence, set()).add(owners[part])
+    clear = {sentence: areas.pop() for sentence, areas in areas_of.items() if len(areas) == 1}
     labels = [list(AREAS).index(area) for area in clear.values()]
     table = pd.DataFrame({"text": list(clear), "label": labels})
     return table.sample(frac=1, random_state=seed)  # files in order would split by file
 
 
 def split(table: pd.DataFrame, sizes: Sequence[int]) -> list[pd.DataFrame]:
-    """Parts with so many sentences of each class, one after the other."""
+    """Split into parts with these numbers of sentences of each class."""
     place = table.groupby("label").cumcount()
     parts, start = [], 0
     for size in sizes:
@@ -131,17 +131,16 @@ def pretrain(
     seed: int,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Any, Any]:
-    """Make a tokenizer and train a T5 to say what is missing in a sentence.
+    """Make a tokenizer and train a T5 to fill in a missing word or to name the package.
 
-    Half of the time it is asked for the package. For the areas of the task a random one of them is
-    the answer, so that what is left to tune is which sentence belongs to which. Weights are drawn
-    from torch's global generator.
+    For the areas of the task a random one of them is the answer, so that which sentence belongs to
+    which remains to be tuned. Weights are drawn from torch's global generator.
 
     Args:
         pairs: part of the library (or "") and sentence.
         base: size of the model and length of the training.
         seed: for the choice of sentences, words and answers.
-        on_step: told the loss of each step.
+        on_step: called with the loss of each step.
 
     Returns:
         The model, in train mode, and the tokenizer.
@@ -164,13 +163,13 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     choices = random.Random(seed)  # no secrets here
     for _ in range(steps):
-        start = choices.randrange(len(texts) - 32)  # of like length, so there is little padding
-        source, answers = [], []
+        start = choices.randrange(len(texts) - 32)  # similar lengths need little padding
+        prompts, answers = [], []
         for text in texts[start : start + 32]:
-            shown, answer = _question(text, names, choices)
-            source.append(torch.tensor(tokenizer(shown)["input_ids"]))
+            prompt, answer = _question(text, names, choices)
+            prompts.append(torch.tensor(tokenizer(prompt)["input_ids"]))
             answers.append(torch.tensor(tokenizer(answer)["input_ids"]))
-        inputs = nn.utils.rnn.pad_sequence(source, True, 0)
+        inputs = nn.utils.rnn.pad_sequence(prompts, True, 0)
         labels = nn.utils.rnn.pad_sequence(answers, True, -100)
         loss = model(input_ids=inputs, attention_mask=inputs.ne(0).long(), labels=labels).loss
         optimizer.zero_grad()
@@ -183,10 +182,10 @@ def pretrain(
 
 
 def _question(text: str, names: dict[str, str], choices: random.Random) -> tuple[str, str]:
-    """What the model is shown of a sentence, and what it is to answer."""
-    shown, answer = TEMPLATE.format(text=text), names[text]
+    """A prompt made of a sentence, and its answer."""
+    prompt, answer = TEMPLATE.format(text=text), names[text]
     if not answer or choices.random() < 0.5:
         words = text.split()
         first = choices.randrange(len(words))
         return " ".join([*words[:first], MISSING, *words[first + 1 :]]), words[first]
-    return shown, choices.choice(list(AREAS)) if answer == "?" else answer
+    return prompt, choices.choice(list(AREAS)) if answer == "?" else answer

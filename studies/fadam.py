@@ -1,4 +1,4 @@
-"""FAdam against Adam: who trains better, which correction does it, and is the root the right power?
+"""FAdam against Adam: which trains better, which correction matters, is ½ the right exponent?
 
 Every contender has the same number of trainings to find its learning rate, by the validation loss;
 then it is trained from several other seeds, which all contenders share, and tested. Source of the
@@ -31,25 +31,25 @@ from studies.fadam_findings import findings
 from studies.fadam_models import Subject, language, regression, vq_vae
 
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""ρ."""
+"""Values of ρ."""
 
 DECAY = 0.01
-"""λ of weight decay, of AdamW and FAdam alike."""
+"""Weight decay of AdamW and FAdam."""
 
 SEARCH_SEED = 500
-"""Of the trainings that find learning rates; none of those that are compared has it."""
+"""Seed of the trainings that find learning rates; the trainings that are compared have others."""
 
 DAMPING = 1e-10
-"""λ of the graded diagonals, times the largest entry: next to none."""
+"""λ of the graded diagonals, relative to the largest entry: negligible."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer with its options, but for the learning rate.
+    """An optimizer with its options, except the learning rate.
 
     Attributes:
         optimizer: ``"adamw"``, ``"fadam"`` or ``"momentum"``.
-        without: the correction of FAdam that is switched off, or nothing.
+        without: the correction of FAdam that is switched off; empty for none.
         exponent: ρ.
     """
 
@@ -58,7 +58,7 @@ class Contender:
     exponent: float = 0.5
 
     def build(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
-        """The optimizer on some parameters."""
+        """Build the optimizer on some parameters."""
         if self.optimizer == "momentum":
             return SGD(parameters, learning_rate, momentum=0.9)
         if self.optimizer == "adamw":
@@ -74,15 +74,15 @@ POWERS = tuple(Contender("fadam", exponent=rho) for rho in EXPONENTS if rho != 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it is done.
+    """The extent of a size.
 
     Attributes:
         seeds: trainings of every contender at its best learning rate.
-        rates: learning rates that are tried, of Adam and FAdam, and as many of SGD.
-        steps: of a training, by what is trained: language, regression, VQ-VAE.
-        ablated: which corrections are switched off.
+        rates: learning rates to try with Adam and FAdam, and as many to try with SGD.
+        steps: of a training of the language model, of a regression and of the VQ-VAE.
+        ablated: contenders with a correction switched off.
         powers: contenders with other exponents.
-        graded: at which parts of a training γ is measured.
+        graded: fractions of a training after which γ is measured.
         samples: N of the graded batches: sequences, points.
     """
 
@@ -120,35 +120,35 @@ PLANS: dict[Size, Plan] = {
 def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     """All trainings, and γ along some of them.
 
-    The column ``part`` says which: ``training``, a row for each (see `trained`), or ``gamma``
-    (rows of `ngeval.evaluate`).
+    The column ``part`` distinguishes the rows: ``training``, one for each training (see `train`),
+    and ``gamma``, rows of `ngeval.evaluate`.
     """
     plan = PLANS[size]
     for subject, steps, contenders in entries(plan):
         total = len(contenders) * (len(plan.rates[0]) + plan.seeds)
         for contender in contenders:
             rates = plan.rates[contender.optimizer == "momentum"]
-            tried = []
+            trials = []
             for rate in rates:
-                row = trained(subject, contender, rate, seed + SEARCH_SEED, steps)
-                tried.append({**row, "phase": "search"})
+                row = train(subject, contender, rate, seed + SEARCH_SEED, steps)
+                trials.append({**row, "phase": "search"})
                 progress(subject.name, total)
-            best = min(tried, key=lambda row: row["validation_loss"])["learning_rate"]
-            yield pd.DataFrame(tried).assign(part="training")
+            best = min(trials, key=lambda row: row["validation_loss"])["learning_rate"]
+            yield pd.DataFrame(trials).assign(part="training")
             for number in range(plan.seeds):
-                graded: list[pd.DataFrame] = []
-                grade = _grading(subject, contender, plan, graded)
+                gammas: list[pd.DataFrame] = []
+                grade = _grading(subject, contender, plan, gammas)
                 stops = {round(part * steps) for part in plan.graded} if grade else ()
-                row = trained(subject, contender, best, seed + number, steps, grade, stops)
+                row = train(subject, contender, best, seed + number, steps, grade, stops)
                 progress(subject.name, total)
                 final = {**row, "phase": "final", "at_edge": best in (rates[0], rates[-1])}
                 yield pd.DataFrame([final]).assign(part="training")
-                for table in graded:
+                for table in gammas:
                     yield table.assign(part="gamma", seed=seed + number)
 
 
 def entries(plan: Plan) -> list[tuple[Subject, int, Sequence[Contender]]]:
-    """What is trained, for how long, and by whom."""
+    """The subjects with their numbers of steps and their contenders."""
     pair = (ADAM, FISHER)
     regressing = (MOMENTUM, ADAM, FISHER)
     return [
@@ -159,7 +159,7 @@ def entries(plan: Plan) -> list[tuple[Subject, int, Sequence[Contender]]]:
     ]
 
 
-def trained(
+def train(
     subject: Subject,
     contender: Contender,
     learning_rate: float,
@@ -168,14 +168,14 @@ def trained(
     grade: Callable[[int, nn.Module, Optimizer], None] | None = None,
     stops: Iterable[int] = (),
 ) -> dict[str, Any]:
-    """Train once, the learning rate falling to 0 along a straight line.
+    """Train once, with a learning rate that decays linearly to 0.
 
     Args:
-        subject: what.
-        contender: by which optimizer.
+        subject: the model with its data.
+        contender: the optimizer.
         learning_rate: η of the first step.
         seed: of the initial weights and the batches.
-        steps: how many.
+        steps: number of steps.
         grade: called with the step, the model and the optimizer after each of ``stops``.
         stops: numbers of steps.
 
@@ -189,7 +189,7 @@ def trained(
         model = subject.build()
     optimizer = contender.build(model.parameters(), learning_rate)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    wanted, late = set(stops), []
+    stops, late = set(stops), []
     for step, batch in enumerate(islice(subject.batches(steps, seed), steps), 1):
         optimizer.zero_grad()
         loss = subject.loss(model, batch)
@@ -198,7 +198,7 @@ def trained(
         schedule.step()
         if step > 0.9 * steps:
             late.append(float(loss.detach()))
-        if step in wanted and grade is not None:
+        if grade is not None and step in stops:
             grade(step, model, optimizer)
     with torch.no_grad():
         held_out = {kind: subject.held_out(model, kind) for kind in ("validation", "test")}
@@ -216,12 +216,12 @@ def trained(
 
 
 def _grading(
-    subject: Subject, contender: Contender, plan: Plan, found: list[pd.DataFrame]
+    subject: Subject, contender: Contender, plan: Plan, tables: list[pd.DataFrame]
 ) -> Callable[[int, nn.Module, Optimizer], None] | None:
-    """What measures γ along a training, and adds its rows to ``found``; None where none is.
+    """A function that appends γ along a training to ``tables``; None where γ is not measured.
 
-    Along FAdam's training of the GPT every ρ; along Adam's of the regressions the empirical
-    diagonal and the exact one.
+    It grades every ρ along FAdam's training of the GPT, and the empirical and the exact diagonal
+    along Adam's training of the regressions.
     """
     texts = subject.name == "character GPT"
     if contender != (FISHER if texts else ADAM) or subject.name == "VQ-VAE":
@@ -234,7 +234,7 @@ def _grading(
         problem = Problem(model, inputs[:samples], targets[:samples], likelihood)
         methods = graded_powers(optimizer) if texts else graded_diagonals(optimizer)
         table = evaluate(problem, methods, [DAMPING], damping_scale="relative", natural=not texts)
-        found.append(table[GAMMA_COLUMNS].assign(subject=subject.name, step=step))
+        tables.append(table[GAMMA_COLUMNS].assign(subject=subject.name, step=step))
 
     return grade
 
@@ -244,14 +244,14 @@ GAMMA_COLUMNS = ["method", "gamma", "gamma_over_sgd", "gamma_over_ng", "status",
 
 def graded_powers(optimizer: Optimizer) -> list[Method]:
     """The gradient over the batch's empirical diagonal, and over FAdam's f, to every power ρ."""
-    own = get_methods([f"diag-ef:{rho:g}" for rho in EXPONENTS])
-    return [*own, *(_natural_gradient(optimizer, rho) for rho in EXPONENTS)]
+    diagonals = get_methods([f"diag-ef:{rho:g}" for rho in EXPONENTS])
+    return [*diagonals, *(_natural_gradient(optimizer, rho) for rho in EXPONENTS)]
 
 
 def _natural_gradient(optimizer: Optimizer, exponent: float) -> Method:
-    """FAdam's ḡ with its present f, before clipping and momentum, with another ρ.
+    """FAdam's ḡ with its current f and a different ρ, before clipping and momentum.
 
-    As in training, f takes in the batch itself first: where it were 0, ḡ would be out of bounds.
+    As in training, f is updated with the batch first: where f is 0, ḡ would be unbounded.
     """
     [group] = optimizer.param_groups
     betas = 0.0, group["betas"][1]

@@ -1,7 +1,7 @@
-"""What FAdam and Adam are compared on: a character GPT, two regressions, and a VQ-VAE.
+"""Subjects of *fadam*: a character GPT, one regression in two forms, and a VQ-VAE.
 
-All data is on every machine: the help topics that ship with Python (their text varies a little from
-one of its versions to the next), a random teacher network, and scikit-learn's digits.
+Nothing is downloaded: the data are the help topics that ship with Python (their text varies a
+little between its versions), a random teacher network, and scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 Batch = tuple[Tensor, Tensor]
 
 VOCABULARY = 64
-"""Characters by how often they come in the training text; the last stands for all others."""
+"""The most frequent characters of the training text; the last token stands for all others."""
 
 CONTEXT = 32
 """Characters in a sequence."""
@@ -29,11 +29,11 @@ NOISE = 0.2
 """σ of the regressions' targets around the teacher, whose outputs have variance 1."""
 
 BINS = 16
-"""Classes that the discrete regression cuts its targets into: equally wide from −3 to 3, the first
-and the last going on for ever."""
+"""Classes of the discrete regression: targets in intervals of equal width from −3 to 3, the first
+and the last of which are unbounded."""
 
 COMMITMENT = 0.25
-"""The weight of a VQ-VAE's commitment loss."""
+"""Weight of the VQ-VAE's commitment loss."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Subject:
 
     Attributes:
         name: in tables.
-        build: the model, from torch's random numbers as they are.
+        build: makes the model, from torch's global generator.
         batches: ``(steps, seed) -> iterator``, the training batches.
-        loss: of a batch, that training minimises.
-        held_out: what is compared, on the ``"validation"`` and on the ``"test"`` data.
+        loss: the training loss of a batch.
+        held_out: the loss to compare, on the ``"validation"`` or on the ``"test"`` data.
         unit: of ``held_out``.
     """
 
@@ -61,10 +61,9 @@ class Subject:
 
 
 class Block(nn.Module):
-    """A causal transformer block, normalised before each part."""
+    """A causal transformer block with pre-normalisation; the perceptron is four times as wide."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Attention and a perceptron of four times the width."""
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.mixing, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -72,7 +71,7 @@ class Block(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """From and to shape ``(N, T, width)``."""
+        """Shape ``(N, T, width)`` in and out."""
         parts = self.mixing(self.norms[0](x)).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -82,10 +81,12 @@ class Block(nn.Module):
 
 
 class CharacterGpt(nn.Module):
-    """Logits of the next character at every position, shape ``(N, T, VOCABULARY)``."""
+    """Logits of the next character at every position, shape ``(N, T, VOCABULARY)``.
+
+    Positions are learnt, and the head is not tied to the embedding.
+    """
 
     def __init__(self, width: int = 32, layers: int = 2, heads: int = 2) -> None:
-        """Learnt positions; the head is not tied to the embedding."""
         super().__init__()
         self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
@@ -104,28 +105,28 @@ class CharacterGpt(nn.Module):
 def text() -> dict[str, Tensor]:
     """The help topics as tokens: a tenth of the paragraphs is validation, and a tenth is test.
 
-    Topics quote each other, so a paragraph is taken once, wherever it comes again.
+    Topics quote each other, so repeated paragraphs are dropped.
     """
     whole = "\n\n".join(topics[name] for name in sorted(topics))
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for index, paragraph in enumerate(dict.fromkeys(whole.split("\n\n"))):
         kind = {8: "validation", 9: "test"}.get(index % 10, "train")
         parts[kind].append(paragraph)
-    joined = {kind: "\n\n".join(found) for kind, found in parts.items()}
+    joined = {kind: "\n\n".join(paragraphs) for kind, paragraphs in parts.items()}
     common = Counter(joined["train"]).most_common(VOCABULARY - 1)
     codes = {character: code for code, (character, _) in enumerate(common)}
     return {
-        kind: torch.tensor([codes.get(character, VOCABULARY - 1) for character in found])
-        for kind, found in joined.items()
+        kind: torch.tensor([codes.get(character, VOCABULARY - 1) for character in string])
+        for kind, string in joined.items()
     }
 
 
 def sequences(kind: str, count: int, generator: torch.Generator) -> Batch:
-    """Pieces of the text and, at every position, the character that comes next."""
+    """Random pieces of the text, and the next character at every position."""
     tokens = text()[kind]
     starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=generator)
-    found = tokens[starts + torch.arange(CONTEXT + 1)]
-    return found[:, :-1], found[:, 1:]
+    pieces = tokens[starts + torch.arange(CONTEXT + 1)]
+    return pieces[:, :-1], pieces[:, 1:]
 
 
 def character_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -155,7 +156,7 @@ def language(batch_size: int = 16, held_out: int = 256) -> Subject:
 
 @cache
 def teacher() -> nn.Module:
-    """A random function of six numbers, whose values have mean 0 and variance 1 or so."""
+    """A random function of six numbers, with values of mean 0 and variance 1 approximately."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         first, last = nn.Linear(6, 24), nn.Linear(24, 1)
@@ -168,19 +169,19 @@ def teacher() -> nn.Module:
 
 
 def points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, the teacher's values, and these with noise: shapes ``(N, 6), (N, 1), (N, 1)``."""
+    """Inputs, the teacher's values, and the values with noise: ``(N, 6), (N, 1), (N, 1)``."""
     inputs = torch.randn(count, 6, generator=generator)
     values = teacher()(inputs)
     return inputs, values, values + NOISE * torch.randn(count, 1, generator=generator)
 
 
 def edges() -> Tensor:
-    """Where one class ends and the next begins, ``BINS − 1`` of them."""
+    """The ``BINS − 1`` boundaries between classes."""
     return torch.linspace(-3, 3, BINS + 1)[1:-1]
 
 
 def class_probabilities(values: Tensor) -> Tensor:
-    """Of the classes given the teacher's value: the normal mass in each bin, ``(N, BINS)``."""
+    """Class probabilities for a teacher's value: the normal mass in each bin, ``(N, BINS)``."""
     below = torch.special.ndtr((edges().double() - values.double()) / NOISE)
     ends = torch.zeros_like(below[:, :1]), torch.ones_like(below[:, :1])
     return torch.cat([ends[0], below, ends[1]], 1).diff(dim=1).clamp_min(0)
@@ -196,8 +197,8 @@ def perceptron(outputs: int) -> nn.Module:
 def regression(form: str, batch_size: int = 64, held_out: int = 2048) -> Subject:
     """The teacher's values with noise, as numbers or as classes.
 
-    ``"continuous"``: the network gives the mean of a normal density with the true σ.
-    ``"discrete"``: it gives the probabilities of the bins. What is held out is in both the KL
+    ``"continuous"``: the network outputs the mean of a normal density with the true σ.
+    ``"discrete"``: it outputs the probabilities of the bins. The held-out loss of both is the KL
     divergence from the true distribution to the network's, in nats, so that 0 is perfect and the
     two forms can be compared.
     """
@@ -235,10 +236,9 @@ def regression(form: str, batch_size: int = 64, held_out: int = 2048) -> Subject
 
 
 class VqVae(nn.Module):
-    """Digits by four codes out of a book, each of eight numbers (van den Oord et al. 2017)."""
+    """Digits as four codes of a book, each of eight numbers (van den Oord et al. 2017)."""
 
     def __init__(self, width: int = 96, latents: int = 4, codes: int = 32, size: int = 8) -> None:
-        """Perceptrons on both sides of the book."""
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Linear(64, width), nn.ReLU(), nn.Linear(width, latents * size)
@@ -251,16 +251,15 @@ class VqVae(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstruction, and the codebook and commitment losses of each sample.
 
-        The nearest codes stand for the encoder's outputs; the gradient goes past them straight
-        through.
+        The nearest codes replace the encoder's outputs, with a straight-through gradient.
         """
         encoded = self.encoder(pixels).unflatten(1, (-1, self.book.shape[1]))
         nearest = torch.cdist(encoded.detach(), self.book.detach()).argmin(-1)
-        chosen = self.book[nearest]
-        moved = (chosen - encoded.detach()).square().sum((1, 2))
-        kept = (chosen.detach() - encoded).square().sum((1, 2))
-        passed = encoded + (chosen - encoded).detach()
-        return self.decoder(passed.flatten(1)), moved + COMMITMENT * kept
+        codes = self.book[nearest]
+        codebook = (codes - encoded.detach()).square().sum((1, 2))
+        commitment = (codes.detach() - encoded).square().sum((1, 2))
+        straight_through = encoded + (codes - encoded).detach()
+        return self.decoder(straight_through.flatten(1)), codebook + COMMITMENT * commitment
 
 
 @cache
@@ -280,14 +279,14 @@ def vq_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def vq_vae(batch_size: int = 64) -> Subject:
-    """The VQ-VAE; what is held out is the mean squared error of a pixel."""
+    """The VQ-VAE; its held-out loss is the mean squared error of a pixel."""
 
     def batches(steps: int, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         pixels = digits()["train"]
         for _ in range(steps):
-            chosen = pixels[torch.randint(len(pixels), (batch_size,), generator=generator)]
-            yield chosen, chosen
+            images = pixels[torch.randint(len(pixels), (batch_size,), generator=generator)]
+            yield images, images
 
     def measure(model: nn.Module, kind: str) -> float:
         pixels = digits()[kind]

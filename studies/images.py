@@ -1,14 +1,14 @@
 """Image tasks of the study *optimization*: colour images for an MLP, and a small ViT with LoRA.
 
-Both come from scikit-learn's digits, so that nothing is downloaded. Real CIFAR-10 takes the place
-of the colour images where its files are given.
+Both are made of scikit-learn's digits, so that nothing is downloaded. CIFAR-10 replaces the colour
+images where its files are available.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ngeval.errors import TaskError
-from ngeval.tasks.base import Batch, LoadBatches, Task
+from ngeval.model.checks import Inputs
+from ngeval.model.function import map_inputs
+from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf.cifar import read_cifar
 from ngeval.tasks.sampling import shuffled_batches
 from ngeval.utils.optional import optional_module
 
 CIFAR_SIZES = (4000, 1000, 2000)
-"""Training, validation and test images that are taken of CIFAR-10."""
+"""Numbers of training, validation and test images of CIFAR-10."""
 
 DIGITS_SIZES = (1197, 300, 300)
 RESERVED = range(5)
-"""The digits that the ViT is pre-trained on; it is tuned on the others."""
+"""The digits that the ViT is pre-trained on; it is tuned on the other digits."""
 
 VIT = {
     "image_size": 8,
@@ -48,50 +50,51 @@ VIT = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Samples:
     """Inputs and targets of one part of the data."""
 
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
 
-    def batches(self) -> LoadBatches:
+    def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
         """As `ngeval.Task.load_batches`."""
-
-        def load(batch_size: int, num_batches: int | None, seed: int) -> Any:
-            for chosen in shuffled_batches(len(self.targets), batch_size, num_batches, seed):
-                yield self.inputs[chosen], self.targets[chosen]
-
-        return load
+        for index in shuffled_batches(len(self.targets), batch_size, num_batches, seed):
+            yield self._take(index)
 
     def whole(self) -> list[Batch]:
-        """All of it in one batch."""
+        """All samples in one batch."""
         return [(self.inputs, self.targets)]
 
+    def _take(self, index: Tensor) -> Batch:
+        return map_inputs(self.inputs, lambda tensor: tensor[index]), self.targets[index]
 
-def three_parts(inputs: Tensor, targets: Tensor, sizes: Sequence[int], seed: int) -> list[Part]:
-    """Training, validation and test parts of so many samples, stratified by class."""
+
+def three_parts(inputs: Tensor, targets: Tensor, sizes: Sequence[int], seed: int) -> list[Samples]:
+    """Training, validation and test parts of these sizes, stratified by class."""
     labels = targets.numpy()
-    places = np.arange(len(labels))
+    left = np.arange(len(labels))
     parts = []
     for size in sizes[::-1]:
-        if size < len(places):
-            places, taken = train_test_split(
-                places, test_size=size, stratify=labels[places], random_state=seed
+        if size < len(left):
+            left, part = train_test_split(
+                left, test_size=size, stratify=labels[left], random_state=seed
             )
         else:
-            taken = places
-        chosen = torch.from_numpy(taken)
-        parts.append(Part(inputs[chosen], targets[chosen]))
+            part = left
+        index = torch.from_numpy(part)
+        parts.append(Samples(inputs[index], targets[index]))
     return parts[::-1]
 
 
-def make_task(name: str, build: Any, parts: Sequence[Part], description: str) -> Task:
-    """A classification task of three parts."""
+def make_task(
+    name: str, build: Callable[[], nn.Module], parts: Sequence[Samples], description: str
+) -> Task:
+    """A classification task with training, validation and test parts."""
     train, validation, test = parts
     return Task(
         name,
         build,
-        train.batches(),
+        train.batches,
         "categorical",
         validation.whole,
         description,
@@ -110,44 +113,43 @@ def image_task(data_dir: Path | None = None) -> Task:
     """
     if data_dir is None:
         return _mlp_task("coloured-digits-mlp", _coloured(), "digits on coloured textures")
-    found = [read_cifar("cifar10", data_dir, split) for split in ("train", "test")]
-    if found[0] is None or found[1] is None:
+    train, test = (read_cifar("cifar10", data_dir, split) for split in ("train", "test"))
+    if train is None or test is None:
         raise TaskError(f"{data_dir} holds no files of CIFAR-10 (cifar-10-batches-py or -bin)")
-    train, test = found[0], found[1]
-    cut, held, kept = CIFAR_SIZES
+    num_train, num_validation, num_test = CIFAR_SIZES
     parts = [
-        Part(_standardised(images.pixels[span]), torch.from_numpy(images.labels[span]))
+        Samples(_standardised(images.pixels[span]), torch.from_numpy(images.labels[span]))
         for images, span in (
-            (train, slice(cut)),
-            (train, slice(cut, cut + held)),
-            (test, slice(kept)),
+            (train, slice(num_train)),
+            (train, slice(num_train, num_train + num_validation)),
+            (test, slice(num_test)),
         )
     ]
-    return _mlp_task("cifar10-mlp", parts, f"{cut:,} images of CIFAR-10")
+    return _mlp_task("cifar10-mlp", parts, f"{num_train:,} images of CIFAR-10")
 
 
-def _mlp_task(name: str, parts: Sequence[Part], what: str) -> Task:
+def _mlp_task(name: str, parts: Sequence[Samples], data: str) -> Task:
     def build() -> nn.Module:
         layers = (nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         return nn.Sequential(*layers)
 
-    return make_task(name, build, parts, f"MLP 3072-64-64-10 on {what}")
+    return make_task(name, build, parts, f"MLP 3072-64-64-10 on {data}")
 
 
 def _standardised(pixels: np.ndarray) -> Tensor:
-    """Bytes ``(n, 32, 32, 3)`` as rows of numbers about 0."""
+    """Bytes ``(n, 32, 32, 3)`` as rows of numbers around 0."""
     return (torch.from_numpy(pixels).flatten(1).float() / 255 - 0.5) / 0.25
 
 
 @cache
-def _coloured() -> list[Part]:
+def _coloured() -> list[Samples]:
     images, labels = load_digits(return_X_y=True)
     pixels = coloured_digits(torch.tensor(images / 16, dtype=torch.float32), seed=0)
     return three_parts(_standardised(pixels), torch.tensor(labels), DIGITS_SIZES, seed=0)
 
 
 def coloured_digits(images: Tensor, seed: int) -> np.ndarray:
-    """Digits as images of CIFAR-10's shape: each in a bright colour, moved, on a darker texture.
+    """Digits as images of CIFAR-10's shape: shifted, in a bright colour on a darker texture.
 
     Args:
         images: pixels in [0, 1], shape ``(n, 64)``.
@@ -168,12 +170,12 @@ def coloured_digits(images: Tensor, seed: int) -> np.ndarray:
     texture = interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)
     colour = 0.4 + 0.6 * torch.rand(count, 3, 1, 1, generator=generator)
     noise = 0.08 * torch.randn(count, 3, 32, 32, generator=generator)
-    made = (mask * colour + (1 - mask) * 0.55 * texture + noise).clamp(0, 1)
-    return (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = (mask * colour + (1 - mask) * 0.55 * texture + noise).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def vit_lora_task(steps: int, sizes: Sequence[int] = (300, 200, 390)) -> Task:
-    """LoRA on a small ViT: pre-trained on turned digits 0 to 4, tuned to tell 5 to 9 apart.
+    """LoRA on a small ViT, which is pre-trained on rotated digits 0 to 4, for the digits 5 to 9.
 
     Args:
         steps: of the pre-training.
@@ -184,8 +186,8 @@ def vit_lora_task(steps: int, sizes: Sequence[int] = (300, 200, 390)) -> Task:
     """
     peft = optional_module("peft")
     inputs, targets = _square_digits()
-    wanted = targets >= len(RESERVED)
-    parts = three_parts(inputs[wanted], targets[wanted] - len(RESERVED), sizes, seed=0)
+    others = targets >= len(RESERVED)
+    parts = three_parts(inputs[others], targets[others] - len(RESERVED), sizes, seed=0)
 
     def build() -> nn.Module:
         model = copy.deepcopy(_pretrained_vit(steps))
@@ -199,11 +201,11 @@ def vit_lora_task(steps: int, sizes: Sequence[int] = (300, 200, 390)) -> Task:
 
 
 def adapted(model: nn.Module, config: Any) -> nn.Module:
-    """A model with an adapter of PEFT, which warns of what transformers will have no more."""
+    """A model with a PEFT adapter, without the deprecation warnings that PEFT causes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made: nn.Module = optional_module("peft").get_peft_model(model, config)
-    return made
+        adapted_model: nn.Module = optional_module("peft").get_peft_model(model, config)
+    return adapted_model
 
 
 def _square_digits() -> tuple[Tensor, Tensor]:
@@ -214,19 +216,19 @@ def _square_digits() -> tuple[Tensor, Tensor]:
 
 @cache
 def _pretrained_vit(steps: int) -> Any:
-    """A ViT that tells the reserved digits apart, and which way they are turned."""
+    """A ViT that classifies the reserved digits and their rotation."""
     transformers = optional_module("transformers")
     inputs, targets = _square_digits()
-    known = targets < len(RESERVED)
-    turned = [(inputs[known].rot90(k, (2, 3)), 4 * targets[known] + k) for k in range(4)]
-    part = Part(torch.cat([x for x, _ in turned]), torch.cat([y for _, y in turned]))
+    reserved = targets < len(RESERVED)
+    rotated = [(inputs[reserved].rot90(k, (2, 3)), 4 * targets[reserved] + k) for k in range(4)]
+    samples = Samples(torch.cat([x for x, _ in rotated]), torch.cat([y for _, y in rotated]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.ViTConfig(**VIT, num_labels=4 * len(RESERVED))
         model = transformers.ViTForImageClassification(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        for images, labels in part.batches()(64, steps, 0):
+        for images, labels in samples.batches(64, steps, 0):
             optimizer.zero_grad()
             cross_entropy(model(images).logits, labels).backward()
             optimizer.step()

@@ -1,10 +1,10 @@
-"""Optimizers against each other, tuned with equal budgets: five tasks in the manner of the paper.
+"""Optimizers against each other, tuned with equal budgets, on five tasks like those of the paper.
 
 AdamW, Adafactor, SGD, EF, SF and iEF train an MLP from scratch on digits and one on colour images,
-and tune a small T5 (LoRA, prompt tuning) and a small ViT (LoRA) that are pre-trained on the spot.
-Each has as many settings tried, and the best by validation loss trained from several seeds, which
-give all optimizers the same initial weights and the same order of samples. Source: Wu et al. (arXiv
-2406.06420), the tables of test performance and the curves of training loss.
+and tune a small T5 (LoRA, prompt tuning) and a small ViT (LoRA) that are pre-trained here. Each is
+tried with the same number of settings, and the best by validation loss is trained from several
+seeds, which give all optimizers the same initial weights and the same order of samples. Source: Wu
+et al. (arXiv 2406.06420), the tables of test performance and the curves of training loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from studies.tuning import Tuning
 Grid = dict[str, tuple[float, ...]]
 
 DAMPINGS: Grid = {"ef": (1.0, 30.0), "ief": (1e-4, 1.0), "sf": (1.0, 30.0)}
-"""EF and SF need more of it: what their gradients or few labels do not span is divided by λ."""
+"""EF and SF need larger ones: the part that their gradients or labels do not span is divided by
+λ."""
 
 FROM_SCRATCH: Grid = {
     "adamw": (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
@@ -58,13 +59,13 @@ class Part:
 
     Attributes:
         build: makes the task.
-        rates: learning rates that are tried, by optimizer; the exact ones have two dampings for
-            each, so that all have as many trainings.
+        rates: learning rates to try, by optimizer; the exact optimizers have half as many and two
+            dampings for each, so that all have the same number of trainings.
         epochs: of every training.
         batch_size: samples in a step.
         num_batches: steps in an epoch; None: one pass.
-        seeds: final trainings.
-        is_tuned: False tries nothing, and trains with the middle of each grid.
+        seeds: number of final trainings.
+        is_tuned: False trains with the middle of each grid, without tuning.
     """
 
     build: Callable[[], Task]
@@ -139,7 +140,7 @@ def run(
     Args:
         size: ``"quick"`` or ``"full"``.
         seed: the first of the seeds of trainings.
-        progress: told of each training.
+        progress: called after each training.
         data_dir: folder with CIFAR-10's files, for real images; None: coloured digits.
 
     Raises:

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy
 from numpy.typing import ArrayLike
 
-from ngeval.analysis.training_results import t_interval
+from ngeval.analysis.intervals import t_interval
 
 CONFIDENCE = 0.95
 

@@ -1,8 +1,9 @@
-"""Why the empirical Fisher fails: its updates put samples that are learnt first.
+"""Why the empirical Fisher fails: its updates favour samples that are already learnt.
 
-digits-mlp is trained with AdamW, and at every epoch EF, iEF, SF and the natural gradient are asked
-what they do to each sample, and graded by γ over a range of dampings. Source of the claims: Wu et
-al., "An improved empirical Fisher approximation for natural gradient descent" (arXiv 2406.06420).
+digits-mlp is trained with AdamW. At every epoch EF, iEF, SF and the natural gradient are graded by
+γ over a range of dampings, and their effect on every sample is measured. Source of the claims: Wu
+et al., "An improved empirical Fisher approximation for natural gradient descent" (arXiv
+2406.06420).
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from studies.why_ef_fails_findings import SMALL, findings
 
 METHODS = ("sgd", "ef", "sf", "ief")
 SAMPLED = {"sgd": 0.0, "ef": 0.0, "ief": 0.0, "sf": SMALL, "ng": SMALL}
-"""The updates whose effect on single samples is measured, with their λ. EF and iEF at λ = 0, where
-the claims are made; SF's pseudo-inverse is another thing than its limit."""
+"""The updates whose effect on single samples is measured, with their λ. The claims on EF and iEF
+are for λ = 0; SF's pseudo-inverse at λ = 0 differs from its limit."""
 
 RATES = {"sgd": 0.1, "ng": 0.1, "ief": 0.1, "ef": 0.02}
-"""Learning rates on the toy: of the natural gradient one that shows the path, of EF one that brings
-the losses to 0 in about as many steps, of SGD about a fifth of the largest stable one."""
+"""Learning rates on the toy: for the natural gradient one that shows the path, for EF one that
+brings the losses to 0 in about as many steps, for SGD about a fifth of the largest stable one."""
 
 SEEDS_APART = 1000
-"""Between the seeds of trainings, so that two studies do not share any."""
+"""Distance of the seeds of trainings, so that runs with different seeds do not share any."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of it is done.
+    """The extent of a size.
 
     Attributes:
-        trainings: with seeds of their own.
+        trainings: number of trainings, each with a different seed.
         epochs: of AdamW; a checkpoint after each.
-        num_batches: graded at each checkpoint.
+        num_batches: graded batches at each checkpoint.
         batch_size: N.
         dampings: λ, absolute.
         steps: of the toy's paths.
@@ -74,8 +75,8 @@ PLANS: dict[Size, Plan] = {
 def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
     """The toy's paths, then γ and effects on samples at every checkpoint of every training.
 
-    The column ``part`` says which: ``toy`` (see `ngeval.toy`), ``gamma`` (rows of
-    `ngeval.evaluate`, with the ``imbalance`` of the batch) or ``samples``.
+    The column ``part`` distinguishes the rows: ``toy`` (see `studies.toy`), ``gamma`` (rows of
+    `ngeval.evaluate`, with the ``imbalance`` of the batch) and ``samples``.
     """
     plan = PLANS[size]
     for table in trajectories(LeastSquares(), RATES, steps=plan.steps):
@@ -103,7 +104,7 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
 
 
 def _graded(job: Run, plan: Plan, *, with_samples: bool) -> Iterator[pd.DataFrame]:
-    """γ at every damping; on the first batch also what becomes of each sample."""
+    """γ at every damping; on the first batch also the effect on each sample."""
     for unit in iterate_units(job):
         batch = int(unit.columns["batch"])
         seed = job.seed + batch
@@ -112,8 +113,8 @@ def _graded(job: Run, plan: Plan, *, with_samples: bool) -> Iterator[pd.DataFram
         parts = [table.assign(part="gamma", imbalance=imbalance)]
         if with_samples and batch == 0:
             parts.append(sample_rows(unit.problem, seed).assign(part="samples"))
-        told = {key: unit.columns[key] for key in ("epoch", "step", "batch")}
-        table = pd.concat(parts, ignore_index=True).assign(**told)
+        place = {key: unit.columns[key] for key in ("epoch", "step", "batch")}
+        table = pd.concat(parts, ignore_index=True).assign(**place)
         yield table[[column for column in COLUMNS if column in table]]
 
 
@@ -122,11 +123,11 @@ COLUMNS = [
     *("gamma", "gamma_over_sgd", "gamma_floor", "imbalance"),
     *("sample", "loss", "residual_square", "gradient_norm", "loss_change", "projection"),
 ]
-"""Those of the parts ``gamma`` and ``samples``."""
+"""Columns of the parts ``gamma`` and ``samples``."""
 
 
 def sample_rows(problem: Problem, seed: int) -> pd.DataFrame:
-    """What each update does to every sample of a batch: one row for each of both.
+    """The effect of each update on every sample of a batch: one row for each pair.
 
     Returns:
         ``sample, loss`` (ℓ_n, nats), ``residual_square`` (s_n = ‖u_n‖²), ``gradient_norm`` (‖g_n‖),
@@ -139,9 +140,12 @@ def sample_rows(problem: Problem, seed: int) -> pd.DataFrame:
     for method, damping in zip(get_methods(SAMPLED), SAMPLED.values(), strict=True):
         state = method.prepare(problem, kernel, seed)
         change = loss_change(problem, state.direction(damping))
-        told = base.assign(method=method.name, damping=damping, status="ok", reason="")
         tables.append(
-            told.assign(
+            base.assign(
+                method=method.name,
+                damping=damping,
+                status="ok",
+                reason="",
                 loss_change=change.numpy(),
                 projection=-change.numpy() / base["gradient_norm"].to_numpy(),
             )

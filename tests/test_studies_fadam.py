@@ -27,7 +27,7 @@ from studies.fadam import (
     Contender,
     entries,
     graded_powers,
-    trained,
+    train,
 )
 from studies.fadam_findings import FORMS, TEXT, final, findings, ratio
 from tests.committed_figures import KEPT, make
@@ -147,15 +147,15 @@ def test_the_digits_are_split():
 
 def test_a_training_is_the_same_for_the_same_seed():
     subject = models.regression("discrete")
-    first, again = (trained(subject, FISHER, 0.01, 3, 12) for _ in range(2))
+    first, again = (train(subject, FISHER, 0.01, 3, 12) for _ in range(2))
     assert first == again
     assert first["status"] == "ok"
-    assert trained(subject, FISHER, 0.01, 4, 12)["test_loss"] != first["test_loss"]
-    assert trained(subject, ADAM, 0.01, 3, 12)["test_loss"] != first["test_loss"]
+    assert train(subject, FISHER, 0.01, 4, 12)["test_loss"] != first["test_loss"]
+    assert train(subject, ADAM, 0.01, 3, 12)["test_loss"] != first["test_loss"]
 
 
 def test_a_training_that_diverges_is_a_row():
-    row = trained(models.regression("continuous"), MOMENTUM, 1e3, 0, 12)
+    row = train(models.regression("continuous"), MOMENTUM, 1e3, 0, 12)
     assert row["status"] == "diverged"
     assert row["validation_loss"] == row["test_loss"] == math.inf
 
@@ -202,13 +202,18 @@ def test_graded_natural_gradients_are_fadams():
 # Verdicts
 
 
-def made_rows(better=1.0, off=1.0, power=1.0, gain=1.0, empirical=1.0, step=1.0, spread=0.01):
-    """Rows whose ratios are as given; seeds differ by far more than paired ratios do."""
-    generator = np.random.default_rng(0)
-    rows = []
+class Rows:
+    """Rows of the study; seeds differ by far more than paired ratios do."""
 
-    def train(subject, optimizer, loss, without="", exponent=0.5):
-        rows.extend(
+    def __init__(self, spread: float) -> None:
+        self.spread, self.generator = spread, np.random.default_rng(0)
+        self.records: list[dict[str, object]] = []
+
+    def noise(self) -> float:
+        return math.exp(self.spread * self.generator.standard_normal())
+
+    def train(self, subject, optimizer, loss, without="", exponent=0.5):
+        self.records.extend(
             {
                 **vars(Contender(optimizer, without, exponent)),
                 "part": "training",
@@ -217,45 +222,54 @@ def made_rows(better=1.0, off=1.0, power=1.0, gain=1.0, empirical=1.0, step=1.0,
                 "seed": seed,
                 "learning_rate": 0.01,
                 "at_edge": False,
-                "test_loss": loss * (1 + seed) * math.exp(spread * generator.standard_normal()),
+                "test_loss": loss * (1 + seed) * self.noise(),
             }
             for seed in range(5)
         )
 
-    def grade(subject, method, value, over):
-        rows.extend(
+    def grade(self, subject, method, value, over):
+        self.records.extend(
             {
                 "part": "gamma",
                 "subject": subject,
                 "seed": seed,
                 "step": at,
                 "method": method,
-                "gamma": value * (1 + seed) * math.exp(spread * generator.standard_normal()),
-                "gamma_over_ng": over * math.exp(spread * generator.standard_normal()),
+                "gamma": value * (1 + seed) * self.noise(),
+                "gamma_over_ng": over * self.noise(),
             }
             for seed in range(5)
             for at in (10, 20)
         )
 
+
+def rows_with(better=1.0, off=1.0, power=1.0, gain=1.0, empirical=1.0, step=1.0, spread=0.01):
+    """Rows with these ratios."""
+    rows = Rows(spread)
     for subject in (TEXT, "VQ-VAE", *FORMS):
-        train(subject, "adamw", 1.0)
-        train(subject, "fadam", better)
+        rows.train(subject, "adamw", 1.0)
+        rows.train(subject, "fadam", better)
     for subject in (TEXT, "VQ-VAE"):
         for name in CORRECTIONS:
-            train(subject, "fadam", better * off, without=name)
+            rows.train(subject, "fadam", better * off, without=name)
+    for form, size in zip(FORMS, (1.0, gain), strict=True):
+        rows.train(form, "momentum", 3.0 * size)
+    add_powers(rows, better, power)
+    for form, value, over in zip(FORMS, (empirical, 1.0), (step, 1.0), strict=True):
+        for rho in ("", ":0.5"):
+            rows.grade(form, f"diag{rho}", 1.0, 1.0)
+            rows.grade(form, f"diag-ef{rho}", value, 2.0 * over)
+        rows.grade(form, "step", 1.0, 3.0 * over)
+    return pd.DataFrame(rows.records)
+
+
+def add_powers(rows, better, power):
+    """Trainings and γ of the text with every other exponent, over those with ½."""
     for rho in EXPONENTS:
         if rho != 0.5:
-            train(TEXT, "fadam", better * power, exponent=rho)
+            rows.train(TEXT, "fadam", better * power, exponent=rho)
         for family in ("diag-ef", "fisher"):
-            grade(TEXT, f"{family}:{rho:g}", 1.0 if rho == 0.5 else power, 1.0)
-    for form, apart in zip(FORMS, (1.0, gain), strict=True):
-        train(form, "momentum", 3.0 * apart)
-    for form, more, over in zip(FORMS, (empirical, 1.0), (step, 1.0), strict=True):
-        for rho in ("", ":0.5"):
-            grade(form, f"diag{rho}", 1.0, 1.0)
-            grade(form, f"diag-ef{rho}", more, 2.0 * over)
-        grade(form, "step", 1.0, 3.0 * over)
-    return pd.DataFrame(rows)
+            rows.grade(TEXT, f"{family}:{rho:g}", 1.0 if rho == 0.5 else power, 1.0)
 
 
 FULL = len(CORRECTIONS) + 7
@@ -263,7 +277,7 @@ FULL = len(CORRECTIONS) + 7
 
 
 def test_every_claim_confirmed():
-    found = findings(made_rows(better=0.9, off=1.1, power=1.2, gain=2.0, empirical=1.3, step=1.5))
+    found = findings(rows_with(better=0.9, off=1.1, power=1.2, gain=2.0, empirical=1.3, step=1.5))
     assert len(found) == FULL
     assert {f.verdict for f in found} == {"confirmed"}
     assert all(f.rule and "2405.12807" in f.source for f in found)
@@ -271,25 +285,25 @@ def test_every_claim_confirmed():
 
 
 def test_every_claim_refuted():
-    found = findings(made_rows(better=1.1, off=0.9, power=0.8, gain=0.5, empirical=0.7, step=0.6))
+    found = findings(rows_with(better=1.1, off=0.9, power=0.8, gain=0.5, empirical=0.7, step=0.6))
     assert {f.verdict for f in found} == {"not confirmed"}
 
 
 def test_noise_confirms_nothing():
-    found = findings(made_rows(spread=0.3))
+    found = findings(rows_with(spread=0.3))
     assert {f.verdict for f in found} <= {"not confirmed", "under conditions"}
     assert [f.verdict for f in found].count("not confirmed") >= len(found) - 2
 
 
 def test_one_model_of_four_is_a_condition():
-    rows = made_rows(better=0.9)
+    rows = rows_with(better=0.9)
     worse = (rows["optimizer"] == "fadam") & (rows["subject"] == "VQ-VAE")
     rows.loc[worse, "test_loss"] *= 2
     assert findings(rows)[0].verdict == "under conditions"
 
 
 def test_a_contender_that_diverges_has_lost():
-    rows = made_rows(better=0.9)
+    rows = rows_with(better=0.9)
     lost = (rows["optimizer"] == "fadam") & (rows["subject"] == TEXT) & (rows["seed"] == 2)
     rows.loc[lost, "test_loss"] = math.inf
     first, second = (final(rows, TEXT, name) for name in ("fadam", "adamw"))
@@ -299,7 +313,7 @@ def test_a_contender_that_diverges_has_lost():
 
 
 def test_an_interrupted_run():
-    rows = made_rows()
+    rows = rows_with()
     with pytest.raises(InputError, match=r"no final training of discrete regression by momentum"):
         findings(rows[~((rows["optimizer"] == "momentum") & (rows["subject"] == FORMS[1]))])
     with pytest.raises(InputError, match="no γ of character GPT"):

@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Least squares with two parameters and two samples, drawn by `python -m studies toy`."""
