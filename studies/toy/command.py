@@ -1,4 +1,4 @@
-"""``toy``: the picture of two parameters and two data."""
+"""``python -m studies toy``: the figure of two parameters and two samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from studies.toy.least_squares import LeastSquares, Point, trajectories
 from studies.toy.picture import toy_figure
 
 MOST_STEPS = 10_000
-"""More are a typing error; a path of so many takes about a minute."""
+"""A larger number is taken for a typing error; this many take about a minute for each path."""
 
 
 def toy(
@@ -50,9 +50,9 @@ def toy(
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw what methods do to a least squares fit of two parameters to two data.
+    """Draw the updates of methods on a least squares problem with two parameters and two samples.
 
-    The loss landscape, each method's steps at every point, its paths, the lines on which a datum
+    The loss landscape, each method's steps at every point, its paths, the lines on which a sample
     is fitted, and EF's steps around the minimum enlarged.
 
     [bold]Examples:[/bold]
@@ -87,9 +87,9 @@ def toy(
 
 
 def paths_table(paths: pd.DataFrame) -> Table:
-    """Where each method has got to."""
+    """The last losses of each method."""
     last = int(paths["step"].max())
-    shown = Table(
+    losses_table = Table(
         "method",
         "learning rate η",
         f"loss after {last} steps, by start",
@@ -98,13 +98,13 @@ def paths_table(paths: pd.DataFrame) -> Table:
     )
     for method, rows in paths.groupby("method", sort=False):
         losses = rows[rows["step"] == last].sort_values("start")["loss"]
-        shown.add_row(
+        losses_table.add_row(
             str(method),
             cell(rows["learning_rate"].iloc[0]),
             ", ".join(cell(loss, ".2g") for loss in losses),
             cell(rows["cosine_ng"].mean()),
         )
-    return shown
+    return losses_table
 
 
 def parse_point(option: str, text: str) -> Point:
@@ -141,10 +141,10 @@ def parse_pair(option: str, text: str) -> tuple[Point, Point]:
 
 
 def parse_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
-    """Read one learning rate, or ``METHOD=η,…``; a method that is not named keeps its own.
+    """Read one learning rate, or ``METHOD=η,…``; other methods keep the one in ``rates``.
 
     Raises:
-        InputError: neither of the two, or a method that is not drawn.
+        InputError: the text is neither, or names a method that is not drawn.
 
     >>> parse_rates("ef=0.05", {"ief": 0.1, "ef": 0.02})
     {'ief': 0.1, 'ef': 0.05}
@@ -154,7 +154,7 @@ def parse_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
     try:
         if "=" not in text:
             return dict.fromkeys(rates, float(text))
-        given = {
+        named = {
             name.strip(): float(value)
             for name, _, value in (part.partition("=") for part in text.split(","))
         }
@@ -162,9 +162,9 @@ def parse_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
         raise InputError(
             f"--learning-rate {text!r}: write one number, or METHOD=η,… like sgd=0.1,ef=0.02"
         ) from error
-    unknown = [name for name in given if name not in rates]
+    unknown = [name for name in named if name not in rates]
     if unknown:
         raise InputError(
             f"--learning-rate names {', '.join(unknown)}, and the methods are {', '.join(rates)}"
         )
-    return rates | given
+    return rates | named

@@ -1,10 +1,10 @@
-"""Two parameters, two data: what each method does to a least squares fit, where one can see it.
+"""Least squares with two parameters and two samples, where the updates of methods can be drawn.
 
 The losses are ℓ_n = ½r_n² with residuals r_n = x_n·θ − y_n, the Gaussian's with σ² = 1 up to its
 constant; L = Σ_n ℓ_n is 0 at one θ*. Here iEF at λ = 0 is the natural gradient: both are
-X⁻¹r = θ − θ*, and a step multiplies every residual by 1 − η. EF at λ = 0 is X⁻¹(1/r): it takes r_n
-to r_n − η/r_n, so that a datum that is nearly fitted throws it furthest; in units of √η this is
-Boole's map x − 1/x, whose paths never come to rest. Source of the example: Wu et al.
+X⁻¹r = θ − θ*, and a step multiplies every residual by 1 − η. EF at λ = 0 is X⁻¹(1/r): it maps r_n
+to r_n − η/r_n, so that a sample that is nearly fitted moves it furthest; in units of √η this is
+Boole's map x − 1/x, whose paths never converge. Source of the example: Wu et al.
 (arXiv 2406.06420), the figure on a linear least squares problem of two parameters and two data.
 """
 
@@ -29,20 +29,20 @@ from ngeval.problem.problem import Problem
 Point = tuple[float, float]
 
 OFFSETS = ((-2.0, 0.8), (-0.15, -2.2), (1.2, -1.2))
-"""From the minimum to where paths start unless one says otherwise."""
+"""Default starts of paths, as seen from the minimum."""
 
 PARALLEL = 1e-6
-"""Sine of the angle between inputs below which they count as parallel."""
+"""Inputs count as parallel below this sine of the angle between them."""
 
 LARGEST, LENGTHS, UNLIKE = 1e6, (1e-4, 1e4), 1e4
-"""Bounds: of targets, of the minimum, and of starts as seen from it; of an input's length; of the
-longer input over the shorter one. Within them what is computed keeps six digits."""
+"""Bounds on targets, the minimum, and starts as seen from it; on the length of an input; and on the
+ratio of the two lengths. Within these bounds results have six correct digits."""
 
 NEAR = 1e-12
-"""A start at which the residuals are this small, in units of the targets and 1, is the minimum."""
+"""A start with residuals below this, relative to the targets and 1, is the minimum."""
 
 FAR = 1e6
-"""A path that is so many times as far from the minimum as its start diverges."""
+"""A path diverges when its distance to the minimum has grown by this factor."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class LeastSquares:
         targets: y_n.
 
     Raises:
-        InputError: other shapes, numbers that are not finite, too large or too small, or inputs
-            that are parallel or of too different lengths; a minimum too far away.
+        InputError: wrong shapes, numbers that are not finite, too large or too small, inputs that
+            are parallel or of too different lengths, or a minimum that is too far away.
 
     Example:
         >>> toy = LeastSquares(inputs=((1, 0), (0, 2)), targets=(3, 2))
@@ -67,7 +67,7 @@ class LeastSquares:
     targets: Point = (2.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check the data, and make them tuples of floats, whatever arrays were given."""
+        """Check the data, and convert arrays to tuples of floats."""
         inputs = _numbers("inputs", self.inputs, (2, 2), "two samples of two numbers")
         targets = _numbers("targets", self.targets, (2,), "one number for each of two samples")
         _check_size("targets", targets)
@@ -125,16 +125,16 @@ class LeastSquares:
     def updates(
         self, method: str | Method, thetas: ArrayLike, damping: float = 0.0, seed: int = 0
     ) -> NDArray[np.float64]:
-        """The updates d of a method at many θ, as ngeval makes them of a `Problem` at each.
+        """The updates d of a method at many θ, from ngeval's own method on a `Problem` at each.
 
-        A step is −η d. About two milliseconds a point: no formula here stands in for a method.
+        A step is −η d. One update takes about two milliseconds.
 
         Args:
             method: any of ngeval's, by name or as an object.
             thetas: points, shape ``(M, 2)``.
-            damping: λ, absolute. At λ = 0 a sample whose residual is exactly 0 has no part in the
-                pseudo-inverse of ``ef`` and ``ief``, which both jump there.
-            seed: of methods that draw labels; point m draws with ``seed + m``.
+            damping: λ, absolute. At λ = 0 the pseudo-inverse of ``ef`` and ``ief`` ignores a sample
+                whose residual is exactly 0, so both are discontinuous there.
+            seed: for methods that draw labels; point m draws with ``seed + m``.
 
         Returns:
             d, shape ``(M, 2)``.
@@ -151,26 +151,26 @@ class LeastSquares:
         damping: float = 0.0,
         seed: int = 0,
     ) -> NDArray[np.float64]:
-        """The updates of several methods, as `updates` makes them, of one `Problem` a point.
+        """The `updates` of several methods with one `Problem` for each point.
 
-        What methods share is computed once, so that four take half of the time that each alone
-        would: shape ``(methods, M, 2)``.
+        Results that methods share are computed once, which halves the time of four methods. The
+        shape is ``(methods, M, 2)``.
         """
         points = _numbers("points", thetas, (None, 2), "two numbers for each point")
-        chosen = [get_method(name) if isinstance(name, str) else name for name in methods]
-        place = _Place(self)
-        found = [
-            [place.update(method, point, damping, seed + m) for method in chosen]
+        objects = [get_method(name) if isinstance(name, str) else name for name in methods]
+        model = _LinearModel(self)
+        updates = [
+            [model.update(method, point, damping, seed + m) for method in objects]
             for m, point in enumerate(points)
         ]
-        return np.array(found).reshape(-1, len(chosen), 2).swapaxes(0, 1)
+        return np.array(updates).reshape(-1, len(objects), 2).swapaxes(0, 1)
 
     def rate(self, method: str, starts: Sequence[Point] | None = None) -> float:
         """A learning rate that shows a method's path.
 
-        Half of the largest that SGD is stable at, 1/λ_max(XᵀX); for EF, which lowers every ℓ_n by
-        η a step, a hundredth of the mean ℓ_n at the starts (the default ones, where all that are
-        given are the minimum); 0.1 for all others.
+        For SGD half of the largest stable rate, 1/λ_max(XᵀX). For EF, which lowers every ℓ_n by η
+        in a step, a hundredth of the mean ℓ_n at the starts (at the default starts, if all others
+        are the minimum). For other methods 0.1.
         """
         if method == "sgd":
             return float(1 / np.linalg.norm(np.array(self.inputs), 2) ** 2)
@@ -180,7 +180,7 @@ class LeastSquares:
         return 0.1
 
     def is_minimum(self, theta: ArrayLike) -> bool:
-        """Whether a point is θ* up to rounding, so that no method has anywhere to go."""
+        """Whether a point is θ* up to rounding, where every update is 0."""
         size = 1 + np.abs(np.array(self.targets)).max()
         return bool(np.abs(self.residuals(theta)).max() <= NEAR * size)
 
@@ -206,7 +206,7 @@ def trajectories(
         starts: points; default: ``toy.starts``.
         steps: of each path.
         damping: λ, absolute.
-        seed: of methods that draw labels.
+        seed: for methods that draw labels.
 
     Returns:
         Columns ``method, learning_rate, damping, start`` (its number), ``step, theta_1, theta_2,
@@ -215,29 +215,26 @@ def trajectories(
 
     Raises:
         InputError: an unknown method, a learning rate that is not positive, no steps or starts,
-            starts too far away, or a path that diverges. From the minimum a path goes nowhere.
+            starts too far away, or a path that diverges. A path from the minimum stays there.
     """
     points = _starts(toy, starts)
     check_dampings([damping])
     if len(points) == 0 or steps < 1:
         raise InputError(f"paths need a start and a step: {len(points)} starts, {steps} steps")
-    chosen = (
-        {name: toy.rate(name, points.tolist()) for name in DEFAULT_METHODS}
-        if rates is None
-        else rates
-    )
-    for method, rate in chosen.items():
+    if rates is None:
+        rates = {name: toy.rate(name, points.tolist()) for name in DEFAULT_METHODS}
+    for method, rate in rates.items():
         if not (rate > 0 and math.isfinite(rate)):
             raise InputError(f"the learning rate of {method} must be positive, not {rate!r}")
         for start, point in enumerate(points):
             rows = _path(toy, get_method(method), rate, point, steps, damping, seed)
-            found = pd.DataFrame(rows, columns=["step", "theta_1", "theta_2", "cosine_ng"])
-            yield found.assign(
+            path = pd.DataFrame(rows, columns=["step", "theta_1", "theta_2", "cosine_ng"])
+            yield path.assign(
                 method=method,
                 learning_rate=rate,
                 damping=damping,
                 start=start,
-                loss=toy.loss(found[["theta_1", "theta_2"]].to_numpy()),
+                loss=toy.loss(path[["theta_1", "theta_2"]].to_numpy()),
             )
 
 
@@ -252,7 +249,7 @@ def _path(
 ) -> list[tuple[int, float, float, float]]:
     if toy.is_minimum(theta):
         return [(step, float(theta[0]), float(theta[1]), math.nan) for step in range(steps + 1)]
-    place = _Place(toy)
+    model = _LinearModel(toy)
     bound = FAR * (np.linalg.norm(theta - toy.minimum) + np.linalg.norm(toy.minimum) + 1)
     rows = []
     for step in range(steps + 1):
@@ -261,15 +258,15 @@ def _path(
                 f"the path of {method.name} with learning rate {rate:g} diverges in {step} steps; "
                 "choose a smaller one"
             )
-        update = place.update(method, theta, damping, seed + step)
+        update = model.update(method, theta, damping, seed + step)
         cosine = _cosine(update, theta - toy.minimum)
         rows.append((step, float(theta[0]), float(theta[1]), cosine))
         theta = theta - rate * update
     return rows
 
 
-class _Place:
-    """A linear model that is moved from θ to θ, with the problem that it poses there."""
+class _LinearModel:
+    """A linear model whose weights are set to one θ after the other, with its problem there."""
 
     def __init__(self, toy: LeastSquares) -> None:
         self.model = nn.Linear(2, 1, bias=False, dtype=torch.float64).eval()
@@ -282,7 +279,7 @@ class _Place:
         self, method: Method, theta: NDArray[np.float64], damping: float, seed: int = 0
     ) -> NDArray[np.float64]:
         weight = torch.as_tensor(theta, dtype=torch.float64).unsqueeze(0)
-        if not torch.equal(self.model.weight, weight):  # else the problem there is at hand
+        if not torch.equal(self.model.weight, weight):  # otherwise the problem is the one at θ
             with torch.no_grad():
                 self.model.weight.copy_(weight)
             self.problem = self.problem.with_batch(self.inputs, self.targets)
@@ -305,28 +302,28 @@ def _starts(toy: LeastSquares, starts: Sequence[Point] | None) -> NDArray[np.flo
 
 
 def _check_size(name: str, values: ArrayLike) -> None:
-    found = np.asarray(values)
-    if np.abs(found).max(initial=0) > LARGEST:
-        raise InputError(f"{name} must be of size {LARGEST:g} at most, not {found.tolist()}")
+    array = np.asarray(values)
+    if np.abs(array).max(initial=0) > LARGEST:
+        raise InputError(f"{name} must be of size {LARGEST:g} at most, not {array.tolist()}")
 
 
 def _numbers(
     name: str, values: ArrayLike, shape: tuple[int | None, ...], what: str
 ) -> NDArray[np.float64]:
-    """An array of a shape (None: any length) of finite numbers.
+    """An array of finite numbers of this shape, where None is any length.
 
     Raises:
-        InputError: it is another.
+        InputError: the values are not.
     """
     try:
-        found = np.array(values, dtype=np.float64)
+        array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be {what}: {error}") from error
-    fits = found.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, found.shape, strict=True)
+    fits = array.ndim == len(shape) and all(
+        expected in (None, size) for expected, size in zip(shape, array.shape, strict=True)
     )
     if not fits:
-        raise InputError(f"{name} must be {what}, not an array of shape {found.shape}")
-    if not np.isfinite(found).all():
-        raise InputError(f"{name} must be finite numbers, not {found.tolist()}")
-    return found
+        raise InputError(f"{name} must be {what}, not an array of shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} must be finite numbers, not {array.tolist()}")
+    return array

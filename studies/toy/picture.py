@@ -1,4 +1,4 @@
-"""Pictures of two parameters and two data (`ngeval.toy`): landscape, updates and paths."""
+"""Figures of least squares with two parameters: the landscape, updates and paths."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from ngeval.plots.ticks import log_scale, number_text
 from studies.toy.least_squares import LeastSquares, trajectories
 
 LANDSCAPE = LinearSegmentedColormap.from_list("landscape", ["#F8FAFC", "#BCCCDA"])
-"""Light enough for everything that is drawn on it."""
+"""Light colours, so that arrows and paths stand out."""
 
 SCALED = 0.35
-"""Length of the shortest arrow in a field over that of the longest."""
+"""Length of the shortest arrow in a field relative to the longest."""
 
 MAGNIFIED = 8
-"""How many times the panel that looks into EF's field enlarges it."""
+"""Magnification of the panel on EF's field around the minimum."""
 
 SAME = 1e-6
-"""Relative difference up to which two methods' updates count as the same."""
+"""Two methods' updates count as the same up to this relative difference."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ class Window:
 
     @classmethod
     def around(cls, toy: LeastSquares, paths: pd.DataFrame) -> Window:
-        """Holds the minimum and all starts; EF's paths may go anywhere."""
+        """The window of the minimum and all starts; EF's paths may leave it."""
         starts = paths.loc[paths["step"] == 0, ["theta_1", "theta_2"]].to_numpy()
         points = np.vstack([starts, toy.minimum])
         low, high = points.min(0), points.max(0)
         first, second = ((low + high) / 2).tolist()
-        apart = not all(map(toy.is_minimum, starts))
-        return cls((first, second), 0.65 * float((high - low).max()) if apart else 1.0)
+        if all(map(toy.is_minimum, starts)):
+            return cls((first, second), 1.0)
+        return cls((first, second), 0.65 * float((high - low).max()))
 
     @property
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Of θ₁ and of θ₂."""
+        """The limits of θ₁ and of θ₂."""
         (first, second), radius = self.centre, self.radius
         return (first - radius, first + radius), (second - radius, second + radius)
 
@@ -81,7 +82,7 @@ class Window:
         return np.stack(np.meshgrid(*axes), -1)
 
     def holds(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which of the points ``(M, 2)`` are inside."""
+        """A mask of the points ``(M, 2)`` inside the window."""
         return np.asarray((np.abs(points - np.array(self.centre)) <= self.radius).all(1))
 
 
@@ -92,7 +93,7 @@ class Field:
     Attributes:
         points: shape ``(M, 2)``.
         updates: d at each, shape ``(M, 2)``; a step is −η d.
-        cell: distance of neighbouring points.
+        cell: distance between neighbouring points.
     """
 
     points: NDArray[np.float64]
@@ -109,17 +110,17 @@ class Field:
         damping: float,
         seed: int,
     ) -> dict[str, Field]:
-        """Of methods by name, at ``arrows × arrows`` points, but those where a sample is fitted.
+        """Fields by method at ``arrows × arrows`` points, except where a sample is fitted.
 
-        There EF has a pole, and the pseudo-inverse of EF and iEF at λ = 0 jumps.
+        There EF has a pole, and the pseudo-inverse of EF and iEF at λ = 0 is discontinuous.
         """
         points = window.grid(arrows).reshape(-1, 2)
         residuals = np.abs(toy.residuals(points))
         points = points[residuals.min(1) > 1e-9 * residuals.max()]
         cell = 2 * window.radius / arrows
-        found = toy.all_updates(methods, points, damping, seed)
+        fields = toy.all_updates(methods, points, damping, seed)
         return {
-            name: cls(points, updates, cell) for name, updates in zip(methods, found, strict=True)
+            name: cls(points, updates, cell) for name, updates in zip(methods, fields, strict=True)
         }
 
     def is_like(self, other: Field) -> bool:
@@ -142,22 +143,22 @@ def plot_toy(
 ) -> Axes:
     """One method on the loss landscape: its steps at every point, and its paths.
 
-    Arrows point along −d; their lengths go with log‖d‖. The lines are those on which a sample is
-    fitted, and the star is the minimum.
+    Arrows point along −d; their lengths increase with log‖d‖. A sample is fitted on each of the
+    lines, and the star is the minimum.
 
     Args:
         toy: the problem.
-        method: any of ngeval's.
-        paths: of `ngeval.toy.trajectories`, with rows of the method; default: made with the
-            learning rate and the starts of ``toy``.
-        damping: λ of the arrows, and of the paths where none are given.
-        window: what is seen; default: the minimum and the starts.
-        arrows: in a row; they are as many squared.
-        seed: of a method that draws labels.
+        method: the name of a method of ngeval.
+        paths: table of `trajectories` with rows of the method; default: with the learning rate and
+            the starts of ``toy``.
+        damping: λ of the arrows, and of the default paths.
+        window: the limits of the axes; default: around the minimum and the starts.
+        arrows: number of arrows in a row and in a column.
+        seed: for a method that draws labels.
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: the method is unknown, or the paths have none of it.
+        InputError: the method is unknown, or not in the paths.
 
     Example:
         >>> from studies.toy.least_squares import LeastSquares
@@ -168,14 +169,14 @@ def plot_toy(
         rates = {method: toy.rate(method)}
         paths = pd.concat(trajectories(toy, rates, damping=damping, seed=seed), ignore_index=True)
     require(paths, "method", "start", "step", "theta_1", "theta_2", "learning_rate")
-    own = paths[paths["method"] == method]
-    if own.empty:
+    paths = paths[paths["method"] == method]
+    if paths.empty:
         raise InputError(f"the paths have no rows of {method!r}")
-    window = window or Window.around(toy, own)
+    window = window or Window.around(toy, paths)
     field = Field.of(toy, [method], window, arrows, damping, seed)[method]
     with own_axes(ax, (COLUMN, COLUMN)) as axes:
-        _draw(axes, toy, field, own, window)
-        axes.set_title(_title([method], own, window))
+        _draw(axes, toy, field, paths, window)
+        axes.set_title(_title([method], paths, window))
         if ax is None:
             legend_below(axes)
     return axes
@@ -188,8 +189,8 @@ def plot_paths(
 
     Args:
         toy: the problem.
-        paths: of `ngeval.toy.trajectories`.
-        window: what is seen; default: the minimum and the starts.
+        paths: table of `trajectories`.
+        window: the limits of the axes; default: around the minimum and the starts.
         ax: where to draw; None makes a figure.
     """
     require(paths, "method", "start", "step", "theta_1", "theta_2")
@@ -213,15 +214,15 @@ def toy_figure(
 ) -> Figure:
     """A panel for each method, EF's field enlarged around the minimum, and losses along the paths.
 
-    Methods whose updates are the same are said to be so in their titles, as iEF and the natural
-    gradient at λ = 0.
+    Titles name the methods whose updates are the same, such as iEF and the natural gradient at
+    λ = 0.
 
     Args:
         toy: the problem; default: the example of `LeastSquares`.
-        paths: of `ngeval.toy.trajectories`; default: those of `ngeval.toy.DEFAULT_METHODS`.
-        damping: λ of the arrows, and of the paths where none are given.
-        arrows: in a row of each field.
-        seed: of methods that draw labels.
+        paths: table of `trajectories`; default: of its default methods.
+        damping: λ of the arrows, and of the default paths.
+        arrows: number of arrows in a row and in a column of each field.
+        seed: for methods that draw labels.
     """
     toy = toy or LeastSquares()
     if paths is None:
@@ -231,12 +232,12 @@ def toy_figure(
     fields = Field.of(toy, methods, window, arrows, damping, seed)
     enlarged = "ef" in fields
     with in_style():
-        made, axes = panels(len(methods) + 1 + enlarged, PAGE, 2.25, least=2.2)
+        figure, axes = panels(len(methods) + 1 + enlarged, PAGE, 2.25, least=2.2)
         rest = iter(axes)
         for name, ax in zip(methods, rest, strict=False):
-            own = paths[paths["method"] == name]
-            _draw(ax, toy, fields[name], own, window)
-            ax.set_title(_title(_alike(name, fields), own, window))
+            rows = paths[paths["method"] == name]
+            _draw(ax, toy, fields[name], rows, window)
+            ax.set_title(_title(_same_updates(name, fields), rows, window))
         if enlarged:
             small = window.magnified(toy)
             _mark(axes[methods.index("ef")], small)
@@ -246,21 +247,21 @@ def toy_figure(
             ax.set_title(f"ef, {MAGNIFIED} times enlarged")
         _losses(axes[-1], paths)
         legend_below(*axes[:-1])
-    return made
+    return figure
 
 
-def _alike(method: str, fields: Mapping[str, Field]) -> list[str]:
-    """The method, and those that take the same steps."""
+def _same_updates(method: str, fields: Mapping[str, Field]) -> list[str]:
+    """The method, and those with the same updates."""
     others = [n for n, field in fields.items() if n != method and field.is_like(fields[method])]
     return [method, *others]
 
 
 def _title(methods: list[str], paths: pd.DataFrame, window: Window) -> str:
-    """Methods, learning rate, and how many points of the paths are not seen."""
+    """Methods, learning rate, and the number of points of the paths outside the window."""
     rate = float(f"{paths['learning_rate'].iloc[0]:.2g}")
-    held = window.holds(paths[["theta_1", "theta_2"]].to_numpy())
-    unseen = "" if held.all() else f"; {int((~held).sum())} steps outside"
-    return f"{' = '.join(map(name_text, methods))}, η = {number_text(rate)}{unseen}"
+    outside = int((~window.holds(paths[["theta_1", "theta_2"]].to_numpy())).sum())
+    steps = f"; {outside} steps outside" if outside else ""
+    return f"{' = '.join(map(name_text, methods))}, η = {number_text(rate)}{steps}"
 
 
 def _draw(axes: Axes, toy: LeastSquares, field: Field, paths: pd.DataFrame, window: Window) -> None:
@@ -335,8 +336,8 @@ def _arrows(axes: Axes, field: Field) -> None:
 def _paths(axes: Axes, paths: pd.DataFrame, *, several: bool = False) -> None:
     """The paths in the methods' colours, with a ring at each start.
 
-    Those that go to and fro are drawn thin, each point told apart. Of several methods that of
-    the natural gradient is a broad band, on which that of iEF may lie.
+    Paths that oscillate are thin, with a marker at every point. Among several methods the natural
+    gradient's path is a broad band, which does not hide that of iEF.
     """
     styles = styles_of(paths)
     for method, rows in paths.groupby("method", sort=False):
@@ -345,15 +346,15 @@ def _paths(axes: Axes, paths: pd.DataFrame, *, several: bool = False) -> None:
             path.sort_values("step")[["theta_1", "theta_2"]].to_numpy()
             for _, path in rows.groupby("start")
         ]
-        restless = any(map(_is_restless, lines))
+        oscillates = any(map(_oscillates, lines))
         band = several and method == "ng"
         for number, theta in enumerate(lines):
             axes.plot(
                 *theta.T,
                 color=colour,
-                marker=(marker or ".") if restless else "",
+                marker=(marker or ".") if oscillates else "",
                 markersize=1.8,
-                linewidth=0.6 if restless else 3.5 if band else 1.4,
+                linewidth=0.6 if oscillates else 3.5 if band else 1.4,
                 alpha=0.45 if band else 1,
                 label=name_text(method) if number == 0 else None,
                 zorder=4,
@@ -363,14 +364,14 @@ def _paths(axes: Axes, paths: pd.DataFrame, *, several: bool = False) -> None:
             )
 
 
-def _is_restless(theta: NDArray[np.float64]) -> bool:
-    """Whether a path turns back at more than a tenth of its steps."""
+def _oscillates(theta: NDArray[np.float64]) -> bool:
+    """Whether a path reverses at more than a tenth of its steps."""
     steps = np.diff(theta, axis=0)
     return bool(((steps[1:] * steps[:-1]).sum(1) < 0).mean() > 0.1) if len(steps) > 1 else False
 
 
 def _mark(axes: Axes, window: Window) -> None:
-    """The outline of what another panel enlarges."""
+    """The outline of the window that another panel enlarges."""
     (left, right), (bottom, top) = window.limits
     axes.add_patch(
         Rectangle((left, bottom), right - left, top - bottom, fill=False, linewidth=1.1, zorder=6)
@@ -383,7 +384,7 @@ def _losses(axes: Axes, paths: pd.DataFrame) -> None:
     for method, rows in paths.groupby("method", sort=False):
         colour, _, dash = styles[str(method)]
         losses = rows.pivot_table(index="step", columns="start", values="loss")
-        band = method == "ng"  # the line of iEF may lie on it
+        band = method == "ng"  # does not hide the line of iEF
         axes.plot(
             losses.index,
             np.exp(np.log(losses.where(losses > 0)).mean(axis=1)),
