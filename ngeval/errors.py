@@ -9,20 +9,20 @@ from collections.abc import Iterable
 class NgevalError(Exception):
     """Base class of every error that ngeval raises on purpose.
 
-    The command line turns one into a single message and exit code 2.
+    The command line prints it as one message and exits with code 2.
     """
 
 
 class InputError(NgevalError, ValueError):
-    """An argument (inputs, targets, damping, direction, ...) cannot be used as given."""
+    """An argument (inputs, targets, damping, direction, ...) cannot be used."""
 
 
 class ModelError(NgevalError):
-    """The model cannot be graded in the state it is in."""
+    """The model cannot be graded in its present state."""
 
 
 class EngineError(NgevalError):
-    """No Jacobian engine can treat this model, or the problem does not fit in memory."""
+    """No Jacobian engine supports the model, or the problem does not fit in memory."""
 
 
 class NumericalError(NgevalError, ArithmeticError):
@@ -30,30 +30,33 @@ class NumericalError(NgevalError, ArithmeticError):
 
 
 class CheckpointError(NgevalError):
-    """A checkpoint cannot be read, or does not fit the model."""
+    """A checkpoint cannot be read or does not fit the model."""
 
 
 class TaskError(NgevalError):
-    """A task cannot be found or does not keep its contract."""
+    """A task does not exist or does not keep its contract."""
 
 
 class DependencyError(NgevalError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 class OutputError(NgevalError):
-    """A result cannot be written where it was asked for, or read back."""
+    """A result cannot be written or read."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant.
+    """The end of a message about an unknown name.
 
     Args:
-        name: what the user wrote.
+        name: the name that a user typed.
         known: the names that exist.
 
     Returns:
-        ``"did you mean 'x'? "`` where one name is close, then the list of all names.
+        ``"did you mean 'x'? "`` if a name is close, then the list of all names.
+
+    >>> nearest_name("cosin", ["linear", "cosine"])
+    "did you mean 'cosine'? known: cosine, linear"
     """
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

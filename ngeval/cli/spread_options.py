@@ -14,8 +14,7 @@ from ngeval.cli.options import OPTIONS
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Spread the dataclasses among a command's parameters into one parameter for each field.
 
-    A dataclass is either one of `ngeval.cli.options.OPTIONS`, which has the flags and the help of
-    its fields, or its fields are annotated with ``typer.Option`` themselves.
+    The flags and the help of the fields are those of `ngeval.cli.options.OPTIONS`.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -40,15 +39,9 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _field_parameters(group: Any) -> list[inspect.Parameter]:
-    hints, options = get_type_hints(group, include_extras=True), OPTIONS.get(group)
+    hints, options = get_type_hints(group), OPTIONS[group]
     return [
-        _parameter(
-            field.name,
-            field.default,
-            hints[field.name]
-            if options is None
-            else Annotated[hints[field.name], options[field.name]],
-        )
+        _parameter(field.name, field.default, Annotated[hints[field.name], options[field.name]])
         for field in fields(group)
     ]
 

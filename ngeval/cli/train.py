@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,6 @@ from rich.progress import TaskID
 from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.options import TASK, DeviceOption, ForceOption, QuietOption, SeedOption
-from ngeval.cli.spread_options import takes_options
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 
 EXACT = "ef, ief, sf, ng"
@@ -22,50 +20,6 @@ EXACT = "ef, ief, sf, ng"
 OPTIMIZER = "The optimizer"
 STOPPING = "Early stopping"
 """The panels of ``--help`` for training."""
-
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """The settings of the optimizer; see `ngeval.training.Training`."""
-
-    momentum: Annotated[
-        float | None,
-        typer.Option(help="Of the optimizers that have one.", rich_help_panel=OPTIMIZER),
-    ] = None
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(help="Decoupled for ef, ief, sf and ng.", rich_help_panel=OPTIMIZER),
-    ] = None
-    max_norm: Annotated[
-        float | None,
-        typer.Option(
-            help="Longest update of ef, ief, sf and ng, longest mean gradient of the others.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = None
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="Of the learning rate: constant, or linear or cosine decay to 0.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = "constant"
-
-
-@dataclass(frozen=True)
-class StoppingOptions:
-    """When a training stops early; see `ngeval.training.Training`."""
-
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after this many epochs without a better one on the validation data.",
-            rich_help_panel=STOPPING,
-        ),
-    ] = None
-    monitor: Annotated[
-        str, typer.Option(help="What is better: loss or accuracy.", rich_help_panel=STOPPING)
-    ] = "loss"
 
 
 def demo(
@@ -104,12 +58,9 @@ def demo(
     say(out, "written: " + ", ".join(map(str, written)))
 
 
-@takes_options
 def train(
     task: Annotated[str, TASK],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoints.")],
-    settings: OptimizerOptions,
-    stopping: StoppingOptions,
     optimizer: Annotated[
         str,
         typer.Option(help=f"{', '.join(OPTIMIZERS)}, {EXACT}, or the path of a class."),
@@ -125,6 +76,38 @@ def train(
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    momentum: Annotated[
+        float | None,
+        typer.Option(help="Of the optimizers that have one.", rich_help_panel=OPTIMIZER),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="Decoupled for ef, ief, sf and ng.", rich_help_panel=OPTIMIZER),
+    ] = None,
+    max_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Longest update of ef, ief, sf and ng, longest mean gradient of the others.",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Of the learning rate: constant, or linear or cosine decay to 0.",
+            rich_help_panel=OPTIMIZER,
+        ),
+    ] = "constant",
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many epochs without a better one on the validation data.",
+            rich_help_panel=STOPPING,
+        ),
+    ] = None,
+    monitor: Annotated[
+        str, typer.Option(help="What is better: loss or accuracy.", rich_help_panel=STOPPING)
+    ] = "loss",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -153,8 +136,12 @@ def train(
         device=device,
         force=force,
         damping=damping,
-        **vars(settings),
-        **vars(stopping),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        max_norm=max_norm,
+        schedule=schedule,
+        patience=patience,
+        monitor=monitor,
         on_note=lambda note: say(notes, f"note: {note}"),
     )
     training.check()

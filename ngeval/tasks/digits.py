@@ -15,58 +15,55 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.base import Task
 from ngeval.tasks.builtin import BUILTIN_TASKS
 from ngeval.tasks.sampling import shuffled_batches
 
 SPLIT_SEED = 0
 HELD_OUT, TEST = 360, 180
 
+Samples = tuple[Tensor, Tensor]
+"""Inputs and targets."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets for training, validation and testing."""
+    """The samples for training, validation and testing."""
 
-    train_inputs: Tensor
-    train_targets: Tensor
-    validation_inputs: Tensor
-    validation_targets: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
+    train: Samples
+    validation: Samples
+    test: Samples
 
-    def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
-        """Batches of training images; see `shuffled_batches`."""
-        for chosen in self.indices(batch_size, num_batches, seed):
-            yield self.train_inputs[chosen], self.train_targets[chosen]
+    def map(self, change: Callable[[Tensor, Tensor], Samples]) -> Split:
+        """The split with ``change(inputs, targets)`` in place of each part."""
+        return Split(change(*self.train), change(*self.validation), change(*self.test))
 
-    def indices(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Tensor]:
-        """The indices of the training images in each batch."""
-        return shuffled_batches(len(self.train_targets), batch_size, num_batches, seed)
+    def task(self, name: str, build_model: Callable[[], nn.Module], likelihood: str) -> Task:
+        """The built-in task of a name, whose batches hold samples for training."""
+        inputs, targets = self.train
 
-    def validation(self) -> Iterator[Batch]:
-        """The images for validation, in one batch."""
-        yield self.validation_inputs, self.validation_targets
+        def indices(batch_size: int, num_batches: int | None, seed: int) -> Iterator[Tensor]:
+            return shuffled_batches(len(targets), batch_size, num_batches, seed)
 
-    def test(self) -> Iterator[Batch]:
-        """The images for testing, in one batch."""
-        yield self.test_inputs, self.test_targets
+        def batches(batch_size: int, num_batches: int | None, seed: int) -> Iterator[Samples]:
+            for chosen in indices(batch_size, num_batches, seed):
+                yield inputs[chosen], targets[chosen]
 
-    def map(
-        self, inputs: Callable[[Tensor], Tensor], targets: Callable[[Tensor], Tensor] | None = None
-    ) -> Split:
-        """The split with ``inputs(x)`` for the inputs x, and ``targets(x)`` for the targets."""
-        parts = (
-            (self.train_inputs, self.train_targets),
-            (self.validation_inputs, self.validation_targets),
-            (self.test_inputs, self.test_targets),
+        return Task(
+            name,
+            build_model,
+            batches,
+            likelihood,
+            description=BUILTIN_TASKS[name].description,
+            load_validation=lambda: [self.validation],
+            load_test=lambda: [self.test],
+            load_indices=indices,
         )
-        mapped = [(inputs(x), y if targets is None else targets(x)) for x, y in parts]
-        return Split(*(tensor for pair in mapped for tensor in pair))
 
 
 @cache
 def _images() -> Split:
-    """The classification split, with flat images ``(n, 64)``."""
+    """The images, flat ``(n, 64)``, and their digits."""
     pixels, labels = load_digits(return_X_y=True)
     train_x, held_x, train_y, held_y = train_test_split(
         pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=SPLIT_SEED
@@ -74,9 +71,8 @@ def _images() -> Split:
     validation_x, test_x, validation_y, test_y = train_test_split(
         held_x, held_y, test_size=TEST, stratify=held_y, random_state=SPLIT_SEED
     )
-    parts = ((train_x, train_y), (validation_x, validation_y), (test_x, test_y))
-    tensors = [(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)) for x, y in parts]
-    return Split(*(tensor for pair in tensors for tensor in pair))
+    split = Split((train_x, train_y), (validation_x, validation_y), (test_x, test_y))
+    return split.map(lambda x, y: (torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)))
 
 
 def _square(images: Tensor) -> Tensor:
@@ -120,32 +116,13 @@ def _cnn() -> nn.Module:
 
 def digits_mlp() -> Task:
     """A 64-256-256-10 network that classifies the digits."""
-    split = _images()
-    return Task(
-        "digits-mlp",
-        lambda: _mlp(10),
-        split.batches,
-        "categorical",
-        split.validation,
-        BUILTIN_TASKS["digits-mlp"].description,
-        load_test=split.test,
-        load_indices=split.indices,
-    )
+    return _images().task("digits-mlp", lambda: _mlp(10), "categorical")
 
 
 def digits_cnn() -> Task:
     """A small convolutional network that classifies the digits."""
-    images = _images().map(lambda x: _square(x).unsqueeze(1))
-    return Task(
-        "digits-cnn",
-        _cnn,
-        images.batches,
-        "categorical",
-        images.validation,
-        BUILTIN_TASKS["digits-cnn"].description,
-        load_test=images.test,
-        load_indices=images.indices,
-    )
+    images = _images().map(lambda x, y: (_square(x).unsqueeze(1), y))
+    return images.task("digits-cnn", _cnn, "categorical")
 
 
 def digits_regression() -> Task:
@@ -154,17 +131,8 @@ def digits_regression() -> Task:
     Targets are standardised with the training images' mean and deviation; σ² = 1, so the loss
     is half the squared error.
     """
-    split = _images()
-    train = shape_moments(_square(split.train_inputs))
-    mean, deviation = train.mean(0), train.std(0)
-    moments = split.map(lambda x: x, lambda x: (shape_moments(_square(x)) - mean) / deviation)
-    return Task(
-        "digits-regression",
-        lambda: _mlp(4),
-        moments.batches,
-        "gaussian:1",
-        moments.validation,
-        BUILTIN_TASKS["digits-regression"].description,
-        load_test=moments.test,
-        load_indices=moments.indices,
-    )
+    images = _images()
+    moments = shape_moments(_square(images.train[0]))
+    mean, deviation = moments.mean(0), moments.std(0)
+    split = images.map(lambda x, _: (x, (shape_moments(_square(x)) - mean) / deviation))
+    return split.task("digits-regression", lambda: _mlp(4), "gaussian:1")
