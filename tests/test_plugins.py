@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -79,6 +80,20 @@ def test_the_page_in_25_lines(install: Install, monkeypatch: pytest.MonkeyPatch)
     assert all_methods()["sign"].source == "ngeval-sign 1.2"
     with pytest.raises(ngeval.InputError, match=r"'sign:x' of ngeval-sign 1\.2 cannot be built"):
         get_method("sign:x")
+
+
+def test_names_are_known_without_torch():
+    code = (
+        "import sys, ngeval\n"
+        "from ngeval.methods import all_methods, check_name, get_methods, method_names\n"
+        "assert 'kfac' in method_names() and all_methods()['adamw'].source == 'torch.optim'\n"
+        "check_name('kfac-sf:4:pi')\n"
+        "try:\n    get_methods('sgd,kfca')\n"
+        "except ngeval.InputError as error:\n    print(error, 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert re.fullmatch(r"unknown method 'kfca'; did you mean 'kfac'\?.* False\n", done.stdout)
 
 
 def test_a_function_will_do(install: Install):

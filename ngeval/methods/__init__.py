@@ -4,7 +4,7 @@ The names are plain data: importing this package, listing the methods and checki
 neither torch nor the methods themselves.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ngeval.methods.registry import (
     METHODS,
@@ -15,9 +15,15 @@ from ngeval.methods.registry import (
     get_methods,
     method_names,
 )
+from ngeval.utils.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
     from ngeval.methods.base import CotangentState, Method, ParameterState, State
+
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {"ngeval.methods.base": ["CotangentState", "Method", "ParameterState", "State"]},
+)
 
 __all__ = [
     "METHODS",
@@ -32,11 +38,3 @@ __all__ = [
     "get_methods",
     "method_names",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ngeval.methods import base  # noqa: PLC0415  (imports torch)
-
-    return getattr(base, name)

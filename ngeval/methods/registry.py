@@ -172,9 +172,11 @@ def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Metho
     Raises:
         InputError: see `get_method`; there is no method; two methods have the same name.
     """
-    if isinstance(methods, str):
-        methods = methods.split(",")
-    resolved = [get_method(method) for method in methods]
+    items = methods.split(",") if isinstance(methods, str) else list(methods)
+    for method in items:
+        if isinstance(method, str):
+            check_name(method)  # before the first method is built, which imports torch
+    resolved = [get_method(method) for method in items]
     names = [method.name for method in resolved]
     if not names:
         raise InputError(f"no method given; {nearest_name('', METHODS)}")
