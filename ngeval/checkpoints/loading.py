@@ -151,14 +151,14 @@ def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]
         "missing": missing,
         "unexpected": [key for key in state if key not in expected],
         "wrong shape": [
-            f"{key} {tuple(given.shape)} instead of {tuple(tensor.shape)}"
-            for key, given, tensor in shared
-            if given.shape != tensor.shape
+            f"{key} {tuple(loaded.shape)} instead of {tuple(tensor.shape)}"
+            for key, loaded, tensor in shared
+            if loaded.shape != tensor.shape
         ],
         "wrong kind": [
-            f"{key} {_kind(given)} instead of {_kind(tensor)}"
-            for key, given, tensor in shared
-            if _kind(given) != _kind(tensor)
+            f"{key} {_kind(loaded)} instead of {_kind(tensor)}"
+            for key, loaded, tensor in shared
+            if _kind(loaded) != _kind(tensor)
         ],
     }
     problems = [f"{what}: {listed(names)}" for what, names in differing.items() if names]

@@ -1,4 +1,4 @@
-"""The main job on real data: train, grade every checkpoint at every damping, draw the figures."""
+"""What ``demo`` does: train on real data, grade every checkpoint at every damping, draw figures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ngeval.analysis.stages import three_stages
 from ngeval.checkpoints import find_checkpoints
 from ngeval.errors import InputError
 from ngeval.plots import (
@@ -31,12 +32,12 @@ METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 DAMPINGS = tuple(float(value) for value in np.logspace(-8, 4, 50))
 
 Advance = Callable[[str, int], None]
-"""Called with what is being done, and how many of its steps there are in all."""
+"""Called after each step of the work with the name of its part and the steps of that part."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """``ngeval demo``: digits-mlp with AdamW, from the first epoch to convergence.
+    """The demonstration: digits-mlp with AdamW, from the first epoch to convergence.
 
     Attributes:
         output: folder for ``checkpoints/``, ``results.parquet``, ``imbalance.parquet``, figures.
@@ -57,15 +58,19 @@ class Demo:
     def run(
         self, on_epoch: Callable[[EpochReport], None], advance: Advance
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Do everything; returns the γ table and the table of samples, both also written."""
+        """Do everything; return the γ table and the table of samples, which are also written."""
         task = get_task("digits-mlp")
         checkpoints = self.output / "checkpoints"
         self._check(task)
-        options = {
-            **{"task": task.name, "epochs": self.epochs, "batch_size": self.batch_size},
-            **{"num_batches": self.num_batches, "seed": self.seed},
-        }
-        record = manifest(options)
+        record = manifest(
+            {
+                "task": task.name,
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "num_batches": self.num_batches,
+                "seed": self.seed,
+            }
+        )
         with (
             self._file("results.parquet", record) as gammas,
             self._file("imbalance.parquet", record) as samples,
@@ -96,11 +101,11 @@ class Demo:
 
     @property
     def figures(self) -> dict[str, Path]:
-        """Where each figure goes, by kind."""
+        """The files of the figures by kind."""
         return {kind: self.output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")}
 
     def _check(self, task: Task) -> None:
-        """Find out before training what would fail after it."""
+        """Check before training what would otherwise fail after it."""
         for path in self.figures.values():
             check_output(path, FIGURE_SUFFIXES, force=self.force)
         if self.epochs < 0:
@@ -109,11 +114,9 @@ class Demo:
         next(task.batches(self.batch_size, self.num_batches, self.seed))
 
     def _draw(self, gammas: pd.DataFrame, samples: pd.DataFrame) -> None:
-        names = list(dict.fromkeys(gammas["checkpoint"]))
-        stages = [names[0], names[len(names) // 2], names[-1]]
         figures = {
             "stages": stages_figure(gammas),
-            "damping": damping_figure(gammas, list(dict.fromkeys(stages))),
+            "damping": damping_figure(gammas, three_stages(gammas)),
             "imbalance": norms_figure(samples),
         }
         for kind, figure in figures.items():
