@@ -40,36 +40,39 @@ class TestUnits:
     )
     def test_each_is_done_once_whoever_is_fast(self, missing, turns):
         together = processes(4)
-        iterators = [ranks.keys(missing) for ranks in together]
+        iterators = [ranks.share(missing) for ranks in together]
         done = [key for who in turns if (key := next(iterators[who], None)) is not None]
         for iterator in iterators:
             done += iterator
         assert Counter(done) == Counter(missing)
 
     def test_processes_start_at_different_checkpoints(self):
-        firsts = [next(ranks.keys(UNITS)) for ranks in processes(5)]
+        firsts = [next(ranks.share(UNITS)) for ranks in processes(5)]
         assert firsts == [(stage, 0) for stage in range(5)]
 
     def test_a_process_goes_through_a_checkpoint_before_the_next(self):
         first, _ = processes(2)
-        assert list(first.keys(UNITS)) == UNITS
+        assert list(first.share(UNITS)) == UNITS
         second = processes(2)[1]
-        assert [key[0] for key in second.keys(UNITS)][::4] == [2, 3, 4, 0, 1]
+        assert [key[0] for key in second.share(UNITS)][::4] == [2, 3, 4, 0, 1]
 
     def test_one_process_does_all_in_order(self):
-        assert list(OneProcess().keys(UNITS)) == UNITS
+        assert list(OneProcess().share(UNITS)) == UNITS
 
     def test_no_unit_is_missing(self):
-        assert [list(ranks.keys([])) for ranks in processes(2)] == [[], []]
+        assert [list(ranks.share([])) for ranks in processes(2)] == [[], []]
 
 
 class TestTalk:
     def test_all_hear_what_the_first_one_says_in_order(self):
         first, second = processes(2)
-        assert [first.told(lambda: {"a": [1]}), first.told(lambda: "b")] == [{"a": [1]}, "b"]
+        assert [first.broadcast(lambda: {"a": [1]}), first.broadcast(lambda: "b")] == [
+            {"a": [1]},
+            "b",
+        ]
         wrong = "only the first one makes it"
-        assert second.told(lambda: pytest.fail(wrong)) == {"a": [1]}
-        assert second.told(lambda: pytest.fail(wrong)) == "b"
+        assert second.broadcast(lambda: pytest.fail(wrong)) == {"a": [1]}
+        assert second.broadcast(lambda: pytest.fail(wrong)) == "b"
 
     def test_where_the_store_is_gone_the_message_says_so(self):
         class Gone:
@@ -79,21 +82,21 @@ class TestTalk:
             set = check = add
 
         for ranks in (ManyProcesses(Gone(), 0, 2), ManyProcesses(Gone(), 1, 2)):
-            ranks.count_step(1)  # no bar is worth a run
+            ranks.count_steps(1)  # no bar is worth a run
             for ask in (
-                lambda one=ranks: next(one.keys(UNITS)),
-                lambda one=ranks: one.told(lambda: 1),
+                lambda one=ranks: next(one.share(UNITS)),
+                lambda one=ranks: one.broadcast(lambda: 1),
                 lambda one=ranks: one.finish(lambda: None),
             ):
                 with pytest.raises(
-                    NgevalError, match=r"--resume goes on \(Connection reset by peer\)"
+                    NgevalError, match=r"--resume continues \(Connection reset by peer\)"
                 ):
                     ask()
 
     def test_steps_are_counted_together(self):
         first, second = processes(2)
-        first.count_step(2)
-        second.count_step(3)
+        first.count_steps(2)
+        second.count_steps(3)
         assert first.steps() == second.steps() == 5
 
     def test_the_first_one_waits_for_the_others(self):
@@ -117,7 +120,7 @@ class TestEnvironment:
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setenv("WORLD_SIZE", "4")  # which other launchers leave behind
         assert (world_size(), rank()) == (1, 0)
-        with joined("cpu", together=False) as ranks:
+        with joined("cpu", together=False, warn=pytest.fail) as ranks:
             assert (ranks.rank, ranks.count, ranks.group) == (0, 1, None)
 
     def test_cuda_is_the_gpu_of_the_process(self, monkeypatch):
@@ -136,11 +139,11 @@ class TestEnvironment:
             monkeypatch.setenv(name, value)
         for restarts in ("0", "1", "2"):
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-            with joined("cpu", together=False) as ranks:
-                assert ranks.told(lambda now=restarts: now) == restarts
-                assert list(ranks.keys(UNITS)) == UNITS
+            with joined("cpu", together=False, warn=pytest.fail) as ranks:
+                assert ranks.broadcast(lambda now=restarts: now) == restarts
+                assert list(ranks.share(UNITS)) == UNITS
                 assert ranks.steps() == 0
-                ranks.count_step(1)
+                ranks.count_steps(1)
 
     def test_nonsense_is_named(self, monkeypatch):
         monkeypatch.setenv("RANK", "0")
@@ -153,7 +156,7 @@ class TestEnvironment:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("MASTER_ADDR", raising=False)
         with pytest.raises(InputError, match="cannot be reached"):
-            joined("cpu", together=False).__enter__()
+            joined("cpu", together=False, warn=pytest.fail).__enter__()
 
     def test_rows_of_several_processes_need_a_file(self, run, monkeypatch):
         for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():

@@ -402,7 +402,7 @@ class TestTrust:
 
     def test_no_manifest_or_none_of_a_run(self, small):
         place = manifest_path(Path("gamma.csv"))
-        for text, told in (("{", "cannot be read as a manifest"), ("{}", "has no 'identity'")):
+        for text, told in (("{", "cannot be read as a manifest"), ("{}", "it has no 'options'")):
             place.write_text(text)
             assert told in verify("gamma.csv", code=2).stderr
         place.unlink()

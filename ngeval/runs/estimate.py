@@ -1,33 +1,71 @@
-"""What a run says of itself before it starts and after its first unit: size, memory, time, disk."""
+"""What a run reports before it starts and after its first unit: size, memory, time, disk."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
+from ngeval.curvature.logit_kernel import (
+    GramKernel,
+    JacobianKernel,
+    MatrixFreeKernel,
+    StripKernel,
+    choose_form,
+)
+from ngeval.errors import EngineError
+from ngeval.problem.linearized import Sizes
 from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run
-from ngeval.runs.tables import Work
 from ngeval.utils.text import describe_bytes
 
 
-def size_note(run: Run, work: Work, count: int) -> str:
+def size_note(run: Run, count: int, methods: int, dampings: int) -> str:
     """How many units a run has, and what is computed of each.
 
     Args:
         run: the run.
-        work: what is computed of each unit.
         count: the units that this start computes.
+        methods: the number of methods.
+        dampings: the number of dampings, 0 where there is no choice of them.
     """
     checkpoints, batches = len(run.checkpoints), run.num_batches
     parts = [f"{run.num_units} units ({checkpoints} checkpoints × {batches} batches)"]
     if count < run.num_units:
         parts.append(f"{count} of them in this start")
-    methods = len(work.methods)
-    if dampings := work.options.get("dampings"):
-        parts.append(f"{methods} methods × {len(dampings)} dampings in each")
-    elif methods:
-        parts.append(f"{methods} methods in each")
+    if methods:
+        times = f" × {dampings} dampings" if dampings else ""
+        parts.append(f"{methods} methods{times} in each")
     return ", ".join(parts)
+
+
+def memory_note(sizes: Sizes, budget: int, *, exact: bool, pushes: int) -> str:
+    """What is kept of the logit kernel of a unit, and how much memory that takes.
+
+    Args:
+        sizes: of the unit's problem.
+        budget: bytes to work in.
+        exact: whether the exact natural gradient is computed.
+        pushes: the number of updates that are graded.
+
+    >>> memory_note(Sizes(160, 10, 10_000_000), 2**33, exact=True, pushes=100)
+    'a unit: 160 samples × 10 outputs, 10,000,000 parameters; it keeps Θ, which takes about \
+97.7 MiB of 8.0 GiB'
+    """
+    samples, outputs, parameters = sizes
+    rows = samples * outputs
+    head = f"a unit: {samples:,} samples × {outputs:,} outputs, {parameters:,} parameters"
+    try:
+        form = choose_form(sizes, budget, exact=exact, pushes=pushes)
+    except EngineError as error:
+        return f"{head}; methods that need the logit kernel will fail: {error}"
+    # The sizes by which `choose_form` decides: of what is kept and of its factorisation.
+    part, count = {
+        JacobianKernel: ("J", 32 * rows * parameters),
+        GramKernel: ("Θ", 40 * rows**2),
+        StripKernel: ("products of Θ", 8 * rows * (4 * samples + 100)),
+        MatrixFreeKernel: ("Gram matrices of its rows", 40 * samples**2),
+    }[form]
+    amount = f"about {describe_bytes(count)} of {describe_bytes(budget)}"
+    return f"{head}; it keeps {part}, which takes {amount}"
 
 
 def forecast_note(run: Run, ranks: Ranks, left: int, seconds: float, each: int) -> str:

@@ -143,7 +143,7 @@ class _Execution:
         """
         run, work, progress = self.run, self.work, self.progress
         keys = missing[:count]
-        progress.note(size_note(run, work, len(keys)))
+        progress.note(size_note(run, len(keys), len(work.methods), work.num_dampings))
         steps = Steps(self.ranks, work.names, run.num_units - len(missing), progress)
         units = Units(run, work.resolved, ranks=self.ranks, progress=progress, contents=contents)
         progress.begin(work.description, run.num_units * steps.in_unit, steps.completed)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ngeval.checkpoints import Checkpoint
-from ngeval.problem.problem import Problem
 from ngeval.runs.ranks import Ranks
 
 
@@ -22,9 +21,6 @@ class Progress:
 
     def checkpoint_read(self, count: int, total: int, size: int) -> None:
         """Show that ``count`` of ``total`` checkpoints, of ``size`` bytes in all, were hashed."""
-
-    def problem_built(self, problem: Problem) -> None:
-        """Show the sizes of a unit's problem, before it is graded."""
 
     def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
         """Show that units are being computed.

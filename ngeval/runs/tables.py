@@ -25,10 +25,12 @@ from ngeval.grading.layer_table import layer_table
 from ngeval.grading.prepare import Progress as OnMethod
 from ngeval.grading.prepare import failure_reason, lost_memory
 from ngeval.methods import Method, get_methods
+from ngeval.methods.ng import NaturalGradient
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 from ngeval.results.journal import Entry, Key
 from ngeval.results.manifest import first_problem
+from ngeval.runs.estimate import memory_note
 from ngeval.runs.run import Run
 from ngeval.runs.units import Unit, Units, labelled
 from ngeval.utils.memory import OUT_OF_MEMORY
@@ -103,6 +105,16 @@ class Work(BaseModel, ABC):
         """The fields as plain values, without the kind."""
         return self.model_dump(mode="json")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the exact natural gradient is computed, for which all of Θ is kept if it fits."""
+        return True
+
+    @property
+    def num_dampings(self) -> int:
+        """The number of dampings at which each method is graded."""
+        return len(self.options.get("dampings", ()))
+
     @abstractmethod
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
         """The table of a unit; ``on_method`` is called with the name of each method that is done.
@@ -127,6 +139,11 @@ class GammaTable(Work):
     metric_batches: MetricBatches = None
     natural: bool = True
     gap: Annotated[float, Field(gt=0, allow_inf_nan=False)] = GAP
+
+    @property
+    def exact(self) -> bool:
+        asked = self.natural or any(isinstance(m, NaturalGradient) for m in self.resolved)
+        return asked and self.metric_batches is None
 
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
         return evaluate(
@@ -224,8 +241,8 @@ def unit_tables(
     """
     run = units.run
     for key in keys:
-        try:  # the unit has no name here: its memory is free before the next one begins
-            table = work.rows(run, units.unit(key), on_method)
+        try:  # in a function, whose end frees the unit's memory before the next one begins
+            table = _rows(units, work, key, on_method)
             failure = _lost_memory(table)
         except TaskError:  # every checkpoint would fail with it
             raise
@@ -235,6 +252,15 @@ def unit_tables(
         rows = labelled(table, run.columns(key))
         rows.attrs = {}
         yield key, Entry(rows, failure)
+
+
+def _rows(units: Units, work: Work, key: Key, on_method: OnMethod | None) -> pd.DataFrame:
+    unit = units.unit(key)
+    if work.methods and units.count == 1:
+        problem, pushes = unit.problem, len(work.methods) * max(1, work.num_dampings)
+        note = memory_note(problem.sizes, problem.rows.memory, exact=work.exact, pushes=pushes)
+        units.progress.note(note)
+    return work.rows(units.run, unit, on_method)
 
 
 def _lost_memory(table: pd.DataFrame) -> str:

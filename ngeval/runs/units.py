@@ -58,7 +58,13 @@ class Contents:
 
 
 class Units:
-    """The units of a run by their keys; a checkpoint stays loaded until another one is needed."""
+    """The units of a run by their keys; a checkpoint stays loaded until another one is needed.
+
+    Attributes:
+        run: the run.
+        progress: is notified of each model that is loaded.
+        count: the number of units that were built.
+    """
 
     def __init__(
         self,
@@ -91,6 +97,7 @@ class Units:
         self.loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
         self.model: nn.Module = base
         self.stage = -1
+        self.count = 0
         self.failure: Exception | None = None
         self.batches: Iterator[Batch] = iter(())
         self.next_batch = math.inf
@@ -119,6 +126,7 @@ class Units:
             memory=run.memory,
             group=self.ranks.group,
         )
+        self.count += 1
         return Unit(problem, methods_at(self.methods, run.stage(stage)), key, run.columns(key))
 
     def _load(self, stage: int) -> None:
