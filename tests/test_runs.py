@@ -47,6 +47,12 @@ OLD = Path(__file__).parent / "old_runs"
 """Manifests and a journal that version 0.1 wrote."""
 
 
+@pytest.fixture(autouse=True)
+def _code(monkeypatch):
+    """The files of ngeval may be edited while it is tested."""
+    monkeypatch.setattr(ngeval.runs.identity, "code", lambda: {"ngeval": "0"})
+
+
 @pytest.fixture
 def small(tmp_path):
     return Small.of(tmp_path)
@@ -108,7 +114,7 @@ class TestKinds:
     def test_options_survive_a_manifest(self, kind):
         work = KINDS[kind].of(["sgd", "sf:2"], **self.OPTIONS[kind])
         again = read_work({"kind": kind, **json.loads(json.dumps(work.options))}, Path("m"))
-        assert again == work
+        assert (type(again), again.options) == (type(work), work.options)
         assert again.names == work.names == ["sgd", "sf:2"]
 
     @pytest.mark.parametrize(
@@ -191,13 +197,12 @@ class TestSamplesOfMethodsThatFail:
         small.run("imbalance", output, "-m", "ef,sgd", "--resume")
         assert output.read_bytes() == (small.folder / "whole.csv").read_bytes()
 
-    def test_tables_of_earlier_versions_have_no_reasons(self, small):
-        output = small.folder / "i.csv"
-        small.run("imbalance", output, "-m", "ef")
-        read_results(output).drop(columns="reason").to_csv(output, index=False)
-        small.run("verify", output, code=2)  # its own task is not trusted
-        table = read_results(output)
-        assert ngeval.imbalance(table["gradient_norm"]) > 1
+    def test_tables_of_earlier_versions_have_no_reasons(self, run):
+        outcome = execute(run, SampleTable.of("sgd"), OutputOptions(), {})
+        assert outcome is not None
+        old = replace(outcome, table=outcome.table.drop(columns="reason"), failures={(0, 1): "x"})
+        assert old.lost_rows() == ""
+        assert "could not be graded, the others are done" in old.missing_units()
 
 
 class TestWhatARunReports:
