@@ -16,6 +16,11 @@ Three engines compute them:
 A choice between them is never taken on trust: `choose_engine` compares each engine's rows with
 tangents and with plain autograd on the model's own batch.
 
+Conventions: `cotangents` v has shape ``(N, Q, *positions, C)``, Q cotangents for each sample;
+`samples` and `vectors` are slices of N and Q, and `units` of a parameter's first dimension. Row
+n·Q + q is J_nᵀv_nq. Rows by parameter have shape ``(N, Q, *parameter.shape)`` in the dtype of the
+model; their products are accumulated in float64, and sums over samples are never means.
+
 Reading order, each file on top of those before it:
 
 1. `terms`: what the rows of a parameter consist of. `inner_products` and `row_sums`: products and

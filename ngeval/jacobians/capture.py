@@ -25,7 +25,7 @@ from ngeval.jacobians.layer_rules import HookedModule, RecordedCall
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
 from ngeval.jacobians.module_vjp import module_vjp_term
 from ngeval.jacobians.terms import ComputedTerm, Term, merged
-from ngeval.jacobians.whole_model import loop_term
+from ngeval.jacobians.whole_model import loop_rows, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
 from ngeval.utils.memory import is_out_of_memory
@@ -140,7 +140,9 @@ class RecordedPass:
             pull_back = _pull_back_batched if batched else _pull_back
             terms = self._terms(pull_back(self.outputs, targets, cotangents, retain))
         if self.plan.looped:
-            terms.append(loop_term(self.function, self.plan.looped, samples, cotangents))
+            rows = partial(loop_rows, names=self.plan.looped)
+            looped = whole_model_term(rows, self.function, samples, cotangents, self.plan.looped)
+            terms.append(looped)
         return merged(terms)
 
     def _terms(self, gradients: Sequence[Tensor]) -> list[Term]:
@@ -336,14 +338,18 @@ def _pull_back_batched(
     """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
     if outputs.requires_grad:
         vectors = cotangents.transpose(0, 1).to(outputs.dtype)
+        options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
         try:
-            options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
             gradients = torch.autograd.grad(outputs, targets, vectors, **options)
-            return _with_zeros(gradients, targets, cotangents.shape[1])
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
             # An operation has no rule for vmap.
+        else:
+            return [
+                t.new_zeros(()).expand(len(vectors), *t.shape) if g is None else g
+                for t, g in zip(targets, gradients, strict=True)
+            ]
     return _pull_back(outputs, targets, cotangents, retain)
 
 
@@ -352,31 +358,13 @@ def _pull_back(
 ) -> list[Tensor]:
     """Like `_pull_back_batched`, by one backward pass for each cotangent."""
     vectors = cotangents.transpose(0, 1).to(outputs.dtype)
-    stacked: list[Tensor | None] = [None] * len(targets)
-    last = len(vectors) - 1
     if not outputs.requires_grad:
-        return _with_zeros(stacked, targets, last + 1)
-    for q, vector in enumerate(vectors):
-        gradients = torch.autograd.grad(
-            outputs, targets, vector, retain_graph=retain or q < last, allow_unused=True
+        return [t.new_zeros(()).expand(len(vectors), *t.shape) for t in targets]
+    last = len(vectors) - 1
+    gradients = [
+        torch.autograd.grad(
+            outputs, targets, v, retain_graph=retain or q < last, materialize_grads=True
         )
-        for i, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            if last == 0:
-                stacked[i] = gradient.unsqueeze(0)
-                continue
-            total = stacked[i]
-            if total is None:
-                total = stacked[i] = gradient.new_zeros(last + 1, *gradient.shape)
-            total[q] = gradient
-    return _with_zeros(stacked, targets, last + 1)
-
-
-def _with_zeros(
-    gradients: Sequence[Tensor | None], targets: list[Tensor], count: int
-) -> list[Tensor]:
-    return [
-        t.new_zeros(()).expand(count, *t.shape) if g is None else g
-        for t, g in zip(targets, gradients, strict=True)
+        for q, v in enumerate(vectors)
     ]
+    return [stacked(parts) for parts in zip(*gradients, strict=True)]

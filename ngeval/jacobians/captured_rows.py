@@ -22,12 +22,7 @@ class CapturedRows:
     """
 
     def __init__(self, source: RowSource, cotangents: Tensor) -> None:
-        """Nothing is computed yet.
-
-        Args:
-            source: the model, engine and memory budget.
-            cotangents: v of shape ``(N, Q, *positions, C)``.
-        """
+        """Nothing is computed yet."""
         self.source = source
         self.cotangents = cotangents
         self._kept: list[Term] | None = None

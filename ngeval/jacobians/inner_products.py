@@ -1,8 +1,8 @@
 """Inner products of rows, by whichever form takes fewer operations.
 
 For two affine terms of one weight, the inner product of rows Σ_t b_t a_tᵀ and Σ_s b′_s a′_sᵀ is
-Σ_ts (a_t·a′_s)(b_t·b′_s): no row is made, at the price of T·S products. The other form makes the
-rows, a slice of the layer's outputs at a time, and multiplies them. Sums are in float64.
+Σ_ts (a_t·a′_s)(b_t·b′_s): no row is formed, at the cost of T·S products. The other form computes
+the rows, a slice of the layer's outputs at a time, and multiplies them. Sums are in float64.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, Term
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term
 from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
-"""Entries of a temporary matrix: 64 MiB in float64. More is slower, since it misses every cache."""
+"""Entries of a temporary matrix, 64 MiB in float64: a larger one is slower, as it misses caches."""
 
 TRIANGLE_SIZE = 512
-"""From this many rows on, leaving out half of a symmetric matrix is worth its strips."""
+"""From this many rows on, skipping half of a symmetric matrix pays for working in strips."""
 
 TRAFFIC = 32
-"""Multiplications in the time in which an entry of a row is made and brought to float64."""
+"""Multiplications in the time of computing an entry of a row and converting it to float64."""
 
 
 def add_inner_products(
@@ -35,7 +35,7 @@ def add_inner_products(
         out: float64, shape ``(N·Q, M·R)``; row n·Q + q belongs to cotangent q of sample n.
         left: terms of N samples with Q cotangents.
         right: terms of M samples with R cotangents, of the same model.
-        symmetric: both are the same capture; only the lower triangle need be right.
+        symmetric: both are the same capture; only the lower triangle has to be right.
     """
     for i, first in enumerate(left):
         for j, second in enumerate(right):
@@ -51,7 +51,7 @@ def add_inner_products(
 
 
 def needs_rows(term: Term) -> bool:
-    """Whether the inner products of a capture's rows with each other are made of whole rows."""
+    """Whether inner products of a term's rows with each other are computed from whole rows."""
     if isinstance(term, EmbeddingTerm):
         size = (term.weight_shape[1:].numel(), term.num_units)
         return not _sequence_is_cheaper(term, term, size, symmetric=True)
@@ -81,30 +81,30 @@ def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetr
 
 
 def _sequence_is_cheaper(
-    left: AffineTerm | EmbeddingTerm,
-    right: AffineTerm | EmbeddingTerm,
+    left: LayerTerm,
+    right: LayerTerm,
     size: tuple[int, int],
     symmetric: bool,
 ) -> bool:
     """Compare counted multiplications; those in float32 count half.
 
-    Entries that are written, read and converted once bind at the memory's rate: a row's weighs
-    `TRAFFIC` multiplications, a joined product's 8.
+    Entries that are written, read and converted once are limited by memory bandwidth: a row's
+    counts as `TRAFFIC` multiplications, a joined product's as 8.
     """
     inputs, outputs = size
-    one, other = (term.num_samples * term.positions for term in (left, right))
+    here, there = (term.num_samples * term.positions for term in (left, right))
     vectors = left.num_vectors * right.num_vectors
     count = left.num_samples * right.num_samples * vectors
-    # Of the two inner products, and of what joins them (memory-bound, so it weighs more).
-    sequence = one * other * (inputs + vectors * (outputs + 8 * (left.positions > 1)))
-    if symmetric and one * left.num_vectors >= TRIANGLE_SIZE:
+    # The two inner products, and their elementwise product (memory-bound, so it counts more).
+    sequence = here * there * (inputs + vectors * (outputs + 8 * (left.positions > 1)))
+    if symmetric and here * left.num_vectors >= TRIANGLE_SIZE:
         sequence //= 2
     single = 0.5 if left.cotangents.dtype.itemsize < 8 else 1.0
-    made = one * left.num_vectors + (0 if symmetric else other * right.num_vectors)
-    kept = left.num_samples * left.num_vectors
-    kept += 0 if symmetric else right.num_samples * right.num_vectors
+    multiplied = here * left.num_vectors + (0 if symmetric else there * right.num_vectors)
+    written = left.num_samples * left.num_vectors
+    written += 0 if symmetric else right.num_samples * right.num_vectors
     half = 0.5 if symmetric else 1.0
-    rows = outputs * inputs * (single * made + count * half + TRAFFIC * kept)
+    rows = outputs * inputs * (single * multiplied + count * half + TRAFFIC * written)
     return sequence <= rows
 
 
@@ -120,8 +120,10 @@ def _add_affine_affine(
     size, other = left.num_vectors * left.positions, right.num_vectors * right.positions
     for samples in _strips(left.num_samples, size, len(right_b), symmetric=symmetric):
         last = samples.stop if symmetric else right.num_samples  # the lower triangle is enough
-        own = right_b[samples.start * size : samples.stop * size] if symmetric else None
-        strip = _flat_cotangents(left, samples) if own is None else own
+        if symmetric:  # both are converted to float64 already
+            strip = right_b[samples.start * size : samples.stop * size]
+        else:
+            strip = _flat_cotangents(left, samples)
         backward = strip @ right_b[: last * other].T
         factor = None
         if left_a is not None and right_a is not None:
@@ -137,9 +139,9 @@ def _add_affine_affine(
 
 
 def _add_joined(
-    target: Tensor, backward: Tensor, factor: Tensor | None, left: AffineTerm, right: AffineTerm
+    target: Tensor, backward: Tensor, factor: Tensor | None, left: LayerTerm, right: LayerTerm
 ) -> None:
-    """Add backward ⊙ factor, summed over both positions; no factor stands for ones."""
+    """Add backward ⊙ factor, summed over both positions; None is a factor of ones."""
     once = left.positions == right.positions == 1
     if once and factor is None:
         target += backward
@@ -155,13 +157,13 @@ def _add_joined(
     trail = (-1, right.num_vectors, right.positions)
     view = backward.unflatten(0, lead).unflatten(3, trail)
     if factor is not None:
-        own, other = (-1, 1, left.positions), (-1, 1, right.positions)
-        view = view * factor.unflatten(0, own).unflatten(3, other)
+        rows, columns = (-1, 1, left.positions), (-1, 1, right.positions)
+        view = view * factor.unflatten(0, rows).unflatten(3, columns)
     target += view.sum((2, 5)).flatten(0, 1).flatten(1)
 
 
 def _strips(count: int, size: int, columns: int, *, symmetric: bool) -> Iterator[slice]:
-    """Slices of the left samples: to bound a temporary matrix, and to leave out a triangle."""
+    """Slices of the left samples, which bound a temporary matrix and skip a triangle."""
     step = max(1, PIECE_ENTRIES // max(size * columns, 1))
     if symmetric and count * size >= TRIANGLE_SIZE:
         step = min(step, -(-count // 8))
@@ -169,7 +171,7 @@ def _strips(count: int, size: int, columns: int, *, symmetric: bool) -> Iterator
         yield slice(start, min(start + step, count))
 
 
-def _flat_cotangents(term: AffineTerm, samples: slice) -> Tensor:
+def _flat_cotangents(term: LayerTerm, samples: slice) -> Tensor:
     return term.cotangents[samples].to(torch.float64).flatten(0, 2).flatten(1)
 
 
@@ -178,21 +180,15 @@ def _flat_inputs(term: AffineTerm) -> Tensor:
 
 
 def _add_table_table(out: Tensor, left: EmbeddingTerm, right: EmbeddingTerm) -> None:
-    """Σ_ts [index_t = index′_s] b_t·b′_s."""
-    right_b = right.cotangents.to(torch.float64).flatten(0, 2)
-    vectors, positions = left.num_vectors, left.positions
-    other = (right.num_samples, right.num_vectors, right.positions)
-    step = max(1, PIECE_ENTRIES // (vectors * positions * len(right_b)))
-    for start in range(0, left.num_samples, step):
-        chosen = slice(start, start + step)
-        indices = left.indices[chosen]
-        equal = indices.reshape(-1, 1) == right.indices.reshape(1, -1)
-        equal &= (indices >= 0).reshape(-1, 1)
-        strip = left.cotangents[chosen].to(torch.float64)
-        products = (strip.flatten(0, 2) @ right_b.T).reshape(*strip.shape[:3], *other)
-        products *= equal.reshape(len(strip), 1, positions, other[0], 1, other[2])
-        target = out[start * vectors : (start + len(strip)) * vectors]
-        target += products.sum((2, 5)).reshape(target.shape)
+    """Σ_ts [index_t = index′_s] b_t·b′_s, in strips of left samples."""
+    right_b = _flat_cotangents(right, ALL)
+    size = left.num_vectors * left.positions
+    for samples in _strips(left.num_samples, size, len(right_b), symmetric=False):
+        indices = left.indices[samples].reshape(-1, 1)
+        equal = (indices == right.indices.reshape(1, -1)) & (indices >= 0)
+        target = out[samples.start * left.num_vectors : samples.stop * left.num_vectors]
+        backward = _flat_cotangents(left, samples) @ right_b.T
+        _add_joined(target, backward, equal.to(torch.float64), left, right)
 
 
 def _add_table_affine(out: Tensor, left: EmbeddingTerm, right: AffineTerm) -> None:
@@ -214,7 +210,7 @@ def _add_table_affine(out: Tensor, left: EmbeddingTerm, right: AffineTerm) -> No
 
 
 def pieces(term: Term, num_rows: int) -> Iterator[slice]:
-    """Slices of the units for which that many rows are no larger than a temporary may be."""
+    """Slices of the units for which that many rows fit in a temporary matrix."""
     units = term.num_units
     if units == 1:
         yield ALL
@@ -243,7 +239,7 @@ def _wide(rows: Tensor) -> Tensor:
 
 
 def _add_own_products(target: Tensor, rows: Tensor) -> None:
-    """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is not computed."""
+    """Add R Rᵀ to the lower triangle of ``target``, in strips so that half is skipped."""
     size = target.shape[0]
     strips = 4 if size >= TRIANGLE_SIZE else 1
     bounds = sorted({size * i // strips for i in range(strips + 1)})
@@ -304,7 +300,7 @@ def _add_affine_squares(sums: Parameters, term: AffineTerm) -> None:
 
 
 def _groups(terms: list[Term]) -> list[list[Term]]:
-    """Terms that share a parameter, together: their rows have to be added before squaring."""
+    """Terms grouped such that those of a parameter are together: rows are added before squaring."""
     groups: list[list[Term]] = []
     for term in terms:
         linked = [g for g in groups if any(other.shapes.keys() & term.shapes.keys() for other in g)]
@@ -322,7 +318,7 @@ def _row_blocks(samples: int, vectors: int, limit: int) -> Iterator[tuple[slice,
 
 
 def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = ALL) -> Parameters:
-    """The rows of some terms, those of a parameter added up."""
+    """The rows of some terms by parameter, summed over terms."""
     total: Parameters = {}
     for term in terms:
         for name, rows in term.rows(samples, vectors, units).items():
@@ -332,15 +328,15 @@ def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = AL
 
 def row_products(terms: list[Term], direction: Parameters) -> dict[str, Tensor]:
     """(J_nᵀv_nq)·d for every row, by parameter: float64, shape ``(N, Q)``."""
-    found: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
     for term in terms:
         for name, product in _products(term, direction):
-            found[name] = found[name] + product if name in found else product
-    return found
+            total[name] = total[name] + product if name in total else product
+    return total
 
 
 def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]:
-    """No row is made of what is an outer product."""
+    """Of one term; outer products are contracted without forming the row."""
     if isinstance(term, AffineTerm):
         if term.weight:
             yield term.weight, _contracted(term.cotangents, term.applied(direction[term.weight]))
@@ -358,11 +354,11 @@ def _products(term: Term, direction: Parameters) -> Iterator[tuple[str, Tensor]]
 def _contracted(cotangents: Tensor, along: Tensor) -> Tensor:
     """Σ b ⊙ along for each sample and cotangent: ``(n, q, …)`` and ``(n, …)`` to ``(n, q)``."""
     wide = along.expand(len(cotangents), *cotangents.shape[2:]).flatten(1).unsqueeze(2)
-    found: Tensor = torch.bmm(cotangents.flatten(2), wide.to(cotangents.dtype))
-    return found.squeeze(2).to(torch.float64)
+    products: Tensor = torch.bmm(cotangents.flatten(2), wide.to(cotangents.dtype))
+    return products.squeeze(2).to(torch.float64)
 
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Of two tensors of one shape, in float64 without a float64 copy of large ones."""
+    """Of two tensors of the same shape, in float64 without a float64 copy of large ones."""
     pieces = (tensor.flatten().split(PIECE_ENTRIES) for tensor in (left, right))
     return torch.stack([a.double() @ b.double() for a, b in zip(*pieces, strict=True)]).sum()

@@ -61,11 +61,7 @@ class OnePass:
         return source.can_record() and source.fits(num_samples, vectors, KEPT_SHARE)
 
     def rows(self, cotangents: Tensor) -> PassRows:
-        """The rows J_nᵀv_nq, captured.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``.
-        """
+        """The rows J_nᵀv_nq, captured."""
         recorded, chosen = self.recorded, cotangents.to(self.source.function.dtype)
         batched = is_batched(recorded.function, recorded.plan, chosen)
         with model_errors():

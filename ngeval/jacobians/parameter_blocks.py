@@ -22,13 +22,7 @@ Groups = Mapping[str, Sequence[str]]
 
 
 def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[str, Tensor]:
-    """R_l R_lᵀ for the rows R_l of each group l: float64, shape ``(N·Q, N·Q)``.
-
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        groups: parameter names by group.
-    """
+    """R_l R_lᵀ for the rows R_l of each group l: float64, shape ``(N·Q, N·Q)``."""
     size = cotangents.shape[0] * cotangents.shape[1]
 
     def compute(source: RowSource) -> dict[str, Tensor]:
@@ -36,9 +30,11 @@ def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[s
         grams = {g: torch.zeros(size, size, dtype=torch.float64, device=device) for g in groups}
         for rows, columns, left, right in source.pairs(cotangents):
             for group, names in groups.items():
-                own = _restricted(left, names)
-                other = own if right is left else _restricted(right, names)
-                add_inner_products(grams[group][rows, columns], own, other, symmetric=right is left)
+                first = _restricted(left, names)
+                second = first if right is left else _restricted(right, names)
+                add_inner_products(
+                    grams[group][rows, columns], first, second, symmetric=right is left
+                )
         return grams
 
     return {group: from_lower(gram) for group, gram in source.sum_over_pairs(compute).items()}

@@ -157,7 +157,7 @@ class ShardedRowSource(RowSource):
                 )
                 shards.exchange(sent, destination, received, source)
                 if received:
-                    received_terms.append(theirs[i].term(received))
+                    received_terms.append(theirs[i].build(*received))
                     if not whole:
                         yield slice(*place), received_terms
                         received_terms = []
@@ -211,68 +211,43 @@ def _shifted(rows: slice, start: int) -> slice:
     return slice(start + rows.start, start + rows.stop)
 
 
-def _buffers(
-    terms: list[Term], theirs: list[Header], index: int, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of one term to send, and empty ones for one term to receive."""
-    sent = pack(terms[index])[1] if index < len(terms) else []
-    return sent, theirs[index].empty(device) if index < len(theirs) else []
-
-
-TensorType = tuple[tuple[int, ...], torch.dtype]
-
-
 @dataclass(frozen=True)
 class Header:
     """A term without the values of its tensors.
 
     Attributes:
-        kind: the term's class; `StoredTerm` for one that is sent as rows.
-        names: of its parameters; weight and bias of an affine layer, None where frozen.
-        tensors: shapes and dtypes.
-        weight_shape: of an affine layer's weight or an embedding's table.
-        transposed: of an affine layer's.
-        units: of rows.
+        build: makes the term from its tensors.
+        tensors: their shapes and dtypes.
     """
 
-    kind: type[Term]
-    names: tuple[str | None, ...]
-    tensors: tuple[TensorType, ...]
-    weight_shape: tuple[int, ...] = ()
-    transposed: bool = False
-    units: int = 1
-
-    def empty(self, device: torch.device) -> list[Tensor]:
-        """Tensors to receive the values."""
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.tensors]
-
-    def term(self, tensors: list[Tensor]) -> Term:
-        """The term with these tensors."""
-        shape = torch.Size(self.weight_shape)
-        if self.kind is EmbeddingTerm:
-            return EmbeddingTerm(str(self.names[0]), shape, tensors[0], tensors[1])
-        if self.kind is StoredTerm:
-            return StoredTerm(dict(zip(map(str, self.names), tensors, strict=True)), self.units)
-        weight, bias = self.names
-        cotangents, inputs = tensors[0], tensors[-1]
-        return AffineTerm(
-            weight, bias, shape, inputs.__getitem__, cotangents, transposed=self.transposed
-        )
+    build: Callable[..., Term]
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 def pack(term: Term) -> tuple[Header, list[Tensor]]:
     """A term's header and tensors."""
+    build: Callable[..., Term]
     if isinstance(term, EmbeddingTerm):
+        build = partial(EmbeddingTerm, term.weight, term.weight_shape)
         tensors = [term.indices, term.cotangents]
-        shape = tuple(term.weight_shape)
-        return Header(EmbeddingTerm, (term.weight,), _types(tensors), shape), tensors
-    if isinstance(term, AffineTerm) and not _rows_are_smaller(term):
+    elif isinstance(term, AffineTerm) and not _rows_are_smaller(term):
+        build = partial(_affine_term, term.weight, term.bias, term.weight_shape, term.transposed)
         tensors = [term.cotangents, *([term.inputs(ALL)] if term.weight else [])]
-        names, shape = (term.weight, term.bias), tuple(term.weight_shape)
-        return Header(AffineTerm, names, _types(tensors), shape, term.transposed), tensors
-    rows = term.rows(ALL, ALL, ALL)
-    tensors = list(rows.values())
-    return Header(StoredTerm, tuple(rows), _types(tensors), units=term.num_units), tensors
+    else:
+        rows = term.rows(ALL, ALL, ALL)
+        build, tensors = partial(_stored_term, tuple(rows), term.num_units), list(rows.values())
+    return Header(build, tuple((t.shape, t.dtype) for t in tensors)), tensors
+
+
+def _affine_term(
+    weight: str | None, bias: str | None, shape: torch.Size, transposed: bool, *tensors: Tensor
+) -> AffineTerm:
+    cotangents, inputs = tensors[0], tensors[-1]
+    return AffineTerm(weight, bias, shape, inputs.__getitem__, cotangents, transposed=transposed)
+
+
+def _stored_term(names: tuple[str, ...], units: int, *tensors: Tensor) -> StoredTerm:
+    return StoredTerm(dict(zip(names, tensors, strict=True)), units)
 
 
 def _rows_are_smaller(term: AffineTerm) -> bool:
@@ -283,5 +258,10 @@ def _rows_are_smaller(term: AffineTerm) -> bool:
     return rows < inputs + term.cotangents.numel()
 
 
-def _types(tensors: list[Tensor]) -> tuple[TensorType, ...]:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+def _buffers(
+    terms: list[Term], theirs: list[Header], index: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of one term to send, and empty ones for one term to receive."""
+    sent = pack(terms[index])[1] if index < len(terms) else []
+    expected = theirs[index].tensors if index < len(theirs) else ()
+    return sent, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in expected]

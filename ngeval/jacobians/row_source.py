@@ -95,12 +95,7 @@ class RowSource:
         return 0 < size <= share * self.memory
 
     def capture(self, cotangents: Tensor, block: Block) -> list[Term]:
-        """The terms of the rows of one block.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
-            block: which of them.
-        """
+        """The terms of the rows of one block."""
         chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
         with model_errors():
             if self.plan is not None:
@@ -156,11 +151,7 @@ class RowSource:
             yield block, self.capture(cotangents, block)
 
     def iterate(self, cotangents: Tensor) -> Iterator[tuple[Block, Parameters]]:
-        """All rows J_nᵀv_nq, block by block, by parameter, each of shape ``(rows, numel)``.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``.
-        """
+        """All rows J_nᵀv_nq, block by block, by parameter, each of shape ``(rows, numel)``."""
         limit = max(1, min(self.memory, STREAM_MEMORY) // self.row_bytes)
         for block in split_rows(cotangents.shape[0], cotangents.shape[1], limit):
             rows = self.rows(cotangents, block)
@@ -333,12 +324,7 @@ def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) ->
 
 
 def row_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
-    """All rows J_nᵀv_nq as a matrix: float64, shape ``(N·Q, P)``.
-
-    Args:
-        source: the model and engine.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-    """
+    """All rows J_nᵀv_nq as a matrix: float64, shape ``(N·Q, P)``."""
 
     def compute(source: RowSource, vectors: Tensor) -> Tensor:
         blocks = [torch.cat(list(rows.values()), 1).double() for _, rows in source.iterate(vectors)]
@@ -348,12 +334,7 @@ def row_matrix(source: RowSource, cotangents: Tensor) -> Tensor:
 
 
 def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
-    """‖J_nᵀv_nq‖² of every row: float64, shape ``(N·Q,)``.
-
-    Args:
-        source: the model and engine.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-    """
+    """‖J_nᵀv_nq‖² of every row: float64, shape ``(N·Q,)``."""
 
     def compute(source: RowSource, vectors: Tensor) -> Tensor:
         norms = vectors.new_zeros(vectors.shape[0] * vectors.shape[1])

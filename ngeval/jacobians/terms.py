@@ -152,7 +152,7 @@ class StoredTerm(Term):
         return replace(self, values=values) if values else None
 
 
-class _LayerTerm(Term):
+class LayerTerm(Term):
     """A term with the gradients at a layer's output.
 
     Attributes:
@@ -178,7 +178,7 @@ class _LayerTerm(Term):
 
 
 @dataclass(frozen=True)
-class AffineTerm(_LayerTerm):
+class AffineTerm(LayerTerm):
     """A layer z_t = W a_t + b: the row of W is Σ_t b_t a_tᵀ, that of the bias Σ_t b_t.
 
     Here b_t is the gradient of vᵀz at the layer's output. A convolution is the layer applied to
@@ -302,7 +302,7 @@ class AffineTerm(_LayerTerm):
 
 
 @dataclass(frozen=True)
-class EmbeddingTerm(_LayerTerm):
+class EmbeddingTerm(LayerTerm):
     """A table looked up at T indices: the row is Σ_t e_{index t} b_tᵀ.
 
     Attributes:

@@ -6,8 +6,7 @@ parameter the rows J_nᵀv of shape ``(samples, Q, *parameter.shape)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 
 import torch
@@ -71,7 +70,7 @@ def loop_rows(
                     rows[name].append(gradient)
     lead = cotangents.shape[:2]
     return {
-        name: _stacked(parts).reshape(*lead, *leaves[name].shape) for name, parts in rows.items()
+        name: stacked(parts).reshape(*lead, *leaves[name].shape) for name, parts in rows.items()
     }
 
 
@@ -103,14 +102,6 @@ def whole_model_term(
     return ComputedTerm(cotangents.shape[0], cotangents.shape[1], shapes, compute)
 
 
-def loop_term(
-    function: ModelFunction, names: list[str], samples: slice, cotangents: Tensor
-) -> ComputedTerm:
-    """The term of some parameters' rows by `loop_rows`."""
-    compute_rows = partial(loop_rows, names=names)
-    return whole_model_term(compute_rows, function, samples, cotangents, names)
-
-
-def _stacked(rows: list[Tensor]) -> Tensor:
-    """Without a copy of a single row, which may be as large as the model."""
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors as one, without a copy of a single row, which may be as large as the model."""
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(list(rows))

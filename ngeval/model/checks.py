@@ -1,4 +1,4 @@
-"""What is checked of a model, its inputs and a device before anything is computed."""
+"""Checks of a model, its inputs and a device before anything is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def named_tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_device(device: str) -> None:
-    """Raise if there is no such device here.
+    """Raise if a device is not available on this machine.
 
     Raises:
         InputError: unknown to torch, or not available on this machine.
@@ -68,10 +68,10 @@ def check_inputs(inputs: Inputs) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise unless the model has trainable, finite weights and is in a mode to be graded.
+    """Raise unless the model has trainable, finite weights and is in eval mode.
 
     Raises:
-        ModelError: it says what to change.
+        ModelError: the message says what to change.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -80,15 +80,15 @@ def check_model(model: nn.Module) -> None:
             "the model has no trainable parameter; set requires_grad_(True) on those to grade"
         )
     for kind, named in (
-        ("parameter", model.named_parameters()),
-        ("buffer", model.named_buffers()),
+        ("parameter", dict(model.named_parameters())),
+        ("buffer", dict(model.named_buffers())),
     ):
-        for name, tensor in named:
+        for name, tensor in named.items():
             if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise ModelError(f"{kind} {name!r} has no values (lazy or on the meta device)")
             if tensor.is_complex():
                 raise ModelError(f"{kind} {name!r} is complex; ngeval grades real models")
-            _check_values(kind, name, tensor)
+        check_finite(kind, named)
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise ModelError(
@@ -106,31 +106,27 @@ def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
         tensors: by name.
 
     Raises:
-        ModelError: it names the first one.
+        ModelError: naming the first such tensor.
     """
     for name, tensor in tensors.items():
-        _check_values(kind, name, tensor)
+        if not tensor.is_floating_point() or is_finite(tensor):
+            continue
+        # Buffers hold masks of −inf by design, but never a NaN.
+        if kind == "parameter" or bool(torch.isnan(tensor).any()):
+            raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floating-point numbers has no NaN and nothing infinite.
 
-    A sum is not finite where an entry is not, at a fraction of the price of a look at each; only
-    where it is not, or merely overflows, are the entries looked at.
+    The sum is not finite if an entry is not, and costs a fraction of a test of each entry; the
+    entries are tested only if the sum is not finite, since it may merely have overflowed.
     """
     return math.isfinite(tensor.detach().sum()) or bool(torch.isfinite(tensor).all())
 
 
-def _check_values(kind: str, name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not is_finite(tensor):
-        # Buffers hold masks of −inf by design; a NaN is never one.
-        if kind == "buffer" and not bool(torch.isnan(tensor).any()):
-            return
-        raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
-
-
 def check_mode(model: nn.Module) -> None:
-    """Refuse modules whose train mode makes the output random or ties samples together."""
+    """Raise if a module in train mode makes outputs random or dependent on other samples."""
     active = [
         f"{name or 'the model itself'} ({type(module).__name__})"
         for name, module in model.named_modules()

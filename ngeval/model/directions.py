@@ -1,4 +1,4 @@
-"""Directions in parameter space, as callers give them and as vectors of length P."""
+"""Directions in parameter space: as callers pass them, and as flat vectors of length P."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ngeval.errors import InputError
 from ngeval.model.function import ModelFunction
 
 Direction = Tensor | Mapping[str, Tensor]
-"""A vector of length P, or a tensor for every trainable parameter by its name."""
+"""A vector of length P, or a tensor for every trainable parameter by name."""
 
 
 def vector_of(direction: Direction, function: ModelFunction) -> Tensor:
@@ -45,7 +45,7 @@ def vector_of(direction: Direction, function: ModelFunction) -> Tensor:
 
 
 def largest(vector: Tensor) -> float:
-    """Max |v|, NaN if v has one: one pass, no copy."""
+    """The largest |v|, or NaN if v has one, in a single pass without a copy."""
     wide = vector if vector.is_floating_point() else vector.to(torch.float64)
     return float(torch.linalg.vector_norm(wide, math.inf)) if wide.numel() else 0.0
 

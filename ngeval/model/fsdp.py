@@ -1,10 +1,9 @@
-"""Models whose frozen layers are too large for one device: FSDP2's parameters in parts.
+"""Models whose frozen layers are too large for one device: parameters kept in parts by FSDP2.
 
-``torch.distributed.fsdp.fully_shard`` keeps a part of a module's parameters on each rank, and puts
-them together for the length of a pass. Every pass is then an exchange in which all ranks take part:
-they must make equally many, which they do where each has as many samples as any other and rows
-are read off the layers that own them. Trainable parameters have to be whole on every rank, as
-vectors of their length are.
+``torch.distributed.fsdp.fully_shard`` keeps a part of a module's parameters on each rank, and
+gathers them for the duration of a pass. All ranks take part in every pass and must therefore run
+the same number of passes, which they do if all have the same number of samples and rows come from
+the layer engine. Trainable parameters have to be whole on every rank, as vectors of length P are.
 """
 
 from __future__ import annotations
@@ -20,27 +19,26 @@ from ngeval.model.sharding import Shards
 
 
 def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
-    """The names of parameters that FSDP2 keeps in parts, put into that state.
+    """The names of parameters that FSDP2 keeps in parts, after putting them into that state.
 
     Args:
         model: any model.
-        shards: this process's place in the group over which samples are spread; it is told that
-            every rank needs equally many.
+        shards: this process's samples; marked as `Shards.even` if there are such parameters.
 
     Raises:
-        ModelError: the model cannot be treated in this group, and what to do.
+        ModelError: this model cannot be treated in this group.
     """
-    if not isinstance(model, nn.Module):  # which is said elsewhere
+    if not isinstance(model, nn.Module):  # an error that `check_model` raises
         return frozenset()
-    put_apart(model)
+    reshard(model)
     split = {n: p for n, p in model.named_parameters() if _is_distributed(p)}
     if not split:
         return frozenset()
-    kept: set[str] = set()
+    by_fsdp: set[str] = set()
     sharded = set(_sharded_modules(model))
     for path, module in model.named_modules():
         if module in sharded:
-            kept.update(f"{path}.{n}" if path else n for n, _ in module.named_parameters())
+            by_fsdp.update(f"{path}.{n}" if path else n for n, _ in module.named_parameters())
     for name, parameter in split.items():
         where = f"parameter {name!r} is a DTensor, spread over ranks"
         if shards.group is None:
@@ -50,7 +48,7 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
                 f"{where}, and trainable; ngeval needs trainable parameters whole on every rank: "
                 "name them in fully_shard(module, ignored_params=…), or freeze them"
             )
-        if name not in kept:
+        if name not in by_fsdp:
             raise ModelError(
                 f"{where}, but by no fully_shard (tensor parallelism?), which ngeval does not "
                 "treat: use torch.distributed.fsdp.fully_shard, or whole parameters"
@@ -65,14 +63,14 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
     return frozenset(split)
 
 
-def put_apart(model: nn.Module) -> None:
-    """Leave each rank its own part alone, as before a pass."""
+def reshard(model: nn.Module) -> None:
+    """Reduce each rank's parameters to its part, as before a pass."""
     for module in _sharded_modules(model):
         module.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:
-    """The modules that `fully_shard` was called on; there are none where nobody imported it."""
+    """The modules that `fully_shard` was called on; none if it was never imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))

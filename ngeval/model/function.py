@@ -1,8 +1,8 @@
 """A model at fixed θ on one batch, as a pure function of its trainable parameters.
 
-Nothing here writes to the caller's module: parameters and buffers are handed to it for the
-length of one call (`torch.func.functional_call`), so its weights, gradients, mode, buffers and
-hooks are the same afterwards, also after an exception.
+Nothing here writes to the caller's module: parameters and buffers are passed to it for the duration
+of one call (`torch.func.functional_call`), so its weights, gradients, mode, buffers and hooks are
+the same afterwards, also after an exception.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ngeval.utils.memory import is_out_of_memory
 
 Parameters = dict[str, Tensor]
 Output = str | int | Callable[[Any], Tensor] | None
-"""Which of a model's outputs is z: a name, an index, a function of what the model returns."""
+"""Which of a model's outputs is z: a name, an index, or a function of the returned value."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class ModelFunction:
     Attributes:
         model: the caller's module, never modified.
         inputs: the batch; every tensor has the samples in its first dimension.
-        parameters: the trainable parameters by name, detached (they share memory with the
-            model's own unless a dtype was asked for).
-        frozen: the other parameters, where a dtype was asked for.
-        buffers: as they were; every call works on its own copies.
-        originals: the model's own parameters, trainable and frozen, by which another shows.
-        slots: every place in the model that holds a parameter or buffer, with the name under
-            which it is known here; tied weights have several.
-        versions: the version counter of each parameter, by which a change in place shows.
-        cast: the dtype that was asked for; None where the model keeps its own.
+        parameters: the trainable parameters by name, detached; they share memory with the
+            model's unless ``cast`` is set.
+        frozen: the other parameters, if ``cast`` is set.
+        buffers: copies; every call works on copies of these.
+        originals: the model's parameters themselves, to detect that one was replaced.
+        slots: every place in the model that holds a parameter or buffer, with the canonical name
+            of what it holds; tied weights have several places.
+        versions: the version counter of each parameter, to detect a change in place.
+        cast: the dtype that everything is converted to; None for the model's.
         output: which of the model's outputs is z.
-        inner_epsilon: the coarsest rounding to which the model's own code narrows anything.
-        forward_mode: take J d by forward-mode AD where every operation has a rule.
-        notes: what had to be worked around.
-        shards: this process's place in the group over which samples are spread.
-        split: parameters that FSDP2 keeps in parts; they are left to the model.
+        inner_epsilon: machine epsilon of the coarsest type to which the model's code narrows.
+        forward_mode: compute J d by forward-mode AD where every operation has a rule.
+        notes: workarounds that were needed, for reports.
+        shards: this process's part of the batch.
+        split: parameters that FSDP2 keeps in parts; they are left in the model.
     """
 
     model: nn.Module
@@ -79,14 +79,14 @@ class ModelFunction:
         shards: Shards = SINGLE,
         split: frozenset[str] = frozenset(),
     ) -> ModelFunction:
-        """Check the model and the inputs, and take θ as it is now.
+        """Check the model and the inputs, and fix θ at its current value.
 
         Args:
             model: in eval mode; its parameters with ``requires_grad`` are θ.
             inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-            dtype: compute in this floating-point type; None keeps the model's own.
+            dtype: compute in this floating-point type; None keeps the model's.
             output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
-            shards: of the process group over which the samples are spread.
+            shards: this process's part of the batch.
             split: parameters that FSDP2 keeps in parts.
 
         Raises:
@@ -102,7 +102,14 @@ class ModelFunction:
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         versions = {n: version_of(p) for n, p in named.items()}
         function = cls(
-            *(model, inputs, trainable, {}, buffers, named, slots_of(model), versions),
+            model=model,
+            inputs=inputs,
+            parameters=trainable,
+            frozen={},
+            buffers=buffers,
+            originals=named,
+            slots=slots_of(model),
+            versions=versions,
             output=output,
             shards=shards,
             split=split,
@@ -159,8 +166,9 @@ class ModelFunction:
     @property
     def epsilon(self) -> float:
         """The coarsest rounding among the trainable parameters and inside the model."""
-        own = (torch.finfo(p.dtype).eps for p in self.parameters.values())
-        return max(self.inner_epsilon, *own)
+        return max(
+            self.inner_epsilon, *(torch.finfo(p.dtype).eps for p in self.parameters.values())
+        )
 
     @property
     def row_epsilon(self) -> float:
@@ -169,7 +177,7 @@ class ModelFunction:
 
     @property
     def device(self) -> torch.device:
-        """Where θ lives."""
+        """The device of θ."""
         return next(iter(self.parameters.values())).device
 
     def __call__(
@@ -180,16 +188,16 @@ class ModelFunction:
         Args:
             parameters: θ, by name.
             inputs: another batch.
-            fused: allow fused attention, which has backward passes one by one, and no other
-                derivatives.
+            fused: allow fused attention, which supports single backward passes, but neither
+                ``vmap`` nor forward mode.
 
         Raises:
-            ModelError: the model's parameters were changed since this function was made.
+            ModelError: the model's parameters have changed since this function was made.
         """
         self.check_unchanged()
         batch = self.inputs if inputs is None else inputs
-        # Clones, so that neither a first layer working in place nor a buffer that counts calls
-        # reaches the caller's tensors or the next call.
+        # Copies, so that a first layer that works in place, or a buffer that counts calls, changes
+        # neither the caller's tensors nor the next call's.
         batch = map_inputs(batch, torch.clone)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         args: tuple[Tensor, ...] = ()
@@ -200,17 +208,17 @@ class ModelFunction:
             args = batch if isinstance(batch, tuple) else (batch,)
         tensors = {**parameters, **self.frozen, **buffers}
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
-        # torch's own tying would swap a module that is registered twice two times, and not
+        # With tie_weights, torch would swap a module that is registered twice two times, and not
         # restore it; the slots name every place once.
         with plain_operations(self.notes, fused=fused):
             raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
         return outputs_of(raw, self.output)
 
     def check_unchanged(self) -> None:
-        """The model is still in eval mode, and at θ.
+        """Raise unless the model is still in eval mode and at θ.
 
         Raises:
-            ModelError: it is not.
+            ModelError: its mode or a parameter has changed.
         """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
@@ -226,7 +234,7 @@ class ModelFunction:
         return self(parameters, map_inputs(sample, lambda t: t.unsqueeze(0))).squeeze(0)
 
     def jvp(self, tangent: Parameters) -> Tensor:
-        """T = J d for a direction d in parameter space: the outputs' shape.
+        """J d for a direction d in parameter space, in the outputs' shape.
 
         Forward mode where every operation has a rule for it; otherwise two reverse passes
         (J d is the derivative of the linear map w ↦ Jᵀw, contracted with d).
@@ -238,9 +246,9 @@ class ModelFunction:
             with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
                 dual = {n: forward_ad.make_dual(p, tangent[n]) for n, p in self.parameters.items()}
                 outputs = self(dual)
-                found: Tensor | None = forward_ad.unpack_dual(outputs).tangent
-                result = torch.zeros_like(outputs) if found is None else found.clone()
-        except RuntimeError as error:  # torch's word for an operation without a forward rule
+                along: Tensor | None = forward_ad.unpack_dual(outputs).tangent
+                result = torch.zeros_like(outputs) if along is None else along.clone()
+        except RuntimeError as error:  # what torch raises for an operation without a forward rule
             if is_out_of_memory(error):
                 raise
             try:
@@ -268,7 +276,7 @@ class ModelFunction:
             return pull_back(outputs, leaves, cotangent)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One vector of length P, parameters in the model's own order."""
+        """One vector of length P, parameters in the model's order."""
         return torch.cat([tensors[n].reshape(-1).to(self.dtype) for n in self.parameters])
 
     def unflatten(self, vector: Tensor) -> Parameters:
@@ -298,7 +306,7 @@ def cast_inputs(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
 
 @contextlib.contextmanager
 def model_errors() -> Iterator[None]:
-    """Turn whatever a user's model raises into a `ModelError` that says it was the model.
+    """Turn whatever a user's model raises into a `ModelError` that names the model as the cause.
 
     Raises:
         ModelError: something other than an ngeval or out-of-memory error was raised inside.
@@ -317,7 +325,7 @@ def model_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def autograd_enabled() -> Iterator[None]:
-    """Record gradients whatever mode the caller is in."""
+    """Record gradients, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -346,7 +354,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def slots_of(model: nn.Module) -> dict[str, str]:
-    """Each place that holds a parameter or buffer, with the first name of what it holds."""
+    """Each place that holds a parameter or buffer, with the canonical (first) name of it."""
     slots: dict[str, str] = {}
     first: dict[int, str] = {}
     for prefix, module in model.named_modules():
@@ -358,7 +366,7 @@ def slots_of(model: nn.Module) -> dict[str, str]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The counter of in-place changes; tensors made in inference mode have none."""
+    """The counter of in-place changes, −1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -372,12 +380,12 @@ def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
 
 
 def outputs_of(raw: Any, output: Output = None) -> Tensor:
-    """The outputs z in a model's return value.
+    """The outputs z in the value that a model returned.
 
     Args:
-        raw: what the model returned.
-        output: a key or attribute, an index, or a function of ``raw``; None: ``raw`` itself where
-            it is a tensor, else its ``logits``.
+        raw: the returned value.
+        output: a key or attribute, an index, or a function of ``raw``; None: ``raw`` itself if it
+            is a tensor, else its ``logits``.
 
     Raises:
         ModelError: there is no such tensor.
@@ -404,7 +412,7 @@ def outputs_of(raw: Any, output: Output = None) -> Tensor:
 
 
 def _described(raw: Any) -> str:
-    """A return value in a few words."""
+    """A returned value in a few words."""
     if isinstance(raw, Mapping):
         return f"a {type(raw).__name__} with {', '.join(repr(key) for key in list(raw)[:8])}"
     if isinstance(raw, tuple | list):

@@ -1,4 +1,4 @@
-"""How a model's operations are run and watched: plain attention, no checkpointing, roundings."""
+"""How a model's operations are run: plain attention, no checkpointing; and what they round to."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> I
     """Attention by its definition, and no activation checkpointing.
 
     Args:
-        notes: gets a line if there was checkpointing.
-        fused: leave attention as it is.
+        notes: receives a line if there was checkpointing.
+        fused: allow fused attention.
 
     Forward-mode AD has no rule for fused attention, and the fast path of
     ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
@@ -67,16 +67,15 @@ def _without_checkpointing(notes: set[str] | None) -> Iterator[None]:
 
 
 class OperationWatch(TorchFunctionMode):
-    """Notes what a forward pass is made of.
+    """Records which operations a forward pass uses.
 
     Attributes:
-        attention: it uses fused attention.
-        epsilon: the coarsest rounding to which it narrows anything (a float64 model whose softmax
-            is taken in float32); 0 where it does not.
+        attention: whether it uses fused attention.
+        epsilon: machine epsilon of the coarsest type to which it narrows anything (a float64 model
+            whose softmax is in float32); 0 if it narrows nothing.
     """
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
         super().__init__()
         self.attention = False
         self.epsilon = 0.0
@@ -84,11 +83,10 @@ class OperationWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass everything on."""
         self.attention |= func is nn.functional.scaled_dot_product_attention
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
-            given = (a for a in args if isinstance(a, Tensor) and a.is_floating_point())
-            if any(tensor.element_size() > result.element_size() for tensor in given):
+            operands = (a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+            if any(tensor.element_size() > result.element_size() for tensor in operands):
                 self.epsilon = max(self.epsilon, torch.finfo(result.dtype).eps)
         return result

@@ -1,4 +1,4 @@
-"""Groups of parameters: layers, and whatever else a reader wants to tell apart."""
+"""Groups of parameters: layers, or any other partition that results are reported by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ngeval.errors import InputError, nearest_name
 
 Groups = str | int | Mapping[str, Iterable[str]] | Callable[[str], str]
-"""How parameters are put together; see `make_groups`."""
+"""How parameters are grouped; see `make_groups`."""
 
 ROOT = "(model)"
 """The layer of parameters that the model itself owns."""
@@ -24,7 +24,7 @@ class Group:
     Attributes:
         name: of the group.
         parameters: their names.
-        places: where they are in a flat vector.
+        places: their slices of a flat vector.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Group:
 
     @property
     def num_parameters(self) -> int:
-        """How many scalars."""
+        """The number of scalars."""
         return sum(place.stop - place.start for place in self.places)
 
 
 def make_groups(sizes: Mapping[str, int], groups: Groups) -> list[Group]:
-    """Put parameters together.
+    """Group parameters.
 
     Args:
         sizes: the trainable parameters with their numbers of scalars, in order.
@@ -46,7 +46,7 @@ def make_groups(sizes: Mapping[str, int], groups: Groups) -> list[Group]:
             names, or a function from name to group; see `ngeval.layer_table`.
 
     Raises:
-        InputError: no such way to group, an unknown name, a name in two groups, an empty group.
+        InputError: an invalid value, an unknown name, a name in two groups, or an empty group.
 
     >>> [group.name for group in make_groups({"a.b.weight": 4, "a.b.bias": 2, "c": 1}, 1)]
     ['a', 'c']
@@ -57,10 +57,10 @@ def make_groups(sizes: Mapping[str, int], groups: Groups) -> list[Group]:
     for name, size in sizes.items():
         group = of_name(name)
         if not isinstance(group, str):
-            raise InputError(f"groups gave {group!r} for parameter {name!r}; it must be a text")
+            raise InputError(f"groups gave {group!r} for parameter {name!r}; it must be a string")
         members.setdefault(group, {})[name] = slice(start, start + size)
         start += size
-    return [Group(name, tuple(own), tuple(own.values())) for name, own in members.items()]
+    return [Group(name, tuple(m), tuple(m.values())) for name, m in members.items()]
 
 
 def _naming(names: Sequence[str], groups: Groups) -> Callable[[str], str]:
@@ -84,7 +84,7 @@ def _naming(names: Sequence[str], groups: Groups) -> Callable[[str], str]:
 def _named_groups(
     names: Sequence[str], groups: Mapping[str, Iterable[str]]
 ) -> Callable[[str], str]:
-    found: dict[str, str] = {}
+    group_of: dict[str, str] = {}
     for group, members in groups.items():
         listed = [members] if isinstance(members, str) else list(members)
         if not listed:
@@ -95,9 +95,9 @@ def _named_groups(
                     f"group {group!r}: no trainable parameter {name!r}; "
                     f"{nearest_name(str(name), names)}"
                 )
-            if name in found:
+            if name in group_of:
                 raise InputError(
-                    f"parameter {name!r} is in two groups, {found[name]!r} and {group!r}"
+                    f"parameter {name!r} is in two groups, {group_of[name]!r} and {group!r}"
                 )
-            found[name] = group
-    return lambda name: found.get(name, REST)
+            group_of[name] = group
+    return lambda name: group_of.get(name, REST)

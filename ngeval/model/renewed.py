@@ -9,7 +9,7 @@ import torch
 
 from ngeval.errors import ModelError
 from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
-from ngeval.model.fsdp import put_apart
+from ngeval.model.fsdp import reshard
 from ngeval.model.function import (
     ModelFunction,
     cast_all,
@@ -36,7 +36,7 @@ def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
     """
     check_inputs(inputs)
     if function.split:
-        put_apart(function.model)
+        reshard(function.model)
     _check_same_parameters(function)
     named, buffers = function.originals, dict(function.model.named_buffers())
     trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}

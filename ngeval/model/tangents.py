@@ -13,12 +13,12 @@ from ngeval.utils.memory import is_out_of_memory
 
 
 def push_directions(function: ModelFunction, directions: Tensor) -> Tensor:
-    """The tangents of k directions.
+    """The tangents J d of k directions d.
 
     Args:
         function: the model at θ on its batch.
-        directions: D, shape ``(k, P)``. Where an entry is so large or so small that products
-            could leave the dtype's range, all are brought to unit size first.
+        directions: D, shape ``(k, P)``. If entries are so large or small that products could
+            leave the dtype's range, all directions are scaled to unit size first.
 
     Returns:
         J d for each, float64, shape ``(k, N, *positions, C)``.
@@ -41,7 +41,7 @@ def push_directions(function: ModelFunction, directions: Tensor) -> Tensor:
 
 
 def _batched(function: ModelFunction, directions: Tensor) -> Tensor | None:
-    """One forward pass for all directions; None where an operation has no rule for it."""
+    """One forward pass for all directions; None if an operation has no rule for that."""
     if not function.forward_mode or len(directions) == 1:
         return None
     sizes = [p.numel() for p in function.parameters.values()]
@@ -67,10 +67,10 @@ def _batched(function: ModelFunction, directions: Tensor) -> Tensor | None:
 def chunk_sizes(
     num_samples: int, num_directions: int, sample_bytes: int, memory: int
 ) -> tuple[int, int]:
-    """How many samples and directions to push at a time.
+    """How many samples and directions to push forward at a time.
 
-    A tangent takes about what its sample's activations take; directions go together first, since
-    they share the forward pass.
+    A tangent takes about as much memory as its sample's activations. Directions are batched first,
+    since they share the forward pass.
     """
     together = max(1, memory // max(sample_bytes, 1))
     directions = min(num_directions, max(1, together // 2))
