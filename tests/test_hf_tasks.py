@@ -524,7 +524,7 @@ class TestBadInput:
         self.refused("nothing trainable", home, "--adapter", adapter)
 
     def test_what_is_no_adapter(self, home: Path, tmp_path: Path):
-        self.refused("is no PEFT adapter", home, "--adapter", home / "bert")
+        self.refused("is not a PEFT adapter", home, "--adapter", home / "bert")
         self.refused("no checkpoint at", home, "--adapter", tmp_path / "nowhere")
         adapter = self.adapter(home, tmp_path)
         (adapter / "adapter_config.json").write_text("{")

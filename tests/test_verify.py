@@ -25,7 +25,7 @@ from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.run import Run
 from ngeval.tasks import get_task
-from ngeval.verification.compare import DIGITS, MOST_GAP, compare
+from ngeval.verification.compare import DIGITS, MAX_GAP, compare
 from ngeval.verification.recompute import (
     Trust,
     changes,
@@ -453,7 +453,7 @@ class TestCompare:
 
     def test_a_gap_has_an_end(self):
         for factor, expected in ((0.9, True), (1.1, False)):
-            now = rows(gamma_min=1 / (1 - factor * MOST_GAP))
+            now = rows(gamma_min=1 / (1 - factor * MAX_GAP))
             assert compare((0, 0), "c", rows(), now, None, gap=1e9).agrees is expected
 
     def test_the_file_does_not_say_what_is_a_krylov_runs(self):

@@ -1,8 +1,7 @@
-"""From the command line's options to a `Run`."""
+"""From options to a `Run`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,15 +23,15 @@ from ngeval.tasks import Task, get_task, source_of
 from ngeval.utils import torchrun
 
 HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
-"""Options that are called otherwise in `ngeval.tasks.hf.hub_task`."""
+"""Options that have a different name in `ngeval.tasks.hf.hub_task`."""
 
 
 def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
-    """The run that was asked for.
+    """The run that options describe.
 
     Raises:
         InputError: options that do not go together.
-        NgevalError: the task or a checkpoint is not there; see `get_task`, `hub_task` and
+        NgevalError: the task or a checkpoint does not exist; see `get_task`, `hub_task` and
             `find_checkpoints`.
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
@@ -44,12 +43,11 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])
     if options.task is not None:
-        if given := _given(hub):
-            raise InputError(
-                f"--{given[0].replace('_', '-')} goes with --hf-model, not with --task"
-            )
-        task = get_task(options.task)
-        checkpoints = find_checkpoints(_required([*(options.checkpoint or []), *more]))
+        _refuse_hub_options(hub)
+        task, patterns = get_task(options.task), [*(options.checkpoint or []), *more]
+        if not patterns:
+            raise InputError("no checkpoint given; name files, folders or globs with --checkpoint")
+        checkpoints = find_checkpoints(patterns)
     else:
         task, checkpoints = _hub_run(options, hub, more)
     num_units = len(checkpoints) * options.num_batches
@@ -72,16 +70,11 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
     )
 
 
-def _required(patterns: list[str]) -> list[str]:
-    if not patterns:
-        raise InputError("no checkpoint given; name files, folders or globs with --checkpoint")
-    return patterns
-
-
-def _given(hub: HubOptions) -> list[str]:
-    """The options that differ from what they are when not given."""
-    default = asdict(HubOptions())
-    return [name for name, value in asdict(hub).items() if value != default[name]]
+def _refuse_hub_options(hub: HubOptions) -> None:
+    default = vars(HubOptions())
+    for name, value in vars(hub).items():
+        if value != default[name]:
+            raise InputError(f"--{name.replace('_', '-')} goes with --hf-model, not with --task")
 
 
 def _hub_run(
@@ -104,7 +97,7 @@ def _hub_run(
     whole = [c.name for c in checkpoints if not c.is_adapter]
     if hub.adapter and whole:
         raise CheckpointError(
-            f"{whole[0]} is no PEFT adapter (it has no adapter_config.json); checkpoints of the "
+            f"{whole[0]} is not a PEFT adapter (it has no adapter_config.json); checkpoints of the "
             "whole model go with --checkpoint"
         )
     arguments = {HUB_NAMES.get(name, name): value for name, value in vars(hub).items()}

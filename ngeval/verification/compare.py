@@ -1,9 +1,9 @@
-"""Whether two computations of a unit agree: all rows there, texts the same, numbers close.
+"""Whether two computations of a unit agree: the same rows and texts, and close numbers.
 
 How close depends on the dtype, see `DIGITS`, and on the Krylov run, which stops when its bounds
-are within a gap: what it finds is compared within that gap, and the update that it found, whose γ
-is stationary in it, within the square root. Which rows a Krylov run is behind is what the new ones
-say: a file that could say so of itself could have itself compared loosely.
+are within a gap: its γ is compared within that gap, and its update, in which γ is stationary,
+within the square root. The new rows decide which numbers come from a Krylov run: a file that could
+claim so itself would be compared loosely.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from ngeval.results.journal import Key
 from ngeval.runs.options import DTYPES
 
 DIGITS = {name: math.sqrt(torch.finfo(getattr(torch, name)).eps) for name in DTYPES}
-"""The relative difference that is nothing but rounding, by the rows' dtype: √ε, half the digits
-(1.5e-8 in float64, 3.5e-4 in float32). Other processors, threads and ranks add in another order,
-and a small damping makes the error of that larger; a wrong seed, batch or formula costs more."""
+"""The relative difference that rounding explains, by the rows' dtype: √ε, half the digits (1.5e-8
+in float64, 3.5e-4 in float32). Other processors, threads and ranks add in a different order, and a
+small damping amplifies that; a wrong seed, batch or formula changes more."""
 
 UNKNOWN_DTYPE = "float32"
-"""What tables without a column ``dtype`` (of samples) are compared as."""
+"""The dtype by which tables without a column ``dtype`` (those of samples) are compared."""
 
-MOST_GAP = 1e-2
-"""The largest gap that is allowed for, whatever a manifest says that the run's was."""
+MAX_GAP = 1e-2
+"""The largest gap that is allowed for, whatever a manifest claims."""
 
 NATURAL = ("gamma_min", "gamma_over_ng", "gamma_ng_lower", "gamma_ng_upper")
-"""Columns that a Krylov run tells, in every row."""
+"""Columns that come from a Krylov run, in every row."""
 
 GAMMAS = (*NATURAL, "gamma", "gamma_over_sgd")
 
-TOLD = ("engine", "reason", "iterations")
-"""How a row came about: it may change with the memory of a machine, and is no result."""
+NOT_RESULTS = ("engine", "reason", "iterations")
+"""Columns about how a row was computed, which may change with the memory of a machine."""
 
 SUMMANDS = ("decrease", "curvature", "decrease_share", "curvature_share", "excess", "loss_change_")
-"""Parts of a sum, which may cancel: relative to the largest of the update's layers, or of the
-unit's samples."""
+"""Terms of a sum, which may cancel: compared relative to the largest of the update's layers, or of
+the unit's samples."""
 
 NOISE = ("decrease", "cosine_sgd", *SUMMANDS[2:5])
-"""What is rounding alone in a row whose γ is undefined."""
+"""Columns that are pure rounding in a row whose γ is undefined."""
 
 ROW = ("method", "damping", "layer", "sample")
-"""What tells the rows of a unit apart."""
+"""The columns that distinguish the rows of a unit."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a unit.
+    """The comparison of a unit with its rows in a file.
 
     Attributes:
-        key: the numbers of its checkpoint and batch.
+        key: the places of its checkpoint and batch.
         checkpoint: its name.
         rows: how many there are now.
-        problem: what differs that is no number; empty if nothing does.
-        difference: the largest difference of numbers, relative (see `SUMMANDS`), measured by what
-            is allowed for it.
-        allowed: that.
+        problem: what differs that is not a number; empty if nothing does.
+        difference: the difference of numbers that is largest in proportion to the allowed one;
+            relative, see `SUMMANDS`.
+        allowed: the difference that is allowed there.
         where: its column, method, damping, …
-        note: what may be behind a difference.
+        note: a possible reason for a difference.
     """
 
     key: Key
@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether the unit is what it was."""
+        """Whether the unit equals its rows in the file."""
         return not self.problem and self.difference <= self.allowed
 
 
@@ -89,15 +89,15 @@ def compare(
     tolerance: float | None,
     gap: float,
 ) -> Verdict:
-    """A unit's rows in a file, and as they are now; in whatever order the file has them.
+    """Compare a unit's rows in a file, in whatever order, with those of a new computation.
 
     Args:
         key: the unit.
         checkpoint: its checkpoint's name.
         then: the rows of the file.
-        now: those that were computed anew.
+        now: the new ones.
         tolerance: the relative difference that is allowed; None: see `DIGITS`.
-        gap: of the Krylov run; see `MOST_GAP`.
+        gap: of the Krylov run; see `MAX_GAP`.
     """
     columns = list(dict.fromkeys([*then.columns, *now.columns]))
     order = [name for name in ROW if name in columns]
@@ -108,16 +108,16 @@ def compare(
     if len(then) != len(now):
         problem = f"{len(then)} rows in the file, {len(now)} now"
         return Verdict(key, checkpoint, len(now), problem, math.inf, 0.0, {})
-    if now.empty:  # of samples, of a unit that failed
+    if now.empty:  # the samples of a unit that failed
         return Verdict(key, checkpoint, 0, "", 0.0, 0.0, {})
     numbers = [name for name in columns if is_number(then[name]) and is_number(now[name])]
     problem = _texts_differ(then, now, [name for name in columns if name not in numbers])
     worst, allowed, where = 0.0, tolerance or 0.0, dict[str, Any]()
     base = _tolerances(now, tolerance)
     for name in numbers:
-        if name in TOLD:
+        if name in NOT_RESULTS:
             continue
-        limit = np.maximum(base, _krylov_limits(name, now, min(gap, MOST_GAP)))
+        limit = np.maximum(base, _krylov_limits(name, now, min(gap, MAX_GAP)))
         difference = _differences(name, then, now)
         with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.where(difference == 0, 0.0, difference / limit)
@@ -125,15 +125,15 @@ def compare(
         if excess[row] > (worst / allowed if allowed else worst) or not where:
             worst, allowed = float(difference[row]), float(limit[row])
             where = {"column": name} | {k: _plain(now[k].iloc[row]) for k in order}
-    note = _another_way(then, now) if worst <= math.sqrt(MOST_GAP) else ""
+    note = _less_memory(then, now) if worst <= math.sqrt(MAX_GAP) else ""
     return Verdict(key, checkpoint, len(now), problem, worst, allowed, where, note)
 
 
 def _differences(name: str, then: pd.DataFrame, now: pd.DataFrame) -> np.ndarray:
-    """The difference of a column's numbers, by their size; ∞ where one alone is NaN."""
-    one, other = (part[name].to_numpy(dtype=float, na_value=math.nan) for part in (then, now))
+    """The relative difference of a column's numbers; ∞ where only one is NaN."""
+    old, new = (part[name].to_numpy(dtype=float, na_value=math.nan) for part in (then, now))
     with np.errstate(invalid="ignore", divide="ignore"):
-        size = np.fmax(np.abs(one), np.abs(other))
+        size = np.fmax(np.abs(old), np.abs(new))
         if name.startswith(SUMMANDS):
             update = [key for key in ("method", "damping") if key in then]
             grouped = pd.Series(size)
@@ -144,10 +144,10 @@ def _differences(name: str, then: pd.DataFrame, now: pd.DataFrame) -> np.ndarray
             )
         if name.startswith("cosine_"):
             size = np.ones_like(size)
-        same = (one == other) | (np.isnan(one) & np.isnan(other))
+        same = (old == new) | (np.isnan(old) & np.isnan(new))
         if name in NOISE and "status" in then:
             same |= ((then["status"] == "undefined") & (now["status"] == "undefined")).to_numpy()
-        difference = np.where(same, 0.0, np.abs(one - other) / size)
+        difference = np.where(same, 0.0, np.abs(old - new) / size)
     return np.nan_to_num(difference, nan=math.inf)
 
 
@@ -159,7 +159,7 @@ def _tolerances(now: pd.DataFrame, tolerance: float | None) -> np.ndarray:
 
 
 def _krylov_limits(name: str, now: pd.DataFrame, gap: float) -> np.ndarray:
-    """What the gap between the bounds of a Krylov run allows."""
+    """The difference that the gap between the bounds of a Krylov run allows."""
     ran = _krylov(now)
     if name in NATURAL:
         return np.where(ran, gap, 0.0)
@@ -168,40 +168,40 @@ def _krylov_limits(name: str, now: pd.DataFrame, gap: float) -> np.ndarray:
 
 
 def _krylov(table: pd.DataFrame) -> np.ndarray:
-    """Which rows say that a Krylov run is behind them."""
+    """The rows that come from a Krylov run."""
     if "iterations" not in table or not is_number(table["iterations"]):
         return np.zeros(len(table), dtype=bool)
     return (table["iterations"] > 0).to_numpy(dtype=bool, na_value=False)
 
 
-def _another_way(then: pd.DataFrame, now: pd.DataFrame) -> str:
-    """An honest reason for numbers that are a gap apart: there was less memory."""
+def _less_memory(then: pd.DataFrame, now: pd.DataFrame) -> str:
+    """A note where numbers that differ by a gap may have been computed with less memory."""
     if not (_krylov(then) & ~_krylov(now)).any():
         return ""
     return "of a Krylov run in the file, exact now: if it had less memory, pass a --tolerance"
 
 
 def _texts_differ(then: pd.DataFrame, now: pd.DataFrame, names: Sequence[str]) -> str:
-    """The first text that is another one now."""
+    """The first text that differs."""
     for name in names:
-        if name in TOLD:
+        if name in NOT_RESULTS:
             continue
-        one, other = (part[name].astype(object).fillna("").astype(str) for part in (then, now))
-        wrong = (one != other).to_numpy()
+        old, new = (part[name].astype(object).fillna("").astype(str) for part in (then, now))
+        wrong = (old != new).to_numpy()
         if wrong.any():
             row = int(wrong.argmax())
             of = ", ".join(f"{key} {then[key].iloc[row]}" for key in ROW if key in then)
-            return f"{name}: {one.iloc[row]!r} in the file, {other.iloc[row]!r} now ({of})"
+            return f"{name}: {old.iloc[row]!r} in the file, {new.iloc[row]!r} now ({of})"
     return ""
 
 
 def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
-    """A file may hold anything, also what cannot be compared."""
+    """A key by which any column can be sorted: a file may hold values that cannot be compared."""
     return column if is_number(column) else column.astype(str)
 
 
 def is_number(column: pd.Series[Any]) -> bool:
-    """Whether a column holds numbers, or nothing."""
+    """Whether a column holds numbers or nothing."""
     return bool(pd.api.types.is_numeric_dtype(column) or column.isna().all())
 
 
@@ -210,7 +210,5 @@ def _plain(value: Any) -> Any:
 
 
 def as_record(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON has it; a difference without end as text."""
-    told = asdict(verdict) | {"agrees": verdict.agrees}
-    told["key"] = list(verdict.key)
-    return told
+    """A verdict as a dictionary."""
+    return asdict(verdict) | {"agrees": verdict.agrees, "key": list(verdict.key)}
