@@ -22,6 +22,7 @@ import ngeval
 import ngeval.grading.gradient_norms
 import ngeval.runs.tables
 import ngeval.runs.units
+import ngeval.training
 from ngeval.checkpoints import find_checkpoints, load_checkpoint
 from ngeval.cli.app import app
 from ngeval.results.manifest import manifest_path
