@@ -238,8 +238,8 @@ class TestShown:
         assert "test accuracy, %" in shown
         [line] = [line for line in shown.splitlines() if "average rank" in line]
         assert line.split()[2:] == ["2.00", "1.00", "3.00"]
-        assert "0.1" in shown.partition("tuned to")[2]
-        assert "*" not in shown.partition("tuned to")[2]
+        assert "0.1" in shown.partition("tuned settings")[2]
+        assert "*" not in shown.partition("tuned settings")[2]
 
     @pytest.mark.parametrize("width", [80, 100])
     def test_in_a_narrow_terminal_nothing_is_cut_off(self, width):
