@@ -12,11 +12,11 @@ from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
-from ngeval.cli.app import app
 from ngeval.errors import InputError
 from ngeval.fadam.optimizer import CORRECTIONS
 from ngeval.optim import FAdam
 from studies import fadam_models as models
+from studies.__main__ import app
 from studies.fadam import (
     ADAM,
     EXPONENTS,
@@ -325,7 +325,7 @@ def test_an_interrupted_run():
 
 def test_the_quick_size_through_the_command(tmp_path):
     runner = CliRunner()
-    done = runner.invoke(app, ["study", "fadam", "--quick", "-o", str(tmp_path), "--quiet"])
+    done = runner.invoke(app, ["fadam", "--quick", "-o", str(tmp_path), "--quiet"])
     assert done.exit_code == 0, done.output
     rows = pd.read_parquet(tmp_path / "fadam.parquet")
     assert make.structure(STUDY.figure(rows)) == KEPT["fadam"]
@@ -342,7 +342,7 @@ def test_the_quick_size_through_the_command(tmp_path):
     for key, each in finals.groupby(keys):
         assert set(each["learning_rate"]) == {best.loc[key, "learning_rate"]}
     (tmp_path / "again").mkdir()
-    again = ["study", "fadam", "--from", str(tmp_path / "fadam.parquet"), "--quiet"]
+    again = ["fadam", "--from", str(tmp_path / "fadam.parquet"), "--quiet"]
     done = runner.invoke(app, [*again, "-o", str(tmp_path / "again")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "again" / "fadam.png").stat().st_size > 10_000
