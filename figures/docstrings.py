@@ -1,8 +1,8 @@
-"""A text task that any machine can make: ``python figures/docstrings.py``.
+"""A text task without any download: ``python -m figures.docstrings`` in a clone.
 
-Docstrings of Python's own library, labelled by the area that they are from; a small T5, trained
-here; LoRA and prompt tuning on top of it, both graded along the way by ``ngeval gamma`` and
-``ngeval imbalance``. figures/make.py keeps the rows in figures/data and draws them.
+The data are docstrings of Python's library, labelled by the area of the library. A small T5 is
+trained on them, then tuned by LoRA and by prompt tuning, and both are graded at every second epoch
+by ``ngeval gamma`` and ``ngeval imbalance``. figures/make.py draws the rows.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ LINEAR = ["q", "k", "v", "o", "wi", "wo"]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is done.
+    """The extent of a size.
 
     Attributes:
         base: the T5.
-        sentences: of each class, trained on and held out.
-        epochs: of tuning; checkpoints after every second.
+        sentences: numbers of each class in the training and in the held-out data.
+        epochs: of tuning; every second one has a checkpoint.
         batch_size: N of the graded batches.
-        num_batches: graded at each checkpoint.
-        parts: of the library that are read; None: all.
+        num_batches: graded batches at each checkpoint.
+        parts: of the library to read; None: all.
     """
 
     base: Base
@@ -88,7 +88,7 @@ QUICK = Size(
 
 
 def write_data(everything: list[tuple[str, str]], sizes: tuple[int, int], folder: Path) -> None:
-    """Save the labelled first paragraphs, as many of each class."""
+    """Save the labelled first paragraphs, the same number of each class."""
     trained, held_out = split(labelled(everything, SEED), sizes)
     folder.mkdir(parents=True, exist_ok=True)
     trained.to_parquet(folder / "train.parquet", index=False)
@@ -96,7 +96,7 @@ def write_data(everything: list[tuple[str, str]], sizes: tuple[int, int], folder
 
 
 def make_base(everything: list[tuple[str, str]], base: Base, folder: Path) -> None:
-    """Train the base model to say what is missing in a sentence, and save it."""
+    """Pre-train the base model, and save it."""
     losses: list[float] = []
     model, tokenizer = pretrain(everything, base, SEED, losses.append)
     last = losses[-100:]
@@ -106,14 +106,14 @@ def make_base(everything: list[tuple[str, str]], base: Base, folder: Path) -> No
 
 
 def make_task(folder: Path, split: str) -> Task:
-    """What ``ngeval gamma`` makes of the options that `grade` gives it."""
+    """The task of ``ngeval gamma`` with the options of `grade`."""
     form: dict[str, Any] = {"objective": "seq2seq", "columns": ["text"], "template": TEMPLATE}
     model, data = str(folder / "base"), str(folder / "data")
     return hub_task(model, dataset=data, split=split, label_words=list(AREAS), **form)
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> str:
-    """Loss of a sentence, and how many have all their target tokens right."""
+    """Loss per sentence, and the share of sentences with all target tokens right."""
     losses, right, count = 0.0, 0, 0
     with torch.no_grad():
         for inputs, targets in batches:
@@ -129,14 +129,14 @@ def tune(folder: Path, name: str, config: Any, lr: float, size: Size) -> None:
     torch.manual_seed(SEED)
     task, held_out = make_task(folder, "train"), make_task(folder, "validation")
     model = peft.get_peft_model(task.model(), config)
-    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
-    print(f"{name}: {sum(parameter.numel() for parameter in chosen)} parameters")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    print(f"{name}: {sum(parameter.numel() for parameter in trainable)} parameters")
     step = 0
     for epoch in range(size.epochs + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - epoch / (size.epochs + 2))
-        # Dropout is 0 everywhere, so eval mode is the mode to train in too.
+        # Dropout is 0 everywhere, so eval mode is right for training too.
         for inputs, targets in task.batches(16, None, SEED + epoch) if epoch else ():
             logits = model(**inputs).logits
             loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -146,23 +146,29 @@ def tune(folder: Path, name: str, config: Any, lr: float, size: Size) -> None:
             step += 1
         if epoch % 2:
             continue
-        place = folder / name / f"epoch-{epoch:03d}"
-        model.save_pretrained(place)
+        checkpoint = folder / name / f"epoch-{epoch:03d}"
+        model.save_pretrained(checkpoint)
         state = json.dumps({"epoch": epoch, "global_step": step})
-        (place / "trainer_state.json").write_text(state)
+        (checkpoint / "trainer_state.json").write_text(state)
         graded = score(model, task.batches(size.batch_size, size.num_batches, SEED))
         others = score(model, held_out.batches(size.sentences[1], None, SEED))
         print(f"{name}, epoch {epoch}: {graded}; held out: {others}", flush=True)
 
 
 def grade(folder: Path, name: str, size: Size) -> pd.DataFrame:
-    """Run ``ngeval gamma`` and ``ngeval imbalance`` on all epochs of an adapter; returns γ."""
+    """Run ``ngeval gamma`` and ``ngeval imbalance`` on all epochs of an adapter; return γ."""
     shared = [
-        *("--hf-model", folder / "base", "--adapter", folder / name, "--dataset", folder / "data"),
-        *("--objective", "seq2seq", "--columns", "text", "--template", TEMPLATE),
-        *("--label-words", ",".join(AREAS)),
-        *("--batch-size", size.batch_size, "--num-batches", size.num_batches),
-        *("--force", "--quiet"),
+        f"--hf-model={folder / 'base'}",
+        f"--adapter={folder / name}",
+        f"--dataset={folder / 'data'}",
+        "--objective=seq2seq",
+        "--columns=text",
+        f"--template={TEMPLATE}",
+        f"--label-words={','.join(AREAS)}",
+        f"--batch-size={size.batch_size}",
+        f"--num-batches={size.num_batches}",
+        "--force",
+        "--quiet",
     ]
     updates = ["--methods", "sgd,ef,ief,sf", "--damping", "1e-8,1e-4,1e-1", "--no-natural"]
     gammas, samples = (folder / f"docstrings-{name}{end}.parquet" for end in ("", "-norms"))
@@ -174,7 +180,7 @@ def grade(folder: Path, name: str, size: Size) -> pd.DataFrame:
 
 def main(
     output: Annotated[Path, typer.Option(help="For data, models and results.")] = DEFAULT_FOLDER,
-    quick: Annotated[bool, typer.Option("--quick", help="A size of seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small size of a few seconds.")] = False,
 ) -> None:
     """Make the data, the models and the rows, all in one folder."""
     size = QUICK if quick else FULL
@@ -194,8 +200,8 @@ def main(
         tune(output, name, config, lr, size)
         table = grade(output, name, size)
         summary = summarize(table[table["damping"] == table["damping"].min()], ("epoch", "method"))
-        shown = summary.pivot(index="epoch", columns="method", values="gamma_over_sgd_geomean")
-        print(f"{title}: γ/γ_SGD at the smallest damping\n{shown.to_string(float_format='%.3g')}")
+        wide = summary.pivot(index="epoch", columns="method", values="gamma_over_sgd_geomean")
+        print(f"{title}: γ/γ_SGD at the smallest damping\n{wide.to_string(float_format='%.3g')}")
     print(f"{time.perf_counter() - start:.0f} s")
 
 

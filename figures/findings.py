@@ -1,7 +1,7 @@
-"""The verdicts in docs/what-we-found.md, from the committed rows: ``python figures/findings.py``.
+"""The verdicts in docs/what-we-found.md, from the committed rows: ``python -m figures.findings``.
 
 The rows in figures/data were made by ``python -m studies NAME``; ``--figures`` draws the
-pictures as well.
+figures as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ END = "<!-- up to here -->\n"
 
 
 def main(
-    figures: Annotated[bool, typer.Option("--figures", help="Draw the pictures, too.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Draw the figures, too.")] = False,
 ) -> None:
     """Write the page."""
     mpl.use("Agg")
@@ -43,24 +43,23 @@ def rows_of(study: Study) -> pd.DataFrame:
 
 
 def page() -> str:
-    """The page with its made part anew."""
+    """The page, with the part between the marks written again."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     rows = {name: rows_of(study) for name, study in STUDIES.items()}
-    found = {name: STUDIES[name].findings(table) for name, table in rows.items()}
-    sections = [section(STUDIES[name], rows[name], found[name]) for name in STUDIES]
-    made = "\n".join([overview(found), *sections])
-    return "".join([before, BEGIN, made, END, after])
+    findings = {name: STUDIES[name].findings(table) for name, table in rows.items()}
+    sections = [section(STUDIES[name], rows[name], findings[name]) for name in STUDIES]
+    return "".join([before, BEGIN, "\n".join([overview(findings), *sections]), END, after])
 
 
-def overview(found: dict[str, list[Finding]]) -> str:
+def overview(findings: dict[str, list[Finding]]) -> str:
     """One line for each claim."""
     lines = ["| claim | source | verdict | study |", "|---|---|---|---|"]
-    for name, findings in found.items():
-        lines += [
-            f"| {each.claim} | {each.source} | **{each.verdict}** | [{name}](#{name}) |"
-            for each in findings
-        ]
+    lines += [
+        f"| {each.claim} | {each.source} | **{each.verdict}** | [{name}](#{name}) |"
+        for name, of_study in findings.items()
+        for each in of_study
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -85,7 +84,7 @@ def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
 
 
 def performance_table(rows: pd.DataFrame) -> list[str]:
-    """What ``ngeval compare --trained`` prints: test accuracy and final training loss by task."""
+    """The table of ``ngeval compare --trained``: test accuracy and final training loss by task."""
     table = performance(rows)
     names = list(dict.fromkeys(table["optimizer"]))
     ranks = average_ranks(table)

@@ -1,13 +1,14 @@
-"""Every picture of the README and of docs/: ``python figures/make.py [NAME …]``.
+"""Every figure of the README and of docs/: ``python -m figures.make [NAME …]`` in a clone.
 
-A picture is drawn from rows in figures/data; ``--rows`` runs the commands that make them anew
-(an hour for all, so give names). figures/structure.json keeps what each picture consists of: its
-panels' labels, scales and series, which a test compares with those of pictures made of quick rows.
+A figure is drawn from rows in figures/data; ``--rows`` first runs the commands that make the rows
+(an hour for all figures). figures/structure.json has the structure of each figure, the labels,
+scales and series of its panels, which a test compares with figures of quick rows.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -42,13 +43,13 @@ STRUCTURE = HERE / "structure.json"
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of figures/data come from: a command, run in an empty folder.
+    """The command behind some rows of figures/data, which is run in an empty folder.
 
     Attributes:
-        command: at full size.
-        quick: options added for a size of seconds, for the test.
-        files: what it writes, by the name in figures/data.
-        after: the command whose output it reads.
+        command: for the full size.
+        quick: further options for a size of seconds, for the test.
+        files: the files that it writes, by the name in figures/data.
+        after: the name of the command whose output it reads.
     """
 
     command: str
@@ -58,7 +59,7 @@ class Rows:
 
 
 CHECKPOINTS = "--task digits-mlp -c demo/checkpoints"
-SOME = f"{CHECKPOINTS}/epoch-*2.safetensors"  # in a quick run, too, the last is among them
+SOME = f"{CHECKPOINTS}/epoch-*2.safetensors"  # includes the last one of a quick run, too
 ROWS = {
     "demo": Rows(
         "ngeval demo --output demo",
@@ -79,7 +80,7 @@ ROWS = {
         after="demo",
     ),
     "docstrings": Rows(
-        f"{sys.executable} {HERE / 'docstrings.py'} --output docstrings",
+        "python -m figures.docstrings --output docstrings",
         "--quick",
         {
             f"docstrings-{name}{end}": f"docstrings/docstrings-{name}{end}.parquet"
@@ -100,7 +101,7 @@ TASKS = {
     "docstrings-lora": "T5 with LoRA",
     "docstrings-prompt": "T5 with prompt tuning",
 }
-"""The training runs that stand side by side."""
+"""The training runs of the figure *tasks*."""
 
 Read = Callable[[str], pd.DataFrame]
 """Gives rows by their name in figures/data."""
@@ -134,7 +135,7 @@ PICTURES: dict[str, Callable[[Read], Figure]] = {
     "layers": lambda read: plots.layers_figure(read("digits-layers")),
     "toy": lambda _: toy_figure(LeastSquares()),
 } | {name: lambda read, name=name: STUDIES[name].figure(read(name)) for name in STUDIES}
-"""What draws each picture."""
+"""The function that draws each figure."""
 
 
 def committed(name: str) -> pd.DataFrame:
@@ -143,7 +144,7 @@ def committed(name: str) -> pd.DataFrame:
 
 
 def structure(figure: Figure) -> list[dict[str, Any]]:
-    """The panels of a picture: labels, scales, series and legend; numbers in texts become #."""
+    """The panels of a figure: labels, scales, series and legend; numbers in texts become #."""
     panels = [_panel(axes) for axes in figure.axes]
     legends = [legend_texts(legend) for legend in figure.legends]
     return [*panels, *({"legend": texts} for texts in legends)]
@@ -161,75 +162,78 @@ def _panel(axes: Axes) -> dict[str, Any]:
 
 
 def legend_texts(legend: Any) -> list[str]:
-    """What a legend says, in any order, each once."""
+    """The distinct texts of a legend, sorted."""
     return sorted({_plain(text.get_text()) for text in legend.get_texts()})
 
 
 def _plain(text: str) -> str:
-    """Without what differs between a quick and a full run: numbers, and where a line breaks."""
+    """The text without numbers and line breaks, which differ between a quick and a full run."""
     numbers = r"[−-]?\d+(\.\d+)?(e[−+-]?\d+)?[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]*"
     return re.sub(numbers, "#", " ".join(text.split()))
 
 
 def make_rows(name: str, folder: Path, *, quick: bool) -> dict[str, Path]:
-    """Run the command behind some rows, after the one that it needs; returns its files."""
+    """Run the command behind some rows, after the one that it needs; return its files."""
     rows = ROWS[name]
     if rows.after is not None and not all(
         (folder / file).exists() for file in ROWS[rows.after].files.values()
     ):
         make_rows(rows.after, folder, quick=quick)
     words = shlex.split(f"{rows.command} {rows.quick}" if quick else rows.command)
-    words = [sys.executable, "-m", *words] if words[0] == "ngeval" else words
-    subprocess.run(words, cwd=folder, check=True)  # noqa: S603  # the commands are those above
-    return {kept: folder / file for kept, file in rows.files.items()}
+    words = ["-m", *words] if words[0] == "ngeval" else words[1:]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}  # the studies are not installed
+    subprocess.run(  # noqa: S603  # the commands are those above
+        [sys.executable, *words], cwd=folder, check=True, env=environment
+    )
+    return {name: folder / file for name, file in rows.files.items()}
 
 
 def behind(picture: str) -> list[str]:
-    """The names of the commands that make a picture's rows."""
-    asked: list[str] = []
+    """The names of the commands that make a figure's rows."""
+    names_read: list[str] = []
 
     def read(name: str) -> pd.DataFrame:
-        asked.append(name)
+        names_read.append(name)
         return committed(name)
 
     PICTURES[picture](read)
     plt.close("all")
-    return [name for name, rows in ROWS.items() if set(rows.files) & set(asked)]
+    return [name for name, rows in ROWS.items() if set(rows.files) & set(names_read)]
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Pictures; default: all.")] = None,
-    rows: Annotated[bool, typer.Option("--rows", help="Make their rows anew, too.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Figures; default: all.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="First make their rows again.")] = False,
 ) -> None:
-    """Draw pictures, and keep their structure."""
+    """Draw figures, and write their structure."""
     mpl.use("Agg")
     chosen = names or list(PICTURES)
     for name in chosen:
         if name not in PICTURES:
-            raise InputError(f"unknown picture {name!r}; {nearest_name(name, PICTURES)}")
+            raise InputError(f"unknown figure {name!r}; {nearest_name(name, PICTURES)}")
     if rows:
-        renew(dict.fromkeys(made for name in chosen for made in behind(name)))
-    kept = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
+        renew(dict.fromkeys(command for name in chosen for command in behind(name)))
+    structures = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
     read = cache(committed)
     for name in chosen:
         figure = PICTURES[name](read)
-        kept[name] = structure(figure)
+        structures[name] = structure(figure)
         plots.save_figure(figure, HERE / f"{name}.png")
         print(f"{name}.png")
-    ordered = {name: kept[name] for name in PICTURES if name in kept}
+    ordered = {name: structures[name] for name in PICTURES if name in structures}
     text = json.dumps(ordered, indent=1, ensure_ascii=False)
     STRUCTURE.write_text(text + "\n", encoding="utf-8")
 
 
 def renew(commands: Sequence[str] | dict[str, None]) -> None:
-    """Make rows at full size in a temporary folder and keep them in figures/data."""
+    """Make rows at full size in a temporary folder and copy them to figures/data."""
     with tempfile.TemporaryDirectory() as folder:
         for name in commands:
-            for kept, path in make_rows(name, Path(folder), quick=False).items():
-                target = DATA / f"{kept}.parquet"
+            for file, path in make_rows(name, Path(folder), quick=False).items():
+                target = DATA / f"{file}.parquet"
                 shutil.copy(path, target)
-                if (told := manifest_path(path)).exists():
-                    shutil.copy(told, manifest_path(target))
+                if (manifest := manifest_path(path)).exists():
+                    shutil.copy(manifest, manifest_path(target))
 
 
 if __name__ == "__main__":

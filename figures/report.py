@@ -1,6 +1,7 @@
-"""A look at ``ngeval report``: ``python figures/report.py`` (needs chromium and chromedriver).
+"""A screenshot of ``ngeval report``: ``python -m figures.report`` in a clone.
 
-The demo's rows as a page, and the top of the page at 1280 and at 390 pixels side by side.
+The page of the demo's rows, its top at widths of 1280 and of 390 pixels side by side. It needs
+chromium and chromedriver.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROWS = [HERE / "data" / f"{name}.parquet" for name in ("digits", "digits-norms")
 WIDTHS, HEIGHT = (1280, 390), 2050
 
 
-def look(page: Path, width: int) -> Image.Image:
+def screenshot(page: Path, width: int) -> Image.Image:
     """The top of a page in a window of that width, in pixels."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
@@ -38,14 +39,14 @@ def look(page: Path, width: int) -> Image.Image:
 
 
 def main() -> None:
-    """Make the page, look at it, keep the picture."""
+    """Write the page, take the screenshots and save them as one picture."""
     with tempfile.TemporaryDirectory() as folder:
         page = write_report(ROWS, Path(folder) / "report.html", title="digits-mlp, AdamW")
-        looks = [look(page, width) for width in WIDTHS]
+        shots = [screenshot(page, width) for width in WIDTHS]
     gap = 20
     both = Image.new("RGB", (sum(WIDTHS) + gap, HEIGHT), "#888888")
-    both.paste(looks[0], (0, 0))
-    both.paste(looks[1], (WIDTHS[0] + gap, 0))
+    both.paste(shots[0], (0, 0))
+    both.paste(shots[1], (WIDTHS[0] + gap, 0))
     both.quantize(64).save(HERE / "report.png", optimize=True)
 
 
