@@ -204,7 +204,7 @@ class TestAgainstRealSteps:
         model = nn.Linear(4, 3, bias=False).eval()
         problem = ngeval.Problem(model, torch.randn(7, 4), torch.arange(7) % 3, "categorical")
         state = prepared(OptimizerStep(Single(model.parameters(), lr=0.1)), problem)
-        assert "own dtype" in state.notes[0]
+        assert "in the parameters' dtype" in state.notes[0]
         expected = 0.1 * problem.gradient() / 7
         torch.testing.assert_close(state.direction(0.0), expected.double(), rtol=1e-4, atol=1e-7)
 

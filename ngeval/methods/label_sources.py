@@ -80,10 +80,7 @@ class Labels:
                 f"{self.mc_samples} label draws for each sample take {describe_bytes(needed)}, "
                 f"over the memory budget of {describe_bytes(problem.rows.memory)}; take fewer"
             )
-        generator = torch.Generator().manual_seed(seed)
-        labels = problem.distribution.sample(self.mc_samples, generator)
-        sampled = problem.distribution.residual(labels).transpose(0, 1)
-        return sampled / math.sqrt(self.mc_samples)
+        return sampled_residuals(problem, self.mc_samples, seed) / math.sqrt(self.mc_samples)
 
     def with_residual(self, problem: Problem, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """The v of the curvature, extended so that u_n is a combination of them.
@@ -111,6 +108,13 @@ class Labels:
             share = torch.cat([share.new_zeros(1), share])
             gradient = torch.cat([gradient.new_zeros(len(gradient), 1), gradient], 1)
         return vectors, share, gradient
+
+
+def sampled_residuals(problem: Problem, mc_samples: int, seed: int) -> Tensor:
+    """The residuals û of k labels ~ p(·|z_n) for each sample: ``(N, k, *positions, C)``."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = problem.distribution.sample(mc_samples, generator)
+    return problem.distribution.residual(labels).transpose(0, 1)
 
 
 def parse_draws(name: str, text: str) -> int:

@@ -16,7 +16,7 @@ from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.errors import EngineError
 from ngeval.methods.base import CotangentState
-from ngeval.methods.label_sources import parse_draws
+from ngeval.methods.label_sources import parse_draws, sampled_residuals
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
 
@@ -60,9 +60,7 @@ class SampledFisher:
                 f"{self.name} has {rows} sampled gradients, whose Gram matrix does not fit in the "
                 f"memory budget of {describe_bytes(problem.rows.memory)}; take fewer draws"
             )
-        generator = torch.Generator().manual_seed(seed)
-        labels = problem.distribution.sample(self.mc_samples, generator)
-        sampled = problem.distribution.residual(labels).transpose(0, 1)
+        sampled = sampled_residuals(problem, self.mc_samples, seed)
         return torch.cat([problem.residual.unsqueeze(1), sampled], 1)
 
 

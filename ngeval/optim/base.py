@@ -25,6 +25,7 @@ from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.checks import is_finite
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import is_out_of_memory
+from ngeval.utils.text import listed
 
 ProblemSource = Problem | Callable[[], Problem]
 """A problem on the batch, or a function that returns one."""
@@ -155,7 +156,7 @@ class ExactOptimizer(Optimizer):
         """The update; if a plan made for an earlier batch fails, with a new plan for this batch."""
         try:
             return self.direction(problem, damping)
-        except Exception as error:
+        except Exception as error:  # the model's code can raise anything
             expected = isinstance(error, ModelError | UnsupportedLayerError)
             if is_out_of_memory(error) or (isinstance(error, NgevalError) and not expected):
                 raise
@@ -206,8 +207,8 @@ class ExactOptimizer(Optimizer):
             described = [f"one of shape {tuple(p.shape)}" for p in extra]
             raise InputError(
                 "the optimizer's parameters are not the trainable ones of the problem's model: "
-                f"missing {_listed(missing)}; unexpected {_listed(described)}; build the optimizer "
-                "on this model's parameters()"
+                f"missing {listed(missing) or 'none'}; unexpected {listed(described) or 'none'}; "
+                "build the optimizer on this model's parameters()"
             )
         return trainable
 
@@ -277,7 +278,3 @@ def _disagreement(name: str, first: Any, second: Any) -> InputError:
         f"{name} is a setting of the whole update, but two parameter groups have {first!r} and "
         f"{second!r}; give all groups the same"
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "none"

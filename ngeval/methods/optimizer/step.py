@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,26 +130,24 @@ class OptimizerStep:
         self, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
         """The steps by parameter name, in float64 if the optimizer can; and notes."""
-        try:
-            return self._steps_in(torch.float64, problem, names, seed)
-        except NgevalError:
-            raise
-        except Exception as error:  # the step of a third-party class can raise anything
-            if is_out_of_memory(error):
+        failures: list[Exception] = []
+        for dtype in (torch.float64, None):
+            try:
+                steps, notes = self._steps_in(dtype, problem, names, seed)
+            except NgevalError:
                 raise
-            first = error
-        try:
-            steps, notes = self._steps_in(None, problem, names, seed)
-        except NgevalError:
-            raise
-        except Exception as error:  # as above
-            if is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{self.name}: step() failed with {_in_a_line(error)}{_hint(error)}"
-            ) from error
-        note = f"stepped in the parameters' own dtype, where d is rounded ({_in_a_line(first)})"
-        return steps, [*notes, note]
+            except Exception as error:  # the step of a third-party class can raise anything
+                if is_out_of_memory(error):
+                    raise
+                failures.append(error)
+            else:
+                if failures:
+                    why = _in_a_line(failures[0])
+                    notes.append(f"stepped in the parameters' dtype, where d is rounded ({why})")
+                return steps, notes
+        last = failures[-1]
+        message = f"{self.name}: step() failed with {_in_a_line(last)}{_hint(last)}"
+        raise InputError(message) from last
 
     def _steps_in(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
@@ -214,8 +212,8 @@ def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
     if warmup is None:
         return ""
     try:
-        return f":{len(warmup)}"  # type: ignore[arg-type]
-    except TypeError:  # a function, or a DataLoader of a stream
+        return f":{len(warmup)}" if isinstance(warmup, Sized) else ":warm"
+    except TypeError:  # a DataLoader of a stream has __len__ but no length
         return ":warm"
 
 
