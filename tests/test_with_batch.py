@@ -212,14 +212,14 @@ class TestWhatIsRefused:
         model = mlp()
         first = first_of(model)
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-        with pytest.raises(ModelError, match=r"parameter '0\.weight' is not the tensor"):
+        with pytest.raises(ModelError, match=r"parameter '0\.weight' is a different tensor"):
             first.with_batch(*batches(4))
 
     def test_another_requires_grad(self):
         model = mlp()
         first = first_of(model)
         model[0].bias.requires_grad_(False)
-        with pytest.raises(ModelError, match=r"'0\.bias' has another requires_grad"):
+        with pytest.raises(ModelError, match=r"'0\.bias' has a different requires_grad"):
             first.with_batch(*batches(4))
 
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.curvature.spectrum import MOST_CUT, check_products
+from ngeval.curvature.spectrum import MAX_CUTOFF, check_products
 
 LEAST = 1e-9
-"""Least eigenvalue, with unit diagonal, of a matrix that float64 products are still good for."""
+"""The least eigenvalue, with unit diagonal, at which float64 products are still precise enough."""
 
 LOST = 1e-4
-"""What part of an update, relative to its length, rounding of the rows may make up."""
+"""The part of an update, relative to its length, that rounding of the rows may contribute."""
 
 FINEST = 1e-9
-"""Rows are not taken for more exact than that: their products are float64, too."""
+"""Rows count as no more precise than this: their products are float64, too."""
 
 
 def solve_damped(
     matrix: Tensor, right: Tensor, damping: float, row_epsilon: float
 ) -> Tensor | None:
-    """(K + λI)⁻¹b by a Cholesky factor, None where only the spectrum of K tells.
+    """(K + λI)⁻¹b by a Cholesky factor, None where it needs the spectrum of K.
 
-    K + λI is scaled to unit diagonal. What its factor gives serves if (Σ_n c_n²‖R_n‖²)^½, by
-    which the rounding of the rows of K = RRᵀ grows, stays below `LOST`/ε_row of the length
-    (cᵀKc)^½ of the update Rᵀc, or if K has full rank by the rule of `Spectrum.of_gram`, with its
-    least eigenvalue also above `LEAST`.
+    K + λI is scaled to unit diagonal. The solution is accepted if (Σ_n c_n²‖R_n‖²)^½, by which
+    the rounding of the rows of K = RRᵀ grows, stays below `LOST`/ε_row of the length (cᵀKc)^½ of
+    the update Rᵀc, or if K has full rank by the rule of `Spectrum.of_gram`, with its least
+    eigenvalue also above `LEAST`.
 
     Args:
         matrix: K, float64, shape ``(n, n)``; a row of zeros has c = 0.
@@ -45,18 +45,17 @@ def solve_damped(
     if factor is None:
         return None
     inverse = torch.where(diagonal > 0, (diagonal + damping).rsqrt(), 0.0)
-    wanted = torch.where(diagonal > 0, right, 0.0)
-    solved = _solve(factor, inverse, wanted)
+    target = torch.where(diagonal > 0, right, 0.0)
+    solved = _solve(factor, inverse, target)
     image = matrix @ solved
-    missed = torch.where(diagonal > 0, wanted - image - damping * solved, 0.0)
-    if float(missed.abs().max()) > 1e-13 * float(wanted.abs().max()):
-        # What the factor lacks in digits shows in what is left, and is made up for once.
-        solved = solved + _solve(factor, inverse, missed)
+    remainder = torch.where(diagonal > 0, target - image - damping * solved, 0.0)
+    if float(remainder.abs().max()) > 1e-13 * float(target.abs().max()):
+        solved = solved + _solve(factor, inverse, remainder)  # one step of iterative refinement
     grown = float((solved.square() @ diagonal).sqrt()) * max(row_epsilon, FINEST)
     if grown <= LOST * float((solved @ image).clamp_min(0).sqrt()):
         return solved
     cutoff = len(matrix) * max(100 * torch.finfo(torch.float64).eps, 10 * row_epsilon**2)
-    full_rank = _factor(matrix, diagonal, 0.0, max(min(cutoff, MOST_CUT), LEAST)) is not None
+    full_rank = _factor(matrix, diagonal, 0.0, max(min(cutoff, MAX_CUTOFF), LEAST)) is not None
     return solved if full_rank else None
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.logit_kernel import DENSE_SIZE
 from ngeval.curvature.natural_gradient import (
-    LARGE_RESIDUAL,
     LOST,
     check_gradient,
     check_residual,
+    is_saturated,
     lost_to_rounding,
 )
 from ngeval.curvature.spectrum import Spectrum
@@ -33,64 +33,66 @@ from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
 
 MODERATE_RESIDUAL = 1e2
-"""Up to that entry of r (a loss of 9 nats) blocks may be made in parameter space."""
+"""Up to this entry of r (a loss of 9 nats) blocks may be solved in parameter space."""
 
 WORKSPACE = 5
-"""Matrices of a block's size that exist at one time while it is decomposed."""
+"""Matrices of a block's size that exist at the same time while it is decomposed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A layer's F_ll, factored in one of two spaces.
+    """A group's F_ll, factored in one of two spaces.
 
     Attributes:
-        spectrum: of F_ll, or of R_lR_lᵀ.
-        right: g_l, or r.
+        group: the group of parameters.
+        spectrum: of R_lR_lᵀ if ``in_logits``, else of F_ll.
+        right: r if ``in_logits``, else g_l.
+        in_logits: whether the block is solved in logit space.
     """
 
+    group: Group
     spectrum: Spectrum
     right: Tensor
+    in_logits: bool
 
 
 class FisherBlocks:
     """The exact Fisher's diagonal blocks for groups of parameters, factored."""
 
-    def __init__(self, problem: Problem, groups: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-        """Make and factor the blocks, as many at a time as there is room for.
-
-        Args:
-            problem: the model on its batch.
-            groups: each group's name with those of its parameters.
+    def __init__(self, problem: Problem, groups: Sequence[Group]) -> None:
+        """Compute and factor the blocks, as many at a time as there is room for.
 
         Raises:
             EngineError: they are out of reach.
             NumericalError: a label's probability is too small for r.
         """
+        check_residual(problem)
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        check_residual(problem)
-        names_of = {group: list(names) for group, names in groups}
+        self.saturated = is_saturated(problem)
         size = problem.num_samples * problem.num_outputs
-        self.saturated = float(self.right.abs().max()) > LARGE_RESIDUAL
+        _check_sizes(problem, groups)
         # F_ll has the squares of the rows' sizes: those of improbable labels would be lost.
         spread = float(self.right.abs().max()) > MODERATE_RESIDUAL
-        logits = spread and size <= DENSE_SIZE
-        self.small = {
-            g: names for g, names in names_of.items() if self._count(names) <= size and not logits
-        }
-        self.large = {g: names for g, names in names_of.items() if g not in self.small}
-        self._check(size)
-        self.blocks: dict[str, Block] = {}
-        for part in self._batches(self.small):
-            found = group_squares(problem.rows, factor_columns(problem), part, self.right)
-            for group, (square, gradient) in found.items():
-                self._check_gradient(group, gradient)
-                self.blocks[group] = self._factored(square, gradient)
-        for part in self._batches(self.large):
-            grams = group_grams(problem.rows, factor_columns(problem), part)
-            for group, gram in grams.items():
-                self.blocks[group] = self._factored(gram, self.right)
-                self._check_gradient(group, None)
+        all_in_logits = spread and size <= DENSE_SIZE
+        large = [g for g in groups if all_in_logits or g.num_parameters > size]
+        small = [g for g in groups if g not in large]
+        blocks: dict[str, Block] = {}
+        for part in _batches(problem, small):
+            squares = group_squares(problem.rows, factor_columns(problem), _names(part), self.right)
+            for group in part:
+                square, gradient = squares[group.name]
+                blocks[group.name] = self._factored(group, square, gradient, in_logits=False)
+                if self.saturated:
+                    self._check_gradient(group, gradient)
+        for part in _batches(problem, large):
+            grams = group_grams(problem.rows, factor_columns(problem), _names(part))
+            for group in part:
+                block = self._factored(group, grams[group.name], self.right, in_logits=True)
+                if self.saturated:
+                    self._check_gradient(group, self._projected_gradient(block))
+                blocks[group.name] = block
+        self.blocks = blocks
 
     @property
     def largest(self) -> float:
@@ -100,121 +102,71 @@ class FisherBlocks:
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
         zero = torch.zeros(1, dtype=torch.float64, device=self.problem.device)
-        found = {}
-        for group, block in self.blocks.items():
-            if group in self.large:
-                bought = block.spectrum.projected_norm(self.right)
+        least = {}
+        for name, block in self.blocks.items():
+            if block.in_logits:
+                norm = block.spectrum.projected_norm(self.right)
             else:
-                bought = float((block.spectrum.solve(block.right, zero)[0] @ block.right) ** 0.5)
-            found[group] = 1 / bought if bought > 0 else math.inf
-        return found
+                norm = float((block.spectrum.solve(block.right, zero)[0] @ block.right) ** 0.5)
+            least[name] = 1 / norm if norm > 0 else math.inf
+        return least
 
     def directions(self, dampings: Sequence[float]) -> Tensor:
-        """(F_ll + λI)⁻¹g_l of every λ, put together: float64, shape ``(L, P)``."""
+        """(F_ll + λI)⁻¹g_l of every λ, concatenated: float64, shape ``(L, P)``."""
         problem, lambdas = self.problem, as_tensor(self.problem, dampings)
         solved = {g: b.spectrum.solve(b.right, lambdas) for g, b in self.blocks.items()}
-        shape = (len(dampings), problem.num_parameters)
-        update = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
-        if self.large:
-            weights = {group: solved[group] for group in self.large}
-            columns = factor_columns(problem)
-            update = group_combinations(problem.rows, columns, self.large, weights)
-            for group in self.large if self.saturated else ():
-                self._check_directions(group, update, lambdas)
-        for group, names in self.small.items():
-            places = self._places(names)
-            sizes = [place.stop - place.start for place in places.values()]
-            for place, part in zip(places.values(), solved[group].split(sizes, 1), strict=True):
-                update[:, place] = part
+        large = [block for block in self.blocks.values() if block.in_logits]
+        if large:
+            names = _names([block.group for block in large])
+            weights = {name: solved[name] for name in names}
+            update = group_combinations(problem.rows, factor_columns(problem), names, weights)
+            for block in large if self.saturated else ():
+                self._check_directions(block, update, lambdas)
+        else:
+            shape = (len(dampings), problem.num_parameters)
+            update = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
+        for name, block in self.blocks.items():
+            if not block.in_logits:
+                places = block.group.places
+                sizes = [place.stop - place.start for place in places]
+                for place, part in zip(places, solved[name].split(sizes, 1), strict=True):
+                    update[:, place] = part
         return update.to(torch.float64)
 
-    def _factored(self, matrix: Tensor, right: Tensor) -> Block:
+    def _factored(self, group: Group, matrix: Tensor, right: Tensor, *, in_logits: bool) -> Block:
         epsilon = self.problem.function.row_epsilon
-        return Block(Spectrum.of_gram(matrix, epsilon, right), right)
+        return Block(group, Spectrum.of_gram(matrix, epsilon, right), right, in_logits)
 
-    def _check_directions(self, group: str, update: Tensor, dampings: Tensor) -> None:
-        """That γ(d_l) is what the spectrum says it is, for every λ: one JVP for each.
+    def _check_directions(self, block: Block, update: Tensor, dampings: Tensor) -> None:
+        """Check that γ(d_l) is what the spectrum says, for every λ: one JVP for each.
 
         Raises:
             NumericalError: it is more than `LOST` above.
         """
-        problem, spectrum = self.problem, self.blocks[group].spectrum
+        problem, spectrum = self.problem, block.spectrum
         squares = (spectrum.eigenvectors.T @ self.right).square()
         shares = spectrum.eigenvalues / (spectrum.eigenvalues + dampings.unsqueeze(1))
-        told = (squares * shares**2).sum(1).sqrt() / (squares * shares).sum(1)
-        for row, expected in zip(update, told, strict=True):
+        gammas = (squares * shares**2).sum(1).sqrt() / (squares * shares).sum(1)
+        for row, expected in zip(update, gammas, strict=True):
             part = torch.zeros_like(row, dtype=torch.float64)
-            for place in self._places(self.large[group]).values():
+            for place in block.group.places:
                 part[place] = row[place]
             if not bool(torch.isfinite(part).all()) or (
                 not gamma(problem, part) <= (1 + LOST) * float(expected)
             ):
-                raise lost_to_rounding(problem, f"the update of layer {group!r}")
+                raise lost_to_rounding(problem, f"the update of layer {block.group.name!r}")
 
-    def _places(self, names: Sequence[str]) -> dict[str, slice]:
-        """Where parameters are in a flat vector."""
-        places, start = {}, 0
-        for name, parameter in self.problem.function.parameters.items():
-            places[name] = slice(start, start + parameter.numel())
-            start += parameter.numel()
-        return {name: places[name] for name in names}
+    def _check_gradient(self, group: Group, through_r: Tensor) -> None:
+        """Check that a layer's gradient by way of r is its gradient."""
+        gradient = _part_of(self.problem.gradient(), group).to(torch.float64)
+        check_gradient(self.problem, through_r, gradient, f"the gradient of layer {group.name!r}")
 
-    def _own_gradient(self, names: Sequence[str]) -> Tensor:
-        """The parameters' part of the batch gradient, float64."""
-        parts = self.problem.function.unflatten(self.problem.gradient())
-        return torch.cat([parts[name].reshape(-1) for name in names]).to(torch.float64)
-
-    def _check_gradient(self, group: str, made: Tensor | None) -> None:
-        """A layer's gradient by way of r, which is made if it has not been, is its gradient."""
-        own = self._own_gradient((self.small | self.large)[group])
-        what = f"the gradient of layer {group!r}"
-        check_gradient(self.problem, lambda: self._seen(group) if made is None else made, own, what)
-
-    def _seen(self, group: str) -> Tensor:
+    def _projected_gradient(self, block: Block) -> Tensor:
         """R_lᵀr with r as the spectrum has it."""
-        problem, vectors = self.problem, self.blocks[group].spectrum.eigenvectors
-        weights = {group: (vectors @ (vectors.T @ self.right)).unsqueeze(0)}
-        names = {group: self.large[group]}
-        whole = group_combinations(problem.rows, factor_columns(problem), names, weights)[0]
-        parts = problem.function.unflatten(whole)
-        return torch.cat([parts[name].reshape(-1) for name in self.large[group]])
-
-    def _count(self, names: Sequence[str]) -> int:
-        return sum(self.problem.function.parameters[name].numel() for name in names)
-
-    def _side(self, names: Sequence[str]) -> int:
-        """The size of the matrix that a layer is solved by."""
-        return min(self._count(names), self.problem.num_samples * self.problem.num_outputs)
-
-    def _check(self, size: int) -> None:
-        sides = {g: self._side(names) for g, names in (self.small | self.large).items()}
-        group, side = max(sides.items(), key=lambda item: item[1])
-        if side > DENSE_SIZE:
-            raise EngineError(
-                f"block-ng solves layer {group!r} by a matrix of {side} rows, the lesser of its "
-                f"{self._count((self.small | self.large)[group])} parameters and the batch's "
-                f"{size} outputs; over {DENSE_SIZE} is out of reach: use fewer samples"
-            )
-        needed = 8 * (WORKSPACE * side**2 + sum(value**2 for value in sides.values()))
-        if needed > self.problem.rows.memory:
-            raise EngineError(
-                f"the blocks of {len(sides)} layers take {describe_bytes(needed)}, over the memory "
-                f"budget of {describe_bytes(self.problem.rows.memory)}; use fewer samples or raise "
-                "memory="
-            )
-
-    def _batches(self, groups: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-        """Groups whose matrices fit in a quarter of the memory together."""
-        parts: list[dict[str, list[str]]] = []
-        room = 0.0
-        for group, names in groups.items():
-            needed = 8 * self._side(names) ** 2
-            if not parts or needed > room:
-                parts.append({})
-                room = self.problem.rows.memory / 4
-            parts[-1][group] = names
-            room -= needed
-        return parts
+        problem, vectors = self.problem, block.spectrum.eigenvectors
+        weights = {block.group.name: (vectors @ (vectors.T @ self.right)).unsqueeze(0)}
+        names, columns = _names([block.group]), factor_columns(problem)
+        return _part_of(group_combinations(problem.rows, columns, names, weights)[0], block.group)
 
 
 def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
@@ -224,4 +176,54 @@ def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
         EngineError: they are out of reach.
         NumericalError: a label's probability is too small for r.
     """
-    return kernel.once(FisherBlocks, tuple((group.name, group.parameters) for group in groups))
+    return kernel.once(FisherBlocks, tuple(groups))
+
+
+def _names(groups: Sequence[Group]) -> dict[str, list[str]]:
+    return {group.name: list(group.parameters) for group in groups}
+
+
+def _part_of(vector: Tensor, group: Group) -> Tensor:
+    return torch.cat([vector[place] for place in group.places])
+
+
+def _side(problem: Problem, group: Group) -> int:
+    """The size of the matrix that a group is solved by."""
+    return min(group.num_parameters, problem.num_samples * problem.num_outputs)
+
+
+def _check_sizes(problem: Problem, groups: Sequence[Group]) -> None:
+    """Raise unless all blocks are within reach.
+
+    Raises:
+        EngineError: one is too large, or all together are over the memory budget.
+    """
+    largest = max(groups, key=lambda group: _side(problem, group))
+    side = _side(problem, largest)
+    if side > DENSE_SIZE:
+        raise EngineError(
+            f"block-ng solves layer {largest.name!r} by a matrix of {side} rows, the lesser of its "
+            f"{largest.num_parameters} parameters and the batch's "
+            f"{problem.num_samples * problem.num_outputs} outputs; over {DENSE_SIZE} is out of "
+            "reach: use fewer samples"
+        )
+    needed = 8 * (WORKSPACE * side**2 + sum(_side(problem, group) ** 2 for group in groups))
+    if needed > problem.rows.memory:
+        raise EngineError(
+            f"the blocks of {len(groups)} layers take {describe_bytes(needed)}, over the memory "
+            f"budget of {describe_bytes(problem.rows.memory)}; use fewer samples or raise memory="
+        )
+
+
+def _batches(problem: Problem, groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups whose matrices together fit in a quarter of the memory."""
+    batches: list[list[Group]] = []
+    room = 0.0
+    for group in groups:
+        needed = 8 * _side(problem, group) ** 2
+        if not batches or needed > room:
+            batches.append([])
+            room = problem.rows.memory / 4
+        batches[-1].append(group)
+        room -= needed
+    return batches

@@ -6,8 +6,8 @@ D of the weight's shape. With A = U_A diag(a) U_Aᵀ and B = U_B diag(b) U_Bᵀ 
     D(λ) = U_B (U_Bᵀ G U_A ⊘ s(λ)) U_Aᵀ,
 
 and only the entrywise divisor s depends on λ and on the kind of damping. Where A or B is a sum of
-fewer rows than it has (and positions are expanded), U spans those rows alone: G lies in the rows of
-A, and what of it is outside those of B, as with sampled labels it may be, has b = 0.
+fewer rows than its side (and positions are expanded), U spans only those rows: G lies in the rows
+of A, and the part of it outside those of B, which sampled labels may leave, has b = 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KroneckerBlock:
     """One layer's block in its eigenbasis; all tensors float64, by group of the layer.
 
     Attributes:
-        layer: whose.
+        layer: the layer.
         input_values: a, shape ``(g, k)``.
         input_vectors: U_A, shape ``(g, i, k)``.
         output_values: b, shape ``(g, m)``.
@@ -39,9 +39,9 @@ class KroneckerBlock:
         gradient: U_Bᵀ G U_A, shape ``(g, m, k)``.
         outside: (I − U_BU_Bᵀ) G U_A, shape ``(g, o, k)``; None where U_B is a whole basis.
         count: M.
-        num_samples: N, by which λ of the sum is that of the mean.
+        num_samples: N, which relates the λ of the sum to that of the mean.
         cutoff: eigenvalues below this part of the largest of their factor count as 0.
-        corrected: the eigenvalues of EKFAC, in place of a ⊗ b/M; shape ``(g, m, k)``.
+        corrected: the eigenvalues of EKFAC, instead of a ⊗ b/M; shape ``(g, m, k)``.
     """
 
     layer: Layer
@@ -63,7 +63,7 @@ class KroneckerBlock:
         Args:
             factors: of the layer.
             num_samples: N.
-            row_epsilon: the rounding of the numbers that A and B are made of.
+            row_epsilon: the rounding of the numbers that A and B are computed from.
 
         Raises:
             NumericalError: they are not finite.
@@ -73,8 +73,8 @@ class KroneckerBlock:
             output_values, output_vectors = factors.outputs.eigenpairs()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise NumericalError(_overflow(factors.layer)) from error
-        seen = factors.gradient @ input_vectors
-        gradient = output_vectors.mT @ seen
+        half = factors.gradient @ input_vectors
+        gradient = output_vectors.mT @ half
         if not all(bool(torch.isfinite(t).all()) for t in (input_values, output_values, gradient)):
             raise NumericalError(_overflow(factors.layer))
         whole = output_vectors.shape[1] == output_vectors.shape[2]
@@ -87,7 +87,7 @@ class KroneckerBlock:
             output_values,
             output_vectors,
             gradient,
-            None if whole else seen - output_vectors @ gradient,
+            None if whole else half - output_vectors @ gradient,
             max(factors.count, 1.0),
             num_samples,
             min(1e-2, size * max(100 * epsilon, 10 * row_epsilon**2)),
@@ -101,7 +101,7 @@ class KroneckerBlock:
         return self.output_values.unsqueeze(2) * self.input_values.unsqueeze(1) / self.count
 
     def divisors(self, damping: float, kind: str) -> tuple[Tensor, Tensor]:
-        """What entries of the rotated gradient, and those outside, are divided by.
+        """The divisors of the rotated gradient's entries, and of those outside the basis.
 
         - ``"exact"``: a b/M + λ, of (F̃ + λI)⁻¹;
         - ``"factored"``: (√N a/M + √λ)(b/√N + √λ): with the factors A/M and B/N of the

@@ -6,8 +6,7 @@ applied to sample n) and gradients b_nqt of cotangent q at its output, the layer
 Grosse (arXiv 1503.05671) for one position; Grosse and Martens (arXiv 1602.01407) for convolutions;
 Eschenhagen et al. (arXiv 2311.00636) for "expand" and "reduce" in general.
 
-Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs with the one for the
-bias.
+Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs, the bias's included.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from ngeval.model.sharding import SINGLE, Shards
 
 EXPAND, REDUCE = "expand", "reduce"
 SHARINGS = (EXPAND, REDUCE)
-"""What is done with the positions at which a layer's weight is shared; see `Factors`."""
+"""How the positions at which a layer's weight is shared are treated; see `Factors`."""
 
 COPIED_ENTRIES = 2**20
-"""Entries that are copied to float64 together: more is slower, since it misses every cache."""
+"""Entries that are copied to float64 together: more would be slower, by cache misses."""
 
 STRIP = 96
 """Columns of a symmetric product that are computed together at least."""
@@ -52,22 +51,21 @@ class Layer:
 
     @property
     def parameters(self) -> list[str]:
-        """The names that there are, the weight's first."""
+        """The trainable ones, the weight first."""
         return [name for name in (self.weight, self.bias) if name]
 
 
 class SecondMoment:
-    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length."""
+    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length.
+
+    Args:
+        groups: g.
+        size: length of x.
+        device: of the rows.
+        thin: keep rows while they are few; False makes the matrix at once.
+    """
 
     def __init__(self, groups: int, size: int, device: torch.device, *, thin: bool) -> None:
-        """Nothing is added yet.
-
-        Args:
-            groups: g.
-            size: length of x.
-            device: of the rows.
-            thin: keep rows while they are few; False makes the matrix at once.
-        """
         self.shape = (groups, size)
         self.device = device
         self.thin = thin
@@ -75,7 +73,7 @@ class SecondMoment:
         self._matrix: Tensor | None = None
 
     def keeps(self, count: int) -> bool:
-        """Whether that many rows more would be kept as rows."""
+        """Whether ``count`` more rows would be kept as rows."""
         kept = sum(rows.shape[1] for rows in self._rows)
         return self.thin and self._matrix is None and kept + count < self.shape[1]
 
@@ -105,13 +103,13 @@ class SecondMoment:
         self._rows = []
 
     def _kept(self) -> Tensor:
-        """The rows, first in the order of samples: ``(rows, g, size)``."""
+        """The rows, by samples first: ``(rows, g, size)``."""
         groups, size = self.shape
-        nothing = torch.zeros(groups, 0, size, dtype=torch.float64, device=self.device)
-        return torch.cat([nothing, *self._rows], 1).transpose(0, 1)
+        empty = torch.zeros(groups, 0, size, dtype=torch.float64, device=self.device)
+        return torch.cat([empty, *self._rows], 1).transpose(0, 1)
 
     def _whole(self) -> Tensor:
-        """The matrix's lower triangle, whether it has been made or not."""
+        """The matrix's lower triangle, computed from the rows if there is none yet."""
         groups, size = self.shape
         matrix = self._matrix
         if matrix is None:
@@ -123,8 +121,8 @@ class SecondMoment:
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
 
-        With k < size where there are fewer rows: the vectors span them, and the eigenvalues of
-        what is orthogonal to them are exactly 0.
+        k < size where there are fewer rows: the vectors span them, and the eigenvalues of the
+        orthogonal complement are exactly 0.
         """
         if self._matrix is not None:
             values, vectors = torch.linalg.eigh(self._matrix, UPLO="L")
@@ -142,10 +140,10 @@ class Factors:
 
     With sharing ``"expand"`` A = Σ_nt ā āᵀ, B = Σ_nqt b bᵀ and M = NT: every position counts as a
     sample. With ``"reduce"`` A = Σ_n (mean_t ā)(mean_t ā)ᵀ, B = Σ_nq (Σ_t b)(Σ_t b)ᵀ and M = N.
-    Tokens that no output depends on (padding) are no positions. Both agree for T = 1.
+    Tokens that no output depends on (padding) do not count as positions. Both agree for T = 1.
 
     Attributes:
-        layer: whose.
+        layer: the layer.
         inputs: A by group.
         outputs: B by group.
         gradient: Σ_nt b_nt āᵀ with b of the residual, shape ``(g, o, i)``.
@@ -161,13 +159,12 @@ class Factors:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What the cotangents of a capture stand for, block by block.
+    """What the cotangents of a capture represent, block by block.
 
     Attributes:
         gradient: c with u_n = Σ_q c_nq v_nq for the residual u, shape ``(n, q)``.
-        share: 1 for the cotangents that make the curvature, 0 for others, shape ``(q,)``.
-        first: the block has the first cotangent of its samples, which is nonzero at every output
-            that there is.
+        share: 1 for the cotangents that form the curvature, 0 for others, shape ``(q,)``.
+        first: the block has the first cotangent of its samples, which is nonzero at every output.
     """
 
     gradient: Tensor
@@ -176,7 +173,7 @@ class Curvature:
 
 
 def affine_layers(plan: CapturePlan) -> list[Layer]:
-    """The layers whose rows are sums of outer products, and whose weights are theirs alone."""
+    """The layers whose rows are sums of outer products, and whose weights are not shared."""
     uses = plan.uses()
     return [
         Layer(
@@ -207,31 +204,31 @@ def layer_factors(
         sharing: ``"expand"`` or ``"reduce"``.
         shards: this process's place in the group over which samples are spread.
     """
-    found: dict[Layer, Factors] = {}
+    local: dict[Layer, Factors] = {}
 
     def add_up() -> None:
         for curvature, terms in captures:
             for layer, term in _of_layers(terms, layers):
-                if layer not in found:
+                if layer not in local:
                     sizes = (*term.cotangents.shape[3:], _width(term))
-                    found[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
-                _add_term(found[layer], term, curvature, sharing)
+                    local[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
+                _add_term(local[layer], term, curvature, sharing)
 
     shards.synchronized(add_up)
     return [
-        _over_ranks(found.get(layer), layer, sharing, shards)
+        _over_ranks(local.get(layer), layer, sharing, shards)
         for layer in layers
-        if any(shards.gather(int(layer in found)))
+        if any(shards.gather(int(layer in local)))
     ]
 
 
-def _over_ranks(own: Factors | None, layer: Layer, sharing: str, shards: Shards) -> Factors:
-    """The sums of all ranks, of which some have no samples, and no factors."""
-    if shards.alone and own is not None:
-        return own
-    everyone = shards.gather(None if own is None else (own.gradient.shape, own.gradient.device))
-    shape, device = next(one for one in everyone if one is not None)
-    sums = _empty(layer, tuple(shape), device, sharing) if own is None else own
+def _over_ranks(local: Factors | None, layer: Layer, sharing: str, shards: Shards) -> Factors:
+    """The sums over all ranks; one without samples has no factors."""
+    if shards.alone and local is not None:
+        return local
+    known = None if local is None else (local.gradient.shape, local.gradient.device)
+    shape, device = next(other for other in shards.gather(known) if other is not None)
+    sums = _empty(layer, tuple(shape), device, sharing) if local is None else local
     count = torch.tensor(sums.count, dtype=torch.float64, device=sums.gradient.device)
     sums.gradient, count = shards.sum(lambda: (sums.gradient, count))
     sums.count = float(count)
@@ -271,7 +268,7 @@ def corrected_eigenvalues(
 
 
 def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Layer, AffineTerm]]:
-    """The layers' terms: one each, since no other module has their parameters."""
+    """The layers' terms: one for each, since no other module has their parameters."""
     known = {(layer.weight, layer.bias): layer for layer in layers}
     for term in terms:
         if isinstance(term, AffineTerm) and (term.weight, term.bias) in known:
@@ -284,7 +281,7 @@ def _width(term: AffineTerm) -> int:
 
 
 def _empty(layer: Layer, sizes: tuple[int, ...], device: torch.device, sharing: str) -> Factors:
-    """Nothing added yet; ``sizes`` are g, o and i."""
+    """Factors without any rows; ``sizes`` are g, o and i."""
     groups, outputs, inputs = sizes
     thin = sharing == EXPAND
     return Factors(
@@ -321,8 +318,8 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
 def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
     """Which positions count, shape ``(n, t)``: not tokens that no output depends on.
 
-    The pixels of a convolution all count, and so does a sample's only position. Only a block with
-    the first cotangent can tell.
+    All pixels of a convolution count, and so does a sample's only position. Only a block with the
+    first cotangent shows which tokens do.
     """
     cotangents = term.cotangents[samples]
     if term.positions == 1 or len(term.weight_shape) > 2 or not first:
@@ -331,7 +328,7 @@ def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
 
 
 def _add_lower(target: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to the lower triangle, in strips so that half of the rest is not computed."""
+    """Add XᵀX to the lower triangle, in strips so that most of the upper one is not computed."""
     size = target.shape[1]
     step = max(STRIP, -(-size // 8))
     for start in range(0, size, step):
@@ -371,7 +368,7 @@ def _rotated(
 
 
 def _sample_slices(term: AffineTerm) -> Iterator[slice]:
-    """So many samples at a time that their float64 copies stay small."""
+    """Samples in slices whose float64 copies stay small."""
     outputs = term.cotangents.shape[4] * term.num_vectors
     width = term.positions * term.groups * max(term.fan_in + 1, outputs)
     step = max(1, COPIED_ENTRIES // width)

@@ -2,13 +2,13 @@
 
 Golub–Kahan bidiagonalisation of B = SᵀJ started at r = S⁺u gives, after k steps, BV = UL with a
 lower bidiagonal L, (k+1) × k, and V spanning g, Fg, …, F^(k−1)g. With μ the spectral measure of
-BBᵀ at r (total mass ‖r‖²), everything wanted is an integral against μ:
+BBᵀ at r (total mass ‖r‖²), all results are integrals against μ:
 
     gᵀ(F + λI)⁻¹g = ∫ x/(x + λ) dμ        d(λ)ᵀF d(λ) = ∫ x²/(x + λ)² dμ
 
 The singular values of L squared are the nodes of the Gauss–Radau rule with a node at 0, those of
 its first k rows of the Gauss rule; (x + λ)⁻¹ and (x + λ)⁻² have derivatives of one sign, so the
-two rules enclose their integrals. The total mass ‖r‖² makes the floor γ ≥ ‖r‖⁻¹ part of it.
+two rules enclose their integrals. The total mass ‖r‖² includes the floor γ ≥ ‖r‖⁻¹.
 Sources: Golub and Meurant, "Matrices, Moments and Quadrature with Applications" (2010), ch. 6–8;
 Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965);
 one-sided reorthogonalisation: Simon and Zha, SIAM J. Sci. Comput. 21 (2000).
@@ -29,12 +29,11 @@ GAP = 1e-4
 """The relative gap between the bounds on γ at which a run stops."""
 
 MAX_ITERATIONS = 300
-"""Where a run stops at the latest: each iteration costs a JVP and a VJP."""
-
+"""A run stops at this many iterations: each costs a JVP and a VJP."""
 
 ROUNDING = 10
-"""Entries of L below this many ε of the model's dtype, relative to the largest, are rounding, and
-end the run; so are singular values below k times that."""
+"""Entries of L below this many ε of the model's dtype, relative to the largest, are rounding and
+end the run; singular values below k times that are rounding, too."""
 
 LARGE = 1e-3
 """From this damping on, relative to the largest node, the rules of x² dμ are used as well."""
@@ -42,12 +41,12 @@ LARGE = 1e-3
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the natural gradient's γ(λ), and what a computed update has.
+    """Bounds on the natural gradient's γ(λ), and the quadratic forms of a computed update.
 
     Attributes:
-        lower: no update (F + λI)⁻¹g has less, shape ``(L,)``.
-        upper: none has more.
-        curvature: dᵀFd of the update that is given out.
+        lower: γ of (F + λI)⁻¹g is at least this, shape ``(L,)``.
+        upper: and at most this.
+        curvature: dᵀFd of the computed update.
         decrease: its dᵀg.
         squared_norms: its ‖d‖².
     """
@@ -67,10 +66,12 @@ class Bounds:
 
 
 class KrylovRun:
-    """A run that goes on where it stopped, when a λ or a gap asks for more."""
+    """A run that continues where it stopped, when a λ or a gap needs more iterations.
+
+    It starts from u₁ = r/‖r‖, v₁ = g/‖g‖.
+    """
 
     def __init__(self, problem: Problem) -> None:
-        """Take the first step: u₁ = r/‖r‖, v₁ = g/‖g‖."""
         self.problem = problem
         right = problem.distribution.whitened_residual()
         self.mass = float(right.square().sum())
@@ -78,7 +79,7 @@ class KrylovRun:
         self.diagonal: list[float] = []
         self.below: list[float] = []
         self.exhausted = self.mass == 0
-        # The vectors of the smaller space are kept, for reorthogonalisation and for directions.
+        # Vectors of the smaller space are kept, for reorthogonalisation and for directions.
         self.in_parameters = problem.num_parameters <= problem.outputs.numel()
         self.basis: list[Tensor] = []
         self.left = right / max(self.mass, 1e-300) ** 0.5
@@ -88,22 +89,22 @@ class KrylovRun:
 
     @property
     def iterations(self) -> int:
-        """K."""
+        """The number k of iterations so far."""
         return len(self.below)
 
     @property
-    def most(self) -> int:
+    def max_iterations(self) -> int:
         """How many iterations the memory budget has room for."""
         size = min(self.problem.num_parameters, self.problem.outputs.numel())
         return max(2, self.problem.rows.memory // (2 * 8 * size))
 
     def run(self, dampings: Sequence[float], gap: float, max_iterations: int) -> None:
         """Iterate until the bounds for every λ are within a relative gap, or to the limit."""
-        limit = min(max_iterations, self.most)
+        limit = min(max_iterations, self.max_iterations)
         while not self.exhausted and self.iterations < limit:
             self.step()
             checked = self.iterations % max(2, self.iterations // 8) == 0
-            # One rank's word: machines of two kinds might differ in the last digit.
+            # One rank decides: different machines might differ in the last digit.
             if checked and self.problem.shards.broadcast(self.bounds(dampings).gap <= gap):
                 return
 
@@ -111,15 +112,15 @@ class KrylovRun:
         """One product with B and one with Bᵀ."""
         problem, alpha = self.problem, self.diagonal[-1]
         tangent = problem.jvp(self.right)
-        made = problem.distribution.factor_transpose_product(tangent) - alpha * self.left
+        left = problem.distribution.factor_transpose_product(tangent) - alpha * self.left
         if not self.in_parameters:
-            made = self._orthogonal(made)
-        beta = float(made.norm())
+            left = self._orthogonal(left)
+        beta = float(left.norm())
         self.below.append(beta)
         if problem.shards.broadcast(beta <= self.rounding * max(self.diagonal)):
             self.exhausted = True
             return
-        self.left = made / beta
+        self.left = left / beta
         self._next_right(beta)
 
     def _next_right(self, beta: float) -> None:
@@ -127,22 +128,21 @@ class KrylovRun:
         if not self.in_parameters:
             self.basis.append(self.left)
         pulled = problem.vjp(problem.distribution.factor_product(self.left)).to(torch.float64)
-        made = pulled - beta * self.right
+        right = pulled - beta * self.right
         if self.in_parameters:
-            made = self._orthogonal(made)
-        alpha = float(made.norm())
-        nothing = alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0
-        if problem.shards.broadcast(nothing):
+            right = self._orthogonal(right)
+        alpha = float(right.norm())
+        vanishes = alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0
+        if problem.shards.broadcast(vanishes):
             self.exhausted = True
             return
         self.diagonal.append(alpha)
-        self.right = made / alpha
+        self.right = right / alpha
         if self.in_parameters:
             self.basis.append(self.right)
 
     def _orthogonal(self, vector: Tensor) -> Tensor:
-        """Twice is enough."""
-        for _ in range(2):
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
             for known in self.basis:
                 vector = vector - (known * vector).sum() * known
         return vector
@@ -160,24 +160,24 @@ class KrylovRun:
         return float(np.linalg.norm(self.factor(), 2) ** 2) if self.iterations else 0.0
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """What the iterations so far say of every λ."""
+        """Bounds for every λ from the iterations so far."""
         lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
         if not self.iterations:
-            nothing = np.zeros(len(lambdas))
-            return Bounds(nothing + np.inf, nothing + np.inf, nothing, nothing, nothing)
+            zero = np.zeros(len(lambdas))
+            return Bounds(zero + np.inf, zero + np.inf, zero, zero, zero)
         factor = self.factor()
         nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
         ratio = _ratio(nodes, lambdas)
         whole = weights
-        # A node that is nothing but rounding may belong to the one at 0, and does at λ = 0:
-        # that is what the pseudo-inverse with a cut-off means.
+        # A node that is only rounding may belong to the node at 0, and does at λ = 0: that is the
+        # definition of the pseudo-inverse with a cut-off.
         weights = np.where(nodes > (self.rounding * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
         whole = np.where(lambdas > 0, whole, weights)
-        everything = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
+        integrals = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
             norms = np.where(nodes + lambdas > 0, weights * nodes / (nodes + lambdas) ** 2, 0.0)
-            high, energy = everything, np.zeros(len(lambdas))
+            high, energy = integrals, np.zeros(len(lambdas))
             if not self.exhausted:
                 high, energy = self._upper(factor, lambdas, weights, ratio)
             energy_low, energy_high = _energy_bounds(factor, self.mass, lambdas)
@@ -191,16 +191,16 @@ class KrylovRun:
     def _upper(
         self, factor: np.ndarray, lambdas: np.ndarray, weights: np.ndarray, ratio: np.ndarray
     ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-        """The Gauss rule's two integrals, and how far λ²∫(x + λ)⁻² is open between the rules."""
+        """The Gauss rule's two integrals, and the gap between the rules for λ²∫(x + λ)⁻²."""
         nodes, gauss = _rule(factor[:-1], self.mass)
         other = _ratio(nodes, lambdas)
         at_zero = max(self.mass - weights.sum(), 0.0)
         radau = (weights * (1 - ratio) ** 2).sum(1) + at_zero
-        open_part = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
-        return ((gauss * other).sum(1), (gauss * other**2).sum(1)), open_part
+        gap = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
+        return ((gauss * other).sum(1), (gauss * other**2).sum(1)), gap
 
     def coefficients(self, damping: float) -> np.ndarray:
-        """Y with d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
+        """The y of d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
         left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
         with np.errstate(divide="ignore", invalid="ignore"):
             kept = singular > self.rounding * len(singular) * singular.max(initial=0.0)

@@ -1,15 +1,15 @@
-"""The logit kernel Θ = JJᵀ, in the form that a problem's sizes ask for.
+"""The forms of the logit kernel Θ = JJᵀ, and which of them suits a problem's sizes.
 
 Every update of the form d = Jᵀw (sgd, ef, ief, sf, ng) has the logit tangent t = Θw, so once Θ
-is there, no method and no damping needs another pass through the model. Θ is the empirical
+is known, no method and no damping needs another pass through the model. Θ is the empirical
 neural tangent kernel of Jacot et al. (arXiv 1806.07572).
 
-- A small problem keeps J itself: products of J resolve singular values down to ε of the largest, a
-  Gram matrix only down to √ε.
-- Where the exact natural gradient is wanted, Θ is kept, N·C × N·C, if that is within reach.
-- Otherwise only Θ's products with the vectors that updates are made of (N·C × N·Q).
-- With large outputs (sequences over a vocabulary) nothing of size N·C is kept but single fields:
-  `MatrixFreeKernel` has the Gram matrices of rows alone, and updates are pushed through the model.
+- `JacobianKernel`, for a small problem, keeps J itself: products of J resolve singular values down
+  to ε of the largest, a Gram matrix only down to √ε.
+- `GramKernel` keeps Θ, N·C × N·C, for the exact natural gradient, if that is within reach.
+- `StripKernel` keeps only Θ's products with the vectors that updates are made of (N·C × N·Q).
+- `MatrixFreeKernel`, for large outputs (sequences over a vocabulary), keeps the Gram matrices of
+  rows only, and updates are pushed through the model.
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ from ngeval.problem.linearized import Linearized, Sizes
 from ngeval.utils.text import describe_bytes
 
 EXPLICIT_ENTRIES = 2**22
-"""Up to this many entries J is kept itself (32 MiB in float64)."""
+"""Up to this many entries J itself is kept (32 MiB in float64)."""
 
 DENSE_SIZE = 6000
 """Up to this N·C the natural gradient is exact, by an eigendecomposition."""
 
 COMMON_RANK = 48
 """An estimate of how many vectors span the updates of several methods over twelve decades of λ; it
-decides what is tried, not what comes out."""
+affects the form, not the numbers."""
 
 STRIP_OUTPUTS = 256
-"""Up to this many outputs of a sample, products of Θ come from as many backward passes."""
+"""Up to this many outputs of a sample, products of Θ are computed by as many backward passes."""
 
 
 class LogitKernel(ABC):
-    """What of Θ a problem keeps."""
+    """One form of Θ."""
 
     def __init__(self, problem: Linearized) -> None:
-        """Keep the sizes and the dtype that the rows are computed in."""
         self.shape = (problem.num_samples, problem.num_outputs)
         self.row_epsilon = problem.function.row_epsilon
         self.rows = problem.rows
@@ -76,13 +75,13 @@ class LogitKernel(ABC):
         Args:
             vectors: v, shape ``(N, Q, *positions, C)``.
             right: the vector that it will be solved for, shape ``(N·Q,)``.
-            unseen: what part of it may be lost; see `Spectrum.of_gram`.
+            unseen: the part of it that may be lost; see `Spectrum.of_gram`.
         """
         return Spectrum.of_gram(self.gram(vectors), self.row_epsilon, right, unseen)
 
 
 class PushingKernel(LogitKernel):
-    """A kernel that has the tangents of updates."""
+    """A form that gives the tangents of updates."""
 
     @abstractmethod
     def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +97,7 @@ class PushingKernel(LogitKernel):
 
 
 class DenseKernel(PushingKernel):
-    """A kernel that has all of Θ."""
+    """A form with all of Θ."""
 
     @abstractmethod
     def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +111,6 @@ class DenseKernel(PushingKernel):
         """
 
     def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields are made, and pushed."""
         return self.push_fields(combine(vectors, coefficients))
 
     @property
@@ -125,7 +123,6 @@ class JacobianKernel(DenseKernel):
     """Θ as the product of J, shape ``(NC, P)``, and its transpose."""
 
     def __init__(self, problem: Linearized) -> None:
-        """Compute all rows of J, or all columns where these are fewer, in float64."""
         super().__init__(problem)
         if has_few_parameters(problem.sizes):
             columns = [part.flatten(1) for part in jacobian_columns(problem)]
@@ -135,22 +132,18 @@ class JacobianKernel(DenseKernel):
 
     @property
     def matrix(self) -> Tensor:
-        """J Jᵀ."""
         return self.jacobian @ self.jacobian.T
 
     def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
-        """Through parameter space: d = Jᵀw, t = J d."""
         directions = fields.flatten(1) @ self.jacobian
         tangents = (directions @ self.jacobian.T).reshape(fields.shape)
         return tangents, directions.square().sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """The rows' products."""
         rows = self._rows(vectors)
         return rows @ rows.T
 
     def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
-        """From the rows themselves."""
         return Spectrum.of_rows(self._rows(vectors), self.row_epsilon)
 
     def _rows(self, vectors: Tensor) -> Tensor:
@@ -163,22 +156,18 @@ class GramKernel(DenseKernel):
     """Θ itself, shape ``(NC, NC)``."""
 
     def __init__(self, problem: Linearized) -> None:
-        """Accumulate Θ in float64, in the problem's memory budget."""
         super().__init__(problem)
         self.theta = gram_matrix(problem.rows, unit_cotangents(problem))
 
     @property
     def matrix(self) -> Tensor:
-        """Θ as it is kept."""
         return self.theta
 
     def push_fields(self, fields: Tensor) -> tuple[Tensor, Tensor]:
-        """T = Θw, ‖d‖² = w·t."""
         tangents = (fields.flatten(1) @ self.theta).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """v_nqᵀ Θ_nm v_mp."""
         samples, outputs = self.shape
         flat = vectors.reshape(samples, -1, outputs)
         theta = self.theta.reshape(samples, outputs, -1)
@@ -190,19 +179,18 @@ class StripKernel(PushingKernel):
     """Products of Θ with the vectors that updates are made of, one strip for each of them."""
 
     def __init__(self, problem: Linearized) -> None:
-        """Nothing is computed before it is asked for."""
         super().__init__(problem)
         self.jacobian = CapturedRows(problem.rows, unit_cotangents(problem))
         self._strips: list[tuple[Tensor, Tensor]] = []
 
     def _strip(self, vectors: Tensor) -> Tensor:
-        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; one made before is not made again."""
+        """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; computed once for each vector."""
         missing = [q for q in range(vectors.shape[1]) if self._known(vectors[:, q]) is None]
         if missing:
             # The vectors are their own coefficients of unit vectors.
-            made = self.jacobian.products(vectors[:, missing].flatten(2))
-            for i, q in enumerate(missing):
-                self._strips.append((vectors[:, q], made.unflatten(1, (-1, len(missing)))[..., i]))
+            strips = self.jacobian.products(vectors[:, missing].flatten(2))
+            split = strips.unflatten(1, (-1, len(missing)))
+            self._strips += [(vectors[:, q], split[..., i]) for i, q in enumerate(missing)]
         columns = [self._known(vectors[:, q]) for q in range(vectors.shape[1])]
         return torch.stack([column for column in columns if column is not None], 2)
 
@@ -213,14 +201,12 @@ class StripKernel(PushingKernel):
         return None
 
     def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """T = (Θv)c, ‖d‖² = w·t."""
         fields = combine(vectors, coefficients)
         strip = self._strip(vectors).flatten(1)
         tangents = (coefficients.flatten(1) @ strip.T).reshape(fields.shape)
         return tangents, (fields * tangents).flatten(1).sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """vᵀ(Θv)."""
         samples, outputs = self.shape
         flat = vectors.reshape(samples, -1, outputs)
         strip = self._strip(vectors).reshape(samples, outputs, -1)
@@ -229,16 +215,14 @@ class StripKernel(PushingKernel):
 
 
 class MatrixFreeKernel(LogitKernel):
-    """Gram matrices of rows, each from one capture; tangents are left to forward mode."""
+    """Gram matrices of rows, each from one capture; tangents are computed in forward mode."""
 
     def __init__(self, problem: Linearized) -> None:
-        """Nothing is computed before it is asked for."""
         super().__init__(problem)
         self._grams: list[tuple[Tensor, Tensor]] = []
         self._captured: CapturedRows | None = None
 
     def gram(self, vectors: Tensor) -> Tensor:
-        """Layer by layer; remembered, as is every part of it."""
         for known, gram in self._grams:
             columns = columns_in(known, vectors)
             if columns is not None:
@@ -250,7 +234,7 @@ class MatrixFreeKernel(LogitKernel):
         return self._grams[-1][1]
 
     def combinations(self, vectors: Tensor, weights: Tensor) -> Tensor:
-        """From the capture that the Gram matrix was made of, if it was kept."""
+        # By the capture that the Gram matrix was computed from, if there is one.
         captured = self._captured
         if captured is None or captured.cotangents is not vectors:
             captured = CapturedRows(self.rows, vectors)
@@ -262,11 +246,11 @@ def columns_in(known: Tensor, vectors: Tensor) -> list[int] | None:
     """Which of the Q known vectors of each sample these are, None if they are not among them."""
     if vectors is known:
         return list(range(known.shape[1]))
-    found = []
+    columns = []
     for vector in vectors.unbind(1):
         same = (q for q, other in enumerate(known.unbind(1)) if torch.equal(other, vector))
-        found.append(next(same, -1))
-    return None if -1 in found else found
+        columns.append(next(same, -1))
+    return None if -1 in columns else columns
 
 
 def combine(vectors: Tensor, coefficients: Tensor) -> Tensor:
@@ -282,7 +266,7 @@ def choose_form(
     Args:
         sizes: of the problem.
         budget: bytes to work in.
-        exact: the exact natural gradient is wanted, which needs all of Θ.
+        exact: with all of Θ, for the exact natural gradient, if it is within reach.
         pushes: how many updates will be pushed, if that is known: a few are pushed through the
             model for less than the C backward passes that products of Θ begin with.
 
@@ -294,9 +278,9 @@ def choose_form(
     """
     samples, outputs, parameters = sizes
     entries = samples * outputs * parameters
-    # J, its scaled copy and the workspace of their factorisation.
-    # More rows than that are more backward passes than a Krylov run takes steps.
+    # Beyond DENSE_SIZE, J takes more backward passes than a Krylov run takes steps.
     in_reach = samples * outputs <= DENSE_SIZE or has_few_parameters(sizes)
+    # J, its scaled copy and the workspace of their factorisation.
     if in_reach and entries <= EXPLICIT_ENTRIES and 4 * 8 * entries <= budget:
         return JacobianKernel
     if exact and dense_is_feasible(sizes, budget):

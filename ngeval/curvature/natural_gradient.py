@@ -1,27 +1,26 @@
-"""What is known of the exact natural gradient of a problem: exactly, or between two bounds."""
+"""The exact natural gradient of a problem, by an eigendecomposition or a Krylov run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates
+from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates, as_tensor
 from ngeval.errors import NumericalError
 from ngeval.problem.problem import Problem
 
 LOST = 1e-2
-"""By how much the γ of an exact natural gradient may be above its closed form: rounding is less."""
+"""An exact natural gradient whose γ exceeds its closed form by this part is lost to rounding."""
 
 LARGE_RESIDUAL = 1e6
-"""An entry of r = S⁺u as large as that (a loss of 28 nats) may cost the digits of others."""
+"""An entry of r = S⁺u as large as this (a loss of 28 nats) may cost the digits of the others."""
 
 
 class NaturalGradientSolver(ABC):
@@ -43,7 +42,7 @@ class NaturalGradientSolver(ABC):
 
     @abstractmethod
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """Bounds on γ(λ) for every λ, by what has been computed so far."""
+        """Bounds on γ(λ) for every λ, from the iterations so far."""
 
     @abstractmethod
     def updates(self, dampings: Sequence[float]) -> Updates:
@@ -68,33 +67,29 @@ class DenseSolver(NaturalGradientSolver):
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
         self.spectrum = spectrum
-        gradient = problem.gradient().to(torch.float64)
-        check_gradient(problem, self._gradient, gradient, "the batch's gradient")
+        if is_saturated(problem):
+            gradient = problem.gradient().to(torch.float64)
+            check_gradient(problem, self._projected_gradient(), gradient, "the batch's gradient")
 
-    def _gradient(self) -> Tensor:
+    def _projected_gradient(self) -> Tensor:
         """JᵀS r with r as the spectrum has it."""
         problem, vectors = self.problem, self.spectrum.eigenvectors
-        seen = (vectors @ (vectors.T @ self.right)).reshape(problem.outputs.shape)
-        return problem.vjp(problem.distribution.factor_product(seen))
+        projected = (vectors @ (vectors.T @ self.right)).reshape(problem.outputs.shape)
+        return problem.vjp(problem.distribution.factor_product(projected))
 
     @property
     def largest(self) -> float:
-        """Exactly."""
         return self.spectrum.largest
 
     def gamma_min(self) -> float:
-        """The projection of r on the range; not longer than r, whatever rounding says."""
+        # The projection of r on the range is not longer than r, whatever the rounding.
         norm = min(self.spectrum.projected_norm(self.right), float(self.right.norm()))
         return 1 / norm if norm > 0 else float("inf")
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """Sums over eigenvalues; the part of r outside them could lie just below the cut-off.
-
-        At λ = 0 it does not count: that is what the pseudo-inverse with a cut-off means.
-        """
-        lambdas = (
-            torch.as_tensor(np.asarray(dampings, dtype=np.float64)).to(self.right).unsqueeze(1)
-        )
+        # The part of r outside the eigenvectors could lie just below the cut-off. At λ = 0 it does
+        # not count: that is the definition of the pseudo-inverse with a cut-off.
+        lambdas = as_tensor(self.problem, dampings).unsqueeze(1)
         spectrum = self.spectrum
         squares = (spectrum.eigenvectors.T @ self.right).square()
         shares = spectrum.eigenvalues / (spectrum.eigenvalues + lambdas)
@@ -111,10 +106,8 @@ class DenseSolver(NaturalGradientSolver):
         return Bounds(*(part.cpu().numpy() for part in (low, high, curvature, decrease, norms)))
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """The fields w = S (SᵀΘS + λI)⁻¹ r."""
         problem = self.problem
-        lambdas = torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)
-        solved = self.spectrum.solve(self.right, lambdas)
+        solved = self.spectrum.solve(self.right, as_tensor(problem, dampings))
         fields = solved.reshape(len(dampings), *problem.outputs.shape)
         return FieldUpdates(problem, problem.distribution.factor_product(fields))
 
@@ -135,36 +128,32 @@ class KrylovSolver(NaturalGradientSolver):
 
     @property
     def largest(self) -> float:
-        """The largest Ritz value of some iterations."""
+        """The largest Ritz value of at least 20 iterations."""
         while not self.run.exhausted and self.run.iterations < min(20, self.max_iterations):
             self.run.step()
         return self.run.largest()
 
     @property
     def iterations(self) -> int:
-        """Of the run."""
         return self.run.iterations
 
     def gamma_min(self) -> float:
-        """That of the update with λ = 0 of the run: γ_min lies between the floor and it."""
+        """The γ of the run's update at λ = 0: γ_min lies between the floor and it."""
         if not self.run.iterations:
             self.run.run([0.0], self.gap, self.max_iterations)
         return float(self.run.bounds([0.0]).upper[0])
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """By the quadrature rules."""
         return self.run.bounds(dampings)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """Those of the Krylov space, when the bounds are close enough."""
         self.run.run(dampings, self.gap, self.max_iterations)
-        found = self.run.bounds(dampings)
-        as_tensor = [
-            torch.from_numpy(part).to(self.run.problem.device)
-            for part in (found.curvature, found.decrease, found.squared_norms)
+        run, lambdas, bounds = self.run, list(dampings), self.run.bounds(dampings)
+        forms = [
+            torch.from_numpy(form).to(run.problem.device)
+            for form in (bounds.curvature, bounds.decrease, bounds.squared_norms)
         ]
-        chosen = list(dampings)
-        return SolvedUpdates(len(chosen), lambda i: self.run.direction(chosen[i]), *as_tensor)
+        return SolvedUpdates(len(lambdas), lambda i: run.direction(lambdas[i]), *forms)
 
 
 def natural_solver(
@@ -188,7 +177,7 @@ def gamma_min(problem: Problem) -> float:
     """γ_min = (gᵀF⁺g)^(−1/2), the least γ that any update has: that of the natural gradient.
 
     With r = S⁺u, gᵀF⁺g is the squared norm of the projection of r on the range of SᵀJ. Where the
-    logit kernel is out of reach, the γ of an update that a Krylov run found: γ_min lies between
+    logit kernel is out of reach, this is the γ of a Krylov run's update, and γ_min lies between
     `gamma_floor` and it. Returns ∞ where g = 0.
 
     Raises:
@@ -197,26 +186,27 @@ def gamma_min(problem: Problem) -> float:
     return natural_solver(Kernel(problem)).gamma_min()
 
 
-def check_gradient(
-    problem: Problem, made: Callable[[], Tensor], gradient: Tensor, what: str
-) -> None:
-    """What is made of S and r = S⁺u instead of u is the gradient, but for rounding.
+def is_saturated(problem: Problem) -> bool:
+    """Whether an entry of r is so large that combinations of it may lose the others' digits.
 
-    With a label of a probability such as e⁻¹⁰⁰, r has an entry of e⁵⁰, beside which nothing is left
-    of others once they are combined. Nothing is checked where no entry exceeds `LARGE_RESIDUAL`.
+    With a label of probability e⁻¹⁰⁰, r has an entry of e⁵⁰.
+    """
+    return not float(problem.distribution.whitened_residual().abs().max()) < LARGE_RESIDUAL
+
+
+def check_gradient(problem: Problem, through_r: Tensor, gradient: Tensor, what: str) -> None:
+    """Check that what is made of S and r = S⁺u instead of u is the gradient, but for rounding.
 
     Args:
         problem: the model on its batch.
-        made: gives the gradient by way of r.
+        through_r: the gradient by way of r.
         gradient: g, or a layer's part of it, float64.
         what: whose, for the message.
 
     Raises:
         NumericalError: they differ.
     """
-    if float(problem.distribution.whitened_residual().abs().max()) < LARGE_RESIDUAL:
-        return
-    gap = float((made().to(torch.float64) - gradient).norm())
+    gap = float((through_r.to(torch.float64) - gradient).norm())
     whole = float(problem.gradient().to(torch.float64).norm())
     allowed = max(1e-3, 100 * problem.function.row_epsilon)
     if not gap <= allowed * max(float(gradient.norm()), 1e-3 * whole):
@@ -224,7 +214,7 @@ def check_gradient(
 
 
 def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
-    """The error of an update that a label's small probability leaves no digit of."""
+    """The error of an update that has lost its digits to a label's small probability."""
     hint = "" if problem.dtype == torch.float64 else "; try dtype=torch.float64"
     return NumericalError(
         f"{what} is lost to rounding where it is made of S and S⁺u: the largest loss of a sample "
@@ -234,7 +224,7 @@ def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
 
 
 def check_residual(problem: Problem) -> None:
-    """Refuse an r that overflows.
+    """Raise where r overflows.
 
     Raises:
         NumericalError: a label's probability underflows, so r is infinite.

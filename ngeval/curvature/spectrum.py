@@ -1,8 +1,8 @@
 """Factor once, solve for every λ: the spectrum of a Gram matrix A = RRᵀ of rows.
 
 Rows may differ in length by many orders of magnitude (the gradients of learnt and unlearnt
-samples do), so the rank is decided on rows scaled to unit length: a small gradient is kept with
-all its digits beside large ones, and only a row that the others span to rounding is left out.
+samples do), so the rank is decided on rows scaled to unit length: a small gradient keeps all its
+digits beside large ones, and only a row that the others span to rounding is left out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ngeval.model.checks import is_finite
 GRADED_SIZE = 800
 """Larger Gram matrices are first decomposed without scaling (see `Spectrum.of_gram`)."""
 
-MOST_CUT = 1e-2
+MAX_CUTOFF = 1e-2
 """The largest relative cut-off; bfloat16 rows would give one above 1."""
 
 UNSEEN = 1e-8
-"""What part of the right-hand side may be lost before rows are scaled after all."""
+"""The part of the right-hand side that may be lost before rows are scaled."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Spectrum:
         with _one_thread():
             upper, pivots = scipy.linalg.qr(unit.T, mode="r", pivoting=True)
         upper = upper[: min(unit.shape)]
-        cutoff = min(10 * len(unit) * row_epsilon, MOST_CUT**0.5)
+        cutoff = min(10 * len(unit) * row_epsilon, MAX_CUTOFF**0.5)
         rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
         lower = np.zeros((len(unit), rank))
         lower[pivots] = upper[:rank].T
@@ -78,9 +78,9 @@ class Spectrum:
 
         Its relative cut-off is n·max(100 ε, 10 ε_row²), with ε that of float64 and ε_row that of
         rows, ``row_epsilon``. A = D R D with unit diagonal in R, and a pivoted Cholesky factor of
-        R finds the rank. Above n = 800 an eigendecomposition of A as it is, four times as fast, is
-        tried first, with the cut-off 10·n·ε of the largest eigenvalue, and kept if its range holds
-        all of ``right`` but a part of ``unseen``.
+        R gives the rank. Above n = 800 an eigendecomposition of the unscaled A, four times as
+        fast, is tried first, with the cut-off 10·n·ε of the largest eigenvalue, and used if its
+        range has all of ``right`` but a part of ``unseen``.
 
         Args:
             matrix: A, shape ``(n, n)``, float64.
@@ -95,15 +95,15 @@ class Spectrum:
         size = matrix.shape[0]
         epsilon = torch.finfo(torch.float64).eps
         cutoff = size * max(100 * epsilon, 10 * row_epsilon**2)
-        cutoff = min(cutoff, MOST_CUT)
+        cutoff = min(cutoff, MAX_CUTOFF)
         if size > GRADED_SIZE:
             eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
             kept = eigenvalues > 10 * size * epsilon * eigenvalues.max().clamp_min(0)
             least = 10 * size * epsilon * float(eigenvalues.max().clamp_min(0))
-            found = cls(eigenvalues[kept], eigenvectors[:, kept], least)
-            outside = right - found.eigenvectors @ (found.eigenvectors.T @ right)
+            unscaled = cls(eigenvalues[kept], eigenvectors[:, kept], least)
+            outside = right - unscaled.eigenvectors @ (unscaled.eigenvectors.T @ right)
             if float(outside.norm()) <= unseen * float(right.norm()):
-                return found
+                return unscaled
         scale = matrix.diagonal().clamp_min(0).sqrt().cpu()
         inverse = _inverse(scale)
         unit = (matrix.cpu() * inverse * inverse.unsqueeze(1)).numpy()
@@ -161,7 +161,7 @@ def _scipy_pools() -> threadpoolctl.ThreadpoolController:
 
 
 def _one_thread() -> AbstractContextManager[object]:
-    """Scipy's threads go on spinning after a call, on the cores that torch's next one needs."""
+    """One thread in scipy: its threads would spin on after a call, on cores that torch needs."""
     limit: AbstractContextManager[object] = _scipy_pools().limit(limits=1)
     return limit
 
@@ -171,7 +171,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def check_products(tensor: Tensor) -> None:
-    """Refuse rows, or products of them, that overflow.
+    """Raise where rows, or products of them, overflow.
 
     Raises:
         NumericalError: NaN or infinite entries.

@@ -1,7 +1,7 @@
-"""Updates at many dampings, before anything is asked of them.
+"""Updates at many dampings, in the forms that methods return and `ngeval.grading` grades.
 
-Methods make them, `ngeval.grading` grades them: what d(λ) is and what it is worth are kept apart,
-so that the batch that an update is made from need not be the one that grades it.
+How d(λ) is made and how it is graded are separate, so that the batch that an update is made from
+need not be the batch that grades it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Updates(ABC):
 
     @abstractmethod
     def direction(self, index: int) -> Tensor:
-        """One of the updates, shape ``(P,)``."""
+        """The update of one λ, shape ``(P,)``; of a d = Jᵀw by one backward pass."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class CotangentUpdates(Updates):
         problem: whose J.
         vectors: v in float64, shape ``(N, Q, *positions, C)``.
         coefficients: c in float64, shape ``(L, N, Q)``.
-        decrease: dᵀg on the problem's own batch, shape ``(L,)``, where a method has it without the
-            cancellation in uᵀt.
+        decrease: dᵀg on the problem's batch, shape ``(L,)``, where a method can compute it without
+            the cancellation in uᵀt.
     """
 
     problem: Problem
@@ -49,11 +49,9 @@ class CotangentUpdates(Updates):
 
     @property
     def count(self) -> int:
-        """L."""
         return len(self.coefficients)
 
     def direction(self, index: int) -> Tensor:
-        """Jᵀw, by one backward pass."""
         return self.problem.vjp(combine(self.vectors, self.coefficients[index : index + 1])[0])
 
 
@@ -71,21 +69,19 @@ class FieldUpdates(Updates):
 
     @property
     def count(self) -> int:
-        """L."""
         return len(self.fields)
 
     def direction(self, index: int) -> Tensor:
-        """Jᵀw, by one backward pass."""
         return self.problem.vjp(self.fields[index])
 
 
 @dataclass(frozen=True)
 class DirectionUpdates(Updates):
-    """Updates that are made in parameter space, one by one.
+    """Updates that are computed in parameter space, one by one.
 
     Attributes:
         size: L.
-        make: the update with a number, shape ``(P,)``.
+        make: computes the update of an index, shape ``(P,)``.
     """
 
     size: int
@@ -93,11 +89,9 @@ class DirectionUpdates(Updates):
 
     @property
     def count(self) -> int:
-        """L."""
         return self.size
 
     def direction(self, index: int) -> Tensor:
-        """As made."""
         return self.make(index)
 
 

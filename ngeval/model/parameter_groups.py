@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ngeval.errors import InputError, nearest_name
 
@@ -29,7 +29,7 @@ class Group:
 
     name: str
     parameters: tuple[str, ...]
-    places: tuple[slice, ...]
+    places: tuple[slice, ...] = field(hash=False)  # slices are not hashable before Python 3.12
 
     @property
     def num_parameters(self) -> int:

@@ -21,18 +21,18 @@ from ngeval.model.function import (
 
 
 def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
-    """The same function on another batch, at the weights that the model has now.
+    """The same function on a different batch, at the weights that the model has now.
 
-    What was found out about the model (slots, roundings, modes of differentiation) is kept.
+    What was learned about the model (slots, roundings, modes of differentiation) is kept.
 
     Args:
-        function: at earlier weights, on another batch.
+        function: at earlier weights, on an earlier batch.
         inputs: of the same kind as those before; their shapes may differ.
 
     Raises:
-        ModelError: a parameter or buffer is not the tensor that it was, or its requires_grad
-            was changed, or it holds NaN.
-        InputError: as `of`.
+        ModelError: a parameter or buffer is a different tensor, or its requires_grad was changed,
+            or it has NaN.
+        InputError: see `ModelFunction.of`.
     """
     check_inputs(inputs)
     if function.split:
@@ -63,32 +63,29 @@ def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
 
 
 def _check_same_parameters(function: ModelFunction) -> None:
-    """The parameters are the same tensors in the same places, and the same ones train."""
-    now = dict(function.model.named_parameters())
-    if (
-        now.keys() == function.originals.keys()
-        and all(now[n] is p for n, p in function.originals.items())
-        and all(p.requires_grad == (n in function.parameters) for n, p in now.items())
-        and slots_of(function.model) == function.slots
-    ):
+    """Raise unless the parameters are the same tensors in the same places, and the same train."""
+    named = dict(function.model.named_parameters())
+    replaced = [n for n, p in function.originals.items() if named.get(n) is not p]
+    replaced += [n for n in named if n not in function.originals]
+    switched = [n for n, p in named.items() if p.requires_grad != (n in function.parameters)]
+    if not replaced and not switched and slots_of(function.model) == function.slots:
         return
-    other = [n for n, p in function.originals.items() if now.get(n) is not p] + [
-        n for n in now if n not in function.originals
-    ]
-    switched = [n for n, p in now.items() if p.requires_grad != (n in function.parameters)]
-    what = "is not the tensor that it was" if other else "has another requires_grad than before"
-    names = other or switched
-    which = f"parameter {names[0]!r} {what}" if names else "its parameters are tied otherwise"
+    if replaced:
+        which = f"parameter {replaced[0]!r} is a different tensor"
+    elif switched:
+        which = f"parameter {switched[0]!r} has a different requires_grad"
+    else:
+        which = "its parameters are tied differently"
     raise ModelError(
         f"the model has changed since the first Problem was made: {which}; make a new Problem"
     )
 
 
 def batch_key(function: ModelFunction) -> tuple[object, ...]:
-    """Kind, shapes and dtypes of a single sample, and whether it is alone: what plans are kept by.
+    """Kind, shapes and dtypes of a single sample, and whether it is the only one.
 
-    All attributions of rows to samples are right where there is one sample: a plan that was found
-    there must not serve more.
+    It identifies the batches that a plan holds for. With one sample every attribution of rows to
+    samples is right, so a plan made there must not be used for more.
     """
     named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
     alone = function.num_samples == 1

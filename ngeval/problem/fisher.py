@@ -22,10 +22,10 @@ from ngeval.problem.linearized import Linearized, Sizes
 from ngeval.utils.text import describe_bytes
 
 SMALL = 2**26
-"""Bytes that the columns of S may always take."""
+"""Bytes that the columns of S may take under any budget."""
 
-MOST_COLUMNS = 64
-"""Tangents are pushed at most so many at a time: more together are not faster."""
+MAX_COLUMNS = 64
+"""At most this many tangents are pushed at a time: more are not faster."""
 
 
 class FisherOperator:
@@ -43,7 +43,6 @@ class FisherOperator:
     """
 
     def __init__(self, problem: Linearized) -> None:
-        """Wrap a problem; nothing is computed yet."""
         self.problem = problem
 
     @property
@@ -129,7 +128,7 @@ def jacobian_columns(problem: Linearized) -> Iterator[Tensor]:
     """J's columns J e_p, some at a time: float64, shape ``(k, N, *positions, C)``."""
     # A tangent beside the activations, and its copies in float64.
     size = problem.num_samples * (problem.rows.sample_bytes + 4 * 8 * problem.num_outputs)
-    step = max(1, min(MOST_COLUMNS, problem.rows.memory // max(1, size)))
+    step = max(1, min(MAX_COLUMNS, problem.rows.memory // max(1, size)))
     for chosen in slices(problem.num_parameters, step):
         unit = torch.zeros(
             chosen.stop - chosen.start,

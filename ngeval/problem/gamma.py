@@ -1,7 +1,7 @@
-"""γ, its bounds, and what an update does to single samples.
+"""γ, its bounds, and the change of single samples' losses by an update.
 
 γ(d) = √(dᵀFd) / |dᵀg| is the square root of the KL that an update spends, over the loss that
-it buys; smaller is better, and scaling d changes nothing. Source: Wu et al. (arXiv 2406.06420),
+it buys; smaller is better, and the scale of d cancels. Source: Wu et al. (arXiv 2406.06420),
 "approximation quality indicator". Everything is computed from the logit tangent t = J d:
 dᵀFd = Σ_n t_nᵀH_nt_n and dᵀg = Σ_n u_nᵀt_n.
 """
@@ -20,12 +20,12 @@ from ngeval.problem.linearized import Linearized
 
 
 class Quadratics(NamedTuple):
-    """What γ is made of, for L updates: float64 tensors of shape ``(L,)``.
+    """γ and its two parts for L updates: float64 tensors of shape ``(L,)``.
 
     Attributes:
         curvature: dᵀFd, in nats per squared step.
         decrease: dᵀg, the first-order loss decrease per unit step of −d, in nats.
-        gammas: γ, NaN where dᵀg is nothing but rounding.
+        gammas: γ, NaN where dᵀg is only rounding.
     """
 
     curvature: Tensor
@@ -40,7 +40,7 @@ def quadratics(problem: Linearized, tangents: Tensor) -> Quadratics:
         problem: the problem whose Fisher and gradient grade.
         tangents: t = J d, shape ``(L, N, *positions, C)``.
     """
-    # At unit size, so that neither a tiny nor a huge update under- or overflows when squared.
+    # At unit size, so that the square of a tiny or huge update neither under- nor overflows.
     size = torch.linalg.vector_norm(tangents.flatten(1), math.inf, dim=1)
     shape = (-1, *[1] * (tangents.ndim - 1))
     unit = tangents / torch.where(size > 0, size, 1.0).reshape(shape)
@@ -91,7 +91,7 @@ def gamma(problem: Linearized, direction: Direction) -> float:
 def gamma_floor(problem: Linearized) -> float:
     """The closed-form floor (Σ_n u_nᵀH_n⁺u_n)^(−1/2) ≤ γ_min; ∞ where every residual is 0.
 
-    It needs the outputs alone: no Jacobian. γ_min equals it when r = S⁺u lies in the range of
+    It needs only the outputs, no Jacobian. γ_min equals it when r = S⁺u lies in the range of
     SᵀJ, as it does when J has full row rank.
     """
     total = float(problem.distribution.floor_terms().sum())
@@ -101,7 +101,7 @@ def gamma_floor(problem: Linearized) -> float:
 def loss_change(problem: Linearized, direction: Direction) -> Tensor:
     """First-order change of every sample's loss for the unit step −d: −u_nᵀt_n, shape ``(N,)``.
 
-    EF at λ → 0 changes all alike, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
+    EF at λ → 0 changes all equally, iEF in proportion to ‖u_n‖² (Wu et al., arXiv 2406.06420).
     Float64, in nats per unit learning rate.
 
     Example:

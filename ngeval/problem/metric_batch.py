@@ -1,7 +1,7 @@
-"""The batch that grades, where it is not the batch that updates are made from.
+"""The batch that grades, where it differs from the batch that updates are made from.
 
 An update made from N samples is graded under the Fisher and the gradient of M ≫ N others, up to
-the whole data set. Those are passed in chunks: the memory does not grow with M.
+the whole data set. They are passed in chunks, so that memory does not grow with M.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ngeval.problem.problem import Problem
 from ngeval.utils.memory import halving
 
 TANGENT_BYTES = 2**29
-"""Bytes of tangents that are passed through a model together; more is slower, not faster."""
+"""Bytes of tangents that are passed through a model together; more would be slower."""
 
 Batches = Iterable[tuple[Inputs, Tensor]]
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Forms:
 
 @dataclass(frozen=True)
 class Totals:
-    """What is known of a metric batch without a direction.
+    """The numbers of a metric batch that need no direction.
 
     Attributes:
         num_samples: M.
@@ -77,9 +77,15 @@ class Totals:
 
 
 class Metric:
-    """What grades updates: the Fisher and the gradient of a batch, of any length.
+    """The Fisher and the gradient of a batch of any length, by which updates are graded.
 
-    By default the batch of a problem itself.
+    Args:
+        problem: the model at θ, the likelihood and the memory budget.
+        batches: ``(inputs, targets)`` pairs that can be iterated over more than once: a list, a
+            ``DataLoader``, or a function that returns an iterable; None for the problem's own.
+
+    Raises:
+        InputError: an iterator, which can be iterated over only once.
 
     Example:
         >>> import torch, ngeval
@@ -93,20 +99,10 @@ class Metric:
     def __init__(
         self, problem: Problem, batches: Batches | Callable[[], Batches] | None = None
     ) -> None:
-        """Nothing is computed yet.
-
-        Args:
-            problem: the model at θ, the likelihood and the memory budget.
-            batches: ``(inputs, targets)`` pairs that can be gone through more than once: a list, a
-                ``DataLoader``, or a function that returns an iterable; None for the problem's own.
-
-        Raises:
-            InputError: an iterator, which can be gone through only once.
-        """
         if isinstance(batches, Iterator):
             raise InputError(
-                "the metric's batches are an iterator, which can be gone through only once; give a "
-                "list, a DataLoader, or a function that returns an iterable of batches"
+                "the metric's batches are an iterator, which can be iterated over only once; give "
+                "a list, a DataLoader, or a function that returns an iterable of batches"
             )
         if not (batches is None or callable(batches) or isinstance(batches, Iterable)):
             raise InputError(
@@ -128,7 +124,7 @@ class Metric:
         return Totals(int(count), bound, float(gradient.norm()), loss / count)
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        """M, Σ uᵀH⁺u and Σ ℓ; and g: of this rank's samples."""
+        """M, Σ uᵀH⁺u and Σ ℓ, and g, of this rank's samples."""
         count, floor, loss = 0, 0.0, 0.0
         gradient = torch.zeros(self.problem.num_parameters, dtype=torch.float64)
         for chunk in self.chunks(1):
@@ -141,16 +137,16 @@ class Metric:
         return torch.tensor([count, floor, loss], dtype=torch.float64), gradient
 
     def summed(self, compute: Callable[[], T]) -> T:
-        """Tensors that sum over samples, of which every rank has its own part.
+        """Sums over samples, of which every rank has a part.
 
         Raises:
             InputError: the ranks were given different batches.
         """
         shards = self.problem.shards
-        found = shards.sum(compute)
+        total = shards.sum(compute)
         if not shards.alone and self.batches is not None:
             shards.check_same({"the metric's batches": self._seen})
-        return found
+        return total
 
     def forms(self, directions: Tensor) -> Forms:
         """The Fisher's and the gradient's products with k directions.
@@ -172,7 +168,7 @@ class Metric:
         for chunk in self.chunks(count, memory):
             passed = chunk.function.num_samples * self.problem.rows.sample_bytes
             step = min(step, max(1, TANGENT_BYTES // max(1, passed)))
-            if weights > passed:  # together, weights' tangents would be copied again and again
+            if weights > passed:  # the tangents of weights would be copied for each direction
                 step = 1
             parts = []
             for chosen in slices(count, step):
@@ -185,20 +181,20 @@ class Metric:
         return curvature, decrease
 
     def chunks(self, num_directions: int, memory: int | None = None) -> Iterator[Chunk]:
-        """This rank's samples, as many at a time as that many tangents leave room for."""
+        """This rank's samples, as many at a time as fit beside that many tangents."""
         problem = self.problem
         budget = problem.rows.memory if memory is None else memory
         # A tangent, its whitened copy and the activations that it passes through.
         sample = problem.rows.sample_bytes + 24 * num_directions * problem.num_outputs
         for function, targets in self.sources():
             step = chunk_sizes(function.num_samples, num_directions, sample, budget)[0]
-            own = problem.shards.local_slice(function.num_samples)
-            for samples in slices(own.stop - own.start, step):
-                chosen = slice(own.start + samples.start, own.start + samples.stop)
+            local = problem.shards.local_slice(function.num_samples)
+            for samples in slices(local.stop - local.start, step):
+                chosen = slice(local.start + samples.start, local.start + samples.stop)
                 yield self._chunk(function, targets, chosen)
 
     def sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
-        """The model on each batch, whole, with the batch's targets."""
+        """The model on each whole batch, with the batch's targets."""
         problem = self.problem
         if self.batches is None:
             yield problem.function, problem.distribution.targets
@@ -227,8 +223,8 @@ class Metric:
             return Chunk(function, self.problem.distribution, self.problem.residual)
         part = function.on(samples)
         if function is self.problem.function and not function.shards.alone:
-            known = self.problem.outputs[samples]  # a rank has a part of the batch, as it was
-            distribution = self.problem.likelihood.bind(known, targets[samples])
+            outputs = self.problem.outputs[samples]
+            distribution = self.problem.likelihood.bind(outputs, targets[samples])
             return Chunk(part, distribution, distribution.residual())
         with torch.no_grad(), model_errors():
             outputs = part(part.parameters, fused=True)

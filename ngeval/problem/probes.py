@@ -1,4 +1,4 @@
-"""What a model must show before it is graded: tried on the batch itself, not believed."""
+"""What a model must satisfy before it is graded, tried on the batch itself."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
             outputs = part(part.parameters, inputs, fused=True)
         if part is function:
             return outputs
-        own = function.shards.local_slice(function.num_samples)
-        return outputs[: own.stop - own.start]  # none, where the sample is not one's own
+        local = function.shards.local_slice(function.num_samples)
+        return outputs[: local.stop - local.start]  # none where the sample is another rank's
 
     return function.shards.concatenate(run)
 
 
 def check_same_problem(function: ModelFunction, targets: Tensor, options: object = ()) -> None:
-    """Refuse a problem that is not the same on all ranks of its group.
+    """Raise unless a problem is the same on all ranks of its group.
 
     Args:
         function: the model at θ on the whole batch.
@@ -42,7 +42,7 @@ def check_same_problem(function: ModelFunction, targets: Tensor, options: object
         options: what else has to be the same; its ``repr`` is compared.
 
     Raises:
-        InputError: it names a rank and what is another there.
+        InputError: something differs between ranks.
     """
     if function.shards.alone:
         return
@@ -59,7 +59,7 @@ def check_same_problem(function: ModelFunction, targets: Tensor, options: object
 
 
 def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
-    """Finite floating-point numbers, batch first.
+    """Raise unless outputs are finite floating-point numbers, batch first.
 
     Raises:
         ModelError: they are not.
@@ -77,9 +77,9 @@ def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
 
 
 def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
-    """A second run gives the same outputs, and so do the halves of a shuffled batch.
+    """Raise unless a second run and the halves of a shuffled batch give the same outputs.
 
-    Every rank looks at its own part, and at another's sample where it has only one.
+    Every rank checks its own samples, and another rank's where it has only one.
 
     Raises:
         ModelError: two runs differ, or the model does not run on half of the batch.
@@ -89,8 +89,8 @@ def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
     if shards.alone:
         _check_repeatable(function, outputs)
         return
-    tried = shards.local_slice(count, at_least=2)
-    shards.synchronized(lambda: _check_repeatable(function.on(tried), outputs[tried]))
+    checked = shards.local_slice(count, at_least=2)
+    shards.synchronized(lambda: _check_repeatable(function.on(checked), outputs[checked]))
 
 
 def _check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
@@ -98,14 +98,14 @@ def _check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
     halves = list(order.chunk(2)) if len(outputs) > 1 else []
     again = [_run_half(function, half) for half in halves]
     expected = [outputs[half.to(outputs.device)] for half in halves]
-    # Halves that repeat the outputs to the last digits are a second run themselves.
+    # Halves that repeat the outputs to the last digits already are a second run.
     if not halves or not all(map(_equal, again, expected)):
         _check_deterministic(function, outputs)
-    # As far apart as two orders of adding up may leave them.
+    # The order of summation may differ between the two.
     epsilon = max(torch.finfo(outputs.dtype).eps, function.inner_epsilon)
     allowed = epsilon**0.5 * float(outputs.abs().max())
-    for half, found, whole in zip(halves, again, expected, strict=True):
-        _check_independent(half, found, whole, allowed)
+    for half, actual, whole in zip(halves, again, expected, strict=True):
+        _check_independent(half, actual, whole, allowed)
 
 
 def _run_half(function: ModelFunction, half: Tensor) -> Tensor:
@@ -117,11 +117,11 @@ def _run_half(function: ModelFunction, half: Tensor) -> Tensor:
         ) from error
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    """But for a hundred roundings."""
+def _equal(actual: Tensor, expected: Tensor) -> bool:
+    """Whether tensors agree but for a hundred roundings."""
     tolerance = 100 * torch.finfo(expected.dtype).eps
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=tolerance, atol=tolerance
+    return actual.shape == expected.shape and torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance
     )
 
 
@@ -135,13 +135,13 @@ def _check_deterministic(function: ModelFunction, first: Tensor) -> None:
         )
 
 
-def _check_independent(half: Tensor, found: Tensor, expected: Tensor, allowed: float) -> None:
-    if found.shape != expected.shape:
+def _check_independent(half: Tensor, actual: Tensor, expected: Tensor, allowed: float) -> None:
+    if actual.shape != expected.shape:
         raise EngineError(
-            f"half of the batch gives outputs of shape {tuple(found.shape)} in place of "
+            f"half of the batch gives outputs of shape {tuple(actual.shape)} in place of "
             f"{tuple(expected.shape)}: a sample's outputs depend on the batch (trimmed padding?)"
         )
-    gaps = (found - expected).abs().flatten(1).amax(1)
+    gaps = (actual - expected).abs().flatten(1).amax(1)
     if float(gaps.max()) > allowed:
         worst = int(half[int(gaps.argmax())])
         raise EngineError(
@@ -152,7 +152,7 @@ def _check_independent(half: Tensor, found: Tensor, expected: Tensor, allowed: f
 
 
 def check_gradients_add_up(choice: EngineChoice, gradient: Parameters) -> None:
-    """Σ_n g_n·v = g·v for a random v: catches parameters that an engine misses.
+    """Raise unless Σ_n g_n·v = g·v for a random v: an engine may miss parameters.
 
     Raises:
         EngineError: they do not add up.
@@ -179,7 +179,7 @@ def _missed(choice: EngineChoice, gradient: Parameters) -> list[str]:
     for name, products in choice.products.items():
         expected = float(inner_product(gradient[name], choice.direction[name]))
         gap = abs(float(products.sum()) - expected)
-        # A gradient that is zero but for rounding is as good as rounding allows.
+        # A gradient that vanishes but for rounding agrees only to that rounding.
         if gap > tolerance * (size[name] + 1000 * tolerance * largest):
             off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
     return off
