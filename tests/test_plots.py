@@ -516,7 +516,7 @@ class TestSeveralTasks:
             for made in (figure, alone)
         )
         assert drawn == expected
-        with pytest.raises(InputError, match="no rows of task 'mine'"):
+        with pytest.raises(InputError, match="no rows for task 'mine'"):
             figure_of(tables, "damping", Chosen(task="mine"))
 
     def test_two_runs_with_the_same_rows_are_refused(self):

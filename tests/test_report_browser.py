@@ -271,7 +271,7 @@ class TestReaders:
             lambda: (
                 "0.001"
                 in driver.execute_script(
-                    "return arguments[0].querySelector('.plot').data[0].customdata[0][4]", chart
+                    "return arguments[0].querySelector('.plot').data[0].customdata[0][2]", chart
                 )
             ),
         )

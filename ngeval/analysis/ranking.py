@@ -16,7 +16,7 @@ import pandas as pd
 from ngeval.analysis.best_damping import at_best_damping, without_damping
 from ngeval.analysis.stages import STAGES, three_stages
 from ngeval.analysis.summary import summarize
-from ngeval.errors import InputError, nearest_name
+from ngeval.analysis.tables import name_in
 
 RATIOS = ("gamma_over_ng", "gamma_over_sgd")
 
@@ -53,11 +53,9 @@ def ranking(table: pd.DataFrame, checkpoints: Sequence[str] | None = None) -> pd
     table = table.assign(method=table["method"].fillna("").astype(str))
     if "checkpoint" not in table:  # a table of ngeval.evaluate
         table = table.assign(checkpoint="")
-    names = list(dict.fromkeys(table["checkpoint"]))
     chosen = three_stages(table) if checkpoints is None else list(checkpoints)
     for name in chosen:
-        if name not in names:
-            raise InputError(f"no rows for checkpoint {name!r}; {nearest_name(name, names)}")
+        name_in(table, "checkpoint", str(name))
     run = _summary(at_best_damping(table, whole_run=True))
     free = without_damping(table)
     parts = []

@@ -1,4 +1,4 @@
-"""The kinds of result tables, told apart by their columns, and what each column may hold.
+"""The kinds of result tables, recognised by their columns, and what each column may hold.
 
 Tables come from files that people edit, join and filter. Everything that reads one checks the
 columns that it uses here, so that a wrong value is reported by column and row.
@@ -7,13 +7,13 @@ columns that it uses here, so that a wrong value is reported by column and row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, nearest_name
 
 GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
 """Kinds of tables: γ of updates, gradient norms of samples, layers of updates, trainings."""
@@ -96,10 +96,24 @@ def require(table: pd.DataFrame, *columns: str, source: str = "the table") -> No
         raise InputError(f"{source} has no column {', '.join(missing)}; {MADE_BY}")
 
 
+def name_in(table: pd.DataFrame, column: str, name: str | None = None, default: int = 0) -> str:
+    """A name that a column holds; for None the one in place ``default``, in order of appearance.
+
+    Raises:
+        InputError: the column does not hold the name.
+    """
+    names = list(dict.fromkeys(table[column].astype(str)))
+    if name is None:
+        return names[default]
+    if name not in names:
+        raise InputError(f"no rows for {column} {name!r}; {nearest_name(name, names)}")
+    return name
+
+
 def checked(
     table: pd.DataFrame, columns: Mapping[str, Column], source: str = "the table"
 ) -> pd.DataFrame:
-    """A table with those of the given columns that it has converted to one type each.
+    """A table in which the given columns, where it has them, have one type each.
 
     Args:
         table: as it was read; other columns stay as they are.
@@ -112,7 +126,9 @@ def checked(
     converted = {}
     for name, column in columns.items():
         if name in table:
-            values, fits = _CONVERT[column.kind](table[name], column.choices)
+            values, fits = _CONVERT[column.kind](table[name])
+            if column.choices:
+                fits &= values.isin(column.choices)
             _refuse(table[name], fits, column.expected, source)
             converted[name] = values
     return table.assign(**converted)
@@ -148,48 +164,47 @@ def _is_positive(values: pd.Series[float]) -> pd.Series[bool]:
     return values.between(0, math.inf, inclusive="neither")
 
 
-def _number(
-    column: pd.Series, choices: Collection[str]
-) -> tuple[pd.Series[float], pd.Series[bool]]:
+_Converted = tuple[pd.Series, pd.Series]
+"""The values of a column in one type, and which of them it may hold."""
+
+
+def _number(column: pd.Series) -> _Converted:
     values = pd.to_numeric(column, errors="coerce")
     fits = values.notna() | column.isna()
     return pd.Series(values.to_numpy(float, na_value=math.nan), index=column.index), fits
 
 
-def _finite(
-    column: pd.Series, choices: Collection[str]
-) -> tuple[pd.Series[float], pd.Series[bool]]:
-    values, fits = _number(column, choices)
+def _finite(column: pd.Series) -> _Converted:
+    values, fits = _number(column)
     return values, fits & ~np.isinf(values)
 
 
-def _whole(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[int], pd.Series[bool]]:
-    values, _ = _number(column, choices)
+def _whole(column: pd.Series) -> _Converted:
+    values, _ = _number(column)
     fits = (values == np.round(values)) & (values.abs() < 2**53)
     return values.where(fits, 0).astype("int64"), fits
 
 
-def _text(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[str], pd.Series[bool]]:
+def _text(column: pd.Series) -> _Converted:
     # A task may be called 1, which a CSV file gives back as a number.
     fits = column.map(lambda value: isinstance(value, str | int | float)) & column.notna()
-    return column.astype(str), fits & column.isin(choices) if choices else fits
+    return column.astype(str), fits
 
 
-def _any(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series[str], pd.Series[bool]]:
-    if not isinstance(column.dtype, pd.StringDtype):
-        column = _as_text(column)
-    return column.fillna(""), pd.Series(True, index=column.index)
+def _any(column: pd.Series) -> _Converted:
+    text = column if isinstance(column.dtype, pd.StringDtype) else _as_text(column)
+    return text.fillna(""), pd.Series(True, index=column.index)
 
 
-def _label(column: pd.Series, choices: Collection[str]) -> tuple[pd.Series, pd.Series[bool]]:
-    values = pd.to_numeric(column, errors="coerce")
+def _label(column: pd.Series) -> _Converted:
     fits = pd.Series(True, index=column.index)
+    values = pd.to_numeric(column, errors="coerce")
     if not values.isna().equals(column.isna()):
         return _as_text(column), fits
     return values if values.dtype.kind in "iu" else values.astype(float), fits
 
 
-_CONVERT: dict[str, Callable[[pd.Series, Collection[str]], tuple[pd.Series, pd.Series[bool]]]] = {
+_CONVERT: dict[str, Callable[[pd.Series], _Converted]] = {
     "number": _number,
     "finite": _finite,
     "whole": _whole,

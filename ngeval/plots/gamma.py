@@ -13,8 +13,8 @@ from ngeval.analysis.best_damping import smallest_positive
 from ngeval.analysis.intervals import geometric_means
 from ngeval.analysis.stages import checkpoint_labels
 from ngeval.analysis.summary import with_natural
-from ngeval.analysis.tables import graded, numbers, require
-from ngeval.errors import InputError, nearest_name
+from ngeval.analysis.tables import graded, name_in, numbers, require
+from ngeval.errors import InputError
 from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
@@ -25,8 +25,7 @@ from ngeval.plots.style import (
     legend_under,
     own_axes,
     panels,
-    stage_label,
-    stage_ticks,
+    stage_axis,
     styles_of,
     with_stage,
     without_legend,
@@ -79,8 +78,7 @@ def draw_stages(
         label = (labels or {}).get(method) or name_text(method)
         line_with_band(axes, part, "x", styles[method], label)
     _ratio_axis(axes)
-    stage_ticks(axes, staged["x"])
-    axes.set_xlabel(stage_label(staged))
+    stage_axis(axes, staged)
     return axes
 
 
@@ -102,13 +100,8 @@ def plot_damping(
     """
     table = usable(table)
     if "checkpoint" in table:
-        names = list(dict.fromkeys(table["checkpoint"].astype(str)))
-        checkpoint = names[0] if checkpoint is None else checkpoint
+        checkpoint = name_in(table, "checkpoint", checkpoint)
         table = table[table["checkpoint"].astype(str) == checkpoint]
-        if table.empty:
-            raise InputError(
-                f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
-            )
     rows = table[table["damping"] > 0]
     if rows.empty:
         raise InputError("the only damping is 0, which has no place on a logarithmic axis")

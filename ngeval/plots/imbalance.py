@@ -21,8 +21,7 @@ from ngeval.plots.style import (
     legend_below,
     legend_under,
     own_axes,
-    stage_label,
-    stage_ticks,
+    stage_axis,
     with_stage,
     without_legend,
 )
@@ -63,8 +62,7 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         medians = positive.groupby("x")["gradient_norm"].median()
         axes.plot(medians.index, medians, color="black", marker=".", label="median")
         log_scale(axes, "y")
-        stage_ticks(axes, rows["x"])
-        axes.set_xlabel(stage_label(rows))
+        stage_axis(axes, rows)
         axes.set_ylabel("per-sample gradient norm\n‖gₙ‖ (nats)")
         zeros = int((rows["gradient_norm"] == 0).sum())
         others = len(rows) - len(positive) - zeros
@@ -100,8 +98,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     with own_axes(ax, (COLUMN, 1.9)) as axes:
         line_with_band(axes, means, "x", (_GREY, "o", "-"), "max/min")
         log_scale(axes, "y")
-        stage_ticks(axes, rows["x"])
-        axes.set_xlabel(stage_label(rows))
+        stage_axis(axes, rows)
         axes.set_ylabel("imbalance\nmax‖gₙ‖ / min‖gₙ‖")
     return axes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING, name_in
 from ngeval.analysis.tables import kind_of as table_kind
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import damping_figure
@@ -85,15 +85,12 @@ def _of_one_run(tables: Tables, task: str | None) -> pd.DataFrame:
     """
     joined = pd.concat(list(tables.values()), ignore_index=True)
     tasks = joined["task"].fillna("").astype(str) if "task" in joined else pd.Series(dtype=str)
-    names = list(dict.fromkeys(tasks))
     if task is not None:
-        if task not in names:
-            raise InputError(f"no rows of task {task!r}; {nearest_name(task, names)}")
-        joined = joined[tasks == task]
-    elif len(names) > 1:
+        joined = joined[tasks == name_in(pd.DataFrame({"task": tasks}), "task", task)]
+    elif tasks.nunique() > 1:
         raise InputError(
-            f"rows of the tasks {', '.join(names)} cannot be in one picture of this kind: choose "
-            "one with --task; --kind stages draws tasks side by side"
+            f"rows of the tasks {', '.join(tasks.unique())} cannot be in one picture of this kind: "
+            "choose one with --task; --kind stages draws tasks side by side"
         )
     keys = [name for name in IDENTITY if name in joined]
     if len(tables) > 1 and bool(joined.duplicated(keys).any()):

@@ -19,8 +19,8 @@ from ngeval.analysis.layer_summary import (
     with_rest,
 )
 from ngeval.analysis.stages import checkpoint_labels
-from ngeval.analysis.tables import numbers, require
-from ngeval.errors import InputError, nearest_name
+from ngeval.analysis.tables import name_in, numbers, require
+from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
@@ -71,10 +71,7 @@ def plot_layers(
         InputError: the table lacks a column, or has no such method, damping or checkpoint.
     """
     summary = _chosen(table, damping, checkpoint)
-    names = list(dict.fromkeys(summary["method"]))
-    method = names[0] if method is None else method
-    if method not in names:
-        raise InputError(f"no rows for method {method!r}; {nearest_name(method, names)}")
+    method = name_in(summary, "method", method)
     rows = summary[summary["method"] == method]
     rows = with_rest(rows, leading_layers(rows, MAX_LAYERS) if layers is None else layers)
     with own_axes(ax, (COLUMN, _height(len(rows)) + 0.3)) as axes:
@@ -136,13 +133,8 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
     require(table, "method", "damping", "layer", "decrease_share", "curvature_share", "status")
     rows = _finite(table[table["status"] != "failed"])
     if "checkpoint" in rows:
-        names = list(dict.fromkeys(rows["checkpoint"].astype(str)))
-        checkpoint = names[-1] if checkpoint is None else checkpoint
-        if checkpoint not in names:
-            raise InputError(
-                f"no rows for checkpoint {checkpoint!r}; {nearest_name(checkpoint, names)}"
-            )
-        rows = rows[rows["checkpoint"] == checkpoint]
+        checkpoint = name_in(rows, "checkpoint", checkpoint, default=-1)
+        rows = rows[rows["checkpoint"].astype(str) == checkpoint]
     return summarize_layers(at_damping(rows, damping)[0])
 
 

@@ -6,11 +6,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ngeval.analysis.intervals import geometric_means
-from ngeval.errors import InputError, nearest_name
+from ngeval.analysis.tables import name_in
+from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, scale_of, usable
 from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
-from ngeval.plots.style import COLUMN, own_axes, stage_label, stage_ticks, styles_of, with_stage
+from ngeval.plots.style import COLUMN, own_axes, stage_axis, styles_of, with_stage
 from ngeval.plots.ticks import log_scale, number_text
 
 
@@ -31,7 +32,7 @@ def plot_relative(
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
         method: the numerator.
         reference: the denominator.
-        damping: which λ, as given; None takes the smallest positive one in the table.
+        damping: λ as the table has it; None takes the smallest positive one in the table.
         ax: where to draw, for example a second ratio; None makes a figure.
 
     Raises:
@@ -47,8 +48,7 @@ def plot_relative(
         line_with_band(axes, means, "x", (colour, marker, "--"), f"{upper}/{lower}")
         axes.axhline(1, color="black", linewidth=0.8)
         log_scale(axes, "y")
-        stage_ticks(axes, ratios["x"])
-        axes.set_xlabel(stage_label(ratios))
+        stage_axis(axes, ratios)
         axes.set_ylabel(f"γ of {upper}\nover {lower}'s")
         axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
     return axes
@@ -60,10 +60,7 @@ def _ratios(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
     Raises:
         InputError: one of them is not in the table, or no batch has both.
     """
-    names = list(dict.fromkeys(rows["method"]))
-    for name in (method, reference):
-        if name not in names:
-            raise InputError(f"no rows for method {name!r}; {nearest_name(name, names)}")
+    method, reference = (name_in(rows, "method", name) for name in (method, reference))
     keys = [key for key in ("checkpoint", "batch") if key in rows]
     stages = [key for key in ("epoch", "step") if key in rows]
     upper = rows.loc[rows["method"] == method, [*keys, *stages, "gamma"]]

@@ -147,14 +147,15 @@ def stage_label(rows: pd.DataFrame) -> str:
     return "checkpoint (in order)" if column is None else f"training {column}"
 
 
-def stage_ticks(axes: Axes, x: pd.Series) -> None:
-    """Whole numbers on the axis of ``x``, only one for a single stage."""
-    if x.nunique() == 1:
-        where = float(x.iloc[0])
+def stage_axis(axes: Axes, rows: pd.DataFrame) -> None:
+    """Label the axis of ``x``, and put whole numbers on it, only one for a single stage."""
+    axes.set_xlabel(stage_label(rows))
+    if rows["x"].nunique() == 1:
+        where = float(rows["x"].iloc[0])
         axes.set_xlim(where - 1, where + 1)
         axes.set_xticks([where], [whole_or_short(where)])
-        return
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ngeval.analysis.tables import name_in
 from ngeval.analysis.training_results import FIGURES, outcomes, performance
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.names import SIDE, name_text
@@ -68,10 +69,7 @@ def plot_performance(
             finished.
     """
     table, ended = _results(rows)
-    names = [str(name) for name in dict.fromkeys(table["task"])]
-    task = names[0] if task is None else task
-    if task not in names:
-        raise InputError(f"no rows for task {task!r}; {nearest_name(task, names)}")
+    task = name_in(table, "task", task)
     count = int((table["task"] == task).sum())
     with own_axes(ax, (COLUMN, 0.6 + 0.2 * count)) as axes:
         _panel(table, ended, task, what, axes)

@@ -13,7 +13,7 @@ from ngeval.utils.atomic import replace_file
 __all__ = ["SUFFIXES", "Source", "make_page", "read_sources", "write_report"]
 
 SUFFIXES = (".html", ".htm")
-"""What a report's file ends in."""
+"""Extensions of a report's file."""
 
 
 def write_report(
@@ -23,8 +23,8 @@ def write_report(
 
     Args:
         results: files of ``ngeval gamma``, ``sweep``, ``compare``, ``imbalance``, ``layers`` and
-            ``train``; what is beside them as manifest is told, too.
-        output: ``.html``; its folder is made.
+            ``train``; the page also shows their manifests, if there are any.
+        output: ``.html``; its folder is created.
         title: of the page; None names the tasks.
         force: replace a file that exists.
 
@@ -32,9 +32,8 @@ def write_report(
         The output's path.
 
     Raises:
-        InputError: a table is of a kind that no report is made of.
-        OutputError: a file cannot be read, or the output cannot be written, which is found out
-            before any work.
+        InputError: a file does not hold a result table, or a column has a wrong value.
+        OutputError: a file cannot be read, or the output cannot be written, which is checked first.
     """
     check_output(output, SUFFIXES, force=force)
     page = make_page(read_sources(results), title)

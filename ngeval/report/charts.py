@@ -63,7 +63,7 @@ def _stages(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> Ch
         for method, rows in _by_method(part, short.methods):
             where = [place[name] for name in rows["checkpoint"]]
             band = len(short.methods) <= MAX_BANDS
-            traces += _ratio_line(method, looks[method], where, rows, labels, band=band)
+            traces += _mean_line(method, looks[method], where, rows, labels, band=band)
         options.append((label, traces + lines))
     return Chart(
         "γ over training",
@@ -83,28 +83,30 @@ def _by_method(part: pd.DataFrame, methods: Sequence[str]) -> Iterator[tuple[str
     return ((name, groups[name]) for name in methods if name in groups)
 
 
-def _ratio_line(
-    method: str,
+def _mean_line(
+    name: str,
     look: Look,
     x: Sequence[Any],
     rows: pd.DataFrame,
     labels: dict[str, str],
+    title: str = RATIO,
+    *,
     markers: bool = True,
     band: bool = True,
 ) -> list[Trace]:
-    """γ/γ_SGD of a method, with checkpoint, λ, value and interval on hover."""
+    """Means over batches, with checkpoint, λ, value and interval on hover."""
+    at = [chart_text(labels[name]) for name in rows["checkpoint"]]
+    if "damping" in rows:
+        at = [f"{p}, λ = {damping_text(v)}" for p, v in zip(at, rows["damping"], strict=True)]
     hover = (
-        "%{fullData.name}<br>%{customdata[3]}, λ = %{customdata[4]}<br>"
-        f"{RATIO} = %{{customdata[5]}}<br>batches: %{{customdata[2]}}<extra></extra>"
+        "%{fullData.name}<br>%{customdata[2]}<br>"
+        f"{title} = %{{customdata[3]}}<br>batches: %{{customdata[4]}}<extra></extra>"
     )
-    extra = (
-        [int(count) for count in rows["batches"]],
-        [chart_text(labels[name]) for name in rows["checkpoint"]],
-        [damping_text(value) for value in rows["damping"]],
-        [with_interval(*row) for row in rows[["ratio", "low", "high"]].to_numpy(dtype=float)],
-    )
-    ends = (rows["low"].tolist(), rows["high"].tolist())
-    line = Line(method, look, x, rows["ratio"].tolist(), *ends, hover, extra, markers, band)
+    values = rows[["ratio", "low", "high"]].to_numpy(dtype=float)
+    shown = [with_interval(*row) for row in values]
+    extra = (at, shown, [int(count) for count in rows["batches"]])
+    ratio, low, high = values.T.tolist()
+    line = Line(name, look, x, ratio, low, high, hover, extra, markers, band)
     return list(line.traces())
 
 
@@ -120,7 +122,7 @@ def _dampings(short: Grades, labels: dict[str, str], looks: dict[str, Look]) -> 
         for method, rows in _by_method(part, short.methods):
             where, few = rounded(rows["damping"]), len(rows) < 8
             band = len(short.methods) <= MAX_BANDS
-            traces += _ratio_line(method, looks[method], where, rows, labels, few, band)
+            traces += _mean_line(method, looks[method], where, rows, labels, markers=few, band=band)
         if "ng" not in short.methods and checkpoint in natural:
             exact = natural[checkpoint]
             exact = exact[exact["damping"] > 0].sort_values("damping")
@@ -183,22 +185,15 @@ def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Cha
     if means.empty:
         return
     place = dict(zip(names, x, strict=True))
-    hover = (
-        "%{customdata[3]}<br>max/min = %{customdata[4]}<br>batches: %{customdata[2]}<extra></extra>"
-    )
     where = [place[name] for name in means["checkpoint"]]
-    ends = (means["low"].tolist(), means["high"].tolist())
-    shown_at = [chart_text(labels[name]) for name in means["checkpoint"]]
-    counts = [int(count) for count in means["count"]]
-    shown = [with_interval(*row) for row in means[["mean", "low", "high"]].to_numpy(dtype=float)]
-    extra = (counts, shown_at, shown)
-    line = Line("max/min", NATURAL, where, means["mean"].tolist(), *ends, hover, extra)
+    means = means.rename(columns={"mean": "ratio", "count": "batches"})
+    traces = _mean_line("max/min", NATURAL, where, means, labels, "max/min")
     yield Chart(
         "Imbalance of gradient norms",
         "Largest over smallest per-sample gradient norm of a batch: geometric mean over batches "
         "with its 95 % bootstrap interval.",
         "",
-        [("", list(line.traces()))],
+        [("", traces)],
         {"xaxis": axis, "yaxis": log_axis("max ‖g‖ / min ‖g‖"), "showlegend": False},
         ("series", "checkpoint", "max/min"),
     )

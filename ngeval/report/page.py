@@ -29,7 +29,7 @@ from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table, training_table
 from ngeval.report.traces import Chart
-from ngeval.report.wording import printable
+from ngeval.utils.text import encodable
 
 MAX_CELLS = 4_000_000
 """Values of a table that is put into the page; of a larger one only the means are."""
@@ -105,7 +105,7 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("ngeval"),
     )
-    return printable(page)  # a name may hold bytes that no encoding has
+    return encodable(page)  # a name may hold bytes that no encoding has
 
 
 def json_text(value: Any) -> str:

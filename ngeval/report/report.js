@@ -3,7 +3,7 @@
   const charts = JSON.parse(document.getElementById("chart-data").textContent);
   const darkPage = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches;
-  const PAPER = 660; // what a printed A4 page is wide, in CSS pixels
+  const PAPER = 660; // width of a printed A4 page in CSS pixels
   let printing = false;
 
   // Names in charts carry entities, because plotly reads some HTML in labels.
@@ -13,7 +13,7 @@
     typeof value !== "number" ? plain(value)
       : String(Number.isInteger(value) ? value : Number(value.toPrecision(4))); // steps in full
 
-  // What a list shows, for paper.
+  // The chosen entry of a list, as it is printed.
   const chosen = ({ labels, selectedOptions }) =>
     `${labels[0].firstChild.textContent.trim()}: ${selectedOptions[0].text}`;
 
@@ -31,28 +31,28 @@
   }
 
   // Ticks of a logarithmic axis: powers of ten alone, or with twos and fives, or as plotly has it.
-  function decades(traces, letter, width) {
-    const values = traces.flatMap((trace) => trace[letter]).filter((value) => value > 0);
+  function decades(traces, name, width) {
+    const values = traces.flatMap((trace) => trace[name]).filter((value) => value > 0);
     const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 1e-300)) -
       Math.log10(values.reduce((a, b) => Math.min(a, b), 1e300));
-    const room = letter === "x" ? Math.max(2, Math.floor(width / 80)) : 7;
+    const room = name === "x" ? Math.max(2, Math.floor(width / 80)) : 7;
     if (span > 2.5) return { dtick: Math.ceil(span / room) };
     return span > 0.8 ? { dtick: "D2" } : { nticks: 7 };
   }
 
   function layoutOf(chart, traces, width, dark, ink) {
     const grid = dark ? "#363d45" : "#e3e6ea";
-    const axis = (told, letter) => ({
+    const axis = (options, name) => ({
       gridcolor: grid,
       zerolinecolor: grid,
-      ...told,
-      ...(told.type === "log" ? decades(traces, letter, width) : {}),
+      ...options,
+      ...(options.type === "log" ? decades(traces, name, width) : {}),
     });
     const names = traces.filter((trace) => trace.name && trace.showlegend !== false);
     const longest = Math.max(0, ...names.map((trace) => plain(trace.name).length));
     const inLine = Math.max(1, Math.floor((width - 70) / (longest * 7.5 + 50)));
-    const wanted = names.length > 1 && chart.layout.showlegend !== false;
-    const lines = wanted ? Math.ceil(names.length / inLine) : 0;
+    const hasLegend = names.length > 1 && chart.layout.showlegend !== false;
+    const lines = hasLegend ? Math.ceil(names.length / inLine) : 0;
     const layout = {
       ...chart.layout,
       height: (printing ? 290 : 360) + lines * 22,
@@ -63,7 +63,7 @@
       hoverlabel: { align: "left" },
       hovermode: "closest",
       dragmode: touch ? false : "zoom",
-      showlegend: wanted,
+      showlegend: hasLegend,
       legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#8b949e" : "#6e7781", activecolor: ink },
       xaxis: axis(chart.layout.xaxis, "x"),
@@ -104,12 +104,12 @@
     const body = table.createTBody();
     for (const trace of traces.filter((entry) => !entry.meta.band)) {
       trace.x.forEach((x, i) => {
-        const told = trace.customdata ? trace.customdata[i] : [];
+        const extra = trace.customdata ? trace.customdata[i] : [];
         const where = chart.sideways
-          ? trace.name ? [trace.name, trace.text[i]] : [trace.text[i], told[2]]
+          ? trace.name ? [trace.name, trace.text[i]] : [trace.text[i], extra[2]]
           : [trace.name, placeOf(chart, x)];
         const row = body.insertRow();
-        const values = [...where, chart.sideways ? x : trace.y[i], told[0], told[1]];
+        const values = [...where, chart.sideways ? x : trace.y[i], extra[0], extra[1]];
         values.forEach((value, place) => {
           const look = { textContent: shown(value), className: place > 1 ? "number" : "" };
           Object.assign(row.insertCell(), look);
@@ -159,7 +159,7 @@
 
   async function save(button) {
     const text = button.parentElement.querySelector("script").textContent;
-    const packed = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+    const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const content = new Blob([await new Response(stream).arrayBuffer()], { type: "text/csv" });
     const link = Object.assign(document.createElement("a"), { download: button.dataset.name });

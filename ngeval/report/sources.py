@@ -22,9 +22,9 @@ from ngeval.report.checked_rows import (
     runs,
     single,
 )
-from ngeval.report.wording import printable
 from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
+from ngeval.utils.text import encodable
 
 REPEATABLE = {GAMMAS: ("gamma", "gamma_over_sgd")}
 """Kinds of which two files may hold the same row, and the numbers that must then agree."""
@@ -57,7 +57,7 @@ class Source:
     @property
     def shown(self) -> str:
         """Its name on the page."""
-        return printable(self.name or self.path.name)
+        return encodable(self.name or self.path.name)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
         try:
             manifest = read_manifest(path)
         except OutputError as error:  # the report can do without
-            notes = (printable(str(error)),)
+            notes = (encodable(str(error)),)
         sources.append(Source(path, kind, table, manifest, names[path], notes))
     return sources
 
@@ -178,7 +178,7 @@ def _stems(sources: Sequence[Source]) -> dict[str, str]:
 def _runs_of(source: Source) -> Iterator[tuple[str, _Run]]:
     """The runs of a file, each with its task."""
     path = str(source.path)
-    table = clean(source.table, source.kind, path, printable(source.path.stem))
+    table = clean(source.table, source.kind, path, encodable(source.path.stem))
     table, twice = single(table, source.kind)
     notes = []
     if twice:

@@ -122,8 +122,3 @@ def chart_text(name: str) -> str:
         flat = flat.replace(character, entity)
     flat = flat.replace("%{", "&#37;{")  # which would begin a value in hover text
     return flat.replace("$", "&#36;")  # which would begin a formula
-
-
-def printable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 as ``?``."""
-    return name.encode("utf-8", "replace").decode("utf-8")
