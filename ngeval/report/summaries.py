@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 
 from ngeval.analysis.best_damping import best_rows, smallest_positive, without_damping
-from ngeval.analysis.intervals import geometric_means
+from ngeval.analysis.intervals import geometric_means, group_means
 from ngeval.analysis.layer_summary import GEOMETRIC, summarize_layers
 from ngeval.analysis.stages import in_order
 from ngeval.analysis.summary import with_natural
@@ -110,22 +111,18 @@ def _stages(rows: pd.DataFrame) -> pd.DataFrame:
     return stages
 
 
-def paired(
-    first: pd.DataFrame, second: pd.DataFrame, value: str = "gamma_over_sgd"
-) -> tuple[float, float, float]:
-    """Geometric mean over batches of first/second, with its interval; NaN without shared batches.
+def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
+    """Geometric mean over batches of the γ of first over second, with its interval.
 
     Args:
         first: rows of one method at one λ and checkpoint.
-        second: of a different method, on the same batches.
-        value: the column.
+        second: of a different method or checkpoint, on the same batches; NaN if there are none.
     """
-    both = first[["batch", value]].merge(second[["batch", value]], on="batch")
-    both = both.assign(part=0, ratio=both[f"{value}_x"] / both[f"{value}_y"])
-    means = geometric_means(both, ["part"], "ratio")
-    if means.empty:
-        return (math.nan,) * 3
-    mean, low, high = means[["mean", "low", "high"]].to_numpy(dtype=float)[0]
+    columns = ["batch", "gamma_over_sgd"]
+    both = first[columns].merge(second[columns], on="batch")
+    ratios = (both["gamma_over_sgd_x"] / both["gamma_over_sgd_y"]).to_numpy(dtype=float)
+    ratios = ratios[np.isfinite(ratios) & (ratios > 0)]  # of the largest numbers they overflow
+    mean, low, high = np.exp(group_means([np.log(ratios)]))[:, 0].tolist()
     return mean, low, high
 
 
