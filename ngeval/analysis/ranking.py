@@ -21,10 +21,20 @@ from ngeval.analysis.tables import name_in
 RATIOS = ("gamma_over_ng", "gamma_over_sgd")
 
 COLUMNS = [
-    *("stage_name", "checkpoint", "epoch", "step", "rank", "method", "damping"),
+    "stage_name",
+    "checkpoint",
+    "epoch",
+    "step",
+    "rank",
+    "method",
+    "damping",
     *(f"{ratio}{end}" for ratio in RATIOS for end in ("", "_low", "_high")),
-    *("damping_run", "gamma_over_ng_run", "gamma_over_sgd_run", "batches", "coverage"),
-    *("status", "reason"),
+    "damping_run",
+    *(f"{ratio}_run" for ratio in RATIOS),
+    "batches",
+    "coverage",
+    "status",
+    "reason",
 ]
 """The columns of `ranking`, in order."""
 

@@ -109,7 +109,7 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
 
 
 def json_text(value: Any) -> str:
-    r"""JSON that may stand in a script element: nothing in it ends the element or begins another.
+    r"""JSON that may stand in a script element: nothing in it ends the element or begins a new one.
 
     >>> print(json_text("</script>"))
     "\u003c/script\u003e"

@@ -129,7 +129,7 @@ def dots(
 ) -> Trace:
     """A point with its interval for each name, from the bottom up.
 
-    Names stand as ticks at whole numbers, so that two that are shortened alike stay two.
+    Names are ticks at whole numbers, so that two names with the same shortened form stay two.
 
     Args:
         names: of the rows.
