@@ -93,10 +93,10 @@ def compare(
         return
     if output is None:
         raise InputError("give a folder for the results (--output)")
-    from ngeval.cli.comparison import ranking_files, write_ranking
-
     values = parse_dampings(dampings) + ([] if damping is None else [damping])
     work = gamma_work(methods, values, grading)
+    from ngeval.cli.comparison import ranking_files, write_ranking
+
     files = ranking_files(output, work.methods, force or resume)
     out = OutputOptions(files["results"], force, resume, stop_after, quiet)
     result = execute_work(work, (run, hub, step), out)

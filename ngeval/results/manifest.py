@@ -41,20 +41,25 @@ WHERE_IMPORTED = ("transformers", "peft", "datasets", "pytorch_optimizer")
 Index = Annotated[int, Field(ge=0)]
 
 
-class BatchRecord(BaseModel):
-    """A graded batch: the SHA-256 of its tensors; further keys are kept."""
+class Record(BaseModel):
+    """A part of a manifest; it keeps keys that it does not know, of other versions."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+    def plain(self) -> dict[str, Any]:
+        """The record as it was read."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class BatchRecord(Record):
+    """A graded batch: the SHA-256 of its tensors."""
+
     sha256: str
 
 
-class Identity(BaseModel):
-    """Everything that the numbers of a run depend on; see `ngeval.runs.identity`.
+class Identity(Record):
+    """Everything that the numbers of a run depend on; see `ngeval.runs.identity`."""
 
-    Further keys, of other versions, are kept.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True)
     options: dict[str, Any]
     settings: dict[str, Any]
     checkpoints: dict[str, str]
@@ -62,12 +67,8 @@ class Identity(BaseModel):
     batches: list[BatchRecord]
     code: dict[str, Any]
 
-    def plain(self) -> dict[str, Any]:
-        """As it was read."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
-
-class RunManifest(BaseModel):
+class RunManifest(Record):
     """The manifest of a run that can be resumed and verified.
 
     Attributes:
@@ -80,7 +81,6 @@ class RunManifest(BaseModel):
         rows: set at the end of the run: how many the table has.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True)
     options: dict[str, Any]
     identity: Identity
     machine: dict[str, Any] = {}
@@ -95,10 +95,6 @@ class RunManifest(BaseModel):
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return "complete" in self.model_fields_set
-
-    def plain(self) -> dict[str, Any]:
-        """As it was read."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
 
 def manifest(
