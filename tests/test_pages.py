@@ -23,10 +23,8 @@ from ngeval.checkpoints import Checkpoint, find_checkpoints
 from ngeval.cli.app import app
 from ngeval.methods import METHODS
 from ngeval.plots import FIGURES
-from ngeval.results.journal import table_of
 from ngeval.runs.run import Run
-from ngeval.runs.tables import GammaTable, unit_tables
-from ngeval.runs.units import Units
+from ngeval.runs.tables import GammaTable
 from ngeval.tasks import get_task
 from ngeval.training import Training
 from tests.pages import DOCS, blocks, in_folder, run_here, run_python, shell_lines
@@ -193,8 +191,7 @@ class TestCluster:
         work = GammaTable.of("sf", dampings=[1e-3])
 
         def table(checkpoints: list[Checkpoint]) -> pd.DataFrame:
-            run = Run(task, checkpoints, batch_size=8, num_batches=2)
-            return table_of(e for _, e in unit_tables(Units(run, work.resolved), work, run.keys))
+            return work.table(Run(task, checkpoints, batch_size=8, num_batches=2))
 
         whole = table(checkpoints)
         joined = pd.concat([table([one]) for one in checkpoints], ignore_index=True)

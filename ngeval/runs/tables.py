@@ -28,7 +28,7 @@ from ngeval.methods import Method, get_methods
 from ngeval.methods.ng import NaturalGradient
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
-from ngeval.results.journal import Entry, Key
+from ngeval.results.journal import Entry, Key, table_of
 from ngeval.results.manifest import first_problem
 from ngeval.runs.estimate import memory_note
 from ngeval.runs.run import Run
@@ -114,6 +114,15 @@ class Work(BaseModel, ABC):
     def num_dampings(self) -> int:
         """The number of dampings at which each method is graded."""
         return len(self.options.get("dampings", ()))
+
+    def table(self, run: Run) -> pd.DataFrame:
+        """The rows of all units of a run, computed in this process and written to no file.
+
+        Raises:
+            NgevalError: as `Units` and `unit_tables`.
+        """
+        units = Units(run, self.resolved)
+        return table_of(entry for _, entry in unit_tables(units, self, run.keys))
 
     @abstractmethod
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
