@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print a table, add to results.json and RESULTS.md."""
+"""``python -m benchmarks``: measure, print a table, update results.json and RESULTS.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(
         str, typer.Option(help="Comma list; t5 is for a GPU.", show_default="all that fit")
     ] = "",
     figures: Annotated[str, typer.Option(help="Comma list.", show_default="all")] = "",
-    repeats: Annotated[int, typer.Option(min=1, help="Times are medians of so many.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians of this many.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[
         Path | None,
@@ -36,10 +36,10 @@ def main(
         bool, typer.Option("--quick", help="Toy sizes, one repeat; writes only with --output.")
     ] = False,
 ) -> None:
-    """Measure ngeval's speed and memory, and hold them against what they are to reach.
+    """Measure ngeval's speed and memory against their targets.
 
-    What was measured before stays in results.json until it is measured again, so that a long run
-    can be split.
+    Earlier results stay in results.json until they are measured again, so that a long run can be
+    split.
     """
     usual = [name for name in BUILDERS if name != "t5" or device == "cuda"]
     pairs = chosen_pairs(
@@ -61,7 +61,7 @@ def main(
 
 
 def chosen_pairs(models: list[str], figures: list[str]) -> list[Pair]:
-    """What is measured, one model after the other."""
+    """Pairs of a figure and a model, one model after the other."""
     return [
         (figure, model)
         for model in BUILDERS
@@ -77,7 +77,7 @@ def run_all(
     folder: Path | None,
     console: Console,
 ) -> None:
-    """Measure, and save after every figure, so that an interrupted run keeps what it has."""
+    """Measure, and save after every figure, so that an interrupted run keeps its results."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -89,25 +89,25 @@ def run_all(
         run = {**facts(settings), "quick": settings.quick}
         for figure, model in pairs:
 
-            def tell(step: str, name: str = f"{figure}, {model}") -> None:
+            def show(step: str, name: str = f"{figure}, {model}") -> None:
                 progress.update(task, description=f"{name}: {step}")
 
-            found = measure(figure, model, replace(settings, on_step=tell))
+            result = measure(figure, model, replace(settings, on_step=show))
             if settings.quick:
-                found["notes"].append("toy sizes, one repeat: says nothing of speed")
-                # What is to be reached is meant for the whole sizes.
-                found["claims"] = [
-                    {**claim, "reach": None, "met": None} for claim in found["claims"]
+                result["notes"].append("toy sizes, one repeat: no measure of speed")
+                # The targets are for the full sizes.
+                result["claims"] = [
+                    {**claim, "reach": None, "met": None} for claim in result["claims"]
                 ]
-            store.add(results, (settings.device, figure, model), found, run)
+            store.add(results, (settings.device, figure, model), result, run)
             if folder:
                 store.save(results, folder)
-            for row in store.lines(figure, model, found):
+            for row in store.lines(figure, model, result):
                 progress.console.print(
                     "  ".join(row[:6]).replace("*", ""), highlight=False, markup=False
                 )
-            if not found["claims"]:
-                for note in found["notes"]:
+            if not result["claims"]:
+                for note in result["notes"]:
                     progress.console.print(
                         f"{figure}  {model}  {note}", highlight=False, markup=False
                     )

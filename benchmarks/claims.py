@@ -1,4 +1,4 @@
-"""A measured value, held against the value that it is to reach."""
+"""A measured value and its target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Claim:
         value: the measurement.
         unit: ``"×"``, ``"GE"``, ``"GiB"``, ``"%"`` or nothing.
         bound: ``"≥"`` or ``"≤"``.
-        reach: the value to reach, or None where none was set.
+        reach: the target, or None.
     """
 
     quantity: str
@@ -27,7 +27,7 @@ class Claim:
 
     @property
     def met(self) -> bool | None:
-        """Whether the reach is met; a NaN does not meet it."""
+        """Whether the target is met; NaN does not meet it."""
         if self.reach is None:
             return None
         compare = {"≥": operator.ge, "≤": operator.le}[self.bound]
@@ -39,7 +39,7 @@ class Claim:
 
 @dataclass
 class Measured:
-    """What a figure found: claims, median seconds, further numbers, and notes for the reader."""
+    """The result of a figure: claims, median seconds, further numbers, and notes."""
 
     claims: list[Claim]
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The figures by name: what is measured, on which models."""
+"""The figures by name, with the models that each is measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.timing import Settings
 
 @dataclass(frozen=True)
 class Figure:
-    """A measurement, the models that it is made on, and one line on what it is."""
+    """A measurement, its models, and one line on what it is."""
 
     measure: Callable[[Any, Settings], Measured]
     models: tuple[str, ...]
@@ -66,9 +66,8 @@ def measure(name: str, model: str, settings: Settings) -> dict[str, Any]:
     """One figure on one model; a failure is a result too."""
     try:
         workload = build(model, settings.device, quick=settings.quick)
-        found = FIGURES[name].measure(workload, settings).as_dict()
+        return FIGURES[name].measure(workload, settings).as_dict()
     except Exception as error:  # one figure's failure must not end a long run
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__} in {frame.name}: {error}"
         return {"failed": text.splitlines()[0], "claims": [], "seconds": {}, "notes": []}
-    return found

@@ -1,4 +1,4 @@
-"""Where and how a run was made."""
+"""The machine and the settings of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.timing import Settings, product_rates
 def facts(settings: Settings) -> dict[str, Any]:
     """The machine, the versions, the date, the command line and measured gemm rates."""
     rates = product_rates(settings)
-    found = {
+    result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": processor(),
         "cores": usable_cores(),
@@ -34,8 +34,8 @@ def facts(settings: Settings) -> dict[str, Any]:
         "float64 GF/s": round(rates["float64"], 1),
     }
     if settings.device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        result |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return result
 
 
 def processor() -> str:
@@ -55,7 +55,7 @@ def usable_cores() -> int:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + where the package has changes on top."""
+    """The measured commit, with a + if the package has uncommitted changes."""
     root = Path(ngeval.__file__).resolve().parents[1]
 
     def git(*words: str) -> str:

@@ -1,6 +1,6 @@
-"""Peak memory of K over that of a plain gradient, each in a process of its own.
+"""Peak memory of K over that of a plain gradient, each in a separate process.
 
-``python -m benchmarks.memory MODEL plain|gram|grade`` prints what one such process measured.
+``python -m benchmarks.memory MODEL plain|gram|grade`` prints the measurement of one such process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.timing import Job, Settings, interleave, plain_gradient
 GIB = 2**30
 MOST_PROCESSES = 3
 GRADING_MEMORY = 3 * GIB
-"""What `grading` gives ngeval to work in, beside the model, its outputs and one backward pass."""
+"""The option ``memory`` of `grading`, beside the model, its outputs and one backward pass."""
 
 
 def memory(workload: Workload, settings: Settings) -> Measured:
@@ -37,7 +37,7 @@ def memory(workload: Workload, settings: Settings) -> Measured:
     processes = min(settings.repeats, 1 if workload.name in ("gpt", "t5") else MOST_PROCESSES)
     peaks: dict[str, dict[str, float]] = {}
     for what in ("plain", "gram"):
-        settings.on_step(f"{what} in a process of its own")
+        settings.on_step(f"{what} in a separate process")
         runs = [_in_process(workload.name, what, settings) for _ in range(processes)]
         peaks[what] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     ratios = {key: peaks["gram"][key] / peaks["plain"][key] for key in ("added", "loaded")}
@@ -59,27 +59,27 @@ def memory(workload: Workload, settings: Settings) -> Measured:
 
 def grading(workload: Workload, settings: Settings) -> Measured:
     """Peak memory of a whole process that grades ef, ief and sf at three dampings, and its time."""
-    settings.on_step("grading in a process of its own")
-    found = _run(workload.name, "grade", settings)
+    settings.on_step("grading in a separate process")
+    result = _run(workload.name, "grade", settings)
     claims = [
         Claim(
             "peak memory of a process that grades ef, ief and sf at 3 dampings",
-            found["whole"] / GIB,
+            result["whole"] / GIB,
             "GiB",
             "≤",
             8.0,
         ),
-        Claim("its time (Problem included)", found["seconds"] / found["gradient"], "GE"),
+        Claim("its time (Problem included)", result["seconds"] / result["gradient"], "GE"),
     ]
     outputs = workload.targets.numel()
     note = (
         f"{outputs} positions with {workload.num_parameters:,} trainable parameters; γ at λ = "
         "1e-6, 1e-3, 1 without the exact natural gradient, memory=3 GiB; "
-        f"{found['added'] / 2**20:.0f} MiB above "
+        f"{result['added'] / 2**20:.0f} MiB above "
         "the imports, the model included"
     )
     return Measured(
-        claims, {"grading": found["seconds"], "gradient": found["gradient"]}, {}, [note]
+        claims, {"grading": result["seconds"], "gradient": result["gradient"]}, {}, [note]
     )
 
 
@@ -91,17 +91,17 @@ def _note(peaks: dict[str, dict[str, float]], device: str, processes: int) -> st
         for key in ("added", "loaded")
     )
     return (
-        f"{kind}, the model and (for K) the making of the Problem included: {added} MiB; {loaded} "
-        "MiB where a toy of the same kind has run before the measurement, so that what torch loads "
-        "at first use does not count (sympy, imported by autograd.grad with a cotangent, and rules "
+        f"{kind}, the model and (for K) the Problem included: {added} MiB; {loaded} MiB where a "
+        "toy of the same kind has run before the measurement, so that modules which torch imports "
+        "at first use do not count (sympy, imported by autograd.grad with a cotangent, and rules "
         f"for forward mode); median of {processes} process(es)"
     )
 
 
 def _in_process(name: str, what: str, settings: Settings) -> dict[str, float]:
-    """``added`` to the imports, ``whole``, and ``loaded``: added with lazy parts in place."""
-    found = _run(name, what, settings)
-    return {**found, "loaded": _run(name, what, settings, "--loaded")["added"]}
+    """Bytes ``added`` to the imports, ``whole``, and ``loaded``: added after all lazy imports."""
+    result = _run(name, what, settings)
+    return {**result, "loaded": _run(name, what, settings, "--loaded")["added"]}
 
 
 def _run(name: str, what: str, settings: Settings, *flags: str) -> dict[str, float]:
@@ -118,10 +118,10 @@ def _run(name: str, what: str, settings: Settings, *flags: str) -> dict[str, flo
 
 
 def resident(*, peak: bool) -> int:
-    """Bytes of memory that this process has now, or had at most.
+    """Bytes of memory of this process, current or peak.
 
-    Linux hands the parent's peak on to ``getrusage`` of a child, so there the process's own
-    high-water mark is read.
+    On Linux ``getrusage`` of a child includes the parent's peak, so the high-water mark of the
+    process is read from /proc.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -132,7 +132,7 @@ def resident(*, peak: bool) -> int:
 
 
 def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> dict[str, float]:
-    """Run one thing once, and say what it took above the imports and in all."""
+    """Run a measurement once; return the memory above the imports and in total."""
     if loaded:
         _work(build(name, device, quick=True, trained=False), what)
         _give_back_heap()
@@ -149,16 +149,16 @@ def measure(name: str, what: str, device: str, *, quick: bool, loaded: bool) -> 
         highest, base = peak, 0
     else:
         highest = resident(peak=True)
-    found = {"added": highest - base, "whole": highest}
+    result = {"added": highest - base, "whole": highest}
     if what == "grade":  # a gradient after the peak was read
         yardstick = {"gradient": Job(lambda _: plain_gradient(workload))}
         timings = interleave(yardstick, Settings(device, repeats=3, quick=True))
-        found |= {"seconds": seconds, "gradient": timings["gradient"]}
-    return found
+        result |= {"seconds": seconds, "gradient": timings["gradient"]}
+    return result
 
 
 def _give_back_heap() -> None:
-    """What the toy has freed must not serve the measured run unseen, nor its peak count."""
+    """Return the toy's freed memory to the system and reset the peak."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
@@ -184,9 +184,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--loaded", action="store_true")
-    given = parser.parse_args()
-    found = measure(given.name, given.what, given.device, quick=given.quick, loaded=given.loaded)
-    print(json.dumps(found))
+    args = parser.parse_args()
+    result = measure(args.name, args.what, args.device, quick=args.quick, loaded=args.loaded)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time goes: operators' shares of each of ngeval's costs, and what no operator takes."""
+"""Shares of operators in the time of each of ngeval's costs, and the rest outside operators."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks.sweeps import grade
 from benchmarks.timing import Settings, fresh_problem, plain_gradient
 
 SHOWN = 6
-"""Operators that are named."""
+"""Number of operators to name."""
 
 REPEATS = 3
-"""Wall-clock times are medians of so many: the profiler itself slows what it watches."""
+"""Wall-clock times are medians of this many repeats without the profiler, which slows them down."""
 
 
 def profiled(workload: Workload, settings: Settings) -> Measured:

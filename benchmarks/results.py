@@ -1,4 +1,4 @@
-"""Results on disk: one JSON that runs add to, and the page made of it."""
+"""Results on disk: a JSON file that runs add to, and the page written from it."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from benchmarks.models import BUILDERS
 
 Results = dict[str, Any]
 Entry = dict[str, Any]
-COLUMNS = ("figure", "model", "quantity", "measured", "reach", "met?", "median times")
+COLUMNS = ("figure", "model", "quantity", "measured", "target", "met?", "median times")
 FACTS = ("date", "cpu", "gpu", "cores", "threads", "torch", "ngeval", "load before")
 
 
 def load(path: Path) -> Results:
-    """What was measured so far."""
+    """The results so far."""
     if path.exists():
         results: Results = json.loads(path.read_text(encoding="utf-8"))
         return results
     return {"runs": {}, "results": {}}
 
 
-def add(results: Results, place: tuple[str, str, str], found: Entry, run: dict[str, Any]) -> None:
-    """Put a figure in the place (device, figure, model) of its last measurement.
+def add(results: Results, place: tuple[str, str, str], result: Entry, run: dict[str, Any]) -> None:
+    """Replace the last measurement in the place (device, figure, model).
 
-    Runs of which nothing is left are forgotten.
+    Runs without any result left are removed.
     """
     device, figure, model = place
     label = str(run["date"])
     results["runs"][label] = run
     figures = results["results"].setdefault(device, {})
-    figures.setdefault(figure, {})[model] = {**found, "run": label}
+    figures.setdefault(figure, {})[model] = {**result, "run": label}
     used = {entry["run"] for name in results["results"] for *_, entry in entries(results, name)}
     results["runs"] = {key: facts for key, facts in results["runs"].items() if key in used}
 
 
 def save(results: Results, folder: Path) -> None:
-    """Write both files; a reader never sees half of one."""
+    """Write both files atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, ensure_ascii=False)
     for name, content in (("results.json", text + "\n"), ("RESULTS.md", page(results))):
@@ -68,14 +68,14 @@ def lines(figure: str, model: str, entry: Entry) -> list[tuple[str, ...]]:
     times = "; ".join(f"{name} {duration(value)}" for name, value in entry["seconds"].items())
     rows = []
     for i, claim in enumerate(entry["claims"]):
-        reach = "–"
+        target = "–"
         if claim["reach"] is not None:
-            reach = f"{claim['bound']} {number(claim['reach'], claim['unit'])}"
+            target = f"{claim['bound']} {number(claim['reach'], claim['unit'])}"
         met = {None: "–", True: "yes", False: "**no**"}[claim["met"]]
         measured = number(claim["value"], claim["unit"])
         first = i == 0
         rows.append(
-            (figure, model, claim["quantity"], measured, reach, met, times if first else "")
+            (figure, model, claim["quantity"], measured, target, met, times if first else "")
         )
     return rows
 
@@ -84,7 +84,7 @@ def rich_table(results: Results, device: str, chosen: set[tuple[str, str]]) -> T
     """The results of this run for the terminal."""
     table = Table(title=f"ngeval benchmarks on {device}")
     for column in COLUMNS[:-1]:
-        table.add_column(column, justify="right" if column in ("measured", "reach") else "left")
+        table.add_column(column, justify="right" if column in ("measured", "target") else "left")
     for figure, model, entry in entries(results, device):
         if (figure, model) in chosen:
             for row in lines(figure, model, entry):
@@ -99,9 +99,9 @@ def page(results: Results) -> str:
     """RESULTS.md."""
     parts = [
         "# Results",
-        "Written by `python -m benchmarks` from `results.json`; [README.md](README.md) says what "
-        "each figure is. GE (gradient equivalent): one plain forward and backward pass of the same "
-        "batch, timed in turns with the figure.",
+        "Written by `python -m benchmarks` from `results.json`; [README.md](README.md) describes "
+        "the figures. GE (gradient equivalent): one plain forward and backward pass of the same "
+        "batch, timed alternately with the figure.",
     ]
     for device in results["results"]:
         parts += [f"## On {device}", *_device_page(results, device)]
@@ -109,26 +109,28 @@ def page(results: Results) -> str:
 
 
 def _device_page(results: Results, device: str) -> list[str]:
-    found = list(entries(results, device))
-    rows = [row for entry in found for row in lines(*entry)]
-    held = [row[5] for row in rows if row[5] != "–"]
-    summary = f"{sum(met == 'yes' for met in held)} of {len(held)} reaches met."
+    measured = list(entries(results, device))
+    rows = [row for entry in measured for row in lines(*entry)]
+    verdicts = [row[5] for row in rows if row[5] != "–"]
+    summary = f"{sum(met == 'yes' for met in verdicts)} of {len(verdicts)} targets met."
     notes = []
-    for figure, model, entry in found:
-        told = [*entry["notes"], *([entry["failed"]] if "failed" in entry else [])]
-        if told:
-            notes.append(f"- `{figure}`, {model}: " + "; ".join(told) + ".")
-    runs = {entry["run"]: results["runs"][entry["run"]] for *_, entry in found}
-    return [summary, markdown(COLUMNS, rows), "Notes:", "\n".join(notes), *_runs(runs, found)]
+    for figure, model, entry in measured:
+        texts = [*entry["notes"], *([entry["failed"]] if "failed" in entry else [])]
+        if texts:
+            notes.append(f"- `{figure}`, {model}: " + "; ".join(texts) + ".")
+    runs = {entry["run"]: results["runs"][entry["run"]] for *_, entry in measured}
+    return [summary, markdown(COLUMNS, rows), "Notes:", "\n".join(notes), *_runs(runs, measured)]
 
 
-def _runs(runs: dict[str, Any], found: list[tuple[str, str, Entry]]) -> list[str]:
+def _runs(runs: dict[str, Any], measured: list[tuple[str, str, Entry]]) -> list[str]:
     rows = []
     for label, facts in sorted(runs.items()):
         rates = f"{facts['float32 GF/s']} / {facts['float64 GF/s']}"
-        made = [f"{figure} {model}" for figure, model, entry in found if entry["run"] == label]
-        known = [str(facts.get(name, "–")) for name in FACTS]
-        rows.append((*known, rates, f"`{facts['command']}`", ", ".join(made)))
+        figures = [
+            f"{figure} {model}" for figure, model, entry in measured if entry["run"] == label
+        ]
+        values = [str(facts.get(name, "–")) for name in FACTS]
+        rows.append((*values, rates, f"`{facts['command']}`", ", ".join(figures)))
     head = (*FACTS, "gemm GF/s, float32 / float64", "command", "measured in it")
     return ["Runs:", markdown(head, rows)]
 
@@ -139,7 +141,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def number(value: float, unit: str) -> str:
-    """Three digits, but no more than three decimals, and the unit."""
+    """Three digits, with at most three decimals, and the unit."""
     if not math.isfinite(value):
         return str(value)
     digits = min(3, max(0, 2 - math.floor(math.log10(abs(value))))) if value else 0

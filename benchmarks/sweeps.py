@@ -32,7 +32,7 @@ def dampings(count: int) -> list[float]:
 
 
 def grade(problem: ngeval.Problem, methods: Sequence[str], count: int) -> pd.DataFrame:
-    """Evaluate, and take no failed row for a measurement.
+    """Evaluate, and raise where a row has failed.
 
     Raises:
         UngradedError: a row is not ``"ok"``.
@@ -60,7 +60,7 @@ def sweep6(workload: Workload, settings: Settings) -> Measured:
 def _sweep(workload: Workload, settings: Settings, count: int) -> Measured:
     gap = _agreement(workload, settings)
     pipeline = Pipeline(workload, sampled_labels(problem_of(workload)))
-    # Every repeat another damping, from all over the range.
+    # Every repeat has a different damping, from all over the range.
     order = itertools.cycle(np.roll(dampings(count), count // 2)[:: max(1, count // 5)].tolist())
     jobs = {
         "gradient": gradient_job(workload),
@@ -105,7 +105,7 @@ def _agreement(workload: Workload, settings: Settings) -> float:
 
 
 def natural_gradient(workload: Workload, settings: Settings) -> Measured:
-    """What adding ``ng`` to 50 dampings of the four methods costs."""
+    """The extra time of ``ng`` at 50 dampings, over the four methods."""
     tables: list[pd.DataFrame] = []
 
     def with_ng(problem: ngeval.Problem) -> None:
@@ -127,7 +127,7 @@ def natural_gradient(workload: Workload, settings: Settings) -> Measured:
         claims = [_with_reach(gradients, 100.0), share]
     details = certificate(tables[-1])
     notes = [f"{name}: {value:.3g}" for name, value in details.items()]
-    notes = notes or ["this version of ngeval gives no certificate of ng's γ"]
+    notes = notes or ["no certificate of ng's γ"]
     return Measured(claims, timings.seconds, details, [*notes, *timings.notes(settings.repeats)])
 
 
@@ -136,15 +136,15 @@ def _with_reach(entry: Claim, reach: float) -> Claim:
 
 
 def certificate(table: pd.DataFrame) -> dict[str, float]:
-    """How far apart the bounds on ng's γ are at most, and the iterations that took."""
+    """The largest gap of the bounds on ng's γ, and the number of iterations."""
     rows = table[table["method"] == "ng"]
-    found: dict[str, float] = {}
+    details: dict[str, float] = {}
     if {"gamma_ng_lower", "gamma_ng_upper"} <= set(rows.columns):
         widest = (rows["gamma_ng_upper"] / rows["gamma_ng_lower"] - 1).max()
-        found["widest relative gap of ng's bounds"] = float(widest)
+        details["widest relative gap of ng's bounds"] = float(widest)
     if "iterations" in rows.columns:
-        found["iterations, most"] = float(rows["iterations"].max())
-    return found
+        details["iterations, most"] = float(rows["iterations"].max())
+    return details
 
 
 def growth(_: Workload, settings: Settings) -> Measured:
