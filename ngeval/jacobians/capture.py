@@ -24,7 +24,7 @@ from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.layer_rules import HookedModule, RecordedCall
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
 from ngeval.jacobians.module_vjp import module_vjp_term
-from ngeval.jacobians.terms import ComputedTerm, Term, merged
+from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape, merged
 from ngeval.jacobians.whole_model import loop_rows, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
@@ -200,12 +200,10 @@ def forward(
 
 def _copy_term(name: str, rows: Tensor) -> Term:
     """A replicated parameter's rows are the gradients of its copies: ``(n, q, 1, …)``."""
-    count, vectors, *shape = rows.shape
     return ComputedTerm(
-        count,
-        vectors,
-        {name: torch.Size(shape)},
-        lambda samples, chosen: {name: rows[samples, chosen]},
+        leading_shape(rows),
+        {name: rows.shape[2:]},
+        lambda samples, vectors: {name: rows[samples, vectors]},
     )
 
 
@@ -238,7 +236,7 @@ class _Taps:
             return
         index = next(iter(call.outputs))
         call.outputs.clear()
-        outputs[index] = _Tap.apply(  # type: ignore[no-untyped-call]  # torch's own apply
+        outputs[index] = _Tap.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
             outputs[index], self.source, partial(self._passed, call, index)
         )
 

@@ -139,7 +139,7 @@ def _transposed_term(function: ModelFunction, call: RecordedCall) -> Term:
     return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
 
 
-def _linear_applies(_: nn.Linear, layout: CallLayout) -> bool:
+def _linear_applies(_: nn.Module, layout: CallLayout) -> bool:
     """The samples are not in the dimension of features."""
     inputs, outputs = layout.inputs[0], layout.outputs[0]
     shape = layout.shapes[0]
@@ -210,7 +210,7 @@ def _embedding_term(_: ModelFunction, call: RecordedCall) -> Term:
 
 
 def _embedding_applies(table: nn.Embedding, layout: CallLayout) -> bool:
-    return not table.scale_grad_by_freq and _linear_applies(table, layout)  # type: ignore[arg-type]
+    return not table.scale_grad_by_freq and _linear_applies(table, layout)
 
 
 def _normalized(function: ModelFunction, hooked: HookedModule, inputs: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: b
         return rows
 
     names = dict.fromkeys(hooked.parameters.values(), shape)
-    return ComputedTerm(count, vectors, names, compute)
+    return ComputedTerm((count, vectors), names, compute)
 
 
 def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ngeval.jacobians.layer_rules import RecordedCall
-from ngeval.jacobians.terms import ComputedTerm, Term
+from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled
 from ngeval.model.operations import plain_operations
 from ngeval.utils.memory import is_out_of_memory
@@ -22,10 +22,9 @@ from ngeval.utils.memory import is_out_of_memory
 def module_vjp_term(function: ModelFunction, call: RecordedCall) -> Term:
     """Rows Σ_outputs (∂output/∂θ)ᵀ b of the parameters that the module owns."""
     hooked = call.hooked
-    first = next(iter(call.gradients.values()))
-    count, num_vectors = first.shape[:2]
+    lead = leading_shape(next(iter(call.gradients.values())))
     chunks = [
-        call.input_chunks(i, count) if isinstance(leaf, Tensor) else leaf
+        call.input_chunks(i, lead[0]) if isinstance(leaf, Tensor) else leaf
         for i, leaf in enumerate(call.leaves)
     ]
     module = _SampleFunction(function, call)
@@ -36,8 +35,8 @@ def module_vjp_term(function: ModelFunction, call: RecordedCall) -> Term:
         if not hooked.vmap_fails:
             try:
                 rows = module.batched(inputs, gradients)
-                lead = next(iter(gradients.values())).shape[:2]
-                if all(rows[name].shape == (*lead, *shape) for name, shape in shapes.items()):
+                part = leading_shape(next(iter(gradients.values())))
+                if all(rows[name].shape == (*part, *shape) for name, shape in shapes.items()):
                     return rows
                 # torch's rule for prelu under two vmaps confuses their dimensions.
             except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -48,7 +47,7 @@ def module_vjp_term(function: ModelFunction, call: RecordedCall) -> Term:
         return module.looped(inputs, gradients)
 
     shapes = {name: function.parameters[name].shape for name in hooked.parameters.values()}
-    return ComputedTerm(count, num_vectors, shapes, compute)
+    return ComputedTerm(lead, shapes, compute)
 
 
 class _SampleFunction:

@@ -140,16 +140,12 @@ class ShardedRowSource(RowSource):
         gathered = shards.gather(((rows.start, rows.stop), headers))
         most = max(len(theirs) for _, theirs in gathered)
         for step in range(1, 1 + (shards.size // 2 if once else shards.size - 1)):
-            source, destination = (
-                (shards.rank + step) % shards.size,
-                (shards.rank - step) % shards.size,
-            )
-            # In an even number of ranks, opposite ones would meet twice.
-            opposite = once and 2 * step == shards.size
-            place, theirs = (
-                gathered[source] if not opposite or shards.rank < source else ((0, 0), [])
-            )
-            sent_terms = terms if not opposite or destination < shards.rank else []
+            source = (shards.rank + step) % shards.size
+            destination = (shards.rank - step) % shards.size
+            (place, theirs), sent_terms = gathered[source], terms
+            if once and 2 * step == shards.size:  # opposite ranks would meet twice
+                theirs = theirs if shards.rank < source else []
+                sent_terms = terms if destination < shards.rank else []
             received_terms = []
             for i in range(most):
                 sent, received = shards.synchronized(

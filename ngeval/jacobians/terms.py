@@ -27,15 +27,12 @@ PATCH_ENTRIES = 2**21
 
 
 class Term(ABC):
-    """One summand of the rows of some parameters, for N samples with Q cotangents each.
+    """One summand of the rows of some parameters, for N samples with Q cotangents each."""
 
-    Attributes:
-        num_samples: N.
-        num_vectors: Q.
-    """
-
-    num_samples: int
-    num_vectors: int
+    @property
+    @abstractmethod
+    def lead(self) -> tuple[int, int]:
+        """``(N, Q)``, the leading dimensions of its rows."""
 
     @property
     @abstractmethod
@@ -67,7 +64,17 @@ class Term(ABC):
             chosen = weights[samples, vectors]
             return {name: _combine(chosen, value) for name, value in rows.items()}
 
-        return ComputedTerm(self.num_samples, weights.shape[1], self.shapes, compute)
+        return ComputedTerm((self.num_samples, weights.shape[1]), self.shapes, compute)
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.lead[0]
+
+    @property
+    def num_vectors(self) -> int:
+        """Q."""
+        return self.lead[1]
 
     @property
     def num_units(self) -> int:
@@ -85,13 +92,18 @@ class ComputedTerm(Term):
     """Rows that are computed when they are used: norms, a module's VJP under ``vmap``, a loop.
 
     Attributes:
+        leading: ``(N, Q)``.
+        parameter_shapes: by name.
         compute: from slices of samples and cotangents to rows ``(samples, Q, *parameter.shape)``.
     """
 
-    num_samples: int
-    num_vectors: int
+    leading: tuple[int, int]
     parameter_shapes: dict[str, torch.Size]
     compute: Callable[[slice, slice], Parameters]
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        return self.leading
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -127,12 +139,8 @@ class StoredTerm(Term):
     units: int = 1
 
     @property
-    def num_samples(self) -> int:  # type: ignore[override]  # derived, and never assigned
-        return int(next(iter(self.values.values())).shape[0])
-
-    @property
-    def num_vectors(self) -> int:  # type: ignore[override]  # derived, and never assigned
-        return int(next(iter(self.values.values())).shape[1])
+    def lead(self) -> tuple[int, int]:
+        return leading_shape(next(iter(self.values.values())))
 
     @property
     def num_units(self) -> int:
@@ -164,12 +172,8 @@ class LayerTerm(Term):
     cotangents: Tensor
 
     @property
-    def num_samples(self) -> int:  # type: ignore[override]  # derived, and never assigned
-        return int(self.cotangents.shape[0])
-
-    @property
-    def num_vectors(self) -> int:  # type: ignore[override]  # derived, and never assigned
-        return int(self.cotangents.shape[1])
+    def lead(self) -> tuple[int, int]:
+        return leading_shape(self.cotangents)
 
     @property
     def positions(self) -> int:
@@ -343,6 +347,11 @@ class EmbeddingTerm(LayerTerm):
         where = (sample.unsqueeze(1), vector, indices[sample, position].unsqueeze(1) - first)
         rows.index_put_(where, cotangents[sample, :, position], accumulate=True)
         return {self.weight: rows}
+
+
+def leading_shape(tensor: Tensor) -> tuple[int, int]:
+    """The first two dimensions, N and Q."""
+    return tensor.shape[0], tensor.shape[1]
 
 
 def _combine(weights: Tensor, values: Tensor) -> Tensor:

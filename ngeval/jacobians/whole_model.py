@@ -12,7 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import ComputedTerm
+from ngeval.jacobians.terms import ComputedTerm, leading_shape
 from ngeval.model.checks import Inputs
 from ngeval.model.function import (
     ModelFunction,
@@ -99,7 +99,7 @@ def whole_model_term(
 
     names = function.parameters if names is None else names
     shapes = {name: function.parameters[name].shape for name in names}
-    return ComputedTerm(cotangents.shape[0], cotangents.shape[1], shapes, compute)
+    return ComputedTerm(leading_shape(cotangents), shapes, compute)
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:

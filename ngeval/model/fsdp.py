@@ -53,7 +53,7 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
                 f"{where}, but by no fully_shard (tensor parallelism?), which ngeval does not "
                 "treat: use torch.distributed.fsdp.fully_shard, or whole parameters"
             )
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]  # of a DTensor
         if mesh.size() != shards.size:
             raise ModelError(
                 f"{where}, of which there are {mesh.size()}, and {shards.size} in the Problem's "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, cast
@@ -21,12 +21,11 @@ from torch.autograd import forward_ad
 from ngeval.errors import ModelError, NgevalError
 from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
 from ngeval.model.operations import plain_operations
+from ngeval.model.outputs import Output, outputs_of
 from ngeval.model.sharding import SINGLE, Shards
 from ngeval.utils.memory import is_out_of_memory
 
 Parameters = dict[str, Tensor]
-Output = str | int | Callable[[Any], Tensor] | None
-"""Which of a model's outputs is z: a name, an index, or a function of the returned value."""
 
 
 @dataclass(frozen=True)
@@ -377,44 +376,3 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
     """Tensors by name in a dtype; None leaves them as they are."""
     return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
-
-
-def outputs_of(raw: Any, output: Output = None) -> Tensor:
-    """The outputs z in the value that a model returned.
-
-    Args:
-        raw: the returned value.
-        output: a key or attribute, an index, or a function of ``raw``; None: ``raw`` itself if it
-            is a tensor, else its ``logits``.
-
-    Raises:
-        ModelError: there is no such tensor.
-    """
-    try:
-        if callable(output):
-            outputs: Any = output(raw)
-        elif isinstance(output, int):
-            outputs = raw[output]
-        elif output is None and isinstance(raw, Tensor):
-            outputs = raw
-        else:
-            name = output or "logits"
-            outputs = raw[name] if isinstance(raw, Mapping) else getattr(raw, name)
-    except (KeyError, IndexError, TypeError, AttributeError):
-        outputs = None
-    if not isinstance(outputs, Tensor):
-        raise ModelError(
-            f"the model returned {_described(raw)}; ngeval needs a tensor of outputs or an object "
-            f"with a tensor in .logits{'' if output is None else f', or in output={output!r}'} "
-            "(output= takes a name, an index, or a function of what the model returns)"
-        )
-    return outputs
-
-
-def _described(raw: Any) -> str:
-    """A returned value in a few words."""
-    if isinstance(raw, Mapping):
-        return f"a {type(raw).__name__} with {', '.join(repr(key) for key in list(raw)[:8])}"
-    if isinstance(raw, tuple | list):
-        return f"a {type(raw).__name__} of {len(raw)}"
-    return f"a {type(raw).__name__}"

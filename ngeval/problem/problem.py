@@ -13,8 +13,9 @@ from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs
 from ngeval.model.directions import Direction
 from ngeval.model.fsdp import split_parameters
-from ngeval.model.function import ModelFunction, Output, unwrapped
+from ngeval.model.function import ModelFunction, unwrapped
 from ngeval.model.operations import OperationWatch
+from ngeval.model.outputs import Output
 from ngeval.model.renewed import at_present
 from ngeval.model.sharding import Shards, shards_of
 from ngeval.problem.fisher import FisherOperator

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ngeval.errors import NgevalError, TaskError
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs, check_inputs
-from ngeval.model.function import Output
+from ngeval.model.outputs import Output
 
 Batch = tuple[Inputs, Tensor]
 """The inputs of N samples (a tensor, a tuple or a dict of tensors), and their targets."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ngeval.errors import InputError, ModelError, TaskError
 from ngeval.likelihoods import Categorical, CategoricalDistribution, OutputDistribution
 from ngeval.model.checks import Inputs
-from ngeval.model.function import map_inputs, model_errors, outputs_of
+from ngeval.model.function import map_inputs, model_errors
+from ngeval.model.outputs import outputs_of
 from ngeval.tasks import Batch, Task
 
 MONITORS = ("loss", "accuracy")
