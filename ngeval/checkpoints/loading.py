@@ -44,8 +44,8 @@ class CheckpointLoader:
         """The model with a checkpoint's weights; the next call may change it.
 
         Raises:
-            CheckpointError: as `load_checkpoint` and `AdapterLoader.load`, or adapters and whole
-                models are mixed.
+            CheckpointError: see `load_checkpoint`; or an adapter does not fit the model; or
+                adapters and whole models are mixed.
         """
         if checkpoint.error:
             raise CheckpointError(checkpoint.error)

@@ -125,7 +125,7 @@ class Task:
 
         Returns:
             One list for each batch; None if the task does not provide them, or if there are more
-            than `MAX_SAMPLES`.
+            than ten million.
 
         Raises:
             TaskError: ``load_indices`` fails or yields fewer batches.

@@ -113,6 +113,7 @@ class ExactStepper(Stepper):
             else:
                 self._problem = self._problem.with_batch(inputs, targets)
             with step_errors(self.optimizers[0]):
+                # Exact optimizers take a problem where `Optimizer.step` takes a closure.
                 self.optimizers[0].step(self._problem)  # type: ignore[call-overload]
         except NumericalError as error:
             raise DivergedError(f"training diverged: {error}") from error
