@@ -55,7 +55,7 @@ def _stepped(make: type[Optimizer], shapes: list[tuple[int, ...]], device: str) 
     for parameter in parameters:
         gradient = 1e-3 * torch.randn(parameter.shape, generator=generator)
         parameter.grad = gradient.to(device)
-    optimizer = make(parameters, foreach=True)  # type: ignore[call-arg]
+    optimizer = make(parameters, foreach=True)
     optimizer.step()
     return optimizer
 

@@ -86,14 +86,13 @@ def run(size: Size, seed: int, progress: Advance) -> Iterator[pd.DataFrame]:
             for start in range(seed, seed + plan.seeds):
                 place = {"depth": depth, "width": width, "seed": start}
                 for stage, table in _stages(task, network(depth, width, start), plan, start):
-                    yield table.assign(**place, **stage)[COLUMNS]
+                    yield table.assign(**place, **stage)[NETWORK + GAMMA]
                 progress("networks", total)
 
 
-COLUMNS = [
-    *("depth", "width", "seed", "threshold", "train_loss", "epoch", "batch", "num_parameters"),
-    *("method", "damping", "gamma", "gamma_over_sgd", "gamma_over_ng", "status", "reason"),
-]
+NETWORK = ["depth", "width", "seed", "threshold", "train_loss", "epoch", "batch", "num_parameters"]
+GAMMA = ["method", "damping", "gamma", "gamma_over_sgd", "gamma_over_ng", "status", "reason"]
+"""The columns of the rows."""
 
 
 def network(depth: int, width: int, seed: int) -> nn.Module:

@@ -189,9 +189,8 @@ def class_probabilities(values: Tensor) -> Tensor:
 
 def perceptron(outputs: int) -> nn.Module:
     """6-64-64-C."""
-    return nn.Sequential(
-        *(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
-    )
+    layers = [nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    return nn.Sequential(*layers)
 
 
 def regression(form: str, batch_size: int = 64, held_out: int = 2048) -> Subject:

@@ -42,10 +42,8 @@ METHODS = ("sgd", *KRONECKER, *DIAGONALS)
 MOMENTS = {"v̂ and Σg²": ("diag-ema", "diag-ef"), "v̂ and diag F": ("diag-ema", "diag")}
 """Pairs of diagonals whose ranks over the parameters are compared."""
 
-COLUMNS = [
-    *("method", "damping", "gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor"),
-    *("status", "reason"),
-]
+GAMMA = ["gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor"]
+COLUMNS = ["method", "damping", *GAMMA, "status", "reason"]
 """Columns of `ngeval.evaluate` in the rows, which are committed and so had better be few."""
 
 SMALL = 1e-7

@@ -115,15 +115,13 @@ def _graded(job: Run, plan: Plan, *, with_samples: bool) -> Iterator[pd.DataFram
             parts.append(sample_rows(unit.problem, seed).assign(part="samples"))
         place = {key: unit.columns[key] for key in ("epoch", "step", "batch")}
         table = pd.concat(parts, ignore_index=True).assign(**place)
-        yield table[[column for column in COLUMNS if column in table]]
+        yield table[[column for column in UPDATE + GAMMA + SAMPLE if column in table]]
 
 
-COLUMNS = [
-    *("part", "epoch", "step", "batch", "method", "damping", "status", "reason"),
-    *("gamma", "gamma_over_sgd", "gamma_floor", "imbalance"),
-    *("sample", "loss", "residual_square", "gradient_norm", "loss_change", "projection"),
-]
-"""Columns of the parts ``gamma`` and ``samples``."""
+UPDATE = ["part", "epoch", "step", "batch", "method", "damping", "status", "reason"]
+GAMMA = ["gamma", "gamma_over_sgd", "gamma_floor", "imbalance"]
+SAMPLE = ["sample", "loss", "residual_square", "gradient_norm", "loss_change", "projection"]
+"""Columns of the parts ``gamma`` and ``samples``: of both, and of each alone."""
 
 
 def sample_rows(problem: Problem, seed: int) -> pd.DataFrame:

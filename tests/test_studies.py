@@ -94,7 +94,7 @@ class TestQuick:
         assert make.structure(figure) == KEPT[name]
         plt.close("all")
 
-    def test_rows_that_break_off_are_told(self, quick):
+    def test_incomplete_rows_are_refused(self, quick):
         name, folder = quick
         rows = pd.read_parquet(folder / f"{name}.parquet").head(3)
         with pytest.raises(InputError):
@@ -107,7 +107,7 @@ class TestCommand:
         for name in STUDIES:
             assert name in shown
 
-    def test_what_is_not_installed_is_told_before_any_work(self, tmp_path, monkeypatch):
+    def test_a_missing_package_is_reported_before_any_work(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
         args = ["optimization", "--quick", "-o", str(tmp_path / "o")]
         result = CliRunner().invoke(app, args)
