@@ -1,4 +1,4 @@
-"""The pictures of README and docs: made anew of quick rows, each consists of the same things.
+"""The figures of README and docs: made again from quick rows, each has the same structure.
 
 The studies' pictures are compared where the studies are run, in tests/test_studies*.py and
 tests/test_preconditioners.py.
@@ -62,7 +62,7 @@ def test_quick_rows_make_the_same_picture(name, quick):
     assert make.structure(make.PICTURES[name](quick)) == KEPT[name]
 
 
-def test_another_picture_is_told_apart():
+def test_a_different_picture_has_a_different_structure():
     _, (left, right) = plt.subplots(1, 2)
     for axes in (left, right):
         axes.plot([1, 2], [1, 2], label="ef")

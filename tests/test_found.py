@@ -33,5 +33,5 @@ def test_rows_of_the_full_size_with_figure_and_notebook_are_committed(name):
     assert set(rows["size"]) == {"full"}
     assert path.stat().st_size < 1_000_000
     assert (ROOT / "figures" / f"{name}.png").is_file()
-    told = [path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")]
-    assert any(f"figures/data/{name}.parquet" in text for text in told)
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert any(f"figures/data/{name}.parquet" in text for text in texts)

@@ -163,9 +163,9 @@ class TestWhyEfFails:
 
 
 def descent(kind, method, rate, seed, losses, times, **more) -> pd.DataFrame:
-    told = {"kind": kind, "method": method, "learning_rate": rate, "seed": seed, "status": "ok"}
+    columns = {"kind": kind, "method": method, "learning_rate": rate, "seed": seed, "status": "ok"}
     table = pd.DataFrame({"step": range(len(losses)), "time": times, "loss": losses})
-    return table.assign(**told, **more)
+    return table.assign(**columns, **more)
 
 
 def convergence_rows(*, rate=1.0, exponent=-1.0, within=1.0, other=10.0) -> pd.DataFrame:
@@ -179,8 +179,8 @@ def convergence_rows(*, rate=1.0, exponent=-1.0, within=1.0, other=10.0) -> pd.D
         low, high = losses, losses
         if kind == CROSS_ENTROPY:
             losses, low, high = (start * times**power for power in (exponent, -1.1, -0.9))
-        told = {"within": within, "falling": 1.0, "low": low, "high": high}
-        tables.append(descent(kind, "ief", 0.1, seed, losses, times, **told))
+        columns = {"within": within, "falling": 1.0, "low": low, "high": high}
+        tables.append(descent(kind, "ief", 0.1, seed, losses, times, **columns))
         for method in ("ef", "sgd"):
             tables.append(descent(kind, method, 0.1, seed, other * losses, times))
             tables.append(descent(kind, method, 0.9, seed, 1e9 * losses, times))
@@ -225,10 +225,10 @@ def diagonal_rows(*, by_width=-0.5, by_depth=0.3, level=1.0, over_sgd=1.5) -> pd
         value *= 1 + 0.01 * generator.random()
         for method in diagonal_findings.NAMES:
             for damping in (1e-8, 1.0):
-                told = {"depth": depth, "width": width, "seed": seed, "threshold": threshold}
+                columns = {"depth": depth, "width": width, "seed": seed, "threshold": threshold}
                 ratios = {"gamma_over_ng": value, "gamma_over_sgd": over_sgd}
                 rows.append(
-                    told
+                    columns
                     | {"batch": batch, "method": method, "damping": damping, "status": "ok"}
                     | ratios
                 )
