@@ -10,6 +10,7 @@ import ngeval
 from ngeval.curvature import logit_kernel as kernel
 from ngeval.curvature import spectrum
 from ngeval.curvature.spectrum import Spectrum
+from ngeval.problem.linearized import Sizes
 from tests import problems
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -30,6 +31,61 @@ def table_of(name, form, monkeypatch):
     expected = kernel.JacobianKernel if form == "jacobian" else kernel.GramKernel
     assert type(ngeval.Kernel(problem).theta) is expected
     return table
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "expected"),
+    [
+        (Sizes(8, 3, 50), {}, "JacobianKernel"),
+        (Sizes(10, 1000, 100), {}, "JacobianKernel"),  # few columns, though many rows
+        (Sizes(160, 10, 10**7), {}, "GramKernel"),
+        (Sizes(160, 10, 10**7), {"exact": False}, "StripKernel"),
+        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 5}, "StripKernel"),
+        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 4}, "MatrixFreeKernel"),
+        (Sizes(160, 32_128, 10**8), {}, "MatrixFreeKernel"),
+        (Sizes(700, 10, 10**7), {}, "StripKernel"),  # beyond an eigendecomposition
+    ],
+)
+def test_the_form_that_suits_the_sizes(sizes, options, expected):
+    assert kernel.choose_form(sizes, 2**33, **options).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(8 * 4 * 8 * 3 * 50, "JacobianKernel"), (8 * 4 * 8 * 3 * 50 - 1, "GramKernel")],
+)
+def test_the_form_that_fits_in_the_budget(budget, expected):
+    assert kernel.choose_form(Sizes(8, 3, 50), budget).__name__ == expected
+
+
+def test_no_form_fits():
+    with pytest.raises(ngeval.EngineError, match=r"at most 40 samples fit.*raise memory="):
+        kernel.choose_form(Sizes(60, 3, 10**6), 40 * 40**2)
+
+
+def test_what_methods_share_is_computed_once():
+    problem = problems.case("categorical-mlp-float64").problem()
+    shared, calls = ngeval.Kernel(problem), []
+
+    def compute(of: ngeval.Problem, factor: int) -> int:
+        calls.append(factor)
+        return factor * of.num_samples
+
+    def fails(of: ngeval.Problem) -> None:
+        calls.append("failed")
+        raise ngeval.EngineError("no")
+
+    assert [shared.once(compute, 2), shared.once(compute, 3), shared.once(compute, 2)] == [
+        14,
+        21,
+        14,
+    ]
+    for _ in range(2):
+        with pytest.raises(ngeval.EngineError):
+            shared.once(fails)
+    assert calls == [2, 3, "failed", "failed"]
+    assert shared.gradient_spectrum is shared.gradient_spectrum
+    assert shared.theta is shared.dense
 
 
 @pytest.mark.parametrize("form", ["gram", "gram-unscaled"])

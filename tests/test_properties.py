@@ -63,18 +63,11 @@ recipes = st.builds(
 )
 
 
-def build(recipe: Recipe) -> problems.Case:
-    """The problem of a recipe.
-
-    A sample with zero loss has zero inputs and outputs that are exactly its targets (the hidden
-    biases are zero, so that its outputs are the last bias, with no rounding on any route); in a
-    categorical sequence it is a sample of padding alone.
-    """
-    generator = torch.Generator().manual_seed(recipe.seed)
-    widths = [recipe.num_inputs, *([recipe.num_hidden] if recipe.num_hidden else [])]
-    widths.append(recipe.num_outputs)
+def build_model(recipe: Recipe, generator: torch.Generator) -> nn.Sequential:
+    """The model of a recipe, in eval mode."""
+    widths = [recipe.num_inputs, recipe.num_hidden, recipe.num_outputs]
     layers: list[nn.Module] = []
-    for wide, narrow in itertools.pairwise(widths):
+    for wide, narrow in itertools.pairwise(width for width in widths if width):
         layers += [nn.Linear(wide, narrow).double(), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).eval()
     with torch.no_grad():
@@ -86,7 +79,18 @@ def build(recipe: Recipe) -> problems.Case:
             model[-1].bias.zero_()
     if recipe.frozen:
         model[0].bias.requires_grad_(False)
-    model = model.to(recipe.dtype)
+    return model.to(recipe.dtype)
+
+
+def build(recipe: Recipe) -> problems.Case:
+    """The problem of a recipe.
+
+    A sample with zero loss has zero inputs and outputs that are exactly its targets (the hidden
+    biases are zero, so that its outputs are the last bias, with no rounding on any route); in a
+    categorical sequence it is a sample of padding alone.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model = build_model(recipe, generator)
     positions = (recipe.num_positions,) if recipe.num_positions else ()
     shape = (recipe.num_samples, *positions, recipe.num_inputs)
     inputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(recipe.dtype)

@@ -1,8 +1,8 @@
 """The kernel of a problem: Θ in one form, and all that methods share, computed at most once.
 
 `ngeval.evaluate`, `ngeval.layer_table`, `ngeval.gamma_min` and the optimizers make a `Kernel` and
-hand it down to methods and to grading. Nothing is computed before it is used, so that a kernel
-that does not fit in memory fails only the methods that need it.
+pass it to methods and to grading. Everything is computed at its first use, so that a kernel that
+does not fit in memory fails only the methods that need it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kernel:
 
     Args:
         problem: the model on its batch.
-        exact: the exact natural gradient is wanted, so that all of Θ is kept if it fits.
+        exact: with all of Θ, for the exact natural gradient, if it is within reach.
         pushes: how many updates will be graded, if that is known; see `choose_form`.
 
     Example:

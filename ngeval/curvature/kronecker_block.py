@@ -71,7 +71,7 @@ class KroneckerBlock:
         try:
             input_values, input_vectors = factors.inputs.eigenpairs()
             output_values, output_vectors = factors.outputs.eigenpairs()
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in the stubs
             raise NumericalError(_overflow(factors.layer)) from error
         half = factors.gradient @ input_vectors
         gradient = output_vectors.mT @ half

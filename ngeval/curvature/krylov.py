@@ -252,6 +252,7 @@ def _energy_bounds(
     count = factor.shape[1]
     if count < 2:
         return np.zeros(len(lambdas)), np.full(len(lambdas), np.inf)
+    # numpy's stubs have the return type of other modes.
     upper: np.ndarray = np.linalg.qr(factor, mode="r")  # type: ignore[assignment]
     jacobi = upper @ upper.T
     total = mass * factor[0, 0] ** 2 * (factor[0, 0] ** 2 + factor[1, 0] ** 2)

@@ -1,6 +1,6 @@
-"""Methods × dampings on one problem, and over batches and checkpoints: tidy tables.
+"""Methods × dampings on one problem: a tidy table.
 
-Nothing here stops a run: a method that cannot be computed becomes rows with
+A method that cannot be computed becomes rows with
 ``status = "failed"`` and a reason.
 """
 
@@ -147,7 +147,7 @@ def evaluate(
     exact = (natural or wants_ng) and metric is None
     kernel = Kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
     request = _Request(kernel, lambdas, damping_scale, seed, metric)
-    reported = {*(method.name for method in resolved), "gamma_min"}
+    reported = {*(method.name for method in resolved), "gamma_min"}  # not an added sgd
 
     def report(name: str) -> None:
         if on_step is not None and name in reported:
@@ -162,22 +162,25 @@ def evaluate(
             else m
             for m in extended
         ]
-        results = _grade_all(request, limited, report)
-        baseline = results[-1 if sgd is None else sgd]
-        parts = [_method_columns(r, lambdas) for r in results[: len(resolved)]]
+        outcomes = _grade_all(request, limited, report)
+        baseline = outcomes[-1 if sgd is None else sgd]
+        names = [method.name for method in resolved]
+        parts = [
+            _method_columns(name, o, lambdas) for name, o in zip(names, outcomes, strict=False)
+        ]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         # One frame at once: a column added to a frame costs as much as an update.
         ratios = _ratios(columns, baseline, problem, metric)
         table = pd.DataFrame({**columns, **ratios, **_shared_columns(request)})
         if exact:
             table = _with_natural(table, kernel, gap, max_iterations)
-            names = [m.name for m in resolved if isinstance(m, NaturalGradient)]
-            table = _without_lost(table, problem, names)
+            exact_names = [m.name for m in resolved if isinstance(m, NaturalGradient)]
+            table = _without_lost(table, problem, exact_names)
             report("gamma_min")
         elif metric is not None:
             table = add_note(table, "γ_min is not computed for another metric batch")
-        if sgd is None and isinstance(baseline.outcome, Failure):
-            table = add_note(table, f"no gamma_over_sgd: {baseline.outcome.reason}")
+        if sgd is None and isinstance(baseline, Failure):
+            table = add_note(table, f"no gamma_over_sgd: {baseline.reason}")
         table = add_note(table, "; ".join(problem.notes))
     return table.reindex(columns=COLUMNS)
 
@@ -187,6 +190,9 @@ def _check_limits(gap: float, max_iterations: int) -> None:
         raise InputError(f"gap must be a positive number, not {gap!r}")
     if not (isinstance(max_iterations, int) and max_iterations > 0):
         raise InputError(f"max_iterations must be a positive whole number, not {max_iterations!r}")
+
+
+Outcome = tuple[Prepared, Grades] | Failure
 
 
 @dataclass(frozen=True)
@@ -200,34 +206,28 @@ class _Request:
     metric: Metric | None
 
 
-@dataclass(frozen=True)
-class _Result:
-    """One method's updates and their grades, or why there are none."""
-
-    method: Method
-    outcome: tuple[Prepared, Grades] | Failure
-
-
-def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> list[_Result]:
+def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> list[Outcome]:
+    """Each method's updates and their grades, or why there are none."""
     kernel, shards = request.kernel, request.kernel.problem.shards
     arguments = request.dampings, request.scale, request.seed
     # Sampled vectors include the residual, which then need not be captured again.
     order = sorted(range(len(methods)), key=lambda i: not isinstance(methods[i], SampledFisher))
     attempts = {i: attempt(shards, partial(prepare, kernel, methods[i], *arguments)) for i in order}
     prepared = {i: p for i, p in sorted(attempts.items()) if isinstance(p, Prepared)}
-    outcomes: dict[int, tuple[Prepared, Grades] | Failure]
-    outcomes = {i: p for i, p in attempts.items() if isinstance(p, Failure)}
+    outcomes: dict[int, Outcome] = {i: p for i, p in attempts.items() if isinstance(p, Failure)}
+    for i in outcomes:
+        done(methods[i].name)
     for group in _groups(request, prepared):
         updates = [prepared[i].updates for i in group]
         grades = attempt(shards, partial(grade, kernel, updates, request.metric))
         for place, i in enumerate(group):
             outcomes[i] = grades if isinstance(grades, Failure) else (prepared[i], grades[place])
             done(methods[i].name)
-    return [_Result(method, outcomes[i]) for i, method in enumerate(methods)]
+    return [outcomes[i] for i in range(len(methods))]
 
 
 def _groups(request: _Request, prepared: dict[int, Prepared]) -> list[list[int]]:
-    """What is graded in one go: singly where Θ is kept, else all that is made of the same rows."""
+    """What is graded together: single methods with a dense Θ, else all made of the same rows."""
     places, updates = list(prepared), [p.updates for p in prepared.values()]
     with contextlib.suppress(EngineError):  # no form of Θ fits: no update is made of rows
         if request.metric is None and issubclass(request.kernel.form, DenseKernel):
@@ -235,11 +235,11 @@ def _groups(request: _Request, prepared: dict[int, Prepared]) -> list[list[int]]
     return [[places[i] for i in family] for family in families(updates)]
 
 
-def _method_columns(result: _Result, dampings: list[float]) -> dict[str, np.ndarray]:
+def _method_columns(name: str, outcome: Outcome, dampings: list[float]) -> dict[str, np.ndarray]:
     """The columns that depend on the method."""
-    count, outcome = len(dampings), result.outcome
+    count = len(dampings)
     columns = {
-        "method": np.full(count, result.method.name, object),
+        "method": np.full(count, name, object),
         "damping": np.array(dampings),
         "damping_absolute": np.full(count, math.nan),
     }
@@ -278,7 +278,7 @@ def _shared_columns(request: _Request) -> dict[str, Any]:
 
 def _ratios(
     columns: dict[str, np.ndarray],
-    baseline: _Result,
+    baseline: Outcome,
     problem: Problem,
     metric: Metric | None,
 ) -> dict[str, np.ndarray]:
@@ -288,8 +288,8 @@ def _ratios(
     else:
         norm = metric.totals.gradient_norm
     gamma = np.float64(math.nan)
-    if not isinstance(baseline.outcome, Failure):
-        gamma = np.float64(baseline.outcome[1].quadratics.gammas[0])
+    if not isinstance(baseline, Failure):
+        gamma = np.float64(baseline[1].quadratics.gammas[0])
     with np.errstate(divide="ignore", invalid="ignore"):  # of updates that vanish
         return {
             "gamma_over_sgd": columns["gamma"] / gamma,
@@ -302,7 +302,7 @@ def _with_natural(
 ) -> pd.DataFrame:
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
     problem = kernel.problem
-    # γ_min belongs to λ = 0, whatever is asked for.
+    # γ_min belongs to λ = 0, whatever the dampings.
     dampings = sorted({0.0, *table["damping_absolute"].dropna()})
 
     def solved() -> tuple[NaturalGradientSolver, Bounds, float]:

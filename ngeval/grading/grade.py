@@ -1,12 +1,13 @@
-"""γ of many updates: by Θ where it is kept, by the tangents of a common basis where it is not.
+"""γ of many updates: by Θ, or by the tangents of a common basis.
 
 All that γ needs of updates d_l = Σ_j a_lj b_j in a basis b are the k × k numbers bᵢᵀF bⱼ and the
 k numbers bⱼᵀg, which are sums over samples: the basis is pushed through the model chunk by chunk,
-and every λ is rebuilt from those sums. The batch that grades may then be any other.
+and every λ is rebuilt from those sums. The batch that grades may then be a different one.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,7 @@ from ngeval.problem.metric_batch import Forms, Metric
 from ngeval.problem.problem import Problem
 
 COMPRESSION = 1e-12
-"""What part of an update's length may be lost where updates are written in a common basis."""
-
+"""The part of an update's length that may be lost where updates are written in a common basis."""
 
 NO_FORMS = Forms(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
 """Of no direction: all updates vanish."""
@@ -38,7 +38,7 @@ NO_FORMS = Forms(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=to
 
 @dataclass(frozen=True)
 class Grades:
-    """What L updates are worth.
+    """The quality of L updates.
 
     Attributes:
         quadratics: dᵀFd, dᵀg and γ.
@@ -47,6 +47,13 @@ class Grades:
 
     quadratics: Quadratics
     squared_norms: Tensor
+
+    @classmethod
+    def concatenate(cls, grades: Sequence[Grades]) -> Grades:
+        """The grades of several sets of updates as one."""
+        columns = zip(*(each.quadratics for each in grades), strict=True)
+        quadratics = Quadratics(*(torch.cat(column) for column in columns))
+        return cls(quadratics, torch.cat([each.squared_norms for each in grades]))
 
 
 def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = None) -> list[Grades]:
@@ -58,63 +65,57 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
         metric: the batch that grades; None for the problem's own.
 
     Returns:
-        Those of each method; NaN for a λ at which its update is not finite.
+        The grades of each method; NaN for a λ at which its update is not finite.
     """
-    finite = [FiniteUpdates(one) for one in updates]
-    graded = _grade_finite(kernel, [one.updates for one in finite], metric)
+    finite = [FiniteUpdates(each) for each in updates]
+    members = [each.updates for each in finite]
+    if metric is None:
+        grades = _grade_by_problem(kernel, members)
+    else:
+        grades = _grade_by_forms(kernel, metric, members)
     return [
         Grades(
-            Quadratics(*(one.restore(column) for column in grades.quadratics)),
-            one.restore(grades.squared_norms),
+            Quadratics(*map(each.restore, member.quadratics)), each.restore(member.squared_norms)
         )
-        for one, grades in zip(finite, graded, strict=True)
+        for each, member in zip(finite, grades, strict=True)
     ]
 
 
-def _grade_finite(
-    kernel: Kernel, updates: Sequence[Updates], metric: Metric | None
-) -> list[Grades]:
-    problem = kernel.problem
-    if metric is None:
-        of_rows = any(isinstance(one, CotangentUpdates | FieldUpdates) for one in updates)
-        theta = _theta(kernel) if of_rows else None
-        graded = [_grade_by_theta(problem, theta, one) for one in updates]
-        loose = [i for i, grades in enumerate(graded) if grades is None]
-        if loose:
-            common = _grade_by_forms(kernel, Metric(problem), [updates[i] for i in loose])
-            for i, grades in zip(loose, common, strict=True):
-                graded[i] = _with_known(grades, updates[i])
-        return [grades for grades in graded if grades is not None]
-    return _grade_by_forms(kernel, metric, updates)
-
-
-def _theta(kernel: Kernel) -> LogitKernel | None:
-    """What of Θ there is; None, and one JVP for each update, where there is no room for any."""
-    try:
-        return kernel.theta
-    except EngineError:
-        return None
-
-
 def families(updates: Sequence[Updates]) -> list[list[int]]:
-    """Which updates are made of the same rows, and so share a basis; by their places.
+    """Indices of updates that are made of the same rows, and so share a basis.
 
     The first of a family has the rows of all.
     """
-    found: list[list[int]] = []
-    vectors = {i: one.vectors for i, one in enumerate(updates) if isinstance(one, CotangentUpdates)}
+    groups: list[list[int]] = []
+    vectors = {i: u.vectors for i, u in enumerate(updates) if isinstance(u, CotangentUpdates)}
     for i in sorted(vectors, key=lambda i: -vectors[i].shape[1]):
-        for family in found:
-            if columns_in(vectors[family[0]], vectors[i]) is not None:
-                family.append(i)
+        for group in groups:
+            if columns_in(vectors[group[0]], vectors[i]) is not None:
+                group.append(i)
                 break
         else:
-            found.append([i])
-    return found + [[i] for i in range(len(updates)) if i not in vectors]
+            groups.append([i])
+    return groups + [[i] for i in range(len(updates)) if i not in vectors]
+
+
+def _grade_by_problem(kernel: Kernel, updates: Sequence[Updates]) -> list[Grades]:
+    """By the batch that the updates were made from."""
+    theta: LogitKernel | None = None
+    if any(isinstance(each, CotangentUpdates | FieldUpdates) for each in updates):
+        with contextlib.suppress(EngineError):  # without Θ, by one JVP for each update
+            theta = kernel.theta
+    problem = kernel.problem
+    grades = [_grade_by_theta(problem, theta, each) for each in updates]
+    missing = [i for i, graded in enumerate(grades) if graded is None]
+    if missing:
+        common = _grade_by_forms(kernel, Metric(problem), [updates[i] for i in missing])
+        for i, graded in zip(missing, common, strict=True):
+            grades[i] = _with_known_decrease(graded, updates[i])
+    return [graded for graded in grades if graded is not None]
 
 
 def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Updates) -> Grades | None:
-    """By tangents Θw, singly, or as it came; None where Θ would be needed and is not there."""
+    """By tangents Θw, or one by one; None where the form of Θ has no tangents."""
     if isinstance(updates, SolvedUpdates):
         parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
         return Grades(parts, updates.squared_norms)
@@ -125,76 +126,64 @@ def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Update
     elif isinstance(updates, CotangentUpdates) and theta is not None:
         return None
     else:
-        return _grade_singly(problem, updates)
-    return _with_known(Grades(quadratics(problem, tangents), norms), updates)
+        return Grades.concatenate(
+            [_grade_direction(problem, updates.direction(i)) for i in range(updates.count)]
+        )
+    return _with_known_decrease(Grades(quadratics(problem, tangents), norms), updates)
 
 
-def _with_known(grades: Grades, updates: Updates) -> Grades:
-    """With the dᵀg that a method has more exactly than from tangents."""
+def _with_known_decrease(grades: Grades, updates: Updates) -> Grades:
+    """Replace dᵀg where the method has computed it more precisely than from tangents."""
     known = updates.decrease if isinstance(updates, CotangentUpdates) else None
     if known is None:
         return grades
     return Grades(gammas_of(grades.quadratics.curvature, known, 0 * known), grades.squared_norms)
 
 
-def _grade_singly(problem: Problem, updates: Updates) -> Grades:
-    """One JVP for each update."""
-    parts, norms = [], []
-    for i in range(updates.count):
-        direction = updates.direction(i)
-        parts.append(quadratics(problem, problem.jvp(direction).unsqueeze(0)))
-        norms.append(direction.to(torch.float64).square().sum())
-    joined = Quadratics(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return Grades(joined, torch.stack(norms))
+def _grade_direction(problem: Problem, direction: Tensor) -> Grades:
+    parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
+    return Grades(parts, direction.to(torch.float64).square().sum().unsqueeze(0))
 
 
 def _grade_by_forms(kernel: Kernel, metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
-    graded: list[Grades | None] = [None] * len(updates)
+    """By the quadratic forms of common bases."""
+    grades: dict[int, Grades] = {}
     for family in families(updates):
         members = [updates[i] for i in family]
-        cotangent = [one for one in members if isinstance(one, CotangentUpdates)]
-        single = len(members) == 1 and members[0].count == 1
+        first, of_rows = members[0], [u for u in members if isinstance(u, CotangentUpdates)]
         basis = None
-        if cotangent and not single:
-            basis = _row_basis(kernel, cotangent)
-        elif _has_room(metric.problem, members[0].count):
-            basis = _own_basis(metric.problem, members[0], range(members[0].count))
+        if of_rows and (len(members) > 1 or first.count > 1):
+            basis = _row_basis(kernel, of_rows)
+        elif _has_room(metric.problem, first.count):
+            basis = _direction_basis(metric.problem, first, range(first.count))
         if basis is None:
-            found = [_grade_one_by_one(metric, one) for one in members]
+            graded = [_grade_one_by_one(metric, member) for member in members]
         else:
-            found = _grade_in(basis, metric)
-        for i, grades in zip(family, found, strict=True):
-            graded[i] = grades
-    return [grades for grades in graded if grades is not None]
+            graded = _grade_in(basis, metric)
+        grades |= zip(family, graded, strict=True)
+    return [grades[i] for i in range(len(updates))]
 
 
 def _grade_in(basis: _Basis, metric: Metric) -> list[Grades]:
-    """The grades of all updates that a basis is for."""
+    """The grades of all updates in a basis."""
     forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
-    found = []
+    grades = []
     for coefficients, lengths in zip(basis.coefficients, basis.lengths, strict=True):
         curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
         terms = coefficients * forms.decrease
         rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
-        parts = gammas_of(curvature, terms.sum(1), rounding)
-        scaled = Quadratics(
-            parts.curvature * lengths.square(), parts.decrease * lengths, parts.gammas
-        )
-        found.append(Grades(scaled, lengths.square()))
-    return found
+        unit = gammas_of(curvature, terms.sum(1), rounding)
+        parts = Quadratics(unit.curvature * lengths.square(), unit.decrease * lengths, unit.gammas)
+        grades.append(Grades(parts, lengths.square()))
+    return grades
 
 
 def _grade_one_by_one(metric: Metric, updates: Updates) -> Grades:
     """With one direction in memory at a time: more passes, and the same grades."""
-    found = [
-        _grade_in(_own_basis(metric.problem, updates, [i]), metric)[0] for i in range(updates.count)
-    ]
-    parts = zip(
-        *((g.quadratics.curvature, g.quadratics.decrease, g.quadratics.gammas) for g in found),
-        strict=True,
+    problem, places = metric.problem, range(updates.count)
+    return Grades.concatenate(
+        [_grade_in(_direction_basis(problem, updates, [i]), metric)[0] for i in places]
     )
-    joined = Quadratics(*(torch.cat(part) for part in parts))
-    return Grades(joined, torch.cat([grades.squared_norms for grades in found]))
 
 
 @dataclass(frozen=True)
@@ -213,9 +202,9 @@ class _Basis:
 
 
 def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | None:
-    """An orthonormal basis of updates made of the first one's rows R, as few as they need.
+    """The smallest orthonormal basis of updates made of the first member's rows R.
 
-    None where not even these fit in the memory budget.
+    None where it does not fit in the memory budget.
 
     With RRᵀ = VΣVᵀ, d = Rᵀc = (RᵀVΣ^(−1/2)) y for y = Σ^(1/2)Vᵀc, and ‖d‖ = ‖y‖. A family in λ
     has a small numerical rank: the singular vectors of all y at unit length above `COMPRESSION`
@@ -223,10 +212,10 @@ def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | 
     """
     problem, vectors = members[0].problem, members[0].vectors
     gram = kernel.theta.gram(vectors)
-    everything = torch.cat([_coefficients(one, vectors).flatten(1) for one in members])
-    spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, everything.norm(dim=0))
+    coefficients = torch.cat([_coefficients(each, vectors).flatten(1) for each in members])
+    spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, coefficients.norm(dim=0))
     root = spectrum.eigenvalues.sqrt()
-    images = (everything @ spectrum.eigenvectors) * root
+    images = (coefficients @ spectrum.eigenvectors) * root
     lengths = images.norm(dim=1)
     unit = images / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
     _, singular, right_vectors = torch.linalg.svd(unit, full_matrices=False)
@@ -234,7 +223,7 @@ def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | 
     kept = singular > part * singular.amax() if singular.numel() else singular > 0
     basis = right_vectors[kept]
     weights = (basis / root) @ spectrum.eigenvectors.T
-    sizes = [one.count for one in members]
+    sizes = [each.count for each in members]
     if not _has_room(problem, len(weights)):
         return None
     return _Basis(
@@ -245,7 +234,7 @@ def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | 
 
 
 def _coefficients(updates: CotangentUpdates, vectors: Tensor) -> Tensor:
-    """Of rows J_nᵀv_nq for more vectors v than those of the updates: 0 for the others."""
+    """Coefficients of the rows of all vectors: 0 for those that the updates do not use."""
     columns = columns_in(vectors, updates.vectors)
     if columns is None or vectors is updates.vectors:
         return updates.coefficients
@@ -254,7 +243,7 @@ def _coefficients(updates: CotangentUpdates, vectors: Tensor) -> Tensor:
     return wide
 
 
-def _own_basis(problem: Problem, updates: Updates, chosen: Sequence[int]) -> _Basis:
+def _direction_basis(problem: Problem, updates: Updates, chosen: Sequence[int]) -> _Basis:
     """Some of the updates themselves."""
     lengths, rows = [], []
     for i in chosen:
