@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,7 +15,7 @@ from ngeval.plots.gamma import damping_figure
 from ngeval.plots.imbalance import norms_figure
 from ngeval.plots.layers import layers_figure
 from ngeval.plots.ranking import kfac_figure, ranking_figure
-from ngeval.plots.stages import stages_figure
+from ngeval.plots.stages import by_task, stages_figure
 from ngeval.plots.training_results import performance_figure
 
 FEW_DAMPINGS = 4
@@ -210,24 +210,3 @@ def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
         if method not in present:
             raise InputError(f"no rows for method {method!r}; {nearest_name(method, present)}")
     return {name: part for name, part in parts.items() if len(part)}
-
-
-def by_task(tables: Tables) -> Tables:
-    """γ tables by title: the task, with the file's name if files share the task.
-
-    A single table of a single task needs no title.
-    """
-    parts = [(task, name, part) for name, table in tables.items() for task, part in _tasks(table)]
-    if len(parts) == 1:
-        return {"": parts[0][2]}
-    tasks = [task for task, _, _ in parts]
-    return {
-        (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
-        for task, name, part in parts
-    }
-
-
-def _tasks(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    if "task" not in table:
-        return iter([("", table)])
-    return ((str(task), part) for task, part in table.groupby("task", sort=False))

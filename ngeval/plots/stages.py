@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -50,7 +50,11 @@ def stages_figure(
         InputError: a table lacks a column or rows at a damping, a method of ``relative`` is not in
             any table, or no sample is of a task in ``gammas``.
     """
-    tables = {title: usable(part, "checkpoint") for title, part in _by_task(gammas).items()}
+    if isinstance(gammas, pd.DataFrame):
+        gammas = by_task({"": gammas})
+    if not gammas:
+        raise InputError("no tables were given, so there is nothing to draw")
+    tables = {title: usable(part, "checkpoint") for title, part in gammas.items()}
     chosen: Sequence[float | None] = dampings or [None]
     columns = [(*item, damping) for item in tables.items() for damping in chosen]
     if relative is None:
@@ -111,15 +115,25 @@ def samples_of(
     return samples
 
 
-def _by_task(gammas: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Mapping[str, pd.DataFrame]:
-    """Tables by title, which is empty for a single task."""
-    if isinstance(gammas, Mapping):
-        if not gammas:
-            raise InputError("no tables were given, so there is nothing to draw")
-        return gammas
-    if "task" not in gammas or gammas["task"].nunique() < 2:
-        return {"": gammas}
-    return {str(task): part for task, part in gammas.groupby("task", sort=False)}
+def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """γ tables by title: the task, with the file's name if files share the task.
+
+    A single table of a single task needs no title.
+    """
+    parts = [(task, name, part) for name, table in tables.items() for task, part in _tasks(table)]
+    if len(parts) == 1:
+        return {"": parts[0][2]}
+    tasks = [task for task, _, _ in parts]
+    return {
+        (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
+        for task, name, part in parts
+    }
+
+
+def _tasks(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    if "task" not in table:
+        return iter([("", table)])
+    return ((str(task), part) for task, part in table.groupby("task", sort=False, dropna=False))
 
 
 def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+from ngeval.utils.text import power_of_ten
 
 
 def number_text(value: float) -> str:
@@ -34,7 +34,7 @@ def number_text(value: float) -> str:
 def _power_text(value: float) -> str:
     """A number as a multiple of a power of ten."""
     mantissa, _, exponent = f"{value:.3e}".partition("e")
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+    power = power_of_ten(int(exponent))
     return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
 
 

@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ngeval.utils.text import shortened
+from ngeval.utils.text import power_of_ten, shortened
 
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ROUNDING = 1e-4
 """Relative difference from 1 below which a number counts as 1: what five digits show."""
 
@@ -33,7 +32,7 @@ def number(value: float, digits: int = 3) -> str:
     size = abs(rounded)
     if size >= 1e6 or 0 < size < 1e-3:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        power = "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+        power = power_of_ten(int(exponent))
         factor = f"{float(mantissa):g}".replace("-", "−")
         return power if factor == "1" else f"{factor} × {power}"
     shown = f"{rounded:,.0f}" if size >= 1000 else f"{rounded:.{digits}g}"

@@ -18,6 +18,9 @@ MAX_LISTED = 200
 """Characters of a name in a message: a file can hold names of a million characters."""
 
 
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def whole_or_short(value: float) -> str:
     """An epoch or a step: whole numbers in full, others with six digits.
 
@@ -101,3 +104,12 @@ def describe_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{int(count)} B"
+
+
+def power_of_ten(exponent: int) -> str:
+    """A power of ten as text, without markup.
+
+    >>> power_of_ten(-8)
+    '10⁻⁸'
+    """
+    return "10" + str(exponent).translate(_SUPERSCRIPTS)
