@@ -27,8 +27,13 @@ COMMAND = "sphinx-build -W -c docs . build/site"
 PUBLIC = (
     "ngeval",
     "ngeval.checkpoints",
+    "ngeval.analysis.best_damping",
+    "ngeval.analysis.intervals",
     "ngeval.analysis.layer_summary",
+    "ngeval.analysis.norms",
     "ngeval.analysis.ranking",
+    "ngeval.analysis.stages",
+    "ngeval.analysis.tables",
     "ngeval.analysis.training_results",
     "ngeval.likelihoods",
     "ngeval.methods",
