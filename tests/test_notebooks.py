@@ -10,13 +10,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.second_stage
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # In a process of its own: the kernel client warns of its transport, and warnings are errors here.
 RUNNER = """
 import sys, nbformat
 from nbclient import NotebookClient
-
-pytestmark = pytest.mark.second_stage
 notebook = nbformat.read(sys.argv[1], as_version=4)
 NotebookClient(notebook, timeout=300, resources={"metadata": {"path": sys.argv[2]}}).execute()
 print([number for number, cell in enumerate(notebook.cells) if cell.get("outputs")])
