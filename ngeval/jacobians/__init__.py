@@ -13,8 +13,8 @@ Three engines compute them:
   allow.
 - ``loop``: one sample at a time by plain autograd, for any model.
 
-A choice between them is never taken on trust: `choose_engine` compares each engine's rows with
-tangents and with plain autograd on the model's own batch.
+`choose_engine` takes none of them on trust: by default it compares each engine's rows with tangents
+and with plain autograd on the model's own batch.
 
 Conventions: `cotangents` v has shape ``(N, Q, *positions, C)``, Q cotangents for each sample;
 `samples` and `vectors` are slices of N and Q, and `units` of a parameter's first dimension. Row
@@ -32,7 +32,8 @@ Reading order, each file on top of those before it:
    used several times. `parameter_blocks`: rows cut into groups of parameters. `one_pass`: rows of
    a training step.
 5. `probe` and `engine_choice`: the check, and the choice of an engine.
-6. `rank_exchange`: all of the distributed case. Nothing above it depends on ranks.
+6. `rank_exchange`: the distributed case, as subclasses of the row source and of the probe. Its
+   `probe_of` is the only place that distinguishes a single process from the rank of a group.
 """
 
 from ngeval.jacobians.captured_rows import CapturedRows, row_combinations
