@@ -475,7 +475,7 @@ OPTIONS = [
 OTHER_TASKS = [
     case(
         "batch-size-over-data",
-        *("5000", "1..1437"),
+        *("5000", "from 1 to 1437"),
         line="--task digits-cnn --checkpoint {place}/digits.safetensors --batch-size 5000",
     ),
     *(
@@ -738,7 +738,7 @@ class TestTrain:
 
     def test_batch_size_over_the_data(self, tmp_path):
         line = f"train -t digits-cnn --batch-size 5000 -q -o {tmp_path}/run"
-        assert_refused(run(line), "5000", "1..1437")
+        assert_refused(run(line), "5000", "from 1 to 1437")
 
     def test_folder_of_an_earlier_run(self, place):
         before = files_under(place / "old_run")
@@ -774,7 +774,7 @@ class TestDemo:
             ("--batch-size 0", ("batch size", "1")),
             ("--num-batches 0", ("number of batches", "1")),
             ("--epochs=-1", ("epochs", "≥ 0")),
-            ("--batch-size 5000", ("5000", "1..1437")),
+            ("--batch-size 5000", ("5000", "from 1 to 1437")),
         ],
     )
     def test_options_are_checked_before_training(self, tmp_path, options, words, monkeypatch):
@@ -795,7 +795,10 @@ class TestPlot:
         ("line", "words"),
         [
             ("gammas.csv --kind stage", ("'stage'", "did you mean 'stages'")),
-            ("gammas.csv --kind imbalance", ("gradient_norm", "imbalance makes")),
+            (
+                "gammas.csv --kind imbalance",
+                ("gradient_norm", "gradient norms from ngeval imbalance"),
+            ),
             ("norms.csv --kind stages", ("method", "gamma")),
             ("norms.csv --kind damping", ("method", "gamma")),
             ("gammas.csv --damping 5", ("damping 5", "0.001")),

@@ -339,7 +339,7 @@ class TestCommand:
 
     def test_without_output_it_only_prints(self, files, tmp_path):
         before = sorted(tmp_path.rglob("*"))
-        assert "tuned to" in run("compare", "--trained", files[0]).stdout
+        assert "tuned settings" in run("compare", "--trained", files[0]).stdout
         assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("option", ["--task", "--checkpoint", "--hf-model"])
