@@ -128,6 +128,14 @@ def test_a_broken_plugin_says_why_and_harms_nobody(install, source, value, messa
     sys.modules.pop("broken_plugin", None)
 
 
+def test_a_function_that_returns_no_method(install: Install):
+    source = "def make(name, text):\n    return 3\n"
+    install("empty", "empty_method", source, {"empty": "empty_method:make"})
+    message = r"'empty' of empty 1\.2 cannot be built: TypeError: it has type int, without \.name"
+    with pytest.raises(ngeval.InputError, match=message):
+        get_method("empty")
+
+
 def test_own_names_cannot_be_taken(install: Install):
     install("thief", "thief_plugin", "entry = None", {"ief": "thief_plugin:entry"})
     with pytest.warns(UserWarning, match=r"method 'ief' of thief 1\.2 is ignored, because ngeval"):
@@ -210,6 +218,11 @@ class TestLikelihoods:
             (
                 "import ngeval\nclass entry(ngeval.Likelihood):\n    pass\n",
                 r"'broken' of broken 1\.2 cannot be built: TypeError: Can't instantiate",
+            ),
+            (
+                "import ngeval\nclass entry(ngeval.Likelihood):\n"
+                "    parse = classmethod(lambda *_: 3)\n",
+                r"cannot be built: TypeError: its parse returned int, not a Likelihood",
             ),
         ],
     )

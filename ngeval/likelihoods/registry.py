@@ -70,4 +70,7 @@ def _from_plugin(point: EntryPoint, name: str, parameter: str) -> Likelihood:
             "of ngeval.Likelihood"
         )
     with plugin_errors(point, name):
-        return kind.parse(name, parameter)
+        built = kind.parse(name, parameter)
+        if not isinstance(built, Likelihood):
+            raise TypeError(f"its parse returned {type(built).__name__}, not a Likelihood")
+    return built

@@ -160,7 +160,10 @@ def get_method(method: str | Method | Optimizer) -> Method:
     entry = _loaded(point)
     _check_parameter(name, entry)
     with plugin_errors(point, name):
-        return _checked(entry.make(name, parameter))
+        built = entry.make(name, parameter)
+        if not _is_method(built):
+            raise TypeError(f"it has type {type(built).__name__}, without .name and .prepare")
+    return built
 
 
 def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Method]:
@@ -197,16 +200,16 @@ def _from_object(method: Method | Optimizer) -> Method:
             "ngeval.methods.optimizer.step:OptimizerStep"
         )
         return step(method)
-    return _checked(method)
-
-
-def _checked(method: Method) -> Method:
-    if not (hasattr(method, "prepare") and hasattr(method, "name")):
+    if not _is_method(method):
         raise InputError(
             "a method is a name, an optimizer, or an object with .name and .prepare, not a "
             f"{type(method).__name__}"
         )
     return method
+
+
+def _is_method(value: object) -> bool:
+    return hasattr(value, "prepare") and hasattr(value, "name")
 
 
 def _is_builtin(family: str) -> bool:
