@@ -36,6 +36,7 @@ class Programs(console.Commands):
 
 app = typer.Typer(
     cls=Programs,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="`python -m studies` lists the studies, `python -m studies NAME` runs one, and "

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ngeval.errors import InputError
 from studies.base import Finding, decide
-from studies.statistics import Interval, geometric_interval, slope_interval
+from studies.statistics import Interval, at_best_damping, geometric_interval, slope_interval
 
 PAPER = "Hwang, arXiv 2405.12807"
 DIAGONALS = ("diag", "diag-ef", "diag:0.5", "diag-ef:0.5")
@@ -44,11 +44,7 @@ def at_best(rows: pd.DataFrame) -> pd.DataFrame:
 
     A row for each cell, method, seed and batch; the cell is depth, width and stage.
     """
-    good = rows[rows["status"] == "ok"]
-    good = good.assign(log=np.log(good["gamma_over_ng"]))
-    means = good.groupby([*CELL, "method", "damping"], as_index=False)["log"].mean()
-    best = means.loc[means.groupby([*CELL, "method"])["log"].idxmin()]
-    return good.merge(best[[*CELL, "method", "damping"]], on=[*CELL, "method", "damping"])
+    return at_best_damping(rows, CELL, "gamma_over_ng")
 
 
 def cells(best: pd.DataFrame, method: str, column: str = "gamma_over_ng") -> pd.DataFrame:

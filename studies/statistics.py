@@ -56,6 +56,19 @@ def geometric_interval(values: ArrayLike) -> Interval:
     return mean_interval(np.log(np.asarray(values, dtype=float))).exp()
 
 
+def at_best_damping(rows: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+    """The rows at the λ with the least geometric mean of a column, for all values of ``keys``.
+
+    Rows with a status other than ``ok`` are left out.
+    """
+    keys = [*keys, "method"]
+    rows = rows[rows["status"] == "ok"]
+    rows = rows.assign(log=np.log(rows[column]))
+    means = rows.groupby([*keys, "damping"], as_index=False)["log"].mean()
+    best = means.loc[means.groupby(keys)["log"].idxmin()]
+    return rows.merge(best[[*keys, "damping"]], on=[*keys, "damping"])
+
+
 def geometric_intervals(rows: pd.DataFrame, by: str, column: str) -> dict[float, Interval]:
     """The geometric mean of a column with its interval, for every value of ``by`` in order.
 

@@ -9,6 +9,7 @@ from ngeval.errors import InputError
 from studies.base import Finding, decide
 from studies.statistics import (
     Interval,
+    at_best_damping,
     geometric_intervals,
     rank_correlation,
     slope_interval,
@@ -126,7 +127,9 @@ def _of_imbalance(gammas: pd.DataFrame) -> Finding:
 
 def _closer(gammas: pd.DataFrame, *, each_at_best: bool) -> Finding:
     """γ_iEF against γ_EF and γ_SF at every stage of training."""
-    rows = _best(gammas) if each_at_best else near_zero(gammas)
+    rows = (
+        at_best_damping(gammas, ["epoch"], "gamma_over_sgd") if each_at_best else near_zero(gammas)
+    )
     where = "With each method at its best λ" if each_at_best else f"At λ = {SMALL:g}"
     ratios = {other: _ratio(rows, "ief", other) for other in ("ef", "sf", "sgd")}
     outcomes = [i.is_below(1) for other in ("ef", "sf") for i in ratios[other].values()]
@@ -210,15 +213,6 @@ def near_zero(gammas: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise InputError(f"the rows have none at λ = {SMALL:g}")
     return rows
-
-
-def _best(gammas: pd.DataFrame) -> pd.DataFrame:
-    """For each epoch and method the rows at the λ with the least geometric mean of γ/γ_SGD."""
-    rows = usable(gammas)
-    rows = rows.assign(log=np.log(rows["gamma_over_sgd"]))
-    means = rows.groupby(["epoch", "method", "damping"], as_index=False)["log"].mean()
-    best = means.loc[means.groupby(["epoch", "method"])["log"].idxmin()]
-    return rows.merge(best[["epoch", "method", "damping"]], on=["epoch", "method", "damping"])
 
 
 def _ratio(rows: pd.DataFrame, method: str, other: str) -> dict[float, Interval]:
