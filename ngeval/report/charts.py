@@ -213,7 +213,7 @@ def _norms(
         line = Line(name, Look(colours.BAND), x, value, *ends, hover, (labels,))
         middle, *band = line.traces()
         traces += [middle, *band] if name else band
-    for name, level in (("largest", 1.0), ("95 %", 0.95), ("5 %", 0.05), ("least", 0.0)):
+    for name, level in (("largest", 1.0), ("95 %", 0.95), ("5 %", 0.05), ("smallest", 0.0)):
         look = Look(colours.BAND, "dot" if level in (0.0, 1.0) else "dash")
         ends = ([float("nan")] * len(x),) * 2
         line = Line(name, look, x, quantiles[level].tolist(), *ends, hover, (labels,), False)
