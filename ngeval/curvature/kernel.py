@@ -84,6 +84,11 @@ class Kernel:
             return self.theta
         return self.problem.shards.synchronized(lambda: GramKernel(self.problem))
 
+    @property
+    def cheapest(self) -> LogitKernel:
+        """All of Θ if it is in memory, since its products need no pass through the model."""
+        return self.dense if "dense" in self.__dict__ else self.theta
+
     @cached_property
     def residual_vectors(self) -> Tensor:
         """The residuals u as vectors ``(N, 1, *positions, C)``, as one tensor, known to Θ."""

@@ -211,7 +211,7 @@ def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | 
     are the basis; in a coarser dtype, those above a hundredth of its rounding.
     """
     problem, vectors = members[0].problem, members[0].vectors
-    gram = kernel.theta.gram(vectors)
+    gram = kernel.cheapest.gram(vectors)
     coefficients = torch.cat([_coefficients(each, vectors).flatten(1) for each in members])
     spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, coefficients.norm(dim=0))
     root = spectrum.eigenvalues.sqrt()
@@ -227,7 +227,7 @@ def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | 
     if not _has_room(problem, len(weights)):
         return None
     return _Basis(
-        kernel.theta.combinations(vectors, weights),
+        kernel.cheapest.combinations(vectors, weights),
         list((unit @ basis.T).split(sizes)),
         list(lengths.split(sizes)),
     )

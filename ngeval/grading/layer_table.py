@@ -1,9 +1,9 @@
-"""What each layer of an update is worth: where does an optimizer lose its quality?
+"""The quality of each layer of an update: where does an optimizer lose it?
 
-An update d falls into the parts d_l of its layers, with every other layer's entries set to 0.
-Each part has a γ of its own, and since d = Σ_l d_l, what the whole update buys and spends are sums
-over layers: dᵀg = Σ_l d_lᵀg and dᵀFd = Σ_l d_lᵀFd. A layer whose share of dᵀFd is greater than its
-share of dᵀg spends more than it buys. For the natural gradient, Fd = g, the two are equal.
+An update d is the sum of the parts d_l of its layers, with every other layer's entries set to 0.
+Each part has its γ, and what the whole update buys and spends are sums over layers:
+dᵀg = Σ_l d_lᵀg and dᵀFd = Σ_l d_lᵀFd. A layer whose share of dᵀFd is greater than its share of dᵀg
+spends more than it buys. For the natural gradient, Fd = g, the two are equal.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Parts:
-    """What the parts of one update are worth: float64, shape ``(groups,)``.
+    """The quality of the parts of one update: float64, shape ``(groups,)``.
 
     Attributes:
         decrease: d_lᵀg.
@@ -113,7 +113,7 @@ def layer_table(
         problem: the model, batch and likelihood.
         methods: names or objects, as in `ngeval.evaluate`.
         dampings: λ ≥ 0.
-        groups: ``"layer"``: parameters of one module together; ``"parameter"``: each by itself; a
+        groups: ``"layer"``: parameters of one module together; ``"parameter"``: each alone; a
             whole number k: those whose names agree in the first k components (2 puts
             ``encoder.3.attention.weight`` into ``encoder.3``); a mapping from group to parameter
             names (the others are in ``(rest)``); or a function from name to group.
@@ -133,7 +133,7 @@ def layer_table(
           the layer's exact Fisher is out of reach);
         - ``decrease`` d_lᵀg and ``decrease_share``, which adds up to 1 over layers;
         - ``curvature`` d_lᵀFd, with cross terms, so that it adds up to dᵀFd (it is negative where
-          other layers undo what this one does), and ``curvature_share``, which adds up to 1;
+          other layers undo what this layer does), and ``curvature_share``, which adds up to 1;
         - ``excess``: curvature_share − decrease_share = ∂ log γ / ∂ log η_l for a learning rate η_l
           of that layer alone: where it is positive, a smaller step in that layer would lower γ. It
           is 0 in every layer for the natural gradient;
@@ -188,15 +188,15 @@ def layer_table(
 
 
 def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Parts:
-    """What the parts of an update are worth.
+    """Grade the parts of an update.
 
-    They go through the model at unit length, as many at a time as there is room for, each time
-    with the whole update beside them.
+    They are pushed through the model at unit length, as many at a time as fit in memory, each time
+    together with the whole update.
 
     Args:
         metric: whose F and g.
         direction: d, shape ``(P,)``.
-        groups: that d falls into.
+        groups: of parameters, one for each part.
 
     Raises:
         InputError: the direction does not fit or is not finite.
@@ -206,11 +206,11 @@ def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Part
     size = torch.linalg.vector_norm(wide, math.inf).clamp_min(1e-300)
     wide = wide / size
     norms = torch.stack([torch.cat([wide[p] for p in group.places]).norm() for group in groups])
-    own, cross, decrease = (torch.zeros_like(norms) for _ in range(3))
+    squares, cross, decrease = (torch.zeros_like(norms) for _ in range(3))
     total = math.nan
     for chosen in _chunks(metric.problem, len(groups)):
         forms = metric.forms(_unit_rows(metric.problem, wide, groups[chosen], norms[chosen]))
-        own[chosen] = forms.curvature.diagonal()[1:].clamp_min(0)
+        squares[chosen] = forms.curvature.diagonal()[1:].clamp_min(0)
         cross[chosen] = forms.curvature[0, 1:]
         decrease[chosen] = forms.decrease[1:]
         total = float(_gammas(forms.curvature[0, 0].clamp_min(0), forms.decrease[0]))
@@ -218,9 +218,9 @@ def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Part
     return Parts(
         decrease=_numbers(decrease * part),
         curvature=_numbers(cross * part * whole),
-        own_curvature=_numbers(own * part.square()),
+        own_curvature=_numbers(squares * part.square()),
         norms=_numbers(part),
-        gammas=_numbers(_gammas(own, decrease)),
+        gammas=_numbers(_gammas(squares, decrease)),
         gamma_total=total,
     )
 
