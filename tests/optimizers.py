@@ -146,7 +146,7 @@ def run(folder: Path, name: str, epochs: int = 2, **options) -> Path:
 
 
 def graded_at(checkpoint, **options) -> tuple[nn.Module, ngeval.Problem, Stage]:
-    """The model at a checkpoint of a run, a problem, and what the method is told."""
+    """The model at a checkpoint of a run, a problem, and the stage that the method gets."""
     model = net()
     load_checkpoint(model, checkpoint)
     x, y = next(iter(load_batches(9, 1, 77)))

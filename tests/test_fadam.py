@@ -38,13 +38,13 @@ def gradients(steps, dtype=torch.float64, seed=1, scale=1.0):
     spread = [
         10 ** (3 * torch.rand(s, generator=generator, dtype=torch.float64) - 3) for s in SHAPES
     ]
-    found = []
+    result = []
     for _ in range(steps):
         noise = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
-        found.append([(scale * a * b).to(dtype) for a, b in zip(noise, spread, strict=True)])
-    for each in found:
+        result.append([(scale * a * b).to(dtype) for a, b in zip(noise, spread, strict=True)])
+    for each in result:
         each[0][1] = 0.0  # a row of an embedding that is never looked up
-    return found
+    return result
 
 
 def parameters_of(values):
@@ -110,8 +110,8 @@ def assert_follows(trace, values, steps, **options):
         expected = by_numpy(
             start.double().numpy(), [each[index].double().numpy() for each in steps], **options
         )
-        for found, want in zip(trace, expected, strict=True):
-            np.testing.assert_allclose(found[index].numpy(), want, rtol=1e-9, atol=1e-12)
+        for result, want in zip(trace, expected, strict=True):
+            np.testing.assert_allclose(result[index].numpy(), want, rtol=1e-9, atol=1e-12)
 
 
 class TestAlgorithm:
@@ -421,7 +421,7 @@ class TestAsAnOptimizer:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "message"),
         [
             ({"lr": -1.0}, "lr must be a number ≥ 0"),
             ({"lr": math.nan}, "lr must be"),
@@ -439,11 +439,11 @@ class TestRefusals:
             ({"exponent": True}, "exponent must be"),
         ],
     )
-    def test_options_out_of_range(self, options, told):
+    def test_options_out_of_range(self, options, message):
         weight = nn.Parameter(torch.ones(2))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             FAdam([weight], **options)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             FAdam([{"params": [weight], **options}])
 
     def test_a_bad_group_is_not_added(self):

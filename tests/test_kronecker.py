@@ -116,12 +116,12 @@ def expected_direction(
     case: problems.Case, labels: reference_kfac.Labels, sharing: str, kind: str, damping: float
 ) -> Tensor:
     dense = case.reference()
-    found = reference_kfac.layers(case.model, case.inputs, dense, labels(dense))
+    result = reference_kfac.layers(case.model, case.inputs, dense, labels(dense))
     update = torch.zeros(dense.jacobian.shape[2], dtype=torch.float64)
-    for layer in found.values():
+    for layer in result.values():
         # Pixels all count; tokens that no output depends on do not.
-        made = reference_kfac.factors(layer, sharing, skip=case.inputs.ndim == 3)
-        solved = reference_kfac.solve(layer, made, damping, kind, dense.num_samples)
+        computed = reference_kfac.factors(layer, sharing, skip=case.inputs.ndim == 3)
+        solved = reference_kfac.solve(layer, computed, damping, kind, dense.num_samples)
         update[layer.places.flatten()] = solved.flatten()
     return update
 
@@ -136,8 +136,8 @@ class TestAgainstExplicitProducts:
         problem = case.problem()
         for damping in DAMPINGS:
             expected = expected_direction(case, LABELS[method], sharing, kind, damping)
-            found = direction(problem, f"{method}:{sharing}:{kind}", damping)
-            assert problems.relative_gap(found, expected) < 1e-9, damping
+            result = direction(problem, f"{method}:{sharing}:{kind}", damping)
+            assert problems.relative_gap(result, expected) < 1e-9, damping
 
     @pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
     def test_other_likelihoods(self, family):
@@ -181,8 +181,8 @@ class TestAgainstExplicitProducts:
         whole = case.problem()
         tight = case.problem(memory=memory)
         assert len(tight.rows.blocks(torch.zeros(13, 4, 3), KEPT_SHARE)) > 1
-        found = direction(tight, method, 1e-3)
-        assert problems.relative_gap(found, direction(whole, method, 1e-3)) < 1e-10
+        result = direction(tight, method, 1e-3)
+        assert problems.relative_gap(result, direction(whole, method, 1e-3)) < 1e-10
 
     def test_grouped_convolution(self):
         """A grouped convolution is one convolution for each group, with factors of its own."""
@@ -254,11 +254,11 @@ class TestExactness:
     def test_one_datum_of_data_labels_is_ef_by_layer(self, method):
         case = make("mlp", count=1)
         dense = case.reference()
-        found = reference_kfac.layers(
+        result = reference_kfac.layers(
             case.model, case.inputs, dense, reference_kfac.data_labels(dense)
         )
         update = direction(case.problem(), method, 1e-2)
-        for layer in found.values():
+        for layer in result.values():
             block = reference_kfac.exact_block(layer)
             eye = torch.eye(len(block)).double()
             expected = torch.linalg.solve(block + 1e-2 * eye, layer.gradient.flatten())
@@ -286,8 +286,8 @@ class TestExactness:
             torch.manual_seed(0)
             problem = case_of(DeepLinear(pool=pool).double().eval(), (3, 4), "gaussian").problem()
             expected = direction(problem, "block-ng", 1e-2)
-            found = direction(problem, f"kfac:{exact}", 1e-2)
-            assert problems.relative_gap(found, expected) < 1e-9
+            result = direction(problem, f"kfac:{exact}", 1e-2)
+            assert problems.relative_gap(result, expected) < 1e-9
             worse = direction(problem, f"kfac:{other}", 1e-2)
             assert problems.relative_gap(worse, expected) > 1e-2
 
@@ -335,11 +335,11 @@ class TestEigenvalueCorrection:
     def test_solves_in_the_eigenbasis(self):
         case = make("padded")
         dense = case.reference()
-        found = reference_kfac.layers(
+        result = reference_kfac.layers(
             case.model, case.inputs, dense, reference_kfac.data_labels(dense)
         )
         update = direction(case.problem(), "ekfac-ef", 1e-2)
-        for layer in found.values():
+        for layer in result.values():
             a, b, _ = reference_kfac.factors(layer, "expand", skip=True)
             basis = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
             values = (basis.T @ reference_kfac.exact_block(layer) @ basis).diagonal()
@@ -380,16 +380,16 @@ class TestBlocks:
         state = prepared("block-ng", problem)
         dampings = [1e-3, 1e-2, 1e-1, 1.0]
         expected = [state.direction(damping) for damping in dampings]
-        made = []
+        computed = []
         original = group_rows.group_combinations
         monkeypatch.setattr(
             "ngeval.curvature.fisher_blocks.group_combinations",
-            lambda *args: made.append(1) or original(*args),
+            lambda *args: computed.append(1) or original(*args),
         )
         updates = state.updates(dampings)
         for i in (0, 1, 2, 3):
             assert problems.relative_gap(updates.direction(i), expected[i]) < 1e-12
-        assert len(made) == 1
+        assert len(computed) == 1
 
     def test_too_large(self, monkeypatch):
         monkeypatch.setattr("ngeval.curvature.fisher_blocks.DENSE_SIZE", 10)
@@ -471,8 +471,8 @@ def test_a_layer_called_twice_is_covered():
     second = torch.tanh(model.inner(first)).detach()
     ones = torch.ones(len(first), 1, dtype=torch.float64)
     rows = torch.cat([torch.cat([part, ones], 1) for part in (first, second)])
-    made = block.input_vectors[0] @ torch.diag(block.input_values[0]) @ block.input_vectors[0].T
-    assert problems.relative_gap(made, rows.T @ rows) < 1e-10
+    computed = block.input_vectors[0] @ torch.diag(block.input_values[0]) @ block.input_vectors[0].T
+    assert problems.relative_gap(computed, rows.T @ rows) < 1e-10
     assert block.count == 2 * len(first)
 
 
@@ -603,8 +603,8 @@ def test_diagonals(exponent):
         ("diag-ief", (gradients.square() / squares).sum(0)),
     ):
         expected = gradient / (diagonal + 1e-3) ** exponent
-        found = direction(problem, f"{name}:{exponent}", 1e-3)
-        assert problems.relative_gap(found, expected) < 1e-10
+        result = direction(problem, f"{name}:{exponent}", 1e-3)
+        assert problems.relative_gap(result, expected) < 1e-10
 
 
 class TestTransformersConv1D:
@@ -637,26 +637,26 @@ class TestTransformersConv1D:
     def test_every_method(self, pair, method):
         linear, held = (case.problem() for case in pair)
         expected = linear.function.unflatten(direction(linear, method, 1e-2))
-        found = held.function.unflatten(direction(held, method, 1e-2))
+        result = held.function.unflatten(direction(held, method, 1e-2))
         for name, value in expected.items():
             wanted = value.T if name.endswith("weight") else value
-            assert problems.relative_gap(found[name], wanted) < 1e-9, name
+            assert problems.relative_gap(result[name], wanted) < 1e-9, name
 
     def test_rows_in_pieces(self, pair, monkeypatch):
         monkeypatch.setattr("ngeval.jacobians.inner_products.PIECE_ENTRIES", 20)
         linear, held = (case.problem() for case in pair)
         for method in ("ef", "diag-ef", "ekfac-ef", "block-ng"):
             expected = linear.gamma(direction(linear, method, 1e-2))
-            found = held.gamma(direction(held, method, 1e-2))
-            assert found == pytest.approx(expected, rel=1e-9), method
+            result = held.gamma(direction(held, method, 1e-2))
+            assert result == pytest.approx(expected, rel=1e-9), method
 
     def test_rows_are_those_of_a_loop(self, pair):
         loop, layers = (pair[1].problem(engine=engine) for engine in ("loop", "layers"))
         vectors = loop.residual.unsqueeze(1)
         block = loop.rows.blocks(vectors)[0]
-        expected, found = loop.rows.rows(vectors, block), layers.rows.rows(vectors, block)
+        expected, result = loop.rows.rows(vectors, block), layers.rows.rows(vectors, block)
         for name, rows in expected.items():
-            assert problems.relative_gap(found[name], rows) < 1e-10, name
+            assert problems.relative_gap(result[name], rows) < 1e-10, name
 
 
 class Causal(nn.Module):

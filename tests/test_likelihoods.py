@@ -184,8 +184,8 @@ class TestPadding:
         expected = reference.residual(self.logits, self.targets, family)
         torch.testing.assert_close(bound.residual().flatten(1), expected, rtol=0, atol=1e-14)
         expected = reference.curvature(self.logits, self.targets, family)
-        found = columns(bound.fisher_product, bound)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        result = columns(bound.fisher_product, bound)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
         expected = reference.loss(self.logits, self.targets, family)
         torch.testing.assert_close(bound.loss(), expected, rtol=1e-13, atol=1e-14)
 
@@ -288,9 +288,9 @@ class TestSampling:
         labels = bound.sample(self.draws, self.generator())
         assert labels.shape == (self.draws, 3, 2)
         p = torch.softmax(bound.logits, -1)
-        found = torch.nn.functional.one_hot(labels, 4).double().mean(0)
+        result = torch.nn.functional.one_hot(labels, 4).double().mean(0)
         error = (p * (1 - p) / self.draws).sqrt()
-        assert bool(((found - p).abs() < 5 * error).all()), (found, p)
+        assert bool(((result - p).abs() < 5 * error).all()), (result, p)
 
     def test_bernoulli_frequencies(self):
         bound = bind("bernoulli", (3, 4))
@@ -417,5 +417,5 @@ class TestBadTargets:
         for name in ("gaussian", "bernoulli"):
             expected = get_likelihood(name).bind(self.logits, ones).residual()
             for targets in (ones.long(), ones.bool()):
-                found = get_likelihood(name).bind(self.logits, targets).residual()
-                assert torch.equal(found, expected)
+                result = get_likelihood(name).bind(self.logits, targets).residual()
+                assert torch.equal(result, expected)

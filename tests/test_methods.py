@@ -83,8 +83,8 @@ class TestDenseIsLogitSpace:
                 "cosine_sgd": float(cosine),
             }
             for column, value in expected.items():
-                found = getattr(row, column)
-                assert found == pytest.approx(value, rel=10 * tolerance), (row.method, column)
+                result = getattr(row, column)
+                assert result == pytest.approx(value, rel=10 * tolerance), (row.method, column)
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("name", ["categorical-sequence-float64", "gaussian-conv-float64"])
@@ -97,13 +97,13 @@ class TestDenseIsLogitSpace:
             place = min(i, updates.count - 1)  # one update may stand for every λ
             tolerance = tolerance_of(name, method, damping)
             parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
-            for found, expected in (
+            for result, expected in (
                 (grades.quadratics.curvature[place], parts.curvature),
                 (grades.quadratics.decrease[place], parts.decrease),
                 (grades.quadratics.gammas[place], parts.gammas),
                 (grades.squared_norms[place], direction.square().sum()),
             ):
-                assert float(found) == pytest.approx(float(expected), rel=2 * tolerance)
+                assert float(result) == pytest.approx(float(expected), rel=2 * tolerance)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_float32_models(self, method):
@@ -113,8 +113,8 @@ class TestDenseIsLogitSpace:
             table = ngeval.evaluate(problem, [method], [1.0, 10.0])
             for row in table.itertuples():
                 expected = reference.update(dense, method, row.damping, labels)
-                found = reference.gamma(dense, expected)
-                assert row.gamma == pytest.approx(found, rel=1e-4)
+                result = reference.gamma(dense, expected)
+                assert row.gamma == pytest.approx(result, rel=1e-4)
 
 
 class TestGamma:

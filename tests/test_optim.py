@@ -182,10 +182,10 @@ class TestState:
             optimizer.step(problem_of(model))
             return torch.cat([w.flatten() for w in weights(model)]) - before
 
-        found = [moved(0, 0), moved(0, 1), moved(1, 0)]
-        assert torch.equal(found[0], moved(0, 0))
-        assert not torch.equal(found[0], found[1])
-        assert not torch.equal(found[0], found[2])
+        moves = [moved(0, 0), moved(0, 1), moved(1, 0)]
+        assert torch.equal(moves[0], moved(0, 0))
+        assert not torch.equal(moves[0], moves[1])
+        assert not torch.equal(moves[0], moves[2])
 
     def test_copies_are_apart(self):
         model = mlp()

@@ -57,7 +57,7 @@ def expected_update(case: problems.Case, method: str, damping: float, step: int 
     return reference.update(dense, method, damping, labels)
 
 
-def made(method: str, model: nn.Module, lr: float, **options: object) -> ExactOptimizer:
+def optimizer_of(method: str, model: nn.Module, lr: float, **options: object) -> ExactOptimizer:
     if method.startswith("sf"):
         options["mc_samples"] = int(method.partition(":")[2])
     return CLASSES[method](trainable(model), lr, **options)
@@ -71,7 +71,7 @@ class TestAgainstTheDenseReference:
         case = problems.make(name)
         update, before = expected_update(case, method, damping), flat(case.model)
         mean = case.problem().loss.mean()
-        optimizer = made(method, case.model, 0.3, damping=damping)
+        optimizer = optimizer_of(method, case.model, 0.3, damping=damping)
         loss = optimizer.step(case.problem().with_batch(case.inputs, case.targets))
         assert problems.relative_gap(before - flat(case.model), 0.3 * update) < 1e-8
         assert loss.shape == ()
@@ -83,7 +83,7 @@ class TestAgainstTheDenseReference:
         """Five steps by hand: m ← μm + clip(d), p ← p(1 − η·wd) − ηm, η halved every two."""
         case = problems.make("categorical-mlp-float64")
         byhand = copy.deepcopy(case)
-        optimizer = made(
+        optimizer = optimizer_of(
             method, case.model, 0.2, damping=0.1, momentum=0.8, weight_decay=0.05, max_norm=0.5
         )
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
@@ -131,8 +131,8 @@ class TestArchitectures:
         rows = torch.einsum("nc,ncp->np", residual, jacobian)
         gram = rows @ rows.T + 0.1 * torch.eye(len(rows)).double()
         expected = rows.T @ torch.linalg.solve(gram, residual.square().sum(1))
-        found = empirical_update(problem, 0.1, improved=True)
-        assert problems.relative_gap(found, expected) < 1e-9
+        result = empirical_update(problem, 0.1, improved=True)
+        assert problems.relative_gap(result, expected) < 1e-9
         labels = problem.distribution.sample(2, torch.Generator().manual_seed(7))
         drawn = problem.distribution.residual(labels).flatten(2)
         sampled = torch.einsum("knc,ncp->knp", drawn, jacobian).flatten(0, 1)
@@ -147,38 +147,38 @@ class TestAgainstTheMethods:
     def both(self, problem: ngeval.Problem, damping: float) -> list[tuple[Tensor, Tensor]]:
         pairs = []
         for name in ("ef", "ief"):
-            found = empirical_update(problem, damping, improved=name == "ief")
-            pairs.append((found, prepared(name, problem).direction(damping)))
-        found = sampled_update(problem, damping, 2, 3)
-        pairs.append((found, prepared("sf:2", problem, 3).direction(damping)))
+            result = empirical_update(problem, damping, improved=name == "ief")
+            pairs.append((result, prepared(name, problem).direction(damping)))
+        result = sampled_update(problem, damping, 2, 3)
+        pairs.append((result, prepared("sf:2", problem, 3).direction(damping)))
         return pairs
 
     @pytest.mark.parametrize("damping", [0.0, 1e-7, 1e-2])
     @pytest.mark.parametrize("name", NAMES)
     def test_also_without_damping(self, name: str, damping: float):
         case = problems.make(name)
-        for found, expected in self.both(case.problem(), damping):
-            assert problems.relative_gap(found, expected) < 1e-7
+        for result, expected in self.both(case.problem(), damping):
+            assert problems.relative_gap(result, expected) < 1e-7
 
     @pytest.mark.parametrize("engine", ["vmap", "loop"])
     def test_engines_without_a_plan(self, engine: str):
         case = problems.make("categorical-mlp-float64")
-        for found, expected in self.both(case.problem(engine=engine), 1e-2):
-            assert problems.relative_gap(found, expected) < 1e-10
+        for result, expected in self.both(case.problem(engine=engine), 1e-2):
+            assert problems.relative_gap(result, expected) < 1e-10
 
     def test_little_memory(self, monkeypatch: pytest.MonkeyPatch):
         case = problems.make("categorical-conv-float64")
         problem = case.problem(memory=9000)
         monkeypatch.setattr(onepass, "KEPT_SHARE", 0.1)
         assert problem.one_pass() is None
-        for found, expected in self.both(problem, 1e-2):
-            assert problems.relative_gap(found, expected) < 1e-10
+        for result, expected in self.both(problem, 1e-2):
+            assert problems.relative_gap(result, expected) < 1e-10
 
     def test_more_samples_than_parameters(self):
         """K is singular: what a Cholesky factor would make of it is left to the spectrum."""
         case = problems.make("gaussian-linear-float32", num_samples=60)
-        for found, expected in self.both(case.problem(), 1e-9)[:2]:
-            assert problems.relative_gap(found, expected) < 1e-4
+        for result, expected in self.both(case.problem(), 1e-9)[:2]:
+            assert problems.relative_gap(result, expected) < 1e-4
 
     def test_a_learnt_sample_has_no_row(self):
         """Its residual underflows, and so does its gradient."""
@@ -188,9 +188,9 @@ class TestAgainstTheMethods:
         targets = torch.tensor([0, 0, 1, 0, 2, 1, 0])
         problem = ngeval.Problem(case.model, case.inputs, targets, "categorical")
         assert float(problem.residual[0].abs().sum()) == 0
-        found = empirical_update(problem, 1e-3, improved=False)
+        result = empirical_update(problem, 1e-3, improved=False)
         expected = prepared("ef", problem).direction(1e-3)
-        assert problems.relative_gap(found, expected) < 1e-9
+        assert problems.relative_gap(result, expected) < 1e-9
 
 
 class TestSolve:
@@ -203,10 +203,10 @@ class TestSolve:
     @pytest.mark.parametrize("damping", [0.0, 1e-6, 10.0])
     def test_against_numpy(self, damping: float):
         matrix, right = self.random(40)
-        found = solve_damped(matrix, right, damping, 2e-16)
-        assert found is not None
+        result = solve_damped(matrix, right, damping, 2e-16)
+        assert result is not None
         expected = np.linalg.solve(matrix.numpy() + damping * np.eye(12), right.numpy())
-        assert problems.relative_gap(found, torch.from_numpy(expected)) < 1e-9
+        assert problems.relative_gap(result, torch.from_numpy(expected)) < 1e-9
 
     def test_a_singular_matrix_is_left_to_the_spectrum(self):
         matrix, right = self.random(5)
@@ -215,10 +215,10 @@ class TestSolve:
 
     def test_unless_the_damping_makes_up_for_it(self):
         matrix, right = self.random(5)
-        found = solve_damped(matrix, right, 1e6, 1e-7)
-        assert found is not None
+        result = solve_damped(matrix, right, 1e6, 1e-7)
+        assert result is not None
         expected = np.linalg.solve(matrix.numpy() + 1e6 * np.eye(12), right.numpy())
-        assert problems.relative_gap(found, torch.from_numpy(expected)) < 1e-12
+        assert problems.relative_gap(result, torch.from_numpy(expected)) < 1e-12
 
     def test_not_finite(self):
         matrix, right = self.random(40)
@@ -241,7 +241,7 @@ class TestLossOfEachSample:
         rates, errors = [0.02 / 4**i for i in range(4)], []
         for rate in rates:
             case.model.load_state_dict(start)
-            made(method, case.model, rate, damping=1e-12).step(case.problem())
+            optimizer_of(method, case.model, rate, damping=1e-12).step(case.problem())
             change = case.problem().loss - before.loss
             errors.append(float((change + rate * share).abs().max()))
             assert errors[-1] < 0.3 * rate * float(share.max())

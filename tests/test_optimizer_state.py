@@ -106,8 +106,8 @@ class TestTrainingKeepsStates:
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         load_checkpoint(model, last)
         assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters())
-        told = json.loads((tmp_path / "epoch-001.json").read_text())
-        assert (told["optimizer"], told["learning_rate"]) == ("muon", 1e-3)
+        metadata = json.loads((tmp_path / "epoch-001.json").read_text())
+        assert (metadata["optimizer"], metadata["learning_rate"]) == ("muon", 1e-3)
 
 
 class TestNamed:

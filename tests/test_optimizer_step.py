@@ -484,12 +484,12 @@ class TestParameters:
             def forward(self, x):
                 return self.used(x) + 0 * self.dead
 
-        def made():
+        def build_both():
             torch.manual_seed(0)
             model = Spare().double().eval()
             return model, torch.optim.AdamW(model.parameters(), weight_decay=0.5)
 
-        (model, adamw), (real, theirs) = made(), made()
+        (model, adamw), (real, theirs) = build_both(), build_both()
         x, y = batches(1)[0]
         problem = ngeval.Problem(model, x, y, "categorical")
         for warmup in (None, [(x, y)]):
@@ -497,8 +497,8 @@ class TestParameters:
             named = problem.function.unflatten(state.direction(0.0))
             assert not named["pooler.weight"].any()
             assert named["dead"].all()  # its gradient is zero: decayed
-            told = "the loss does not depend on pooler.weight, pooler.bias: no gradient, no step"
-            assert state.notes == (told,)
+            note = "the loss does not depend on pooler.weight, pooler.bias: no gradient, no step"
+            assert state.notes == (note,)
         start = flat(real)
         nn.functional.cross_entropy(real(x), y).backward()
         theirs.step()

@@ -73,18 +73,18 @@ class TestRows:
 
 class TestVerdicts:
     def test_where_ieKFAC_and_adam_lead(self):
-        found = verdicts(made_up({"kfac-ief": 0.5, "ief": 0.6, "adam": 0.5, "correlation": 0.95}))
-        assert [v for claim, v in found.items() if "iEF" in claim] == ["confirmed"] * 6
+        claims = verdicts(made_up({"kfac-ief": 0.5, "ief": 0.6, "adam": 0.5, "correlation": 0.95}))
+        assert [v for claim, v in claims.items() if "iEF" in claim] == ["confirmed"] * 6
         assert (
-            found["Adam's step is nearer to the natural gradient than the gradient"] == "confirmed"
+            claims["Adam's step is nearer to the natural gradient than the gradient"] == "confirmed"
         )
-        assert found["Adam's second moment stands for the diagonal of the empirical Fisher"] == (
+        assert claims["Adam's second moment stands for the diagonal of the empirical Fisher"] == (
             "confirmed"
         )
 
     def test_where_nothing_differs_nothing_is_confirmed(self):
-        found = verdicts(made_up({"ief": 0.5}))
-        assert set(found.values()) == {"not confirmed"}
+        claims = verdicts(made_up({"ief": 0.5}))
+        assert set(claims.values()) == {"not confirmed"}
 
     def test_where_it_holds_at_one_stage_alone(self):
         table = made_up({})
