@@ -424,14 +424,12 @@ class TestGamma:
         output = tmp_path / "new" / "folder" / "g.jsonl"
         assert len(gamma(output, *CNN, "-c", cnn.folder, *SMALL, "-m", "sgd")) == 6
 
-    def test_checkpoints_without_json_are_named_by_their_path(self, task_file, tmp_path):
-        folder = tmp_path / "kept[best]"
-        folder.mkdir()
-        path = random_weights(folder / "w.safetensors")
+    def test_checkpoints_without_json_are_named_by_their_file(self, task_file, tmp_path):
+        path = random_weights(tmp_path / "w[best].safetensors")
         args = ("-t", f"{task_file}:task", "-c", path, *SMALL, "-m", "sgd,ef")
         result = run("gamma", *args, "--output", tmp_path / "g.parquet")
         assert read(tmp_path / "g.parquet")["epoch"].isna().all()
-        assert "kept[best]/w.safetensors" in result.stdout
+        assert "w[best].safetensors" in result.stdout
 
 
 class TestSweep:
