@@ -13,11 +13,11 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from ngeval.analysis.training_results import average_ranks, performance
 from ngeval.plots import save_figure
 from ngeval.results.table_files import read_results
 from studies import STUDIES, Finding, Study
 from studies.base import check_rows
+from studies.training_results import average_ranks, performance
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "what-we-found.md"
@@ -84,14 +84,14 @@ def section(study: Study, rows: pd.DataFrame, findings: list[Finding]) -> str:
 
 
 def performance_table(rows: pd.DataFrame) -> list[str]:
-    """The table of ``ngeval compare --trained``: test accuracy and final training loss by task."""
+    """The table of ``python -m studies trained``: test accuracy and final training loss by task."""
     table = performance(rows)
     names = list(dict.fromkeys(table["optimizer"]))
     ranks = average_ranks(table)
     lines = [
         "Test accuracy at the best validation epoch (%) and training loss after the last epoch "
         "(nats), mean over 5 seeds ± half the 95 % t-interval; "
-        "`ngeval compare --trained figures/data/optimization.parquet` prints it:",
+        "`python -m studies trained figures/data/optimization.parquet` prints it:",
         "",
         f"| task | | {' | '.join(names)} |",
         "|---" * (len(names) + 2) + "|",

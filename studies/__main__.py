@@ -1,8 +1,9 @@
-"""``python -m studies``: the experiments, each as rows, a figure and findings, and the toy."""
+"""``python -m studies``: the experiments as rows, figures and findings; the toy; trainings."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,16 +23,20 @@ from ngeval.results.table_files import ResultFile, check_output, read_results
 from studies import STUDIES, Finding, Study, get_study
 from studies.base import QUICK, Size, check_packages, check_rows, identified, report
 from studies.toy.command import toy
+from studies.trained import trained
+
+OTHERS: dict[str, Callable[..., None]] = {"toy": toy, "trained": trained}
+"""The commands that are not studies."""
 
 DEFAULT_FOLDER = Path("ngeval-studies")
 COLOURS = {"confirmed": "green", "not confirmed": "red", "under conditions": "yellow"}
 
 
 class Programs(console.Commands):
-    """The first word of the command line is ``toy`` or the name of a study."""
+    """The first word of the command line is a key of `OTHERS` or the name of a study."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        return super().resolve_command(ctx, args if args[0] == "toy" else ["study", *args])
+        return super().resolve_command(ctx, args if args[0] in OTHERS else ["study", *args])
 
 
 app = typer.Typer(
@@ -39,10 +44,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="`python -m studies` lists the studies, `python -m studies NAME` runs one, and "
-    "`python -m studies toy` draws two parameters and two samples.",
+    help="`python -m studies` lists the studies, `python -m studies NAME` runs one, "
+    "`python -m studies toy` draws two parameters and two samples, and "
+    "`python -m studies trained` compares tuned optimizers.",
 )
-app.command()(toy)
+for command in OTHERS.values():
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from ngeval.plots.training_results import performance_figure
 from ngeval.tasks import Task, get_task
 from ngeval.training import Training
 from studies.base import Advance, Size, Study
 from studies.images import image_task, vit_lora_task
 from studies.optimization_findings import findings
 from studies.texts import text_task
+from studies.training_picture import performance_figure
 from studies.tuning import Tuning
 
 Grid = dict[str, tuple[float, ...]]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.training_results import average_ranks, outcomes, performance
 from ngeval.errors import InputError
 from studies.base import Finding, decide
 from studies.statistics import Interval, mean_interval
+from studies.training_results import average_ranks, outcomes, performance
 
 PAPER = "Wu et al., arXiv 2406.06420, experiment on optimisation performance"
 
@@ -45,7 +45,7 @@ def paired(ended: pd.DataFrame, task: str, other: str, what: str) -> Interval:
     training losses it is the difference of logarithms.
 
     Args:
-        ended: the table of `ngeval.analysis.training_results.outcomes`.
+        ended: the table of `studies.training_results.outcomes`.
         task: name of the task.
         other: name of the other optimizer.
         what: ``"test_accuracy"`` or ``"train_loss"``.

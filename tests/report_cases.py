@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -144,34 +143,6 @@ def layers() -> pd.DataFrame:
         for batch in range(3)
         for method, found in shares.items()
         for layer, buys, spends in zip(("0.1", "out"), *found, strict=True)
-    ]
-    return pd.DataFrame(rows)
-
-
-def trainings() -> pd.DataFrame:
-    """What ``ngeval train`` writes of a search: adamw at 0.9 ± 0.01, sgd at 0.7 ± 0.01."""
-    runs = [("search", 0, 0), ("search", 1, 0), *(("final", 0, seed) for seed in range(3))]
-    levels = {"adamw": 0.9, "sgd": 0.7}
-    rows = [
-        {
-            "task": "t",
-            "optimizer": optimizer,
-            "phase": phase,
-            "trial": trial,
-            "learning_rate": 0.1 * (1 + trial),
-            "damping": np.nan,
-            "monitor": "validation_loss",
-            "seed": seed,
-            "epoch": epoch,
-            "train_loss": 1.0 / (1 + epoch),
-            "validation_loss": 1.0 / (1 + epoch),
-            "validation_accuracy": level,
-            "test_loss": 1 - level,
-            "test_accuracy": level + 0.01 * (seed - 1),
-            "status": "ok",
-            "reason": "",
-        }
-        for (optimizer, level), (phase, trial, seed), epoch in product(levels.items(), runs, (0, 1))
     ]
     return pd.DataFrame(rows)
 

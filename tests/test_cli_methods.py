@@ -463,6 +463,11 @@ class TestCompare:
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-o", tmp_path / "out")
         assert message in run("compare", *args, *options, code=2).stderr
 
+    def test_it_needs_a_folder(self, tmp_path):
+        args = ("compare", "-t", "digits-mlp", "-c", "x")
+        assert "--output" in run(*args, code=2).stderr
+        assert "give a folder" in run(*args, "-o", tmp_path / "x.png", code=2).stderr
+
 
 def test_methods_lists_optimizers_and_where_they_are_from():
     shown = run("methods").stdout

@@ -39,7 +39,7 @@ from tests.fuzz import engines, oracle
 from tests.fuzz.__main__ import REGRESSIONS
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.targets.checkpoints import STATE, zipped
-from tests.report_cases import PAYLOADS, gammas, layers, samples, trainings
+from tests.report_cases import PAYLOADS, gammas, layers, samples
 
 EXAMPLES = {"checkpoints": 120, "results": 40, "texts": 80, "commands": 12}
 """Inputs of each target in CI."""
@@ -319,7 +319,6 @@ def page_of(folder, payloads):
         "g": gammas(batches=2, epochs=(0, 5), dampings=(1e-3, 1.0)),
         "i": samples(),
         "l": layers(),
-        "t": trainings(),
     }
     paths = []
     for name, table in tables.items():

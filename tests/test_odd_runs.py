@@ -191,7 +191,6 @@ class TestTorchrun:
         ("plot", "whole.csv", "-o", "p.png"),
         ("report", "whole.csv", "-o", "r.html"),
         ("verify", "whole.csv", "--task", "mine.py:task", "--output", "v.json"),
-        ("compare", "--trained", "nowhere.csv", "-o", "t.csv"),
         ("demo", "--output", "demo"),
         ("methods",),
     )

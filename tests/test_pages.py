@@ -47,6 +47,7 @@ SMALLER = {
     "compare": (*SMALL, "--methods", "sgd,ief,kfac,kfac-ef,kfac-ief", "--dampings", "1e-4,1"),
     "train": ("--num-batches", "4", "--quiet"),
     "plot": ("--quiet",),
+    "trained": ("--quiet",),
     "toy": ("--arrows", "5", "--steps", "5", "--quiet"),
 }
 """Options with which a page's commands take seconds."""
@@ -62,8 +63,7 @@ def run_page(page: str, languages: tuple[str, ...] = ("bash",)) -> None:
             exec(compile(smaller(text), page, "exec"), names)
             continue
         for command in shell_lines(smaller(text)):
-            more = ("--quiet",) if "--trained" in command else SMALLER.get(command[2], ())
-            in_folder(Path.cwd(), [*command, *more])
+            in_folder(Path.cwd(), [*command, *SMALLER.get(command[2], ())])
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,21 @@ import pandas as pd
 import pytest
 import scipy.stats
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ngeval import InputError
-from ngeval.analysis.intervals import t_interval
-from ngeval.analysis.training_results import average_ranks, outcomes, performance
 from ngeval.cli import console
-from ngeval.cli.training_tables import performance_tables
-from ngeval.plots import performance_figure
+from ngeval.cli.app import app as package
+from ngeval.plots import COLUMN, PAGE, save_figure
+from ngeval.plots.style import styles_of
 from ngeval.results.table_files import ResultFile
+from studies.__main__ import app
+from studies.statistics import t_interval
+from studies.training_picture import performance_figure, plot_performance
+from studies.training_results import average_ranks, outcomes, performance
+from studies.training_tables import performance_tables
 from studies.tuning import COLUMNS
-from tests.test_cli import run
+from tests.looks import faults, overlaps
 
 ACCURACIES = {"sgd": [0.90, 0.92, 0.97], "ief": [0.95, 0.96, 0.96], "ef": [0.5, 0.7, 0.6]}
 
@@ -283,6 +288,20 @@ class TestShown:
         assert "validation accuracy" in shown
 
 
+def seven_optimizers():
+    one = tuned()
+    one = one[one["optimizer"] == one["optimizer"].iloc[0]]
+    names = ("sgd", "momentum", "adam", "adamw", "adafactor", "fadam", "muon")
+    return pd.concat([one.assign(optimizer=name) for name in names], ignore_index=True)
+
+
+DRAWN = {
+    "page": lambda: performance_figure(seven_optimizers()),
+    "loss": lambda: plot_performance(seven_optimizers(), what="train_loss").figure,
+    "column": lambda: plot_performance(seven_optimizers()).figure,
+}
+
+
 class TestFigure:
     def test_two_panels_for_each_task(self):
         none = {f"{part}_accuracy": math.nan for part in ("train", "validation", "test")}
@@ -309,6 +328,52 @@ class TestFigure:
         with pytest.raises(InputError, match="no final training"):
             performance_figure(lost("sgd", 0))
 
+    def test_trained_optimizers_are_drawn_in_the_colours_of_graded_ones(self):
+        axes = performance_figure(seven_optimizers()).axes[0]
+        drawn = {container.lines[0].get_color() for container in axes.containers}
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        styles = styles_of(pd.DataFrame({"method": names}))
+        assert drawn == {colour for colour, _, _ in styles.values()}
+
+    @pytest.mark.parametrize("width", [COLUMN, PAGE])
+    def test_both_widths(self, width):
+        assert performance_figure(tuned(), width=width).get_figwidth() == width
+
+    @pytest.mark.parametrize("name", DRAWN)
+    def test_it_is_fit_for_print(self, name):
+        figure = DRAWN[name]()
+        assert faults(figure) == []
+        assert figure.get_figwidth() in (COLUMN, PAGE)
+
+    def test_given_axes_are_drawn_on_and_nothing_else_is_made(self, tmp_path):
+        figure, (left, right) = plt.subplots(1, 2)
+        size = tuple(figure.get_size_inches())
+        assert plot_performance(tuned(), ax=right) is right
+        assert right.has_data()
+        assert not left.has_data()
+        assert figure.axes == [left, right]
+        assert figure.legends == []
+        assert tuple(figure.get_size_inches()) == size
+        assert plt.get_fignums() == [figure.number]
+        save_figure(figure, tmp_path / "a.png")
+
+    def test_an_interval_below_zero_leaves_the_logarithmic_axis_at_its_edge(self):
+        rows = tuned()
+        ends = rows["phase"] == "final"
+        rows.loc[ends, "train_loss"] = np.where(rows.loc[ends, "seed"] % 2 == 0, 1e-3, 1.0)
+        axes = plot_performance(rows, what="train_loss")
+        assert axes.get_xscale() == "log"
+        assert [text for text in axes.texts if text.arrow_patch is not None]
+        assert math.isfinite(axes.get_xlim()[0])
+        assert overlaps(axes.figure) == []
+
+
+def run(*args, code=0):
+    """The command; returns its result."""
+    result = CliRunner().invoke(app, ["trained", *map(str, args)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
 
 class TestCommand:
     @pytest.fixture
@@ -321,7 +386,7 @@ class TestCommand:
 
     def test_table_of_several_files_as_csv(self, files, tmp_path):
         first, second = files
-        result = run("compare", "--trained", first, second, "-o", tmp_path / "t.csv")
+        result = run(first, second, "-o", tmp_path / "t.csv")
         assert "average rank" in result.stdout
         assert "t.csv" in result.stdout
         table = pd.read_csv(tmp_path / "t.csv")
@@ -331,28 +396,37 @@ class TestCommand:
         assert table["test_accuracy_mean"].tolist() == pytest.approx(expected.tolist())
 
     def test_folder_has_the_picture_too(self, files, tmp_path):
-        run("compare", "--trained", files[0], "--trained", files[1], "-q", "-o", tmp_path / "out")
+        run(files[0], files[1], "-q", "-o", tmp_path / "out")
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
         assert names == ["performance.csv", "performance.png"]
-        result = run("compare", "--trained", files[0], "-o", tmp_path / "out", code=2)
+        result = run(files[0], "-o", tmp_path / "out", code=2)
         assert "--force" in result.stderr
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("plot", "-o", "x.png"),
+            ("plot", "--kind", "damping", "-o", "x.png"),
+            ("report", "-o", "x.html"),
+        ],
+    )
+    def test_the_package_names_this_command(self, files, tmp_path, monkeypatch, words):
+        monkeypatch.chdir(tmp_path)
+        result = CliRunner().invoke(package, [*words, str(files[1])])
+        assert result.exit_code == 2
+        assert "holds the rows of tuned trainings" in result.stderr
+        assert "`python -m studies trained FILE`, in a clone" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.csv"]
 
     def test_without_output_it_only_prints(self, files, tmp_path):
         before = sorted(tmp_path.rglob("*"))
-        assert "tuned settings" in run("compare", "--trained", files[0]).stdout
+        assert "tuned settings" in run(files[0]).stdout
         assert sorted(tmp_path.rglob("*")) == before
-
-    @pytest.mark.parametrize("option", ["--task", "--checkpoint", "--hf-model"])
-    def test_one_or_the_other(self, files, option):
-        result = run("compare", "--trained", files[0], option, "x", code=2)
-        assert f"{option} grades a run's checkpoints" in result.stderr
-
-    def test_grading_needs_a_folder(self):
-        assert "--output" in run("compare", "-t", "digits-mlp", "-c", "x", code=2).stderr
 
     def test_the_same_optimizer_twice(self, files, tmp_path):
         tuned({"ief": [0.9]}).to_parquet(tmp_path / "c.parquet")
-        result = run("compare", "--trained", files[0], tmp_path / "c.parquet", code=2)
+        result = run(files[0], tmp_path / "c.parquet", code=2)
         assert "ief on digits is in" in result.stderr
 
     @pytest.mark.parametrize("kind", [".csv", ".parquet", ".jsonl"])
@@ -381,45 +455,41 @@ class TestCommand:
         rows.loc[1 if kind != ".parquet" else slice(None), column] = value
         with ResultFile(file) as target:
             target.append(rows)
-        result = run("compare", "--trained", file, code=2)
+        result = run(file, code=2)
         assert f"edited{kind}: column {column} has " in result.stderr
         assert f"should hold {wanted}" in result.stderr
         assert result.stderr.count("\n") == 1
 
     def test_losses_that_are_infinite(self, tmp_path):
         training(train_loss=[1.0, 0.5, math.inf]).to_parquet(tmp_path / "inf.parquet")
-        result = run("compare", "--trained", tmp_path / "inf.parquet", "-o", tmp_path / "o", code=2)
+        result = run(tmp_path / "inf.parquet", "-o", tmp_path / "o", code=2)
         assert "inf.parquet: column train_loss has inf in row 3" in result.stderr
         assert not list((tmp_path / "o").iterdir())
 
     def test_no_such_file_or_folder(self, tmp_path):
-        assert "typo does not exist" in run("compare", "--trained", "typo", code=2).stderr
-        result = run("compare", "--trained", tmp_path, code=2)
+        assert "typo does not exist" in run("typo", code=2).stderr
+        result = run(tmp_path, code=2)
         assert f"{tmp_path} holds no training.parquet" in result.stderr
 
     @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
     def test_a_picture_alone(self, files, tmp_path, kind):
-        run("compare", "--trained", files[0], "-q", "-o", tmp_path / f"x.{kind}")
+        run(files[0], "-q", "-o", tmp_path / f"x.{kind}")
         assert (tmp_path / f"x.{kind}").stat().st_size > 1000
         assert not list(tmp_path.rglob("performance.*"))
 
     def test_of_nothing_there_is_no_picture(self, tmp_path):
         lost("sgd", 0).to_parquet(tmp_path / "lost.parquet")
-        args = ("compare", "--trained", tmp_path / "lost.parquet", "-o")
+        args = (tmp_path / "lost.parquet", "-o")
         assert "nothing to draw" in run(*args, tmp_path / "x.png", code=2).stderr
         run(*args, tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["performance.csv"]
 
     def test_the_rows_are_not_written_over(self, files):
         before = files[1].read_bytes()
-        result = run("compare", "--trained", files[1], "-o", files[1], "--force", code=2)
+        result = run(files[1], "-o", files[1], "--force", code=2)
         assert "holds the rows that are compared" in result.stderr
         assert files[1].read_bytes() == before
 
-    def test_a_grading_writes_into_a_folder(self, tmp_path):
-        args = ("-t", "digits-mlp", "-c", "x", "-o", tmp_path / "x.png")
-        assert "give a folder" in run("compare", *args, code=2).stderr
-
     def test_another_table(self, tmp_path):
         pd.DataFrame({"gamma": [1.0]}).to_csv(tmp_path / "g.csv", index=False)
-        assert "no column task" in run("compare", "--trained", tmp_path / "g.csv", code=2).stderr
+        assert "no column task" in run(tmp_path / "g.csv", code=2).stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from ngeval import InputError
+from ngeval import InputError, plots
 from ngeval.cli.app import app
 from ngeval.methods import all_methods
 from ngeval.plots import (
@@ -25,9 +24,7 @@ from ngeval.plots import (
     kind_of,
     layers_figure,
     norms_figure,
-    performance_figure,
     plot_damping,
-    plot_performance,
     plot_stages,
     ranking_figure,
     stages_figure,
@@ -48,13 +45,6 @@ DATA = Path(__file__).parents[1] / "figures" / "data"
 def _close_figures():
     yield
     plt.close("all")
-
-
-def seven_optimizers():
-    one = tuned()
-    one = one[one["optimizer"] == one["optimizer"].iloc[0]]
-    names = ("sgd", "momentum", "adam", "adamw", "adafactor", "fadam", "muon")
-    return pd.concat([one.assign(optimizer=name) for name in names], ignore_index=True)
 
 
 def far(table):
@@ -80,9 +70,6 @@ FIGURES = {
     "ranking": lambda: ranking_figure(kfac_gammas()),
     "layers": lambda: layers_figure(layers(12, ("sgd", "ef", "ief", "ng"))),
     "layers-column": lambda: layers_figure(layers(24, ("sgd",))),
-    "performance": lambda: performance_figure(seven_optimizers()),
-    "performance-loss": lambda: plot_performance(seven_optimizers(), what="train_loss").figure,
-    "performance-column": lambda: plot_performance(seven_optimizers()).figure,
 }
 
 
@@ -194,13 +181,6 @@ class TestColours:
         among = styles_of(pd.DataFrame({"method": ["sgd", "adamw", "mine", "ef"]}))["mine"]
         assert alone == among
 
-    def test_trained_optimizers_are_drawn_in_the_colours_of_graded_ones(self):
-        axes = performance_figure(seven_optimizers()).axes[0]
-        drawn = {container.lines[0].get_color() for container in axes.containers}
-        names = [text.get_text() for text in axes.get_yticklabels()]
-        styles = styles_of(pd.DataFrame({"method": names}))
-        assert drawn == {colour for colour, _, _ in styles.values()}
-
 
 class TestStyleSheet:
     def test_users_can_have_it_by_name(self):
@@ -232,7 +212,6 @@ class TestKinds:
             ({"a": gammas(), "b": gammas()}, "stages"),
             ({"a": samples()}, "imbalance"),
             ({"a": layers()}, "layers"),
-            ({"a": tuned()}, "performance"),
         ],
     )
     def test_what_fits_by_the_columns(self, tables, kind):
@@ -246,6 +225,18 @@ class TestKinds:
             kind_of({"a": pd.DataFrame({"a": [1]})})
         with pytest.raises(InputError, match="rows of a study; `python -m studies diagonal --from"):
             kind_of({"a": pd.DataFrame({"study": ["diagonal"]})})
+
+    @pytest.mark.parametrize("kind", [None, *plots.FIGURES])
+    @pytest.mark.parametrize("methods", [None, ["sgd"]])
+    def test_tuned_trainings_are_refused_with_the_command_that_draws_them(self, kind, methods):
+        message = "a holds the rows of tuned trainings.*`python -m studies trained FILE`"
+        with pytest.raises(InputError, match=message):
+            figure_of({"a": tuned()}, kind, plots.Chosen(methods=methods))
+
+    @pytest.mark.parametrize("draw", [plots.plot_stages, plots.layers_figure, plots.plot_norms])
+    def test_so_they_are_by_a_single_picture(self, draw):
+        with pytest.raises(InputError, match="the table holds the rows of tuned trainings"):
+            draw(tuned())
 
     def test_a_kind_that_the_table_has_not(self):
         with pytest.raises(InputError, match="a holds a table of gammas, which cannot be in"):
@@ -319,14 +310,3 @@ def run(*args, code=0):
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
-
-
-def test_an_interval_below_zero_leaves_the_logarithmic_axis_at_its_edge():
-    rows = tuned()
-    ends = rows["phase"] == "final"
-    rows.loc[ends, "train_loss"] = np.where(rows.loc[ends, "seed"] % 2 == 0, 1e-3, 1.0)
-    axes = plot_performance(rows, what="train_loss")
-    assert axes.get_xscale() == "log"
-    assert [text for text in axes.texts if text.arrow_patch is not None]
-    assert math.isfinite(axes.get_xlim()[0])
-    assert overlaps(axes.figure) == []

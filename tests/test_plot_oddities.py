@@ -21,12 +21,10 @@ from ngeval.plots import (
     kfac_figure,
     layers_figure,
     norms_figure,
-    performance_figure,
     plot_damping,
     plot_imbalance,
     plot_layers,
     plot_norms,
-    plot_performance,
     plot_ranking,
     plot_relative,
     plot_stages,
@@ -36,7 +34,6 @@ from ngeval.plots import (
 )
 from studies.toy.least_squares import LeastSquares
 from studies.toy.picture import plot_toy
-from tests.test_performance import tuned
 from tests.test_plot_layers import layers
 from tests.test_plots import below, gammas, samples
 
@@ -214,10 +211,6 @@ class TestManyMethods:
         table = self.many(30)
         figure = figure_of({"a": table}, "stages", Chosen(methods=["method-3", "method-7"]))
         assert below(figure) == ["method-3", "method-7", "sgd"]
-        rows = tuned()
-        kept = list(rows["optimizer"].unique())[:1]
-        figure = figure_of({"a": rows}, None, Chosen(methods=kept))
-        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == kept
         figure = figure_of({"a": table}, "kfac", Chosen(methods=["method-3"]))
         assert below(figure) == ["method-3", "sgd"]
         with pytest.raises(InputError, match="no rows for method 'method-x'; did you mean"):
@@ -248,7 +241,6 @@ DRAWN = {
     "norms": lambda ax: plot_norms(samples(), ax=ax),
     "imbalance": lambda ax: plot_imbalance(samples(), ax=ax),
     "layers": lambda ax: plot_layers(layers(3, ("ief",)), ax=ax),
-    "performance": lambda ax: plot_performance(tuned(), ax=ax),
     "toy": lambda ax: plot_toy(LeastSquares(), "ief", arrows=2, ax=ax),
 }
 
@@ -283,6 +275,5 @@ def test_the_other_figures_have_both_widths():
         for figure in (
             layers_figure(layers(3, ("ief", "sgd")), width=width),
             norms_figure(samples(1, 1), width=width),
-            performance_figure(tuned(), width=width),
         ):
             assert figure.get_figwidth() == width

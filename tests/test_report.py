@@ -26,7 +26,7 @@ from ngeval.analysis.stages import checkpoint_labels
 from ngeval.analysis.tables import kind_of
 from ngeval.cli.app import app
 from ngeval.report import make_page, read_sources, write_report
-from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
+from ngeval.report.charts import gamma_charts, layer_charts, sample_charts
 from ngeval.report.colours import CONTRAST, DARK, contrast, dark, looks_of
 from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.findings import findings
@@ -43,8 +43,8 @@ from tests.report_cases import (
     hostile,
     layers,
     samples,
-    trainings,
 )
+from tests.test_performance import tuned
 
 
 def source(tmp_path, table, name="gamma.csv"):
@@ -125,7 +125,6 @@ class TestSources:
         assert kind_of(gammas(), "f") == "gammas"
         assert kind_of(samples(), "f") == "samples"
         assert kind_of(layers(), "f") == "layers"
-        assert kind_of(trainings(), "f") == "training"
 
     @pytest.mark.parametrize(
         ("table", "message"),
@@ -142,6 +141,11 @@ class TestSources:
             InputError, match=f"{message}.*come from ngeval.evaluate and ngeval gamma"
         ):
             source(tmp_path, table, "x.csv")
+
+    def test_tuned_trainings_are_refused_with_the_command_that_reads_them(self, tmp_path):
+        message = r"t\.csv holds the rows of tuned trainings.*`python -m studies trained FILE`"
+        with pytest.raises(InputError, match=message):
+            source(tmp_path, tuned(), "t.csv")
 
     def test_a_file_twice_is_refused(self, tmp_path):
         path = source(tmp_path, gammas()).path
@@ -398,15 +402,6 @@ class TestFindings:
             "the loss it buys)."
         )
 
-    def test_training(self):
-        text = said(training=trainings())
-        assert text.startswith("On t, adamw has the best mean test accuracy: 0.9 [0.875, 0.925]")
-        assert "before sgd with 0.7 [0.675, 0.725] (3 seeds, 95 % t-interval)" in text
-        near = trainings()
-        near.loc[near["optimizer"] == "sgd", "test_accuracy"] += 0.19
-        assert "(their intervals overlap)" in said(training=near)
-        assert "lies at an end of those tried for adamw and sgd" in text
-
     def test_about_ten_sentences(self):
         many = {name: 0.5 + 0.1 * i for i, name in enumerate("abcdefghijklmnopqrst")}
         found = findings(topic(gammas=gammas({"sgd": 1.0, **many}), samples=samples()))
@@ -424,7 +419,6 @@ class TestCharts:
             *gamma_charts(grades(table), labels),
             *sample_charts(samples(), labels),
             *layer_charts(layers(), labels),
-            *training_charts(trainings()),
         ]
 
     def test_all_are_there_and_plotly_takes_them(self, charts):
@@ -435,7 +429,6 @@ class TestCharts:
             "Per-sample gradient norms",
             "Imbalance of gradient norms",
             "Layers",
-            "Trained optimizers",
         ]
         for chart in charts:
             assert 0 <= chart.start < len(chart.options)
@@ -624,7 +617,7 @@ class TestPage:
         assert all("<" not in name for name in names if name)
 
     def test_pages_without_gammas(self, tmp_path):
-        for name, table in (("l.csv", layers()), ("t.csv", trainings()), ("i.csv", samples())):
+        for name, table in (("l.csv", layers()), ("i.csv", samples())):
             assert Reader(make_page([source(tmp_path, table, name)])).open == []
         failed = gammas().assign(status="failed", reason="r", gamma_over_sgd=np.nan)
         text = " ".join(Reader(make_page([source(tmp_path, failed)])).texts)
@@ -661,9 +654,6 @@ class TestFacts:
         found = dict(facts(Topic("t", {"layers": parts.table}, [parts])))
         assert found["batches"] == "3 for each checkpoint, N = 160 samples each"
         assert found["model's dtype"] == "unchanged (--dtype was not given)"
-        training = Source(tmp_path / "t.csv", "training", trainings(), manifest({"seed": 9}))
-        other = Topic("t", {"layers": layers(), "training": training.table}, [training])
-        assert dict(facts(other))["seed"] == "not recorded"  # that of a training is another
 
     def test_another_metric_is_told(self):
         told = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))

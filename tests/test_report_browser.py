@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import ngeval
 from ngeval.report import write_report
-from tests.report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples, trainings
+from tests.report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples
 
 pytestmark = [
     pytest.mark.browser,
@@ -38,7 +38,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable
 def pages(tmp_path_factory):
     """A page with everything, one with names that mean something to scripts, a hostile one."""
     folder = tmp_path_factory.mktemp("pages")
-    tables = {"g.csv": gammas(), "i.csv": samples(), "l.csv": layers(), "t.csv": trainings()}
+    tables = {"g.csv": gammas(), "i.csv": samples(), "l.csv": layers()}
     for name, table in tables.items():
         table.to_csv(folder / name, index=False)
     ratios = {"sgd": 1.0, "%{y}": 0.5, "constructor": 2.0, "__proto__": 3.0}

@@ -23,7 +23,7 @@ from ngeval.report.summaries import grades
 from ngeval.report.wording import interval_text, with_interval
 from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results
-from tests.report_cases import gammas, layers, samples, trainings
+from tests.report_cases import gammas, layers, samples
 
 
 def read(folder, tables):
@@ -135,7 +135,6 @@ class TestRows:
             (gammas(), "gamma_over_sgd", "checkpoint, batch, method and damping"),
             (samples(), "gradient_norm", "checkpoint, batch and sample"),
             (layers(), "excess", "checkpoint, batch, method, damping and layer"),
-            (trainings(), "test_loss", "optimizer, phase, trial, seed and epoch"),
         ],
     )
     def test_rows_that_contradict_each_other_are_refused(self, tmp_path, table, column, keys):
@@ -301,7 +300,7 @@ class TestVerdicts:
 
 
 TABLES = {"gammas": gammas(batches=2, epochs=(0, 1)), "samples": samples()[:40]}
-TABLES |= {"layers": layers(), "training": trainings()}
+TABLES |= {"layers": layers()}
 
 odd_numbers = st.one_of(
     st.sampled_from([0.0, -1.0, 1.0, np.nan, np.inf, -np.inf, 1e308, 5e-324, 1e-6, 1e7]),
@@ -330,7 +329,7 @@ class TestAnyTable:
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(data=st.data())
-    @pytest.mark.parametrize("kind", ["gammas", "samples", "layers", "training"])
+    @pytest.mark.parametrize("kind", ["gammas", "samples", "layers"])
     def test_odd_values(self, no_plotly, kind, data):
         table = TABLES[kind]
         columns = data.draw(st.lists(st.sampled_from(list(table)), min_size=1, max_size=3))

@@ -34,7 +34,6 @@ PUBLIC = (
     "ngeval.analysis.ranking",
     "ngeval.analysis.stages",
     "ngeval.analysis.tables",
-    "ngeval.analysis.training_results",
     "ngeval.likelihoods",
     "ngeval.methods",
     "ngeval.optim",

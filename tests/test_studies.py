@@ -115,7 +115,14 @@ class TestCommand:
         assert "'optimization' needs peft" in result.output + result.stderr
         assert not list((tmp_path / "o").glob("*.parquet"))
 
-    @pytest.mark.parametrize("words", [("convergence", "--quick"), ("toy", "-o", "toy.png")])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("convergence", "--quick"),
+            ("toy", "-o", "toy.png"),
+            ("trained", "nowhere.csv", "-o", "t.csv"),
+        ],
+    )
     def test_one_of_torchruns_processes_does_the_work(self, tmp_path, monkeypatch, words):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")

@@ -11,7 +11,6 @@ import pytest
 from scipy import stats
 
 from ngeval import InputError
-from ngeval.analysis.training_results import outcomes
 from studies import convergence_findings, diagonal_findings, optimization_findings
 from studies import why_ef_fails_findings as ef_findings
 from studies.base import Finding
@@ -24,6 +23,7 @@ from studies.statistics import (
     rank_correlation,
     slope_interval,
 )
+from studies.training_results import outcomes
 
 YES, NO, PARTLY = "confirmed", "not confirmed", "under conditions"
 

@@ -102,26 +102,3 @@ def mean_intervals(
     ]
     low, high = (np.concatenate([interval[end] for interval in intervals]) for end in (0, 1))
     return low, high
-
-
-def t_interval(
-    values: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean of independent values, with Student's t-interval for it.
-
-    mean ± t_{n−1} · s/√n, with s the standard deviation (n − 1 in its denominator).
-
-    Args:
-        values: n of them; NaN are left out.
-        confidence: that the interval holds the mean, were the values normally distributed.
-
-    Returns:
-        Mean, low and high end; the interval of fewer than two values is NaN.
-    """
-    known = np.asarray(values, dtype=float)
-    known = known[~np.isnan(known)]
-    if len(known) < 2:
-        return (float(known[0]) if len(known) else math.nan), math.nan, math.nan
-    mean, error = float(known.mean()), float(known.std(ddof=1)) / math.sqrt(len(known))
-    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, len(known) - 1)) * error
-    return mean, mean - half, mean + half

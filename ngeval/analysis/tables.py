@@ -15,8 +15,8 @@ import pandas as pd
 
 from ngeval.errors import InputError, nearest_name
 
-GAMMAS, SAMPLES, LAYERS, TRAINING = "gammas", "samples", "layers", "training"
-"""Kinds of tables: γ of updates, gradient norms of samples, layers of updates, trainings."""
+GAMMAS, SAMPLES, LAYERS = "gammas", "samples", "layers"
+"""Kinds of tables: γ of updates, gradient norms of samples, layers of updates."""
 
 SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
 """The numbers of a γ table, the first two of which make a row a grade."""
@@ -24,16 +24,20 @@ SUMMARIZED = ("gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_floor")
 KINDS: dict[str, tuple[str, ...]] = {
     LAYERS: ("layer", "method", "decrease_share"),
     GAMMAS: ("method", "damping", "gamma"),
-    TRAINING: ("optimizer", "phase", "train_loss"),
     SAMPLES: ("gradient_norm",),
 }
 """The columns by which a kind of table is recognised; the first kind that fits is taken."""
 
+TUNING_COLUMNS = {"optimizer", "phase", "train_loss"}
+"""The columns by which rows of tuned trainings are recognised, which a study tabulates."""
+
 MADE_BY = (
     "γ tables come from ngeval.evaluate and ngeval gamma, sweep or compare; tables of layers from "
-    "ngeval.layer_table or ngeval layers; gradient norms from ngeval imbalance; and trainings from "
-    "searches, with a row for each epoch (training.parquet)"
+    "ngeval.layer_table or ngeval layers; and gradient norms from ngeval imbalance"
 )
+
+Conversion = tuple[pd.Series, pd.Series]
+"""The values of a column in one type, and which of them it may hold."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +45,12 @@ class Column:
     """What a column may hold.
 
     Attributes:
-        kind: ``number`` (NaN and ∞ included; nothing counts as NaN), ``finite`` (a finite number,
-            or nothing), ``whole`` (an integer in every row), ``text`` (in every row), ``any``
-            (shown as text, "" where there is nothing) or ``label`` (numbers if all are, else text).
-        choices: the texts that are allowed; empty allows all of them.
+        convert: gives the column's values in one type, and which of them it may hold.
+        expected: what the column should hold, for messages.
     """
 
-    kind: str
-    choices: tuple[str, ...] = ()
-
-    @property
-    def expected(self) -> str:
-        """What the column should hold, for messages."""
-        return " or ".join(self.choices) or {
-            "number": "numbers",
-            "finite": "finite numbers, or nothing",
-            "whole": "whole numbers",
-        }.get(self.kind, "text")
-
-
-NUMBER, FINITE, WHOLE = Column("number"), Column("finite"), Column("whole")
-TEXT, ANY, LABEL = Column("text"), Column("any"), Column("label")
+    convert: Callable[[pd.Series], Conversion]
+    expected: str
 
 
 def kind_of(table: pd.DataFrame, source: str = "the table") -> str:
@@ -70,12 +59,7 @@ def kind_of(table: pd.DataFrame, source: str = "the table") -> str:
     Raises:
         InputError: it is not a result table of ngeval, or holds the rows of a study.
     """
-    if "study" in table:
-        name = table["study"].iloc[0] if len(table) else ""
-        raise InputError(
-            f"{source} holds the rows of a study; `python -m studies {name} --from FILE`, in a "
-            f"clone, draws them. {MADE_BY}"
-        )
+    _refuse_studies(table, source)
     kind = next((kind for kind, columns in KINDS.items() if {*columns} <= {*table}), None)
     if kind is None:
         names = ", ".join(map(str, table.columns[:8])) + (", …" if len(table.columns) > 8 else "")
@@ -83,6 +67,20 @@ def kind_of(table: pd.DataFrame, source: str = "the table") -> str:
             f"{source} has the columns {names} and is not a result table of ngeval; {MADE_BY}"
         )
     return kind
+
+
+def _refuse_studies(table: pd.DataFrame, source: str) -> None:
+    if "study" in table:
+        name = table["study"].iloc[0] if len(table) else ""
+        raise InputError(
+            f"{source} holds the rows of a study; `python -m studies {name} --from FILE`, in a "
+            f"clone, draws them. {MADE_BY}"
+        )
+    if {*table} >= TUNING_COLUMNS:
+        raise InputError(
+            f"{source} holds the rows of tuned trainings, a row for each epoch; `python -m studies "
+            "trained FILE`, in a clone, tabulates and draws them"
+        )
 
 
 def require(table: pd.DataFrame, *columns: str, source: str = "the table") -> None:
@@ -93,6 +91,7 @@ def require(table: pd.DataFrame, *columns: str, source: str = "the table") -> No
     """
     missing = [column for column in columns if column not in table]
     if missing:
+        _refuse_studies(table, source)
         raise InputError(f"{source} has no column {', '.join(missing)}; {MADE_BY}")
 
 
@@ -126,9 +125,7 @@ def checked(
     converted = {}
     for name, column in columns.items():
         if name in table:
-            values, fits = _CONVERT[column.kind](table[name])
-            if column.choices:
-                fits &= values.isin(column.choices)
+            values, fits = column.convert(table[name])
             _refuse(table[name], fits, column.expected, source)
             converted[name] = values
     return table.assign(**converted)
@@ -164,39 +161,18 @@ def _is_positive(values: pd.Series[float]) -> pd.Series[bool]:
     return values.between(0, math.inf, inclusive="neither")
 
 
-_Converted = tuple[pd.Series, pd.Series]
-"""The values of a column in one type, and which of them it may hold."""
-
-
-def _number(column: pd.Series) -> _Converted:
+def _number(column: pd.Series) -> Conversion:
     values = pd.to_numeric(column, errors="coerce")
     fits = values.notna() | column.isna()
     return pd.Series(values.to_numpy(float, na_value=math.nan), index=column.index), fits
 
 
-def _finite(column: pd.Series) -> _Converted:
-    values, fits = _number(column)
-    return values, fits & ~np.isinf(values)
-
-
-def _whole(column: pd.Series) -> _Converted:
-    values, _ = _number(column)
-    fits = (values == np.round(values)) & (values.abs() < 2**53)
-    return values.where(fits, 0).astype("int64"), fits
-
-
-def _text(column: pd.Series) -> _Converted:
-    # A task may be called 1, which a CSV file gives back as a number.
-    fits = column.map(lambda value: isinstance(value, str | int | float)) & column.notna()
-    return column.astype(str), fits
-
-
-def _any(column: pd.Series) -> _Converted:
+def _any(column: pd.Series) -> Conversion:
     text = column if isinstance(column.dtype, pd.StringDtype) else _as_text(column)
     return text.fillna(""), pd.Series(True, index=column.index)
 
 
-def _label(column: pd.Series) -> _Converted:
+def _label(column: pd.Series) -> Conversion:
     fits = pd.Series(True, index=column.index)
     values = pd.to_numeric(column, errors="coerce")
     if not values.isna().equals(column.isna()):
@@ -204,20 +180,20 @@ def _label(column: pd.Series) -> _Converted:
     return values if values.dtype.kind in "iu" else values.astype(float), fits
 
 
-_CONVERT: dict[str, Callable[[pd.Series], _Converted]] = {
-    "number": _number,
-    "finite": _finite,
-    "whole": _whole,
-    "text": _text,
-    "any": _any,
-    "label": _label,
-}
-
-
 def _as_text(column: pd.Series) -> pd.Series:
     """Also of lists and mappings, which JSON may hold; a missing value stays missing."""
     plain = column.astype(object)
     return plain.where(plain.notna(), None).map(str, na_action="ignore").astype("str")
+
+
+NUMBER = Column(_number, "numbers")
+"""Numbers with NaN and ∞; an empty cell becomes NaN."""
+
+ANY = Column(_any, "text")
+"""Anything, which becomes text; an empty cell becomes ""."""
+
+LABEL = Column(_label, "text")
+"""Numbers if all are numbers, else text."""
 
 
 def row_number(index: pd.Index, place: int) -> int:

@@ -20,7 +20,7 @@ from ngeval.tasks import BUILTIN_TASKS
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = "stages, damping, imbalance, layers, kfac, ranking, performance"
+KINDS = "stages, damping, imbalance, layers, kfac, ranking"
 """The kinds of figures, `ngeval.plots.FIGURES`, for ``--help``."""
 
 MANY_LINES = 24
@@ -84,8 +84,6 @@ def plot(
     ngeval plot lora.parquet prompt.parquet imbalance.parquet --kind stages --output stages.pdf
 
     ngeval plot compare.parquet --kind ranking --methods sgd,ief,kfac,adamw --output ranking.pdf
-
-    ngeval plot training.parquet --kind performance --output performance.png
     """
     from ngeval.plots import (
         COLUMN,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.options import TASK, DeviceOption, ForceOption, QuietOption, SeedOption
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from ngeval.training import EpochReport
 
 EXACT = "ef, ief, sf, ng"
 """The optimizers of `ngeval.training.EXACT`, for ``--help``."""
@@ -39,7 +42,6 @@ def demo(
     """
     from ngeval.cli.demo import Demo
     from ngeval.cli.tables import imbalance_table, stages_table
-    from ngeval.cli.training_tables import training_line
 
     run = Demo(output, epochs, batch_size, num_batches, seed, force)
     out = console.table_console(quiet)
@@ -51,7 +53,7 @@ def demo(
                 bars[step] = bar.add_task(step, total=total)
             bar.advance(bars[step])
 
-        gammas, samples = run.run(lambda report: out.print(training_line(report)), advance)
+        gammas, samples = run.run(lambda report: out.print(epoch_line(report)), advance)
     out.print(stages_table(gammas, gammas["damping"].min()))
     out.print(imbalance_table(samples))
     written = [output / "results.parquet", output / "imbalance.parquet", *run.figures.values()]
@@ -119,7 +121,6 @@ def train(
 
     ngeval train --task digits-mlp --optimizer ief --lr 0.3 --damping 1e-6 --patience 3 -o runs/ief
     """
-    from ngeval.cli.training_tables import training_line
     from ngeval.tasks import get_task
     from ngeval.training import Training
 
@@ -148,6 +149,18 @@ def train(
     with console.progress_bar(quiet) as bar:
         epoch = bar.add_task("training", total=epochs + 1)
         for report in training.run():
-            out.print(training_line(report))
+            out.print(epoch_line(report))
             bar.advance(epoch)
     say(out, f"written: {output}/epoch-*.safetensors")
+
+
+def epoch_line(report: EpochReport) -> str:
+    """One line about an epoch: mean losses in nats, and accuracies if there are any."""
+    line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
+    if report.train_accuracy is not None:
+        line += f" ({report.train_accuracy:.1%})"
+    if report.validation_loss is not None:
+        line += f"  validation loss {report.validation_loss:.4g}"
+    if report.validation_accuracy is not None:
+        line += f" ({report.validation_accuracy:.1%})"
+    return line

@@ -14,7 +14,6 @@ from ngeval.plots.ranking import kfac_figure, plot_ranking, ranking_figure
 from ngeval.plots.relative import plot_relative
 from ngeval.plots.stages import stages_figure
 from ngeval.plots.style import COLUMN, FIGURE_SUFFIXES, PAGE, STYLE, save_figure
-from ngeval.plots.training_results import performance_figure, plot_performance
 
 __all__ = [
     "COLUMN",
@@ -29,12 +28,10 @@ __all__ = [
     "kind_of",
     "layers_figure",
     "norms_figure",
-    "performance_figure",
     "plot_damping",
     "plot_imbalance",
     "plot_layers",
     "plot_norms",
-    "plot_performance",
     "plot_ranking",
     "plot_relative",
     "plot_stages",

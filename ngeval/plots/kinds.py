@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING, name_in
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TUNING_COLUMNS, name_in
 from ngeval.analysis.tables import kind_of as table_kind
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.gamma import damping_figure
@@ -16,7 +16,6 @@ from ngeval.plots.imbalance import norms_figure
 from ngeval.plots.layers import layers_figure
 from ngeval.plots.ranking import kfac_figure, ranking_figure
 from ngeval.plots.stages import by_task, stages_figure
-from ngeval.plots.training_results import performance_figure
 
 FEW_DAMPINGS = 4
 """A table of several checkpoints with no more λ than this is drawn over stages, else over λ."""
@@ -35,7 +34,7 @@ class Chosen:
         checkpoints: their names.
         relative: the pairs of methods of ``stages``.
         width: of the figure in inches.
-        methods: those that are drawn (of trainings: optimizers); None draws all.
+        methods: those that are drawn; None draws all.
         task: whose rows are drawn, by pictures of one task.
     """
 
@@ -115,16 +114,12 @@ FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
     ),
     "kfac": _single(lambda t, c: kfac_figure(t, c.damping, c.methods, width=c.width)),
     "ranking": _single(lambda t, c: ranking_figure(t, c.checkpoints, width=c.width)),
-    "performance": lambda tables, c: performance_figure(
-        pd.concat(list(tables.values()), ignore_index=True), width=c.width
-    ),
 }
 """Pictures by ``--kind``."""
 
 PICTURES_OF: dict[str, tuple[str, ...]] = {
     SAMPLES: ("imbalance",),
     LAYERS: ("layers",),
-    TRAINING: ("performance",),
     GAMMAS: ("stages", "damping", "kfac", "ranking"),
 }
 """The pictures of each kind of table; samples are also a part of ``stages``."""
@@ -174,7 +169,7 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
         if not table.columns.is_unique:
             twice = table.columns[table.columns.duplicated()][0]
             raise InputError(f"{name} has the column {twice!r} twice")
-        if len(tables) > 1:
+        if len(tables) > 1 or {*table} >= TUNING_COLUMNS:
             _check_goes_into(kind, name, table)
     chosen = chosen or Chosen()
     if chosen.methods is not None:
@@ -192,7 +187,7 @@ def _check_goes_into(picture: str, name: str, table: pd.DataFrame) -> None:
 
 
 def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
-    """The rows of some methods or optimizers, without empty tables; samples, which have none, stay.
+    """The rows of some methods, without empty tables; samples, which have no methods, stay.
 
     Raises:
         InputError: a method is in none of the tables, or no table has methods.
@@ -200,8 +195,7 @@ def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
     present: set[str] = set()
     parts = {}
     for name, table in tables.items():
-        column = next((name for name in ("method", "optimizer") if name in table), None)
-        values = table[column].astype(str) if column else None
+        values = table["method"].astype(str) if "method" in table else None
         present |= set() if values is None else set(values)
         parts[name] = table if values is None else table[values.isin(methods)]
     if not present:

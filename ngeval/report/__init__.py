@@ -22,8 +22,8 @@ def write_report(
     """Read result files and write the report on them.
 
     Args:
-        results: files of ``ngeval gamma``, ``sweep``, ``compare``, ``imbalance``, ``layers`` and
-            ``train``; the page also shows their manifests, if there are any.
+        results: files of ``ngeval gamma``, ``sweep``, ``compare``, ``imbalance`` and
+            ``layers``; the page also shows their manifests, if there are any.
         output: ``.html``; its folder is created.
         title: of the page; None names the tasks.
         force: replace a file that exists.

@@ -1,4 +1,4 @@
-"""The charts of a report: γ over training and damping, rankings, norms, layers, trainings."""
+"""The charts of a report: γ over training and damping, rankings, norms, layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pandas as pd
 from ngeval.analysis.layer_summary import leading_layers, with_rest
 from ngeval.analysis.norms import are_norms, imbalance_means
 from ngeval.analysis.stages import in_order, three_stages
-from ngeval.analysis.training_results import FIGURES, performance
 from ngeval.report import colours
 from ngeval.report.colours import Look, looks_of
 from ngeval.report.summaries import Grades, layer_means
@@ -279,40 +278,3 @@ def _bars(rows: pd.DataFrame) -> Iterator[Trace]:
             "hovertemplate": "%{text} %{fullData.name} %{x:.1%}<extra></extra>",
             "meta": {"colours": list(pair)},
         }
-
-
-def training_charts(rows: pd.DataFrame) -> Iterator[Chart]:
-    """Tuned optimizers: test performance with intervals over seeds, an entry for each figure."""
-    table = performance(rows)
-    table = table[table["seeds"] > 0]
-    looks = looks_of(table.rename(columns={"optimizer": "method"}))
-    options = []
-    for figure in FIGURES:
-        part = table[table[f"{figure}_mean"].notna()]
-        if part.empty:
-            continue
-        part = part.sort_values(f"{figure}_mean", ascending=figure == "test_accuracy")
-        label = "final training loss"
-        if figure != "train_loss":
-            label = f"{part['data'].iloc[0]} {figure.removeprefix('test_')}"
-        names = [str(name) for name in part["optimizer"]]
-        settings = part[["seeds", "learning_rate"]].to_numpy(dtype=float)
-        notes = [f"{seeds:g} seeds, learning rate {rate:.3g}" for seeds, rate in settings]
-        values = part[[f"{figure}_{end}" for end in ("mean", "low", "high")]]
-        pairs = [looks[name].colours for name in names]
-        options.append((label, [dots(names, values, notes, pairs, label)]))
-    if options:
-        yield Chart(
-            "Trained optimizers",
-            "Tuned settings: mean over seeds with its 95 % t-interval.",
-            "figure",
-            options,
-            {
-                "xaxis": {"title": {"text": "mean over seeds"}, "automargin": True},
-                "yaxis": {"automargin": True},
-                "showlegend": False,
-            },
-            ("optimizer", "of", "mean"),
-            0,
-            True,
-        )

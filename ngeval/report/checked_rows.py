@@ -16,12 +16,10 @@ from ngeval.analysis.tables import (
     NUMBER,
     SAMPLES,
     SUMMARIZED,
-    TRAINING,
     checked,
     require,
     row_number,
 )
-from ngeval.analysis.training_results import checked_rows
 from ngeval.errors import InputError
 from ngeval.report.wording import listed
 
@@ -32,7 +30,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     SAMPLES: ("sample", "gradient_norm"),
     LAYERS: ("method", "damping", "layer", "num_parameters", *SHARES, "status"),
 }
-"""The columns that a table of each kind must have; see `checked_rows` for trainings."""
+"""The columns that a table of each kind must have."""
 
 COLUMNS = {
     **dict.fromkeys(("gradient_norm", "loss", "damping", "num_parameters", "gamma_min"), NUMBER),
@@ -42,13 +40,12 @@ COLUMNS = {
     **dict.fromkeys(("damping_scale", "likelihood", "dtype", "engine"), ANY),
     **dict.fromkeys(("batch", "sample", "seed", "num_samples", "metric_samples"), LABEL),
 }
-"""What the columns of tables other than trainings may hold."""
+"""What the columns may hold."""
 
 IDENTITY: dict[str, tuple[str, ...]] = {
     GAMMAS: ("checkpoint", "batch", "method", "damping"),
     SAMPLES: ("checkpoint", "batch", "sample"),
     LAYERS: ("checkpoint", "batch", "method", "damping", "layer"),
-    TRAINING: ("optimizer", "phase", "trial", "seed", "epoch"),
 }
 """The columns that distinguish the rows of a kind within a task."""
 
@@ -56,7 +53,6 @@ SETTINGS = {
     GAMMAS: ("damping_scale", "likelihood", "dtype", "num_parameters"),
     SAMPLES: ("damping_scale", "likelihood", "dtype", "num_parameters"),
     LAYERS: ("damping_scale", "likelihood", "dtype"),  # a layer has its own number of parameters
-    TRAINING: (),
 }
 """The columns that rows must share to be of one run."""
 
@@ -80,8 +76,6 @@ def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFram
         InputError: a column is missing or holds a value that it may not, or a row does not have a
             λ or batch.
     """
-    if kind == TRAINING:
-        return checked_rows(table, source)
     require(table, *REQUIRED[kind], source=source)
     defaults: dict[str, str | int] = {
         "task": task,
@@ -167,8 +161,7 @@ def runs(rows: pd.DataFrame, kind: str, source: str) -> Iterator[tuple[str, pd.D
         known = rows[column].where(rows[column] != "")
         if known.nunique() > 1:  # a unit that could not be loaded is of the run beside it
             by[column] = known.ffill().bfill()
-    if kind != TRAINING:
-        by |= _by_batches(rows)
+    by |= _by_batches(rows)
     for key, part in rows.groupby(list(by.values()), sort=False) if by else [((), rows)]:
         _refuse_repeats(part, kind, source)
         yield ", ".join(f"{n} {_shown(v)}" for n, v in zip(by, key, strict=True)), part
@@ -208,18 +201,15 @@ def _shown(value: Any) -> str:
 
 def _refuse_repeats(rows: pd.DataFrame, kind: str, source: str) -> None:
     keys = list(IDENTITY[kind])
-    if kind != TRAINING:
-        rows = rows[rows["status"] != "failed"]
+    rows = rows[rows["status"] != "failed"]
     again = rows[rows.duplicated(keys)]
     if again.empty:
         return
     row = {key: again[key].iloc[0] for key in keys}
     shown = ", ".join(f"{key} {_shown(value)!r}" for key, value in row.items() if value != "")
-    advice = "keep one of them, or put each run into its own file"
-    if kind != TRAINING:
-        advice = f"if they are of several batches, number these in column batch; else {advice}"
     raise InputError(
         f"{source}: {len(again)} rows repeat an earlier one with different numbers (they agree in "
         f"{listed(keys)}; the first is row {row_number(again.index, 0)}: {shown}), and would count "
-        f"as batches; {advice}"
+        "as batches; if they are of several batches, number these in column batch; else keep one "
+        "of them, or put each run into its own file"
     )

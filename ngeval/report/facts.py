@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ngeval.analysis.stages import checkpoint_labels
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.report.sources import Source, Topic
 from ngeval.report.wording import damping_text, listed
 from ngeval.utils.text import describe_bytes
@@ -41,8 +41,6 @@ CONVENTIONS = (
 """What holds for every γ table."""
 
 NOT_RECORDED = "not recorded"
-GRADED = (GAMMAS, LAYERS, SAMPLES)
-"""Kinds of tables whose rows are of checkpoints and batches."""
 
 MODELS_DTYPE = {"the model's": "unchanged (--dtype was not given)"}
 """Dtypes in a manifest that are not names of types."""
@@ -78,19 +76,14 @@ class Trouble:
 
 def facts(topic: Topic) -> list[tuple[str, str]]:
     """What was measured on a task, and how, as pairs of a name and its value."""
-    graded = [topic.tables[kind] for kind in GRADED if kind in topic.tables]
-    pairs = [("files", listed([source.shown for source in topic.sources]))]
-    if graded:
-        pairs += [_checkpoints(graded), *_batches(graded, topic)]
+    tables = [topic.tables[kind] for kind in (GAMMAS, LAYERS, SAMPLES) if kind in topic.tables]
+    files = listed([source.shown for source in topic.sources])
+    pairs = [("files", files), _checkpoints(tables), *_batches(tables, topic)]
     for kind, name in ((GAMMAS, "methods"), (LAYERS, "layers of")):
         if kind in topic.tables:
             scales = _recorded(topic, "damping_scale", kind)
             pairs += _methods(topic.tables[kind], name, scales)
-    if graded:
-        pairs += _settings(graded, topic)
-    if TRAINING in topic.tables:
-        pairs += _trainings(topic.tables[TRAINING])
-    return pairs
+    return pairs + _settings(tables, topic)
 
 
 def _checkpoints(tables: Sequence[pd.DataFrame]) -> tuple[str, str]:
@@ -160,10 +153,10 @@ def _likelihood(text: str) -> str:
 
 
 def _recorded(topic: Topic, name: str, kind: str | None = None) -> list[str]:
-    """The values of a setting in the manifests of graded files, or of those of one kind."""
+    """The values of a setting in the manifests of all files, or of those of one kind."""
     values: dict[str, None] = {}
     for source in topic.sources:
-        if source.manifest is not None and source.kind in ((kind,) if kind else GRADED):
+        if source.manifest is not None and kind in (None, source.kind):
             settings = _mapping(source.manifest, "options") | _mapping(source.manifest, "run")
             values[_text(settings.get(name))] = None
     return [value for value in values if value]
@@ -173,16 +166,6 @@ def _are_consecutive(seeds: Sequence[str]) -> bool:
     """Whether seeds follow each other, as those of a run's batches do."""
     first = int(seeds[0]) if seeds[0].removeprefix("-").isdecimal() else None
     return first is not None and seeds == [str(first + i) for i in range(len(seeds))]
-
-
-def _trainings(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    final = rows[rows["phase"] == "final"].drop_duplicates(["optimizer", "seed"])
-    search = rows[rows["phase"] == "search"].drop_duplicates(["optimizer", "trial"])
-    return [
-        ("optimizers", _some([str(name) for name in rows["optimizer"].unique()])),
-        ("trainings", f"{len(search)} of a search, {len(final)} with the tuned settings"),
-        ("chosen by", _some(_values([rows], "monitor"))),
-    ]
 
 
 def run_facts(source: Source) -> list[tuple[str, str]]:
@@ -230,7 +213,7 @@ def troubles(topic: Topic) -> list[Trouble]:
 
 def _where(rows: pd.DataFrame) -> list[tuple[str, str]]:
     pairs = []
-    for name, column in (("methods", "method"), ("optimizers", "optimizer"), ("layers", "layer")):
+    for name, column in (("methods", "method"), ("layers", "layer")):
         if column in rows:
             pairs.append((name, _some([str(value) for value in rows[column].unique()])))
     if "damping" in rows and rows["damping"].notna().any():

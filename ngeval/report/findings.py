@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.report.other_findings import (
     FEW,
     imbalance_findings,
     imbalance_with_ef,
     layer_findings,
-    training_findings,
 )
 from ngeval.report.sources import Topic
 from ngeval.report.summaries import Grades, grades, paired
@@ -58,8 +57,6 @@ def findings(topic: Topic, short: Grades | None = None) -> list[str]:
     sentences += _bounds(short, labels) if short else []
     if LAYERS in topic.tables:
         sentences += layer_findings(topic.tables[LAYERS], labels)
-    if TRAINING in topic.tables:
-        sentences += training_findings(topic.tables[TRAINING])
     return sentences
 
 

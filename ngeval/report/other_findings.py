@@ -1,10 +1,9 @@
-"""Sentences on gradient norms, layers and tuned trainings."""
+"""Sentences on gradient norms and layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,8 @@ import scipy
 from ngeval.analysis.best_damping import smallest_positive
 from ngeval.analysis.norms import imbalance_means, imbalances
 from ngeval.analysis.stages import in_order
-from ngeval.analysis.training_results import performance
 from ngeval.report.summaries import Grades, layer_means
-from ngeval.report.wording import counted, damping_text, listed, method_text, with_interval
+from ngeval.report.wording import counted, damping_text, method_text, with_interval
 
 FEW = 5
 """Batches below which a bootstrap interval is too narrow to rely on."""
@@ -102,37 +100,5 @@ def layer_findings(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]
         yield f"Updates lose most at {where}: {'; '.join(losses)}."
 
 
-def training_findings(rows: pd.DataFrame) -> Iterator[str]:
-    """The optimizer with the best mean, and whether the next is distinguishable from it."""
-    for task, table in performance(rows).groupby("task", sort=False):
-        ranked = table[table["seeds"] > 0].sort_values("rank").to_dict("records")
-        if not ranked:
-            yield f"On {task} no tuned training finished."
-            continue
-        best, *others = ranked
-        metric = str(best["metric"])
-        figure = f"{best['data']} {metric.removeprefix('test_')}"
-        sentence = (
-            f"On {task}, {best['optimizer']} has the best mean {figure}: {_mean(best, metric)}"
-        )
-        if others:
-            overlap = " (their intervals overlap)" if _overlap(best, others[0], metric) else ""
-            second = f"{others[0]['optimizer']} with {_mean(others[0], metric)}"
-            sentence += f", before {second}{overlap}"
-        seeds = counted(best["seeds"], best["seeds"], "seed", "seeds")
-        yield f"{sentence} ({seeds}, 95 % t-interval)."
-        if edges := [row["optimizer"] for row in ranked if row["edge"]]:
-            yield f"On {task} a tuned setting lies at an end of those tried for {listed(edges)}."
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _mean(row: dict[Any, Any], metric: str) -> str:
-    return with_interval(*(row[f"{metric}_{end}"] for end in ("mean", "low", "high")))
-
-
-def _overlap(first: dict[Any, Any], second: dict[Any, Any], metric: str) -> bool:
-    low, high = (f"{metric}_{end}" for end in ("low", "high"))
-    return not (first[low] > second[high] or first[high] < second[low])

@@ -19,15 +19,15 @@ import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.errors import InputError
-from ngeval.report.charts import gamma_charts, layer_charts, sample_charts, training_charts
+from ngeval.report.charts import gamma_charts, layer_charts, sample_charts
 from ngeval.report.colours import DARK
 from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
-from ngeval.report.tables import Table, gamma_table, training_table
+from ngeval.report.tables import Table, gamma_table
 from ngeval.report.traces import Chart
 from ngeval.utils.text import encodable
 
@@ -131,9 +131,6 @@ def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
         charts += sample_charts(topic.tables[SAMPLES], labels)
     if LAYERS in topic.tables:
         charts += layer_charts(topic.tables[LAYERS], labels)
-    if TRAINING in topic.tables:
-        charts += training_charts(topic.tables[TRAINING])
-        tables.append(training_table(topic.tables[TRAINING]))
     by_id = {f"chart-{next(ids)}": chart for chart in charts}
     return Section(topic.name, facts(topic), findings(topic, short), by_id, tables)
 

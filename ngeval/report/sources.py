@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ngeval.analysis.stages import checkpoint_labels
-from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, TRAINING, kind_of
+from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES, kind_of
 from ngeval.errors import InputError, OutputError
 from ngeval.report.checked_rows import (
     IDENTITY,
@@ -79,8 +79,7 @@ class Topic:
     @property
     def labels(self) -> dict[str, str]:
         """A short label for each checkpoint."""
-        graded = [table for kind, table in self.tables.items() if kind != TRAINING]
-        return checkpoint_labels(*graded) if graded else {}
+        return checkpoint_labels(*self.tables.values())
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
@@ -149,7 +148,7 @@ def topics(sources: Sequence[Source]) -> list[Topic]:
     """
     result: dict[str, Topic] = {}
     stems = _stems(sources)
-    for kind in (GAMMAS, SAMPLES, LAYERS, TRAINING):
+    for kind in (GAMMAS, SAMPLES, LAYERS):
         parts: dict[str, list[_Run]] = {}
         for source in (source for source in sources if source.kind == kind):
             for task, run in _runs_of(source):
@@ -212,10 +211,10 @@ def _add(task_runs: list[_Run], run: _Run, kind: str) -> None:
 
 def _is_one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
     """Whether two tables are parts of one run: the same settings, and the rows in both agree."""
-    settings = (*SETTINGS[kind], *(("num_samples", "metric_samples") if kind != TRAINING else ()))
+    settings = (*SETTINGS[kind], "num_samples", "metric_samples")
     if not all(_may_agree(first, second, name) for name in settings):
         return False
-    if kind != TRAINING and "seed" in first and "seed" in second:
+    if "seed" in first and "seed" in second:
         columns = ["checkpoint", "batch", "seed"]
         both = pd.concat([first[columns].astype(str), second[columns].astype(str)])
         if differs_within_batches(both, "seed"):

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from ngeval.analysis.training_results import FIGURES, performance
 from ngeval.report.summaries import Grades
 from ngeval.report.wording import damping_text, interval_text, number, value_text
 
 MAX_ROWS = 5_000
 """Rows of a table in the page; of a longer one not all dampings are shown."""
 
-TEXT_COLUMNS = ("method", "optimizer", "checkpoint")
+TEXT_COLUMNS = ("method", "checkpoint")
 """Heads of the columns that are not of numbers."""
 
 
@@ -121,29 +119,6 @@ def _shown_dampings(short: Grades) -> list[float]:
         return values
     places = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
     return sorted({short.smallest, *(values[place] for place in places)})
-
-
-def training_table(rows: pd.DataFrame) -> Table:
-    """Tuned optimizers of every task."""
-    table = performance(rows)
-    shown = []
-    for row in table.to_dict("records"):
-        cells = [_numeric(row["rank"]), Cell(row["optimizer"])]
-        for figure in FIGURES:
-            mean, low, high = (row[f"{figure}_{end}"] for end in ("mean", "low", "high"))
-            cells += [_numeric(mean), _interval(low, high)]
-        cells += [_numeric(row["seeds"]), _numeric(row["diverged"])]
-        for setting in (row["learning_rate"], row["damping"]):
-            cells.append(_numeric(setting, "–" if math.isnan(setting) else damping_text(setting)))
-        shown.append(Row(cells))
-    data = next((name for name in table["data"] if name), "test")
-    return Table(
-        "Tuned optimizers: means over seeds with 95 % t-intervals",
-        _heads("rank", "optimizer", f"{data} accuracy", "interval", f"{data} loss")
-        + _heads("interval", "training loss", "interval", "seeds", "diverged")
-        + _heads("learning rate", "λ"),
-        shown,
-    )
 
 
 def _heads(*names: str) -> list[tuple[str, bool]]:

@@ -11,20 +11,52 @@ import math
 import numpy as np
 import pandas as pd
 
-from ngeval.analysis.intervals import t_interval
-from ngeval.analysis.tables import FINITE, TEXT, WHOLE, Column, checked, require
+from ngeval.analysis.tables import NUMBER, Column, Conversion, checked
 from ngeval.errors import InputError
+from studies.statistics import t_interval
 
 FIGURES = ("test_accuracy", "test_loss", "train_loss")
 """The numbers that have a mean and an interval: two at the best validation epoch, and the last at
 the end."""
 
+
+def _finite(column: pd.Series) -> Conversion:
+    values, fits = NUMBER.convert(column)
+    return values, fits & ~np.isinf(values)
+
+
+def _whole(column: pd.Series) -> Conversion:
+    values, _ = NUMBER.convert(column)
+    fits = (values == np.round(values)) & (values.abs() < 2**53)
+    return values.where(fits, 0).astype("int64"), fits
+
+
+def _text(column: pd.Series) -> Conversion:
+    # A task may be called 1, which a CSV file gives back as a number.
+    fits = column.map(lambda value: isinstance(value, str | int | float)) & column.notna()
+    return column.astype(str), fits
+
+
+def one_of(*choices: str) -> Column:
+    """A column of a few words."""
+
+    def convert(column: pd.Series) -> Conversion:
+        values, fits = _text(column)
+        return values, fits & values.isin(choices)
+
+    return Column(convert, " or ".join(choices))
+
+
+FINITE = Column(_finite, "finite numbers, or nothing")
+WHOLE = Column(_whole, "whole numbers")
+TEXT = Column(_text, "text")
+
 COLUMNS: dict[str, Column] = {
     "task": TEXT,
     "optimizer": TEXT,
-    "phase": Column("text", ("search", "final")),
-    "monitor": Column("text", ("train_loss", "validation_loss", "validation_accuracy")),
-    "status": Column("text", ("ok", "diverged", "failed")),
+    "phase": one_of("search", "final"),
+    "monitor": one_of("train_loss", "validation_loss", "validation_accuracy"),
+    "status": one_of("ok", "diverged", "failed"),
     **dict.fromkeys(("trial", "seed", "epoch"), WHOLE),
     **dict.fromkeys(("learning_rate", "damping", "train_loss"), FINITE),
     **{
@@ -44,7 +76,12 @@ def checked_rows(rows: pd.DataFrame, source: str = "the table") -> pd.DataFrame:
     Raises:
         InputError: a column is missing, or holds a value that it may not.
     """
-    require(rows, *COLUMNS, source=source)
+    missing = [column for column in COLUMNS if column not in rows]
+    if missing:
+        raise InputError(
+            f"{source} has no column {', '.join(missing)}; tuned trainings, with a row for each "
+            "epoch (training.parquet), come from studies.tuning.Tuning"
+        )
     # Where no data are held out, the performance is that on the training data.
     return checked(rows, COLUMNS | {"train_accuracy": FINITE}, source)
 

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngeval.analysis.tables import name_in
-from ngeval.analysis.training_results import FIGURES, outcomes, performance
 from ngeval.errors import InputError, nearest_name
 from ngeval.plots.names import SIDE, name_text
 from ngeval.plots.style import COLUMN, PAGE, in_style, own_axes, styles_of
 from ngeval.plots.ticks import log_scale
+from studies.training_results import FIGURES, outcomes, performance
 
 
 def performance_figure(rows: pd.DataFrame, *, width: float | None = None) -> Figure:

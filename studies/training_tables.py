@@ -1,4 +1,4 @@
-"""Trainings as commands print them: a line for each epoch, tables of tuned optimizers."""
+"""Tables of tuned optimizers, as ``python -m studies trained`` prints them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,10 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ngeval.analysis.training_results import average_ranks
 from ngeval.cli.tables import cell
-from ngeval.training import EpochReport
+from studies.training_results import average_ranks
 
 CAPTION = "mean over seeds ± half its 95 % t-interval; bold: the best mean"
-
-
-def training_line(report: EpochReport) -> str:
-    """One line about an epoch: mean losses in nats, and accuracies if there are any."""
-    line = f"epoch {report.epoch:3d}  train loss {report.train_loss:.4g}"
-    if report.train_accuracy is not None:
-        line += f" ({report.train_accuracy:.1%})"
-    if report.validation_loss is not None:
-        line += f"  validation loss {report.validation_loss:.4g}"
-    if report.validation_accuracy is not None:
-        line += f" ({report.validation_accuracy:.1%})"
-    return line
 
 
 def performance_tables(table: pd.DataFrame, width: int | None = None) -> Iterator[Table]:
@@ -38,7 +25,7 @@ def performance_tables(table: pd.DataFrame, width: int | None = None) -> Iterato
     task is a row.
 
     Args:
-        table: the result of `ngeval.analysis.training_results.performance`.
+        table: the result of `studies.training_results.performance`.
         width: characters in a line; None is as many as the tables need.
     """
     wide = _side_by_side(table)
