@@ -1,1 +1,4 @@
-"""See architecture.md."""
+"""Kernels of a problem, their factorisations, and curvature matrices.
+
+Θ, spectra, Krylov runs, Kronecker factors.
+"""

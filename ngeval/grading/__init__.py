@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Updates in, rows out: γ and what belongs beside it, for whole updates, layers and samples."""

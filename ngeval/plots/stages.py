@@ -61,9 +61,7 @@ def stages_figure(
         relative = _pairs(tables.values()) if len(tables) > 1 or samples is not None else ()
     lines = ["stages", *(["relative"] if relative else [])]
     if samples is not None:
-        norms = [samples_of(samples, table, list(tables.values())) for _, table, _ in columns]
-        if all(part.empty for part in norms):
-            raise InputError("the samples are of other tasks or checkpoints than the γ table's")
+        norms = _norms(samples, [table for _, table, _ in columns], list(tables.values()))
         lines.append("imbalance")
     width = width or (COLUMN if len(columns) == 1 else PAGE)
     heights = [HEIGHTS[line] for line in lines]
@@ -113,6 +111,20 @@ def samples_of(
     if len(tables) > 1:
         samples = samples[samples["checkpoint"].isin(table["checkpoint"])]
     return samples
+
+
+def _norms(
+    samples: pd.DataFrame, columns: Iterable[pd.DataFrame], tables: Sequence[pd.DataFrame]
+) -> list[pd.DataFrame]:
+    """The samples of each column's table.
+
+    Raises:
+        InputError: no column has any.
+    """
+    norms = [samples_of(samples, table, tables) for table in columns]
+    if all(part.empty for part in norms):
+        raise InputError("the samples are of other tasks or checkpoints than the γ table's")
+    return norms
 
 
 def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

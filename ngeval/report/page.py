@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+from plotly.offline import get_plotlyjs
 
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.errors import InputError

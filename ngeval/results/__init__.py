@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Result files: tables, the journal of a run, manifests, hashes."""

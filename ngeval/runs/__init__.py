@@ -1,1 +1,4 @@
-"""See architecture.md."""
+"""Checkpoints × batches as units.
+
+What is computed for each, by which processes, into which file.
+"""

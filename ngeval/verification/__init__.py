@@ -1,1 +1,1 @@
-"""See architecture.md."""
+"""Result files against a second computation of some of their rows."""

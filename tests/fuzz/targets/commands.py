@@ -25,7 +25,7 @@ from tests.fuzz.targets.results import _csv, _gammas, _samples
 CODES = {0, 1, 2, 3, 130, 143}
 """Done; a comparison failed; refused; done but for a part; interrupted; terminated."""
 
-SLOW = ("demo", "study")
+SLOW = ("demo",)
 """Commands that would train for minutes; their arguments are tried behind a wrong one."""
 
 TASK = """
