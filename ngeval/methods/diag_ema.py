@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,14 @@ class AccumulatedDiagonal:
         optimizers = as_optimizers(self.optimizer)
         moments: dict[str, Tensor] = {}
         lacking: dict[str, str] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    state, name = optimizer.state.get(parameter, {}), names.get(id(parameter), "")
-                    moment = second_moment(optimizer, state, group)
-                    if moment is not None:
-                        moments[name] = moment.detach().to(torch.float64)
-                    else:
-                        lacking[name] = listed([str(key) for key in state]) or "nothing"
+        for optimizer, group in ((o, group) for o in optimizers for group in o.param_groups):
+            for parameter in group["params"]:
+                state, name = optimizer.state.get(parameter, {}), names.get(id(parameter), "")
+                moment = second_moment(optimizer, state, group)
+                if moment is not None:
+                    moments[name] = moment.detach().to(torch.float64)
+                else:
+                    lacking[name] = listed([str(key) for key in state]) or "nothing"
         parameters = problem.function.parameters
         missing = [
             f"{n} (state: {lacking.get(n, 'not held')})" for n in parameters if n not in moments
@@ -196,34 +196,33 @@ class NamedAccumulated:
             InputError: there is no checkpoint, or its optimizer has no second moment.
             CheckpointError: the file cannot be read, or fits none of the optimizers.
         """
-        if self.stage is None:
+        if self.stage is None or self.stage.optimizer_state is None:
             raise InputError(
                 f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "
                 "Python give your optimizer to ngeval.AccumulatedDiagonal"
             )
-        optimizers = self._loaded(problem.function.model, self.stage)
+        model, path = problem.function.model, self.stage.optimizer_state
+        optimizers = self._loaded(model, path, self.stage)
         reduction = self.stage.options.reduction
         method = AccumulatedDiagonal(optimizers, self.exponent, reduction, self.name)
         return method.prepare(problem, kernel, seed)
 
-    def _loaded(self, model: nn.Module, stage: Stage) -> list[Optimizer]:
+    def _loaded(self, model: nn.Module, path: Path, stage: Stage) -> list[Optimizer]:
         """The saved optimizer: that of the recorded name, else the first that the state fits."""
-        path, pickled = stage.optimizer_state, stage.options.allow_pickle
-        if path is None:
-            raise CheckpointError(f"{self.name}: no optimizer state beside {stage.name}")
+        pickled = stage.options.allow_pickle
         saved = read_optimizer(path, allow_pickle=pickled)
-        known = saved.name or stage.optimizer
-        if known is not None and (known in OPTIMIZERS or "." in known):
-            optimizers = build_optimizers(known, model)
-            load_optimizer_state(optimizers, model, path, pickled, known)
-            return optimizers
-        _check_known(self.name, path, saved.states)
+        recorded = saved.name or stage.optimizer or ""
+        known = recorded in OPTIMIZERS or "." in recorded
+        if not known:
+            _check_entries(self.name, path, saved.states)
         reasons = []
-        for kind in KINDS:
+        for kind in (recorded,) if known else KINDS:
             optimizers = build_optimizers(kind, model)
             try:
                 load_optimizer_state(optimizers, model, path, pickled, kind)
             except CheckpointError as error:
+                if known:
+                    raise
                 reasons.append(str(error))
             else:
                 return optimizers
@@ -232,12 +231,8 @@ class NamedAccumulated:
         )
 
 
-def _check_known(label: str, path: Path, states: Sequence[Mapping[str, Any]]) -> None:
-    """Check that a file has an entry with the name of a second moment.
-
-    Raises:
-        CheckpointError: it has none; the message lists its entries.
-    """
+def _check_entries(label: str, path: Path, states: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a file has an entry with the name of a second moment."""
     present = {
         str(key)
         for state in states
@@ -245,10 +240,10 @@ def _check_known(label: str, path: Path, states: Sequence[Mapping[str, Any]]) ->
         if isinstance(entries, Mapping)
         for key in entries
     }
-    known = [entry for entries in MOMENTS.values() for entry in entries]
-    if not present & set(known):
+    known = list(dict.fromkeys(chain(*MOMENTS.values())))
+    if present.isdisjoint(known):
         raise CheckpointError(
             f"{label}: {path} holds no second moment that is known "
-            f"({listed(list(dict.fromkeys(known)))}), but {listed(sorted(present)) or 'nothing'}; "
+            f"({listed(known)}), but {listed(sorted(present)) or 'nothing'}; "
             "grade diag-ef:0.5, whose diagonal is that of the batch"
         )

@@ -113,15 +113,15 @@ def check_name(name: str) -> None:
     """
     family = name.strip().partition(":")[0]
     points = _plugins()  # for every name: it warns of a plug-in whose name is taken
-    if _is_builtin(family):
-        _check_parameter(name, _builtin(family))
+    if entry := _builtin(family):
+        _check_parameter(name, entry)
     elif family not in points:
         raise InputError(f"unknown method {name!r}; {nearest_name(family, method_names())}")
 
 
 def all_methods() -> dict[str, MethodEntry]:
     """The entry of every method; that of a plug-in that fails to load has the reason as formula."""
-    entries = {name: _builtin(name) for name in (*METHODS, *OPTIMIZERS)}
+    entries = METHODS | {name: _optimizer(name) for name in OPTIMIZERS if name not in METHODS}
     for name, point in _plugins().items():
         try:
             entries[name] = _loaded(point)
@@ -154,8 +154,8 @@ def get_method(method: str | Method | Optimizer) -> Method:
     check_name(method)
     name = method.strip()
     family, _, parameter = name.partition(":")
-    if _is_builtin(family):
-        return _builtin(family).make(name, parameter)
+    if builtin := _builtin(family):
+        return builtin.make(name, parameter)
     point = _plugins()[family]
     entry = _loaded(point)
     _check_parameter(name, entry)
@@ -212,14 +212,14 @@ def _is_method(value: object) -> bool:
     return hasattr(value, "prepare") and hasattr(value, "name")
 
 
-def _is_builtin(family: str) -> bool:
-    """Whether a name is ngeval's own, an optimizer's, or the path of an optimizer's class."""
-    return family in METHODS or family in OPTIMIZERS or "." in family
-
-
-def _builtin(family: str) -> MethodEntry:
+def _builtin(family: str) -> MethodEntry | None:
+    """The entry of a name that is ngeval's own, an optimizer's, or the path of its class."""
     if family in METHODS:
         return METHODS[family]
+    return _optimizer(family) if family in OPTIMIZERS or "." in family else None
+
+
+def _optimizer(family: str) -> MethodEntry:
     known = OPTIMIZERS.get(family)
     return MethodEntry(
         known.description if known else f"step of {family}",
@@ -242,11 +242,7 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def _loaded(point: EntryPoint) -> MethodEntry:
-    """The entry that a plug-in's entry point names.
-
-    Raises:
-        InputError: it cannot be imported, or is neither an entry nor a function.
-    """
+    """The entry that a plug-in's entry point names."""
     entry = load_plugin(point)
     if isinstance(entry, MethodEntry):
         return replace(entry, source=package_of(point))

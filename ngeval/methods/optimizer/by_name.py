@@ -26,10 +26,17 @@ CACHED_SHARE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class WarmOnce(OptimizerStep):
-    """An `OptimizerStep` that caches the state accumulated at a θ for further batches."""
+class _Bound(OptimizerStep):
+    """An optimizer on a checkpoint's model, which caches the state accumulated at a θ.
 
-    _warm: list[tuple[Any, Clones, list[str]]] = field(default_factory=list, repr=False)
+    Attributes:
+        stage: the checkpoint; None if there is none.
+        notes: on the state.
+    """
+
+    stage: Stage | None = None
+    notes: tuple[str, ...] = ()
+    _warm: dict[Any, tuple[Clones, list[str]]] = field(default_factory=dict, repr=False)
 
     def warmed(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
@@ -37,25 +44,15 @@ class WarmOnce(OptimizerStep):
         """Copies of those that were warmed up before at this θ and in this dtype, if any."""
         if self.warmup is None:
             return super().warmed(dtype, problem, names)
-        key = (dtype, problem.dtype, problem.function.versions)
-        for known, clones, notes in self._warm:
-            if known == key:
-                return clones.again(), list(notes)
-        clones, notes = super().warmed(dtype, problem, names)
-        if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
-            return clones, notes
-        self._warm[:] = [(key, clones, list(notes))]
-        return clones.again(), notes
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """An optimizer on a model at a checkpoint, and notes on its state."""
-
-    model: nn.Module
-    stage: Stage | None
-    method: OptimizerStep
-    notes: tuple[str, ...]
+        key = (dtype, problem.dtype, *problem.function.versions.items())
+        if key not in self._warm:
+            clones, notes = super().warmed(dtype, problem, names)
+            if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
+                return clones, notes
+            self._warm.clear()
+            self._warm[key] = clones, notes
+        clones, notes = self._warm[key]
+        return clones.again(), [*notes]
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,8 @@ class NamedOptimizer:
     family: str
     warmup_batches: int | None
     stage: Stage | None = None
-    # The optimizer of the latest checkpoint; `at` copies the method but shares the list.
-    _cache: list[_Bound] = field(default_factory=list, compare=False, repr=False)
+    # The latest checkpoint's model and optimizer; `at` copies the method but shares the list.
+    _cache: list[tuple[nn.Module, _Bound]] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedOptimizer:
@@ -131,27 +128,29 @@ class NamedOptimizer:
                 f"grade {self.family}:0, its first step"
             )
         bound = self._bound(problem.function.model)
-        state = bound.method.prepare(problem, kernel, seed)
+        state = bound.prepare(problem, kernel, seed)
         return UndampedState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
 
     def _bound(self, model: nn.Module) -> _Bound:
         """The optimizer on a model with its state, built once for all batches of a checkpoint."""
-        for known in self._cache:
-            if known.model is model and known.stage is self.stage:
-                return known
-        options = self.stage.options if self.stage else OptimizerOptions()
+        count, stage = self.warmup_batches, self.stage
+        for known, bound in self._cache:
+            if known is model and bound.stage is stage:
+                return bound
+        options = stage.options if stage else OptimizerOptions()
         optimizers = build_optimizers(self.family, model)
         notes: tuple[str, ...] = ()
-        if self.warmup_batches is None and self.stage and self.stage.optimizer_state:
-            path, pickled = self.stage.optimizer_state, options.allow_pickle
+        if count is None and stage and (path := stage.optimizer_state):
+            pickled = options.allow_pickle
             notes = load_optimizer_state(optimizers, model, path, pickled, self.family)
-        count, stage = self.warmup_batches, self.stage
-        method = WarmOnce(
+        bound = _Bound(
             optimizers,
             reduction=options.reduction,
             weight_decay=options.weight_decay,
             warmup=(lambda: stage.batches(count)) if stage and count else None,
             name=self.name,
+            stage=stage,
+            notes=notes,
         )
-        self._cache[:] = [_Bound(model, stage, method, notes)]
-        return self._cache[0]
+        self._cache[:] = [(model, bound)]
+        return bound

@@ -90,19 +90,20 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
             that are not scalars themselves (a step count keeps its dtype); None keeps all dtypes.
     """
     originals = _with_wrapped(optimizers)
-    every = [optimizer for optimizer, _ in originals]
+    every = list(originals)
     parameters = _copied_parameters(every, dtype)
     memo: dict[int, Any] = {key: clone for key, (_, clone) in parameters.items()}
     moments = _scalar_moments(every)
-    for value in reachable([attributes for _, attributes in originals]):
+    for value in reachable(list(originals.values())):
         if type(value) in (Tensor, nn.Parameter) and id(value) not in memo:
             memo[id(value)] = _copied(value, dtype, scalars=id(value) in moments)
     memo |= {id(optimizer): object.__new__(type(optimizer)) for optimizer in every}
-    for optimizer, attributes in originals:
+    for optimizer, attributes in originals.items():
         clone = memo[id(optimizer)]
         copied = copy.deepcopy(attributes, memo)
         if dtype is not None:  # some classes have the dtype of their state as an attribute
-            copied |= {name: dtype for name, value in copied.items() if _is_float_dtype(value)}
+            kinds = {name for name, value in copied.items() if isinstance(value, torch.dtype)}
+            copied |= {name: dtype for name in kinds if copied[name].is_floating_point}
         vars(clone).update(copied)
         if dtype is not None and isinstance(optimizer, Adafactor):
             _keep_floor(clone, optimizer)
@@ -150,18 +151,16 @@ def without_global_hooks() -> Iterator[None]:
             setattr(_TORCH_MODULE, name, hooks)
 
 
-def _with_wrapped(optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, dict[str, Any]]]:
+def _with_wrapped(optimizers: Sequence[Optimizer]) -> dict[Optimizer, dict[str, Any]]:
     """The optimizers and then those that they wrap, each with the attributes to copy."""
-    originals: list[tuple[Optimizer, dict[str, Any]]] = []
-    waiting, seen = deque(optimizers), set(map(id, optimizers))
+    originals: dict[Optimizer, dict[str, Any]] = {}
+    waiting = deque(optimizers)
     while waiting:
         optimizer = waiting.popleft()
-        attributes = _attributes(optimizer)
-        originals.append((optimizer, attributes))
-        for value in reachable(attributes):
-            if isinstance(value, Optimizer) and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append(value)
+        if optimizer not in originals:
+            originals[optimizer] = _attributes(optimizer)
+            wrapped = reachable(originals[optimizer])
+            waiting += [value for value in wrapped if isinstance(value, Optimizer)]
     return originals
 
 
@@ -169,14 +168,12 @@ def _copied_parameters(
     optimizers: Sequence[Optimizer], dtype: torch.dtype | None
 ) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
     """The parameters in the optimizers' groups and their copies, by ``id`` of the original."""
-    parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if id(parameter) not in parameters:
-                copied = nn.Parameter(_copied(parameter, dtype, scalars=True))
-                copied.requires_grad_(parameter.requires_grad)
-                parameters[id(parameter)] = parameter, copied
-    return parameters
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    return {
+        key: (p, nn.Parameter(_copied(p, dtype, scalars=True), requires_grad=p.requires_grad))
+        for key, p in parameters.items()
+    }
 
 
 def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
@@ -212,13 +209,11 @@ def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     """The attributes of an optimizer that are copied: no hooks, no patched methods."""
-    attributes: dict[str, Any] = {}
-    for name, value in vars(optimizer).items():
-        if name.endswith(HOOKS) and isinstance(value, dict):
-            attributes[name] = OrderedDict()
-        elif not (callable(value) and hasattr(type(optimizer), name)):
-            attributes[name] = value
-    return attributes
+    return {
+        name: OrderedDict() if name.endswith(HOOKS) and isinstance(value, dict) else value
+        for name, value in vars(optimizer).items()
+        if not (callable(value) and hasattr(type(optimizer), name))
+    }
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
@@ -245,10 +240,6 @@ def reachable(root: Any) -> Iterator[Any]:
             waiting += value
         elif hasattr(value, "__dict__"):
             waiting.append(vars(value))
-
-
-def _is_float_dtype(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value.is_floating_point
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None, *, scalars: bool) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +38,14 @@ OF_CLASSES = {
 """Hyperparameters that distinguish torch's classes."""
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """One optimizer's state in a file, by parameter name.
-
-    Attributes:
-        groups: names and hyperparameters of each group with trainable parameters.
-        states: the state of each parameter that has one.
-    """
+class _Saved(NamedTuple):
+    """One optimizer's state in a file, without frozen parameters."""
 
     groups: list[tuple[list[str], dict[str, Any]]]
+    """The names of the parameters and the hyperparameters of each group."""
+
     states: dict[str, dict[str, Any]]
+    """The state of each parameter that has one, by its name."""
 
 
 def load_optimizer_state(
@@ -107,7 +103,7 @@ def load_optimizer_state(
                 _check_states(optimizer, model, known, label)
         except MisfitError as error:
             raise CheckpointError(f"{path} does not fit {label}: {error}") from error
-        _fill(optimizer, model, known)
+        _fill(optimizer, known.states)
     if unstepped and unstepped == len(optimizers):
         return ("the optimizer had not stepped at this checkpoint: this is its first step",)
     return ()
@@ -115,40 +111,19 @@ def load_optimizer_state(
 
 def _by_name(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> _Saved:
     """A state dict by parameter name."""
-    groups = [dict(group) for group in state["param_groups"]]
-    held = _held(optimizer, model)
-    keys = [key for group in groups for key in group["params"]]
-    if all(isinstance(key, str) for key in keys):
-        recorded = dict(zip(keys, keys, strict=True))
-    elif all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
-        names = [name for group in groups for name in group["param_names"] or ()]
-        recorded = dict(zip(keys, names, strict=True))
-    else:
-        order = fitting_order(optimizer, model, groups, state["state"])
-        name_of = dict(zip(keys, order, strict=True))
-        return _assembled(model, held, groups, name_of, state["state"])
-    key_of = renamed({recorded[key]: key for key in keys}, held)
-    name_of = {key: name for name, key in key_of.items()}
-    return _assembled(model, held, groups, name_of, state["state"])
-
-
-def _assembled(
-    model: nn.Module,
-    held: list[str],
-    groups: list[dict[str, Any]],
-    name_of: Mapping[Any, str],
-    states: Mapping[Any, Any],
-) -> _Saved:
-    """The groups and states of the optimizer's parameters; frozen ones are left out.
-
-    Raises:
-        MisfitError: parameters are missing, or are not the model's.
-    """
-    frozen = {name for name, _ in model.named_parameters()} - set(held)
-    unexpected = [name for name in name_of.values() if name not in held and name not in frozen]
-    missing = [name for name in held if name not in name_of.values()]
-    faults = {"missing": missing, "unexpected": unexpected}
-    if missing or unexpected:
+    groups, states = state["param_groups"], state["state"]
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    held = [name for name, p in parameters.items() if id(p) in in_optimizer]
+    name_of = _names_by_key(groups, held)
+    if name_of is None:
+        keys = [key for group in groups for key in group["params"]]
+        name_of = dict(zip(keys, fitting_order(optimizer, model, groups, states), strict=True))
+    faults = {
+        "missing": [name for name in held if name not in name_of.values()],
+        "unexpected": [name for name in name_of.values() if name not in parameters],
+    }
+    if any(faults.values()):
         lists = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
         raise MisfitError("parameters " + "; ".join(lists))
     trainable = []
@@ -157,12 +132,20 @@ def _assembled(
         hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         if names:
             trainable.append((names, hyper))
-    by_name = {
-        name: _present(states[key])
-        for key, name in name_of.items()
-        if name in held and _present(states.get(key, {}))
-    }
-    return _Saved(trainable, by_name)
+    present = {name: _present(states.get(key, {})) for key, name in name_of.items() if name in held}
+    return _Saved(trainable, {name: entries for name, entries in present.items() if entries})
+
+
+def _names_by_key(groups: Sequence[Mapping[str, Any]], held: list[str]) -> dict[Any, str] | None:
+    """The parameters' names by their keys in a file; None if it does not record the names."""
+    recorded: dict[str, Any] = {}
+    for group in groups:
+        by_name = all(isinstance(key, str) for key in group["params"])
+        names = group["params"] if by_name else group.get("param_names") or ()
+        if len(names) != len(group["params"]):
+            return None
+        recorded |= dict(zip(names, group["params"], strict=True))
+    return {key: name for name, key in renamed(recorded, held).items()}
 
 
 def _present(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,11 +154,7 @@ def _present(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_groups(optimizer: Optimizer, saved: _Saved, label: str) -> None:
-    """Check that the file's hyperparameters are those of the optimizer's class.
-
-    Raises:
-        MisfitError: they are not.
-    """
+    """Check that the file's hyperparameters are those of the optimizer's class."""
     of_torch = type(optimizer).__module__.startswith("torch.optim")
     for _, hyper in saved.groups:
         needed = [
@@ -211,11 +190,7 @@ def _regroup(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
 
 
 def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: str) -> None:
-    """Check that every parameter has the entries that a step would create.
-
-    Raises:
-        MisfitError: entries are missing, unexpected, of another shape, or unusable in a step.
-    """
+    """Check that every parameter has the entries that a step would create."""
     missing: dict[str, list[str]] = {}
     unexpected: dict[str, list[str]] = {}
     wrong: list[str] = []
@@ -269,29 +244,22 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
     }
 
 
-def _fill(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
+def _fill(optimizer: Optimizer, states: Mapping[str, dict[str, Any]]) -> None:
     """Load the checked state with the optimizer's ``load_state_dict``, as on resuming."""
     content = optimizer.state_dict()
-    parameters = dict(model.named_parameters())
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in content["param_groups"] for number in group["params"]]
-    number_of = dict(zip(held, numbers, strict=True))
     content["state"] = {
-        number_of[id(parameters[name])]: state for name, state in saved.states.items()
+        number: states[name]
+        for group in content["param_groups"]
+        for number, name in zip(group["params"], group["param_names"], strict=True)
+        if name in states
     }
     optimizer.load_state_dict(content)
-
-
-def _held(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """The names of the parameters that an optimizer holds, in the model's order."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [name for name, p in model.named_parameters() if id(p) in held]
 
 
 def _shapes(value: Any) -> Any:
     """The shapes of the tensors in an entry; scalars are treated like numbers."""
     if isinstance(value, Tensor):
-        return tuple(value.shape) if value.ndim else ()
+        return tuple(value.shape)
     if isinstance(value, list | tuple):
         return [_shapes(part) for part in value]
     if isinstance(value, Mapping):

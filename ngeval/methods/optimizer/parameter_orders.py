@@ -84,24 +84,16 @@ def fitting_order(
 def _check_certain(
     fitting: Sequence[list[str]], groups: Sequence[Mapping[str, Any]], states: States
 ) -> None:
-    """Check that a guess which affects the step is confirmed by the shape of some tensor.
-
-    Raises:
-        MisfitError: it is not.
-    """
+    """Check that a guess which affects the step is confirmed by the shape of some tensor."""
+    filled = [group for group in groups if group["params"]]
     hyper = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}
-        for group in groups
-        if group["params"]
+        for group in filled
     ]
     differ = any(other != hyper[0] for other in hyper[1:])
-    with_tensors = [
-        all(_has_tensor(states.get(key, {})) for key in group["params"])
-        for group in groups
-        if group["params"]
-    ]
-    several = len(fitting) > 1 and (differ or any(map(_has_tensor, states.values())))
-    if several or (differ and not any(with_tensors)):
+    with_shape = {key for key, state in states.items() if _has_tensor(state)}
+    several = len(fitting) > 1 and (differ or with_shape)
+    if several or (differ and not any(with_shape.issuperset(g["params"]) for g in filled)):
         raise MisfitError(
             f"its {len(groups)} groups have no names of parameters (param_names), and no shape in "
             f"its state determines which parameters are in which group; {BY_HAND}"
@@ -113,7 +105,9 @@ def _guesses(model: nn.Module, held: set[str], sizes: Sequence[int]) -> Iterator
     names = [name for name, _ in model.named_parameters()]
     trainable = [name for name in names if name in held]
     if len(sizes) == 2:
-        for first in (_decayed(model), _matrices(model)):
+        # Programs that do not decide by names decide by the number of dimensions.
+        matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
+        for first in (_decayed(model), matrices):
             decayed = [name for name in trainable if name in first]
             if len(decayed) == sizes[0] and len(trainable) == sum(sizes):
                 yield decayed + [name for name in trainable if name not in first]
@@ -133,11 +127,6 @@ def _decayed(model: nn.Module) -> set[str]:
     }
     names = [name for name, _ in model.named_parameters()]
     return {n for n in names if n not in excluded and not UNDECAYED.search(n.lower())}
-
-
-def _matrices(model: nn.Module) -> set[str]:
-    """Parameters with weight decay in programs that decide by the number of dimensions."""
-    return {name for name, p in model.named_parameters() if p.ndim >= 2}
 
 
 def _full_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

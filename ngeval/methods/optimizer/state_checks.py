@@ -66,11 +66,7 @@ def check_entry(key: str, name: str, expected: Any, value: Any) -> None:
 
 
 def _check_count(where: str, value: Any) -> None:
-    """Check that a value can be a number of steps.
-
-    Raises:
-        MisfitError: it is NaN, infinite, negative, or not a real number.
-    """
+    """Check that a value is a finite number ≥ 0."""
     if not _is_number(value) or not _is_usable(value) or float(value) < 0:
         shown = value.tolist() if isinstance(value, Tensor) and value.numel() == 1 else value
         raise MisfitError(f"{where} is {shown!r}, which is not a number of steps")

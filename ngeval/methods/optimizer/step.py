@@ -108,19 +108,18 @@ class OptimizerStep:
         missing = [name for name in problem.function.parameters if name not in names.values()]
         with torch.inference_mode(False):
             steps, notes = self._steps(problem, names, seed)
-        parts = [
-            steps.get(name, torch.zeros_like(parameter, dtype=torch.float64)).reshape(-1)
-            for name, parameter in problem.function.parameters.items()
-        ]
-        step = torch.cat(parts)
-        for name, part in zip(problem.function.parameters, parts, strict=True):
+        for name, part in steps.items():
             if not bool(torch.isfinite(part).all()):
                 raise NumericalError(
                     f"{self.name}: the step of {name!r} is NaN or infinite (is its state?)"
                 )
         if missing:
             notes.append(f"no optimizer holds {listed(missing)}: their update is 0")
-        left = sum(problem.function.parameters[name].numel() for name in missing)
+        for name in missing:
+            parameter = problem.function.parameters[name]
+            steps[name] = torch.zeros_like(parameter, dtype=torch.float64)
+        step = torch.cat([steps[name].reshape(-1) for name in problem.function.parameters])
+        left = sum(steps[name].numel() for name in missing)
         coverage = 100.0 * (1.0 - left / problem.num_parameters)
         if not bool(step.any()):
             notes.append("the step is 0 (some optimizers only set up their state in the first)")
@@ -140,11 +139,11 @@ class OptimizerStep:
                 if is_out_of_memory(error):
                     raise
                 failures.append(error)
-            else:
-                if failures:
-                    why = _in_a_line(failures[0])
-                    notes.append(f"stepped in the parameters' dtype, where d is rounded ({why})")
-                return steps, notes
+                continue
+            if failures:
+                why = _in_a_line(failures[0])
+                notes.append(f"stepped in the parameters' dtype, where d is rounded ({why})")
+            return steps, notes
         last = failures[-1]
         message = f"{self.name}: step() failed with {_in_a_line(last)}{_hint(last)}"
         raise InputError(message) from last
@@ -218,11 +217,7 @@ def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
-    """The names of the trainable parameters that the optimizers hold, by ``id``.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The names of the trainable parameters that the optimizers hold, by ``id``."""
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     graded = problem.function.parameters
     names = {id(p): n for n, p in problem.function.model.named_parameters() if n in graded}
@@ -236,11 +231,7 @@ def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, st
 
 
 def _check_closure(optimizer: Optimizer) -> None:
-    """Check that an optimizer's step does not evaluate the loss.
-
-    Raises:
-        InputError: it does.
-    """
+    """Check that an optimizer's step does not evaluate the loss."""
     parameters = inspect.signature(type(optimizer).step).parameters
     if "problem" in parameters:  # a class of ngeval.optim, which cannot be imported here
         name = type(optimizer).__name__
