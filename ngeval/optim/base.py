@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class ExactOptimizer(Optimizer):
         params: all trainable parameters of one model, or groups of them, each of which can have
             its ``lr``, ``momentum`` and ``weight_decay``.
         lr: the learning rate η; its unit depends on the method.
-        damping: λ ≥ 0, absolute and for sum-reduced curvature, the same for all groups.
+        damping: λ ≥ 0, absolute and for sum-reduced curvature, the same for all groups; None takes
+            the ``default_damping`` of the class.
         momentum: μ in [0, 1).
         weight_decay: decoupled: a step multiplies the weights by 1 − η·weight_decay.
         max_norm: the update over all parameters is scaled down to this length; None never does.
@@ -65,33 +66,31 @@ class ExactOptimizer(Optimizer):
         InputError: a setting is out of range, or the groups disagree on a shared one.
     """
 
+    default_damping: ClassVar[float]
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float,
         *,
-        damping: float,
+        damping: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
-        **others: Any,
+        others: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
-            "damping": damping,
+            "damping": self.default_damping if damping is None else damping,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "max_norm": max_norm,
-            **others,
+            **(others or {}),
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        settings = {**self.defaults, **param_group}
-        _check_settings(settings)
-        for name in SHARED if self.param_groups else ():
-            if settings.get(name) != self.param_groups[0].get(name):
-                raise _disagreement(name, self.param_groups[0].get(name), settings.get(name))
+        _check_groups([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
 
     @abstractmethod
@@ -121,8 +120,7 @@ class ExactOptimizer(Optimizer):
             NumericalError: the update is not finite, not defined on this batch, or not accurate
                 enough.
         """
-        for group in self.param_groups:
-            _check_settings(group)
+        _check_groups(self.param_groups)
         if problem is not None and closure is not None:
             raise InputError(f"{type(self).__name__}.step takes a problem or a closure, not both")
         source = problem if closure is None else closure
@@ -143,13 +141,12 @@ class ExactOptimizer(Optimizer):
         """Load a state of the same class and of parameters of the same shapes.
 
         Raises:
-            InputError: the state is of another optimizer or of another model, or a setting in it is
-                out of range; nothing has changed.
+            InputError: the state is of another optimizer or of another model, a setting in it is
+                out of range, or its groups disagree on a shared one; nothing has changed.
         """
         foreign = {*SHARED} - self.defaults.keys()
         check_state(self, state_dict, (MOMENTUM,), foreign)
-        for group in state_dict["param_groups"]:
-            _check_settings(group)
+        _check_groups(state_dict["param_groups"])
         super().load_state_dict(dict(state_dict))
 
     def _direction(self, problem: Problem, damping: float) -> Tensor:
@@ -164,10 +161,8 @@ class ExactOptimizer(Optimizer):
                 raise
         try:
             return self.direction(problem, damping)
-        except NgevalError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, NgevalError):
                 raise
             raise EngineError(
                 f"the per-sample gradients of this batch cannot be computed ({error}), even with a "
@@ -175,17 +170,8 @@ class ExactOptimizer(Optimizer):
             ) from error
 
     def shared(self, name: str) -> Any:
-        """The value of a setting in all groups, which a scheduler may have changed.
-
-        Raises:
-            InputError: the groups disagree, or the value is out of range.
-        """
-        values = [group[name] for group in self.param_groups]
-        for value in values[1:]:
-            if value != values[0]:
-                raise _disagreement(name, values[0], value)
-        _check_settings({name: values[0]})
-        return values[0]
+        """The value of a setting in all groups, which a scheduler may have changed."""
+        return self.param_groups[0][name]
 
     @property
     def steps(self) -> int:
@@ -266,15 +252,16 @@ class ExactOptimizer(Optimizer):
         return buffers
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Check those settings that are present; ``max_norm`` may be None."""
-    for name, numbers in RANGES.items():
-        if name in settings and not (name == "max_norm" and settings[name] is None):
-            number_in(settings[name], name, numbers)
-
-
-def _disagreement(name: str, first: Any, second: Any) -> InputError:
-    return InputError(
-        f"{name} is a setting of the whole update, but two parameter groups have {first!r} and "
-        f"{second!r}; give all groups the same"
-    )
+def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check the range of every setting, and that the groups agree on the shared ones."""
+    for group in groups:
+        for name, numbers in RANGES.items():
+            if name in group and not (name == "max_norm" and group[name] is None):
+                number_in(group[name], name, numbers)
+        for name in SHARED:
+            first, value = groups[0].get(name), group.get(name)
+            if value != first:
+                raise InputError(
+                    f"{name} is a setting of the whole update, but two parameter groups have "
+                    f"{first!r} and {value!r}; give all groups the same"
+                )

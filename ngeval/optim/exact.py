@@ -41,26 +41,8 @@ class EF(ExactOptimizer):
     `ExactOptimizer` for the arguments.
     """
 
+    default_damping = 1e-7
     improved = False
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        damping: float = 1e-7,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            damping=damping,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-        )
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
         return empirical_update(problem, damping, improved=self.improved)
@@ -95,28 +77,19 @@ class SF(ExactOptimizer):
     sample; see `ExactOptimizer` for the other arguments.
     """
 
+    default_damping = 10.0
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float,
         *,
-        damping: float = 10.0,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
         mc_samples: int = 1,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            damping=damping,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-            mc_samples=mc_samples,
-            seed=seed,
-        )
+        drawing = {"mc_samples": mc_samples, "seed": seed}
+        super().__init__(params, lr, others=drawing, **settings)
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
         seed = draw_seed(int(self.shared("seed")), self.steps)
@@ -131,24 +104,7 @@ class NG(ExactOptimizer):
     run, which must know γ of the update within `STEP_GAP`.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        damping: float = 1.0,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            damping=damping,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            max_norm=max_norm,
-        )
+    default_damping = 1.0
 
     def direction(self, problem: Problem, damping: float) -> Tensor:
         """(F + λI)⁻¹g.
