@@ -12,17 +12,18 @@ from ngeval.errors import InputError
 from ngeval.fadam.state_checks import Range, number_in
 
 NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "a number ≥ 0")
-BELOW_ONE = Range(lambda x: 0 <= x < 1, "a number in [0, 1)")
-EXPONENT = Range(lambda x: 0 < x <= 1, "a number in (0, 1], and ½ is that of Adam")
+RANGES = {
+    "lr": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "exponent": Range(lambda x: 0 < x <= 1, "a number in (0, 1], and ½ is that of Adam"),
+}
+BETA = Range(lambda x: 0 <= x < 1, "a number in [0, 1)")
 CLIP = Range(lambda x: x > 0, "a positive number, or None")
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
-    """Check that no parameter of a group is complex.
-
-    Raises:
-        InputError: one is; the message names it.
-    """
+    """Check that no parameter of a group is complex."""
     for index, parameter in enumerate(group["params"]):
         if parameter.is_complex():
             raise InputError(
@@ -32,11 +33,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
 
 
 def check_gradients(group: Mapping[str, Any]) -> None:
-    """Check that no gradient of a group is sparse.
-
-    Raises:
-        InputError: one is; the message names its parameter.
-    """
+    """Check that no gradient of a group is sparse."""
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             raise InputError(
@@ -54,17 +51,11 @@ def numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
     betas, clip = group["betas"], group["clip"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise InputError(f"FAdam: betas must be two numbers (β₁, β₂), not {betas!r}")
-    numbers: dict[str, Any] = {
-        name: number_in(group[name], f"FAdam: {name}", NOT_NEGATIVE)
-        for name in ("lr", "eps", "weight_decay")
-    }
-    numbers["betas"] = (
-        number_in(betas[0], "FAdam: the first of betas", BELOW_ONE),
-        number_in(betas[1], "FAdam: the second of betas", BELOW_ONE),
-    )
-    numbers["exponent"] = number_in(group["exponent"], "FAdam: exponent", EXPONENT)
-    numbers["clip"] = math.inf if clip is None else number_in(clip, "FAdam: clip", CLIP)
-    return {**group, **numbers}
+    numbers = {name: number_in(group[name], f"FAdam: {name}", RANGES[name]) for name in RANGES}
+    first = number_in(betas[0], "FAdam: the first of betas", BETA)
+    second = number_in(betas[1], "FAdam: the second of betas", BETA)
+    limit = math.inf if clip is None else number_in(clip, "FAdam: clip", CLIP)
+    return {**group, **numbers, "betas": (first, second), "clip": limit}
 
 
 def _name(group: Mapping[str, Any], index: int) -> str:

@@ -136,11 +136,7 @@ class Likelihood(ABC):
 
 
 def check_targets(logits: Tensor, targets: Tensor) -> None:
-    """Check that the targets are a tensor with as many samples as the logits.
-
-    Raises:
-        InputError: they are not.
-    """
+    """Check that the targets are a tensor with as many samples as the logits."""
     if not isinstance(targets, Tensor):
         raise InputError(f"targets must be a torch.Tensor, not {type(targets).__name__}")
     if targets.ndim == 0 or targets.shape[0] != logits.shape[0]:
@@ -152,11 +148,7 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_real_targets(logits: Tensor, targets: Tensor, likelihood: str) -> None:
-    """Check that the targets are finite real numbers in the logits' shape.
-
-    Raises:
-        InputError: they are not.
-    """
+    """Check that the targets are finite real numbers in the logits' shape."""
     check_targets(logits, targets)
     if targets.shape != logits.shape:
         raise InputError(

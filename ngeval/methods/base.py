@@ -95,12 +95,7 @@ class CotangentState(ABC):
 
 
 class ParameterState(ABC):
-    """A state whose update is computed in parameter space. Every λ needs one JVP.
-
-    Args:
-        problem: the model on its batch.
-        largest_curvature: see `State`.
-    """
+    """A state whose update is computed in parameter space. Every λ needs one JVP."""
 
     def __init__(self, problem: Problem, largest_curvature: float) -> None:
         self.problem = problem
@@ -116,21 +111,10 @@ class ParameterState(ABC):
 
 
 class UndampedState(ParameterState):
-    """A state with one update for every λ, and without a curvature.
-
-    Args:
-        problem: the model on its batch.
-        step: the update d, shape ``(P,)``.
-        coverage: see `State`.
-        notes: see `State`.
-    """
+    """A state with one update d for every λ, shape ``(P,)``, and without a curvature."""
 
     def __init__(
-        self,
-        problem: Problem,
-        step: Tensor,
-        coverage: float = 100.0,
-        notes: tuple[str, ...] = (),
+        self, problem: Problem, step: Tensor, coverage: float = 100.0, notes: tuple[str, ...] = ()
     ) -> None:
         super().__init__(problem, math.nan)
         self.step = step

@@ -23,13 +23,7 @@ from ngeval.problem.problem import Problem
 
 @dataclass(frozen=True)
 class Diagonal:
-    """d(λ) = g / (f + λ)^ρ.
-
-    Attributes:
-        name: in tables.
-        labels: the source of the labels in f.
-        exponent: ρ.
-    """
+    """d(λ) = g / (f + λ)^ρ; f depends on the labels, and ρ is the exponent."""
 
     name: str = "diag"
     labels: Labels = field(default_factory=lambda: Labels(EXACT))
@@ -37,11 +31,7 @@ class Diagonal:
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> Diagonal:
-        """Build the method from its full name, as ``diag:ρ`` or ``diag-sf:k:ρ``, and its parameter.
-
-        Raises:
-            InputError: k or ρ cannot be read, or more follows.
-        """
+        """Build the method from its full name, ``diag:ρ`` or ``diag-sf:k:ρ``, and its parameter."""
         words = parameter.split(":") if parameter else []
         labels = Labels.of_method(name)
         if labels.source == SAMPLED and words:
@@ -84,11 +74,7 @@ class DiagonalState(ParameterState):
 
 
 def parse_exponent(name: str, text: str) -> float:
-    """The exponent ρ in a method's name.
-
-    Raises:
-        InputError: it is not a finite number.
-    """
+    """The exponent ρ in a method's name, a finite number."""
     try:
         exponent = float(text)
     except ValueError:

@@ -152,28 +152,19 @@ def _entries(optimizer: Optimizer) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class NamedAccumulated:
-    """``diag-ema`` and ``diag-ema:ρ`` on the command line: v̂ from a checkpoint's saved state.
-
-    Attributes:
-        name: in tables.
-        exponent: ρ.
-        stage: the checkpoint; None until it is known.
-    """
+    """``diag-ema`` and ``diag-ema:ρ`` on the command line: v̂ from a checkpoint's saved state."""
 
     name: str
     exponent: float = 0.5
     stage: Stage | None = None
+    """The checkpoint; None until it is known."""
 
     needs_stage = True
     """The method can be prepared only at a checkpoint."""
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedAccumulated:
-        """Build the method from its full name and the text after the colon, ρ.
-
-        Raises:
-            InputError: ρ cannot be read.
-        """
+        """Build the method from its full name and the text after the colon, ρ."""
         return cls(name, parse_exponent(name, parameter or "0.5"))
 
     def at(self, stage: Stage) -> NamedAccumulated:

@@ -90,9 +90,6 @@ class Kronecker:
             name: starts with ``kfac`` or ``ekfac`` and a source of labels.
             parameter: one word of a kind in any order, as ``"reduce:pi"``; among them, of sampled
                 labels, the number of draws, as in ``"4:reduce"``.
-
-        Raises:
-            InputError: a word is unknown, or two are of the same kind.
         """
         kinds = {"sharing": SHARINGS, "damping": DAMPINGS, "rest": RESTS}
         labels, chosen, has_draws = Labels.of_method(name), dict[str, str](), False
@@ -120,11 +117,7 @@ class Kronecker:
         return KroneckerState(problem, kernel, self, blocks, seed)
 
     def factors(self, problem: Problem, seed: int = 0) -> list[Factors]:
-        """A, B and the gradient of every covered layer.
-
-        Raises:
-            EngineError: see `prepare`.
-        """
+        """A, B and the gradient of every covered layer; see `prepare`."""
         return _factors(problem, self.labels, seed, self.sharing)
 
 
@@ -156,12 +149,7 @@ class _Blocks:
 
 
 class KroneckerState(ParameterState):
-    """The blocks in their eigenbases, and the treatment of the other parameters.
-
-    Attributes:
-        coverage: the percentage of the parameters that are in covered layers.
-        notes: the other parameters and their treatment.
-    """
+    """The blocks in their eigenbases, and the treatment of the other parameters."""
 
     def __init__(
         self,

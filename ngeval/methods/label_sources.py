@@ -118,11 +118,7 @@ def sampled_residuals(problem: Problem, mc_samples: int, seed: int) -> Tensor:
 
 
 def parse_draws(name: str, text: str) -> int:
-    """The number of draws k in a method's name.
-
-    Raises:
-        InputError: it is not a whole number ≥ 1.
-    """
+    """The number of draws k in a method's name, a whole number ≥ 1."""
     if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS) or int(text) < 1:
         raise InputError(f"method {name[:80]!r}: the number of draws must be a whole number ≥ 1")
     return int(text)

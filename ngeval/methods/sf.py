@@ -25,11 +25,8 @@ from ngeval.utils.text import describe_bytes
 class SampledFisher:
     """d(λ) = (F̂ + λI)⁻¹g; at λ = 0, F̂⁺g, which is in the range of F̂.
 
-    The limit λ → 0 is different: the part of g outside that range dominates it.
-
-    Attributes:
-        name: in tables.
-        mc_samples: k, the number of labels drawn for each sample.
+    The limit λ → 0 is different: the part of g outside that range dominates it. ``mc_samples`` is
+    k, the number of labels drawn for each sample.
     """
 
     name: str
@@ -37,11 +34,7 @@ class SampledFisher:
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> SampledFisher:
-        """Build the method from its full name and the text after the colon, k.
-
-        Raises:
-            InputError: k is not a whole number ≥ 1.
-        """
+        """Build the method from its full name and the text after the colon, k."""
         return cls(name, parse_draws(name, parameter or "1"))
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> SampledState:
@@ -65,13 +58,7 @@ class SampledFisher:
 
 
 class SampledState(CotangentState):
-    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from the rows g_n and ĝ_nk.
-
-    Args:
-        problem: the model on its batch.
-        theta: Θ of the problem.
-        vectors: u and the k sampled residuals, shape ``(N, 1 + k, *positions, C)``.
-    """
+    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from `SampledFisher.vectors`."""
 
     def __init__(self, problem: Problem, theta: LogitKernel, vectors: Tensor) -> None:
         self.mc_samples = vectors.shape[1] - 1

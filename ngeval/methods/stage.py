@@ -57,11 +57,7 @@ class Stage:
 
 
 def check_reduction(reduction: str) -> None:
-    """Check that a training loss can be reduced in this way.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Check that a training loss can be reduced in this way."""
     if reduction not in REDUCTIONS:
         raise InputError(
             f"unknown reduction {reduction!r} of the training loss; "

@@ -227,29 +227,25 @@ class ExactOptimizer(Optimizer):
             if not moved:
                 continue
             rate, decay = float(group["lr"]), float(group["weight_decay"])
-            steps = self._momenta(moved, [updates[p] for p in moved], float(group["momentum"]))
+            steps = [self._momentum(p, updates[p], float(group["momentum"])) for p in moved]
             for parameter in moved:
                 self.state[parameter][STEP] = step
             if decay:
                 torch._foreach_mul_(moved, 1 - rate * decay)
             torch._foreach_add_(moved, steps, alpha=-rate)
 
-    def _momenta(
-        self, parameters: list[Tensor], updates: list[Tensor], momentum: float
-    ) -> list[Tensor]:
-        """The m of each parameter, which is stored in the state if there is momentum."""
+    def _momentum(self, parameter: Tensor, update: Tensor, momentum: float) -> Tensor:
+        """The m of a parameter, which is stored in the state if there is momentum."""
         if not momentum:
-            return updates
-        buffers = []
-        for parameter, update in zip(parameters, updates, strict=True):
-            state = self.state[parameter]
-            if MOMENTUM in state:
-                # The model may have been moved to another dtype or device.
-                state[MOMENTUM] = state[MOMENTUM].to(update).mul_(momentum).add_(update)
-            else:
-                state[MOMENTUM] = update.clone(memory_format=torch.preserve_format)
-            buffers.append(state[MOMENTUM])
-        return buffers
+            return update
+        state = self.state[parameter]
+        if MOMENTUM in state:
+            # The model may have been moved to another dtype or device.
+            state[MOMENTUM] = state[MOMENTUM].to(update).mul_(momentum).add_(update)
+        else:
+            state[MOMENTUM] = update.clone(memory_format=torch.preserve_format)
+        buffer: Tensor = state[MOMENTUM]
+        return buffer
 
 
 def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -23,13 +23,7 @@ from ngeval.problem.problem import Problem
 
 
 def empirical_update(problem: Problem, damping: float, *, improved: bool) -> Tensor:
-    """Gᵀ(K + λI)⁻¹b with b = 1 (EF) or b_n = ‖u_n‖² (iEF): shape ``(P,)``.
-
-    Args:
-        problem: the model on the step's batch.
-        damping: λ ≥ 0, absolute.
-        improved: whether it is iEF.
-    """
+    """Gᵀ(K + λI)⁻¹b with b = 1 (EF) or b_n = ‖u_n‖² (iEF, improved): shape ``(P,)``."""
     method = EmpiricalFisher("ief" if improved else "ef", improved)
     if 5 * 8 * problem.num_samples**2 > problem.rows.memory:
         # Raises the error that says which matrix is too large.
@@ -44,14 +38,7 @@ def empirical_update(problem: Problem, damping: float, *, improved: bool) -> Ten
 
 
 def sampled_update(problem: Problem, damping: float, mc_samples: int, seed: int) -> Tensor:
-    """(F̂ + λI)⁻¹g = (1/λ)[g − Ĝᵀ(ĜĜᵀ + kλI)⁻¹Ĝg]: shape ``(P,)``.
-
-    Args:
-        problem: the model on the step's batch.
-        damping: λ ≥ 0, absolute; 0 is the pseudo-inverse.
-        mc_samples: k.
-        seed: for the draws.
-    """
+    """(F̂ + λI)⁻¹g = (1/λ)[g − Ĝᵀ(ĜĜᵀ + kλI)⁻¹Ĝg], F̂⁺g at λ = 0: shape ``(P,)``."""
     method = SampledFisher(f"sf:{mc_samples}", mc_samples)
     if damping == 0:
         return method.prepare(problem, Kernel(problem), seed).direction(damping)

@@ -79,11 +79,7 @@ class NamedOptimizer:
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedOptimizer:
-        """Build the method from its full name, as ``adamw`` or ``adamw:20``, and its parameter.
-
-        Raises:
-            InputError: there is no such optimizer, or K cannot be read.
-        """
+        """Build the method from its full name, as ``adamw`` or ``adamw:20``, and its parameter."""
         family = name.partition(":")[0]
         optimizer_class(family)  # an unknown name is an error before any work
         if not parameter:

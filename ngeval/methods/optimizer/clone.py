@@ -47,14 +47,10 @@ class Clones:
     parameters: dict[int, tuple[nn.Parameter, nn.Parameter]]
     hooked: list[str]
 
-    def groups(self) -> Iterator[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
         """Every parameter group once; a wrapper may share those of what it wraps."""
-        seen: set[int] = set()
-        for optimizer in self.every:
-            for group in optimizer.param_groups:
-                if id(group) not in seen:
-                    seen.add(id(group))
-                    yield group
+        groups = [group for optimizer in self.every for group in optimizer.param_groups]
+        return list({id(group): group for group in groups}.values())
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
-from ngeval.methods.stage import check_reduction
 from ngeval.model.checks import Inputs
 from ngeval.model.function import ModelFunction, autograd_enabled, model_errors
 from ngeval.problem.metric_batch import Metric
@@ -29,10 +28,9 @@ def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
         reduction: ``"mean"`` (N samples), ``"token-mean"`` (unmasked positions) or ``"sum"`` (1).
 
     Raises:
-        InputError: there is no such reduction, or every position is masked.
+        InputError: every position is masked.
     """
-    check_reduction(reduction)
-    return 1.0 if reduction == "sum" else _positive(_count(distribution, reduction))
+    return _divisor(_count(distribution, reduction), reduction)
 
 
 def _count(distribution: OutputDistribution, reduction: str) -> float:
@@ -43,10 +41,12 @@ def _count(distribution: OutputDistribution, reduction: str) -> float:
     return float(distribution.logits[..., 0].numel() if mask is None else mask.sum())
 
 
-def _positive(positions: float) -> float:
-    if positions == 0:
+def _divisor(count: float, reduction: str) -> float:
+    if reduction == "sum":
+        return 1.0
+    if count == 0:
         raise InputError("every position of a batch is masked: its mean over tokens is undefined")
-    return positions
+    return count
 
 
 def batch_gradient(problem: Problem, reduction: str) -> Gradients:
@@ -73,9 +73,8 @@ def batch_gradients(
         number += 1
         metric = Metric(problem, [batch])
         total, counts = metric.summed(partial(_summed, metric, reduction))
-        terms = 1.0 if reduction == "sum" else _positive(float(counts))
         function, _ = next(metric.sources())
-        yield _used(_split(problem, total, terms), function)
+        yield _used(_split(problem, total, _divisor(float(counts), reduction)), function)
     if number == 0:
         raise InputError("warmup holds no batch to accumulate the optimizer's state over")
 

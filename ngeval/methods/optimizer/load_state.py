@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -191,28 +192,23 @@ def _regroup(optimizer: Optimizer, model: nn.Module, saved: _Saved) -> None:
 
 def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: str) -> None:
     """Check that every parameter has the entries that a step would create."""
-    missing: dict[str, list[str]] = {}
-    unexpected: dict[str, list[str]] = {}
+    differing = defaultdict[tuple[str, str], list[str]](list)
     wrong: list[str] = []
     after = _after_a_step(optimizer, model)
+    # Other packages create some of the state after the first step.
+    complete = type(optimizer).__module__.startswith("torch.optim")
     for name, expected in after.items():
         entries = saved.states.get(name, {})
         for key in expected.keys() - entries.keys():
-            missing.setdefault(str(key), []).append(name)
-        for key in entries.keys() - expected.keys():
-            unexpected.setdefault(str(key), []).append(name)
+            differing["missing", str(key)].append(name)
+        for key in entries.keys() - expected.keys() if complete else ():
+            differing["unexpected", str(key)].append(name)
         wrong += [
             f"{key} of {name} {_shapes(entries[key])} instead of {_shapes(expected[key])}"
             for key in expected.keys() & entries.keys()
             if _shapes(expected[key]) != _shapes(entries[key])
         ]
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        unexpected = {}  # other packages create some of the state after the first step
-    faults = [
-        f"{key} {what} for {listed(names)}"
-        for what, names_of in (("missing", missing), ("unexpected", unexpected))
-        for key, names in sorted(names_of.items())
-    ]
+    faults = [f"{key} {what} for {listed(at)}" for (what, key), at in sorted(differing.items())]
     if wrong:
         faults.append(f"wrong shape: {listed(wrong)}")
     if faults:

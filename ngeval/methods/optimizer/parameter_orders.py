@@ -34,13 +34,7 @@ def fitting_order(
 
     If the optimizer has several groups of the same sizes as the file's, their order is tried
     first. Other orders are guesses: the shapes must fit only one of them, and must distinguish
-    groups with different hyperparameters.
-
-    Args:
-        optimizer: the new optimizer.
-        model: whose parameters it holds.
-        groups: of the file.
-        states: of the file, by the keys in the ``params`` of its groups.
+    groups with different hyperparameters. The states are by the keys in the groups' ``params``.
 
     Raises:
         MisfitError: no order fits, or the shapes do not determine the order.

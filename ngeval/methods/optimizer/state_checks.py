@@ -18,14 +18,10 @@ class MisfitError(Exception):
 
 
 def check_hyperparameters(hyper: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that the hyperparameters of a group that should be numbers are usable numbers.
-
-    Args:
-        hyper: of a group in a file.
-        defaults: of the optimizer's class.
+    """Check those hyperparameters of a file's group that are numbers in the class's defaults.
 
     Raises:
-        MisfitError: one is not; the message names it.
+        MisfitError: one is not a number, or not a usable one.
     """
     for key in (k for k, default in defaults.items() if isinstance(default, float) and k in hyper):
         value = hyper[key]
@@ -39,12 +35,6 @@ def check_hyperparameters(hyper: Mapping[str, Any], defaults: Mapping[str, Any])
 
 def check_entry(key: str, name: str, expected: Any, value: Any) -> None:
     """Check that an entry of a parameter's state has the type that a step creates, and is finite.
-
-    Args:
-        key: of the entry.
-        name: of the parameter.
-        expected: the entry after a first step.
-        value: the entry in the file.
 
     Raises:
         MisfitError: it does not; the message names the entry and the parameter.

@@ -92,12 +92,7 @@ class OptimizerStep:
         return as_optimizers(self.optimizer)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> UndampedState:
-        """Take the step on copies, in float64; its coverage is that of the optimizer.
-
-        Args:
-            problem: the model that the optimizer was built on, and the batch.
-            kernel: not used.
-            seed: of the random numbers, for an optimizer that draws some.
+        """Take the step on copies, in float64; the seed is for an optimizer that draws numbers.
 
         Raises:
             InputError: the optimizer holds none of the model's parameters, or cannot step on a
