@@ -159,9 +159,6 @@ class NamedAccumulated:
     stage: Stage | None = None
     """The checkpoint; None until it is known."""
 
-    needs_stage = True
-    """The method can be prepared only at a checkpoint."""
-
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedAccumulated:
         """Build the method from its full name and the text after the colon, ρ."""

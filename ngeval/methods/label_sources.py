@@ -92,21 +92,16 @@ class Labels:
             v of shape ``(N, Q, *positions, C)``; 1 for each of the Q that belongs to the curvature
             and 0 for the others, shape ``(Q,)``; c with u_n = Σ_q c_nq v_nq, shape ``(N, Q)``.
         """
-        vectors = self.vectors(problem, seed)
-        share = vectors.new_ones(vectors.shape[1])
-        if self.source in (DATA, IMPROVED):
-            scale = _safe(problem) if self.source == IMPROVED else torch.ones_like(problem.loss)
-            gradient = scale.unsqueeze(1)
-        else:
-            vectors = torch.cat([problem.residual.unsqueeze(1), vectors], 1)
-            share = torch.cat([share.new_zeros(1), share])
-            gradient = torch.zeros(vectors.shape[:2], dtype=torch.float64, device=vectors.device)
-            gradient[:, 0] = 1
-        probe = _probe(problem)
-        if probe is not None:
-            vectors = torch.cat([probe.unsqueeze(1), vectors], 1)
-            share = torch.cat([share.new_zeros(1), share])
-            gradient = torch.cat([gradient.new_zeros(len(gradient), 1), gradient], 1)
+        probe, curvature = _probe(problem), self.vectors(problem, seed)
+        parts = [curvature] if probe is None else [probe.unsqueeze(1), curvature]
+        if self.source not in (DATA, IMPROVED):
+            parts.insert(-1, problem.residual.unsqueeze(1))
+        vectors = torch.cat(parts, 1)
+        share = vectors.new_zeros(vectors.shape[1])
+        share[-curvature.shape[1] :] = 1
+        gradient = vectors.new_zeros(vectors.shape[:2])
+        scale = _safe(problem) if self.source == IMPROVED else 1.0
+        gradient[:, 0 if probe is None else 1] = scale  # the residual, or its multiple
         return vectors, share, gradient
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence, Sized
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,10 +206,8 @@ def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
     """The ending of a name that distinguishes an optimizer with warm-up from one without."""
     if warmup is None:
         return ""
-    try:
-        return f":{len(warmup)}" if isinstance(warmup, Sized) else ":warm"
-    except TypeError:  # a DataLoader of a stream has __len__ but no length
-        return ":warm"
+    count = operator.length_hint(warmup, -1)  # a DataLoader of a stream has __len__ but no length
+    return ":warm" if count < 0 else f":{count}"
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:
