@@ -50,19 +50,11 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
         return likelihood
     name = str(likelihood)
     family, _, parameter = name.partition(":")
-    points = _plugins()  # for every name: it warns of a plug-in whose name is taken
+    point = _plugins().get(family)  # for every name: it warns of a plug-in whose name is taken
     if family in LIKELIHOODS:
         return LIKELIHOODS[family].parse(name, parameter)
-    if family not in points:
+    if point is None:
         raise InputError(f"unknown likelihood {name!r}; {nearest_name(family, likelihood_names())}")
-    return _from_plugin(points[family], name, parameter)
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return plugins(GROUP, frozenset(LIKELIHOODS))
-
-
-def _from_plugin(point: EntryPoint, name: str, parameter: str) -> Likelihood:
     kind = load_plugin(point)
     if not (isinstance(kind, type) and issubclass(kind, Likelihood)):
         raise InputError(
@@ -74,3 +66,7 @@ def _from_plugin(point: EntryPoint, name: str, parameter: str) -> Likelihood:
         if not isinstance(built, Likelihood):
             raise TypeError(f"its parse returned {type(built).__name__}, not a Likelihood")
     return built
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return plugins(GROUP, frozenset(LIKELIHOODS))

@@ -61,15 +61,15 @@ class SampledState(CotangentState):
     """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from `SampledFisher.vectors`."""
 
     def __init__(self, problem: Problem, theta: LogitKernel, vectors: Tensor) -> None:
-        self.mc_samples = vectors.shape[1] - 1
-        gram = theta.gram(vectors).unflatten(0, (-1, self.mc_samples + 1))
-        # Ĝg: the inner products of every sampled gradient with the sum of the true ones.
-        self.right = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 0].sum(2).flatten()
+        size = vectors.shape[1]
+        self.mc_samples = size - 1
+        # The inner products of every sampled gradient with the true and the sampled ones.
+        products = theta.gram(vectors).unflatten(0, (-1, size))[:, 1:].unflatten(2, (-1, size))
+        self.right = products[..., 0].sum(2).flatten()  # Ĝg
         if isinstance(theta, DenseKernel):
             self.spectrum = theta.spectrum(vectors[:, 1:], self.right)
         else:
-            sampled = gram[:, 1:].unflatten(2, (-1, self.mc_samples + 1))[..., 1:]
-            square = sampled.flatten(2).flatten(0, 1)
+            square = products[..., 1:].flatten(2).flatten(0, 1)
             self.spectrum = Spectrum.of_gram(square, problem.function.row_epsilon, self.right)
         super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
 
