@@ -12,16 +12,13 @@ from ngeval.cli import console
 from ngeval.cli.options import ForceOption, QuietOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import FIGURE_SUFFIXES, save_figure
-from ngeval.results.table_files import ResultFile, check_output, read_results
+from ngeval.results.table_files import SUFFIXES, ResultFile, check_output, read_results
 from studies.training_picture import performance_figure
 from studies.training_results import checked_rows, performance
 from studies.training_tables import performance_tables
 
 FILE_NAME = "training.parquet"
 """The table of tuned trainings in its folder."""
-
-TABLES = (".csv", ".parquet", ".jsonl")
-"""The endings of an ``--output`` that is a file for the table."""
 
 
 def trained(
@@ -54,7 +51,7 @@ def trained(
     for path in files.values():
         if path.resolve() in [read.resolve() for read in results]:
             raise OutputError(f"output {path} holds the rows that are compared; give another file")
-        check_output(path, (*TABLES, *FIGURE_SUFFIXES), force=force)
+        check_output(path, (*SUFFIXES, *FIGURE_SUFFIXES), force=force)
     rows = read_trained(results)
     table = performance(rows)
     if "table" in files and not table["seeds"].any():
@@ -75,7 +72,7 @@ def _output_files(output: Path | None) -> dict[str, Path]:
     """The files to write: a table, a figure, or both in a folder."""
     if output is None:
         return {}
-    if output.suffix in TABLES and not output.is_dir():
+    if output.suffix in SUFFIXES and not output.is_dir():
         return {"table": output}
     if output.suffix in FIGURE_SUFFIXES and not output.is_dir():
         return {"figure": output}

@@ -468,6 +468,12 @@ class TestCompare:
         assert "--output" in run(*args, code=2).stderr
         assert "give a folder" in run(*args, "-o", tmp_path / "x.png", code=2).stderr
 
+    def test_a_table_is_no_checkpoint(self, last, tmp_path):
+        run("gamma", *last, "-m", "sgd", "--damping", "1", "-q", "-o", tmp_path / "g.csv")
+        result = run("compare", *last[:2], "-c", tmp_path / "g.csv", "-o", tmp_path / "x", code=2)
+        assert "g.csv holds a table of gammas; compare grades checkpoints" in result.stderr
+        assert not (tmp_path / "x").exists()
+
 
 def test_methods_lists_optimizers_and_where_they_are_from():
     shown = run("methods").stdout

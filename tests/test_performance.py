@@ -408,6 +408,7 @@ class TestCommand:
             ("plot", "-o", "x.png"),
             ("plot", "--kind", "damping", "-o", "x.png"),
             ("report", "-o", "x.html"),
+            ("compare", "-t", "digits-mlp", "-o", "x", "-c"),
         ],
     )
     def test_the_package_names_this_command(self, files, tmp_path, monkeypatch, words):

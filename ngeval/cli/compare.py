@@ -67,8 +67,9 @@ def compare(
     """
     values = parse_dampings(dampings) + ([] if damping is None else [damping])
     work = gamma_work(methods, values, grading)
-    from ngeval.cli.comparison import ranking_files, write_ranking
+    from ngeval.cli.comparison import ranking_files, refuse_tables, write_ranking
 
+    refuse_tables(map(Path, (*(run.checkpoint or ()), *(run.more or ()))))
     files = ranking_files(output, work.methods, force or resume)
     out = OutputOptions(files["results"], force, resume, stop_after, quiet)
     result = execute_work(work, (run, hub, step), out)

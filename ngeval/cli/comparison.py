@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from ngeval.analysis.ranking import ranking
+from ngeval.analysis.tables import kind_of
 from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.tables import ranking_tables
 from ngeval.errors import InputError
 from ngeval.plots import FIGURE_SUFFIXES, kfac_figure, ranking_figure, save_figure
 from ngeval.plots.ranking import KFAC_METHODS
-from ngeval.results.table_files import ResultFile, check_output
+from ngeval.results.table_files import SUFFIXES, ResultFile, check_output, read_results
+
+
+def refuse_tables(paths: Iterable[Path]) -> None:
+    """Refuse result tables in place of checkpoints, before any work.
+
+    Raises:
+        InputError: a path is a table; of tuned trainings the message names the command for them.
+    """
+    for path in paths:
+        if path.suffix in SUFFIXES and path.is_file():
+            kind = kind_of(read_results(path), str(path))
+            raise InputError(f"{path} holds a table of {kind}; compare grades checkpoints")
 
 
 def ranking_files(folder: Path, methods: list[str], overwrite: bool) -> dict[str, Path]:
@@ -23,7 +37,7 @@ def ranking_files(folder: Path, methods: list[str], overwrite: bool) -> dict[str
         InputError: the folder is the name of a file.
         OutputError: a file exists (unless ``overwrite``), or cannot be written.
     """
-    if folder.suffix in (".csv", ".parquet", ".jsonl", *FIGURE_SUFFIXES) and not folder.is_dir():
+    if folder.suffix in (*SUFFIXES, *FIGURE_SUFFIXES) and not folder.is_dir():
         raise InputError(f"output {folder}: a grading writes several files; give a folder")
     files = {"ranking": folder / "ranking.csv", "figure": folder / "ranking.png"}
     if set(methods) & set(KFAC_METHODS):
