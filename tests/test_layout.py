@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -53,6 +54,10 @@ class TestArchitecture:
         assert len(rows) == 4
         for name, file in rows:
             assert f"\nclass {name}" in (ROOT / file).read_text(), name
+
+    def test_the_list_of_files_is_what_the_modules_say(self):
+        page = runpy.run_path(str(ROOT / "docs" / "layout.py"))["page"]
+        assert page() == (ROOT / "docs" / "architecture.md").read_text(), "python docs/layout.py"
 
 
 class TestVersion:
