@@ -1,4 +1,4 @@
-"""``python docs/layout.py``: the list of files in docs/architecture.md, from the modules' docstrings."""
+"""``python docs/layout.py``: the list of files in docs/architecture.md, from docstrings."""
 
 from __future__ import annotations
 
