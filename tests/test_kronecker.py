@@ -625,7 +625,7 @@ class TestTransformersConv1D:
 
     def test_by_its_closed_form(self, pair):
         plan = pair[1].problem().rows.plan
-        assert [owner.rule is not None and owner.rule.transposed for owner in plan.owners] == [
+        assert [owner.rule is not None and owner.rule.transposed for owner in plan.modules] == [
             True,
             True,
         ]

@@ -654,7 +654,7 @@ class TestEnginesAndMemory:
         targets = torch.tensor([0, 1, 2, 1, 0])
         problem = ngeval.Problem(model, inputs, targets, "categorical")
         assert problem.engine == "layers"
-        assert [owner.looped for owner in problem.rows.plan.owners] == [[True]]
+        assert [hooked.vmap_fails for hooked in problem.rows.plan.modules] == [True]
         dense = reference.build(model, inputs, targets, reference.Family("categorical"))
         rows = dense.jacobian.flatten(0, 1)
         assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < 1e-12
