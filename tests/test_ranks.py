@@ -20,7 +20,7 @@ import ngeval.runs.ranks
 from ngeval import InputError, NgevalError
 from ngeval.cli.app import app
 from ngeval.results.manifest import read_manifest
-from ngeval.runs.ranks import ManyProcesses, OneProcess, joined, own_device
+from ngeval.runs.ranks import ManyProcesses, Ranks, joined, own_device
 from ngeval.tasks import get_task
 from ngeval.utils.torchrun import rank, world_size
 
@@ -57,7 +57,7 @@ class TestUnits:
         assert [key[0] for key in second.share(UNITS)][::4] == [2, 3, 4, 0, 1]
 
     def test_one_process_does_all_in_order(self):
-        assert list(OneProcess().share(UNITS)) == UNITS
+        assert list(Ranks().share(UNITS)) == UNITS
 
     def test_no_unit_is_missing(self):
         assert [list(ranks.share([])) for ranks in processes(2)] == [[], []]

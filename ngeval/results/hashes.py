@@ -31,10 +31,9 @@ def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
     """
     total = hashlib.sha256()
     for path in paths:
-        digest = _digest(path)
         if below is not None:
             total.update(os.fsencode(path.relative_to(below).as_posix()) + b"\0")
-        total.update(digest)
+        total.update(_digest(path))
     return total.hexdigest()
 
 
@@ -72,11 +71,10 @@ class CheckpointHashes:
     def hash(self, checkpoint: Checkpoint) -> str:
         """SHA-256 of its weights, or the reason why they cannot be read."""
         stamp = _stamp(checkpoint)  # before the files are read: a later change is noticed
-        earlier = self._read.get(checkpoint.name)
-        if earlier is not None and stamp is not None and earlier[0] == stamp:
-            return earlier[1]
-        digest = hash_checkpoint(checkpoint)
-        self._read[checkpoint.name] = (stamp, digest)
+        earlier, digest = self._read.get(checkpoint.name, (None, ""))
+        if stamp is None or earlier != stamp:
+            digest = hash_checkpoint(checkpoint)
+            self._read[checkpoint.name] = (stamp, digest)
         return digest
 
 
@@ -124,11 +122,6 @@ def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named:
         total.update(name.encode() + b"\0" + _bytes(tensor))
     return total.hexdigest()
-
-
-def hash_text(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:

@@ -68,7 +68,7 @@ class Journal:
     """The units of one output file that are done.
 
     Attributes:
-        output: the result file.
+        output: the result file that the journal belongs to.
         folder: where the units lie.
         run: a name of the run that is written with each of its units, so that a process that
             outlives its run, after torchrun was killed, cannot add to the next run of the same
@@ -76,11 +76,6 @@ class Journal:
     """
 
     def __init__(self, output: Path) -> None:
-        """Read and write nothing yet.
-
-        Args:
-            output: the result file that the journal belongs to.
-        """
         self.output = output
         self.folder = output.with_name(output.name + SUFFIX)
         self.run = ""
@@ -113,7 +108,9 @@ class Journal:
         except OSError as error:
             raise OutputError(f"{self.output} cannot be written: {error}") from error
         try:
-            self._sign()
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            who = {"process": os.getpid(), "machine": platform.node(), "since": since}
+            replace_file(self.folder / WRITER, lambda place: place.write_text(json.dumps(who)))
             yield
         finally:
             if not self.exists:  # nothing but the lock, which is still held
@@ -129,17 +126,17 @@ class Journal:
         Raises:
             OutputError: it holds other files, which would be lost.
         """
-        taken = self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir())
-        with _reported(self.folder):
-            foreign = not taken and self.folder.is_dir() and self._foreign_files()
-        if taken or foreign:
+        folder = self.folder
+        with _reported(folder):
+            if folder.is_dir() and not folder.is_symlink():
+                free = all(OWN.fullmatch(path.name) for path in folder.iterdir())
+            else:
+                free = not (folder.exists() or folder.is_symlink())
+        if not free:
             raise OutputError(
-                f"{self.folder} is where the journal of {self.output} would be, and is not a "
+                f"{folder} is where the journal of {self.output} would be, and is not a "
                 "journal; move it away, or give another output"
             )
-
-    def _foreign_files(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if not OWN.fullmatch(path.name)]
 
     def begin(self, description: str) -> None:
         """Start with no unit done.
@@ -150,10 +147,7 @@ class Journal:
         Raises:
             OutputError: the folder cannot be written.
         """
-        with _reported(self.folder):
-            for path in self._files():
-                path.unlink()
-        self._read = {}
+        self.forget(map(_key, self._files()))
         self.describe(description)
 
     def describe(self, description: str) -> None:
@@ -242,18 +236,27 @@ class Journal:
     def _path(self, key: Key) -> Path:
         return self.folder / f"{key[0]:05d}-{key[1]:05d}.arrow"
 
-    def _sign(self) -> None:
-        """Record which process is writing, for the message that a second one shows."""
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        who = {"process": os.getpid(), "machine": platform.node(), "since": since}
-        replace_file(self.folder / WRITER, lambda place: place.write_text(json.dumps(who)))
-
     def _writer(self) -> str:
+        """The process that is writing, for the message that a second one shows."""
         try:
             who = json.loads((self.folder / WRITER).read_text(encoding="utf-8"))
             return f"process {who['process']} on {who['machine']} since {who['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "one that has just begun"
+
+
+def rows_by_unit(table: pd.DataFrame) -> dict[Key, list[int]]:
+    """The places of each unit's rows in a table.
+
+    Raises:
+        ValueError: a stage or batch is not a whole number.
+        KeyError: the table has no such columns.
+    """
+    places: dict[Key, list[int]] = {}
+    keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
+    for row, key in enumerate(keys):
+        places.setdefault(key, []).append(row)
+    return places
 
 
 def table_of(entries: Iterable[Entry]) -> pd.DataFrame:
@@ -268,11 +271,9 @@ def _read_entry(path: Path, run: str) -> Entry | None:
         with path.open("rb") as source:  # pyarrow's own takes no name that is not UTF-8
             rows = pa.ipc.open_file(source).read_all()
         metadata = rows.schema.metadata or {}
-        if run and metadata.get(OF_RUN, b"").decode() != run:
-            return None
-        if metadata.get(OF_UNIT, b"").decode() != path.stem:
-            return None
-        if len(set(rows.column_names)) < len(rows.column_names):
+        other_run = run and metadata.get(OF_RUN, b"").decode() != run
+        other_unit = metadata.get(OF_UNIT, b"").decode() != path.stem
+        if other_run or other_unit or len(set(rows.column_names)) < len(rows.column_names):
             return None
         # The metadata of pandas is not needed, and may be anything: the types are Arrow's.
         table = rows.to_pandas(ignore_metadata=True)

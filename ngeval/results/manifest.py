@@ -17,10 +17,10 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ngeval.errors import OutputError
 from ngeval.utils.atomic import replace_file
@@ -38,6 +38,7 @@ WHERE_IMPORTED = ("transformers", "peft", "datasets", "pytorch_optimizer")
 """Likewise, if the run has imported them."""
 
 
+T = TypeVar("T")
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -202,18 +203,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     Raises:
         OutputError: it cannot be read, or is not a JSON object.
     """
-    path = manifest_path(results)
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(_read(path))
-    except RecursionError as error:
-        raise _unreadable(path, "it is nested too deep") from error
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(manifest, dict):
-        raise OutputError(f"{path} is not a manifest: it holds no JSON object; delete it")
-    return manifest
+    return _read(results, TypeAdapter(dict[str, Any]))
 
 
 def read_run_manifest(results: Path) -> RunManifest | None:
@@ -222,15 +212,21 @@ def read_run_manifest(results: Path) -> RunManifest | None:
     Raises:
         OutputError: it is not the manifest of a run; the message names what is wrong.
     """
+    return _read(results, TypeAdapter(RunManifest))
+
+
+def _read(results: Path, kind: TypeAdapter[T]) -> T | None:
     path = manifest_path(results)
     if not path.is_file():
         return None
     try:
-        return RunManifest.model_validate_json(_read(path))
+        return kind.validate_json(path.read_text(encoding="utf-8-sig"))  # editors may add a BOM
     except ValidationError as error:
-        if error.errors()[0]["type"] == "json_invalid":
-            raise _unreadable(path, error.errors()[0]["msg"]) from error
-        raise malformed(path, first_problem(error)) from error
+        problem = first_problem(error)
+        nested = bool(error.errors()[0]["loc"])
+        raise malformed(path, problem) if nested else _unreadable(path, problem) from error
+    except (OSError, UnicodeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, problem: object) -> OutputError:
@@ -253,13 +249,6 @@ def first_problem(error: ValidationError) -> str:
     if not place:
         return problem["msg"]
     return f"{place} is {repr(problem['input'])[:60]}: {problem['msg']}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # an editor may have put a BOM in front
-    except (OSError, UnicodeError) as error:
-        raise _unreadable(path, error) from error
 
 
 def _directory() -> str:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
@@ -64,12 +63,7 @@ FLUSH_SECONDS = 5.0
 
 
 class ResultFile:
-    """An append-only result table; use it as a context manager.
-
-    Attributes:
-        path: where it is written.
-        rows: the number of rows so far.
-    """
+    """An append-only result table; use it as a context manager."""
 
     def __init__(
         self, path: Path, *, force: bool = False, manifest: Mapping[str, Any] | None = None
@@ -100,8 +94,7 @@ class ResultFile:
         """Add rows; they reach the disk within a few seconds and at the end."""
         self._frames.append(frame)
         self._unsaved = True
-        first = self._manifest is not None
-        if first or time.monotonic() - self._saved_at > FLUSH_SECONDS:
+        if self._manifest is not None or time.monotonic() - self._saved_at > FLUSH_SECONDS:
             self.flush()
 
     def table(self) -> pd.DataFrame:
@@ -123,12 +116,7 @@ class ResultFile:
     def __enter__(self) -> ResultFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._unsaved:
             self.flush()
 

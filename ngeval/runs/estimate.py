@@ -19,14 +19,7 @@ from ngeval.utils.text import describe_bytes
 
 
 def size_note(run: Run, count: int, methods: int, dampings: int) -> str:
-    """How many units a run has, and what is computed of each.
-
-    Args:
-        run: the run.
-        count: the units that this start computes.
-        methods: the number of methods.
-        dampings: the number of dampings, 0 where there is no choice of them.
-    """
+    """How many units a run has, how many this start computes, and what is computed of each."""
     checkpoints, batches = len(run.checkpoints), run.num_batches
     parts = [f"{run.num_units} units ({checkpoints} checkpoints × {batches} batches)"]
     if count < run.num_units:

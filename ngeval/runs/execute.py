@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ngeval.errors import InputError, OutputError
 from ngeval.results.hashes import CheckpointHashes, weights_size
-from ngeval.results.journal import Entry, Journal, Key, table_of
+from ngeval.results.journal import Entry, Journal, Key, rows_by_unit, table_of
 from ngeval.results.manifest import (
     RunManifest,
     first_problem,
@@ -133,14 +133,7 @@ class _Execution:
         contents: Contents | None = None,
         disk: Callable[[], int] = lambda: 0,
     ) -> Iterator[tuple[Key, Entry]]:
-        """Compute units.
-
-        Args:
-            missing: the units that are not done.
-            count: how many of these to compute; None: all.
-            contents: what was hashed when the run began.
-            disk: the bytes that one unit takes on the disk, once one is there.
-        """
+        """Compute the first ``count`` of the missing units; ``disk()``: bytes that each takes."""
         run, work, progress = self.run, self.work, self.progress
         keys = missing[:count]
         progress.note(size_note(run, len(keys), len(work.methods), work.num_dampings))
@@ -174,7 +167,7 @@ class _Execution:
                 return _finished(run, output, record) if first else {}
             batches = [batch["sha256"] for batch in record["identity"]["batches"]]
             contents = Contents(record["identity"]["checkpoints"], batches, self.hashes)
-            file = _Table(journal, output, record, self.progress)
+            file = _Table(journal, record, run.num_units, self.progress)
             done = run.num_units - len(missing)
             try:
                 if done:
@@ -188,13 +181,12 @@ class _Execution:
                 ranks.finish(file.flush_if_due)
             except BaseException:
                 if first:
-                    file.leave(run.num_units)
+                    file.leave()
                 raise
             if not first:
                 return {}
-            if out.stop_after is not None and out.stop_after < len(missing):
-                return file.pause(run.num_units)
-            return file.finish(run.num_units)
+            paused = out.stop_after is not None and out.stop_after < len(missing)
+            return file.pause() if paused else file.finish()
 
     def _start(
         self, journal: Journal, out: OutputOptions, options: Mapping[str, Any]
@@ -236,20 +228,14 @@ class _Execution:
         good &= set(self.run.keys)
         journal.forget(entries.keys() - good)
         again = {name: record[name] for name in ("created", "command", "directory", "machine")}
-        record = saved.plain() | {
-            "resumed": [*saved.resumed, again],
-            "identity": record["identity"],
-        }
+        resumed = {"resumed": [*saved.resumed, again], "identity": record["identity"]}
+        record = saved.plain() | resumed
         journal.describe(json.dumps(record, ensure_ascii=False))
         return {"missing": [key for key in self.run.keys if key not in good], "manifest": record}
 
 
 def _read_run(journal: Journal) -> RunManifest:
-    """The manifest of the run that a journal belongs to.
-
-    Raises:
-        OutputError: the journal is damaged.
-    """
+    """The manifest of the run that a journal belongs to."""
     try:
         saved = RunManifest.model_validate_json(journal.description())
         if saved.id:
@@ -264,16 +250,10 @@ def _read_run(journal: Journal) -> RunManifest:
 
 
 def _finished(run: Run, output: Path, record: Mapping[str, Any]) -> dict[Key, Entry]:
-    """The units of a table that is complete.
-
-    Raises:
-        OutputError: the table was changed since.
-    """
-    table, places = read_results(output), dict[Key, list[int]]()
+    """The units of a table that is complete and unchanged since."""
+    table = read_results(output)
     try:
-        keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
-        for row, key in enumerate(keys):
-            places.setdefault(key, []).append(row)
+        places = rows_by_unit(table)
     except (KeyError, TypeError, ValueError):
         places = {}
     if places.keys() != set(run.keys) or record.get("rows", len(table)) != len(table):
@@ -289,10 +269,10 @@ class _Table:
     """The output file while it grows; one process writes it."""
 
     def __init__(
-        self, journal: Journal, output: Path, record: dict[str, Any], progress: Progress
+        self, journal: Journal, record: dict[str, Any], num_units: int, progress: Progress
     ) -> None:
-        self.journal, self.output, self.record = journal, output, record
-        self.progress = progress
+        self.journal, self.output, self.record = journal, journal.output, record
+        self.num_units, self.progress = num_units, progress
         self.due = 0.0
         self.written: frozenset[Key] = frozenset()
 
@@ -321,35 +301,34 @@ class _Table:
         self.due = now + max(FLUSH_SECONDS, (now - start) / FLUSH_SHARE)
         return entries
 
-    def leave(self, num_units: int) -> None:
+    def leave(self) -> None:
         """Keep what is done of an interrupted run; without any unit, remove all traces of it."""
         with contextlib.suppress(OutputError):  # a full disk; the journal has all that fits
-            entries = self.flush()
-            if not entries:
+            if entries := self.flush():
+                self.progress.warn(self._continue(entries))
+            else:
                 self.journal.remove()
-                return
-            self.progress.warn(_continue(len(entries), num_units))
 
-    def pause(self, num_units: int) -> dict[Key, Entry]:
+    def pause(self) -> dict[Key, Entry]:
         """Keep what is done of a run that stops as it was asked to."""
         entries = self.flush()
         if all(entry.lost for entry in entries.values()):
             self.journal.remove()
         else:
-            self.progress.note(_continue(len(entries), num_units))
+            self.progress.note(self._continue(entries))
         return entries
 
-    def finish(self, num_units: int) -> dict[Key, Entry]:
-        """All units are done; the journal stays if one of them has failed.
+    def _continue(self, entries: Mapping[Key, Entry]) -> str:
+        done = f"{len(entries)} of {self.num_units} units are done"
+        return f"{done}; the same command with --resume continues"
 
-        Raises:
-            OutputError: a unit that was done is not there, since its file was deleted.
-        """
+    def finish(self) -> dict[Key, Entry]:
+        """All units are done; the journal stays if one of them has failed."""
         entries = self.flush()
-        if len(entries) < num_units:
+        if lost := self.num_units - len(entries):
             raise OutputError(
-                f"{num_units - len(entries)} of {num_units} units are not in {self.journal.folder} "
-                "any more; the same command with --resume computes them again"
+                f"{lost} of {self.num_units} units are not in {self.journal.folder} any more; "
+                "the same command with --resume computes them again"
             )
         failed = [list(key) for key, entry in entries.items() if entry.failure]
         if all(entry.lost for entry in entries.values()):
@@ -357,17 +336,17 @@ class _Table:
             return entries
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         rows = sum(len(entry.table) for entry in entries.values())
-        self.record |= {"complete": not failed, "ended": ended, "rows": rows}
-        self.record |= {"failed_units": failed}
+        self.record |= {
+            "complete": not failed,
+            "ended": ended,
+            "rows": rows,
+            "failed_units": failed,
+        }
         write_manifest(self.output, self.record, self.journal.folder)
         if not failed:
             self.journal.remove()
         self.progress.note(f"written: {self.output} ({rows} rows)")
         return entries
-
-
-def _continue(done: int, num_units: int) -> str:
-    return f"{done} of {num_units} units are done; the same command with --resume continues"
 
 
 def facts(run: Run, ranks: Ranks) -> dict[str, Any]:

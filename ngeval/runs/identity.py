@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,6 @@ from ngeval.results.hashes import (
     hash_batch,
     hash_files,
     hash_tensors,
-    hash_text,
 )
 from ngeval.results.manifest import plain, versions
 from ngeval.runs.run import Run
@@ -92,8 +92,7 @@ def identity(
     }
     if count := _accumulated(work):  # their seed is a different one: they are seldom graded
         parts["accumulated_batches"] = [hash_batch(*batch) for batch in run.other_batches(count)]
-    result: dict[str, Any] = plain(parts)
-    return result
+    return dict(plain(parts))
 
 
 def _optimizer_states(run: Run, work: Work) -> list[Path]:
@@ -135,16 +134,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_same(
     output: Path, then: Mapping[str, Any], now: Mapping[str, Any], untouched: set[str]
 ) -> None:
-    """Refuse to continue a run with a different one.
+    """Refuse to continue the run of a file with a run of a different identity.
 
-    Args:
-        output: the result file.
-        then: the identity of the run that is to be continued.
-        now: that of this one.
-        untouched: checkpoints of which no unit is done, which may have been replaced since.
+    Checkpoints that are ``untouched``, of which no unit is done, may have been replaced since.
 
     Raises:
-        OutputError: they differ; the message lists where.
+        OutputError: the identities differ; the message lists where.
     """
     free = untouched & then["checkpoints"].keys() & now["checkpoints"].keys()
     lines = _causes(differences(_without(then, free), _without(now, free)))
@@ -188,7 +183,7 @@ def _task(run: Run) -> dict[str, Any]:
     return {
         "name": task.name,
         "likelihood": _without_addresses(task.resolved_likelihood()),
-        "model": hash_text(_described(model)),
+        "model": hashlib.sha256(_described(model).encode()).hexdigest(),
         "weights": hash_tensors(model.state_dict().items()) if base else "each checkpoint's",
         "files": _local_files(run.source),
     }

@@ -20,22 +20,16 @@ SHARDS = ("auto", "units", "samples")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which checkpoints of which task are graded, on what, and how it is computed.
+    """Which checkpoints of which task are graded, on what, and how; see `ngeval.runs.run.Run`.
 
     Attributes:
         task: a built-in name, ``path/to/file.py:name`` or ``package.module:name``.
         checkpoint: files, folders or globs.
         more: further ones.
-        batch_size: N, samples in a graded batch.
-        num_batches: graded batches for each checkpoint.
-        seed: for batches and sampled labels.
-        device: where to compute.
         shard: under torchrun, whether ``"units"`` or the ``"samples"`` of every unit are spread
             over the processes; ``"auto"``: samples if there are fewer units than processes.
-        dtype: ``"float32"``, ``"float64"`` or ``"bfloat16"``; None: the model's.
-        engine: the Jacobian engine.
+        dtype: the name of a type in `DTYPES`; None: the model's.
         memory: an amount to work in, such as ``"8GiB"``; None: four fifths of what is free.
-        allow_pickle: run code in checkpoints.
     """
 
     task: str | None = None
@@ -152,9 +146,7 @@ def parse_metric(text: str | None) -> int | str | None:
     """
     if text is None or text == "all":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"metric batches {text!r}: write a number of batches, or all")
-    return int(text)
+    return _count(text, f"metric batches {text!r}: write a number of batches, or all")
 
 
 def parse_groups(text: str) -> str | int:
@@ -165,11 +157,13 @@ def parse_groups(text: str) -> str | int:
     """
     if text in ("layer", "parameter"):
         return text
+    advice = "how many components of a parameter's name make a group, like 2"
+    return _count(text, f"groups {text!r}: write layer, parameter, or {advice}")
+
+
+def _count(text: str, problem: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(
-            f"groups {text!r}: write layer, parameter, or how many components of a parameter's "
-            "name make a group, like 2"
-        )
+        raise InputError(problem)
     return int(text)
 
 

@@ -36,13 +36,22 @@ class Outcome:
         Raises:
             InputError: none could.
         """
-        if "status" not in self.table:
-            return self._lost_changes()
-        lost = self.table[self.table["status"] != "ok"]
-        if len(lost) == len(self.table):
-            raise InputError(_rows_message(lost, self.table))
-        lost = self._not_reported(lost)
-        return _rows_message(lost, self.table) if len(lost) else ""
+        table = self.table
+        if "status" in table:
+            lost, subject = table[table["status"] != "ok"], "{} of {} rows"
+        elif "reason" in table:  # of samples, where each method has a column
+            lost, subject = table[table["reason"] != ""], "loss changes of {} of {} samples"
+        else:
+            return ""
+        all_lost = "status" in table and len(lost) == len(table)
+        lost = lost if all_lost else self._not_reported(lost)
+        if lost.empty:
+            return ""
+        reasons = "; ".join(dict.fromkeys(lost["reason"]))
+        text = f"{subject.format(len(lost), len(table))} could not be computed: {reasons}"
+        if all_lost:
+            raise InputError(text)
+        return text
 
     def missing_units(self) -> str:
         """Which units are missing, or graded in part, and why; empty if none is."""
@@ -61,19 +70,6 @@ class Outcome:
             "the same command with --resume computes what is missing"
         )
 
-    def _lost_changes(self) -> str:
-        """Of a table of samples: which columns of methods could not be computed."""
-        if "reason" not in self.table:
-            return ""
-        lost = self._not_reported(self.table[self.table["reason"] != ""])
-        if lost.empty:
-            return ""
-        reasons = "; ".join(dict.fromkeys(lost["reason"]))
-        return (
-            f"loss changes of {len(lost)} of {len(self.table)} samples could not be computed: "
-            f"{reasons}"
-        )
-
     def _not_reported(self, lost: pd.DataFrame) -> pd.DataFrame:
         """The rows whose reason is not that of a missing unit."""
         keys = zip(lost["stage"], lost["batch"], strict=True)
@@ -90,8 +86,3 @@ class Outcome:
             return ""
         graded = set(zip(rows["stage"], rows["batch"], strict=True))
         return ", or not by every method" if graded & self.failures.keys() else ""
-
-
-def _rows_message(lost: pd.DataFrame, table: pd.DataFrame) -> str:
-    reasons = "; ".join(dict.fromkeys(lost["reason"]))
-    return f"{len(lost)} of {len(table)} rows could not be computed: {reasons}"

@@ -42,19 +42,11 @@ class Progress:
 
 
 class Steps:
-    """Counts the steps of a run: each unit has one for each of its methods."""
+    """Counts the steps of a run: each unit has one for each of its methods, or a single one."""
 
     def __init__(
         self, ranks: Ranks, methods: Sequence[str], units_before: int, progress: Progress
     ) -> None:
-        """Start counting.
-
-        Args:
-            ranks: the processes that share the run.
-            methods: the names of a unit's methods; none: a unit is one step.
-            units_before: units that were computed in earlier starts.
-            progress: is notified of each step.
-        """
         self.ranks, self.methods, self.progress = ranks, frozenset(methods), progress
         self.in_unit = max(1, len(methods))
         self.before = units_before * self.in_unit

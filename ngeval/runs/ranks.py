@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,8 @@ PATIENCE = 20.0
 """Seconds after which the user learns that the other processes are being waited for."""
 
 
-class Ranks(Protocol):
-    """The processes of a run, seen from one of them.
+class Ranks:
+    """The processes of a run, seen from one of them; here a run of one process.
 
     Attributes:
         rank: this process's number; the first, 0, writes the table and reports to the user.
@@ -49,76 +49,40 @@ class Ranks(Protocol):
             process.
     """
 
-    rank: int
-    count: int
-    group: ProcessGroup | None
-
-    def broadcast(self, compute: Callable[[], T]) -> T:
-        """The result (plain values) of the first process, on every process."""
-        ...
-
-    def share(self, missing: Sequence[Key]) -> Iterator[Key]:
-        """The units that this process computes."""
-        ...
-
-    def count_steps(self, steps: int) -> None:
-        """Add completed steps."""
-        ...
-
-    def steps(self) -> int:
-        """The steps that all processes have completed."""
-        ...
-
-    def agree(self, compute: Callable[[], T]) -> T:
-        """The result of each process; if processes go in step and one fails, all fail."""
-        ...
-
-    def finish(self, meanwhile: Callable[[], None]) -> None:
-        """Report that this process is done; the first one waits for all."""
-        ...
-
-
-class OneProcess:
-    """A run without ``torchrun``: all units in their order."""
-
-    rank, count = 0, 1
-    group: ProcessGroup | None = None
-
     def __init__(self) -> None:
+        self.rank, self.count = 0, 1
+        self.group: ProcessGroup | None = None
         self._steps = 0
 
     def broadcast(self, compute: Callable[[], T]) -> T:
+        """The result (plain values) of the first process, on every process."""
         return compute()
 
     def agree(self, compute: Callable[[], T]) -> T:
+        """The result of each process; if processes go in step and one fails, all fail."""
         return compute()
 
     def share(self, missing: Sequence[Key]) -> Iterator[Key]:
+        """The units that this process computes."""
         return iter(missing)
 
     def count_steps(self, steps: int) -> None:
+        """Add completed steps."""
         self._steps += steps
 
     def steps(self) -> int:
+        """The steps that all processes have completed."""
         return self._steps
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
-        """There is no other process to wait for."""
+        """Report that this process is done; the first one waits for all."""
 
 
-class ManyProcesses:
+class ManyProcesses(Ranks):
     """The processes of ``torchrun``, which talk over its key–value store."""
 
-    group: ProcessGroup | None = None
-
     def __init__(self, store: Store, rank: int, count: int) -> None:
-        """Talk over a store.
-
-        Args:
-            store: the same for all processes.
-            rank: this process's number.
-            count: the number of processes.
-        """
+        super().__init__()
         self.store, self.rank, self.count = store, rank, count
         self._broadcasts = 0
 
@@ -160,9 +124,6 @@ class ManyProcesses:
     def steps(self) -> int:
         return self._add("steps", 0)
 
-    def agree(self, compute: Callable[[], T]) -> T:
-        return compute()  # a unit belongs to one process
-
     def finish(self, meanwhile: Callable[[], None]) -> None:
         """Wait; if a process dies and never reports, torchrun ends this one."""
         self._add("finished", 1)
@@ -177,21 +138,10 @@ class ManyProcesses:
 
 
 class InStep(ManyProcesses):
-    """Processes that compute every unit together, each on a part of its samples.
-
-    Attributes:
-        group: for the sums over samples.
-    """
+    """Processes that compute every unit together, each on a part of its samples."""
 
     def __init__(self, store: Store, rank: int, count: int, device: str) -> None:
-        """Create the group, which all processes do at once.
-
-        Args:
-            store: the same for all processes.
-            rank: this process's number.
-            count: the number of processes.
-            device: where to compute: ``nccl`` on GPUs, ``gloo`` elsewhere.
-        """
+        """Create the group, which all processes do at once."""
         super().__init__(store, rank, count)
         dist.init_process_group(
             "nccl" if torch.device(device).type == "cuda" else "gloo",
@@ -210,21 +160,12 @@ class InStep(ManyProcesses):
             super().count_steps(steps)
 
     def agree(self, compute: Callable[[], T]) -> T:
-        """The result of each process; if one fails, all do.
-
-        Raises:
-            NgevalError: the failure of one process, on all of them.
-        """
         return shards_of(self.group).synchronized(compute)
 
 
 @contextlib.contextmanager
 def _reachable() -> Iterator[None]:
-    """Report a store that is gone.
-
-    Raises:
-        NgevalError: it is.
-    """
+    """Report a store that is gone."""
     try:
         yield
     except dist.DistError as error:
@@ -246,47 +187,29 @@ def own_device(device: str) -> str:
 
 
 def _meet(warn: Callable[[str], None]) -> tuple[Store, int, int]:
-    """The store of all processes, this one's number, and their number.
-
-    Raises:
-        InputError: they cannot be reached.
-    """
-    stores: list[tuple[Store, int, int]] = []
-    failures: list[Exception] = []
+    """The store of all processes, this one's number, and their number."""
+    meeting: Future[tuple[Store, int, int]] = Future()
 
     def meet() -> None:
         try:
-            stores.append(next(iter(rendezvous("env://"))))
-        except Exception as error:  # whatever it is, the thread that waits raises it
-            failures.append(error)
+            meeting.set_result(next(iter(rendezvous("env://"))))
+        except Exception as error:  # whatever it is, the process that waits raises it
+            meeting.set_exception(error)
 
     # In a thread, since no signal can interrupt it while it waits for others.
-    meeting = threading.Thread(target=meet, daemon=True)
-    meeting.start()
-    started = time.monotonic()
-    while meeting.is_alive():
-        meeting.join(POLL_SECONDS)
-        if time.monotonic() - started > PATIENCE:
-            started = math.inf
-            warn(
-                f"waiting for the other {torchrun.world_size() - 1} processes, as the environment "
-                "variables RANK and WORLD_SIZE say; unset them for a run of one process"
-            )
-    if failures:
+    threading.Thread(target=meet, daemon=True).start()
+    if not wait([meeting], PATIENCE).done:
+        warn(
+            f"waiting for the other {torchrun.world_size() - 1} processes, as the environment "
+            "variables RANK and WORLD_SIZE say; unset them for a run of one process"
+        )
+    try:
+        return meeting.result()
+    except Exception as error:
         raise InputError(
-            f"the other processes of torchrun cannot be reached: {failures[0]}; start them with "
+            f"the other processes of torchrun cannot be reached: {error}; start them with "
             "torchrun -m ngeval …"
-        ) from failures[0]
-    return stores[0]
-
-
-def _attempt() -> str:
-    """A name for this start of all processes: torchrun keeps its store when it restarts them.
-
-    The units that processes of an earlier start have claimed there may not be finished.
-    """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"start {count} of {torchrun.world_size()} processes"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -302,10 +225,13 @@ def joined(device: str, *, together: bool, warn: Callable[[str], None]) -> Itera
         InputError: they cannot be reached.
     """
     if torchrun.world_size() == 1:
-        yield OneProcess()
+        yield Ranks()
         return
     store, rank, count = _meet(warn)
-    store = PrefixStore(_attempt(), store)
+    # torchrun keeps its store when it restarts the processes, and units that were claimed before
+    # may not be finished: each start has different names.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"start {start} of {count} processes", store)
     if not together:
         yield ManyProcesses(store, rank, count)
         return

@@ -137,16 +137,42 @@ class Work(BaseModel, ABC):
         """The rows of a unit that cannot be graded."""
 
 
-class GammaTable(Work):
-    """`ngeval.evaluate` on every unit."""
+class GradingWork(Work):
+    """The work of grading methods at dampings."""
 
-    kind: ClassVar[str] = "gamma"
-    description: ClassVar[str] = "grading updates"
     methods: Methods
     dampings: Dampings
     damping_scale: Scale = "absolute"
     metric_batches: MetricBatches = None
     natural: bool = True
+
+    def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
+        """A row for each method and damping of a unit that cannot be graded; its counts are 0."""
+        pairs = itertools.product(self.methods, map(float, self.dampings))
+        rows = pd.DataFrame(pairs, columns=["method", "damping"])
+        return rows.assign(
+            damping_scale=self.damping_scale,
+            status="failed",
+            reason=reason,
+            num_samples=0,
+            metric_samples=0,
+            num_parameters=0,
+            seed=seed,
+        )
+
+    def metric(self, run: Run, problem: Problem) -> Metric | None:
+        """The batches that grade: the same for every checkpoint and every graded batch."""
+        if self.metric_batches is None:
+            return None
+        count = None if self.metric_batches == "all" else self.metric_batches
+        return Metric(problem, lambda: run.task.batches(run.batch_size, count, run.seed))
+
+
+class GammaTable(GradingWork):
+    """`ngeval.evaluate` on every unit."""
+
+    kind: ClassVar[str] = "gamma"
+    description: ClassVar[str] = "grading updates"
     gap: Annotated[float, Field(gt=0, allow_inf_nan=False)] = GAP
 
     @property
@@ -161,30 +187,24 @@ class GammaTable(Work):
             self.dampings,
             damping_scale=self.damping_scale,
             seed=run.seed_of(unit.key),
-            metric=_metric(run, unit.problem, self.metric_batches),
+            metric=self.metric(run, unit.problem),
             natural=self.natural,
             gap=self.gap,
             on_step=on_method,
         )
 
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
-        rows = _failed(self.methods, self.dampings, self.damping_scale, reason, seed)
-        counts = {"num_parameters": 0}
+        rows = super().failed_rows(reason, seed)
         if self.natural and self.metric_batches is None:
-            counts["iterations"] = 0
-        return rows.assign(**counts).reindex(columns=COLUMNS)
+            rows["iterations"] = 0
+        return rows.reindex(columns=COLUMNS)
 
 
-class LayerTable(Work):
+class LayerTable(GradingWork):
     """`ngeval.layer_table` on every unit."""
 
     kind: ClassVar[str] = "layers"
     description: ClassVar[str] = "grading layers"
-    methods: Methods
-    dampings: Dampings
-    damping_scale: Scale = "absolute"
-    metric_batches: MetricBatches = None
-    natural: bool = True
     groups: Annotated[int, Field(ge=1)] | Literal["layer", "parameter"] = "layer"
 
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
@@ -195,14 +215,14 @@ class LayerTable(Work):
             groups=self.groups,
             damping_scale=self.damping_scale,
             seed=run.seed_of(unit.key),
-            metric=_metric(run, unit.problem, self.metric_batches),
+            metric=self.metric(run, unit.problem),
             natural=self.natural,
             on_step=on_method,
         )
 
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
-        rows = _failed(self.methods, self.dampings, self.damping_scale, reason, seed)
-        return rows.assign(layer="", num_parameters=0).reindex(columns=LAYER_COLUMNS)
+        rows = super().failed_rows(reason, seed).assign(layer="")
+        return rows.reindex(columns=LAYER_COLUMNS)
 
 
 class SampleTable(Work):
@@ -278,23 +298,3 @@ def _lost_memory(table: pd.DataFrame) -> str:
         return lost_memory(table)
     reason = str(table["reason"].iloc[0])
     return reason if OUT_OF_MEMORY in reason else ""
-
-
-def _metric(run: Run, problem: Problem, batches: int | str | None) -> Metric | None:
-    """The batches that grade: the same for every checkpoint and every graded batch."""
-    if batches is None:
-        return None
-    count = None if isinstance(batches, str) else batches
-    return Metric(problem, lambda: run.task.batches(run.batch_size, count, run.seed))
-
-
-def _failed(
-    methods: list[str], dampings: list[float], scale: str, reason: str, seed: int
-) -> pd.DataFrame:
-    """A row for each method and damping of a unit that cannot be graded; its counts are 0."""
-    return pd.DataFrame(
-        [
-            {"method": name, "damping": float(damping), "damping_scale": scale}
-            for name, damping in itertools.product(methods, dampings)
-        ]
-    ).assign(status="failed", reason=reason, num_samples=0, metric_samples=0, seed=seed)

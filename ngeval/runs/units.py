@@ -20,7 +20,7 @@ from ngeval.problem.problem import Problem
 from ngeval.results.hashes import CheckpointHashes, hash_batch
 from ngeval.results.journal import Key
 from ngeval.runs.progress import Progress
-from ngeval.runs.ranks import OneProcess, Ranks
+from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run
 from ngeval.tasks import Batch
 
@@ -58,13 +58,7 @@ class Contents:
 
 
 class Units:
-    """The units of a run by their keys; a checkpoint stays loaded until another one is needed.
-
-    Attributes:
-        run: the run.
-        progress: is notified of each model that is loaded.
-        count: the number of units that were built.
-    """
+    """The units of a run by their keys; a checkpoint stays loaded until the next is needed."""
 
     def __init__(
         self,
@@ -91,7 +85,7 @@ class Units:
         for index in range(len(run.checkpoints)):
             methods_at(methods, run.stage(index))  # raises for what is missing before any work
         base = run.task.model().to(run.device).eval()
-        self.ranks = ranks or OneProcess()
+        self.ranks = ranks or Ranks()
         self.progress = progress or Progress()
         self.contents = contents or Contents()
         self.loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
@@ -152,11 +146,7 @@ class Units:
         return model
 
     def _batch(self, index: int) -> Batch:
-        """A batch of the task, the same for every checkpoint.
-
-        Raises:
-            TaskError: it differs from the one that was read before.
-        """
+        """A batch of the task, the same for every checkpoint."""
         run = self.run
         if index < self.next_batch:
             self.batches = run.task.batches(run.batch_size, run.num_batches, run.seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,10 @@ class Verdict:
     key: Key
     checkpoint: str
     rows: int
-    problem: str
-    difference: float
-    allowed: float
-    where: dict[str, Any]
+    problem: str = ""
+    difference: float = 0.0
+    allowed: float = 0.0
+    where: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -91,32 +91,26 @@ def compare(
 ) -> Verdict:
     """Compare a unit's rows in a file, in whatever order, with those of a new computation.
 
-    Args:
-        key: the unit.
-        checkpoint: its checkpoint's name.
-        then: the rows of the file.
-        now: the new ones.
-        tolerance: the relative difference that is allowed; None: see `DIGITS`.
-        gap: of the Krylov run; see `MAX_GAP`.
+    The relative difference ``tolerance`` is allowed (None: see `DIGITS`), and what the ``gap`` of a
+    Krylov run explains.
     """
     columns = list(dict.fromkeys([*then.columns, *now.columns]))
     order = [name for name in ROW if name in columns]
     then, now = (
-        part.reindex(columns=columns).sort_values(order, key=_sortable).reset_index(drop=True)
+        part.reindex(columns=columns).sort_values(order, key=_sortable, ignore_index=True)
         for part in (then, now)
     )
     if len(then) != len(now):
         problem = f"{len(then)} rows in the file, {len(now)} now"
-        return Verdict(key, checkpoint, len(now), problem, math.inf, 0.0, {})
+        return Verdict(key, checkpoint, len(now), problem, math.inf)
     if now.empty:  # the samples of a unit that failed
-        return Verdict(key, checkpoint, 0, "", 0.0, 0.0, {})
-    numbers = [name for name in columns if is_number(then[name]) and is_number(now[name])]
-    problem = _texts_differ(then, now, [name for name in columns if name not in numbers])
+        return Verdict(key, checkpoint, 0)
+    results = [name for name in columns if name not in NOT_RESULTS]
+    numbers = [name for name in results if is_number(then[name]) and is_number(now[name])]
+    problem = _texts_differ(then, now, [name for name in results if name not in numbers])
     worst, allowed, where = 0.0, tolerance or 0.0, dict[str, Any]()
     base = _tolerances(now, tolerance)
     for name in numbers:
-        if name in NOT_RESULTS:
-            continue
         limit = np.maximum(base, _krylov_limits(name, now, min(gap, MAX_GAP)))
         difference = _differences(name, then, now)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -135,13 +129,9 @@ def _differences(name: str, then: pd.DataFrame, now: pd.DataFrame) -> np.ndarray
     with np.errstate(invalid="ignore", divide="ignore"):
         size = np.fmax(np.abs(old), np.abs(new))
         if name.startswith(SUMMANDS):
-            update = [key for key in ("method", "damping") if key in then]
-            grouped = pd.Series(size)
-            size = (
-                grouped.groupby([then[key] for key in update]).transform("max").to_numpy()
-                if update
-                else np.full_like(size, np.nanmax(size, initial=0.0))
-            )
+            update = [then[key] for key in ("method", "damping") if key in then]
+            groups = pd.Series(size).groupby(update or np.zeros(len(size)))
+            size = groups.transform("max").to_numpy()
         if name.startswith("cosine_"):
             size = np.ones_like(size)
         same = (old == new) | (np.isnan(old) & np.isnan(new))
@@ -184,8 +174,6 @@ def _less_memory(then: pd.DataFrame, now: pd.DataFrame) -> str:
 def _texts_differ(then: pd.DataFrame, now: pd.DataFrame, names: Sequence[str]) -> str:
     """The first text that differs."""
     for name in names:
-        if name in NOT_RESULTS:
-            continue
         old, new = (part[name].astype(object).fillna("").astype(str) for part in (then, now))
         wrong = (old != new).to_numpy()
         if wrong.any():

@@ -44,14 +44,11 @@ def read_work(options: Mapping[str, Any], place: Path) -> Work:
     """What was computed of each unit.
 
     Raises:
-        OutputError: an unknown kind, or an option that is missing, unknown, or has a wrong value.
+        OutputError: an unknown kind or option, or a wrong value.
     """
     kind = options.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise malformed(place, f"unknown kind of work {repr(kind)[:40]}")
-    fields = KINDS[kind].model_fields
-    if missing := sorted(fields.keys() - options.keys()):
-        raise malformed(place, f"it has no {'identity.options.' + missing[0]!r}")
     values = {name: value for name, value in options.items() if name != "kind"}
     return _validated(TypeAdapter(KINDS[kind]), values, place)
 
@@ -67,30 +64,24 @@ def check_sizes(run: RunOptions, work: Work, manifest: RunManifest, place: Path)
     """Bounds on a run: samples, batches, units, the seed, memory.
 
     Raises:
-        OutputError: a number is beyond its bound, or contradicts another one.
+        OutputError: a number is too large, or contradicts a different one.
         InputError: the memory is not an amount.
     """
     identity = manifest.identity
-    counts = {"num_batches": run.num_batches}
-    metric = work.options.get("metric_batches")
-    if isinstance(metric, int):
-        counts["metric_batches"] = metric
-    for name, value in {"batch_size": run.batch_size, **counts}.items():
-        if value < 1:
-            raise malformed(place, f"{name} is {value}")
+    counts = {
+        "num_batches": run.num_batches,
+        "metric_batches": work.options.get("metric_batches"),
+    }
     for name, count in counts.items():
-        if run.batch_size * count > MAX_SAMPLES:
-            raise malformed(
-                place,
-                f"{name} × batch_size is {run.batch_size * count:.1e} samples; at most "
-                f"{MAX_SAMPLES:.0e} are verified",
-            )
-    if len(identity.batches) != run.num_batches:
+        if isinstance(count, int) and run.batch_size * count > MAX_SAMPLES:
+            size = f"{name} × batch_size is {run.batch_size * count:.1e} samples"
+            raise malformed(place, f"{size}; at most {MAX_SAMPLES:.0e} are verified")
+    batches = len(identity.batches)
+    if batches != run.num_batches:
         raise malformed(
-            place,
-            f"it records {len(identity.batches)} batches, and num_batches is {run.num_batches}",
+            place, f"it records {batches} batches, and num_batches is {run.num_batches}"
         )
-    if len(identity.checkpoints) * len(identity.batches) > MAX_UNITS:
+    if len(identity.checkpoints) * batches > MAX_UNITS:
         raise malformed(place, f"it records more than {MAX_UNITS} units")
     if not 0 <= run.seed <= MAX_SEED:
         raise malformed(place, f"seed is {run.seed}")

@@ -21,11 +21,10 @@ import pandas as pd
 
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
 from ngeval.grading.prepare import Progress as OnMethod
-from ngeval.results.journal import Key
+from ngeval.results.journal import Key, rows_by_unit
 from ngeval.results.manifest import (
     RunManifest,
     machine,
-    malformed,
     manifest_path,
     read_run_manifest,
 )
@@ -117,28 +116,18 @@ class Recorded:
 
     def missing(self, count: int) -> list[Key]:
         """The first few of the other units."""
-        present = set(self.units)
-        batches = len(self.manifest.identity.batches)
+        present, batches = set(self.units), len(self.manifest.identity.batches)
         keys = itertools.product(range(len(self.names)), range(batches))
         return list(itertools.islice((key for key in keys if key not in present), count))
 
     @cached_property
     def rows(self) -> dict[Key, list[int]]:
         """The places of each unit's rows in the table."""
-        keys = zip(self.table["stage"].astype(int), self.table["batch"].astype(int), strict=True)
-        places: dict[Key, list[int]] = {}
-        for row, key in enumerate(keys):
-            places.setdefault(key, []).append(row)
-        return places
+        return rows_by_unit(self.table)
 
 
 def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Recorded:
-    """Read a result file with its manifest.
-
-    Args:
-        path: the result file.
-        trust: what may run code.
-        device: where to compute; None: where the run did.
+    """Read a result file with its manifest; ``device``: where to compute, None: as in the run.
 
     Raises:
         OutputError: one of them is missing, or is not what a run writes.
@@ -177,12 +166,7 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
 
 
 def _check_methods(work: Work, trust: Trust) -> None:
-    """Resolve the methods; a name with a dot is a class, whose module is imported.
-
-    Raises:
-        InputError: a class of a package other than torch that is not trusted, or an unknown
-            method.
-    """
+    """Resolve the methods; a name with a dot is a class, whose module is imported."""
     for name in work.methods:
         family = name.strip().partition(":")[0]
         foreign = "." in family and not family.startswith("torch.optim.")
@@ -225,7 +209,6 @@ def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
         the machine), a line each.
 
     Raises:
-        OutputError: the manifest is malformed.
         TaskError: the task's model or batches are not available.
     """
     hardware = ("cpu", "gpus", "threads")
@@ -233,10 +216,7 @@ def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
     here = machine()
     now["machine"] = {name: here[name] for name in hardware}
     then["machine"] = {name: recorded.manifest.machine.get(name) for name in hardware}
-    try:
-        lines = differences(then, now)
-    except RecursionError as error:
-        raise malformed(manifest_path(recorded.path), "it is nested too deep") from error
+    lines = differences(then, now)
     elsewhere = [line for line in lines if line.startswith(ELSEWHERE)]
     return [line for line in lines if line not in elsewhere], elsewhere
 
@@ -255,13 +235,7 @@ def check_unchanged(path: Path, changed: list[str]) -> None:
 
 
 def choose(recorded: Recorded, count: int, seed: int) -> list[Key]:
-    """Random units of a file, in their order; at least one with failed rows if there is one.
-
-    Args:
-        recorded: the file.
-        count: how many; all, if there are fewer.
-        seed: for the choice.
-    """
+    """Up to ``count`` random units, in their order; one with failed rows if there is one."""
     rows, keys = recorded.rows, recorded.units
     shuffled = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
     chosen = shuffled[:count]
@@ -281,15 +255,9 @@ def verdicts(
     tolerance: float | None = None,
     on_method: OnMethod | None = None,
 ) -> Iterator[Verdict]:
-    """Compute units again and compare them, one after the other.
+    """Compute units of a file again and compare them, one after the other; see `compare`.
 
-    Args:
-        recorded: the file.
-        run: the run that computed it.
-        keys: of units in the file.
-        tolerance: the relative difference of numbers that is allowed; None: see
-            `ngeval.verification.compare.DIGITS`.
-        on_method: called with the name of each method that is done.
+    ``on_method`` is called with the name of each method that is done.
 
     Raises:
         NgevalError: the task's model or batches are not available, or a method is unknown.

@@ -171,12 +171,12 @@ def no_sync() -> None:
 
 def put(path: str, content: str) -> None:
     """As the last unit ends, another program writes a file of the journal (bytes in hex)."""
-    from ngeval.runs.ranks import OneProcess  # noqa: PLC0415
+    from ngeval.runs.ranks import Ranks  # noqa: PLC0415
 
-    def finish(self: OneProcess, meanwhile: Callable[[], None]) -> None:
+    def finish(self: Ranks, meanwhile: Callable[[], None]) -> None:
         Path(path).write_bytes(bytes.fromhex(content))
 
-    OneProcess.finish = finish  # type: ignore[method-assign]
+    Ranks.finish = finish  # type: ignore[method-assign]
 
 
 INJECTIONS: dict[str, Callable[..., None]] = {
