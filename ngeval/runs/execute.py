@@ -33,7 +33,7 @@ from ngeval.runs.progress import Progress, Steps
 from ngeval.runs.ranks import Ranks, joined
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work, unit_tables
-from ngeval.runs.units import Contents, Units
+from ngeval.runs.units import Units
 from ngeval.utils import torchrun
 
 FLUSH_SECONDS = 5.0
@@ -130,15 +130,29 @@ class _Execution:
         self,
         missing: Sequence[Key],
         count: int | None = None,
-        contents: Contents | None = None,
+        before: Mapping[str, Any] | None = None,
         disk: Callable[[], int] = lambda: 0,
     ) -> Iterator[tuple[Key, Entry]]:
-        """Compute the first ``count`` of the missing units; ``disk()``: bytes that each takes."""
+        """Compute the first ``count`` of the missing units.
+
+        Args:
+            missing: the units that are not done.
+            count: None: all of them.
+            before: the identity of the run when it began.
+            disk: the bytes that one unit takes on the disk, once one is there.
+        """
         run, work, progress = self.run, self.work, self.progress
         keys = missing[:count]
         progress.note(size_note(run, len(keys), len(work.methods), work.num_dampings))
         steps = Steps(self.ranks, work.names, run.num_units - len(missing), progress)
-        units = Units(run, work.resolved, ranks=self.ranks, progress=progress, contents=contents)
+        units = Units(
+            run,
+            work.resolved,
+            ranks=self.ranks,
+            progress=progress,
+            identity=before,
+            hashes=self.hashes,
+        )
         progress.begin(work.description, run.num_units * steps.in_unit, steps.completed)
         start, first = time.monotonic(), True
         try:
@@ -165,14 +179,12 @@ class _Execution:
             missing = [(stage, batch) for stage, batch in start["missing"]]
             if not missing and not journal.exists:  # the table is complete
                 return _finished(run, output, record) if first else {}
-            batches = [batch["sha256"] for batch in record["identity"]["batches"]]
-            contents = Contents(record["identity"]["checkpoints"], batches, self.hashes)
             file = _Table(journal, record, run.num_units, self.progress)
             done = run.num_units - len(missing)
             try:
                 if done:
                     self.progress.note(f"{done} of {run.num_units} units were done before")
-                units = self.tables(missing, out.stop_after, contents, file.bytes_each)
+                units = self.tables(missing, out.stop_after, record["identity"], file.bytes_each)
                 for key, entry in units:
                     if first or ranks.group is None:
                         journal.write(key, entry)
@@ -351,16 +363,13 @@ class _Table:
 
 def facts(run: Run, ranks: Ranks) -> dict[str, Any]:
     """What a run's options resulted in, for its manifest."""
+    settings = ("batch_size", "num_batches", "seed", "device", "engine")
     return {
         "task": run.task.name,
         "description": run.task.description,
         "likelihood": repr(run.task.resolved_likelihood()),
         "checkpoints": [checkpoint.name for checkpoint in run.checkpoints],
-        "batch_size": run.batch_size,
-        "num_batches": run.num_batches,
-        "seed": run.seed,
-        "device": run.device,
+        **{name: getattr(run, name) for name in settings},
         "dtype": "the model's" if run.dtype is None else str(run.dtype).removeprefix("torch."),
-        "engine": run.engine,
         "ranks": ranks.count,
     }

@@ -21,12 +21,7 @@ from torch import nn
 
 import ngeval
 from ngeval.errors import OutputError
-from ngeval.results.hashes import (
-    CheckpointHashes,
-    hash_batch,
-    hash_files,
-    hash_tensors,
-)
+from ngeval.results.hashes import CheckpointHashes, hash_batch, hash_files, hash_tensors
 from ngeval.results.manifest import plain, versions
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work
@@ -72,13 +67,14 @@ def identity(
     hashes = hashes or CheckpointHashes()
     settings = {name: getattr(run, name) for name in PROCESSING}
     settings["device"] = torch.device(run.device).type
-    step = run.optimizer_options
+    step, count = run.optimizer_options, work.options.get("metric_batches")
     settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
+    metric = () if count is None else run.metric_batches(count)
     checkpoints = {}
     on_checkpoint(0)
-    for count, checkpoint in enumerate(run.checkpoints, 1):
+    for number, checkpoint in enumerate(run.checkpoints, 1):
         checkpoints[checkpoint.name] = hashes.hash(checkpoint)
-        on_checkpoint(count)
+        on_checkpoint(number)
     parts: dict[str, Any] = {
         "options": {"kind": work.kind, **work.options},
         "settings": settings,
@@ -87,11 +83,12 @@ def identity(
         "optimizer_states": {str(p): hash_files([p]) for p in _optimizer_states(run, work)},
         "task": _task(run),
         "batches": _batches(run),
-        "metric_batches": _metric_batches(run, work.options.get("metric_batches")),
+        "metric_batches": [hash_batch(*batch) for batch in metric],
         "code": code(),
     }
-    if count := _accumulated(work):  # their seed is a different one: they are seldom graded
-        parts["accumulated_batches"] = [hash_batch(*batch) for batch in run.other_batches(count)]
+    counts = [getattr(method, "warmup_batches", None) or 0 for method in work.resolved]
+    if most := max(counts, default=0):  # batches that optimizers accumulate their state over
+        parts["accumulated_batches"] = [hash_batch(*batch) for batch in run.other_batches(most)]
     return dict(plain(parts))
 
 
@@ -102,12 +99,6 @@ def _optimizer_states(run: Run, work: Work) -> list[Path]:
     if run.optimizer_states:
         return list(run.optimizer_states)
     return [c.optimizer for c in run.checkpoints if c.optimizer is not None]
-
-
-def _accumulated(work: Work) -> int:
-    """The largest number of batches that an optimizer's state is accumulated over."""
-    counts = [getattr(method, "warmup_batches", None) or 0 for method in work.resolved]
-    return max(counts, default=0)
 
 
 def code() -> dict[str, str]:
@@ -254,14 +245,6 @@ def _batches(run: Run) -> list[dict[str, Any]]:
         samples = {} if indices is None else {"samples": indices[len(records)]}
         records.append({"sha256": hash_batch(inputs, targets), **samples})
     return records
-
-
-def _metric_batches(run: Run, batches: int | str | None) -> list[str]:
-    """Hashes of separate batches that grade."""
-    if batches is None:
-        return []
-    count = None if isinstance(batches, str) else batches
-    return [hash_batch(*batch) for batch in run.task.batches(run.batch_size, count, run.seed)]
 
 
 def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:

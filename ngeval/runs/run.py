@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -114,6 +114,11 @@ class Run:
         seed = (self.seed + OTHER_BATCHES) % NUM_SEEDS
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
             yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
+
+    def metric_batches(self, count: int | Literal["all"]) -> Iterator[Batch]:
+        """Separate batches that grade: the first of the task, or all of an epoch."""
+        number = None if count == "all" else count
+        return iter(self.task.batches(self.batch_size, number, self.seed))
 
     def columns(self, key: Key) -> dict[str, Any]:
         """The columns that identify a unit in a table.

@@ -162,10 +162,9 @@ class GradingWork(Work):
 
     def metric(self, run: Run, problem: Problem) -> Metric | None:
         """The batches that grade: the same for every checkpoint and every graded batch."""
-        if self.metric_batches is None:
+        if (count := self.metric_batches) is None:
             return None
-        count = None if self.metric_batches == "all" else self.metric_batches
-        return Metric(problem, lambda: run.task.batches(run.batch_size, count, run.seed))
+        return Metric(problem, lambda: run.metric_batches(count))
 
 
 class GammaTable(GradingWork):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -42,21 +42,6 @@ class Unit:
     columns: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The SHA-256 of a run's checkpoints and batches when it began.
-
-    Attributes:
-        checkpoints: by name.
-        batches: in order.
-        hashes: computes those of the checkpoints.
-    """
-
-    checkpoints: Mapping[str, str] = field(default_factory=dict)
-    batches: Sequence[str] = ()
-    hashes: CheckpointHashes = field(default_factory=CheckpointHashes)
-
-
 class Units:
     """The units of a run by their keys; a checkpoint stays loaded until the next is needed."""
 
@@ -67,7 +52,8 @@ class Units:
         *,
         ranks: Ranks | None = None,
         progress: Progress | None = None,
-        contents: Contents | None = None,
+        identity: Mapping[str, Any] | None = None,
+        hashes: CheckpointHashes | None = None,
     ) -> None:
         """Build the model.
 
@@ -76,7 +62,9 @@ class Units:
             methods: its methods.
             ranks: the processes that share the run; None: this one alone.
             progress: is notified of each model that is loaded and of the first problem.
-            contents: a checkpoint or batch that is different when it is read is refused.
+            identity: of the run when it began: a checkpoint or batch that differs from it when it
+                is read is refused.
+            hashes: of checkpoints that were read for the identity.
 
         Raises:
             CheckpointError: a method needs something that a checkpoint lacks.
@@ -87,7 +75,7 @@ class Units:
         base = run.task.model().to(run.device).eval()
         self.ranks = ranks or Ranks()
         self.progress = progress or Progress()
-        self.contents = contents or Contents()
+        self.hashes = hashes or CheckpointHashes()
         self.loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
         self.model: nn.Module = base
         self.stage = -1
@@ -95,7 +83,9 @@ class Units:
         self.failure: Exception | None = None
         self.batches: Iterator[Batch] = iter(())
         self.next_batch = math.inf
-        self.batch_hashes = dict(enumerate(self.contents.batches))
+        identity = identity or {"checkpoints": {}, "batches": []}
+        self.checkpoint_hashes = identity["checkpoints"]
+        self.batch_hashes = {i: batch["sha256"] for i, batch in enumerate(identity["batches"])}
 
     def unit(self, key: Key) -> Unit:
         """One checkpoint on one batch.
@@ -137,8 +127,8 @@ class Units:
     def _unchanged(self, checkpoint: Checkpoint) -> nn.Module:
         """The model with a checkpoint that was not written to since the run began."""
         model = self.loader.load(checkpoint)
-        expected = self.contents.checkpoints.get(checkpoint.name)
-        if expected is not None and self.contents.hashes.hash(checkpoint) != expected:
+        expected = self.checkpoint_hashes.get(checkpoint.name)
+        if expected is not None and self.hashes.hash(checkpoint) != expected:
             raise CheckpointError(
                 f"{checkpoint.name} was written to since the run began; where none of its units "
                 "was graded before, --resume grades it as it is now"
