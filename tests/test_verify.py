@@ -146,7 +146,7 @@ class TestAgrees:
         path.write_bytes(whole[:-5])
         small.run("imbalance", small.folder / "lost.csv", code=3)
         recorded = read_recorded(Path("lost.csv"), Trust("mine.py:task"))
-        assert (recorded.finished, recorded.missing(9)) == (True, [])
+        assert (recorded.manifest.finished, recorded.missing(9)) == (True, [])
         verify("lost.csv", "--units", UNITS)
         path.write_bytes(whole)  # it could have been had
         shown = verify("lost.csv", "--units", "1", "--anyway", code=1).stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ngeval.results.manifest import machine, plain, versions
 from ngeval.runs.identity import MAX_LINES, listed
 from ngeval.runs.run import Run
 from ngeval.utils.atomic import replace_file
-from ngeval.verification.compare import Verdict, as_record
+from ngeval.verification.compare import Verdict
 from ngeval.verification.recompute import Recorded, verdicts
 
 
@@ -31,7 +32,7 @@ def report_differences(
     for what, lines in (("made of something else", changed), ("computed elsewhere", elsewhere)):
         if lines:
             say(out, f"{what}:{listed(lines)}")
-    if recorded.missing(MAX_LINES) and not recorded.finished:
+    if recorded.missing(MAX_LINES) and not recorded.manifest.finished:
         units = f"{len(recorded.units)} of {recorded.num_units} units"
         say(out, f"of a run that is not finished: {units} are in it")
 
@@ -72,11 +73,11 @@ def write(
     record = {
         "results": recorded.path,
         **differences,
-        "finished": recorded.finished,
+        "finished": recorded.manifest.finished,
         "units_there": len(recorded.units),
         "units_of_run": recorded.num_units,
         "first_missing": recorded.missing(MAX_LINES),
-        "units": [as_record(verdict) for verdict in compared],
+        "units": [asdict(verdict) | {"agrees": verdict.agrees} for verdict in compared],
         "versions": versions(),
         "machine": machine(),
     }
@@ -90,7 +91,7 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
     differing = sum(not verdict.agrees for verdict in compared)
     if differing:
         console.complain(f"{differing} of {count} units of {path} differ from what it says")
-    lacking = recorded.finished and bool(recorded.missing(MAX_LINES))
+    lacking = recorded.manifest.finished and bool(recorded.missing(MAX_LINES))
     if lacking:
         console.complain(missing_units(recorded))
     if differing or lacking:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -195,8 +195,3 @@ def is_number(column: pd.Series[Any]) -> bool:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
-
-
-def as_record(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as a dictionary."""
-    return asdict(verdict) | {"agrees": verdict.agrees, "key": list(verdict.key)}

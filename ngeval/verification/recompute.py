@@ -105,11 +105,6 @@ class Recorded:
         return len(self.names) * len(self.manifest.identity.batches)
 
     @property
-    def finished(self) -> bool:
-        """Whether the run came to its end."""
-        return self.manifest.finished
-
-    @property
     def units(self) -> list[Key]:
         """The units that the file has rows of, or that failed, in their order."""
         return sorted(self.rows.keys() | self.failed)
