@@ -59,8 +59,8 @@ def test_the_others_are_what_they_were(kind, other_batch, value):
     found = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
     for index, (one, other) in enumerate(zip(found, expected, strict=True)):
         columns = zip(
-            (*one.quadratics, one.squared_norms),
-            (*other.quadratics, other.squared_norms),
+            one,
+            other,
             strict=True,
         )
         for now, then in columns:

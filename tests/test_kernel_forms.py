@@ -205,4 +205,4 @@ def test_families_share_rows():
     others = prepared("sf", problem, seed=1).updates([1.0])
     assert families([updates[1], others, updates[0]]) == [[0, 2], [1]]
     grades = grade(Kernel(problem), updates, ngeval.Metric(problem))
-    assert all(math.isfinite(float(value)) for one in grades for value in one.quadratics.gammas)
+    assert all(math.isfinite(float(value)) for one in grades for value in one.gammas)

@@ -98,9 +98,9 @@ class TestDenseIsLogitSpace:
             tolerance = tolerance_of(name, method, damping)
             parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
             for result, expected in (
-                (grades.quadratics.curvature[place], parts.curvature),
-                (grades.quadratics.decrease[place], parts.decrease),
-                (grades.quadratics.gammas[place], parts.gammas),
+                (grades.curvature[place], parts.curvature),
+                (grades.decrease[place], parts.decrease),
+                (grades.gammas[place], parts.gammas),
                 (grades.squared_norms[place], direction.square().sum()),
             ):
                 assert float(result) == pytest.approx(float(expected), rel=2 * tolerance)

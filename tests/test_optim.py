@@ -449,7 +449,7 @@ class TestFailuresLeaveAllUntouched:
         by_krylov = optimizer.direction(problem, 0.01)
         assert float((by_krylov - exact).norm() / exact.norm()) < 0.05
         problem = ngeval.Problem(model, inputs.double(), targets, "categorical")
-        monkeypatch.setattr(KrylovRun, "max_iterations", 1)
+        monkeypatch.setattr(KrylovRun, "limit", 1)
         with pytest.raises(
             NumericalError, match=r"γ is known only within .*raise the damping from 0\.01"
         ):

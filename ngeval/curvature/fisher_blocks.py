@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.logit_kernel import DENSE_SIZE
 from ngeval.curvature.natural_gradient import (
     LOST,
@@ -77,22 +76,25 @@ class FisherBlocks:
         all_in_logits = spread and size <= DENSE_SIZE
         large = [g for g in groups if all_in_logits or g.num_parameters > size]
         small = [g for g in groups if g not in large]
-        blocks: dict[str, Block] = {}
+        self.blocks: dict[str, Block] = {}
         for part in _batches(problem, small):
             squares = group_squares(problem.rows, factor_columns(problem), _names(part), self.right)
             for group in part:
-                square, gradient = squares[group.name]
-                blocks[group.name] = self._factored(group, square, gradient, in_logits=False)
-                if self.saturated:
-                    self._check_gradient(group, gradient)
+                self._add(group, *squares[group.name], in_logits=False)
         for part in _batches(problem, large):
             grams = group_grams(problem.rows, factor_columns(problem), _names(part))
             for group in part:
-                block = self._factored(group, grams[group.name], self.right, in_logits=True)
-                if self.saturated:
-                    self._check_gradient(group, self._projected_gradient(block))
-                blocks[group.name] = block
-        self.blocks = blocks
+                self._add(group, grams[group.name], self.right, in_logits=True)
+
+    def _add(self, group: Group, matrix: Tensor, right: Tensor, *, in_logits: bool) -> None:
+        spectrum = Spectrum.of_gram(matrix, self.problem.function.row_epsilon, right)
+        block = Block(group, spectrum, right, in_logits)
+        if self.saturated:
+            through_r = self._projected_gradient(block) if in_logits else right
+            gradient = _part_of(self.problem.gradient(), group).to(torch.float64)
+            what = f"the gradient of layer {group.name!r}"
+            check_gradient(self.problem, through_r, gradient, what)
+        self.blocks[group.name] = block
 
     @property
     def largest(self) -> float:
@@ -133,16 +135,8 @@ class FisherBlocks:
                     update[:, place] = part
         return update.to(torch.float64)
 
-    def _factored(self, group: Group, matrix: Tensor, right: Tensor, *, in_logits: bool) -> Block:
-        epsilon = self.problem.function.row_epsilon
-        return Block(group, Spectrum.of_gram(matrix, epsilon, right), right, in_logits)
-
     def _check_directions(self, block: Block, update: Tensor, dampings: Tensor) -> None:
-        """Check that γ(d_l) is what the spectrum says, for every λ: one JVP for each.
-
-        Raises:
-            NumericalError: it is more than `LOST` above.
-        """
+        """Raise if γ(d_l) is more than `LOST` above the spectrum's, for any λ: one JVP for each."""
         problem, spectrum = self.problem, block.spectrum
         squares = (spectrum.eigenvectors.T @ self.right).square()
         shares = spectrum.eigenvalues / (spectrum.eigenvalues + dampings.unsqueeze(1))
@@ -156,27 +150,12 @@ class FisherBlocks:
             ):
                 raise lost_to_rounding(problem, f"the update of layer {block.group.name!r}")
 
-    def _check_gradient(self, group: Group, through_r: Tensor) -> None:
-        """Check that a layer's gradient by way of r is its gradient."""
-        gradient = _part_of(self.problem.gradient(), group).to(torch.float64)
-        check_gradient(self.problem, through_r, gradient, f"the gradient of layer {group.name!r}")
-
     def _projected_gradient(self, block: Block) -> Tensor:
         """R_lᵀr with r as the spectrum has it."""
         problem, vectors = self.problem, block.spectrum.eigenvectors
         weights = {block.group.name: (vectors @ (vectors.T @ self.right)).unsqueeze(0)}
         names, columns = _names([block.group]), factor_columns(problem)
         return _part_of(group_combinations(problem.rows, columns, names, weights)[0], block.group)
-
-
-def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
-    """The blocks of some groups, computed once for a kernel.
-
-    Raises:
-        EngineError: they are out of reach.
-        NumericalError: a label's probability is too small for r.
-    """
-    return kernel.once(FisherBlocks, tuple(groups))
 
 
 def _names(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -193,11 +172,6 @@ def _side(problem: Problem, group: Group) -> int:
 
 
 def _check_sizes(problem: Problem, groups: Sequence[Group]) -> None:
-    """Raise unless all blocks are within reach.
-
-    Raises:
-        EngineError: one is too large, or all together are over the memory budget.
-    """
     largest = max(groups, key=lambda group: _side(problem, group))
     side = _side(problem, largest)
     if side > DENSE_SIZE:

@@ -14,13 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import (
-    DenseKernel,
-    GramKernel,
-    LogitKernel,
-    choose_form,
-    dense_is_feasible,
-)
+from ngeval.curvature.logit_kernel import DenseKernel, GramKernel, LogitKernel, choose_form
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.problem.fisher import factor_columns
 from ngeval.problem.problem import Problem
@@ -66,11 +60,6 @@ class Kernel:
         """
         problem = self.problem
         return choose_form(problem.sizes, problem.rows.memory, exact=self.exact, pushes=self.pushes)
-
-    @property
-    def dense_is_feasible(self) -> bool:
-        """Whether the exact natural gradient is within reach of an eigendecomposition."""
-        return dense_is_feasible(self.problem.sizes, self.problem.rows.memory)
 
     @cached_property
     def theta(self) -> LogitKernel:

@@ -81,16 +81,16 @@ class KroneckerBlock:
         size = max(input_values.shape[1], output_values.shape[1])
         epsilon = torch.finfo(torch.float64).eps
         return cls(
-            factors.layer,
-            input_values,
-            input_vectors,
-            output_values,
-            output_vectors,
-            gradient,
-            None if whole else half - output_vectors @ gradient,
-            max(factors.count, 1.0),
-            num_samples,
-            min(1e-2, size * max(100 * epsilon, 10 * row_epsilon**2)),
+            layer=factors.layer,
+            input_values=input_values,
+            input_vectors=input_vectors,
+            output_values=output_values,
+            output_vectors=output_vectors,
+            gradient=gradient,
+            outside=None if whole else half - output_vectors @ gradient,
+            count=max(factors.count, 1.0),
+            num_samples=num_samples,
+            cutoff=min(1e-2, size * max(100 * epsilon, 10 * row_epsilon**2)),
         )
 
     @property
@@ -119,18 +119,12 @@ class KroneckerBlock:
         outputs = self.output_values / samples
         balance = inputs.new_ones(len(inputs), 1)
         if kind == PI:
-            sides = self.input_vectors.shape[1], self.output_vectors.shape[1]
-            means = [
-                values.sum(1, keepdim=True) / side
-                for values, side in zip((inputs, outputs), sides, strict=True)
-            ]
-            usable = (means[0] > 0) & (means[1] > 0)
-            balance = torch.where(usable, means[0] / means[1], 1.0).sqrt()
-        damped = (inputs + root * balance).unsqueeze(1)
-        return (
-            (outputs + root / balance).unsqueeze(2) * damped,
-            (root / balance).unsqueeze(2) * damped,
-        )
+            input_mean = inputs.sum(1, keepdim=True) / self.input_vectors.shape[1]
+            output_mean = outputs.sum(1, keepdim=True) / self.output_vectors.shape[1]
+            usable = (input_mean > 0) & (output_mean > 0)
+            balance = torch.where(usable, input_mean / output_mean, 1.0).sqrt()
+        damped, outside = (inputs + root * balance).unsqueeze(1), (root / balance).unsqueeze(2)
+        return (outputs.unsqueeze(2) + outside) * damped, outside * damped
 
     def solve(self, damping: float, kind: str) -> Tensor:
         """D(λ), shape ``(g, o, i)``; λ = 0 gives the pseudo-inverse."""

@@ -21,6 +21,7 @@ from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import add_squared_column_sums
 from ngeval.jacobians.terms import AffineTerm, Term
 from ngeval.model.sharding import SINGLE, Shards
+from ngeval.model.tangents import slices
 
 EXPAND, REDUCE = "expand", "reduce"
 SHARINGS = (EXPAND, REDUCE)
@@ -72,51 +73,40 @@ class SecondMoment:
         self._rows: list[Tensor] = []
         self._matrix: Tensor | None = None
 
-    def keeps(self, count: int) -> bool:
-        """Whether ``count`` more rows would be kept as rows."""
-        kept = sum(rows.shape[1] for rows in self._rows)
-        return self.thin and self._matrix is None and kept + count < self.shape[1]
-
     def add(self, rows: Tensor) -> None:
         """Add rows, float64, shape ``(g, rows, size)``."""
-        if self.keeps(rows.shape[1]):
-            self._rows.append(rows)
-        else:
-            if self._matrix is None:
-                groups, size = self.shape
-                shape = (groups, size, size)
-                self._matrix = torch.zeros(shape, dtype=torch.float64, device=self.device)
-            for part in (*self._rows, rows):
-                _add_lower(self._matrix, part)
-            self._rows = []
+        self._rows.append(rows)
+        if not self.thin or self._matrix is not None or self._count() >= self.shape[1]:
+            self._lower_triangle()
 
     def summed(self, shards: Shards) -> None:
         """Add up over ranks, each of which has added the rows of its own samples."""
         if shards.alone:
             return
-        kept = shards.gather((sum(len(rows[0]) for rows in self._rows), self._matrix is None))
-        few = self.thin and all(thin for _, thin in kept)
-        if few and sum(count for count, _ in kept) < self.shape[1]:
-            self._rows = [shards.concatenate(self._kept).transpose(0, 1)]
-            return
-        self._matrix = shards.sum(self._whole)
-        self._rows = []
+        counts = shards.gather((self._count(), self._matrix is None))
+        few = self.thin and all(thin for _, thin in counts)
+        if few and sum(count for count, _ in counts) < self.shape[1]:
+            empty = self._zeros(0)
+            whole = shards.concatenate(lambda: torch.cat([empty, *self._rows], 1).transpose(0, 1))
+            self._rows = [whole.transpose(0, 1)]
+        else:
+            self._matrix = shards.sum(self._lower_triangle)
 
-    def _kept(self) -> Tensor:
-        """The rows, by samples first: ``(rows, g, size)``."""
-        groups, size = self.shape
-        empty = torch.zeros(groups, 0, size, dtype=torch.float64, device=self.device)
-        return torch.cat([empty, *self._rows], 1).transpose(0, 1)
+    def _count(self) -> int:
+        return sum(rows.shape[1] for rows in self._rows)
 
-    def _whole(self) -> Tensor:
-        """The matrix's lower triangle, computed from the rows if there is none yet."""
+    def _zeros(self, rows: int) -> Tensor:
         groups, size = self.shape
-        matrix = self._matrix
-        if matrix is None:
-            matrix = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
+        return torch.zeros(groups, rows, size, dtype=torch.float64, device=self.device)
+
+    def _lower_triangle(self) -> Tensor:
+        """The matrix's lower triangle, with the rows that were kept until now."""
+        if self._matrix is None:
+            self._matrix = self._zeros(self.shape[1])
         for rows in self._rows:
-            _add_lower(matrix, rows)
-        return matrix
+            _add_lower(self._matrix, rows)
+        self._rows = []
+        return self._matrix
 
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
@@ -134,7 +124,6 @@ class SecondMoment:
         return values.clamp_min(0), vectors
 
 
-@dataclass
 class Factors:
     """A, B and M of a layer's block ≈ (1/M) A ⊗ B, and its gradient; all float64, summed.
 
@@ -150,11 +139,16 @@ class Factors:
         count: M.
     """
 
-    layer: Layer
-    inputs: SecondMoment
-    outputs: SecondMoment
-    gradient: Tensor
-    count: float = 0.0
+    def __init__(
+        self, layer: Layer, sizes: Sequence[int], device: torch.device, sharing: str
+    ) -> None:
+        """Factors without any rows; ``sizes`` are g, o and i."""
+        groups, outputs, inputs = sizes
+        self.layer = layer
+        self.inputs = SecondMoment(groups, inputs, device, thin=sharing == EXPAND)
+        self.outputs = SecondMoment(groups, outputs, device, thin=sharing == EXPAND)
+        self.gradient = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device)
+        self.count = 0.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +205,7 @@ def layer_factors(
             for layer, term in _of_layers(terms, layers):
                 if layer not in local:
                     sizes = (*term.cotangents.shape[3:], _width(term))
-                    local[layer] = _empty(layer, sizes, term.cotangents.device, sharing)
+                    local[layer] = Factors(layer, sizes, term.cotangents.device, sharing)
                 _add_term(local[layer], term, curvature, sharing)
 
     shards.synchronized(add_up)
@@ -228,7 +222,7 @@ def _over_ranks(local: Factors | None, layer: Layer, sharing: str, shards: Shard
         return local
     known = None if local is None else (local.gradient.shape, local.gradient.device)
     shape, device = next(other for other in shards.gather(known) if other is not None)
-    sums = _empty(layer, tuple(shape), device, sharing) if local is None else local
+    sums = Factors(layer, shape, device, sharing) if local is None else local
     count = torch.tensor(sums.count, dtype=torch.float64, device=sums.gradient.device)
     sums.gradient, count = shards.sum(lambda: (sums.gradient, count))
     sums.count = float(count)
@@ -280,18 +274,6 @@ def _width(term: AffineTerm) -> int:
     return (term.fan_in if term.weight else 0) + (1 if term.bias else 0)
 
 
-def _empty(layer: Layer, sizes: tuple[int, ...], device: torch.device, sharing: str) -> Factors:
-    """Factors without any rows; ``sizes`` are g, o and i."""
-    groups, outputs, inputs = sizes
-    thin = sharing == EXPAND
-    return Factors(
-        layer,
-        SecondMoment(groups, inputs, device, thin=thin),
-        SecondMoment(groups, outputs, device, thin=thin),
-        torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device),
-    )
-
-
 def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing: str) -> None:
     """Add the products of one capture, some samples at a time."""
     chosen = curvature.share.nonzero().squeeze(1)
@@ -330,11 +312,9 @@ def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
 def _add_lower(target: Tensor, rows: Tensor) -> None:
     """Add XᵀX to the lower triangle, in strips so that most of the upper one is not computed."""
     size = target.shape[1]
-    step = max(STRIP, -(-size // 8))
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        strip = target[:, start:stop, :stop]
-        strip.baddbmm_(rows[..., start:stop].mT, rows[..., :stop])
+    for columns in slices(size, max(STRIP, -(-size // 8))):
+        strip = target[:, columns, : columns.stop]
+        strip.baddbmm_(rows[..., columns].mT, rows[..., : columns.stop])
 
 
 def _augmented(term: AffineTerm, samples: slice) -> Tensor:
@@ -371,6 +351,4 @@ def _sample_slices(term: AffineTerm) -> Iterator[slice]:
     """Samples in slices whose float64 copies stay small."""
     outputs = term.cotangents.shape[4] * term.num_vectors
     width = term.positions * term.groups * max(term.fan_in + 1, outputs)
-    step = max(1, COPIED_ENTRIES // width)
-    for start in range(0, term.num_samples, step):
-        yield slice(start, min(start + step, term.num_samples))
+    return slices(term.num_samples, max(1, COPIED_ENTRIES // width))

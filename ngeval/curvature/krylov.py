@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ngeval.curvature.updates import SolvedUpdates
 from ngeval.problem.problem import Problem
 
 GAP = 1e-4
@@ -66,13 +67,22 @@ class Bounds:
 
 
 class KrylovRun:
-    """A run that continues where it stopped, when a λ or a gap needs more iterations.
+    """A run that continues where it stopped, when a λ needs more iterations.
 
     It starts from u₁ = r/‖r‖, v₁ = g/‖g‖.
+
+    Args:
+        problem: the model on its batch.
+        gap: relative, between the bounds: where to stop.
+        max_iterations: where to stop at the latest.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(
+        self, problem: Problem, gap: float = GAP, max_iterations: int = MAX_ITERATIONS
+    ) -> None:
         self.problem = problem
+        self.gap = gap
+        self.max_iterations = max_iterations
         right = problem.distribution.whitened_residual()
         self.mass = float(right.square().sum())
         self.rounding = ROUNDING * problem.function.row_epsilon
@@ -93,19 +103,18 @@ class KrylovRun:
         return len(self.below)
 
     @property
-    def max_iterations(self) -> int:
-        """How many iterations the memory budget has room for."""
+    def limit(self) -> int:
+        """The most iterations: ``max_iterations``, or as many as the memory has room for."""
         size = min(self.problem.num_parameters, self.problem.outputs.numel())
-        return max(2, self.problem.rows.memory // (2 * 8 * size))
+        return min(self.max_iterations, max(2, self.problem.rows.memory // (2 * 8 * size)))
 
-    def run(self, dampings: Sequence[float], gap: float, max_iterations: int) -> None:
-        """Iterate until the bounds for every λ are within a relative gap, or to the limit."""
-        limit = min(max_iterations, self.max_iterations)
-        while not self.exhausted and self.iterations < limit:
+    def run(self, dampings: Sequence[float]) -> None:
+        """Iterate until the bounds for every λ are within the gap, or to the limit."""
+        while not self.exhausted and self.iterations < self.limit:
             self.step()
             checked = self.iterations % max(2, self.iterations // 8) == 0
             # One rank decides: different machines might differ in the last digit.
-            if checked and self.problem.shards.broadcast(self.bounds(dampings).gap <= gap):
+            if checked and self.problem.shards.broadcast(self.bounds(dampings).gap <= self.gap):
                 return
 
     def step(self) -> None:
@@ -155,9 +164,28 @@ class KrylovRun:
         lower[np.arange(count) + 1, np.arange(count)] = self.below
         return lower
 
+    @property
     def largest(self) -> float:
-        """The largest eigenvalue of F, from below."""
+        """The largest eigenvalue of F, from below, by at least 20 iterations."""
+        while not self.exhausted and self.iterations < min(20, self.max_iterations):
+            self.step()
         return float(np.linalg.norm(self.factor(), 2) ** 2) if self.iterations else 0.0
+
+    def gamma_min(self) -> float:
+        """The γ of the run's update at λ = 0: γ_min lies between the floor and it."""
+        if not self.iterations:
+            self.run([0.0])
+        return float(self.bounds([0.0]).upper[0])
+
+    def updates(self, dampings: Sequence[float]) -> SolvedUpdates:
+        """(F + λI)⁻¹g for every λ, after the iterations that they need."""
+        self.run(dampings)
+        lambdas, bounds = list(dampings), self.bounds(dampings)
+        forms = [
+            torch.from_numpy(form).to(self.problem.device)
+            for form in (bounds.curvature, bounds.decrease, bounds.squared_norms)
+        ]
+        return SolvedUpdates(len(lambdas), lambda i: self.direction(lambdas[i]), *forms)
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """Bounds for every λ from the iterations so far."""
@@ -168,17 +196,18 @@ class KrylovRun:
         factor = self.factor()
         nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
         ratio = _ratio(nodes, lambdas)
-        whole = weights
         # A node that is only rounding may belong to the node at 0, and does at λ = 0: that is the
         # definition of the pseudo-inverse with a cut-off.
-        weights = np.where(nodes > (self.rounding * len(nodes)) ** 2 * nodes.max(), weights, 0.0)
+        kept = nodes > (self.rounding * len(nodes)) ** 2 * nodes.max()
+        whole = np.where((lambdas > 0) | kept, weights, 0.0)
+        weights = np.where(kept, weights, 0.0)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
-        whole = np.where(lambdas > 0, whole, weights)
-        integrals = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
             norms = np.where(nodes + lambdas > 0, weights * nodes / (nodes + lambdas) ** 2, 0.0)
-            high, energy = integrals, np.zeros(len(lambdas))
-            if not self.exhausted:
+            if self.exhausted:
+                high = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
+                energy = np.zeros(len(lambdas))
+            else:
                 high, energy = self._upper(factor, lambdas, weights, ratio)
             energy_low, energy_high = _energy_bounds(factor, self.mass, lambdas)
             large = lambdas[:, 0] >= LARGE * nodes.max()
@@ -199,31 +228,26 @@ class KrylovRun:
         gap = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
         return ((gauss * other).sum(1), (gauss * other**2).sum(1)), gap
 
-    def coefficients(self, damping: float) -> np.ndarray:
-        """The y of d(λ) = Vy: (LᵀL + λI)⁻¹ e₁ ‖g‖, by the SVD of L."""
+    def direction(self, damping: float) -> Tensor:
+        """The update d(λ) = Vy of the iterations so far, shape ``(P,)``.
+
+        y = (LᵀL + λI)⁻¹ e₁ ‖g‖ by the SVD of L.
+        """
+        problem, count = self.problem, self.iterations
+        if not count:
+            return torch.zeros(problem.num_parameters, dtype=problem.dtype, device=problem.device)
         left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
         with np.errstate(divide="ignore", invalid="ignore"):
-            kept = singular > self.rounding * len(singular) * singular.max(initial=0.0)
+            kept = singular > self.rounding * count * singular.max()
             scaled = np.where(kept, singular / (singular**2 + damping), 0.0)
-        solved: np.ndarray = right.T @ (scaled * left[0]) * self.mass**0.5
-        return solved
-
-    def direction(self, damping: float) -> Tensor:
-        """The update d(λ) of the iterations so far, shape ``(P,)``."""
-        problem, solved = self.problem, self.coefficients(damping)
-        if not len(solved):
-            return torch.zeros(problem.num_parameters, dtype=problem.dtype, device=problem.device)
-        if self.in_parameters:
-            vectors, weights = self.basis, solved
-        else:
+        weights = right.T @ (scaled * left[0]) * self.mass**0.5
+        if not self.in_parameters:
             # V = BᵀU R⁻¹ for the upper bidiagonal R with BᵀU = VR, so Vy = Bᵀ U R⁻¹y.
-            count = len(solved)
             upper = np.diag(self.diagonal[:count]) + np.diag(self.below[: count - 1], 1)
-            vectors, weights = self.basis, np.linalg.solve(upper, solved)
-        total = sum(
-            (float(w) * v for w, v in zip(weights, vectors, strict=False)),
-            torch.zeros_like(self.basis[0]),
-        )
+            weights = np.linalg.solve(upper, weights)
+        total = torch.zeros_like(self.basis[0])
+        for weight, vector in zip(weights, self.basis, strict=False):
+            total += float(weight) * vector
         if self.in_parameters:
             return total.to(problem.dtype)
         return problem.vjp(problem.distribution.factor_product(total))

@@ -147,9 +147,7 @@ class JacobianKernel(DenseKernel):
         return Spectrum.of_rows(self._rows(vectors), self.row_epsilon)
 
     def _rows(self, vectors: Tensor) -> Tensor:
-        samples, outputs = self.shape
-        flat = vectors.reshape(samples, -1, outputs)
-        return torch.bmm(flat, self.jacobian.reshape(samples, outputs, -1)).flatten(0, 1)
+        return torch.bmm(vectors.flatten(2), self.jacobian.unflatten(0, self.shape)).flatten(0, 1)
 
 
 class GramKernel(DenseKernel):
@@ -168,10 +166,9 @@ class GramKernel(DenseKernel):
         return tangents, (fields * tangents).flatten(1).sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
-        samples, outputs = self.shape
-        flat = vectors.reshape(samples, -1, outputs)
-        theta = self.theta.reshape(samples, outputs, -1)
-        half = torch.bmm(flat, theta).reshape(-1, samples, outputs).transpose(0, 1)
+        flat = vectors.flatten(2)
+        half = torch.bmm(flat, self.theta.unflatten(0, self.shape))
+        half = half.reshape(-1, *self.shape).transpose(0, 1)
         return torch.bmm(half, flat.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
@@ -185,20 +182,17 @@ class StripKernel(PushingKernel):
 
     def _strip(self, vectors: Tensor) -> Tensor:
         """(J_nᵀe_c)·(J_mᵀv_mq), shape ``(NC, N, Q)``; computed once for each vector."""
-        missing = [q for q in range(vectors.shape[1]) if self._known(vectors[:, q]) is None]
+
+        def known(vector: Tensor) -> list[Tensor]:
+            return [strip for other, strip in self._strips if torch.equal(other, vector)][:1]
+
+        missing = [q for q, vector in enumerate(vectors.unbind(1)) if not known(vector)]
         if missing:
             # The vectors are their own coefficients of unit vectors.
             strips = self.jacobian.products(vectors[:, missing].flatten(2))
             split = strips.unflatten(1, (-1, len(missing)))
             self._strips += [(vectors[:, q], split[..., i]) for i, q in enumerate(missing)]
-        columns = [self._known(vectors[:, q]) for q in range(vectors.shape[1])]
-        return torch.stack([column for column in columns if column is not None], 2)
-
-    def _known(self, vector: Tensor) -> Tensor | None:
-        for known, strip in self._strips:
-            if torch.equal(known, vector):
-                return strip
-        return None
+        return torch.stack([strip for vector in vectors.unbind(1) for strip in known(vector)], 2)
 
     def push(self, vectors: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         fields = combine(vectors, coefficients)
@@ -207,10 +201,8 @@ class StripKernel(PushingKernel):
         return tangents, (fields * tangents).flatten(1).sum(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
-        samples, outputs = self.shape
-        flat = vectors.reshape(samples, -1, outputs)
-        strip = self._strip(vectors).reshape(samples, outputs, -1)
-        gram = torch.bmm(flat, strip).flatten(0, 1)
+        strip = self._strip(vectors).flatten(1).unflatten(0, self.shape)
+        gram = torch.bmm(vectors.flatten(2), strip).flatten(0, 1)
         return (gram + gram.T) / 2
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
+from ngeval.curvature.logit_kernel import dense_is_feasible
 from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import FieldUpdates, SolvedUpdates, Updates, as_tensor
+from ngeval.curvature.updates import FieldUpdates, Updates, as_tensor
 from ngeval.errors import NumericalError
 from ngeval.problem.problem import Problem
 
@@ -23,43 +22,13 @@ LARGE_RESIDUAL = 1e6
 """An entry of r = S⁺u as large as this (a loss of 28 nats) may cost the digits of the others."""
 
 
-class NaturalGradientSolver(ABC):
-    """(F + λI)⁻¹g for every λ, with bounds on its γ."""
-
-    @property
-    @abstractmethod
-    def largest(self) -> float:
-        """The largest eigenvalue of F."""
-
-    @property
-    @abstractmethod
-    def iterations(self) -> int:
-        """Krylov iterations so far; 0 for a factorisation."""
-
-    @abstractmethod
-    def gamma_min(self) -> float:
-        """γ_min = (gᵀF⁺g)^(−1/2), from above where it is not exact; ∞ where g = 0."""
-
-    @abstractmethod
-    def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """Bounds on γ(λ) for every λ, from the iterations so far."""
-
-    @abstractmethod
-    def updates(self, dampings: Sequence[float]) -> Updates:
-        """The updates of every λ."""
-
-
-class DenseSolver(NaturalGradientSolver):
+class DenseSolver:
     """By the eigendecomposition of SᵀΘS: (F + λI)⁻¹g = JᵀS (SᵀΘS + λI)⁻¹ r with r = S⁺u."""
 
     iterations = 0
 
     def __init__(self, problem: Problem, spectrum: Spectrum) -> None:
         """Check that S and r give the gradient.
-
-        Args:
-            problem: the model on its batch.
-            spectrum: of SᵀΘS.
 
         Raises:
             NumericalError: a label's probability is too small for r.
@@ -68,25 +37,25 @@ class DenseSolver(NaturalGradientSolver):
         self.right = problem.distribution.whitened_residual().flatten()
         self.spectrum = spectrum
         if is_saturated(problem):
+            # JᵀS r with r as the spectrum has it.
+            projected = spectrum.eigenvectors @ (spectrum.eigenvectors.T @ self.right)
+            field = problem.distribution.factor_product(projected.reshape(problem.outputs.shape))
             gradient = problem.gradient().to(torch.float64)
-            check_gradient(problem, self._projected_gradient(), gradient, "the batch's gradient")
-
-    def _projected_gradient(self) -> Tensor:
-        """JᵀS r with r as the spectrum has it."""
-        problem, vectors = self.problem, self.spectrum.eigenvectors
-        projected = (vectors @ (vectors.T @ self.right)).reshape(problem.outputs.shape)
-        return problem.vjp(problem.distribution.factor_product(projected))
+            check_gradient(problem, problem.vjp(field), gradient, "the batch's gradient")
 
     @property
     def largest(self) -> float:
+        """The largest eigenvalue of F."""
         return self.spectrum.largest
 
     def gamma_min(self) -> float:
+        """γ_min = (gᵀF⁺g)^(−1/2); ∞ where g = 0."""
         # The projection of r on the range is not longer than r, whatever the rounding.
         norm = min(self.spectrum.projected_norm(self.right), float(self.right.norm()))
         return 1 / norm if norm > 0 else float("inf")
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Bounds on γ(λ) for every λ."""
         # The part of r outside the eigenvectors could lie just below the cut-off. At λ = 0 it does
         # not count: that is the definition of the pseudo-inverse with a cut-off.
         lambdas = as_tensor(self.problem, dampings).unsqueeze(1)
@@ -106,54 +75,14 @@ class DenseSolver(NaturalGradientSolver):
         return Bounds(*(part.cpu().numpy() for part in (low, high, curvature, decrease, norms)))
 
     def updates(self, dampings: Sequence[float]) -> Updates:
+        """(F + λI)⁻¹g for every λ."""
         problem = self.problem
         solved = self.spectrum.solve(self.right, as_tensor(problem, dampings))
         fields = solved.reshape(len(dampings), *problem.outputs.shape)
         return FieldUpdates(problem, problem.distribution.factor_product(fields))
 
 
-@dataclass
-class KrylovSolver(NaturalGradientSolver):
-    """By one Krylov run, which continues until the bounds are within the gap.
-
-    Attributes:
-        run: the run, which continues where it stopped.
-        gap: relative, between the bounds.
-        max_iterations: where to stop at the latest.
-    """
-
-    run: KrylovRun
-    gap: float = GAP
-    max_iterations: int = MAX_ITERATIONS
-
-    @property
-    def largest(self) -> float:
-        """The largest Ritz value of at least 20 iterations."""
-        while not self.run.exhausted and self.run.iterations < min(20, self.max_iterations):
-            self.run.step()
-        return self.run.largest()
-
-    @property
-    def iterations(self) -> int:
-        return self.run.iterations
-
-    def gamma_min(self) -> float:
-        """The γ of the run's update at λ = 0: γ_min lies between the floor and it."""
-        if not self.run.iterations:
-            self.run.run([0.0], self.gap, self.max_iterations)
-        return float(self.run.bounds([0.0]).upper[0])
-
-    def bounds(self, dampings: Sequence[float]) -> Bounds:
-        return self.run.bounds(dampings)
-
-    def updates(self, dampings: Sequence[float]) -> Updates:
-        self.run.run(dampings, self.gap, self.max_iterations)
-        run, lambdas, bounds = self.run, list(dampings), self.run.bounds(dampings)
-        forms = [
-            torch.from_numpy(form).to(run.problem.device)
-            for form in (bounds.curvature, bounds.decrease, bounds.squared_norms)
-        ]
-        return SolvedUpdates(len(lambdas), lambda i: run.direction(lambdas[i]), *forms)
+NaturalGradientSolver = DenseSolver | KrylovRun
 
 
 def natural_solver(
@@ -168,9 +97,9 @@ def natural_solver(
     """
     problem = kernel.problem
     check_residual(problem)
-    if kernel.dense_is_feasible:
+    if dense_is_feasible(problem.sizes, problem.rows.memory):
         return problem.shards.synchronized(lambda: DenseSolver(problem, kernel.fisher_spectrum))
-    return KrylovSolver(kernel.once(KrylovRun), gap, max_iterations)
+    return kernel.once(KrylovRun, gap, max_iterations)
 
 
 def gamma_min(problem: Problem) -> float:
@@ -195,16 +124,13 @@ def is_saturated(problem: Problem) -> bool:
 
 
 def check_gradient(problem: Problem, through_r: Tensor, gradient: Tensor, what: str) -> None:
-    """Check that what is made of S and r = S⁺u instead of u is the gradient, but for rounding.
+    """Raise if what is made of S and r = S⁺u instead of u is not the gradient, but for rounding.
 
     Args:
         problem: the model on its batch.
         through_r: the gradient by way of r.
         gradient: g, or a layer's part of it, float64.
         what: whose, for the message.
-
-    Raises:
-        NumericalError: they differ.
     """
     gap = float((through_r.to(torch.float64) - gradient).norm())
     whole = float(problem.gradient().to(torch.float64).norm())
@@ -224,11 +150,7 @@ def lost_to_rounding(problem: Problem, what: str) -> NumericalError:
 
 
 def check_residual(problem: Problem) -> None:
-    """Raise where r overflows.
-
-    Raises:
-        NumericalError: a label's probability underflows, so r is infinite.
-    """
+    """Raise if a label's probability underflows, so that r is infinite."""
     if not bool(torch.isfinite(problem.distribution.whitened_residual()).all()):
         raise NumericalError(
             "a label has probability below 1e-308 under the model, so uᵀH⁺u overflows"

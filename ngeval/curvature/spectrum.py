@@ -94,12 +94,11 @@ class Spectrum:
         check_products(matrix)
         size = matrix.shape[0]
         epsilon = torch.finfo(torch.float64).eps
-        cutoff = size * max(100 * epsilon, 10 * row_epsilon**2)
-        cutoff = min(cutoff, MAX_CUTOFF)
+        cutoff = min(size * max(100 * epsilon, 10 * row_epsilon**2), MAX_CUTOFF)
         if size > GRADED_SIZE:
             eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-            kept = eigenvalues > 10 * size * epsilon * eigenvalues.max().clamp_min(0)
             least = 10 * size * epsilon * float(eigenvalues.max().clamp_min(0))
+            kept = eigenvalues > least
             unscaled = cls(eigenvalues[kept], eigenvectors[:, kept], least)
             outside = right - unscaled.eigenvectors @ (unscaled.eigenvectors.T @ right)
             if float(outside.norm()) <= unseen * float(right.norm()):
@@ -171,11 +170,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def check_products(tensor: Tensor) -> None:
-    """Raise where rows, or products of them, overflow.
-
-    Raises:
-        NumericalError: NaN or infinite entries.
-    """
+    """Raise if rows, or products of them, overflow."""
     if not is_finite(tensor):
         raise NumericalError(
             "per-sample gradients overflow at these weights (NaN or infinite inner products); "

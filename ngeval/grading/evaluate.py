@@ -143,8 +143,8 @@ def evaluate(
     check_request(problem, damping_scale, metric)
     _check_limits(gap, max_iterations)
     resolved, lambdas = get_methods(methods), check_dampings(dampings)
-    wants_ng = any(isinstance(method, NaturalGradient) for method in resolved)
-    exact = (natural or wants_ng) and metric is None
+    exact_names = [method.name for method in resolved if isinstance(method, NaturalGradient)]
+    exact = (natural or bool(exact_names)) and metric is None
     kernel = Kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
     request = _Request(kernel, lambdas, damping_scale, seed, metric)
     reported = {*(method.name for method in resolved), "gamma_min"}  # not an added sgd
@@ -155,26 +155,22 @@ def evaluate(
 
     with torch.inference_mode(False):  # tensors made here take part in backward passes
         sgd = next((i for i, method in enumerate(resolved) if isinstance(method, Sgd)), None)
-        extended = resolved if sgd is not None else [*resolved, Sgd()]
         limited = [
             replace(m, gap=gap, max_iterations=max_iterations)
             if isinstance(m, NaturalGradient)
             else m
-            for m in extended
+            for m in resolved
         ]
-        outcomes = _grade_all(request, limited, report)
+        extended = limited if sgd is not None else [*limited, Sgd()]
+        outcomes = _grade_all(request, extended, report)
         baseline = outcomes[-1 if sgd is None else sgd]
-        names = [method.name for method in resolved]
-        parts = [
-            _method_columns(name, o, lambdas) for name, o in zip(names, outcomes, strict=False)
-        ]
+        pairs = zip(resolved, outcomes, strict=False)
+        parts = [_method_columns(method.name, outcome, lambdas) for method, outcome in pairs]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         # One frame at once: a column added to a frame costs as much as an update.
-        ratios = _ratios(columns, baseline, problem, metric)
-        table = pd.DataFrame({**columns, **ratios, **_shared_columns(request)})
+        table = pd.DataFrame({**columns, **_other_columns(request, columns, baseline)})
         if exact:
             table = _with_natural(table, kernel, gap, max_iterations)
-            exact_names = [m.name for m in resolved if isinstance(m, NaturalGradient)]
             table = _without_lost(table, problem, exact_names)
             report("gamma_min")
         elif metric is not None:
@@ -248,8 +244,8 @@ def _method_columns(name: str, outcome: Outcome, dampings: list[float]) -> dict[
         status, reason = np.full(count, "failed", object), np.full(count, outcome.reason, object)
         return {**columns, **missing, "status": status, "reason": reason}
     prepared, grades = outcome
-    parts, norms = grades.quadratics, grades.squared_norms.clamp_min(0).sqrt()
-    tensors = (parts.gammas, parts.decrease, parts.curvature, norms)
+    norms = grades.squared_norms.clamp_min(0).sqrt()
+    tensors = (grades.gammas, grades.decrease, grades.curvature, norms)
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
     defined = np.isfinite(numbers[0])
     undefined = np.where(numbers[3] == 0, "the update is 0", "dᵀg = 0 to rounding, or not finite")
@@ -265,36 +261,31 @@ def _method_columns(name: str, outcome: Outcome, dampings: list[float]) -> dict[
     }
 
 
-def _shared_columns(request: _Request) -> dict[str, Any]:
-    """The columns that depend on neither method nor damping."""
+def _other_columns(
+    request: _Request, columns: dict[str, np.ndarray], baseline: Outcome
+) -> dict[str, Any]:
+    """γ/γ_SGD, the cosine with g, and what depends on neither method nor damping."""
     problem, metric = request.kernel.problem, request.metric
-    return {
-        **common_columns(problem, metric, request.scale, request.seed),
-        "gamma_floor": gamma_floor(problem) if metric is None else metric.totals.floor,
-        "num_parameters": problem.num_parameters,
-        "loss": float(problem.loss.mean()),
-    }
-
-
-def _ratios(
-    columns: dict[str, np.ndarray],
-    baseline: Outcome,
-    problem: Problem,
-    metric: Metric | None,
-) -> dict[str, np.ndarray]:
-    """γ/γ_SGD and the cosine with g."""
     if metric is None:
+        floor = gamma_floor(problem)
         norm = float(torch.linalg.vector_norm(problem.gradient(), dtype=torch.float64))
     else:
-        norm = metric.totals.gradient_norm
+        floor, norm = metric.totals.floor, metric.totals.gradient_norm
     gamma = np.float64(math.nan)
     if not isinstance(baseline, Failure):
-        gamma = np.float64(baseline[1].quadratics.gammas[0])
+        gamma = np.float64(baseline[1].gammas[0])
     with np.errstate(divide="ignore", invalid="ignore"):  # of updates that vanish
-        return {
+        ratios = {
             "gamma_over_sgd": columns["gamma"] / gamma,
             "cosine_sgd": columns["decrease"] / (columns["update_norm"] * norm),
         }
+    return {
+        **ratios,
+        **common_columns(problem, metric, request.scale, request.seed),
+        "gamma_floor": floor,
+        "num_parameters": problem.num_parameters,
+        "loss": float(problem.loss.mean()),
+    }
 
 
 def _with_natural(
@@ -319,12 +310,8 @@ def _with_natural(
     table = table.assign(
         gamma_min=least,
         gamma_over_ng=table["gamma"] / (least if math.isfinite(least) else math.nan),
-        gamma_ng_lower=table["damping_absolute"].map(
-            dict(zip(dampings, bounds.lower, strict=True))
-        ),
-        gamma_ng_upper=table["damping_absolute"].map(
-            dict(zip(dampings, bounds.upper, strict=True))
-        ),
+        gamma_ng_lower=table["damping_absolute"].map(pd.Series(bounds.lower, dampings)),
+        gamma_ng_upper=table["damping_absolute"].map(pd.Series(bounds.upper, dampings)),
         iterations=solver.iterations,
     )
     after = f"after {solver.iterations} iterations (asked for {gap:.1e}; see max_iterations)"

@@ -10,22 +10,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.logit_kernel import (
-    DenseKernel,
-    LogitKernel,
-    PushingKernel,
-    columns_in,
-)
+from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel, PushingKernel, columns_in
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Updates
 from ngeval.errors import EngineError
-from ngeval.grading.nonfinite import FiniteUpdates
-from ngeval.problem.gamma import Quadratics, gammas_of, quadratics
+from ngeval.grading.nonfinite import finite_updates, with_nan
+from ngeval.problem.gamma import gammas_of, quadratics
 from ngeval.problem.metric_batch import Forms, Metric
 from ngeval.problem.problem import Problem
 
@@ -36,24 +32,18 @@ NO_FORMS = Forms(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=to
 """Of no direction: all updates vanish."""
 
 
-@dataclass(frozen=True)
-class Grades:
-    """The quality of L updates.
+class Grades(NamedTuple):
+    """The quality of L updates: `Quadratics` and ‖d‖², each of shape ``(L,)``."""
 
-    Attributes:
-        quadratics: dᵀFd, dᵀg and γ.
-        squared_norms: ‖d‖², shape ``(L,)``.
-    """
-
-    quadratics: Quadratics
+    curvature: Tensor
+    decrease: Tensor
+    gammas: Tensor
     squared_norms: Tensor
 
     @classmethod
     def concatenate(cls, grades: Sequence[Grades]) -> Grades:
         """The grades of several sets of updates as one."""
-        columns = zip(*(each.quadratics for each in grades), strict=True)
-        quadratics = Quadratics(*(torch.cat(column) for column in columns))
-        return cls(quadratics, torch.cat([each.squared_norms for each in grades]))
+        return cls(*(torch.cat(column) for column in zip(*grades, strict=True)))
 
 
 def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = None) -> list[Grades]:
@@ -67,17 +57,15 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
     Returns:
         The grades of each method; NaN for a λ at which its update is not finite.
     """
-    finite = [FiniteUpdates(each) for each in updates]
-    members = [each.updates for each in finite]
+    lost: list[set[int]] = [set() for _ in updates]
+    finite = [finite_updates(*pair) for pair in zip(updates, lost, strict=True)]
     if metric is None:
-        grades = _grade_by_problem(kernel, members)
+        grades = _grade_by_problem(kernel, finite)
     else:
-        grades = _grade_by_forms(kernel, metric, members)
+        grades = _grade_by_forms(kernel, metric, finite)
     return [
-        Grades(
-            Quadratics(*map(each.restore, member.quadratics)), each.restore(member.squared_norms)
-        )
-        for each, member in zip(finite, grades, strict=True)
+        Grades(*(with_nan(column, places, member.count) for column in graded))
+        for member, places, graded in zip(finite, lost, grades, strict=True)
     ]
 
 
@@ -118,7 +106,7 @@ def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Update
     """By tangents Θw, or one by one; None where the form of Θ has no tangents."""
     if isinstance(updates, SolvedUpdates):
         parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
-        return Grades(parts, updates.squared_norms)
+        return Grades(*parts, updates.squared_norms)
     if isinstance(updates, FieldUpdates) and isinstance(theta, DenseKernel):
         tangents, norms = theta.push_fields(updates.fields)
     elif isinstance(updates, CotangentUpdates) and isinstance(theta, PushingKernel):
@@ -126,10 +114,13 @@ def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Update
     elif isinstance(updates, CotangentUpdates) and theta is not None:
         return None
     else:
-        return Grades.concatenate(
-            [_grade_direction(problem, updates.direction(i)) for i in range(updates.count)]
-        )
-    return _with_known_decrease(Grades(quadratics(problem, tangents), norms), updates)
+        grades = []
+        for i in range(updates.count):
+            direction = updates.direction(i)
+            parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
+            grades.append(Grades(*parts, direction.to(torch.float64).square().sum().unsqueeze(0)))
+        return Grades.concatenate(grades)
+    return _with_known_decrease(Grades(*quadratics(problem, tangents), norms), updates)
 
 
 def _with_known_decrease(grades: Grades, updates: Updates) -> Grades:
@@ -137,12 +128,7 @@ def _with_known_decrease(grades: Grades, updates: Updates) -> Grades:
     known = updates.decrease if isinstance(updates, CotangentUpdates) else None
     if known is None:
         return grades
-    return Grades(gammas_of(grades.quadratics.curvature, known, 0 * known), grades.squared_norms)
-
-
-def _grade_direction(problem: Problem, direction: Tensor) -> Grades:
-    parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
-    return Grades(parts, direction.to(torch.float64).square().sum().unsqueeze(0))
+    return Grades(*gammas_of(grades.curvature, known, 0 * known), grades.squared_norms)
 
 
 def _grade_by_forms(kernel: Kernel, metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
@@ -173,8 +159,8 @@ def _grade_in(basis: _Basis, metric: Metric) -> list[Grades]:
         terms = coefficients * forms.decrease
         rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
         unit = gammas_of(curvature, terms.sum(1), rounding)
-        parts = Quadratics(unit.curvature * lengths.square(), unit.decrease * lengths, unit.gammas)
-        grades.append(Grades(parts, lengths.square()))
+        squares = lengths.square()
+        grades.append(Grades(curvature * squares, unit.decrease * lengths, unit.gammas, squares))
     return grades
 
 

@@ -9,7 +9,7 @@ spends more than it buys. For the natural gradient, Fd = g, the two are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ngeval.curvature.fisher_blocks import fisher_blocks
+from ngeval.curvature.fisher_blocks import FisherBlocks
 from ngeval.curvature.kernel import Kernel
 from ngeval.dampings import check_dampings
 from ngeval.grading.evaluate import DAMPING_COLUMNS, SETTING_COLUMNS
@@ -38,6 +38,7 @@ from ngeval.grading.prepare import (
 from ngeval.methods import Method, get_methods
 from ngeval.model.parameter_groups import Group, Groups, make_groups
 from ngeval.model.tangents import slices
+from ngeval.problem.gamma import gammas_of
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
@@ -77,20 +78,20 @@ class Parts:
     """The quality of the parts of one update: float64, shape ``(groups,)``.
 
     Attributes:
+        gamma_total: γ(d), of the whole update.
         decrease: d_lᵀg.
         curvature: d_lᵀFd, the part's share of dᵀFd with all cross terms.
         own_curvature: d_lᵀFd_l.
         norms: ‖d_l‖.
         gammas: γ(d_l), NaN where d_lᵀg = 0.
-        gamma_total: γ(d).
     """
 
+    gamma_total: float
     decrease: np.ndarray
     curvature: np.ndarray
     own_curvature: np.ndarray
     norms: np.ndarray
     gammas: np.ndarray
-    gamma_total: float
 
 
 def layer_table(
@@ -208,36 +209,18 @@ def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Part
     norms = torch.stack([torch.cat([wide[p] for p in group.places]).norm() for group in groups])
     squares, cross, decrease = (torch.zeros_like(norms) for _ in range(3))
     total = math.nan
-    for chosen in _chunks(metric.problem, len(groups)):
+    # As many parts as fit in the memory budget beside the whole.
+    room = metric.problem.rows.memory // (len(wide) * metric.problem.dtype.itemsize)
+    for chosen in slices(len(groups), max(1, room - 1)):
         forms = metric.forms(_unit_rows(metric.problem, wide, groups[chosen], norms[chosen]))
         squares[chosen] = forms.curvature.diagonal()[1:].clamp_min(0)
         cross[chosen] = forms.curvature[0, 1:]
         decrease[chosen] = forms.decrease[1:]
-        total = float(_gammas(forms.curvature[0, 0].clamp_min(0), forms.decrease[0]))
+        total = float(gammas_of(forms.curvature[0, 0].clamp_min(0), forms.decrease[0]).gammas)
     part, whole = norms * size, wide.norm() * size
-    return Parts(
-        decrease=_numbers(decrease * part),
-        curvature=_numbers(cross * part * whole),
-        own_curvature=_numbers(squares * part.square()),
-        norms=_numbers(part),
-        gammas=_numbers(_gammas(squares, decrease)),
-        gamma_total=total,
-    )
-
-
-def _numbers(column: Tensor) -> np.ndarray:
-    return column.cpu().numpy()
-
-
-def _gammas(curvature: Tensor, decrease: Tensor) -> Tensor:
-    """√(dᵀFd) / |dᵀg|, NaN where dᵀg = 0."""
-    return torch.where(decrease != 0, curvature.sqrt() / decrease.abs(), math.nan)
-
-
-def _chunks(problem: Problem, count: int) -> Iterator[slice]:
-    """As many parts as fit in the memory budget beside the whole."""
-    room = problem.rows.memory // (problem.num_parameters * problem.dtype.itemsize)
-    return slices(count, max(1, room - 1))
+    gammas = gammas_of(squares, decrease).gammas
+    columns = (decrease * part, cross * part * whole, squares * part.square(), part, gammas)
+    return Parts(total, *(column.cpu().numpy() for column in columns))
 
 
 def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: Tensor) -> Tensor:
@@ -252,7 +235,7 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
 
 def _least_gammas(kernel: Kernel, layers: Sequence[Group]) -> np.ndarray:
     """Each layer's least γ, NaN where its gradient is 0."""
-    gammas = fisher_blocks(kernel, layers).least_gammas()
+    gammas = kernel.once(FisherBlocks, tuple(layers)).least_gammas()
     least = np.array([gammas[layer.name] for layer in layers])
     return np.where(np.isfinite(least), least, math.nan)
 
@@ -266,17 +249,23 @@ def _method_table(
 ) -> pd.DataFrame:
     """The rows of one method: every layer at the first λ, then at the next."""
     count = len(dampings)
-    parts: list[dict[str, Any]] | Failure = (
-        prepared
-        if isinstance(prepared, Failure)
-        else attempt(metric.problem.shards, partial(_update_columns, prepared, layers, metric))
-    )
+    parts: list[dict[str, Any]] | Failure
+    if isinstance(prepared, Failure):
+        absolute, parts = [math.nan] * count, prepared
+    else:
+        absolute, updates = prepared.absolute, prepared.updates
+        parts = attempt(
+            metric.problem.shards,
+            lambda: [  # one direction in memory at a time
+                _part_columns(parts_of(metric, updates.direction(i), layers), prepared)
+                for i in range(updates.count)
+            ],
+        )
     if isinstance(parts, Failure):
         missing = dict.fromkeys(NUMBERS, math.nan)
         parts = [{**missing, "status": "failed", "reason": parts.reason}]
     if len(parts) == 1:
         parts = parts * count
-    absolute = [math.nan] * count if isinstance(prepared, Failure) else prepared.absolute
     common = {
         "method": name,
         "layer": [layer.name for layer in layers],
@@ -289,19 +278,7 @@ def _method_table(
     return pd.concat(rows, ignore_index=True)
 
 
-def _update_columns(
-    prepared: Prepared, layers: Sequence[Group], metric: Metric
-) -> list[dict[str, Any]]:
-    """The columns of every update, one direction in memory at a time."""
-    updates = prepared.updates
-    return [
-        _part_columns(parts_of(metric, updates.direction(i), layers), prepared)
-        for i in range(updates.count)
-    ]
-
-
 def _part_columns(parts: Parts, prepared: Prepared) -> dict[str, Any]:
-    """The columns of one update."""
     decrease_share, curvature_share = _shares(parts.decrease), _shares(parts.curvature)
     defined = np.isfinite(parts.gammas)
     nothing = np.where(parts.norms > 0, "d_lᵀg = 0", "the update is 0 in this layer")

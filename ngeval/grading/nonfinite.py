@@ -21,30 +21,13 @@ from ngeval.curvature.updates import (
 )
 
 
-class FiniteUpdates:
+def finite_updates(updates: Updates, lost: set[int]) -> Updates:
     """Updates with 0 in place of those that are not finite.
 
-    Attributes:
-        updates: the finite ones.
-        lost: indices of those that are not finite; a direction's is known once it was computed.
+    Args:
+        updates: of one method.
+        lost: receives the indices of those that are not finite: a direction's when it is computed.
     """
-
-    def __init__(self, updates: Updates) -> None:
-        self.lost: set[int] = set()
-        self.updates = _finite(updates, self.lost)
-
-    def restore(self, values: Tensor) -> Tensor:
-        """Numbers of each update, NaN for those that are lost; shape ``(L,)`` or ``(1,)``."""
-        if not self.lost:
-            return values
-        lost = torch.tensor(sorted(self.lost), device=values.device)
-        count = self.updates.count
-        return values.expand(count).clone().index_fill_(0, lost, math.nan)
-
-
-# Functions of the set and not methods: a closure over the object would keep it and its problem
-# alive until the garbage collector runs.
-def _finite(updates: Updates, lost: set[int]) -> Updates:
     if isinstance(updates, SolvedUpdates):  # their quadratic forms came with them
         return updates
     if isinstance(updates, CotangentUpdates):
@@ -60,6 +43,14 @@ def _finite(updates: Updates, lost: set[int]) -> Updates:
         return torch.zeros_like(vector)
 
     return DirectionUpdates(updates.count, direction)
+
+
+def with_nan(values: Tensor, lost: set[int], count: int) -> Tensor:
+    """Numbers of ``count`` updates, NaN for those that are lost; shape ``(L,)`` or ``(1,)``."""
+    if not lost:
+        return values
+    places = torch.tensor(sorted(lost), device=values.device)
+    return values.expand(count).clone().index_fill_(0, places, math.nan)
 
 
 def _zeroed(values: Tensor, lost: set[int]) -> Tensor:

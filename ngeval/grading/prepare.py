@@ -14,7 +14,7 @@ from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import Updates
 from ngeval.dampings import check_scale
 from ngeval.errors import InputError, NgevalError
-from ngeval.methods import Method, State
+from ngeval.methods import Method
 from ngeval.model.sharding import Shards
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
@@ -32,11 +32,7 @@ NUMERICAL = (NgevalError, RuntimeError, MemoryError)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why something could not be computed.
-
-    Attributes:
-        reason: for a table.
-    """
+    """Why something could not be computed: the ``reason`` in a table."""
 
     reason: str
 
@@ -86,7 +82,11 @@ def prepare(
         Exception: whatever the method raises; see `attempt`.
     """
     state = method.prepare(kernel.problem, kernel, seed)
-    absolute = _absolute_dampings(kernel.problem, state, dampings, scale)
+    if scale == "relative":  # only then: the largest eigenvalue may have to be computed
+        factor = state.largest_curvature
+    else:
+        factor = float(kernel.problem.num_samples) if scale == "mean" else 1.0
+    absolute = [factor * damping for damping in dampings]  # NaN for sgd, which has no curvature
     updates = state.updates([0.0 if math.isnan(value) else value for value in absolute])
     if math.isnan(absolute[0]) and updates.count > 1:
         raise InputError(f"{method.name} has no curvature for a relative damping to scale")
@@ -158,17 +158,3 @@ def add_note(table: pd.DataFrame, note: str, where: pd.Series[bool] | bool = Tru
     free = (table["status"] == "ok") | (table["reason"] == "")
     joined = [f"{reason}; {note}" if reason else note for reason in reasons]
     return table.assign(reason=np.where(free & where, joined, reasons))
-
-
-def _absolute_dampings(
-    problem: Problem, state: State, dampings: Sequence[float], scale: str
-) -> list[float]:
-    """λ as it is added to the sum-reduced curvature of a prepared method.
-
-    A method without curvature (sgd) has no relative scale: NaN, and λ does not enter it.
-    """
-    if scale == "relative":  # only then: the largest eigenvalue may have to be computed
-        factor = state.largest_curvature
-    else:
-        factor = float(problem.num_samples) if scale == "mean" else 1.0
-    return [factor * damping for damping in dampings]

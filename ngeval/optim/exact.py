@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.natural_gradient import KrylovSolver
+from ngeval.curvature.krylov import KrylovRun
 from ngeval.errors import NumericalError
 from ngeval.methods.ng import NaturalGradient
 from ngeval.optim.base import ExactOptimizer
@@ -114,7 +114,7 @@ class NG(ExactOptimizer):
         """
         state = NaturalGradient().prepare(problem, Kernel(problem))
         update = state.direction(damping)
-        gap = state.solver.bounds([damping]).gap if isinstance(state.solver, KrylovSolver) else 0.0
+        gap = state.solver.bounds([damping]).gap if isinstance(state.solver, KrylovRun) else 0.0
         if not gap <= STEP_GAP:
             raise NumericalError(
                 f"NG: after {state.solver.iterations} Krylov iterations the natural gradient is "

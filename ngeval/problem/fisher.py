@@ -102,8 +102,8 @@ class FisherOperator:
         return LinearOperator(
             shape=self.shape,
             dtype=np.dtype(np.float64),
-            matvec=lambda v: matvec(v.reshape(-1)),
-            rmatvec=lambda v: matvec(v.reshape(-1)),
+            matvec=matvec,
+            rmatvec=matvec,
             matmat=matvec,
         )
 

@@ -53,7 +53,7 @@ def quadratics(problem: Linearized, tangents: Tensor) -> Quadratics:
     return Quadratics(curvature * size.square(), decrease * size, gammas)
 
 
-def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor) -> Quadratics:
+def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor | float = 0.0) -> Quadratics:
     """γ = √(dᵀFd) / |dᵀg| where dᵀg is more than its rounding."""
     gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
     return Quadratics(curvature, decrease, gammas)

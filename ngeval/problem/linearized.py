@@ -41,14 +41,10 @@ class Linearized:
 
     Attributes:
         function: the model as a function of its trainable parameters.
-        likelihood: the likelihood object.
-        distribution: p(·|z) at this batch's logits (see `ngeval.likelihoods`).
-        outputs: z in float64, shape ``(N, *positions, C)``.
-        residual: u = ∇_z ℓ in float64, the outputs' shape.
-        loss: ℓ_n = −log p(y_n|z_n) in float64, shape ``(N,)``.
-        rows: the source of per-sample Jacobian rows.
         recorded: a recorded forward pass of the batch, until `one_pass` hands it out.
         fisher_diagonal: diag F once `FisherOperator.diagonal` has computed it.
+
+    The other attributes are those of `ngeval.Problem`.
     """
 
     rows: RowSource
@@ -187,7 +183,7 @@ class Linearized:
             )
         scale = cotangent.abs().max()
         if scale == 0:
-            return self._zeros()
+            return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
 
         def local() -> Tensor:
             total: Tensor | None = None
@@ -195,12 +191,11 @@ class Linearized:
                 for samples, part in self._parts():
                     term = part.flatten(part.vjp(cotangent[samples] / scale))
                     total = term if total is None else total.add_(term)
-            return self._zeros() if total is None else total
+            if total is None:  # a rank without samples
+                return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+            return total
 
         return self.shards.sum(local).mul_(scale.to(self.dtype))
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
 
     def _parts(self) -> Iterator[tuple[slice, ModelFunction]]:
         """This rank's samples in as few parts as the memory budget has room for a pass over."""

@@ -207,10 +207,9 @@ class Metric:
             if not problem.shards.alone:
                 tensors = [tensor for _, tensor in named_tensors(inputs)]
                 self._seen = (self._seen * PRIME + fingerprint([*tensors, targets])) % 2**63
-            function = problem.function
-            cast = cast_inputs(inputs, function.cast)
+            cast = cast_inputs(inputs, problem.function.cast)
             moved = map_inputs(cast, lambda t: t.to(problem.device))
-            part = replace(function, inputs=moved)
+            part = replace(problem.function, inputs=moved)
             if targets.ndim == 0 or len(targets) != part.num_samples:
                 raise InputError(
                     f"a batch of the metric has {part.num_samples} inputs and targets of shape "
@@ -219,18 +218,18 @@ class Metric:
             yield part, targets.to(problem.device)
 
     def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
-        if function is self.problem.function and samples == slice(0, function.num_samples):
-            return Chunk(function, self.problem.distribution, self.problem.residual)
+        problem = self.problem
+        if function is problem.function and samples == slice(0, function.num_samples):
+            return Chunk(function, problem.distribution, problem.residual)
         part = function.on(samples)
-        if function is self.problem.function and not function.shards.alone:
-            outputs = self.problem.outputs[samples]
-            distribution = self.problem.likelihood.bind(outputs, targets[samples])
-            return Chunk(part, distribution, distribution.residual())
-        with torch.no_grad(), model_errors():
-            outputs = part(part.parameters, fused=True)
-        if not bool(torch.isfinite(outputs).all()):
-            raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
-        distribution = self.problem.likelihood.bind(outputs, targets[samples])
+        if function is problem.function and not function.shards.alone:
+            outputs = problem.outputs[samples]
+        else:
+            with torch.no_grad(), model_errors():
+                outputs = part(part.parameters, fused=True)
+            if not bool(torch.isfinite(outputs).all()):
+                raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
+        distribution = problem.likelihood.bind(outputs, targets[samples])
         return Chunk(part, distribution, distribution.residual())
 
 

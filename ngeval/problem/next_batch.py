@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +21,12 @@ from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.function import ModelFunction
 from ngeval.model.renewed import batch_key
 from ngeval.problem.linearized import Linearized
-from ngeval.problem.probes import adds_up, check_gradients_add_up, check_repeatable, run_model
+from ngeval.problem.probes import (
+    check_gradients_add_up,
+    check_repeatable,
+    missed_gradients,
+    run_model,
+)
 
 BatchKey = tuple[object, ...]
 
@@ -44,12 +48,6 @@ class Chain:
     sources: dict[BatchKey, RowSource] = field(default_factory=dict)
     seen: Counter[BatchKey] = field(default_factory=Counter)
     latest: weakref.ref[Linearized] | None = None
-
-    def is_due(self, key: BatchKey) -> bool:
-        """Count a batch; whether the probes are run on it."""
-        self.seen[key] += 1
-        count = self.seen[key] + 1  # with the batch on which the plan was made
-        return self.probes and count & (count - 1) == 0
 
     def record(self, problem: Linearized, recorded: OnePass | None) -> None:
         """Leave a recorded pass with its problem, and drop that of the problem before."""
@@ -74,30 +72,20 @@ class Chain:
         self.sources[batch_key(problem.function)] = problem.rows
 
 
-class Planned(NamedTuple):
-    """A batch by the plan of an earlier one.
-
-    Attributes:
-        rows: the source of its rows.
-        raw: the model's outputs.
-        recorded: the forward pass, if it was recorded.
-    """
-
-    rows: RowSource
-    raw: Tensor
-    recorded: OnePass | None
-
-
 def by_known_plan(
     chain: Chain, before: Linearized, function: ModelFunction, targets: Tensor
-) -> Planned | None:
-    """A batch by the plan that is known for its shapes; None where the engine must be chosen again.
+) -> tuple[RowSource, Tensor, OnePass | None] | None:
+    """A batch by the plan that is known for its shapes.
 
     Args:
         chain: of the model.
         before: the problem of an earlier batch.
         function: the model at its present weights on the new batch.
         targets: the batch's labels.
+
+    Returns:
+        The source of rows, the raw outputs and the forward pass if it was recorded; None where the
+        engine must be chosen again.
 
     Raises:
         ModelError: two runs of the model differ.
@@ -113,17 +101,17 @@ def by_known_plan(
         forward_mode=known.function.forward_mode,
     )
     rows = replace(known, function=function)
-    if chain.is_due(key) and not _plan_is_right(before, rows, targets):
+    chain.seen[key] += 1
+    count = chain.seen[key] + 1  # with the batch on which the plan was made
+    is_due = chain.probes and count & (count - 1) == 0
+    if is_due and not _plan_is_right(before, rows, targets):
         return None
     try:
         recorded = OnePass(rows) if OnePass.fits(rows, function.num_samples) else None
-    except (
-        UnsupportedLayerError,
-        ModelError,
-    ):  # the batch takes a different path
+    except (UnsupportedLayerError, ModelError):  # the batch takes a different path
         return None
     raw = run_model(function) if recorded is None else recorded.outputs
-    return Planned(rows, raw, recorded)
+    return rows, raw, recorded
 
 
 def _plan_is_right(before: Linearized, rows: RowSource, targets: Tensor) -> bool:
@@ -133,4 +121,6 @@ def _plan_is_right(before: Linearized, rows: RowSource, targets: Tensor) -> bool
     raw = run_model(problem.function)
     check_repeatable(problem.function, raw)
     choice = recheck_engine(problem.rows, raw, problem.residual)
-    return choice is not None and adds_up(choice, problem.function.unflatten(problem.gradient()))
+    if choice is None:
+        return False
+    return not missed_gradients(choice, problem.function.unflatten(problem.gradient()))

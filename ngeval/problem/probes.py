@@ -85,11 +85,8 @@ def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:
         ModelError: two runs differ, or the model does not run on half of the batch.
         EngineError: a sample's outputs depend on the others.
     """
-    shards, count = function.shards, function.num_samples
-    if shards.alone:
-        _check_repeatable(function, outputs)
-        return
-    checked = shards.local_slice(count, at_least=2)
+    shards = function.shards
+    checked = shards.local_slice(function.num_samples, at_least=2)
     shards.synchronized(lambda: _check_repeatable(function.on(checked), outputs[checked]))
 
 
@@ -157,7 +154,7 @@ def check_gradients_add_up(choice: EngineChoice, gradient: Parameters) -> None:
     Raises:
         EngineError: they do not add up.
     """
-    if off := _missed(choice, gradient):
+    if off := missed_gradients(choice, gradient):
         raise EngineError(
             "per-sample gradients do not add up to the batch gradient for "
             f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
@@ -165,12 +162,7 @@ def check_gradients_add_up(choice: EngineChoice, gradient: Parameters) -> None:
         )
 
 
-def adds_up(choice: EngineChoice, gradient: Parameters) -> bool:
-    """Whether `check_gradients_add_up` finds no fault."""
-    return not _missed(choice, gradient)
-
-
-def _missed(choice: EngineChoice, gradient: Parameters) -> list[str]:
+def missed_gradients(choice: EngineChoice, gradient: Parameters) -> list[str]:
     """The parameters whose gradients do not add up, each with its relative gap."""
     size = {name: float(products.abs().sum()) for name, products in choice.products.items()}
     tolerance = choice.rows.function.epsilon**0.5

@@ -181,11 +181,12 @@ class Problem(Linearized):
             )
             problem._set_up(function, targets, self.likelihood, self._chain, self.rows.memory)
             return problem
-        Linearized.__init__(problem, planned.rows.function, self.likelihood, planned.raw, targets)
-        problem.use_rows(planned.rows)
+        rows, raw, recorded = planned
+        Linearized.__init__(problem, rows.function, self.likelihood, raw, targets)
+        problem.use_rows(rows)
         problem._fused_attention, problem._chain = self._fused_attention, self._chain
         problem._inherited = True
-        self._chain.record(problem, planned.recorded)
+        self._chain.record(problem, recorded)
         return problem
 
     def choose_engine_again(self) -> bool:
