@@ -111,7 +111,9 @@ def _furnish(place: Path) -> None:
 
 
 _GROUP: Any = typer.main.get_command(app)
-typer.testing._get_command = lambda _: _GROUP  # made once, which takes a sixth of a second
+_get_command = typer.testing._get_command
+# Made once, which takes a sixth of a second; the tests also run the studies' commands.
+typer.testing._get_command = lambda made: _GROUP if made is app else _get_command(made)
 
 
 @cache
