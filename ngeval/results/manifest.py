@@ -12,7 +12,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ngeval.errors import OutputError
 from ngeval.utils.atomic import replace_file
@@ -203,7 +203,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     Raises:
         OutputError: it cannot be read, or is not a JSON object.
     """
-    return _read(results, TypeAdapter(dict[str, Any]))
+    return _read(results, _json_object)
 
 
 def read_run_manifest(results: Path) -> RunManifest | None:
@@ -212,20 +212,28 @@ def read_run_manifest(results: Path) -> RunManifest | None:
     Raises:
         OutputError: it is not the manifest of a run; the message names what is wrong.
     """
-    return _read(results, TypeAdapter(RunManifest))
+    return _read(results, RunManifest.model_validate_json)
 
 
-def _read(results: Path, kind: TypeAdapter[T]) -> T | None:
+def _json_object(text: str) -> dict[str, Any]:
+    """Any JSON object; unlike pydantic's, Python's parser reads every text that it has written."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")  # noqa: TRY004  # one kind of error for texts
+    return value
+
+
+def _read(results: Path, parse: Callable[[str], T]) -> T | None:
     path = manifest_path(results)
     if not path.is_file():
         return None
     try:
-        return kind.validate_json(path.read_text(encoding="utf-8-sig"))  # editors may add a BOM
+        return parse(path.read_text(encoding="utf-8-sig"))  # editors may add a BOM
     except ValidationError as error:
         problem = first_problem(error)
         nested = bool(error.errors()[0]["loc"])
         raise malformed(path, problem) if nested else _unreadable(path, problem) from error
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
