@@ -10,10 +10,9 @@ from ngeval.likelihoods.base import Likelihood, OutputDistribution
 from ngeval.likelihoods.bernoulli import Bernoulli, BernoulliDistribution
 from ngeval.likelihoods.categorical import Categorical, CategoricalDistribution
 from ngeval.likelihoods.gaussian import Gaussian, GaussianDistribution
-from ngeval.likelihoods.registry import LIKELIHOODS, get_likelihood, likelihood_names
+from ngeval.likelihoods.registry import get_likelihood, likelihood_names
 
 __all__ = [
-    "LIKELIHOODS",
     "Bernoulli",
     "BernoulliDistribution",
     "Categorical",
