@@ -31,7 +31,10 @@ from studies.texts import text_task
 from tests.committed_figures import KEPT, make
 
 # The first forward-mode product imports a part of torch that warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.second_stage,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
 
 OWN = ("why-ef-fails", "convergence", "diagonal", "optimization")
 CLAIMS = {
