@@ -20,9 +20,11 @@ settings.load_profile("ngeval")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use one thread, since the workers take the cores; and no width of anybody's terminal."""
+    """Use one thread, no terminal's width; child processes import tests and studies as we do."""
     torch.set_num_threads(1)
     os.environ.pop("COLUMNS", None)  # which pytest-xdist sets in its workers
+    paths = [str(config.rootpath), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # tests and studies are not installed
 
 
 BROWSER = ("chromium", "chromedriver")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import subprocess
@@ -36,7 +35,6 @@ def in_folder(folder: Path, command: list[str]) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(DOCS.parent)},  # the studies are not installed
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
