@@ -1,38 +1,34 @@
 """The exact Fisher's diagonal blocks F_ll, one for each group of parameters, factored.
 
-With R_l = SᵀJ_l and r = S⁺u, F_ll = R_lᵀR_l and g_l = R_lᵀr. A group with more parameters than the
-batch has outputs is solved in logit space, d_l = R_lᵀ(R_lR_lᵀ + λI)⁻¹r, others as they are.
+With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. Where J is kept, A_l itself is factored.
+Otherwise a group with more parameters than the batch has outputs is solved by A_lA_lᵀ, others by
+F_ll.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import DENSE_SIZE
-from ngeval.curvature.natural_gradient import (
-    LOST,
-    check_gradient,
-    check_residual,
-    is_saturated,
-    lost_to_rounding,
+from ngeval.curvature.kernel import Kernel, fisher_rows
+from ngeval.curvature.row_space import (
+    DENSE_SIZE,
+    JacobianSpace,
+    cholesky_rows,
+    combination_weights,
 )
-from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import as_tensor
+from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
 from ngeval.errors import EngineError
 from ngeval.jacobians.parameter_blocks import group_combinations, group_grams, group_squares
 from ngeval.model.parameter_groups import Group
 from ngeval.problem.fisher import factor_columns
-from ngeval.problem.gamma import gamma
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
-
-MODERATE_RESIDUAL = 1e2
-"""Up to this entry of r (a loss of 9 nats) blocks may be solved in parameter space."""
 
 WORKSPACE = 5
 """Matrices of a block's size that exist at the same time while it is decomposed."""
@@ -40,122 +36,138 @@ WORKSPACE = 5
 
 @dataclass(frozen=True)
 class Block:
-    """A group's F_ll, factored in one of two spaces.
+    """A group's A_l, factored in coordinates of its rows or of the parameters.
 
     Attributes:
         group: the group of parameters.
-        spectrum: of R_lR_lᵀ if ``in_logits``, else of F_ll.
-        right: r if ``in_logits``, else g_l.
-        in_logits: whether the block is solved in logit space.
+        svd: of A_l.
+        gradients: the rows whose sum is g_l, in the same coordinates.
+        right: r, or None where rows of A_l are not rows of SᵀJ_l.
+        weights: from coordinates to the coefficients of the rows of SᵀJ_l; None if the
+            coordinates are parameters.
     """
 
     group: Group
-    spectrum: Spectrum
-    right: Tensor
-    in_logits: bool
+    svd: RowSvd
+    gradients: Tensor
+    right: Tensor | None
+    weights: Callable[[Tensor], Tensor] | None
+
+    def solve(self, damping: float) -> Solution:
+        """(F_ll + λI)⁻¹g_l."""
+        return self.svd.damped(self._coefficients(self.svd.at(damping)), damping)
+
+    def least_gamma(self) -> float:
+        """(g_lᵀF_ll⁺g_l)^(−1/2), ∞ where g_l = 0."""
+        svd = self.svd.at_zero
+        parts = self._coefficients(svd) / svd.singular / svd.scale
+        return 1 / unit_vector(parts)[1] if bool(parts.any()) else math.inf
+
+    def _coefficients(self, svd: RowSvd) -> Tensor:
+        return svd.gradient_coefficients(self.gradients, self.right)
 
 
 class FisherBlocks:
-    """The exact Fisher's diagonal blocks for groups of parameters, factored."""
+    """The exact Fisher's diagonal blocks for groups of parameters, factored.
 
-    def __init__(self, problem: Problem, groups: Sequence[Group]) -> None:
-        """Compute and factor the blocks, as many at a time as there is room for.
+    Args:
+        problem: the model on its batch.
+        groups: of parameters, one for each block.
+        space: J, if it is kept.
 
-        Raises:
-            EngineError: they are out of reach.
-            NumericalError: a label's probability is too small for r.
-        """
-        check_residual(problem)
+    Raises:
+        EngineError: they are out of reach.
+    """
+
+    def __init__(
+        self, problem: Problem, groups: Sequence[Group], space: JacobianSpace | None = None
+    ) -> None:
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        self.saturated = is_saturated(problem)
-        size = problem.num_samples * problem.num_outputs
-        _check_sizes(problem, groups)
-        # F_ll has the squares of the rows' sizes: those of improbable labels would be lost.
-        spread = float(self.right.abs().max()) > MODERATE_RESIDUAL
-        all_in_logits = spread and size <= DENSE_SIZE
-        large = [g for g in groups if all_in_logits or g.num_parameters > size]
-        small = [g for g in groups if g not in large]
         self.blocks: dict[str, Block] = {}
+        if space is not None:
+            self._factor_rows(groups, space)
+            return
+        _check_sizes(problem, groups)
+        size = problem.num_samples * problem.num_outputs
+        gradient = problem.gradient().to(torch.float64)
+        small = [g for g in groups if g.num_parameters <= size]
         for part in _batches(problem, small):
-            squares = group_squares(problem.rows, factor_columns(problem), _names(part), self.right)
+            squares = group_squares(
+                problem.rows, factor_columns(problem), _names(part), torch.zeros(size)
+            )
             for group in part:
-                self._add(group, *squares[group.name], in_logits=False)
-        for part in _batches(problem, large):
+                lower, _ = cholesky_rows(squares[group.name][0])
+                svd = RowSvd.of(lower.T)
+                slope = _part_of(gradient, group).unsqueeze(0)
+                self.blocks[group.name] = Block(group, svd, slope, None, None)
+        for part in _batches(problem, [g for g in groups if g not in small]):
             grams = group_grams(problem.rows, factor_columns(problem), _names(part))
             for group in part:
-                self._add(group, grams[group.name], self.right, in_logits=True)
+                self.blocks[group.name] = self._by_gram(group, grams[group.name], gradient)
 
-    def _add(self, group: Group, matrix: Tensor, right: Tensor, *, in_logits: bool) -> None:
-        spectrum = Spectrum.of_gram(matrix, self.problem.function.row_epsilon, right)
-        block = Block(group, spectrum, right, in_logits)
-        if self.saturated:
-            through_r = self._projected_gradient(block) if in_logits else right
-            gradient = _part_of(self.problem.gradient(), group).to(torch.float64)
-            what = f"the gradient of layer {group.name!r}"
-            check_gradient(self.problem, through_r, gradient, what)
-        self.blocks[group.name] = block
+    def _factor_rows(self, groups: Sequence[Group], space: JacobianSpace) -> None:
+        jacobian = space.jacobian
+        gradients = space.rows(self.problem.residual.unsqueeze(1))
+        if space.basis is not None:
+            gradients = gradients @ space.basis
+        for group in groups:
+            places = torch.cat([torch.arange(p.start, p.stop) for p in group.places])
+            svd = RowSvd.of(fisher_rows(self.problem, jacobian[:, places]))
+            self.blocks[group.name] = Block(group, svd, gradients[:, places], self.right, None)
+
+    def _by_gram(self, group: Group, gram: Tensor, gradient: Tensor) -> Block:
+        lower, pivots = cholesky_rows(gram)
+        # The coordinates y of g_l, from A_lg_l = Ly.
+        part = torch.zeros_like(gradient)
+        for place in group.places:
+            part[place] = gradient[place]
+        problem = self.problem
+        products = problem.distribution.factor_transpose_product(problem.jvp(part)).flatten()
+        square = lower[pivots]
+        sizes = square.norm(dim=1, keepdim=True)
+        slope = torch.linalg.solve_triangular(
+            square / sizes, products[pivots].unsqueeze(1) / sizes, upper=False
+        )
+        weights = partial(combination_weights, lower, pivots)
+        return Block(group, RowSvd.of(lower), slope.T, self.right, weights)
 
     @property
     def largest(self) -> float:
         """The largest eigenvalue of all blocks."""
-        return max(block.spectrum.largest for block in self.blocks.values())
+        return max(block.svd.largest for block in self.blocks.values())
 
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
-        zero = torch.zeros(1, dtype=torch.float64, device=self.problem.device)
-        least = {}
-        for name, block in self.blocks.items():
-            if block.in_logits:
-                norm = block.spectrum.projected_norm(self.right)
-            else:
-                norm = float((block.spectrum.solve(block.right, zero)[0] @ block.right) ** 0.5)
-            least[name] = 1 / norm if norm > 0 else math.inf
-        return least
+        return {name: block.least_gamma() for name, block in self.blocks.items()}
 
     def directions(self, dampings: Sequence[float]) -> Tensor:
         """(F_ll + λI)⁻¹g_l of every λ, concatenated: float64, shape ``(L, P)``."""
-        problem, lambdas = self.problem, as_tensor(self.problem, dampings)
-        solved = {g: b.spectrum.solve(b.right, lambdas) for g, b in self.blocks.items()}
-        large = [block for block in self.blocks.values() if block.in_logits]
-        if large:
-            names = _names([block.group for block in large])
-            weights = {name: solved[name] for name in names}
-            update = group_combinations(problem.rows, factor_columns(problem), names, weights)
-            for block in large if self.saturated else ():
-                self._check_directions(block, update, lambdas)
-        else:
-            shape = (len(dampings), problem.num_parameters)
-            update = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
+        problem = self.problem
+        shape = (len(dampings), problem.num_parameters)
+        update = torch.zeros(shape, dtype=torch.float64, device=problem.device)
+        by_rows: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
-            if not block.in_logits:
-                places = block.group.places
-                sizes = [place.stop - place.start for place in places]
-                for place, part in zip(places, solved[name].split(sizes, 1), strict=True):
-                    update[:, place] = part
-        return update.to(torch.float64)
+            solutions = [block.solve(damping) for damping in dampings]
+            solved = torch.stack([solution.vector * solution.size for solution in solutions])
+            if block.weights is not None:
+                by_rows[name] = block.weights(solved)
+                continue
+            places = block.group.places
+            sizes = [place.stop - place.start for place in places]
+            for place, part in zip(places, solved.split(sizes, 1), strict=True):
+                update[:, place] = part
+        if by_rows:
+            names = _names([self.blocks[name].group for name in by_rows])
+            update += group_combinations(problem.rows, factor_columns(problem), names, by_rows)
+        return update
 
-    def _check_directions(self, block: Block, update: Tensor, dampings: Tensor) -> None:
-        """Raise if γ(d_l) is more than `LOST` above the spectrum's, for any λ: one JVP for each."""
-        problem, spectrum = self.problem, block.spectrum
-        squares = (spectrum.eigenvectors.T @ self.right).square()
-        shares = spectrum.eigenvalues / (spectrum.eigenvalues + dampings.unsqueeze(1))
-        gammas = (squares * shares**2).sum(1).sqrt() / (squares * shares).sum(1)
-        for row, expected in zip(update, gammas, strict=True):
-            part = torch.zeros_like(row, dtype=torch.float64)
-            for place in block.group.places:
-                part[place] = row[place]
-            if not bool(torch.isfinite(part).all()) or (
-                not gamma(problem, part) <= (1 + LOST) * float(expected)
-            ):
-                raise lost_to_rounding(problem, f"the update of layer {block.group.name!r}")
 
-    def _projected_gradient(self, block: Block) -> Tensor:
-        """R_lᵀr with r as the spectrum has it."""
-        problem, vectors = self.problem, block.spectrum.eigenvectors
-        weights = {block.group.name: (vectors @ (vectors.T @ self.right)).unsqueeze(0)}
-        names, columns = _names([block.group]), factor_columns(problem)
-        return _part_of(group_combinations(problem.rows, columns, names, weights)[0], block.group)
+def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
+    """The blocks of a kernel's problem, factored at most once."""
+    explicit = kernel.form is JacobianSpace
+    space = kernel.logits if explicit and isinstance(kernel.logits, JacobianSpace) else None
+    return kernel.once(FisherBlocks, tuple(groups), space)
 
 
 def _names(groups: Sequence[Group]) -> dict[str, list[str]]:

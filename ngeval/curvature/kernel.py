@@ -14,10 +14,21 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import DenseKernel, GramKernel, LogitKernel, choose_form
-from ngeval.curvature.spectrum import Spectrum
-from ngeval.problem.fisher import factor_columns
+from ngeval.curvature.row_space import (
+    GramSpace,
+    JacobianSpace,
+    LogitSpace,
+    Products,
+    RowSpace,
+    SpanSpace,
+    choose_form,
+    dense_is_feasible,
+)
+from ngeval.curvature.row_svd import RowSvd
+from ngeval.errors import EngineError
+from ngeval.problem.linearized import Linearized
 from ngeval.problem.problem import Problem
+from ngeval.utils.text import describe_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +49,7 @@ class Kernel:
         >>> model, inputs = torch.nn.Linear(3, 2).double(), torch.eye(3).double()
         >>> problem = ngeval.Problem(model, inputs, torch.tensor([0, 1, 1]), "categorical")
         >>> kernel = ngeval.Kernel(problem)
-        >>> kernel.theta.matrix.shape
+        >>> kernel.logits.theta.shape
         torch.Size([6, 6])
         >>> state = ngeval.get_method("ief").prepare(problem, kernel)
         >>> state.direction(0.1).shape
@@ -50,10 +61,11 @@ class Kernel:
         self.exact = exact
         self.pushes = pushes
         self._results: dict[Hashable, Any] = {}
+        self._spans: list[SpanSpace] = []
 
     @cached_property
-    def form(self) -> type[LogitKernel]:
-        """The form that Θ is kept in.
+    def form(self) -> type[LogitSpace] | type[Products]:
+        """What is kept of Θ.
 
         Raises:
             EngineError: not even the Gram matrix of the batch fits in the memory budget.
@@ -61,50 +73,84 @@ class Kernel:
         problem = self.problem
         return choose_form(problem.sizes, problem.rows.memory, exact=self.exact, pushes=self.pushes)
 
-    @cached_property
-    def theta(self) -> LogitKernel:
-        """Θ in its form."""
-        return self.problem.shards.synchronized(lambda: self.form(self.problem))
-
-    @cached_property
-    def dense(self) -> DenseKernel:
-        """All of Θ, which the exact natural gradient needs even where `form` keeps less."""
-        if isinstance(self.theta, DenseKernel):
-            return self.theta
-        return self.problem.shards.synchronized(lambda: GramKernel(self.problem))
-
     @property
-    def cheapest(self) -> LogitKernel:
-        """All of Θ if it is in memory, since its products need no pass through the model."""
-        return self.dense if "dense" in self.__dict__ else self.theta
+    def is_dense(self) -> bool:
+        """Whether updates are computed in the span of all rows of J."""
+        return "logits" in self.__dict__ or issubclass(self.form, LogitSpace)
+
+    @cached_property
+    def logits(self) -> LogitSpace:
+        """The span of all rows of J, which the exact natural gradient needs.
+
+        Raises:
+            EngineError: Θ is out of reach.
+        """
+        problem = self.problem
+        form = self.form if issubclass(self.form, JacobianSpace) else GramSpace
+        if form is GramSpace and not dense_is_feasible(problem.sizes, problem.rows.memory):
+            size = problem.num_samples * problem.num_outputs
+            raise EngineError(
+                f"the logit kernel of {size} outputs is out of reach: it takes "
+                f"{describe_bytes(40 * size**2)}; use fewer samples"
+            )
+        return problem.shards.synchronized(lambda: form(problem))
+
+    @cached_property
+    def _products(self) -> Products:
+        form = self.form
+        assert issubclass(form, Products)
+        return self.problem.shards.synchronized(lambda: form(self.problem))
+
+    def space(self, vectors: Tensor) -> RowSpace:
+        """A space that has the rows J_nᵀv_nq: that of all rows of J if it is kept.
+
+        Args:
+            vectors: v, shape ``(N, Q, *positions, C)``.
+        """
+        if self.is_dense:
+            return self.logits
+        for span in self._spans:
+            if span.columns(vectors) is not None:
+                return span
+        span = self.problem.shards.synchronized(lambda: SpanSpace(self._products, vectors))
+        self._spans.append(span)
+        return span
 
     @cached_property
     def residual_vectors(self) -> Tensor:
-        """The residuals u as vectors ``(N, 1, *positions, C)``, as one tensor, known to Θ."""
+        """The residuals u as vectors ``(N, 1, *positions, C)``, as one tensor."""
         return self.problem.residual.unsqueeze(1)
 
     @cached_property
-    def gradient_spectrum(self) -> Spectrum:
-        """The spectrum of K_nm = g_n·g_m = u_nᵀΘ_nm u_m."""
-        ones = torch.ones_like(self.problem.loss)
-        return self.problem.shards.synchronized(
-            lambda: self.theta.spectrum(self.residual_vectors, ones)
-        )
+    def gradients(self) -> RowSvd:
+        """The per-sample gradients g_n = J_nᵀu_n in the coordinates of `space`, factored."""
+        return RowSvd.of(self.space(self.residual_vectors).rows(self.residual_vectors))
 
     @cached_property
-    def fisher_spectrum(self) -> Spectrum:
-        """The spectrum of SᵀΘS, whose eigenvalues are those of F.
+    def fisher_rows(self) -> RowSvd:
+        """The rows SᵀJ of the Fisher F = (SᵀJ)ᵀ(SᵀJ) in the coordinates of `logits`, factored."""
+        return RowSvd.of(fisher_rows(self.problem, self.logits.lower))
 
-        dᵀFd and dᵀg of the natural gradient, and γ_min, are sums of squares of r's coefficients,
-        so that a lost part of 10⁻⁴ changes them by 10⁻⁸.
+    def perturbed(self, noise: float, seed: int) -> Kernel:
+        """The kernel of the same problem with everything changed at its rounding.
+
+        Rows change relative to their lengths, logits relative to their sizes. What the methods
+        and their grades then change by is an estimate of their errors.
+
+        Args:
+            noise: relative.
+            seed: of the noise.
         """
-        problem = self.problem
-
-        def compute() -> Spectrum:
-            right = problem.distribution.whitened_residual().flatten()
-            return self.dense.spectrum(factor_columns(problem), right, 1e-4)
-
-        return problem.shards.synchronized(compute)
+        generator = torch.Generator().manual_seed(seed)
+        if not self.is_dense:  # the spans are those of the residuals as they are
+            other = Kernel(self.problem, exact=self.exact)
+            other.__dict__["form"] = self.form
+            other._spans = [span.perturbed(noise, generator) for span in self._spans]
+            return other
+        other = Kernel(self.problem.with_noise(noise, generator), exact=self.exact)
+        other.__dict__["form"] = self.form
+        other.__dict__["logits"] = self.logits.perturbed(noise, generator)
+        return other
 
     def once(
         self, compute: Callable[Concatenate[Problem, P], T], *args: P.args, **kwargs: P.kwargs
@@ -126,3 +172,9 @@ class Kernel:
             )
         result: T = self._results[key]
         return result
+
+
+def fisher_rows(problem: Linearized, jacobian: Tensor) -> Tensor:
+    """SᵀJ for a matrix J of N·C rows, float64, the same shape."""
+    columns = jacobian.T.reshape(-1, *problem.outputs.shape)
+    return problem.distribution.factor_transpose_product(columns).flatten(1).T.contiguous()

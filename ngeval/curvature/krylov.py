@@ -16,6 +16,7 @@ one-sided reorthogonalisation: Simon and Zha, SIAM J. Sci. Comput. 21 (2000).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ngeval.curvature.updates import SolvedUpdates
+from ngeval.curvature.row_svd import graded_svd
+from ngeval.curvature.updates import DirectionUpdates
 from ngeval.problem.problem import Problem
 
 GAP = 1e-4
@@ -42,21 +44,15 @@ LARGE = 1e-3
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the natural gradient's γ(λ), and the quadratic forms of a computed update.
+    """Bounds on the natural gradient's γ(λ).
 
     Attributes:
         lower: γ of (F + λI)⁻¹g is at least this, shape ``(L,)``.
         upper: and at most this.
-        curvature: dᵀFd of the computed update.
-        decrease: its dᵀg.
-        squared_norms: its ‖d‖².
     """
 
     lower: np.ndarray
     upper: np.ndarray
-    curvature: np.ndarray
-    decrease: np.ndarray
-    squared_norms: np.ndarray
 
     @property
     def gap(self) -> float:
@@ -84,18 +80,26 @@ class KrylovRun:
         self.gap = gap
         self.max_iterations = max_iterations
         right = problem.distribution.whitened_residual()
-        self.mass = float(right.square().sum())
+        largest = float(right.abs().max())
+        # An infinite r is that of a label whose probability underflows: u₁ has no part in F then.
+        unit = right / largest if 0 < largest < math.inf else torch.zeros_like(right)
+        length = float(unit.norm())
+        self.left = unit / (length or 1.0)
+        self.length = largest * (length or 1.0)
+        self.gradient = problem.gradient().to(torch.float64)
+        self.slope = float(self.gradient.norm())
         self.rounding = ROUNDING * problem.function.row_epsilon
         self.diagonal: list[float] = []
         self.below: list[float] = []
-        self.exhausted = self.mass == 0
+        self.exhausted = self.slope == 0
         # Vectors of the smaller space are kept, for reorthogonalisation and for directions.
         self.in_parameters = problem.num_parameters <= problem.outputs.numel()
         self.basis: list[Tensor] = []
-        self.left = right / max(self.mass, 1e-300) ** 0.5
-        self.right = torch.zeros(problem.num_parameters, dtype=torch.float64, device=right.device)
         if not self.exhausted:
-            self._next_right(0.0)
+            # Bᵀu₁ = g/‖r‖, from g itself: S r has lost digits of u where a label is improbable.
+            self.diagonal.append(self.slope / self.length)
+            self.right = self.gradient / self.slope
+            self.basis.append(self.right if self.in_parameters else self.left)
 
     @property
     def iterations(self) -> int:
@@ -126,7 +130,7 @@ class KrylovRun:
             left = self._orthogonal(left)
         beta = float(left.norm())
         self.below.append(beta)
-        if problem.shards.broadcast(beta <= self.rounding * max(self.diagonal)):
+        if problem.shards.broadcast(beta <= self.rounding * self._largest_entry):
             self.exhausted = True
             return
         self.left = left / beta
@@ -141,7 +145,7 @@ class KrylovRun:
         if self.in_parameters:
             right = self._orthogonal(right)
         alpha = float(right.norm())
-        vanishes = alpha <= self.rounding * max(self.diagonal, default=0.0) or alpha == 0
+        vanishes = alpha <= self.rounding * self._largest_entry
         if problem.shards.broadcast(vanishes):
             self.exhausted = True
             return
@@ -149,6 +153,10 @@ class KrylovRun:
         self.right = right / alpha
         if self.in_parameters:
             self.basis.append(self.right)
+
+    @property
+    def _largest_entry(self) -> float:
+        return max(self.diagonal + self.below)
 
     def _orthogonal(self, vector: Tensor) -> Tensor:
         for _ in range(2):  # twice is enough (Kahan and Parlett)
@@ -177,24 +185,20 @@ class KrylovRun:
             self.run([0.0])
         return float(self.bounds([0.0]).upper[0])
 
-    def updates(self, dampings: Sequence[float]) -> SolvedUpdates:
-        """(F + λI)⁻¹g for every λ, after the iterations that they need."""
+    def updates(self, dampings: Sequence[float]) -> DirectionUpdates:
+        """The updates of every λ, after as many iterations as their bounds need."""
         self.run(dampings)
-        lambdas, bounds = list(dampings), self.bounds(dampings)
-        forms = [
-            torch.from_numpy(form).to(self.problem.device)
-            for form in (bounds.curvature, bounds.decrease, bounds.squared_norms)
-        ]
-        return SolvedUpdates(len(lambdas), lambda i: self.direction(lambdas[i]), *forms)
+        lambdas = list(dampings)
+        return DirectionUpdates(len(lambdas), lambda i: self.direction(lambdas[i]))
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """Bounds for every λ from the iterations so far."""
         lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
         if not self.iterations:
-            zero = np.zeros(len(lambdas))
-            return Bounds(zero + np.inf, zero + np.inf, zero, zero, zero)
+            infinite = np.full(len(lambdas), np.inf)
+            return Bounds(infinite, infinite)
         factor = self.factor()
-        nodes, weights = _rule(factor, self.mass)  # Gauss–Radau, but for its node at 0
+        nodes, weights = self._rule(factor)  # Gauss–Radau, but for its node at 0
         ratio = _ratio(nodes, lambdas)
         # A node that is only rounding may belong to the node at 0, and does at λ = 0: that is the
         # definition of the pseudo-inverse with a cut-off.
@@ -203,27 +207,38 @@ class KrylovRun:
         weights = np.where(kept, weights, 0.0)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            norms = np.where(nodes + lambdas > 0, weights * nodes / (nodes + lambdas) ** 2, 0.0)
             if self.exhausted:
                 high = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
                 energy = np.zeros(len(lambdas))
             else:
                 high, energy = self._upper(factor, lambdas, weights, ratio)
-            energy_low, energy_high = _energy_bounds(factor, self.mass, lambdas)
+            energy_low, energy_high = _energy_bounds(factor, self.slope, lambdas)
             large = lambdas[:, 0] >= LARGE * nodes.max()
             lowest = np.maximum(curvature - energy, np.where(large, energy_low, 0.0))
             highest = np.minimum(high[1] + energy, np.where(large, energy_high, np.inf))
-            lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], self.mass**-0.5)
+            lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], 1 / self.length)
             upper = np.minimum(np.sqrt(highest) / decrease, decrease**-0.5)
-        return Bounds(lower, np.maximum(upper, lower), curvature, decrease, norms.sum(1))
+        return Bounds(lower, np.maximum(upper, lower))
+
+    def _rule(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes σ² and weights of the measure whose Jacobi matrix is L Lᵀ, for L = UΣVᵀ.
+
+        The weight is ‖r‖²U_0j², which is also ‖g‖²V_0j²/σ_j²: that one is more precise where σ_j
+        is greater than the first entry of L, and it exists where ‖r‖ overflows.
+        """
+        left, singular, right = _svd(factor)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            by_gradient = self.slope * np.abs(right[0]) / singular
+            by_residual = self.length * np.abs(left[0])
+        return singular**2, np.where(singular >= factor[0, 0], by_gradient, by_residual) ** 2
 
     def _upper(
         self, factor: np.ndarray, lambdas: np.ndarray, weights: np.ndarray, ratio: np.ndarray
     ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         """The Gauss rule's two integrals, and the gap between the rules for λ²∫(x + λ)⁻²."""
-        nodes, gauss = _rule(factor[:-1], self.mass)
+        nodes, gauss = self._rule(factor[:-1])
         other = _ratio(nodes, lambdas)
-        at_zero = max(self.mass - weights.sum(), 0.0)
+        at_zero = max(self.length**2 - weights.sum(), 0.0)
         radau = (weights * (1 - ratio) ** 2).sum(1) + at_zero
         gap = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
         return ((gauss * other).sum(1), (gauss * other**2).sum(1)), gap
@@ -236,27 +251,31 @@ class KrylovRun:
         problem, count = self.problem, self.iterations
         if not count:
             return torch.zeros(problem.num_parameters, dtype=problem.dtype, device=problem.device)
-        left, singular, right = np.linalg.svd(self.factor(), full_matrices=False)
+        _, singular, right = _svd(self.factor())
         with np.errstate(divide="ignore", invalid="ignore"):
-            kept = singular > self.rounding * count * singular.max()
-            scaled = np.where(kept, singular / (singular**2 + damping), 0.0)
-        weights = right.T @ (scaled * left[0]) * self.mass**0.5
-        if not self.in_parameters:
-            # V = BᵀU R⁻¹ for the upper bidiagonal R with BᵀU = VR, so Vy = Bᵀ U R⁻¹y.
-            upper = np.diag(self.diagonal[:count]) + np.diag(self.below[: count - 1], 1)
-            weights = np.linalg.solve(upper, weights)
-        total = torch.zeros_like(self.basis[0])
-        for weight, vector in zip(weights, self.basis, strict=False):
-            total += float(weight) * vector
+            inverse = 1 / (singular**2 + damping)
+            if damping == 0:
+                inverse[singular <= self.rounding * count * singular.max()] = 0
+        weights = right @ (inverse * right[0]) * self.slope
         if self.in_parameters:
+            total = torch.zeros_like(self.gradient)
+            for weight, vector in zip(weights, self.basis, strict=False):
+                total += float(weight) * vector
             return total.to(problem.dtype)
-        return problem.vjp(problem.distribution.factor_product(total))
+        # With Bᵀu_i = α_iv_i + β_iv_{i−1}, Vy = a g/‖g‖ + Bᵀ Σ_{i≥2} w_iu_i.
+        field = torch.zeros_like(self.left)
+        for i in range(count - 1, 0, -1):
+            weight = weights[i] / self.diagonal[i]
+            weights[i - 1] -= self.below[i - 1] * weight
+            field += float(weight) * self.basis[i]
+        pulled = problem.vjp(problem.distribution.factor_product(field)).to(torch.float64)
+        return (pulled + float(weights[0]) / self.slope * self.gradient).to(problem.dtype)
 
 
-def _rule(factor: np.ndarray, mass: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the measure whose Jacobi matrix is L Lᵀ."""
-    left, singular, _ = np.linalg.svd(factor, full_matrices=False)
-    return singular**2, mass * left[0] ** 2
+def _svd(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U, σ and V of a factor whose rows differ in size."""
+    left, singular, right = graded_svd(torch.from_numpy(factor))
+    return left.numpy(), singular.numpy(), right.numpy()
 
 
 def _ratio(nodes: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
@@ -266,7 +285,7 @@ def _ratio(nodes: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
 
 
 def _energy_bounds(
-    factor: np.ndarray, mass: float, lambdas: np.ndarray
+    factor: np.ndarray, slope: float, lambdas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds on ∫ (x + λ)⁻² x² dμ by the Gauss and Gauss–Radau rules of the measure x² dμ.
 
@@ -279,7 +298,7 @@ def _energy_bounds(
     # numpy's stubs have the return type of other modes.
     upper: np.ndarray = np.linalg.qr(factor, mode="r")  # type: ignore[assignment]
     jacobi = upper @ upper.T
-    total = mass * factor[0, 0] ** 2 * (factor[0, 0] ** 2 + factor[1, 0] ** 2)
+    total = slope**2 * (factor[0, 0] ** 2 + factor[1, 0] ** 2)
     inner = jacobi[:-1, :-1]
     gauss = _rational(inner, total, lambdas)
     last = np.zeros(count - 1)

@@ -7,14 +7,12 @@ need not be the batch that grades it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ngeval.curvature.logit_kernel import combine
-from ngeval.problem.problem import Problem
+from ngeval.curvature.row_space import RowSpace
 
 
 class Updates(ABC):
@@ -31,48 +29,30 @@ class Updates(ABC):
 
 
 @dataclass(frozen=True)
-class CotangentUpdates(Updates):
-    """Updates made of rows: d(λ) = Jᵀw(λ) = Σ_nq c_nq(λ) J_nᵀv_nq.
+class SpaceUpdates(Updates):
+    """Updates made of rows, d(λ) = size · Qᵀy, in the coordinates of a space.
 
     Attributes:
-        problem: whose J.
-        vectors: v in float64, shape ``(N, Q, *positions, C)``.
-        coefficients: c in float64, shape ``(L, N, Q)``.
-        decrease: dᵀg on the problem's batch, shape ``(L,)``, where a method can compute it without
-            the cancellation in uᵀt.
+        space: the span of the rows.
+        coordinates: y of length 1, or 0, float64, shape ``(L, r)``.
+        sizes: ‖d‖, shape ``(L,)``; it can leave float64's range where γ does not.
+        decrease: gᵀQᵀy, shape ``(L,)``, where a method knows it better than from tangents.
+        curvature: ‖SᵀJ Qᵀy‖², likewise.
     """
 
-    problem: Problem
-    vectors: Tensor
-    coefficients: Tensor
+    space: RowSpace
+    coordinates: Tensor
+    sizes: Tensor
     decrease: Tensor | None = None
+    curvature: Tensor | None = None
 
     @property
     def count(self) -> int:
-        return len(self.coefficients)
+        return len(self.coordinates)
 
     def direction(self, index: int) -> Tensor:
-        return self.problem.vjp(combine(self.vectors, self.coefficients[index : index + 1])[0])
-
-
-@dataclass(frozen=True)
-class FieldUpdates(Updates):
-    """Updates d(λ) = Jᵀw(λ) whose fields have no common vectors.
-
-    Attributes:
-        problem: whose J.
-        fields: w in float64, shape ``(L, N, *positions, C)``.
-    """
-
-    problem: Problem
-    fields: Tensor
-
-    @property
-    def count(self) -> int:
-        return len(self.fields)
-
-    def direction(self, index: int) -> Tensor:
-        return self.problem.vjp(self.fields[index])
+        unit = self.space.directions(self.coordinates[index : index + 1])[0]
+        return unit * self.sizes[index].to(unit.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,23 +73,3 @@ class DirectionUpdates(Updates):
 
     def direction(self, index: int) -> Tensor:
         return self.make(index)
-
-
-@dataclass(frozen=True)
-class SolvedUpdates(DirectionUpdates):
-    """Updates whose quadratic forms on their own batch came with them (from a Krylov run).
-
-    Attributes:
-        curvature: dᵀFd, shape ``(L,)``.
-        decrease: dᵀg, shape ``(L,)``.
-        squared_norms: ‖d‖², shape ``(L,)``.
-    """
-
-    curvature: Tensor
-    decrease: Tensor
-    squared_norms: Tensor
-
-
-def as_tensor(problem: Problem, dampings: Sequence[float]) -> Tensor:
-    """Dampings as a float64 vector on the problem's device."""
-    return torch.tensor(list(dampings), dtype=torch.float64, device=problem.device)

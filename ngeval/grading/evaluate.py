@@ -6,7 +6,6 @@ A method that cannot be computed becomes rows with
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +19,12 @@ from torch.optim import Optimizer
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
-from ngeval.curvature.logit_kernel import DenseKernel
-from ngeval.curvature.natural_gradient import (
-    LOST,
-    NaturalGradientSolver,
-    lost_to_rounding,
-    natural_solver,
-)
+from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
+from ngeval.curvature.updates import SpaceUpdates
 from ngeval.dampings import check_dampings
-from ngeval.errors import EngineError, InputError
-from ngeval.grading.grade import Grades, families, grade
+from ngeval.errors import InputError
+from ngeval.grading.errors import Perturbations
+from ngeval.grading.grade import Grades, grade
 from ngeval.grading.prepare import (
     NUMERICAL,
     Failure,
@@ -51,11 +46,15 @@ from ngeval.problem.problem import Problem
 
 DEFAULT_METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 
-NUMBERS = ["gamma", "decrease", "curvature", "update_norm"]
+NUMBERS = ["gamma", "gamma_error", "decrease", "curvature", "update_norm"]
 """The columns of a method's grades."""
+
+TOLERANCE = 1e-2
+"""The relative error of γ above which a row is ``uncertain``."""
 
 DAMPING_COLUMNS = ["damping", "damping_absolute", "damping_scale"]
 GAMMA_COLUMNS = ["gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_min", "gamma_floor"]
+ERROR_COLUMNS = ["gamma_error", "gamma_over_sgd_error", "gamma_over_ng_error", "gamma_min_error"]
 BOUND_COLUMNS = ["gamma_ng_lower", "gamma_ng_upper", "iterations"]
 UPDATE_COLUMNS = ["decrease", "curvature", "update_norm", "cosine_sgd", "coverage"]
 PROBLEM_COLUMNS = ["num_samples", "metric_samples", "num_parameters", "loss"]
@@ -65,6 +64,7 @@ COLUMNS = [
     "method",
     *DAMPING_COLUMNS,
     *GAMMA_COLUMNS,
+    *ERROR_COLUMNS,
     *BOUND_COLUMNS,
     *UPDATE_COLUMNS,
     "status",
@@ -86,6 +86,7 @@ def evaluate(
     natural: bool = True,
     gap: float = GAP,
     max_iterations: int = MAX_ITERATIONS,
+    tolerance: float = TOLERANCE,
     on_step: Progress | None = None,
 ) -> pd.DataFrame:
     """Grade updates by γ at every damping.
@@ -108,6 +109,7 @@ def evaluate(
         gap: where the logit kernel is out of reach: the relative gap between those bounds at which
             the Krylov run stops.
         max_iterations: and where it stops at the latest (a JVP and a VJP for each).
+        tolerance: the relative error of γ above which a row is ``uncertain``.
         on_step: called with the names of methods (or ``"gamma_min"``) that are done.
 
     Returns:
@@ -146,7 +148,15 @@ def evaluate(
     exact_names = [method.name for method in resolved if isinstance(method, NaturalGradient)]
     exact = (natural or bool(exact_names)) and metric is None
     kernel = Kernel(problem, exact=exact, pushes=len(resolved) * len(lambdas))
-    request = _Request(kernel, lambdas, damping_scale, seed, metric)
+    request = _Request(
+        kernel,
+        lambdas,
+        damping_scale,
+        seed,
+        metric,
+        tolerance,
+        Perturbations(kernel, seed, metric),
+    )
     reported = {*(method.name for method in resolved), "gamma_min"}  # not an added sgd
 
     def report(name: str) -> None:
@@ -165,13 +175,12 @@ def evaluate(
         outcomes = _grade_all(request, extended, report)
         baseline = outcomes[-1 if sgd is None else sgd]
         pairs = zip(resolved, outcomes, strict=False)
-        parts = [_method_columns(method.name, outcome, lambdas) for method, outcome in pairs]
+        parts = [_method_columns(method.name, outcome, request) for method, outcome in pairs]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         # One frame at once: a column added to a frame costs as much as an update.
         table = pd.DataFrame({**columns, **_other_columns(request, columns, baseline)})
         if exact:
-            table = _with_natural(table, kernel, gap, max_iterations)
-            table = _without_lost(table, problem, exact_names)
+            table = _with_natural(table, request, gap, max_iterations)
             report("gamma_min")
         elif metric is not None:
             table = add_note(table, "γ_min is not computed for another metric batch")
@@ -200,13 +209,15 @@ class _Request:
     scale: str
     seed: int
     metric: Metric | None
+    tolerance: float
+    perturbations: Perturbations
 
 
 def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> list[Outcome]:
     """Each method's updates and their grades, or why there are none."""
     kernel, shards = request.kernel, request.kernel.problem.shards
     arguments = request.dampings, request.scale, request.seed
-    # Sampled vectors include the residual, which then need not be captured again.
+    # The vectors of sampled labels include the residual, so that one space has the rows of both.
     order = sorted(range(len(methods)), key=lambda i: not isinstance(methods[i], SampledFisher))
     attempts = {i: attempt(shards, partial(prepare, kernel, methods[i], *arguments)) for i in order}
     prepared = {i: p for i, p in sorted(attempts.items()) if isinstance(p, Prepared)}
@@ -215,24 +226,31 @@ def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> 
         done(methods[i].name)
     for group in _groups(request, prepared):
         updates = [prepared[i].updates for i in group]
-        grades = attempt(shards, partial(grade, kernel, updates, request.metric))
+        result = attempt(shards, partial(grade, kernel, updates, request.metric))
         for place, i in enumerate(group):
-            outcomes[i] = grades if isinstance(grades, Failure) else (prepared[i], grades[place])
+            outcomes[i] = result
+            if not isinstance(result, Failure):
+                grades = request.perturbations.grades(methods[i], prepared[i], result[place])
+                outcomes[i] = prepared[i], grades
             done(methods[i].name)
     return [outcomes[i] for i in range(len(methods))]
 
 
 def _groups(request: _Request, prepared: dict[int, Prepared]) -> list[list[int]]:
-    """What is graded together: single methods with a dense Θ, else all made of the same rows."""
-    places, updates = list(prepared), [p.updates for p in prepared.values()]
-    with contextlib.suppress(EngineError):  # no form of Θ fits: no update is made of rows
-        if request.metric is None and issubclass(request.kernel.form, DenseKernel):
-            return [[place] for place in places]
-    return [[places[i] for i in family] for family in families(updates)]
+    """What is graded together: updates in one space, if they are pushed through the model."""
+    groups: dict[object, list[int]] = {}
+    for i, each in prepared.items():
+        together = isinstance(each.updates, SpaceUpdates) and (
+            request.metric is not None or not request.kernel.is_dense
+        )
+        key = id(each.updates.space) if together and isinstance(each.updates, SpaceUpdates) else -i
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
-def _method_columns(name: str, outcome: Outcome, dampings: list[float]) -> dict[str, np.ndarray]:
+def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str, np.ndarray]:
     """The columns that depend on the method."""
+    dampings = request.dampings
     count = len(dampings)
     columns = {
         "method": np.full(count, name, object),
@@ -244,21 +262,46 @@ def _method_columns(name: str, outcome: Outcome, dampings: list[float]) -> dict[
         status, reason = np.full(count, "failed", object), np.full(count, outcome.reason, object)
         return {**columns, **missing, "status": status, "reason": reason}
     prepared, grades = outcome
-    norms = grades.squared_norms.clamp_min(0).sqrt()
-    tensors = (grades.gammas, grades.decrease, grades.curvature, norms)
+    tensors = (grades.gammas, grades.errors, grades.decrease, grades.curvature, grades.norms)
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
-    defined = np.isfinite(numbers[0])
-    undefined = np.where(numbers[3] == 0, "the update is 0", "dᵀg = 0 to rounding, or not finite")
+    status, reason = _statuses(*numbers[:3], numbers[4], request.tolerance)
     if prepared.remarks:
-        undefined = undefined.astype(object) + f"; {prepared.remarks}"
+        reason = [f"{text}; {prepared.remarks}" if text else prepared.remarks for text in reason]
     return {
         **columns,
         "damping_absolute": np.array(prepared.absolute),
         **dict(zip(NUMBERS, numbers, strict=True)),
         "coverage": np.full(count, prepared.coverage),
-        "status": np.where(defined, "ok", "undefined").astype(object),
-        "reason": np.where(defined, prepared.remarks, undefined).astype(object),
+        "status": np.array(status, object),
+        "reason": np.array(reason, object),
     }
+
+
+def _statuses(
+    gammas: np.ndarray,
+    errors: np.ndarray,
+    decrease: np.ndarray,
+    norms: np.ndarray,
+    tolerance: float,
+) -> tuple[list[str], list[str]]:
+    """Status and reason of each λ."""
+    status, reason = [], []
+    for gamma, error, slope, norm in zip(gammas, errors, decrease, norms, strict=True):
+        if not math.isfinite(gamma):
+            status.append("undefined")
+            reason.append("the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite")
+        elif not error <= tolerance:
+            status.append("uncertain")
+            reason.append(
+                f"rounding may change γ by {error:.1e} of itself; a larger λ or dtype=float64 helps"
+            )
+        elif slope < 0:
+            status.append("ascent")
+            reason.append("dᵀg < 0: a step along −d increases the loss")
+        else:
+            status.append("ok")
+            reason.append("")
+    return status, reason
 
 
 def _other_columns(
@@ -271,12 +314,14 @@ def _other_columns(
         norm = float(torch.linalg.vector_norm(problem.gradient(), dtype=torch.float64))
     else:
         floor, norm = metric.totals.floor, metric.totals.gradient_norm
-    gamma = np.float64(math.nan)
+    gamma = error = np.float64(math.nan)
     if not isinstance(baseline, Failure):
         gamma = np.float64(baseline[1].gammas[0])
+        error = np.float64(baseline[1].errors[0])
     with np.errstate(divide="ignore", invalid="ignore"):  # of updates that vanish
         ratios = {
             "gamma_over_sgd": columns["gamma"] / gamma,
+            "gamma_over_sgd_error": columns["gamma_error"] + error,
             "cosine_sgd": columns["decrease"] / (columns["update_norm"] * norm),
         }
     return {
@@ -289,52 +334,46 @@ def _other_columns(
 
 
 def _with_natural(
-    table: pd.DataFrame, kernel: Kernel, gap: float, max_iterations: int
+    table: pd.DataFrame, request: _Request, gap: float, max_iterations: int
 ) -> pd.DataFrame:
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
-    problem = kernel.problem
+    kernel, problem = request.kernel, request.kernel.problem
     # γ_min belongs to λ = 0, whatever the dampings.
     dampings = sorted({0.0, *table["damping_absolute"].dropna()})
 
-    def solved() -> tuple[NaturalGradientSolver, Bounds, float]:
+    def solved() -> tuple[NaturalGradientSolver, Bounds, float, float]:
         solver = natural_solver(kernel, gap, max_iterations)
         solver.updates(dampings)
-        least = max(solver.gamma_min(), gamma_floor(problem))  # equal but for rounding, or above
-        return solver, solver.bounds(dampings), least
+        bounds, floor = solver.bounds(dampings), gamma_floor(problem)
+        least = max(solver.gamma_min(), floor)  # equal but for rounding, or above
+        if solver.iterations:
+            return solver, bounds, least, bounds.gap
+        errors, error = request.perturbations.natural_errors(dampings)
+        lower = np.fmax(bounds.lower / (1 + errors), floor)
+        return solver, Bounds(lower, bounds.upper * (1 + errors)), least, error
 
     result = attempt(problem.shards, solved, NUMERICAL)
     if isinstance(result, Failure):
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
         return add_note(table.assign(**missing), result.reason)
-    solver, bounds, least = result
+    solver, bounds, least, error = result
     table = table.assign(
         gamma_min=least,
+        gamma_min_error=error,
         gamma_over_ng=table["gamma"] / (least if math.isfinite(least) else math.nan),
+        gamma_over_ng_error=table["gamma_error"] + error,
         gamma_ng_lower=table["damping_absolute"].map(pd.Series(bounds.lower, dampings)),
         gamma_ng_upper=table["damping_absolute"].map(pd.Series(bounds.upper, dampings)),
         iterations=solver.iterations,
     )
+    if not solver.iterations:
+        return table
     after = f"after {solver.iterations} iterations (asked for {gap:.1e}; see max_iterations)"
     apart = table["gamma_ng_upper"] / table["gamma_ng_lower"] - 1
     for value in apart[apart > gap].unique():
         note = f"bounds on γ_NG are {value:.1e} apart {after}"
         table = add_note(table, note, apart == value)
     low, high = bounds.lower[0], bounds.upper[0]
-    if solver.iterations and high / low - 1 > gap:
+    if high / low - 1 > gap:
         table = add_note(table, f"γ_min is known to lie between {low:.4g} and {high:.4g} {after}")
     return table
-
-
-def _without_lost(table: pd.DataFrame, problem: Problem, names: list[str]) -> pd.DataFrame:
-    """The natural gradient's rows fail where its γ is not what the factorisation says it is.
-
-    Improbable labels leave γ_min and the bounds their digits, but not the update at small λ.
-    """
-    if not names or "gamma_ng_upper" not in table:
-        return table
-    off = table["gamma"] > (1 + LOST) * table["gamma_ng_upper"]
-    off &= table["method"].isin(names) & (table["status"] == "ok") & (table["iterations"] == 0)
-    reason = str(lost_to_rounding(problem, "the update"))
-    return table.assign(
-        status=table["status"].mask(off, "failed"), reason=table["reason"].mask(off, reason)
-    )

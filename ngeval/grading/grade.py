@@ -1,49 +1,76 @@
-"""γ of many updates: by Θ, or by the tangents of a common basis.
+"""γ of many updates, by the tangents of their span.
 
-All that γ needs of updates d_l = Σ_j a_lj b_j in a basis b are the k × k numbers bᵢᵀF bⱼ and the
-k numbers bⱼᵀg, which are sums over samples: the basis is pushed through the model chunk by chunk,
-and every λ is rebuilt from those sums. The batch that grades may then be a different one.
+All that γ needs of updates d_l = Σ_j a_lj b_j in a basis b are the tangents of the b. Where the
+kernel has all rows of J they are products of matrices; otherwise the basis is pushed through the
+model, chunk by chunk, and the batch that grades may then be a different one.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel, PushingKernel, columns_in
-from ngeval.curvature.spectrum import Spectrum
-from ngeval.curvature.updates import CotangentUpdates, FieldUpdates, SolvedUpdates, Updates
-from ngeval.errors import EngineError
-from ngeval.grading.nonfinite import finite_updates, with_nan
-from ngeval.problem.gamma import gammas_of, quadratics
-from ngeval.problem.metric_batch import Forms, Metric
+from ngeval.curvature.row_space import EPSILON
+from ngeval.curvature.updates import SpaceUpdates, Updates
+from ngeval.problem.gamma import quadratics
+from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
-COMPRESSION = 1e-12
-"""The part of an update's length that may be lost where updates are written in a common basis."""
-
-NO_FORMS = Forms(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
-"""Of no direction: all updates vanish."""
+BASIS = 4 * EPSILON
+"""Singular values of updates of unit length below this are rounding."""
 
 
 class Grades(NamedTuple):
-    """The quality of L updates: `Quadratics` and ‖d‖², each of shape ``(L,)``."""
+    """The quality of L updates: float64 tensors of shape ``(L,)``.
 
-    curvature: Tensor
-    decrease: Tensor
+    Attributes:
+        gammas: γ, NaN where dᵀg is only rounding or the update is not finite.
+        errors: relative, of γ for the update as it was computed, by the rounding of dᵀg.
+        decrease: dᵀg.
+        curvature: dᵀFd.
+        norms: ‖d‖.
+    """
+
     gammas: Tensor
-    squared_norms: Tensor
+    errors: Tensor
+    decrease: Tensor
+    curvature: Tensor
+    norms: Tensor
 
     @classmethod
     def concatenate(cls, grades: Sequence[Grades]) -> Grades:
         """The grades of several sets of updates as one."""
         return cls(*(torch.cat(column) for column in zip(*grades, strict=True)))
+
+    @classmethod
+    def of_unit(
+        cls, curvature: Tensor, decrease: Tensor, absolute: Tensor | float, sizes: Tensor
+    ) -> Grades:
+        """From the forms of updates of length 1 (or 0), and their sizes.
+
+        Args:
+            curvature: yᵀFy.
+            decrease: gᵀy.
+            absolute: the sum of the sizes of its terms; 0 where they do not cancel.
+            sizes: ‖d‖.
+        """
+        rounding = EPSILON * (absolute + torch.zeros_like(decrease))
+        roots, slopes = curvature.clamp_min(0).sqrt(), decrease.abs()
+        gammas = torch.where(slopes > rounding, roots / slopes, math.nan)
+        gammas = torch.where(torch.isfinite(gammas), gammas, math.nan)
+        return cls(
+            gammas,
+            rounding / slopes + 4 * EPSILON,
+            decrease * sizes,
+            curvature * sizes * sizes,
+            sizes,
+        )
 
 
 def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = None) -> list[Grades]:
@@ -57,191 +84,116 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
     Returns:
         The grades of each method; NaN for a λ at which its update is not finite.
     """
-    lost: list[set[int]] = [set() for _ in updates]
-    finite = [finite_updates(*pair) for pair in zip(updates, lost, strict=True)]
-    if metric is None:
-        grades = _grade_by_problem(kernel, finite)
-    else:
-        grades = _grade_by_forms(kernel, metric, finite)
-    return [
-        Grades(*(with_nan(column, places, member.count) for column in graded))
-        for member, places, graded in zip(finite, lost, grades, strict=True)
-    ]
-
-
-def families(updates: Sequence[Updates]) -> list[list[int]]:
-    """Indices of updates that are made of the same rows, and so share a basis.
-
-    The first of a family has the rows of all.
-    """
-    groups: list[list[int]] = []
-    vectors = {i: u.vectors for i, u in enumerate(updates) if isinstance(u, CotangentUpdates)}
-    for i in sorted(vectors, key=lambda i: -vectors[i].shape[1]):
-        for group in groups:
-            if columns_in(vectors[group[0]], vectors[i]) is not None:
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return groups + [[i] for i in range(len(updates)) if i not in vectors]
-
-
-def _grade_by_problem(kernel: Kernel, updates: Sequence[Updates]) -> list[Grades]:
-    """By the batch that the updates were made from."""
-    theta: LogitKernel | None = None
-    if any(isinstance(each, CotangentUpdates | FieldUpdates) for each in updates):
-        with contextlib.suppress(EngineError):  # without Θ, by one JVP for each update
-            theta = kernel.theta
-    problem = kernel.problem
-    grades = [_grade_by_theta(problem, theta, each) for each in updates]
-    missing = [i for i, graded in enumerate(grades) if graded is None]
-    if missing:
-        common = _grade_by_forms(kernel, Metric(problem), [updates[i] for i in missing])
-        for i, graded in zip(missing, common, strict=True):
-            grades[i] = _with_known_decrease(graded, updates[i])
-    return [graded for graded in grades if graded is not None]
-
-
-def _grade_by_theta(problem: Problem, theta: LogitKernel | None, updates: Updates) -> Grades | None:
-    """By tangents Θw, or one by one; None where the form of Θ has no tangents."""
-    if isinstance(updates, SolvedUpdates):
-        parts = gammas_of(updates.curvature, updates.decrease, 0 * updates.decrease)
-        return Grades(*parts, updates.squared_norms)
-    if isinstance(updates, FieldUpdates) and isinstance(theta, DenseKernel):
-        tangents, norms = theta.push_fields(updates.fields)
-    elif isinstance(updates, CotangentUpdates) and isinstance(theta, PushingKernel):
-        tangents, norms = theta.push(updates.vectors, updates.coefficients)
-    elif isinstance(updates, CotangentUpdates) and theta is not None:
-        return None
-    else:
-        grades = []
-        for i in range(updates.count):
-            direction = updates.direction(i)
-            parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
-            grades.append(Grades(*parts, direction.to(torch.float64).square().sum().unsqueeze(0)))
-        return Grades.concatenate(grades)
-    return _with_known_decrease(Grades(*quadratics(problem, tangents), norms), updates)
-
-
-def _with_known_decrease(grades: Grades, updates: Updates) -> Grades:
-    """Replace dᵀg where the method has computed it more precisely than from tangents."""
-    known = updates.decrease if isinstance(updates, CotangentUpdates) else None
-    if known is None:
-        return grades
-    return Grades(*gammas_of(grades.curvature, known, 0 * known), grades.squared_norms)
-
-
-def _grade_by_forms(kernel: Kernel, metric: Metric, updates: Sequence[Updates]) -> list[Grades]:
-    """By the quadratic forms of common bases."""
+    grader = Metric(kernel.problem) if metric is None else metric
     grades: dict[int, Grades] = {}
-    for family in families(updates):
-        members = [updates[i] for i in family]
-        first, of_rows = members[0], [u for u in members if isinstance(u, CotangentUpdates)]
-        basis = None
-        if of_rows and (len(members) > 1 or first.count > 1):
-            basis = _row_basis(kernel, of_rows)
-        elif _has_room(metric.problem, first.count):
-            basis = _direction_basis(metric.problem, first, range(first.count))
-        if basis is None:
-            graded = [_grade_one_by_one(metric, member) for member in members]
+    spaces: dict[int, list[int]] = {}
+    for i, member in enumerate(updates):
+        if not isinstance(member, SpaceUpdates):
+            grades[i] = _grade_directions(grader, member)
+            continue
+        tangents = member.space.tangents(member.coordinates) if metric is None else None
+        if tangents is None:
+            spaces.setdefault(id(member.space), []).append(i)
         else:
-            graded = _grade_in(basis, metric)
-        grades |= zip(family, graded, strict=True)
+            grades[i] = _by_tangents(kernel.problem, tangents, member)
+    for family in spaces.values():
+        members = [u for i in family if isinstance(u := updates[i], SpaceUpdates)]
+        grades |= zip(family, _by_basis(grader, members, own=metric is None), strict=True)
     return [grades[i] for i in range(len(updates))]
 
 
-def _grade_in(basis: _Basis, metric: Metric) -> list[Grades]:
-    """The grades of all updates in a basis."""
-    forms = metric.forms(basis.directions) if len(basis.directions) else NO_FORMS
+def _by_tangents(problem: Problem, tangents: Tensor, updates: SpaceUpdates) -> Grades:
+    """With the tangents of the unit vectors, and what the method knows better."""
+    forms = quadratics(problem, tangents)
+    terms = (problem.residual * tangents).flatten(1)
+    return _known(forms.curvature, forms.decrease, terms.abs().sum(1), updates)
+
+
+def _known(
+    curvature: Tensor, decrease: Tensor, absolute: Tensor | float, updates: SpaceUpdates
+) -> Grades:
+    """Grades with the forms that the method has computed more precisely than from tangents."""
+    if updates.curvature is not None:
+        curvature = updates.curvature
+    if updates.decrease is not None:
+        decrease, absolute = updates.decrease, 0.0
+    return Grades.of_unit(curvature, decrease, absolute, updates.sizes)
+
+
+def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> list[Grades]:
+    """By pushing an orthonormal basis of all updates in one space through the model.
+
+    Args:
+        metric: the batch that grades.
+        members: updates in one space.
+        own: whether that is the batch that they were made from.
+    """
+    unit = torch.cat([member.coordinates for member in members])
+    finite = torch.isfinite(unit).all(1, keepdim=True)
+    unit = torch.where(finite, unit, 0.0)
+    _, singular, right = torch.linalg.svd(unit, full_matrices=False)
+    basis = right[singular > BASIS * singular.max().clamp_min(1e-300)]
+    sizes = [member.count for member in members]
+    if not _has_room(metric.problem, len(basis)):
+        return [_grade_directions(metric, member) for member in members]
+    if not len(basis):
+        zero = torch.zeros_like(unit[:, 0]) if unit.shape[1] else unit.new_zeros(len(unit))
+        forms = zero, zero, zero
+    else:
+        directions = members[0].space.directions(basis)
+        products, decrease, absolute = metric.forms(directions, unit @ basis.T)
+        forms = products.diagonal(), decrease, absolute
     grades = []
-    for coefficients, lengths in zip(basis.coefficients, basis.lengths, strict=True):
-        curvature = ((coefficients @ forms.curvature) * coefficients).sum(1).clamp_min(0)
-        terms = coefficients * forms.decrease
-        rounding = torch.finfo(torch.float64).eps * terms.abs().sum(1)
-        unit = gammas_of(curvature, terms.sum(1), rounding)
-        squares = lengths.square()
-        grades.append(Grades(curvature * squares, unit.decrease * lengths, unit.gammas, squares))
+    parts = [column.split(sizes) for column in forms]
+    for member, curvature, decrease, absolute in zip(members, *parts, strict=True):
+        known = member if own else replace(member, decrease=None, curvature=None)
+        grades.append(_known(curvature, decrease, absolute, known))
     return grades
 
 
-def _grade_one_by_one(metric: Metric, updates: Updates) -> Grades:
-    """With one direction in memory at a time: more passes, and the same grades."""
-    problem, places = metric.problem, range(updates.count)
-    return Grades.concatenate(
-        [_grade_in(_direction_basis(problem, updates, [i]), metric)[0] for i in places]
-    )
+def _grade_directions(metric: Metric, updates: Updates) -> Grades:
+    """As many whole directions at a time as fit in memory, each at unit length.
 
-
-@dataclass(frozen=True)
-class _Basis:
-    """Updates d_l = ‖d_l‖ Σ_j a_lj b_j.
-
-    Attributes:
-        directions: b in the model's dtype, shape ``(k, P)``.
-        coefficients: a of every member, float64, shape ``(L, k)``.
-        lengths: ‖d_l‖ of every member, float64, shape ``(L,)``.
+    dᵀg is known twice, as uᵀJd and as the inner product of d and g where g is that of the own
+    batch: their difference measures the rounding of both, and would show a wrong derivative.
     """
-
-    directions: Tensor
-    coefficients: list[Tensor]
-    lengths: list[Tensor]
-
-
-def _row_basis(kernel: Kernel, members: Sequence[CotangentUpdates]) -> _Basis | None:
-    """The smallest orthonormal basis of updates made of the first member's rows R.
-
-    None where it does not fit in the memory budget.
-
-    With RRᵀ = VΣVᵀ, d = Rᵀc = (RᵀVΣ^(−1/2)) y for y = Σ^(1/2)Vᵀc, and ‖d‖ = ‖y‖. A family in λ
-    has a small numerical rank: the singular vectors of all y at unit length above `COMPRESSION`
-    are the basis; in a coarser dtype, those above a hundredth of its rounding.
-    """
-    problem, vectors = members[0].problem, members[0].vectors
-    gram = kernel.cheapest.gram(vectors)
-    coefficients = torch.cat([_coefficients(each, vectors).flatten(1) for each in members])
-    spectrum = Spectrum.of_gram(gram, problem.function.row_epsilon, coefficients.norm(dim=0))
-    root = spectrum.eigenvalues.sqrt()
-    images = (coefficients @ spectrum.eigenvectors) * root
-    lengths = images.norm(dim=1)
-    unit = images / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
-    _, singular, right_vectors = torch.linalg.svd(unit, full_matrices=False)
-    part = max(COMPRESSION, 0.01 * problem.function.epsilon)
-    kept = singular > part * singular.amax() if singular.numel() else singular > 0
-    basis = right_vectors[kept]
-    weights = (basis / root) @ spectrum.eigenvectors.T
-    sizes = [each.count for each in members]
-    if not _has_room(problem, len(weights)):
-        return None
-    return _Basis(
-        kernel.cheapest.combinations(vectors, weights),
-        list((unit @ basis.T).split(sizes)),
-        list(lengths.split(sizes)),
-    )
+    room = max(1, metric.problem.rows.memory // (4 * max(1, _bytes(metric.problem))))
+    step = min(updates.count, room)
+    parts = [
+        _grade_some(metric, updates, range(i, min(i + step, updates.count)))
+        for i in range(0, updates.count, step)
+    ]
+    return Grades.concatenate(parts)
 
 
-def _coefficients(updates: CotangentUpdates, vectors: Tensor) -> Tensor:
-    """Coefficients of the rows of all vectors: 0 for those that the updates do not use."""
-    columns = columns_in(vectors, updates.vectors)
-    if columns is None or vectors is updates.vectors:
-        return updates.coefficients
-    wide = updates.coefficients.new_zeros(updates.count, *vectors.shape[:2])
-    wide[..., columns] = updates.coefficients
-    return wide
-
-
-def _direction_basis(problem: Problem, updates: Updates, chosen: Sequence[int]) -> _Basis:
-    """Some of the updates themselves."""
-    lengths, rows = [], []
+def _grade_some(metric: Metric, updates: Updates, chosen: range) -> Grades:
+    problem = metric.problem
+    rows, sizes, slopes = [], [], []
     for i in chosen:
-        direction = updates.direction(i)
-        wide = direction.to(torch.float64)
-        length = wide.norm()
-        lengths.append(length)
-        rows.append((wide / length.clamp_min(1e-300)).to(problem.dtype))
-    eye = torch.eye(len(rows), dtype=torch.float64, device=problem.device)
-    return _Basis(torch.stack(rows), [eye], [torch.stack(lengths)])
+        wide = updates.direction(i).to(torch.float64)
+        finite = bool(torch.isfinite(wide).all())
+        size = torch.linalg.vector_norm(wide, math.inf) if finite else wide.new_tensor(math.nan)
+        scaled = wide / size if finite and float(size) > 0 else torch.zeros_like(wide)
+        length = scaled.norm()
+        unit = (scaled / length.clamp_min(1e-300)).to(problem.dtype)
+        rows.append(unit)
+        sizes.append(length * size if finite else size)
+        if metric.batches is None:
+            slopes.append(unit.to(torch.float64) @ problem.gradient().to(torch.float64))
+    forms = metric.forms(torch.stack(rows))
+    grades = Grades.of_unit(
+        forms.curvature.diagonal(), forms.decrease, forms.absolute, torch.stack(sizes)
+    )
+    if slopes:
+        gap = (torch.stack(slopes) - forms.decrease).abs() / forms.decrease.abs()
+        grades = grades._replace(errors=grades.errors + torch.nan_to_num(gap, nan=math.inf))
+    return grades
+
+
+def _bytes(problem: Problem) -> int:
+    return problem.num_parameters * problem.dtype.itemsize
 
 
 def _has_room(problem: Problem, count: int) -> bool:
     """Whether that many directions fit in the memory budget."""
-    return count * problem.num_parameters * problem.dtype.itemsize <= problem.rows.memory
+    return count * _bytes(problem) <= problem.rows.memory

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ngeval.curvature.fisher_blocks import FisherBlocks
+from ngeval.curvature.fisher_blocks import fisher_blocks
 from ngeval.curvature.kernel import Kernel
 from ngeval.dampings import check_dampings
 from ngeval.grading.evaluate import DAMPING_COLUMNS, SETTING_COLUMNS
@@ -235,7 +235,7 @@ def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: T
 
 def _least_gammas(kernel: Kernel, layers: Sequence[Group]) -> np.ndarray:
     """Each layer's least γ, NaN where its gradient is 0."""
-    gammas = kernel.once(FisherBlocks, tuple(layers)).least_gammas()
+    gammas = fisher_blocks(kernel, layers).least_gammas()
     least = np.array([gammas[layer.name] for layer in layers])
     return np.where(np.isfinite(least), least, math.nan)
 

@@ -43,7 +43,8 @@ class BernoulliDistribution(OutputDistribution):
         super().__init__(logits, targets)
         self.on = torch.sigmoid(self.logits)
         self.off = torch.sigmoid(-self.logits)
-        self.root = (self.on * self.off).sqrt()
+        # Not √(q(1 − q)), whose product underflows first.
+        self.root = self.on.sqrt() * self.off.sqrt()
 
     def loss(self, targets: Tensor | None = None) -> Tensor:
         """ℓ = Σ y·softplus(−z) + (1−y)·softplus(z), summed over positions and outputs."""

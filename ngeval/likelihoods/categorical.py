@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,13 @@ from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_target
 class Categorical(Likelihood):
     """Softmax cross-entropy: p(y|z) = softmax(z)_y.
 
-    ℓ = −log p_y, u = p − e_y, H = diag(p) − ppᵀ, S = diag(√p)(I − √p√pᵀ), uᵀH⁺u = 1/p_y − 1.
+    ℓ = −log p_y, u = p − e_y, H = diag(p) − ppᵀ, uᵀH⁺u = 1/p_y − 1. S has K − 1 columns that are not
+    0, as H has rank K − 1: with the classes in the order of falling p and q_k = Σ_{i≥k} p_i,
+
+        (Sᵀt)_k = √(p_k q_{k+1}/q_k) (t_k − Σ_{i>k} p_i t_i / q_{k+1}),
+
+    the choice of class k against the mean of all later ones. The symmetric factor
+    diag(√p)(I − √p√pᵀ) has K columns, whose rounding looks like a further direction.
     Targets are integer class labels of shape ``(N, *positions)``.
 
     Attributes:
@@ -70,9 +77,9 @@ class CategoricalDistribution(OutputDistribution):
         self.mask = (targets != ignore_index).unsqueeze(-1)
         self.log_probabilities = torch.log_softmax(self.logits, dim=-1)
         self.probabilities = self.log_probabilities.exp() * self.mask
-        self.root = (0.5 * self.log_probabilities).exp() * self.mask
         # Differences to the most likely class keep the digits where its p is nearly 1.
         self.top = self.logits.argmax(-1, keepdim=True)
+        self._order = self.logits.argsort(dim=-1, descending=True, stable=True)
 
     def _labels(self, targets: Tensor | None) -> Tensor:
         """The labels with a class dimension; padding, which is masked later, has class 0."""
@@ -104,27 +111,67 @@ class CategoricalDistribution(OutputDistribution):
     def fisher_product(self, tangent: Tensor) -> Tensor:
         return self.probabilities * self._centred(tangent)
 
+    @cached_property
+    def _sticks(self) -> _Sticks:
+        return _Sticks(self.log_probabilities.gather(-1, self._order), self.mask)
+
     def factor_product(self, vector: Tensor) -> Tensor:
-        """S·s = √p ⊙ (s − √p (√pᵀs)); the most likely entry as s(1 − p) − √p Σ_others √p s."""
-        index = self.top.expand(*vector.shape[:-1], 1)
-        others = self.root.scatter(-1, self.top, 0.0)
-        inner = (others * vector).sum(-1, keepdim=True)
-        top_root, top = self.root.gather(-1, self.top), vector.gather(-1, index)
-        result = vector - self.root * (top_root * top + inner)
-        top = top * others.square().sum(-1, keepdim=True) - top_root * inner
-        return self.root * result.scatter(-1, index, top)
+        order, sticks = self._order.expand(vector.shape), self._sticks
+        earlier = (vector * sticks.over_later).cumsum(-1)
+        before = torch.cat([torch.zeros_like(earlier[..., :1]), earlier[..., :-1]], -1)
+        result = vector * sticks.root - sticks.probabilities * before
+        return torch.empty_like(result).scatter_(-1, order, result)
 
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        return self.root * self._centred(tangent)
+        order, sticks = self._order.expand(tangent.shape), self._sticks
+        ordered = tangent.gather(-1, order)
+        relative = ordered - ordered[..., :1]
+        return sticks.root * relative - sticks.over_later * _later(sticks.probabilities * relative)
 
     def whitened_residual(self) -> Tensor:
-        """R = u/√p: √p_c for other classes, −(1 − p_y)/√p_y for the label."""
-        labels = self._labels(None)
-        on_label = self.residual().gather(-1, labels)
-        inverse_root = (-0.5 * self.log_probabilities.gather(-1, labels)).exp()
-        return self.root.scatter(-1, labels, on_label * inverse_root) * self.mask
+        """R_k = −√(q_{k+1}/(p_k q_k)) at the label, √(p_k/(q_k q_{k+1})) before it, 0 after it."""
+        place = (self._order == self._labels(None)).long().argmax(-1, keepdim=True)
+        index = torch.arange(self.logits.shape[-1], device=self.logits.device)
+        sticks = self._sticks
+        before = torch.where(index < place, sticks.over_later, 0.0)
+        at_label = torch.where(index == place, -sticks.at_label, before)
+        return torch.where(self.mask, at_label, 0.0)
+
+    def floor_terms(self) -> Tensor:
+        """1/p_y − 1 at each position."""
+        on_label = self.residual().gather(-1, self._labels(None))
+        inverse = (-self.log_probabilities.gather(-1, self._labels(None))).exp()
+        return torch.where(self.mask, -on_label * inverse, 0.0).flatten(1).sum(1)
 
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
         flat = torch.where(self.mask, self.log_probabilities.exp(), 1.0).flatten(0, -2)
         labels = torch.multinomial(flat.cpu(), draws, replacement=True, generator=generator)
         return labels.T.reshape(draws, *self.targets.shape).to(self.logits.device)
+
+
+class _Sticks:
+    """The numbers of the factor S, for classes in the order of falling p, from logarithms.
+
+    Attributes:
+        probabilities: p_k.
+        root: √(p_k q_{k+1}/q_k), 0 for the last class.
+        over_later: √(p_k/(q_k q_{k+1})), 0 for the last class and where q_{k+1} underflows.
+        at_label: √(q_{k+1}/(p_k q_k)).
+    """
+
+    def __init__(self, log_probabilities: Tensor, mask: Tensor) -> None:
+        log_p = log_probabilities
+        log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
+        end = torch.full_like(log_q[..., :1], -math.inf)
+        log_later = torch.cat([log_q[..., 1:], end], -1)
+        self.probabilities = log_p.exp() * mask
+        self.root = (0.5 * (log_p + log_later - log_q)).exp() * mask
+        over = (0.5 * (log_p - log_later - log_q)).exp()
+        self.over_later = torch.where(log_later.exp() > 0, over, 0.0) * mask
+        self.at_label = (0.5 * (log_later - log_p - log_q)).exp()
+
+
+def _later(terms: Tensor) -> Tensor:
+    """Σ_{i>k} of terms, from the last class, whose terms are the smallest, to the first."""
+    sums = terms.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([sums[..., 1:], torch.zeros_like(sums[..., :1])], -1)

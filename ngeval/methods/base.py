@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.updates import CotangentUpdates, DirectionUpdates, Updates, as_tensor
+from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.problem.problem import Problem
 
 
@@ -62,36 +62,6 @@ class Method(Protocol):
             seed: the only source of randomness.
         """
         ...
-
-
-class CotangentState(ABC):
-    """A state whose update is a sum of rows, d = Σ_nq c_nq J_nᵀv_nq.
-
-    No λ needs a pass through the model.
-
-    Args:
-        problem: the model on its batch.
-        vectors: v in float64, shape ``(N, Q, *positions, C)``.
-        largest_curvature: see `State`.
-    """
-
-    def __init__(self, problem: Problem, vectors: Tensor, largest_curvature: float) -> None:
-        self.problem = problem
-        self.vectors = vectors
-        self.largest_curvature = largest_curvature
-
-    @abstractmethod
-    def coefficients(self, dampings: Tensor) -> Tensor:
-        """The coefficients c of every λ: shape ``(L, N, Q)``, float64."""
-
-    def direction(self, damping: float) -> Tensor:
-        """The update d(λ), by one backward pass."""
-        return self.updates([damping]).direction(0)
-
-    def updates(self, dampings: Sequence[float]) -> Updates:
-        """The updates of every λ, as coefficients."""
-        coefficients = self.coefficients(as_tensor(self.problem, dampings))
-        return CotangentUpdates(self.problem, self.vectors, coefficients)
 
 
 class ParameterState(ABC):

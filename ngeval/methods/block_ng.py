@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngeval.curvature.fisher_blocks import FisherBlocks
+from ngeval.curvature.fisher_blocks import FisherBlocks, fisher_blocks
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.methods.base import State
@@ -32,10 +32,9 @@ class BlockNaturalGradient:
         Raises:
             EngineError: a layer has more than 6000 parameters while the batch has more than 6000
                 outputs, or the blocks do not fit in the memory budget.
-            NumericalError: a label's probability underflows, so r is infinite.
         """
         counts = {name: p.numel() for name, p in problem.function.parameters.items()}
-        return BlockState(kernel.once(FisherBlocks, tuple(make_groups(counts, "layer"))))
+        return BlockState(fisher_blocks(kernel, make_groups(counts, "layer")))
 
 
 class BlockState(State):

@@ -1,8 +1,9 @@
 """``ef`` and ``ief``: the empirical Fisher and its improved form, exact on the batch.
 
-Both are Gᵀ(K + λI)⁻¹b. By the Woodbury identity EF's (GᵀG + λI)⁻¹g has b = 1; iEF has
-b_n = s_n = ‖u_n‖². At λ → 0 with K invertible the step −η d changes the loss of sample n by −η b_n
-to first order: by the same amount for all samples with EF, in proportion to ‖u_n‖² with iEF.
+Both are Gᵀ(K + λI)⁻¹b with K = GGᵀ, the ridge regression of b on the per-sample gradients. By the
+Woodbury identity EF's (GᵀG + λI)⁻¹g has b = 1; iEF has b_n = s_n = ‖u_n‖². At λ → 0 with K
+invertible the step −η d changes the loss of sample n by −η b_n to first order: by the same amount
+for all samples with EF, in proportion to ‖u_n‖² with iEF.
 Source: Wu et al., "An improved empirical Fisher approximation for natural gradient descent"
 (arXiv 2406.06420).
 """
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.updates import CotangentUpdates, Updates, as_tensor
-from ngeval.methods.base import CotangentState
+from ngeval.curvature.row_space import RowSpace
+from ngeval.curvature.row_svd import RowSvd
+from ngeval.curvature.updates import SpaceUpdates, Updates
+from ngeval.methods.base import State
 from ngeval.problem.problem import Problem
 
 
@@ -34,29 +37,36 @@ class EmpiricalFisher:
         return cls(name, improved=name == "ief")
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> EmpiricalState:
-        """Factor K."""
-        squares = problem.residual.square().flatten(1).sum(1)
-        right = squares if self.improved else torch.ones_like(squares)
-        return EmpiricalState(problem, kernel, right)
+        """Factor G."""
+        size = float(problem.residual.abs().max()) if self.improved else 1.0
+        size = size if size > 0 else 1.0
+        squares = (problem.residual / size).square().flatten(1).sum(1)
+        target = squares if self.improved else torch.ones_like(squares)
+        space = kernel.space(kernel.residual_vectors)
+        return EmpiricalState(space, kernel.gradients, target, size**2)
 
 
-class EmpiricalState(CotangentState):
-    """Rows g_n = J_nᵀu_n with coefficients c = (K + λI)⁻¹b."""
+class EmpiricalState(State):
+    """The ridge regression of ``size`` · ``target`` on the per-sample gradients."""
 
-    def __init__(self, problem: Problem, kernel: Kernel, right: Tensor) -> None:
-        self.spectrum = kernel.gradient_spectrum
-        super().__init__(problem, kernel.residual_vectors, self.spectrum.largest)
-        self.right = right
+    def __init__(self, space: RowSpace, gradients: RowSvd, target: Tensor, size: float) -> None:
+        self.space = space
+        self.gradients = gradients
+        self.target = target
+        self.size = size
+
+    @property
+    def largest_curvature(self) -> float:
+        return self.gradients.largest
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        """The updates of every λ, with dᵀg = 1ᵀK(K + λI)⁻¹b.
+        """The updates of every λ, with dᵀg = Σ_n g_n·d.
 
-        Late in training, samples that the model fits well have huge coefficients, and dᵀg from the
-        tangent would be a difference of numbers that are orders of magnitude larger.
+        Late in training the tangents of samples that the model fits well are huge, and dᵀg from
+        them would be a difference of numbers that are orders of magnitude larger.
         """
-        lambdas = as_tensor(self.problem, dampings)
-        decrease = self.spectrum.image(self.right, lambdas).sum(1)
-        return CotangentUpdates(self.problem, self.vectors, self.coefficients(lambdas), decrease)
-
-    def coefficients(self, dampings: Tensor) -> Tensor:
-        return self.spectrum.solve(self.right, dampings).unsqueeze(2)
+        solved = [self.gradients.ridge(self.target, damping) for damping in dampings]
+        coordinates = torch.stack([solution.vector for solution in solved])
+        sizes = coordinates.new_tensor([solution.size * self.size for solution in solved])
+        decrease = coordinates.new_tensor([solution.row_sum for solution in solved])
+        return SpaceUpdates(self.space, coordinates, sizes, decrease)

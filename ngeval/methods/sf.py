@@ -6,19 +6,24 @@ F̂ = (1/k) ĜᵀĜ with kN rows ĝ = J_nᵀû; d = (F̂ + λI)⁻¹g, by the Wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.logit_kernel import DenseKernel, LogitKernel
-from ngeval.curvature.spectrum import Spectrum
+from ngeval.curvature.row_space import EPSILON, RowSpace
+from ngeval.curvature.row_svd import RowSvd, unit_vector
+from ngeval.curvature.updates import SpaceUpdates, Updates
 from ngeval.errors import EngineError
-from ngeval.methods.base import CotangentState
+from ngeval.methods.base import State
 from ngeval.methods.label_sources import parse_draws, sampled_residuals
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
+
+ROUNDING = 30 * EPSILON
+"""Of a sum of per-sample gradients, relative to the sum of their lengths."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,12 @@ class SampledFisher:
         return cls(name, parse_draws(name, parameter or "1"))
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> SampledState:
-        """Draw the labels and factor ĜĜᵀ."""
-        return SampledState(problem, kernel.theta, self.vectors(problem, seed))
+        """Draw the labels and factor Ĝ."""
+        vectors = self.vectors(problem, seed)
+        space = kernel.space(vectors)
+        gradient = space.rows(vectors[:, :1])
+        sampled = space.rows(vectors[:, 1:]) / self.mc_samples**0.5
+        return SampledState(space, RowSvd.of(sampled), gradient)
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
@@ -57,34 +66,39 @@ class SampledFisher:
         return torch.cat([problem.residual.unsqueeze(1), sampled], 1)
 
 
-class SampledState(CotangentState):
-    """d = (g − Σ_nk c_nk ĝ_nk)/λ with c = (ĜĜᵀ + kλI)⁻¹Ĝg, from `SampledFisher.vectors`."""
+class SampledState(State):
+    """d = (ĜᵀĜ/k + λI)⁻¹g in the coordinates of a space.
 
-    def __init__(self, problem: Problem, theta: LogitKernel, vectors: Tensor) -> None:
-        size = vectors.shape[1]
-        self.mc_samples = size - 1
-        # The inner products of every sampled gradient with the true and the sampled ones.
-        products = theta.gram(vectors).unflatten(0, (-1, size))[:, 1:].unflatten(2, (-1, size))
-        self.right = products[..., 0].sum(2).flatten()  # Ĝg
-        if isinstance(theta, DenseKernel):
-            self.spectrum = theta.spectrum(vectors[:, 1:], self.right)
-        else:
-            square = products[..., 1:].flatten(2).flatten(0, 1)
-            self.spectrum = Spectrum.of_gram(square, problem.function.row_epsilon, self.right)
-        super().__init__(problem, vectors, self.spectrum.largest / self.mc_samples)
+    In the range of F̂ that is V(Σ² + λ)⁻¹Vᵀg, and outside of it g/λ: no difference of large numbers
+    is formed, however small λ is.
+    """
 
-    def coefficients(self, dampings: Tensor) -> Tensor:
-        """The coefficients of g_n and of ĝ_nk; λ = 0 is the pseudo-inverse."""
-        draws = self.mc_samples
-        zero = dampings == 0
-        scale = torch.where(zero, 1.0, dampings).reshape(-1, 1, 1)
-        solved = self.spectrum.solve(self.right, draws * dampings).unflatten(1, (-1, draws))
-        damped = torch.cat([torch.ones_like(solved[..., :1]), -solved], 2) / scale
-        return torch.where(zero.reshape(-1, 1, 1), self._pseudo_inverse(), damped)
+    def __init__(self, space: RowSpace, sampled: RowSvd, gradients: Tensor) -> None:
+        self.space = space
+        self.sampled = sampled
+        self.gradient = gradients.sum(0)
+        outside = self.gradient
+        for _ in range(2):  # the second projection removes the rounding of the first
+            outside = outside - sampled.right @ (sampled.right.T @ outside)
+        # As much is the rounding of a sum of gradients, and not a part of g.
+        rounding = ROUNDING * float(gradients.norm(dim=1).sum())
+        self.outside = outside if float(outside.norm()) > rounding else 0 * outside
 
-    def _pseudo_inverse(self) -> Tensor:
-        """The coefficients of F̂⁺g = k Ĝᵀ(ĜĜᵀ)⁺²Ĝg."""
-        at_zero = torch.zeros(1, dtype=torch.float64, device=self.right.device)
-        once = self.spectrum.solve(self.right, at_zero)[0]
-        twice = self.spectrum.solve(once, at_zero).unflatten(1, (-1, self.mc_samples))
-        return self.mc_samples * torch.cat([torch.zeros_like(twice[..., :1]), twice], 2)
+    @property
+    def largest_curvature(self) -> float:
+        return self.sampled.largest
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        solved = [self._solve(damping) for damping in dampings]
+        coordinates = torch.stack([y for y, _ in solved])
+        sizes = coordinates.new_tensor([size for _, size in solved])
+        return SpaceUpdates(self.space, coordinates, sizes, coordinates @ self.gradient)
+
+    def _solve(self, damping: float) -> tuple[Tensor, float]:
+        svd = self.sampled.at(damping)
+        inside = self.sampled.damped(svd.right.T @ self.gradient, damping)
+        if damping == 0 or not bool(self.outside.any()):
+            return inside.vector, inside.size
+        # λd, whose parts are at most as long as g.
+        y, length = unit_vector(inside.vector * (inside.size * damping) + self.outside)
+        return y, length / damping

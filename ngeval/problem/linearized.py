@@ -8,7 +8,8 @@ have the model's own dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from copy import copy
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +79,24 @@ class Linearized:
         self.function = rows.function
         self.fisher_diagonal: Tensor | None = None
         self._gradient: Tensor | None = None
+
+    def with_noise(self, noise: float, generator: torch.Generator) -> Self:
+        """The same problem with its logits changed at their rounding; equal samples stay equal.
+
+        Args:
+            noise: relative to the largest logit of each sample.
+            generator: of the noise, on the CPU.
+        """
+        flat = self.outputs.flatten(1)
+        _, places = torch.unique(flat, dim=0, return_inverse=True)
+        change = torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(flat)[places]
+        other = copy(self)
+        changed = flat + noise * flat.abs().amax(1, keepdim=True) * change
+        other.outputs = changed.reshape_as(self.outputs)
+        other.distribution = self.likelihood.bind(other.outputs, self.distribution.targets)
+        other.residual = other.distribution.residual()
+        other._gradient = other.fisher_diagonal = None
+        return other
 
     def one_pass(self) -> OnePass | None:
         """A recorded forward pass of the batch, for callers that take rows and an update from it.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,17 +46,18 @@ class Chunk:
     residual: Tensor
 
 
-@dataclass(frozen=True)
-class Forms:
-    """Sums over all samples, for k directions bⱼ.
+class Forms(NamedTuple):
+    """Sums over all samples, for L updates d_l.
 
     Attributes:
-        curvature: bᵢᵀF bⱼ, float64, shape ``(k, k)``.
-        decrease: bⱼᵀg, float64, shape ``(k,)``.
+        curvature: d_iᵀF d_j, float64, shape ``(L, L)``.
+        decrease: d_jᵀg, float64, shape ``(L,)``.
+        absolute: the sum of the sizes of the terms of d_jᵀg, by which its rounding grows.
     """
 
     curvature: Tensor
     decrease: Tensor
+    absolute: Tensor
 
 
 @dataclass(frozen=True)
@@ -148,37 +149,49 @@ class Metric:
             shards.check_same({"the metric's batches": self._seen})
         return total
 
-    def forms(self, directions: Tensor) -> Forms:
-        """The Fisher's and the gradient's products with k directions.
+    def forms(self, directions: Tensor, coefficients: Tensor | None = None) -> Forms:
+        """The Fisher's and the gradient's products with L updates d_l = Σ_j a_lj b_j.
+
+        Only the k directions b are pushed through the model. The tangents are combined before
+        they are multiplied, since products of the b would lose the digits of small d_lᵀFd_l.
 
         Args:
-            directions: B in the model's dtype, shape ``(k, P)``.
+            directions: b in the model's dtype, shape ``(k, P)``.
+            coefficients: a, float64, shape ``(L, k)``; None for the directions themselves.
         """
+        if coefficients is None:
+            coefficients = torch.eye(len(directions), dtype=torch.float64, device=directions.device)
         memory = self.problem.rows.memory
         return Forms(
-            *self.summed(lambda: halving(lambda some: self._forms(directions, some), memory))
+            *self.summed(
+                lambda: halving(lambda some: self._forms(directions, coefficients, some), memory)
+            )
         )
 
-    def _forms(self, directions: Tensor, memory: int) -> tuple[Tensor, Tensor]:
-        count, device = len(directions), directions.device
-        curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
-        decrease = torch.zeros(count, dtype=torch.float64, device=device)
+    def _forms(
+        self, directions: Tensor, coefficients: Tensor, memory: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (updates, count), device = coefficients.shape, directions.device
+        curvature = torch.zeros(updates, updates, dtype=torch.float64, device=device)
+        decrease, absolute = torch.zeros(2, updates, dtype=torch.float64, device=device)
         step = chunk_sizes(1, count, self.problem.rows.sample_bytes, memory)[1]
         weights = self.problem.num_parameters * self.problem.dtype.itemsize
-        for chunk in self.chunks(count, memory):
+        for chunk in self.chunks(updates + min(count, step), memory):
             passed = chunk.function.num_samples * self.problem.rows.sample_bytes
             step = min(step, max(1, TANGENT_BYTES // max(1, passed)))
             if weights > passed:  # the tangents of weights would be copied for each direction
                 step = 1
-            parts = []
+            tangents = torch.zeros(updates, *chunk.residual.shape, dtype=torch.float64)
+            tangents = tangents.to(device)
             for chosen in slices(count, step):
-                tangents = push_directions(chunk.function, directions[chosen])
-                decrease[chosen] += (chunk.residual * tangents).flatten(1).sum(1)
-                whitened = chunk.distribution.factor_transpose_product(tangents)
-                parts.append(whitened.flatten(1))
-            whole = torch.cat(parts)
-            curvature += whole @ whole.T
-        return curvature, decrease
+                pushed = push_directions(chunk.function, directions[chosen])
+                tangents += torch.tensordot(coefficients[:, chosen], pushed, 1)
+            terms = (chunk.residual * tangents).flatten(1)
+            decrease += terms.sum(1)
+            absolute += terms.abs().sum(1)
+            whitened = chunk.distribution.factor_transpose_product(tangents).flatten(1)
+            curvature += whitened @ whitened.T
+        return curvature, decrease, absolute
 
     def chunks(self, num_directions: int, memory: int | None = None) -> Iterator[Chunk]:
         """This rank's samples, as many at a time as fit beside that many tangents."""

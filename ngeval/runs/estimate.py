@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from ngeval.curvature.logit_kernel import (
-    GramKernel,
-    JacobianKernel,
-    MatrixFreeKernel,
-    StripKernel,
+from ngeval.curvature.row_space import (
+    GramSpace,
+    JacobianSpace,
+    MatrixFree,
+    Strips,
     choose_form,
 )
 from ngeval.errors import EngineError
@@ -52,10 +52,10 @@ def memory_note(sizes: Sizes, budget: int, *, exact: bool, pushes: int) -> str:
         return f"{head}; methods that need the logit kernel will fail: {error}"
     # The sizes by which `choose_form` decides: of what is kept and of its factorisation.
     part, count = {
-        JacobianKernel: ("J", 32 * rows * parameters),
-        GramKernel: ("Θ", 40 * rows**2),
-        StripKernel: ("products of Θ", 8 * rows * (4 * samples + 100)),
-        MatrixFreeKernel: ("Gram matrices of its rows", 40 * samples**2),
+        JacobianSpace: ("J", 32 * rows * parameters),
+        GramSpace: ("Θ", 40 * rows**2),
+        Strips: ("products of Θ", 8 * rows * (4 * samples + 100)),
+        MatrixFree: ("Gram matrices of its rows", 40 * samples**2),
     }[form]
     amount = f"about {describe_bytes(count)} of {describe_bytes(budget)}"
     return f"{head}; it keeps {part}, which takes {amount}"

@@ -1,0 +1,253 @@
+"""Factor once, solve for every λ: the singular values of a matrix of rows.
+
+Rows may differ in length by hundreds of orders of magnitude (the gradients of learnt and unlearnt
+samples do). A one-sided Jacobi method keeps every row's digits (Demmel et al., "Computing the
+singular value decomposition with high relative accuracy", 1999), so that no direction has to be
+left out at λ > 0. Only λ = 0 asks for a rank: that of the rows scaled to unit length.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy
+import threadpoolctl
+import torch
+from torch import Tensor
+
+from ngeval.errors import NumericalError
+from ngeval.model.checks import is_finite
+
+JACOBI_SIZE = 1000
+"""Up to this number of rows or columns every row keeps its digits; more are decomposed by divide
+and conquer, which keeps digits relative to the largest row."""
+
+RANK = 10
+"""At λ = 0 a row is left out where less than this many n·ε of its length remains after the rows
+before it have been projected out."""
+
+
+@dataclass(frozen=True)
+class RowSvd:
+    """A matrix of rows A = U diag(σ) Vᵀ with its scale taken out: A = scale · U diag(σ) Vᵀ.
+
+    Attributes:
+        rows: A / scale, float64, shape ``(n, r)``.
+        scale: the largest entry of A in size (1 for the zero matrix).
+        left: U, orthonormal columns, shape ``(n, k)``.
+        singular: σ > 0, shape ``(k,)``.
+        right: V, orthonormal columns, shape ``(r, k)``.
+    """
+
+    rows: Tensor
+    scale: float
+    left: Tensor
+    singular: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> RowSvd:
+        """Factor rows, float64, shape ``(n, r)``.
+
+        Raises:
+            NumericalError: rows have NaN or infinite entries.
+        """
+        check_products(rows)
+        scale = float(rows.abs().max()) if rows.numel() else 0.0
+        scale = scale if scale > 0 else 1.0
+        unit = rows / scale
+        return cls(unit, scale, *graded_svd(unit))
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue of AAᵀ, 0 for the zero matrix."""
+        return float((self.scale * self.singular.max()) ** 2) if self.singular.numel() else 0.0
+
+    @cached_property
+    def at_zero(self) -> RowSvd:
+        """The factorisation for λ = 0: rows that the others span to rounding are projected on them.
+
+        Its rank is that of the rows scaled to unit length, by a pivoted QR factorisation.
+        """
+        lengths = self.rows.norm(dim=1)
+        unit = self.rows / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
+        with one_thread():
+            basis, upper, pivots = scipy.linalg.qr(
+                unit.T.cpu().numpy(), mode="economic", pivoting=True
+            )
+        cutoff = RANK * len(unit) * np.finfo(np.float64).eps
+        rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+        lower = np.zeros((len(unit), rank))
+        lower[pivots] = upper[:rank].T
+        kept = lengths.unsqueeze(1) * torch.from_numpy(lower).to(self.rows)
+        left, singular, right = graded_svd(kept)
+        right = torch.from_numpy(basis[:, :rank]).to(self.rows) @ right
+        return RowSvd(kept, self.scale, left, singular, right)
+
+    def at(self, damping: float) -> RowSvd:
+        """The factorisation that λ is solved with."""
+        return self if damping > 0 else self.at_zero
+
+    @property
+    def rank(self) -> int:
+        """The number of singular values."""
+        return len(self.singular)
+
+    def ridge(self, target: Tensor, damping: float) -> Solution:
+        """Aᵀ(AAᵀ + λI)⁻¹b.
+
+        Args:
+            target: b, shape ``(n,)``.
+            damping: λ ≥ 0; 0 is the pseudo-inverse, of `at_zero`.
+        """
+        svd = self.at(damping)
+        return svd._solution(svd.singular * (svd.left.T @ target), damping, 1.0)
+
+    def damped(self, coefficients: Tensor, damping: float) -> Solution:
+        """V(Σ² + λI)⁻¹c: (AᵀA + λI)⁻¹g for a g = Vc in the range of Aᵀ.
+
+        Args:
+            coefficients: c, shape ``(k,)``, of the factorisation `at` λ.
+            damping: λ ≥ 0.
+        """
+        svd = self.at(damping)
+        return svd._solution(coefficients, damping, 1 / svd.scale)
+
+    def gradient_coefficients(self, gradients: Tensor, right: Tensor | None) -> Tensor:
+        """C = Vᵀg of a gradient g = Aᵀr, each entry by the more precise of two ways.
+
+        As Vᵀg it loses digits where σ_j is so small that the rounding of g hides it; as σ_j u_jᵀr
+        where an entry of r is huge, as that of an improbable label is. The bounds on the rounding
+        of both sums decide.
+
+        Args:
+            gradients: the rows that add up to g, shape ``(n, r)``.
+            right: r, shape ``(m,)`` for A of m rows; None if it is not known.
+        """
+        direct = self.right.T @ gradients.sum(0)
+        if right is None:
+            return direct
+        direct_bound = self.right.abs().T @ gradients.abs().sum(0)
+        sizes = self.scale * self.singular
+        bound = sizes * (self.left.abs().T @ right.abs())
+        return torch.where(bound < direct_bound, sizes * (self.left.T @ right), direct)
+
+    def _solution(self, numerator: Tensor, damping: float, size: float) -> Solution:
+        """V diag(1/(σ² + λ/scale²)) c · size/scale, in a form that neither over- nor underflows."""
+        squares = self.singular.square()
+        relative = damping / self.scale / self.scale
+        if relative <= 1:
+            quotient, size = numerator / (squares + relative), size / self.scale
+        else:
+            inverse = self.scale / damping * self.scale
+            quotient, size = numerator / (squares * inverse + 1), size * (self.scale / damping)
+        unit, length = unit_vector(quotient)
+        return Solution(self, unit, length * size)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A vector size · V c in the range of Aᵀ.
+
+    Attributes:
+        svd: the factorisation.
+        coefficients: c of length 1, or 0, shape ``(k,)``.
+        size: its length, which can leave float64's range.
+    """
+
+    svd: RowSvd
+    coefficients: Tensor
+    size: float
+
+    @property
+    def vector(self) -> Tensor:
+        """Vc, shape ``(r,)``."""
+        return self.svd.right @ self.coefficients
+
+    @property
+    def row_sum(self) -> float:
+        """Σ_n a_n·Vc over the rows a_n of A."""
+        sums = self.svd.left.sum(0) * self.svd.singular
+        return self.svd.scale * float(sums @ self.coefficients)
+
+    @property
+    def curvature(self) -> float:
+        """‖AVc‖."""
+        return self.svd.scale * float((self.svd.singular * self.coefficients).norm())
+
+
+def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ and V of rows whose entries are at most 1 in size; only σ > 0."""
+    if max(rows.shape) > JACOBI_SIZE and min(rows.shape) > JACOBI_SIZE // 2:
+        left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+        parts = left, singular, right.T
+    else:
+        parts = tuple(  # type: ignore[assignment]
+            torch.from_numpy(part).to(rows) for part in _jacobi(rows.cpu().numpy())
+        )
+    left, singular, right = parts
+    kept = singular > 0
+    return left[:, kept], singular[kept], right[:, kept]
+
+
+def _jacobi(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By LAPACK's preconditioned Jacobi method, for which the rows are columns."""
+    count, width = rows.shape
+    if not rows.any():
+        return np.zeros((count, 0)), np.zeros(0), np.zeros((width, 0))
+    with one_thread():
+        if count <= width:
+            right, singular, left = _columns(rows.T)
+            return left, singular, right
+        # More rows than columns: a QR factorisation of the rows in the order of their sizes, with
+        # pivoting, keeps the digits of each (Cox and Higham, 1998).
+        order = np.argsort(-np.abs(rows).max(1), kind="stable")
+        basis, upper, pivots = scipy.linalg.qr(rows[order], mode="economic", pivoting=True)
+        inner, singular, outer = _columns(upper.T)
+        left, right = np.empty((count, len(singular))), np.empty((width, len(singular)))
+        left[order] = basis @ outer
+        right[pivots] = inner
+        return left, singular, right
+
+
+def _columns(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    values, left, right, work, _, info = scipy.linalg.lapack.dgejsv(
+        np.asfortranarray(matrix), joba=0, jobu=0, jobv=0
+    )
+    if info != 0:
+        raise NumericalError(f"the singular value decomposition did not converge (info {info})")
+    return left[:, : len(values)], values * (work[0] / work[1]), right
+
+
+def unit_vector(vector: Tensor) -> tuple[Tensor, float]:
+    """A vector of length 1, or 0, and the length."""
+    size = float(vector.abs().max()) if vector.numel() else 0.0
+    if size == 0 or not np.isfinite(size):
+        return vector, 1.0
+    scaled = vector / size
+    length = float(scaled.norm())
+    return scaled / length, length * size
+
+
+@functools.cache
+def _scipy_pools() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """One thread in scipy: its threads would spin on after a call, on cores that torch needs."""
+    limit: AbstractContextManager[object] = _scipy_pools().limit(limits=1)
+    return limit
+
+
+def check_products(tensor: Tensor) -> None:
+    """Raise if rows, or products of them, overflow."""
+    if not is_finite(tensor):
+        raise NumericalError(
+            "per-sample gradients overflow at these weights (NaN or infinite inner products); "
+            "try dtype=torch.float64"
+        )

@@ -1,0 +1,100 @@
+"""The error of γ by rounding, measured: everything again with rows and logits changed at theirs.
+
+An update made of rows is the solution of a linear system, and how far rounding moves it depends on
+λ and on the rows. No bound says that as well as solving again from rows that differ by their
+rounding. What is sensitive to rounding is thereby found, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.natural_gradient import DenseSolver
+from ngeval.curvature.updates import SpaceUpdates
+from ngeval.grading.grade import Grades, grade
+from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
+from ngeval.methods import Method
+from ngeval.problem.metric_batch import Metric
+
+PERTURBATIONS = 2
+"""How often everything is computed again."""
+
+NOISE = 4
+"""The rounding of a row or a logit, in units of the machine epsilon of the problem's dtype."""
+
+SAFETY = 3
+"""The error is the largest change times this, as few random changes may miss the worst."""
+
+
+class Perturbations:
+    """The same problem with its rows and logits changed at their rounding, a few times."""
+
+    def __init__(self, kernel: Kernel, seed: int, metric: Metric | None) -> None:
+        self.kernel = kernel
+        self.seed = seed
+        self.metric = metric
+
+    @cached_property
+    def kernels(self) -> list[Kernel]:
+        """The kernels of the changed problems."""
+        noise = NOISE * torch.finfo(self.kernel.problem.dtype).eps
+        return [self.kernel.perturbed(noise, seed) for seed in range(PERTURBATIONS)]
+
+    def grades(self, method: Method, prepared: Prepared, grades: Grades) -> Grades:
+        """Grades with the errors of the update added to those of its grading.
+
+        An update that is not made of rows is taken as it is.
+
+        Args:
+            method: whose update.
+            prepared: on the problem as it is.
+            grades: of those updates.
+        """
+        if not isinstance(prepared.updates, SpaceUpdates):
+            return grades
+        dampings = [0.0 if math.isnan(value) else value for value in prepared.absolute]
+
+        def again(kernel: Kernel) -> Tensor:
+            updates = method.prepare(kernel.problem, kernel, self.seed).updates(dampings)
+            return grade(kernel, [updates], self.metric)[0].gammas
+
+        errors = grades.errors
+        for kernel in self.kernels:
+            gammas = attempt(kernel.problem.shards, lambda kernel=kernel: again(kernel))
+            if isinstance(gammas, Failure):
+                return grades._replace(errors=torch.full_like(errors, math.inf))
+            errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
+        return grades._replace(errors=errors)
+
+    def natural_errors(self, dampings: Sequence[float]) -> tuple[np.ndarray, float]:
+        """The relative errors of the exact natural gradient's γ at every λ, and of γ_min."""
+        exact = DenseSolver(self.kernel)
+        gammas, least = exact.bounds(dampings).lower, exact.gamma_min()
+        errors, least_error = np.full(len(gammas), 1e-15), 1e-15
+        for kernel in self.kernels:
+
+            def again(kernel: Kernel = kernel) -> tuple[np.ndarray, float]:
+                solver = DenseSolver(kernel)
+                return solver.bounds(dampings).lower, solver.gamma_min()
+
+            result = attempt(kernel.problem.shards, again, NUMERICAL)
+            if isinstance(result, Failure):
+                return np.full(len(gammas), math.inf), math.inf
+            with np.errstate(invalid="ignore", divide="ignore"):
+                errors = np.fmax(errors, SAFETY * np.abs(result[0] / gammas - 1))
+                least_error = np.fmax(least_error, SAFETY * abs(result[1] / least - 1))
+        return errors, float(least_error)
+
+
+def relative_change(values: Tensor, reference: Tensor) -> Tensor:
+    """|v/r − 1|, ∞ where only one of them is a number."""
+    change = (values / reference - 1).abs()
+    one_is_missing = torch.isfinite(values) != torch.isfinite(reference)
+    return torch.where(one_is_missing, math.inf, torch.nan_to_num(change, nan=0.0))
