@@ -65,7 +65,8 @@ OPTIONS: dict[type, dict[str, Any]] = {
             "splits every batch among all; auto: samples if there are fewer units than processes."
         ),
         "dtype": typer.Option(
-            help="Run the model in float32, float64 or bfloat16; default: as it is."
+            help="What the model is graded in: auto (float64 where affordable), model (its own "
+            "types), float64, float32 or bfloat16."
         ),
         "engine": typer.Option(help="auto, layers, vmap or loop."),
         "memory": typer.Option(help="To work in, e.g. 8GiB; default: four fifths of what is free."),

@@ -1,8 +1,8 @@
 """The exact Fisher's diagonal blocks F_ll, one for each group of parameters, factored.
 
-With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. Where J is kept, A_l itself is factored.
-Otherwise a group with more parameters than the batch has outputs is solved by A_lA_lᵀ, others by
-F_ll.
+With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. Where J is kept, A_l itself is
+factored. Otherwise a group with more parameters than the batch has outputs is solved by A_lA_lᵀ,
+others by F_ll.
 """
 
 from __future__ import annotations

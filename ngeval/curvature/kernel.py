@@ -97,9 +97,9 @@ class Kernel:
 
     @cached_property
     def _products(self) -> Products:
-        form = self.form
-        assert issubclass(form, Products)
-        return self.problem.shards.synchronized(lambda: form(self.problem))
+        form: Any = self.form
+        products: Products = self.problem.shards.synchronized(lambda: form(self.problem))
+        return products
 
     def space(self, vectors: Tensor) -> RowSpace:
         """A space that has the rows J_nᵀv_nq: that of all rows of J if it is kept.
@@ -115,6 +115,11 @@ class Kernel:
         span = self.problem.shards.synchronized(lambda: SpanSpace(self._products, vectors))
         self._spans.append(span)
         return span
+
+    def use_span(self, span: SpanSpace) -> None:
+        """Compute updates in this span alone, whatever form Θ would have."""
+        self.__dict__["form"] = type(span.products)
+        self._spans = [span]
 
     @cached_property
     def residual_vectors(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,10 +54,9 @@ class DenseSolver:
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """γ(λ) of every λ, as both of its bounds."""
-        updates = self.updates(dampings)
-        gammas = updates.curvature.sqrt() / updates.decrease
-        gammas = torch.where(updates.coordinates.any(1), gammas, math.inf).cpu().numpy()
-        return Bounds(gammas, gammas)
+        solved = [self.solve(damping) for damping in dampings]
+        gammas = [s.curvature / slope if slope > 0 else math.inf for s, slope in solved]
+        return Bounds(np.array(gammas), np.array(gammas))
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """(F + λI)⁻¹g for every λ."""

@@ -202,8 +202,7 @@ class Strips(Products):
             strips = self.jacobian.products(vectors[:, missing].flatten(2))
             split = strips.unflatten(1, (-1, len(missing)))
             self._strips += [(vectors[:, q], split[..., i]) for i, q in enumerate(missing)]
-        strips = [strip for vector in vectors.unbind(1) for strip in known(vector)]
-        return torch.stack(strips, 2).flatten(1)
+        return torch.stack([s for vector in vectors.unbind(1) for s in known(vector)], 2).flatten(1)
 
     def gram(self, vectors: Tensor) -> Tensor:
         strip = self._strip(vectors).unflatten(0, self.shape)
@@ -258,7 +257,8 @@ class SpanSpace(RowSpace):
         if columns is None:
             raise EngineError("these rows are not in the span that the space was made for")
         split = self.lower.unflatten(0, (-1, self.vectors.shape[1]))
-        return split[:, columns].flatten(0, 1)
+        rows: Tensor = split[:, columns].flatten(0, 1)
+        return rows
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows in d = Σ_nq c_nq J_nᵀv_nq, shape ``(L, N·Q)``."""
@@ -334,7 +334,8 @@ def _noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tenso
     change = torch.randn(gram.shape, generator=generator, dtype=gram.dtype).to(gram)
     change = change[places][:, places]
     change = (change + change.T) * noise / 2**0.5
-    return gram + change * lengths * lengths.unsqueeze(1)
+    noisy: Tensor = gram + change * lengths * lengths.unsqueeze(1)
+    return noisy
 
 
 def choose_form(

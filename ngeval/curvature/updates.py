@@ -36,14 +36,14 @@ class SpaceUpdates(Updates):
         space: the span of the rows.
         coordinates: y of length 1, or 0, float64, shape ``(L, r)``.
         sizes: ‖d‖, shape ``(L,)``; it can leave float64's range where γ does not.
-        decrease: gᵀQᵀy, shape ``(L,)``, where a method knows it better than from tangents.
-        curvature: ‖SᵀJ Qᵀy‖², likewise.
+        decrease: gᵀQᵀy, shape ``(L,)``, which loses digits where it is computed from tangents.
+        curvature: ‖SᵀJ Qᵀy‖², likewise, where the method has it.
     """
 
     space: RowSpace
     coordinates: Tensor
     sizes: Tensor
-    decrease: Tensor | None = None
+    decrease: Tensor
     curvature: Tensor | None = None
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Perturbations:
 
         errors = grades.errors
         for kernel in self.kernels:
-            gammas = attempt(kernel.problem.shards, lambda kernel=kernel: again(kernel))
+            gammas = attempt(kernel.problem.shards, partial(again, kernel))
             if isinstance(gammas, Failure):
                 return grades._replace(errors=torch.full_like(errors, math.inf))
             errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))

@@ -198,6 +198,7 @@ def _check_limits(gap: float, max_iterations: int) -> None:
 
 
 Outcome = tuple[Prepared, Grades] | Failure
+_Status = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,9 @@ def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> 
         updates = [prepared[i].updates for i in group]
         result = attempt(shards, partial(grade, kernel, updates, request.metric))
         for place, i in enumerate(group):
-            outcomes[i] = result
-            if not isinstance(result, Failure):
+            if isinstance(result, Failure):
+                outcomes[i] = result
+            else:
                 grades = request.perturbations.grades(methods[i], prepared[i], result[place])
                 outcomes[i] = prepared[i], grades
             done(methods[i].name)
@@ -264,44 +266,31 @@ def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str,
     prepared, grades = outcome
     tensors = (grades.gammas, grades.errors, grades.decrease, grades.curvature, grades.norms)
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
-    status, reason = _statuses(*numbers[:3], numbers[4], request.tolerance)
-    if prepared.remarks:
-        reason = [f"{text}; {prepared.remarks}" if text else prepared.remarks for text in reason]
+    gammas, errors, slopes, _, norms = numbers
+    pairs = [
+        _status(*row, request.tolerance) for row in zip(gammas, errors, slopes, norms, strict=True)
+    ]
+    reasons = ["; ".join(filter(None, (reason, prepared.remarks))) for _, reason in pairs]
     return {
         **columns,
         "damping_absolute": np.array(prepared.absolute),
         **dict(zip(NUMBERS, numbers, strict=True)),
         "coverage": np.full(count, prepared.coverage),
-        "status": np.array(status, object),
-        "reason": np.array(reason, object),
+        "status": np.array([status for status, _ in pairs], object),
+        "reason": np.array(reasons, object),
     }
 
 
-def _statuses(
-    gammas: np.ndarray,
-    errors: np.ndarray,
-    decrease: np.ndarray,
-    norms: np.ndarray,
-    tolerance: float,
-) -> tuple[list[str], list[str]]:
-    """Status and reason of each λ."""
-    status, reason = [], []
-    for gamma, error, slope, norm in zip(gammas, errors, decrease, norms, strict=True):
-        if not math.isfinite(gamma):
-            status.append("undefined")
-            reason.append("the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite")
-        elif not error <= tolerance:
-            status.append("uncertain")
-            reason.append(
-                f"rounding may change γ by {error:.1e} of itself; a larger λ or dtype=float64 helps"
-            )
-        elif slope < 0:
-            status.append("ascent")
-            reason.append("dᵀg < 0: a step along −d increases the loss")
-        else:
-            status.append("ok")
-            reason.append("")
-    return status, reason
+def _status(gamma: float, error: float, slope: float, norm: float, tolerance: float) -> _Status:
+    if not math.isfinite(gamma):
+        reason = "the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite"
+        return "undefined", reason
+    if not error <= tolerance:
+        advice = "a larger λ or dtype=float64 helps"
+        return "uncertain", f"rounding may change γ by {error:.1e} of itself; {advice}"
+    if slope < 0:
+        return "ascent", "dᵀg < 0: a step along −d increases the loss"
+    return "ok", ""
 
 
 def _other_columns(

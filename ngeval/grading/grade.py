@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -104,20 +103,10 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
 
 def _by_tangents(problem: Problem, tangents: Tensor, updates: SpaceUpdates) -> Grades:
     """With the tangents of the unit vectors, and what the method knows better."""
-    forms = quadratics(problem, tangents)
-    terms = (problem.residual * tangents).flatten(1)
-    return _known(forms.curvature, forms.decrease, terms.abs().sum(1), updates)
-
-
-def _known(
-    curvature: Tensor, decrease: Tensor, absolute: Tensor | float, updates: SpaceUpdates
-) -> Grades:
-    """Grades with the forms that the method has computed more precisely than from tangents."""
-    if updates.curvature is not None:
-        curvature = updates.curvature
-    if updates.decrease is not None:
-        decrease, absolute = updates.decrease, 0.0
-    return Grades.of_unit(curvature, decrease, absolute, updates.sizes)
+    curvature = updates.curvature
+    if curvature is None:
+        curvature = quadratics(problem, tangents).curvature
+    return Grades.of_unit(curvature, updates.decrease, 0.0, updates.sizes)
 
 
 def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> list[Grades]:
@@ -146,8 +135,11 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     grades = []
     parts = [column.split(sizes) for column in forms]
     for member, curvature, decrease, absolute in zip(members, *parts, strict=True):
-        known = member if own else replace(member, decrease=None, curvature=None)
-        grades.append(_known(curvature, decrease, absolute, known))
+        if own:
+            known = curvature if member.curvature is None else member.curvature
+            grades.append(Grades.of_unit(known, member.decrease, 0.0, member.sizes))
+        else:
+            grades.append(Grades.of_unit(curvature, decrease, absolute, member.sizes))
     return grades
 
 

@@ -17,8 +17,8 @@ from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_target
 class Categorical(Likelihood):
     """Softmax cross-entropy: p(y|z) = softmax(z)_y.
 
-    ℓ = −log p_y, u = p − e_y, H = diag(p) − ppᵀ, uᵀH⁺u = 1/p_y − 1. S has K − 1 columns that are not
-    0, as H has rank K − 1: with the classes in the order of falling p and q_k = Σ_{i≥k} p_i,
+    ℓ = −log p_y, u = p − e_y, H = diag(p) − ppᵀ, uᵀH⁺u = 1/p_y − 1. S has K − 1 columns that are
+    not 0, as H has rank K − 1: with classes in the order of falling p and q_k = Σ_{i≥k} p_i,
 
         (Sᵀt)_k = √(p_k q_{k+1}/q_k) (t_k − Σ_{i>k} p_i t_i / q_{k+1}),
 

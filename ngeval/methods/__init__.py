@@ -18,16 +18,15 @@ from ngeval.methods.registry import (
 from ngeval.utils.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
-    from ngeval.methods.base import CotangentState, Method, ParameterState, State
+    from ngeval.methods.base import Method, ParameterState, State
 
 __getattr__, __dir__ = _lazy_names(
     __name__,
-    {"ngeval.methods.base": ["CotangentState", "Method", "ParameterState", "State"]},
+    {"ngeval.methods.base": ["Method", "ParameterState", "State"]},
 )
 
 __all__ = [
     "METHODS",
-    "CotangentState",
     "Method",
     "MethodEntry",
     "ParameterState",

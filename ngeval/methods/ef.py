@@ -19,7 +19,7 @@ from torch import Tensor
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import RowSpace
 from ngeval.curvature.row_svd import RowSvd
-from ngeval.curvature.updates import SpaceUpdates, Updates
+from ngeval.curvature.updates import SpaceUpdates
 from ngeval.methods.base import State
 from ngeval.problem.problem import Problem
 
@@ -59,7 +59,7 @@ class EmpiricalState(State):
     def largest_curvature(self) -> float:
         return self.gradients.largest
 
-    def updates(self, dampings: Sequence[float]) -> Updates:
+    def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """The updates of every λ, with dᵀg = Σ_n g_n·d.
 
         Late in training the tangents of samples that the model fits well are huge, and dᵀg from

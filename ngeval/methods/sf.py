@@ -15,7 +15,7 @@ from torch import Tensor
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import EPSILON, RowSpace
 from ngeval.curvature.row_svd import RowSvd, unit_vector
-from ngeval.curvature.updates import SpaceUpdates, Updates
+from ngeval.curvature.updates import SpaceUpdates
 from ngeval.errors import EngineError
 from ngeval.methods.base import State
 from ngeval.methods.label_sources import parse_draws, sampled_residuals
@@ -88,7 +88,7 @@ class SampledState(State):
     def largest_curvature(self) -> float:
         return self.sampled.largest
 
-    def updates(self, dampings: Sequence[float]) -> Updates:
+    def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         solved = [self._solve(damping) for damping in dampings]
         coordinates = torch.stack([y for y, _ in solved])
         sizes = coordinates.new_tensor([size for _, size in solved])

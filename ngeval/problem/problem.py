@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ngeval.errors import InputError
+from ngeval.errors import EngineError, InputError, ModelError
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs
 from ngeval.model.directions import Direction
@@ -16,8 +16,9 @@ from ngeval.model.fsdp import split_parameters
 from ngeval.model.function import ModelFunction, unwrapped
 from ngeval.model.operations import OperationWatch
 from ngeval.model.outputs import Output
+from ngeval.model.precision import AUTO, MODEL, candidate_dtypes
 from ngeval.model.renewed import at_present
-from ngeval.model.sharding import Shards, shards_of
+from ngeval.model.sharding import shards_of
 from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma
 from ngeval.problem.linearized import Linearized
@@ -61,7 +62,7 @@ class Problem(Linearized):
         likelihood: str | Likelihood,
         *,
         output: Output = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str = AUTO,
         engine: str = "auto",
         memory: int | None = None,
         probes: bool = True,
@@ -79,7 +80,10 @@ class Problem(Linearized):
                 `Likelihood`.
             output: which of the model's outputs is z, if it returns several: a key or attribute
                 (``"logits"``), an index, or a function of what the model returns.
-            dtype: run the model in this dtype instead of its own, e.g. ``torch.float64``.
+            dtype: what the model is graded in. ``"auto"``: float64 where six copies of its
+                parameters fit in ``memory`` and the device computes in float64 at half the rate of
+                float32, and where the model's code accepts it; else its own types, with half
+                precision as float32. ``"model"``: its own types. Or a ``torch.dtype``.
             engine: ``"layers"`` (layer by layer), ``"vmap"`` (of the whole model), ``"loop"``, or
                 ``"auto"``: the first of these that passes its check on the model.
             memory: bytes to work in besides the model and one forward and backward pass; default:
@@ -100,9 +104,23 @@ class Problem(Linearized):
         shards = shards_of(group)
 
         def set_up() -> None:
-            function = _function(model, inputs, output, dtype, shards)
-            chain = Chain(engine, probes)
-            self._set_up(function, targets, get_likelihood(likelihood), chain, memory)
+            plain = unwrapped(model)
+            budget = free_memory(_device_of(plain)) if memory is None else memory
+            _check_memory(budget)
+            split = split_parameters(plain, shards)
+            candidates = candidate_dtypes(plain, MODEL if split else dtype, budget)
+            if split and dtype not in (AUTO, MODEL):
+                raise InputError("dtype= is not for models in parts: convert before fully_shard")
+            for candidate in candidates:
+                try:
+                    function = ModelFunction.of(plain, inputs, candidate, output, shards, split)
+                    chain = Chain(engine, probes)
+                    self._set_up(function, targets, get_likelihood(likelihood), chain, budget)
+                except (ModelError, EngineError):
+                    if candidate is candidates[-1]:
+                        raise
+                else:
+                    return
 
         with torch.inference_mode(False):  # tensors made here take part in backward passes
             shards.synchronized(set_up)
@@ -113,7 +131,7 @@ class Problem(Linearized):
         targets: Tensor,
         likelihood: Likelihood,
         chain: Chain,
-        memory: int | None,
+        memory: int,
     ) -> None:
         shards = function.shards
         options = (likelihood.name, chain.engine, function.cast, chain.probes)
@@ -125,12 +143,6 @@ class Problem(Linearized):
         super().__init__(function, likelihood, raw, targets)
         if chain.probes:
             check_repeatable(function, raw)
-        if memory is None:
-            memory = free_memory(function.device)
-        if not isinstance(memory, int) or memory <= 0:
-            raise InputError(
-                f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
-            )
         self._chain = chain
         self._inherited = False
         chain.choose(self, min(shards.gather(memory)), raw)  # the memory decides what is computed
@@ -176,8 +188,13 @@ class Problem(Linearized):
         planned = by_known_plan(self._chain, self, function, targets)
         problem = Problem.__new__(Problem)
         if planned is None:
-            function = _function(
-                function.model, inputs, function.output, function.cast, function.shards
+            function = ModelFunction.of(
+                function.model,
+                inputs,
+                function.cast,
+                function.output,
+                function.shards,
+                function.split,
             )
             problem._set_up(function, targets, self.likelihood, self._chain, self.rows.memory)
             return problem
@@ -221,8 +238,6 @@ class Problem(Linearized):
         inner = self.function.inner_epsilon
         if inner > torch.finfo(self.function.dtype).eps:
             notes.append(f"the model's own code rounds to {inner:.1e}, coarser than its weights")
-        if self.function.dtype.itemsize < 4:
-            notes.append("directions that rows of this dtype span only to rounding are left out")
         if not self.function.forward_mode:
             notes.append("tangents by two backward passes (forward mode is missing or differs)")
         if self.rows.plan is not None and self.rows.plan.looped:
@@ -239,14 +254,12 @@ class Problem(Linearized):
         return gamma(self, direction)
 
 
-def _function(
-    model: nn.Module, inputs: Inputs, output: Output, dtype: torch.dtype | None, shards: Shards
-) -> ModelFunction:
-    """The model as a function of its trainable parameters on a batch."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
-    model = unwrapped(model)
-    split = split_parameters(model, shards)
-    if split and dtype is not None:
-        raise InputError("dtype= is not for models in parts: convert before fully_shard")
-    return ModelFunction.of(model, inputs, dtype, output, shards, split)
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_memory(memory: int) -> None:
+    if not isinstance(memory, int) or memory <= 0:
+        raise InputError(
+            f"memory must be a positive whole number of bytes (2**30 for 1 GiB), not {memory!r}"
+        )

@@ -370,6 +370,6 @@ def facts(run: Run, ranks: Ranks) -> dict[str, Any]:
         "likelihood": repr(run.task.resolved_likelihood()),
         "checkpoints": [checkpoint.name for checkpoint in run.checkpoints],
         **{name: getattr(run, name) for name in settings},
-        "dtype": "the model's" if run.dtype is None else str(run.dtype).removeprefix("torch."),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "ranks": ranks.count,
     }

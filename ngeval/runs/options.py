@@ -28,7 +28,7 @@ class RunOptions:
         more: further ones.
         shard: under torchrun, whether ``"units"`` or the ``"samples"`` of every unit are spread
             over the processes; ``"auto"``: samples if there are fewer units than processes.
-        dtype: the name of a type in `DTYPES`; None: the model's.
+        dtype: a name in `DTYPES`; see `ngeval.Problem`.
         memory: an amount to work in, such as ``"8GiB"``; None: four fifths of what is free.
     """
 
@@ -40,7 +40,7 @@ class RunOptions:
     seed: int = 0
     device: str = "cpu"
     shard: str = "auto"
-    dtype: str | None = None
+    dtype: str = "auto"
     engine: str = "auto"
     memory: str | None = None
     allow_pickle: bool = False
@@ -108,7 +108,7 @@ class OutputOptions:
     quiet: bool = False
 
 
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("auto", "model", "float64", "float32", "bfloat16")
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {
@@ -167,16 +167,18 @@ def _count(text: str, problem: str) -> int:
     return int(text)
 
 
-def parse_dtype(text: str | None) -> torch.dtype | None:
-    """Read a floating-point type by name; None stays None.
+def parse_dtype(text: str | None) -> torch.dtype | str:
+    """Read the type that models are graded in by name; None, of earlier manifests, is the model's.
 
     Raises:
         InputError: no such type.
     """
     if text is None:
-        return None
+        return "model"
     if text not in DTYPES:
         raise InputError(f"unknown dtype {text!r}; {nearest_name(text, DTYPES)}")
+    if text in ("auto", "model"):
+        return text
     import torch  # noqa: PLC0415  (takes seconds, and the options are read without it)
 
     dtype: torch.dtype = getattr(torch, text)

@@ -37,7 +37,7 @@ class Run:
         num_batches: batches for each checkpoint.
         seed: for the choice of batches and for sampled labels.
         device: where to compute.
-        dtype: compute in this dtype; None keeps the model's.
+        dtype: what models are graded in; see `ngeval.Problem`.
         engine: the Jacobian engine.
         memory: bytes to work in; None: four fifths of the free memory.
         allow_pickle: unpickle checkpoints that contain code.
@@ -59,7 +59,7 @@ class Run:
     num_batches: int = 5
     seed: int = 0
     device: str = "cpu"
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str = "auto"
     engine: str = "auto"
     memory: int | None = None
     allow_pickle: bool = False

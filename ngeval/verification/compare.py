@@ -18,9 +18,11 @@ import pandas as pd
 import torch
 
 from ngeval.results.journal import Key
-from ngeval.runs.options import DTYPES
 
-DIGITS = {name: math.sqrt(torch.finfo(getattr(torch, name)).eps) for name in DTYPES}
+DIGITS = {
+    name: math.sqrt(torch.finfo(getattr(torch, name)).eps)
+    for name in ("float64", "float32", "bfloat16", "float16")
+}
 """The relative difference that rounding explains, by the rows' dtype: √ε, half the digits (1.5e-8
 in float64, 3.5e-4 in float32). Other processors, threads and ranks add in a different order, and a
 small damping amplifies that; a wrong seed, batch or formula changes more."""
