@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import ngeval
-from ngeval.curvature import logit_kernel as kernel
+from ngeval.curvature import row_space as kernel
 from ngeval.jacobians import CapturedRows, gram_matrix
 from ngeval.model.function import ModelFunction
 from tests import problems, zoo_attention
@@ -62,7 +62,7 @@ class Case:
     methods: tuple[str, ...] = FEW
     options: dict[str, Any] = field(default_factory=dict)
     forced: dict[str, int] = field(default_factory=dict)
-    kernel: str = "JacobianKernel"
+    kernel: str = "JacobianSpace"
     dampings: tuple[float, ...] = DAMPINGS
     natural: bool = True
 
@@ -98,17 +98,17 @@ CASES = {
     "mlp": Case("mlp", methods=METHODS, dampings=(0.0, 1e-6, *DAMPINGS)),
     "mlp, fewer samples than ranks": Case("mlp", 2, (*FEW, "kfac", "ekfac")),
     "mlp, a row at a time": Case(
-        "mlp", methods=SMALL, options=TIGHT, forced=GRAM, kernel="GramKernel"
+        "mlp", methods=SMALL, options=TIGHT, forced=GRAM, kernel="GramSpace"
     ),
-    "mlp, strip": Case("mlp", forced=STRIP, kernel="StripKernel"),
-    "mlp, free": Case("mlp", forced=FREE, kernel="MatrixFreeKernel"),
-    "mlp, vmap": Case("mlp", options={"engine": "vmap"}, forced=GRAM, kernel="GramKernel"),
+    "mlp, strip": Case("mlp", forced=STRIP, kernel="Strips"),
+    "mlp, free": Case("mlp", forced=FREE, kernel="MatrixFree"),
+    "mlp, vmap": Case("mlp", options={"engine": "vmap"}, forced=GRAM, kernel="GramSpace"),
     "conv, loop": Case("conv", options={"engine": "loop"}),
-    "conv, gram": Case("conv", methods=(*FEW, "kfac", "ekfac"), forced=GRAM, kernel="GramKernel"),
-    "tied, gram": Case("tied", forced=GRAM, kernel="GramKernel"),
-    "sequence, strip": Case("sequence", methods=METHODS, forced=STRIP, kernel="StripKernel"),
-    "words, free": Case("words", forced=FREE, kernel="MatrixFreeKernel"),
-    "gpt, strip": Case("gpt", 7, ROWS, {}, STRIP, "StripKernel", natural=False),
+    "conv, gram": Case("conv", methods=(*FEW, "kfac", "ekfac"), forced=GRAM, kernel="GramSpace"),
+    "tied, gram": Case("tied", forced=GRAM, kernel="GramSpace"),
+    "sequence, strip": Case("sequence", methods=METHODS, forced=STRIP, kernel="Strips"),
+    "words, free": Case("words", forced=FREE, kernel="MatrixFree"),
+    "gpt, strip": Case("gpt", 7, ROWS, {}, STRIP, "Strips", natural=False),
 }
 TWO = ("conv, gram", "words, free")
 """Those that are also asked of two ranks."""
@@ -148,8 +148,8 @@ def answers(case: Case, group: Any = None) -> Answers:
         table = ngeval.evaluate(problem, case.methods, dampings, seed=3, gap=1e-12, natural=natural)
         found |= _numbers("table", table)
         pushes = len(case.methods) * len(dampings)
-        theta = ngeval.Kernel(problem, exact=natural, pushes=pushes).theta
-        assert type(theta).__name__ == case.kernel
+        form = ngeval.Kernel(problem, exact=natural, pushes=pushes).form
+        assert form.__name__ == case.kernel
         metric = ngeval.Metric(problem, [_batch(case, 5), _batch(case, 1), _batch(case, 2)])
         found |= _numbers("metric", ngeval.evaluate(problem, ["ief"], dampings, metric=metric))
         if case.methods is METHODS:

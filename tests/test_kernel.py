@@ -7,43 +7,42 @@ import pytest
 import torch
 
 import ngeval
-from ngeval.curvature import logit_kernel as kernel
-from ngeval.curvature import spectrum
-from ngeval.curvature.spectrum import Spectrum
+from ngeval.curvature import row_space as kernel
+from ngeval.curvature import row_svd
+from ngeval.curvature.row_svd import RowSvd
 from ngeval.problem.linearized import Sizes
 from tests import problems
 
-EPSILON = torch.finfo(torch.float64).eps
 NAMES = [name for name in problems.NAMES if name.endswith("float64")]
-FORMS = {  # largest explicit J, largest scaled Gram matrix
+FORMS = {  # largest explicit J, largest matrix that the Jacobi method decomposes
     "jacobian": (2**40, 2**40),
     "gram": (0, 2**40),
-    "gram-unscaled": (0, 0),
+    "gram-by-division": (0, 0),
 }
 
 
 def table_of(name, form, monkeypatch):
-    explicit, graded = FORMS[form]
+    explicit, jacobi = FORMS[form]
     monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", explicit)
-    monkeypatch.setattr(spectrum, "GRADED_SIZE", graded)
+    monkeypatch.setattr(row_svd, "JACOBI_SIZE", jacobi)
     problem = problems.case(name).problem()
     table = ngeval.evaluate(problem, ["ef", "ief", "sf:2", "ng"], [1e-2, 1.0, 100.0], seed=3)
-    expected = kernel.JacobianKernel if form == "jacobian" else kernel.GramKernel
-    assert type(ngeval.Kernel(problem).theta) is expected
+    expected = kernel.JacobianSpace if form == "jacobian" else kernel.GramSpace
+    assert ngeval.Kernel(problem).form is expected
     return table
 
 
 @pytest.mark.parametrize(
     ("sizes", "options", "expected"),
     [
-        (Sizes(8, 3, 50), {}, "JacobianKernel"),
-        (Sizes(10, 1000, 100), {}, "JacobianKernel"),  # few columns, though many rows
-        (Sizes(160, 10, 10**7), {}, "GramKernel"),
-        (Sizes(160, 10, 10**7), {"exact": False}, "StripKernel"),
-        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 5}, "StripKernel"),
-        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 4}, "MatrixFreeKernel"),
-        (Sizes(160, 32_128, 10**8), {}, "MatrixFreeKernel"),
-        (Sizes(700, 10, 10**7), {}, "StripKernel"),  # beyond an eigendecomposition
+        (Sizes(8, 3, 50), {}, "JacobianSpace"),
+        (Sizes(10, 1000, 100), {}, "JacobianSpace"),  # few columns, though many rows
+        (Sizes(160, 10, 10**7), {}, "GramSpace"),
+        (Sizes(160, 10, 10**7), {"exact": False}, "Strips"),
+        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 5}, "Strips"),
+        (Sizes(160, 10, 10**7), {"exact": False, "pushes": 4}, "MatrixFree"),
+        (Sizes(160, 32_128, 10**8), {}, "MatrixFree"),
+        (Sizes(700, 10, 10**7), {}, "Strips"),  # beyond an eigendecomposition
     ],
 )
 def test_the_form_that_suits_the_sizes(sizes, options, expected):
@@ -52,7 +51,7 @@ def test_the_form_that_suits_the_sizes(sizes, options, expected):
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(8 * 4 * 8 * 3 * 50, "JacobianKernel"), (8 * 4 * 8 * 3 * 50 - 1, "GramKernel")],
+    [(8 * 4 * 8 * 3 * 50, "JacobianSpace"), (8 * 4 * 8 * 3 * 50 - 1, "GramSpace")],
 )
 def test_the_form_that_fits_in_the_budget(budget, expected):
     assert kernel.choose_form(Sizes(8, 3, 50), budget).__name__ == expected
@@ -84,11 +83,11 @@ def test_what_methods_share_is_computed_once():
         with pytest.raises(ngeval.EngineError):
             shared.once(fails)
     assert calls == [2, 3, "failed", "failed"]
-    assert shared.gradient_spectrum is shared.gradient_spectrum
-    assert shared.theta is shared.dense
+    assert shared.gradients is shared.gradients
+    assert shared.space(shared.residual_vectors) is shared.logits
 
 
-@pytest.mark.parametrize("form", ["gram", "gram-unscaled"])
+@pytest.mark.parametrize("form", ["gram", "gram-by-division"])
 @pytest.mark.parametrize("name", NAMES)
 def test_forms_give_the_same_table(name, form, monkeypatch):
     columns = ["gamma", "decrease", "curvature", "update_norm", "gamma_min"]
@@ -105,52 +104,72 @@ def rows():
     return lengths.unsqueeze(1) * torch.randn(8, 30, dtype=torch.float64)
 
 
+def svd_of(source, rows):
+    return RowSvd.of(rows if source == "rows" else kernel.cholesky_rows(rows @ rows.T)[0])
+
+
 @pytest.mark.parametrize("source", ["rows", "gram"])
 def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
-    ones, zero = torch.ones(8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    if source == "rows":
-        found = Spectrum.of_rows(rows, EPSILON)
-    else:
-        found = Spectrum.of_gram(rows @ rows.T, EPSILON, ones)
     # Scaled to unit rows, the same equations are well conditioned.
     lengths = rows.norm(dim=1)
     unit = rows / lengths.unsqueeze(1)
-    expected = torch.linalg.solve(unit @ unit.T, 1 / lengths) / lengths
-    torch.testing.assert_close(found.solve(ones, zero)[0], expected, rtol=1e-6, atol=0)
+    expected = unit.T @ torch.linalg.solve(unit @ unit.T, 1 / lengths)
+    svd = svd_of(source, rows)
+    for damping in (0.0, 1e-40):
+        solution = svd.ridge(torch.ones(8, dtype=torch.float64), damping)
+        # The coordinates of a Cholesky factor are another basis: lengths and products are the same.
+        assert solution.size == pytest.approx(float(expected.norm()), rel=1e-7)
+        images = svd.rows @ solution.vector * svd.scale * solution.size
+        torch.testing.assert_close(images, torch.ones(8, dtype=torch.float64), rtol=1e-6, atol=0)
     values, vectors = torch.linalg.eigh(rows @ rows.T)
-    plain = vectors @ ((vectors.T @ ones) / values)
-    assert float((plain / expected - 1).abs().max()) > 1e-5  # what the scaling is for
+    plain = vectors @ (vectors.sum(0) / values)
+    solved = torch.linalg.solve(unit @ unit.T, 1 / lengths) / lengths
+    assert float((plain / solved - 1).abs().max()) > 1e-5  # what the scaling is for
 
 
 @pytest.mark.parametrize("source", ["rows", "gram"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
+def test_repeated_and_zero_rows_do_not_count(source, rows):
     rows = torch.cat([rows, rows[:3], 2 * rows[4:5], rows.sum(0, keepdim=True)])
     rows = torch.cat([rows, torch.zeros(1, 30, dtype=torch.float64)])
-    found = (
-        Spectrum.of_rows(rows, torch.finfo(dtype).eps)
-        if source == "rows"
-        else Spectrum.of_gram(
-            rows @ rows.T, torch.finfo(dtype).eps, torch.ones(14, dtype=torch.float64)
-        )
+    svd = svd_of(source, rows)
+    assert svd.at_zero.rank == 8
+    target = torch.arange(14, dtype=torch.float64)
+    exact = rows.T @ torch.linalg.solve(
+        rows @ rows.T + 1e-3 * torch.eye(14, dtype=torch.float64), target
     )
-    assert len(found.eigenvalues) == 8
-    right = torch.arange(14, dtype=torch.float64)
-    damped = torch.tensor([1e-3], dtype=torch.float64)
-    exact = torch.linalg.solve(rows @ rows.T + 1e-3 * torch.eye(14, dtype=torch.float64), right)
-    torch.testing.assert_close(rows.T @ found.solve(right, damped)[0], rows.T @ exact)
+    solution = svd.ridge(target, 1e-3)
+    images = svd.rows @ solution.vector * svd.scale * solution.size
+    torch.testing.assert_close(images, rows @ exact)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-300, 1.0, 1e300])
+@pytest.mark.parametrize("size", [1e-170, 1.0, 1e150])
+def test_rows_of_any_size(damping, size):
+    torch.manual_seed(1)
+    unit = torch.randn(4, 6, dtype=torch.float64)
+    target = torch.ones(4, dtype=torch.float64)
+    solution = RowSvd.of(unit * size).ridge(target, damping)
+    # In numbers of a middling size: λ relative to size².
+    relative = damping / size / size
+    if relative > 1e14:
+        expected = unit.T @ target
+    else:
+        matrix = unit @ unit.T + relative * torch.eye(4, dtype=torch.float64)
+        expected = unit.T @ torch.linalg.solve(matrix, target)
+    torch.testing.assert_close(solution.vector, expected / expected.norm(), rtol=1e-9, atol=1e-12)
 
 
 def test_the_zero_matrix_has_no_range():
-    for found in (
-        Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), EPSILON),
-        Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), EPSILON, torch.ones(3)),
-    ):
-        assert (found.largest, len(found.eigenvalues)) == (0.0, 0)
-        ones, zero = torch.ones(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        assert found.solve(ones, zero).tolist() == [[0.0, 0.0, 0.0]]
+    zero, target = torch.zeros(3, 5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for svd in (RowSvd.of(zero), RowSvd.of(kernel.cholesky_rows(zero @ zero.T)[0])):
+        assert (svd.largest, svd.rank) == (0.0, 0)
+        for damping in (0.0, 1.0):
+            assert not svd.ridge(target, damping).vector.any()
 
 
 def test_overflow_is_named():
+    infinite = torch.full((2, 2), torch.inf, dtype=torch.float64)
     with pytest.raises(ngeval.NumericalError, match="overflow"):
-        Spectrum.of_gram(torch.full((2, 2), torch.inf, dtype=torch.float64), EPSILON, torch.ones(2))
+        RowSvd.of(infinite)
+    with pytest.raises(ngeval.NumericalError, match="overflow"):
+        kernel.cholesky_rows(infinite)

@@ -101,7 +101,7 @@ class TestDenseIsLogitSpace:
                 (grades.curvature[place], parts.curvature),
                 (grades.decrease[place], parts.decrease),
                 (grades.gammas[place], parts.gammas),
-                (grades.squared_norms[place], direction.square().sum()),
+                (grades.norms[place], direction.norm()),
             ):
                 assert float(result) == pytest.approx(float(expected), rel=2 * tolerance)
 

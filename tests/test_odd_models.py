@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.curvature import logit_kernel as kernel
+from ngeval.curvature import row_space as kernel
 from tests import reference
 
 
@@ -123,8 +123,8 @@ def test_a_badly_wrong_label_does_not_upset_a_large_gram_matrix(monkeypatch):
     for entries in (2**30, 0):
         monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", entries)
         problem = ngeval.Problem(model, x, y, "categorical")
-        form = kernel.JacobianKernel if entries else kernel.GramKernel
-        assert type(ngeval.Kernel(problem).theta) is form
+        form = kernel.JacobianSpace if entries else kernel.GramSpace
+        assert ngeval.Kernel(problem).form is form
         tables.append(ngeval.evaluate(problem, ["ng", "ef", "ief"], [1e-3, 1.0]))
     explicit, gram = (table[["gamma", "gamma_min"]].to_numpy() for table in tables)
     torch.testing.assert_close(

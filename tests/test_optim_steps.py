@@ -13,8 +13,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import ngeval
-from ngeval.curvature.cholesky import solve_damped
-from ngeval.errors import NumericalError
 from ngeval.jacobians import one_pass as onepass
 from ngeval.optim import EF, NG, SF, iEF
 from ngeval.optim.base import ExactOptimizer
@@ -191,40 +189,6 @@ class TestAgainstTheMethods:
         result = empirical_update(problem, 1e-3, improved=False)
         expected = prepared("ef", problem).direction(1e-3)
         assert problems.relative_gap(result, expected) < 1e-9
-
-
-class TestSolve:
-    def random(self, rank: int, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(size, rank, generator=generator, dtype=torch.float64)
-        rows *= torch.logspace(-4, 2, size, dtype=torch.float64).unsqueeze(1)
-        return rows @ rows.T, torch.randn(size, generator=generator, dtype=torch.float64)
-
-    @pytest.mark.parametrize("damping", [0.0, 1e-6, 10.0])
-    def test_against_numpy(self, damping: float):
-        matrix, right = self.random(40)
-        result = solve_damped(matrix, right, damping, 2e-16)
-        assert result is not None
-        expected = np.linalg.solve(matrix.numpy() + damping * np.eye(12), right.numpy())
-        assert problems.relative_gap(result, torch.from_numpy(expected)) < 1e-9
-
-    def test_a_singular_matrix_is_left_to_the_spectrum(self):
-        matrix, right = self.random(5)
-        assert solve_damped(matrix, right, 0.0, 1e-7) is None
-        assert solve_damped(matrix, right, 1e-9, 1e-7) is None
-
-    def test_unless_the_damping_makes_up_for_it(self):
-        matrix, right = self.random(5)
-        result = solve_damped(matrix, right, 1e6, 1e-7)
-        assert result is not None
-        expected = np.linalg.solve(matrix.numpy() + 1e6 * np.eye(12), right.numpy())
-        assert problems.relative_gap(result, torch.from_numpy(expected)) < 1e-12
-
-    def test_not_finite(self):
-        matrix, right = self.random(40)
-        matrix[0, 0] = torch.inf
-        with pytest.raises(NumericalError, match="overflow"):
-            solve_damped(matrix, right, 1.0, 1e-7)
 
 
 class TestLossOfEachSample:

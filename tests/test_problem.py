@@ -89,7 +89,7 @@ class TestAgainstReference:
         problem, dense = shared(name)
         tolerance = problems.case(name).tolerance
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < tolerance
+        assert relative_gap(Kernel(problem).logits.theta, rows @ rows.T) < tolerance
         gradients = reference.per_sample_gradients(dense)
         assert (
             relative_gap(
@@ -101,7 +101,8 @@ class TestAgainstReference:
     @pytest.mark.parametrize("name", EXACT_NAMES)
     def test_spectrum_has_the_eigenvalues_of_the_fisher(self, name):
         problem, dense = shared(name)
-        small = Kernel(problem).fisher_spectrum.eigenvalues.sort(descending=True)[0]
+        rows = Kernel(problem).fisher_rows
+        small = (rows.scale * rows.singular).square().sort(descending=True)[0]
         large = torch.linalg.eigvalsh(reference.fisher(dense)).flip(0)
         count = min(len(small), len(large))
         gap = (small[:count] - large[:count]).abs().max()
@@ -261,7 +262,7 @@ class TestInputsAndOutputs:
         assert relative_gap(problem.gradient(), reference.gradient(dense)) < 1e-12
         assert relative_gap(problem.fisher().diagonal(), reference.fisher(dense).diagonal()) < 1e-12
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < 1e-12
+        assert relative_gap(Kernel(problem).logits.theta, rows @ rows.T) < 1e-12
 
     def test_a_parameter_that_is_not_used_has_zero_gradient(self):
         model = WithUnused().double()
@@ -580,7 +581,7 @@ class TestProbes:
             "evaluate": lambda: ngeval.evaluate(problem, ["sgd"], [1.0]),
             "diagonal": lambda: problem.fisher().diagonal(),
             "rows": lambda: ngeval.gradient_norms(problem),
-            "kernel": lambda: Kernel(problem).theta,
+            "kernel": lambda: Kernel(problem).logits,
             "ng": lambda: ngeval.gamma_min(problem),
         }
         with pytest.raises(ngeval.ModelError, match=r"'2.bias' was modified.*new\s+Problem"):
@@ -617,7 +618,7 @@ class TestEnginesAndMemory:
         case, loop = problems.case(name), loop_problem(name)
         problem = case.problem(engine=engine)
         assert (problem.engine, loop.engine) == (engine, "loop")
-        assert relative_gap(Kernel(problem).theta.matrix, Kernel(loop).theta.matrix) < 1e-10
+        assert relative_gap(Kernel(problem).logits.theta, Kernel(loop).logits.theta) < 1e-10
         assert relative_gap(problem.fisher().diagonal(), loop.fisher().diagonal()) < 1e-10
         columns = ["gamma", "gamma_min", "gamma_floor", "update_norm"]
         tables = [
@@ -657,14 +658,14 @@ class TestEnginesAndMemory:
         assert [hooked.vmap_fails for hooked in problem.rows.plan.modules] == [True]
         dense = reference.build(model, inputs, targets, reference.Family("categorical"))
         rows = dense.jacobian.flatten(0, 1)
-        assert relative_gap(Kernel(problem).theta.matrix, rows @ rows.T) < 1e-12
+        assert relative_gap(Kernel(problem).logits.theta, rows @ rows.T) < 1e-12
 
     def test_a_batch_over_the_budget_says_how_many_samples_fit(self):
         case = problems.make("categorical-linear-float64", num_samples=60)
         # 40 samples: 5 matrices of 40² entries of 8 bytes.
         problem = case.problem(memory=40 * 40**2)
         with pytest.raises(ngeval.EngineError, match=r"at most 40 samples fit.*memory="):
-            _ = Kernel(problem).theta
+            _ = Kernel(problem).logits
 
     @pytest.mark.parametrize("engine", ["vmap", "layers"])
     def test_a_row_over_the_budget_is_said_at_once(self, engine):

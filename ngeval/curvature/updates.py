@@ -6,10 +6,12 @@ need not be the batch that grades it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ngeval.curvature.row_space import RowSpace
@@ -49,6 +51,12 @@ class SpaceUpdates(Updates):
     @property
     def count(self) -> int:
         return len(self.coordinates)
+
+    @property
+    def finite_sizes(self) -> Tensor:
+        """‖d‖, NaN where the coordinates are not finite."""
+        finite = torch.isfinite(self.coordinates).all(1)
+        return torch.where(finite, self.sizes, math.nan)
 
     def direction(self, index: int) -> Tensor:
         unit = self.space.directions(self.coordinates[index : index + 1])[0]

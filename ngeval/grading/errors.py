@@ -26,10 +26,10 @@ from ngeval.problem.metric_batch import Metric
 PERTURBATIONS = 2
 """How often everything is computed again."""
 
-NOISE = 4
+NOISE = 2
 """The rounding of a row or a logit, in units of the machine epsilon of the problem's dtype."""
 
-SAFETY = 3
+SAFETY = 2
 """The error is the largest change times this, as few random changes may miss the worst."""
 
 

@@ -62,10 +62,11 @@ class Grades(NamedTuple):
         rounding = EPSILON * (absolute + torch.zeros_like(decrease))
         roots, slopes = curvature.clamp_min(0).sqrt(), decrease.abs()
         gammas = torch.where(slopes > rounding, roots / slopes, math.nan)
-        gammas = torch.where(torch.isfinite(gammas), gammas, math.nan)
+        lost = ~torch.isfinite(gammas) | torch.isnan(sizes)
+        gammas = gammas.masked_fill(lost, math.nan)
         return cls(
             gammas,
-            rounding / slopes + 4 * EPSILON,
+            (rounding / slopes + 4 * EPSILON).masked_fill(lost, math.nan),
             decrease * sizes,
             curvature * sizes * sizes,
             sizes,
@@ -106,7 +107,7 @@ def _by_tangents(problem: Problem, tangents: Tensor, updates: SpaceUpdates) -> G
     curvature = updates.curvature
     if curvature is None:
         curvature = quadratics(problem, tangents).curvature
-    return Grades.of_unit(curvature, updates.decrease, 0.0, updates.sizes)
+    return Grades.of_unit(curvature, updates.decrease, 0.0, updates.finite_sizes)
 
 
 def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> list[Grades]:
@@ -137,9 +138,9 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     for member, curvature, decrease, absolute in zip(members, *parts, strict=True):
         if own:
             known = curvature if member.curvature is None else member.curvature
-            grades.append(Grades.of_unit(known, member.decrease, 0.0, member.sizes))
+            grades.append(Grades.of_unit(known, member.decrease, 0.0, member.finite_sizes))
         else:
-            grades.append(Grades.of_unit(curvature, decrease, absolute, member.sizes))
+            grades.append(Grades.of_unit(curvature, decrease, absolute, member.finite_sizes))
     return grades
 
 
