@@ -57,7 +57,8 @@ def test_duplicates_and_perfectly_learnt_samples_count():
     for dtype in (torch.float32, torch.float64):
         problem = ngeval.Problem(model, *batch, "categorical", dtype=dtype)
         table = ngeval.evaluate(problem, METHODS, [0.0, *DAMPINGS])
-        assert (table["status"] == "ok").all()
+        allowed = {"ok"} if dtype == torch.float64 else {"ok", "uncertain"}
+        assert set(table["status"]) <= allowed
         assert (table["num_samples"] == 30).all()
         assert (table["gamma_over_ng"] > 1 - 1e-9).all()
 
@@ -67,7 +68,7 @@ def test_bfloat16_models_run_with_float64_algebra(method):
     model, inputs, targets = learnt(1.0)
     problem = ngeval.Problem(model, inputs, targets, "categorical", dtype=torch.bfloat16)
     table = ngeval.evaluate(problem, [method], [1e-2, 1.0])
-    assert (table["status"] == "ok").all()
+    assert set(table["status"]) <= {"ok", "uncertain"}
     assert (table["dtype"] == "bfloat16").all()
     wide = nn.Sequential(*[layer.to(torch.bfloat16) for layer in model]).double()
     rounded = inputs.to(torch.bfloat16).double()

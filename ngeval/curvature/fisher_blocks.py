@@ -94,7 +94,7 @@ class FisherBlocks:
         small = [g for g in groups if g.num_parameters <= size]
         for part in _batches(problem, small):
             squares = group_squares(
-                problem.rows, factor_columns(problem), _names(part), torch.zeros(size)
+                problem.rows, factor_columns(problem), _names(part), torch.zeros(size, dtype=torch.float64, device=problem.device)
             )
             for group in part:
                 lower, _ = cholesky_rows(squares[group.name][0])

@@ -14,6 +14,7 @@ from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.curvature.row_space import dense_is_feasible
 from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
 from ngeval.curvature.updates import SpaceUpdates
+from ngeval.problem.gamma import gamma_floor
 from ngeval.problem.problem import Problem
 
 
@@ -82,7 +83,7 @@ def natural_solver(
     Both share the costly part, a factorisation or the run so far, with other calls for the kernel.
     """
     problem = kernel.problem
-    if kernel.is_dense or dense_is_feasible(problem.sizes, problem.rows.memory):
+    if dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense:
         return problem.shards.synchronized(lambda: DenseSolver(kernel))
     return kernel.once(KrylovRun, gap, max_iterations)
 
@@ -94,4 +95,4 @@ def gamma_min(problem: Problem) -> float:
     logit kernel is out of reach, this is the γ of a Krylov run's update, and γ_min lies between
     `gamma_floor` and it. Returns ∞ where g = 0.
     """
-    return natural_solver(Kernel(problem)).gamma_min()
+    return max(natural_solver(Kernel(problem)).gamma_min(), gamma_floor(problem))

@@ -227,7 +227,7 @@ def unit_vector(vector: Tensor) -> tuple[Tensor, float]:
     """A vector of length 1, or 0, and the length."""
     size = float(vector.abs().max()) if vector.numel() else 0.0
     if size == 0 or not np.isfinite(size):
-        return vector, 1.0
+        return vector, size
     scaled = vector / size
     length = float(scaled.norm())
     return scaled / length, length * size

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ngeval.errors import InputError
+from ngeval.model.checks import check_model
 
 AUTO = "auto"
 """Float64 where that is affordable; the default."""
@@ -49,11 +50,18 @@ def candidate_dtypes(
         raise InputError(
             f"dtype must be 'auto', 'model' or a floating-point torch.dtype, not {dtype!r}"
         )
+    check_model(model)
     parameters = list(model.parameters())
     entries = sum(parameter.numel() for parameter in parameters)
     if COPIES * 8 * entries <= memory and all(_has_float64(p.device) for p in parameters):
         return [torch.float64, *_without_half(parameters)]
     return _without_half(parameters)
+
+
+def names_float64(error: Exception) -> bool:
+    """Whether an error of a model's code may be due to the conversion to float64."""
+    text = str(error).lower()
+    return "double" in text or "float64" in text
 
 
 def _without_half(parameters: list[nn.Parameter]) -> list[torch.dtype | None]:

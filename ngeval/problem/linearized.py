@@ -94,7 +94,8 @@ class Linearized:
         changed = flat + noise * flat.abs().amax(1, keepdim=True) * change
         other.outputs = changed.reshape_as(self.outputs)
         other.distribution = self.likelihood.bind(other.outputs, self.distribution.targets)
-        other.residual = other.distribution.residual()
+        # A residual that is exactly 0 is that of padding, or of a probability that underflows.
+        other.residual = other.distribution.residual() * (self.residual != 0)
         other._gradient = other.fisher_diagonal = None
         return other
 

@@ -16,7 +16,7 @@ from ngeval.model.fsdp import split_parameters
 from ngeval.model.function import ModelFunction, unwrapped
 from ngeval.model.operations import OperationWatch
 from ngeval.model.outputs import Output
-from ngeval.model.precision import AUTO, MODEL, candidate_dtypes
+from ngeval.model.precision import AUTO, MODEL, candidate_dtypes, names_float64
 from ngeval.model.renewed import at_present
 from ngeval.model.sharding import shards_of
 from ngeval.problem.fisher import FisherOperator
@@ -116,8 +116,8 @@ class Problem(Linearized):
                     function = ModelFunction.of(plain, inputs, candidate, output, shards, split)
                     chain = Chain(engine, probes)
                     self._set_up(function, targets, get_likelihood(likelihood), chain, budget)
-                except (ModelError, EngineError):
-                    if candidate is candidates[-1]:
+                except (ModelError, EngineError) as error:
+                    if candidate is candidates[-1] or not names_float64(error):
                         raise
                 else:
                     return
@@ -255,7 +255,8 @@ class Problem(Linearized):
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _check_memory(memory: int) -> None:
