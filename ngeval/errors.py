@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class NgevalError(Exception):
@@ -43,6 +44,23 @@ class DependencyError(NgevalError, ImportError):
 
 class OutputError(NgevalError):
     """A result cannot be written or read."""
+
+
+@contextlib.contextmanager
+def foreign_errors(kind: type[Exception], what: str, advice: str = "") -> Iterator[None]:
+    """Turn any error of code that is not ngeval's into an error that says what failed.
+
+    Args:
+        kind: the class of the error; ngeval's own errors stay as they are.
+        what: the beginning of its message, before the original error.
+        advice: the end of its message.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:  # the code of a user or of another package can raise anything
+        raise kind(f"{what}: {type(error).__name__}: {error}{advice}") from error
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

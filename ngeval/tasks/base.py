@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ngeval.errors import NgevalError, TaskError
+from ngeval.errors import TaskError, foreign_errors
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs, check_inputs
 from ngeval.model.outputs import Output
@@ -181,14 +181,6 @@ class Task:
             check_inputs(inputs)
             yield inputs, targets
 
-    @contextlib.contextmanager
-    def _errors(self, source: str) -> Iterator[None]:
+    def _errors(self, source: str) -> AbstractContextManager[None]:
         """Turn any error of the task's own function into a `TaskError` that names it."""
-        try:
-            yield
-        except NgevalError:
-            raise
-        except Exception as error:  # a user's function can raise anything
-            raise TaskError(
-                f"task {self.name!r}: {source} failed: {type(error).__name__}: {error}"
-            ) from error
+        return foreign_errors(TaskError, f"task {self.name!r}: {source} failed")

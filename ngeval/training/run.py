@@ -30,8 +30,10 @@ NOT_RECORDED = ("seconds",)
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """A training run, which minimises the mean loss of a task.
+
+    It also has the settings of the optimizer as attributes; see `Settings`.
 
     Attributes:
         task: the model, data and likelihood.
@@ -41,17 +43,11 @@ class Training:
             Optimizer class, or ``ef``, ``ief``, ``sf``, ``sf:4`` or ``ng``, exact on every batch
             (the model is then in eval mode throughout).
         epochs: passes over the training data; 0 writes the initial weights alone.
-        learning_rate: as the following five, a setting of the optimizer; see `Settings`.
         batch_size: samples in a step.
         num_batches: steps in an epoch; None is one pass over the data.
         seed: for the initial weights, the order of samples and the labels that ``sf`` draws.
         device: where to compute.
         force: replace the checkpoints of an earlier run in the folder.
-        damping: λ, absolute; of ``ef``, ``ief``, ``sf`` and ``ng`` alone.
-        momentum: None is the optimizer's default.
-        weight_decay: None is the optimizer's default.
-        max_norm: of an exact optimizer's update, and of the mean gradient for the others.
-        schedule: of the learning rate: ``constant``, ``linear`` or ``cosine``.
         patience: stop after this many epochs that were not better than the best before, by
             ``monitor`` on the validation data.
         monitor: ``loss`` or ``accuracy``.
@@ -62,32 +58,14 @@ class Training:
     output: Path | None
     optimizer: str = "adamw"
     epochs: int = 10
-    learning_rate: float | None = None
     batch_size: int = 64
     num_batches: int | None = None
     seed: int = 0
     device: str = "cpu"
     force: bool = False
-    damping: float | None = None
-    momentum: float | None = None
-    weight_decay: float | None = None
-    max_norm: float | None = None
-    schedule: str = "constant"
     patience: int | None = None
     monitor: str = "loss"
     on_note: Callable[[str], None] | None = None
-
-    @property
-    def settings(self) -> Settings:
-        """The settings of the optimizer, None where its defaults are taken."""
-        return Settings(
-            self.learning_rate,
-            self.damping,
-            self.momentum,
-            self.weight_decay,
-            self.max_norm,
-            self.schedule,
-        )
 
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding a report for each checkpoint as soon as it is written.
@@ -104,9 +82,7 @@ class Training:
             model = self.task.model().to(self.device)
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
-            stepper = make_stepper(
-                self.optimizer, self.task, model, self.settings, self.seed, self.device
-            )
+            stepper = make_stepper(self.optimizer, self.task, model, self, self.seed, self.device)
             note = eval_mode_note(self.optimizer, model)
             if note is not None and self.on_note is not None:
                 self.on_note(note)
@@ -148,7 +124,7 @@ class Training:
         if self.num_batches is not None and self.num_batches < 1:
             raise InputError("the number of batches must be at least 1")
         check_device(self.device)
-        resolved(self.optimizer, self.settings)
+        resolved(self.optimizer, self)
         monitored_column(self.task, self.monitor)
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1 epoch, not {self.patience}")
@@ -212,7 +188,7 @@ class Training:
             "task": self.task.name,
             "likelihood": self.task.resolved_likelihood().name,
             "optimizer": self.optimizer,
-            **asdict(resolved(self.optimizer, self.settings)),
+            **asdict(resolved(self.optimizer, self)),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "versions": {

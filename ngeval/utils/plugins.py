@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ngeval.errors import InputError, NgevalError
+from ngeval.errors import InputError, foreign_errors
 
 
 @functools.cache
@@ -61,26 +60,10 @@ def load_plugin(point: EntryPoint) -> Any:
         ) from error
 
 
-@contextlib.contextmanager
-def plugin_errors(point: EntryPoint, name: str) -> Iterator[None]:
-    """Name the plug-in in any error of its code, except for those that ngeval defines.
-
-    Args:
-        point: of the plug-in.
-        name: the method or likelihood that it is building.
-
-    Raises:
-        InputError: the code raised an error.
-    """
-    try:
-        yield
-    except NgevalError:
-        raise
-    except Exception as error:  # the code of another package can raise anything
-        raise InputError(
-            f"{_kind(point.group)} {name!r} of {package_of(point)} cannot be built: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+def plugin_errors(point: EntryPoint, name: str) -> AbstractContextManager[None]:
+    """Turn any error of a plug-in that builds a method or likelihood into an `InputError`."""
+    what = f"{_kind(point.group)} {name!r} of {package_of(point)} cannot be built"
+    return foreign_errors(InputError, what)
 
 
 def _kind(group: str) -> str:

@@ -122,29 +122,21 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 @contextlib.contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw random numbers from a seed, and restore the generators afterwards."""
+def isolated_steps(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed and call no global hooks, and restore both afterwards."""
     on_gpu = device.type == "cuda"
+    registered = {name: getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS}
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         # Not torch.manual_seed, which also seeds devices that are not restored.
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def without_global_hooks() -> Iterator[None]:
-    """Call no hook that is registered for the steps of every optimizer."""
-    registered = {name: getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS}
-    try:
-        for name in GLOBAL_HOOKS:
-            setattr(_TORCH_MODULE, name, OrderedDict())
-        yield
-    finally:
-        for name, hooks in registered.items():
-            setattr(_TORCH_MODULE, name, hooks)
+        try:
+            vars(_TORCH_MODULE).update({name: OrderedDict() for name in registered})
+            yield
+        finally:
+            vars(_TORCH_MODULE).update(registered)
 
 
 def _with_wrapped(optimizers: Sequence[Optimizer]) -> dict[Optimizer, dict[str, Any]]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngeval.checkpoints import read_optimizer, renamed
-from ngeval.errors import CheckpointError
-from ngeval.methods.optimizer.clone import clone_optimizers, seeded, without_global_hooks
+from ngeval.errors import CheckpointError, foreign_errors
+from ngeval.methods.optimizer.clone import clone_optimizers, isolated_steps
 from ngeval.methods.optimizer.parameter_orders import fitting_order
 from ngeval.methods.optimizer.state_checks import MisfitError, check_entry, check_hyperparameters
 from ngeval.utils.text import listed
@@ -228,11 +228,8 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
     for _, clone in clones.parameters.values():
         clone.grad = torch.full_like(clone, 1e-3)
     device = next(iter(clones.parameters.values()))[0].device
-    try:
-        with seeded(device, 0), without_global_hooks():
-            clones.optimizers[0].step()
-    except Exception as error:  # the step of a third-party class can raise anything
-        raise MisfitError(f"a first step failed: {type(error).__name__}: {error}") from error
+    with foreign_errors(MisfitError, "a first step failed"), isolated_steps(device, 0):
+        clones.optimizers[0].step()
     names = {id(p): name for name, p in model.named_parameters()}
     state = clones.optimizers[0].state
     return {

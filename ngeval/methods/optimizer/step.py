@@ -18,9 +18,8 @@ from ngeval.methods.base import UndampedState
 from ngeval.methods.optimizer.clone import (
     Clones,
     clone_optimizers,
-    seeded,
+    isolated_steps,
     unwrapped,
-    without_global_hooks,
 )
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
@@ -148,7 +147,7 @@ class OptimizerStep:
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
         clones, notes = self.warmed(dtype, problem, names)
-        with seeded(problem.device, seed):
+        with isolated_steps(problem.device, seed):
             gradients = batch_gradient(problem, self.reduction)
             _step(clones, gradients, names)
         idle = [name for name in names.values() if name not in gradients]
@@ -179,7 +178,7 @@ class OptimizerStep:
                 if "weight_decay" in group:
                     group["weight_decay"] = 0.0
         if self.warmup is not None:
-            with seeded(problem.device, 0):  # the same for every graded batch
+            with isolated_steps(problem.device, 0):  # the same for every graded batch
                 for gradients in batch_gradients(problem, self.warmup, self.reduction):
                     _step(clones, gradients, names)
                     clones.put_back()
@@ -259,9 +258,8 @@ def _step(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
     for key, (_, clone) in clones.parameters.items():
         gradient = gradients.get(names[key]) if key in names else None
         clone.grad = None if gradient is None else gradient.to(clone.dtype)
-    with without_global_hooks():
-        for optimizer in clones.optimizers:
-            optimizer.step()
+    for optimizer in clones.optimizers:
+        optimizer.step()
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ngeval.errors import TaskError
+from ngeval.errors import TaskError, foreign_errors
 
 FILES = {
     ("cifar10", "train"): [f"data_batch_{i}" for i in range(1, 6)],
@@ -90,16 +90,10 @@ def _binary(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
+    with foreign_errors(TaskError, f"{path} is not a file of {name}"):
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels = np.asarray(content[b"data"])
         labels = np.asarray(content[LABEL_KEYS[name]], np.int64)
-    except TaskError:
-        raise
-    except Exception as error:  # the unpickler raises anything on arbitrary bytes
-        raise TaskError(
-            f"{path} is not a file of {name}: {type(error).__name__}: {error}"
-        ) from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise TaskError(
             f"{path} holds pixels of shape {pixels.shape} ({pixels.dtype}) for {len(labels)} "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from ngeval.errors import NgevalError, TaskError
+from ngeval.errors import TaskError, foreign_errors
 from ngeval.tasks.hf.cifar import LABEL_KEYS, read_cifar
 from ngeval.tasks.hf.glue import FOLDERS, GLUE
 from ngeval.tasks.hf.hub import hub_is_reachable, loading
@@ -123,17 +123,12 @@ def _saved_to_disk(place: Path, split: str) -> Rows | None:
     if not together and single is None:
         return None
     datasets = optional_module("datasets")
-    try:
-        if not together:
-            rows: Rows = datasets.load_from_disk(str(single))
-            return rows
-        splits = datasets.load_from_disk(str(place))
-    except Exception as error:  # a broken folder makes the library raise anything
-        raise TaskError(f"{place} cannot be read by datasets.load_from_disk: {error}") from error
-    if split not in splits:
-        raise TaskError(f"{place} has the splits {', '.join(splits)}, not {split!r}")
-    chosen: Rows = splits[split]
-    return chosen
+    with foreign_errors(TaskError, f"{place} cannot be read by datasets.load_from_disk"):
+        loaded: Any = datasets.load_from_disk(str(place if together else single))
+    if together and split not in loaded:
+        raise TaskError(f"{place} has the splits {', '.join(loaded)}, not {split!r}")
+    rows: Rows = loaded[split] if together else loaded
+    return rows
 
 
 def _split_files(place: Path, split: str) -> list[Path]:
@@ -162,12 +157,8 @@ def _read_files(files: Sequence[Path], glue: str | None) -> Rows:
         return rows
     frames = []
     for file in files:
-        try:
+        with foreign_errors(TaskError, f"{file} cannot be read"):
             frames.append(_read_original(file, glue) if glue else _read_table(file))
-        except NgevalError:
-            raise
-        except Exception as error:  # a broken file makes pandas raise anything
-            raise TaskError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     table = pd.concat(frames, ignore_index=True)
     converted: Rows = datasets.Dataset.from_pandas(table, preserve_index=False)
     return converted
