@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngeval.checkpoints.finding import read_json
 from ngeval.checkpoints.reading import read_state
 from ngeval.errors import CheckpointError, NgevalError
 from ngeval.utils.optional import optional_module
@@ -55,11 +55,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             that cannot be graded.
     """
     path = folder / "adapter_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+    content = read_json(path)
+    if not isinstance(content.get("peft_type"), str):
         raise CheckpointError(f"{path} has no peft_type, so it is not a PEFT configuration")
     saved, task_type = content.get("modules_to_save"), content.get("task_type")
     names = isinstance(saved, list) and all(isinstance(name, str) for name in saved)

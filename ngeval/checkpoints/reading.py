@@ -55,13 +55,9 @@ def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
     """Read a file of ``torch.save`` to the CPU, without running code.
 
-    Args:
-        path: the file.
-        instead: what the message recommends to save instead of a pickle that asks for code.
-        allow_pickle: unpickle with code; only for files that you trust.
-
     Raises:
-        CheckpointError: the file is unreadable or truncated, or asks for code to be run.
+        CheckpointError: the file is unreadable or truncated, or asks for code to be run; the
+            message recommends to save ``instead``.
     """
     reason = "" if allow_pickle else unreadable_because(path)
     if reason:

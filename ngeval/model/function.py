@@ -279,11 +279,15 @@ class ModelFunction:
         return torch.cat([tensors[n].reshape(-1).to(self.dtype) for n in self.parameters])
 
     def unflatten(self, vector: Tensor) -> Parameters:
-        """Split a vector of length P into tensors of the parameters' shapes and dtypes."""
-        sizes = [p.numel() for p in self.parameters.values()]
-        parts = vector.split(sizes)
+        """Split vectors ``(..., P)`` into tensors of the parameters' shapes and dtypes."""
+        parts = self.views(vector)
+        return {name: part.to(self.parameters[name].dtype) for name, part in parts.items()}
+
+    def views(self, vector: Tensor) -> Parameters:
+        """Split vectors ``(..., P)`` into views of the parameters' shapes, in their own dtype."""
+        parts = vector.split([p.numel() for p in self.parameters.values()], dim=-1)
         return {
-            name: part.reshape(p.shape).to(p.dtype)
+            name: part.reshape((*vector.shape[:-1], *p.shape))
             for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }
 

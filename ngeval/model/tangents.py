@@ -44,19 +44,13 @@ def _batched(function: ModelFunction, directions: Tensor) -> Tensor | None:
     """One forward pass for all directions; None if an operation has no rule for that."""
     if not function.forward_mode or len(directions) == 1:
         return None
-    sizes = [p.numel() for p in function.parameters.values()]
-    parts = directions.split(sizes, dim=1)
-    stacked = {
-        name: part.reshape(len(part), *p.shape).to(p.dtype)
-        for (name, p), part in zip(function.parameters.items(), parts, strict=True)
-    }
 
     def along(tangent: Parameters) -> Tensor:
         result: Tensor = torch.func.jvp(function, (function.parameters,), (tangent,))[1]
         return result
 
     try:
-        pushed: Tensor = torch.func.vmap(along)(stacked)
+        pushed: Tensor = torch.func.vmap(along)(function.unflatten(directions))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise

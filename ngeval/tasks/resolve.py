@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os.path
 import pkgutil
 import sys
 from contextlib import chdir
@@ -73,11 +74,7 @@ def _as_task(spec: str, value: Any) -> Task:
 
 
 def _load_file(path: Path) -> ModuleType:
-    try:
-        exists = path.is_file()
-    except OSError as error:  # a name that the file system rejects
-        raise TaskError(f"task file {str(path)[:80]} cannot be read: {error.strerror}") from error
-    if not exists:
+    if not os.path.isfile(path):
         raise TaskError(f"task file {path} does not exist")
     name = f"ngeval_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -29,16 +29,9 @@ class DivergedError(ModelError):
 class EpochReport:
     """A model after an epoch: mean losses in nats, and accuracies as fractions.
 
-    Attributes:
-        epoch: passes over the training data so far; 0 is the initial model.
-        train_loss: over one pass of the training data.
-        train_accuracy: as all accuracies, None where the targets are not classes.
-        validation_loss: None, as its accuracy, where the task has no validation data.
-        validation_accuracy: on the validation data.
-        test_loss: None, as its accuracy, where the task has no test data.
-        test_accuracy: on the test data.
-        step: steps so far.
-        seconds: the time of these steps, without the time of measuring.
+    Epoch 0 is the initial model. A number is None where the task has no such data, and an accuracy
+    where the targets are not classes. ``seconds`` is the time of all steps so far, without the time
+    of measuring.
     """
 
     epoch: int
@@ -96,14 +89,9 @@ class Measured:
 def measure(
     task: Task, model: nn.Module, batches: Iterator[Batch], source: str, device: str
 ) -> Measured:
-    """Mean loss and accuracy over batches, the model in eval mode.
+    """Mean loss and accuracy over batches; the model is left in eval mode.
 
-    Args:
-        task: the task, for its likelihood.
-        model: the model, which is left in eval mode.
-        batches: the data.
-        source: the name of the task's function that loads the batches, for messages.
-        device: the model's device.
+    ``source`` is the name of the task's function that loads the batches, for messages.
 
     Raises:
         TaskError: there is no batch.

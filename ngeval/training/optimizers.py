@@ -121,8 +121,8 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
     Args:
         name: a key of `EXACT`, a name in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, or the
             dotted path of a class.
-        model: the model.
-        settings: the settings of the optimizer.
+        model: whose parameters they hold.
+        settings: None is the optimizer's default.
         seed: for the labels that ``sf`` draws.
 
     Raises:

@@ -21,7 +21,7 @@ from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
 from ngeval.training.optimizers import Settings, resolved
-from ngeval.training.steppers import Stepper, eval_mode_note, make_stepper
+from ngeval.training.steppers import Stepper, eval_mode_note
 
 CHECKPOINT_FILE = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
 
@@ -82,7 +82,7 @@ class Training(Settings):
             model = self.task.model().to(self.device)
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
-            stepper = make_stepper(self.optimizer, self.task, model, self, self.seed, self.device)
+            stepper = Stepper(self.optimizer, self.task, model, self, self.seed, self.device)
             note = eval_mode_note(self.optimizer, model)
             if note is not None and self.on_note is not None:
                 self.on_note(note)

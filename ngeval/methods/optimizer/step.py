@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import is_out_of_memory
 from ngeval.utils.text import listed
+
+CACHED_SHARE = 16
+"""Warm copies are cached if they take at most 1/16 of the memory budget."""
 
 FALLBACK_RATE = 1e-3
 """The learning rate if every one is 0 and none is known from an earlier step."""
@@ -72,6 +75,8 @@ class OptimizerStep:
     weight_decay: bool = True
     warmup: Batches | Callable[[], Batches] | None = None
     name: str = ""
+    # Warm copies by θ and dtype; None for optimizers whose state may change between two steps.
+    warm: dict[Any, tuple[Clones, list[str]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
@@ -146,7 +151,7 @@ class OptimizerStep:
     def _steps_in(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
-        clones, notes = self.warmed(dtype, problem, names)
+        clones, notes = self._warm_copies(dtype, problem, names)
         with isolated_steps(problem.device, seed):
             gradients = batch_gradient(problem, self.reduction)
             _step(clones, gradients, names)
@@ -160,16 +165,25 @@ class OptimizerStep:
         }
         return steps, notes
 
-    def warmed(
+    def _warm_copies(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
     ) -> tuple[Clones, list[str]]:
-        """Copies that are ready for the graded step, and notes.
+        """Copies that are ready for the graded step, and notes; the batch is not used."""
+        if self.warmup is None or self.warm is None:
+            return self._warmed_up(dtype, problem, names)
+        key = (dtype, problem.dtype, *problem.function.versions.items())
+        if key not in self.warm:
+            clones, notes = self._warmed_up(dtype, problem, names)
+            if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
+                return clones, notes
+            self.warm.clear()
+            self.warm[key] = clones, notes
+        clones, notes = self.warm[key]
+        return clones.again(), [*notes]
 
-        Args:
-            dtype: of the copies' parameters and states; None keeps that of the originals.
-            problem: the model at θ; its batch is not used.
-            names: of the graded parameters, by ``id``.
-        """
+    def _warmed_up(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
+    ) -> tuple[Clones, list[str]]:
         clones = clone_optimizers(self.optimizers, dtype)
         notes = [f"step hooks of {name} are left out" for name in clones.hooked]
         notes += _ensure_rate(clones)

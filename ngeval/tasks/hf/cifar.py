@@ -50,11 +50,6 @@ class Images:
 def read_cifar(name: str, folder: Path, split: str) -> Images | None:
     """Read the original files in a folder, or in the folder that their archive unpacks to.
 
-    Args:
-        name: ``"cifar10"`` or ``"cifar100"``.
-        folder: the folder of the files.
-        split: ``"train"`` or ``"test"``.
-
     Returns:
         The images, or None if the folder holds no such files.
 

@@ -126,8 +126,7 @@ class HubModel:
     def build(self, num_labels: int | None) -> nn.Module:
         """The model with its weights, all of them trainable, in eval mode.
 
-        Args:
-            num_labels: classes of a head that an adapter brings.
+        ``num_labels`` is the number of classes of a head that an adapter brings.
 
         Raises:
             TaskError: the model cannot be loaded, or lacks weights that no adapter has.
@@ -160,11 +159,7 @@ class HubModel:
         return evaluated
 
     def processor(self, place: str | None, kind: str) -> Any:
-        """The tokenizer or image processor.
-
-        Args:
-            place: a folder or a name on the hub; None: the model's.
-            kind: ``"AutoTokenizer"`` or ``"AutoImageProcessor"``.
+        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place.
 
         Raises:
             TaskError: it cannot be loaded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,16 +57,10 @@ def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) 
         DependencyError: datasets is not installed.
     """
     folder = data_dir if data_dir is not None else Path(name)
-    try:
-        exists = folder.is_dir()
-    except OSError as error:  # a name that the file system rejects
-        raise TaskError(
-            f"data {str(folder)[:80]!r} cannot be looked up: {error.strerror}"
-        ) from error
-    if data_dir is not None or exists:
-        if not exists:
-            raise TaskError(f"data folder {folder} does not exist")
+    if os.path.isdir(folder):
         rows = _local(name, subset, split, folder)
+    elif data_dir is not None:
+        raise TaskError(f"data folder {folder} does not exist")
     else:
         rows = _from_hub(name, subset, split)
     if len(rows) == 0:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,7 +98,11 @@ def hub_task(
     rows = load_rows(dataset, subset, split, data_dir)
     place = " ".join(part for part in (dataset, subset, split) if part)
     if source.objective == "image":
-        data: _Images | _Texts = _Images(source, rows, place, columns, label_column, processor)
+        names, labels = rows.column_names, (label_column,) if label_column else IMAGE_LABELS
+        column = _column(place, names, columns[:1] or IMAGE_COLUMNS, "--columns")
+        label = _column(place, names, labels, "--label-column")
+        images = source.processor(processor, "AutoImageProcessor")
+        data: _Images | _Texts = _Images(source, rows, place, label, column, images)
     else:
         form = _form(source, rows, dataset, subset, columns, template, label_words, label_column)
         side = _side(source, padding_side, samples)
@@ -105,7 +111,17 @@ def hub_task(
         pad = getattr(source.config, "pad_token_id", None)
         encoder = Encoder(tokenizer, length, side, _takes_positions(source), pad)
         glue = subset if dataset == "glue" else None
-        data = _Texts(source, rows, place, form, encoder, glue, samples, max_target_tokens)
+        data = _Texts(
+            source,
+            rows,
+            place,
+            form.label,
+            form,
+            encoder,
+            glue,
+            samples=samples,
+            max_target_tokens=max_target_tokens,
+        )
     return Task(
         name=f"{Path(model).name} {place}",
         build_model=lambda: source.build(data.num_labels),
@@ -117,11 +133,14 @@ def hub_task(
     )
 
 
+@dataclass
 class _Data(ABC):
     """Batches of the rows of a data set."""
 
-    def __init__(self, source: HubModel, rows: Rows, place: str, label: str) -> None:
-        self.source, self.rows, self.place, self.label = source, rows, place, label
+    source: HubModel
+    rows: Rows
+    place: str
+    label: str
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
         """The batches of `ngeval.Task.load_batches`."""
@@ -188,28 +207,23 @@ class _Data(ABC):
         return label
 
 
+@dataclass
 class _Texts(_Data):
     """Batches of texts, in the form that the model's objective needs."""
 
-    def __init__(
-        self,
-        source: HubModel,
-        rows: Rows,
-        place: str,
-        form: TextForm,
-        encoder: Encoder,
-        glue: str | None,
-        samples: str,
-        max_target_tokens: int,
-    ) -> None:
-        super().__init__(source, rows, place, form.label)
-        self.form, self.encoder = form, encoder
-        self.pair = PAIR_COLUMNS.get(glue or "", form.columns)
-        self.samples, self.max_target_tokens = samples, max_target_tokens
-        classifier = source.objective == "classification"
-        self.kind = getattr(source.config, "problem_type", None) if classifier else None
-        if classifier and self.kind is None and glue == REGRESSION:
-            self.kind = "regression"
+    form: TextForm
+    encoder: Encoder
+    glue: str | None
+    samples: str
+    max_target_tokens: int
+
+    @cached_property
+    def kind(self) -> str | None:
+        """The ``problem_type`` of a classifier, by which transformers chooses its loss."""
+        if self.source.objective != "classification":
+            return None
+        default = "regression" if self.glue == REGRESSION else None
+        return getattr(self.source.config, "problem_type", None) or default
 
     @property
     def is_real(self) -> bool:
@@ -239,7 +253,8 @@ class _Texts(_Data):
     def batch(self, rows: list[dict[str, Any]], generator: torch.Generator) -> Batch:
         objective, encoder = self.source.objective, self.encoder
         if objective == "classification":
-            texts = [[str(row[name]) for name in self.pair] for row in rows]
+            columns = PAIR_COLUMNS.get(self.glue or "", self.form.columns)
+            texts = [[str(row[name]) for name in columns] for row in rows]
             read = self.real_labels if self.is_real else self.class_of
             return encoder.classification(texts, [read(row) for row in rows], self.is_real)
         prompts = [self.form.prompt(row) for row in rows]
@@ -269,25 +284,13 @@ class _Texts(_Data):
         return self.form.answer(label)
 
 
+@dataclass
 class _Images(_Data):
     """Batches of images with one class each."""
 
-    likelihood = "categorical"
-
-    def __init__(
-        self,
-        source: HubModel,
-        rows: Rows,
-        place: str,
-        columns: Sequence[str],
-        label_column: str | None,
-        processor: str | None,
-    ) -> None:
-        names = rows.column_names
-        self.column = _column(place, names, columns[:1] or IMAGE_COLUMNS, "--columns")
-        labels = (label_column,) if label_column else IMAGE_LABELS
-        super().__init__(source, rows, place, _column(place, names, labels, "--label-column"))
-        self.processor = source.processor(processor, "AutoImageProcessor")
+    column: str
+    processor: Any
+    likelihood: ClassVar[str] = "categorical"
 
     def batch(self, rows: list[dict[str, Any]], generator: torch.Generator) -> Batch:
         labels = [self.class_of(row) for row in rows]
