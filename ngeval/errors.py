@@ -6,6 +6,9 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+MAX_TEXT = 1_000
+"""Characters of a message of code that is not ngeval's; some libraries list every tensor."""
+
 
 class NgevalError(Exception):
     """Base class of every error that ngeval raises on purpose.
@@ -60,7 +63,8 @@ def foreign_errors(kind: type[Exception], what: str, advice: str = "") -> Iterat
     except NgevalError:
         raise
     except Exception as error:  # the code of a user or of another package can raise anything
-        raise kind(f"{what}: {type(error).__name__}: {error}{advice}") from error
+        text = " ".join(str(error).split())[:MAX_TEXT]
+        raise kind(f"{what}: {type(error).__name__}: {text}{advice}") from error
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

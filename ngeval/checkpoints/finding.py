@@ -156,11 +156,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file that a checkpoint folder's weights are read from.
-
-    Raises:
-        CheckpointError: the folder holds no such file.
-    """
+    """The file that a checkpoint folder's weights are read from."""
     names = ADAPTER if is_adapter(folder) else WEIGHTS
     for name in names:
         if (folder / name).is_file():

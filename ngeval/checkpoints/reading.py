@@ -63,8 +63,7 @@ def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
     if reason:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # a broken file, or an allowed pickle, can raise anything
         if not allow_pickle and (named := asks_for_code(path)):

@@ -343,11 +343,7 @@ def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
 
 
 def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with its options as numbers: ∞ for no clipping, the entry of a tensor.
-
-    Raises:
-        InputError: an option is out of range.
-    """
+    """A group with its options as numbers in range: ∞ for no clipping, the entry of a tensor."""
     betas, clip = group["betas"], group["clip"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise InputError(f"FAdam: betas must be two numbers (β₁, β₂), not {betas!r}")

@@ -77,19 +77,10 @@ def forward(
     return outputs, task.resolved_likelihood().bind(outputs, targets.to(device))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The mean loss of a model in nats, and its accuracy where targets are classes."""
-
-    loss: float
-    accuracy: float | None
-    batches: int
-
-
 def measure(
     task: Task, model: nn.Module, batches: Iterator[Batch], source: str, device: str
-) -> Measured:
-    """Mean loss and accuracy over batches; the model is left in eval mode.
+) -> tuple[float, float | None, int]:
+    """Mean loss in nats, accuracy where targets are classes, and number of batches, in eval mode.
 
     ``source`` is the name of the task's function that loads the batches, for messages.
 
@@ -117,7 +108,7 @@ def measure(
         raise DivergedError(
             "training diverged: the loss is NaN or infinite; lower the learning rate"
         )
-    return Measured(total / samples, right / positions if positions else None, count)
+    return total / samples, right / positions if positions else None, count
 
 
 def monitored_column(task: Task, monitor: str) -> str:

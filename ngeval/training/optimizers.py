@@ -73,11 +73,7 @@ class Settings:
     schedule: str = "constant"
 
     def check_ranges(self) -> None:
-        """Check that every setting is in its range.
-
-        Raises:
-            InputError: a setting is not.
-        """
+        """Check that every setting is in its range."""
         for name, numbers in RANGES.items():
             if (value := getattr(self, name)) is not None:
                 number_in(value, f"the {name.replace('_', ' ')}", numbers)
@@ -156,11 +152,7 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
 
 @cache
 def _check_class(path: str) -> None:
-    """Take a step with a class on the smallest model, to fail before any training.
-
-    Raises:
-        InputError: the class is an exact optimizer, or cannot be stepped on a dense gradient alone.
-    """
+    """Take a step on the smallest model, to fail before training if a gradient is not enough."""
     names = {family: name for name, (family, _) in EXACT.items()}
     model = _smallest()
     for optimizer in build_optimizers(path, model):

@@ -159,19 +159,18 @@ class Training(Settings):
     ) -> tuple[EpochReport, int]:
         """Losses and accuracies on all data, and the number of batches in an epoch."""
         task, device = self.task, self.device
-        batches = task.batches(self.batch_size, self.num_batches, self.seed)
-        train = measure(task, model, batches, "load_batches", device)
+        data = task.batches(self.batch_size, self.num_batches, self.seed)
+        train_loss, train_accuracy, batches = measure(task, model, data, "load_batches", device)
         held_out: dict[str, float | None] = {}
-        for part, data in (("validation", task.validation), ("test", task.test)):
+        for part, load in (("validation", task.validation), ("test", task.test)):
             loss = accuracy = None
             if getattr(task, f"load_{part}") is not None:
-                measured = measure(task, model, data(), f"load_{part}", device)
-                loss, accuracy = measured.loss, measured.accuracy
+                loss, accuracy, _ = measure(task, model, load(), f"load_{part}", device)
             held_out |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
         report = EpochReport(
-            epoch, train.loss, train.accuracy, **held_out, step=step, seconds=seconds
+            epoch, train_loss, train_accuracy, **held_out, step=step, seconds=seconds
         )
-        return report, train.batches
+        return report, batches
 
     def _save(self, stepper: Stepper, report: EpochReport) -> EpochReport:
         if self.output is None:

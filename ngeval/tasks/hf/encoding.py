@@ -141,11 +141,7 @@ def padded(sequences: Sequence[list[int]], value: int, side: str) -> Tensor:
 
 
 def check_answers(answers: Sequence[str], encoded: Sequence[list[int]], limit: int) -> None:
-    """Raise if an answer has more tokens than are allowed, or none.
-
-    Raises:
-        TaskError: the message names the answer.
-    """
+    """Refuse answers of more tokens than are allowed, or of none."""
     for answer, ids in zip(answers, encoded, strict=True):
         if len(ids) > limit:
             raise TaskError(

@@ -137,8 +137,7 @@ class HubModel:
             options["attn_implementation"] = self.attention
         if num_labels is not None and not self.has_head:
             options["num_labels"] = num_labels
-        with loading(self.name, "model"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with loading(self.name, "model"), warnings.catch_warnings(action="ignore"):
             auto = getattr(transformers, OBJECTIVES[self.objective])
             model, report = auto.from_pretrained(
                 **resolve_name(self.name, "model"), output_loading_info=True, **options
@@ -171,8 +170,7 @@ class HubModel:
             # transformers would build a tokenizer without a vocabulary.
             raise TaskError(_no_processor(what, name, "the folder has none of its files"))
         transformers = optional_module("transformers")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             try:
                 return getattr(transformers, kind).from_pretrained(
                     **resolve_name(name, what), trust_remote_code=self.trust_remote_code

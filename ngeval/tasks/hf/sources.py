@@ -42,15 +42,10 @@ class Rows(Protocol):
 def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) -> Rows:
     """The rows of one split.
 
-    Args:
-        name: ``glue``, ``cifar10``, ``cifar100``, a data set on the hub, or a folder.
-        subset: a part of the data set, such as ``sst2`` of ``glue``.
-        split: ``train``, ``validation``, ….
-        data_dir: the folder of the files, if they are not on the hub: a folder of
-            ``save_to_disk``; or one with files named for the split (``train.csv``,
-            ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its
-            ``data/`` or in a folder named for the subset; or one with the original files of GLUE
-            or CIFAR.
+    They come from the hub, from the folder ``data_dir``, or from the folder that is the name: a
+    folder of ``save_to_disk``; or one with files named for the split (``train.csv``,
+    ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its ``data/`` or
+    in a folder named for the subset; or one with the original files of GLUE or CIFAR.
 
     Raises:
         TaskError: the data or the split do not exist, or are unreadable or empty.

@@ -175,11 +175,7 @@ class _Data(ABC):
         return 1 + max(self.class_of(self.rows[i]) for i in range(len(self.rows)))
 
     def class_of(self, row: dict[str, Any]) -> int:
-        """A row's label as the number of a class.
-
-        Raises:
-            TaskError: the label is not the number of a class.
-        """
+        """A row's label, which must be the number of a class."""
         label = row[self.label]
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             hint = (
@@ -192,11 +188,7 @@ class _Data(ABC):
         return label
 
     def real_labels(self, row: dict[str, Any]) -> Any:
-        """A row's label for a regression or several labels: a number, or a list of them.
-
-        Raises:
-            TaskError: the label is something else.
-        """
+        """A row's label for a regression or several labels: a number, or a list of them."""
         label = row[self.label]
         numbers = label if isinstance(label, list) else [label]
         if not numbers or not all(isinstance(number, int | float) for number in numbers):
@@ -331,11 +323,7 @@ def _form(
 def _column(
     place: str, names: Sequence[str], choices: Sequence[str], option: str, optional: bool = False
 ) -> str:
-    """The first of some columns that a table has.
-
-    Raises:
-        TaskError: the table has none of them, and the column is not optional.
-    """
+    """The first of some columns that a table has; an empty text if an optional one is missing."""
     for name in choices:
         if name in names:
             return name
