@@ -67,6 +67,13 @@ def foreign_errors(kind: type[Exception], what: str, advice: str = "") -> Iterat
         raise kind(f"{what}: {type(error).__name__}: {text}{advice}") from error
 
 
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Check that a value is one of the known names; ``what`` names it in the `InputError`."""
+    names = list(known)
+    if value not in names:
+        raise InputError(f"unknown {what} {value!r}; {nearest_name(str(value), names)}")
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name.
 

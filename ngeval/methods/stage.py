@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ngeval.errors import CheckpointError, InputError, nearest_name
+from ngeval.errors import CheckpointError, check_choice
 from ngeval.model.checks import Inputs
 
 REDUCTIONS = ("mean", "token-mean", "sum")
@@ -67,8 +67,4 @@ class Stage:
 
 def check_reduction(reduction: str) -> None:
     """Check that a training loss can be reduced in this way."""
-    if reduction not in REDUCTIONS:
-        raise InputError(
-            f"unknown reduction {reduction!r} of the training loss; "
-            f"{nearest_name(str(reduction), REDUCTIONS)}"
-        )
+    check_choice("reduction of the training loss", reduction, REDUCTIONS)

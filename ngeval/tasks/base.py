@@ -107,9 +107,7 @@ class Task:
             InputError: inputs of the wrong type, empty, or not finite.
         """
         count = 0
-        with self._errors("load_batches"):
-            batches = iter(self.load_batches(batch_size, num_batches, seed))
-        for batch in self._checked(batches, "load_batches"):
+        for batch in self._loaded("load_batches", batch_size, num_batches, seed):
             yield batch
             count += 1
             if count == num_batches:
@@ -149,20 +147,18 @@ class Task:
 
     def validation(self) -> Iterator[Batch]:
         """The batches of held-out data, checked as in `batches`; none if the task has none."""
-        yield from self._held_out(self.load_validation, "load_validation")
+        if self.load_validation is not None:
+            yield from self._loaded("load_validation")
 
     def test(self) -> Iterator[Batch]:
         """The batches of test data, checked as in `batches`; none if the task has none."""
-        yield from self._held_out(self.load_test, "load_test")
+        if self.load_test is not None:
+            yield from self._loaded("load_test")
 
-    def _held_out(self, load: Callable[[], Iterable[Batch]] | None, source: str) -> Iterator[Batch]:
-        if load is None:
-            return
+    def _loaded(self, source: str, *arguments: Any) -> Iterator[Batch]:
+        """What one of the task's own functions yields, as soon as it is checked."""
         with self._errors(source):
-            batches = iter(load())
-        yield from self._checked(batches, source)
-
-    def _checked(self, batches: Iterator[Any], source: str) -> Iterator[Batch]:
+            batches: Iterator[Any] = iter(getattr(self, source)(*arguments))
         while True:
             with self._errors(source):
                 batch = next(batches, None)

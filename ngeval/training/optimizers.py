@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ngeval.errors import InputError, foreign_errors, nearest_name
+from ngeval.errors import InputError, check_choice, foreign_errors, nearest_name
 from ngeval.fadam.state_checks import Range, number_in
 from ngeval.methods.optimizer.build import build_optimizers, built, trainable_parameters
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
@@ -77,10 +77,7 @@ class Settings:
         for name, numbers in RANGES.items():
             if (value := getattr(self, name)) is not None:
                 number_in(value, f"the {name.replace('_', ' ')}", numbers)
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"unknown schedule {self.schedule!r}; {nearest_name(self.schedule, SCHEDULES)}"
-            )
+        check_choice("schedule", self.schedule, SCHEDULES)
 
 
 def is_exact(name: str) -> bool:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ngeval.checkpoints import save_checkpoint, save_optimizer
-from ngeval.errors import InputError, ModelError, OutputError
+from ngeval.errors import InputError, OutputError
 from ngeval.model.checks import check_device
 from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task
@@ -24,9 +23,6 @@ from ngeval.training.optimizers import Settings, resolved
 from ngeval.training.steppers import Stepper, eval_mode_note
 
 CHECKPOINT_FILE = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
-
-NOT_RECORDED = ("seconds",)
-"""Fields of a report that are not written, so that a seed gives the same files to the bit."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +76,27 @@ class Training(Settings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = self.task.model().to(self.device)
-            if not any(parameter.requires_grad for parameter in model.parameters()):
-                raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
             stepper = Stepper(self.optimizer, self.task, model, self, self.seed, self.device)
             note = eval_mode_note(self.optimizer, model)
             if note is not None and self.on_note is not None:
                 self.on_note(note)
-            report, steps = self._measured(model, 0, 0, 0.0)
+            report, steps = self._measured(stepper, 0, 0.0)
             if self.output is not None:  # not before the model has run
                 for path in _checkpoint_files(self.output):
                     path.unlink()
             yield self._save(stepper, report)
             stepper.schedule(self.schedule, steps * self.epochs)
-            yield from self._epochs(model, stepper, report)
+            yield from self._epochs(stepper, report)
 
-    def _epochs(
-        self, model: nn.Module, stepper: Stepper, report: EpochReport
-    ) -> Iterator[EpochReport]:
+    def _epochs(self, stepper: Stepper, report: EpochReport) -> Iterator[EpochReport]:
         column = monitored_column(self.task, self.monitor)
         best, waited = monitored(report, column), 0
         seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            self._train_epoch(model, stepper, epoch)
+            self._train_epoch(stepper, epoch)
             seconds += time.perf_counter() - start
-            report, _ = self._measured(model, epoch, stepper.steps, seconds)
+            report, _ = self._measured(stepper, epoch, seconds)
             yield self._save(stepper, report)
             value = monitored(report, column)
             best, waited = (value, 0) if value < best else (best, waited + 1)
@@ -147,18 +139,16 @@ class Training(Settings):
                 "--force to replace them"
             )
 
-    def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> None:
+    def _train_epoch(self, stepper: Stepper, epoch: int) -> None:
         stepper.ready()
         # A different order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
         for batch in self.task.batches(self.batch_size, self.num_batches, seed):
             stepper.step(batch)
 
-    def _measured(
-        self, model: nn.Module, epoch: int, step: int, seconds: float
-    ) -> tuple[EpochReport, int]:
+    def _measured(self, stepper: Stepper, epoch: int, seconds: float) -> tuple[EpochReport, int]:
         """Losses and accuracies on all data, and the number of batches in an epoch."""
-        task, device = self.task, self.device
+        task, model, device = self.task, stepper.model, self.device
         data = task.batches(self.batch_size, self.num_batches, self.seed)
         train_loss, train_accuracy, batches = measure(task, model, data, "load_batches", device)
         held_out: dict[str, float | None] = {}
@@ -168,7 +158,7 @@ class Training(Settings):
                 loss, accuracy, _ = measure(task, model, load(), f"load_{part}", device)
             held_out |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
         report = EpochReport(
-            epoch, train_loss, train_accuracy, **held_out, step=step, seconds=seconds
+            epoch, train_loss, train_accuracy, **held_out, step=stepper.steps, seconds=seconds
         )
         return report, batches
 
@@ -177,8 +167,8 @@ class Training(Settings):
             return report
         stem = self.output / f"epoch-{report.epoch:03d}"
         save_optimizer(stepper.optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
-        metadata = {k: value for k, value in asdict(report).items() if k not in NOT_RECORDED}
-        metadata |= self._recorded_settings()
+        metadata = asdict(report) | self._recorded_settings()
+        del metadata["seconds"]  # so that a seed gives the same files to the bit
         save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), metadata)
         return report
 

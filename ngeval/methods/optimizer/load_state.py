@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,11 @@ ADDED_LATER = (*EXECUTION, "maximize", "decoupled_weight_decay")
 """Options that files of earlier versions of torch do not have in their groups."""
 
 OF_CLASSES = {
-    "SGD": ("dampening", "momentum", "nesterov"),
-    "Adam and its variants": ("amsgrad", "betas", "momentum_decay"),
-    "Adagrad": ("initial_accumulator_value", "lr_decay"),
-    "Adadelta": ("rho",),
-    "RMSprop": ("alpha", "centered"),
-    "Rprop": ("etas", "step_sizes"),
-    "ASGD": ("lambd", "t0"),
-    "Adafactor": ("beta2_decay", "d"),
-    "Muon": ("ns_coefficients", "ns_steps"),
-}
+    name
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    for name in inspect.signature(kind).parameters
+} - {*ADDED_LATER, "params", "lr", "eps", "weight_decay"}
 """Hyperparameters that distinguish torch's classes."""
 
 
@@ -167,7 +162,7 @@ def _check_groups(optimizer: Optimizer, saved: _Saved, label: str) -> None:
         lacking = [key for key in needed if key not in hyper]
         if lacking:
             raise MisfitError(f"its groups have no {listed(lacking)}; is the file {label}'s?")
-        others = {*chain(*OF_CLASSES.values())} - optimizer.defaults.keys()
+        others = OF_CLASSES - optimizer.defaults.keys()
         if of_torch and (other := sorted(hyper.keys() & others)):
             raise MisfitError(f"its groups have {listed(other)}; is the file {label}'s?")
         decoupled = "decoupled_weight_decay"  # the difference of Adam and AdamW in torch

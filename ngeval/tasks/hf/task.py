@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ngeval.errors import InputError, TaskError, nearest_name
+from ngeval.errors import InputError, TaskError, check_choice, nearest_name
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm
@@ -86,8 +86,8 @@ def hub_task(
         CheckpointError: an adapter's configuration cannot be read.
         DependencyError: transformers, datasets or peft are not installed.
     """
-    _check_choice("padding side", padding_side, ("left", "right"))
-    _check_choice("kind of samples", samples, ("sequence", "token"))
+    check_choice("padding side", padding_side, ("left", "right"))
+    check_choice("kind of samples", samples, ("sequence", "token"))
     if max_length < 2 or max_target_tokens < 1:
         raise InputError("max_length must be at least 2 and max_target_tokens at least 1")
     if dataset == "glue" and subset not in GLUE:
@@ -367,8 +367,3 @@ def _last_logits(raw: Any) -> Tensor:
     """The logits at the last position, which with left padding is that of the sample's token."""
     logits: Tensor = getattr(raw, "logits", raw)
     return logits[:, -1]
-
-
-def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {what} {value!r}; {nearest_name(value, choices)}")
