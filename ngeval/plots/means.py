@@ -14,6 +14,7 @@ def line_with_band(
     label: str,
     *,
     markers: bool = True,
+    band: bool = True,
 ) -> None:
     """Draw geometric means with their intervals.
 
@@ -24,6 +25,7 @@ def line_with_band(
         style: colour, marker and dash.
         label: for the legend.
         markers: on each point; a line of many points is easier to follow without.
+        band: whether to draw the interval.
     """
     means = means.sort_values(x)
     colour, marker, dash = style
@@ -35,6 +37,8 @@ def line_with_band(
         marker=marker if markers else "",
         label=label,
     )
+    if not band:
+        return
     axes.fill_between(
         means[x].to_numpy(dtype=float),
         means["low"].to_numpy(dtype=float),

@@ -6,29 +6,24 @@ import base64
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
 from itertools import count
-from typing import Any
 
 import jinja2
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.errors import InputError
-from ngeval.report.charts import gamma_charts, layer_charts, sample_charts
-from ngeval.report.colours import DARK
+from ngeval.report.charts import Chart, gamma_charts, layer_charts, sample_charts
 from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import Table, gamma_table
-from ngeval.report.traces import Chart
 from ngeval.utils.text import encodable
 
 MAX_CELLS = 4_000_000
@@ -82,14 +77,12 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     }
     ids = count(1)
     sections = [_section(topic, shorts[topic.name], ids) for topic in tasks]
-    charts = {key: chart for section in sections for key, chart in section.charts.items()}
     reasons = [trouble for topic in tasks for trouble in troubles(topic)]
     notes = [note for source in sources for note in source.notes]
     notes += [note for topic in tasks for note in topic.notes]
-    scripts = {"plotly": get_plotlyjs() if charts else "", "local": _file("report.js")}
+    script = _file("report.js")
     page = _template().render(
         title=title or "ngeval: " + ", ".join(topic.name for topic in tasks),
-        dark=DARK,
         sections=sections,
         several=len(sections) > 1,
         conventions=CONVENTIONS if any(shorts.values()) else (),
@@ -98,26 +91,13 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         notes=list(dict.fromkeys(notes)),
         remarks=[trouble for trouble in reasons if trouble.status == "ok"],
         downloads=[_download(source, shorts, tasks) for source in sources],
-        data=json_text({key: chart.payload() for key, chart in charts.items()}),
         css=_file("report.css"),
-        scripts=scripts,
-        policy=_policy(scripts),
+        script=script,
+        policy=_policy(script),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("ngeval"),
     )
     return encodable(page)  # a name may hold bytes that no encoding has
-
-
-def json_text(value: Any) -> str:
-    r"""JSON that may stand in a script element: nothing in it ends the element or begins a new one.
-
-    >>> print(json_text("</script>"))
-    "\u003c/script\u003e"
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
@@ -154,21 +134,21 @@ def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[
         table = pd.concat(parts)
     text = io.BytesIO()
     table.to_csv(text, index=False, encoding="utf-8", errors="replace")
-    packed = gzip.compress(text.getvalue(), compresslevel=6, mtime=0)
-    return Download(name, source.shown, base64.b64encode(packed).decode("ascii"), note)
+    return Download(name, source.shown, packed(text.getvalue()), note)
 
 
-def _policy(scripts: dict[str, str]) -> str:
-    """A Content-Security-Policy: these scripts and no others, no network."""
-    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values() if text)
+def packed(content: bytes) -> str:
+    """Content that only the page's script reads: gzip, base64."""
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii")
+
+
+def _policy(script: str) -> str:
+    """A Content-Security-Policy: this script and no other, no network."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def _file(name: str) -> str:
@@ -179,4 +159,5 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["packed"] = lambda text: packed(encodable(text).encode())
     return environment.from_string(_file("report.html"))

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from ngeval.analysis.stages import evenly
 from ngeval.report.summaries import Grades
 from ngeval.report.wording import damping_text, interval_text, number, value_text
 
@@ -115,10 +114,7 @@ def _shown_dampings(short: Grades) -> list[float]:
     """The λ in the table: all, or as many as fit, always with the smallest."""
     values = short.dampings
     count = max(2, int(MAX_ROWS * len(values) / len(short.summary)))
-    if count >= len(values):
-        return values
-    places = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
-    return sorted({short.smallest, *(values[place] for place in places)})
+    return sorted({short.smallest, *(values[place] for place in evenly(len(values), count))})
 
 
 def _heads(*names: str) -> list[tuple[str, bool]]:
@@ -141,4 +137,4 @@ def _numeric(value: Any, text: str | None = None) -> Cell:
 
 def _key(value: float) -> str:
     """What a number sorts by; "", which comes last, if there is none."""
-    return "" if math.isnan(value) else f"{float(value):.9g}"
+    return "" if math.isnan(value) else f"{float(value):.6g}"
