@@ -17,7 +17,6 @@ import ngeval.runs.tables
 from ngeval import OutputError
 from ngeval.cli.app import app
 from ngeval.results.manifest import (
-    as_options,
     command_line,
     manifest,
     manifest_path,
@@ -75,7 +74,8 @@ class TestManifest:
         assert read_manifest(tmp_path / "r.csv") == told
 
     def test_options_that_are_not_set_are_left_out(self):
-        asked = as_options(RunOptions(task="t", checkpoint=[]), methods=["sgd"], damping=0.0)
+        options = RunOptions(task="t", checkpoint=[]).recorded()
+        asked = manifest(options | {"methods": ["sgd"], "damping": 0.0})["options"]
         assert asked["task"] == "t"
         assert (asked["methods"], asked["damping"], asked["seed"]) == (["sgd"], 0.0, 0)
         assert not {"checkpoint", "dtype", "memory"} & set(asked)
@@ -119,7 +119,7 @@ class TestCommands:
         which = ("-t", "digits-mlp", "-c", weights, *SMALL, "-m", "sgd")
         run("layers", *which, "--groups", "1", "-o", tmp_path / "l.parquet")
         run("imbalance", *which, "--damping", "0.5", "-o", tmp_path / "i.jsonl")
-        assert read_manifest(tmp_path / "l.parquet")["options"]["groups"] == "1"
+        assert read_manifest(tmp_path / "l.parquet")["options"]["groups"] == 1
         assert read_manifest(tmp_path / "i.jsonl")["options"]["damping"] == 0.5
 
     def test_a_run_that_is_stopped_has_one(self, weights, tmp_path, monkeypatch):

@@ -15,15 +15,8 @@ from ngeval.errors import InputError, foreign_errors
 def plugins(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
     """The entry points of a group by name; none of them is imported.
 
-    The result is cached, because the metadata of every installed package is read for it.
-
-    Args:
-        group: the entry-point group, e.g. ``"ngeval.methods"``.
-        taken: the names that ngeval has itself.
-
-    Returns:
-        One entry point for each name. An entry point whose name is taken, by ngeval or by another
-        package, is left out with a warning.
+    The result is cached, because the metadata of every installed package is read for it. An entry
+    point whose name is taken, by ngeval or by another package, is left out with a warning.
     """
     kind = _kind(group)
     points: dict[str, EntryPoint] = {}
