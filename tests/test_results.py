@@ -31,9 +31,9 @@ def table(values=NUMBERS):
 class TestFormats:
     def test_what_is_written_is_read_back(self, tmp_path, kind):
         write_results(table(), tmp_path / f"r.{kind}")
-        found = read_results(tmp_path / f"r.{kind}")
-        assert_frame_equal(found, table(), check_dtype=False, rtol=4e-16, atol=0)
-        assert found["batch"].dtype == np.int64
+        result = read_results(tmp_path / f"r.{kind}")
+        assert_frame_equal(result, table(), check_dtype=False, rtol=4e-16, atol=0)
+        assert result["batch"].dtype == np.int64
 
     def test_a_missing_value_comes_back_missing(self, tmp_path, kind):
         write_results(table([1.0, np.nan, 3.0]), tmp_path / f"r.{kind}")

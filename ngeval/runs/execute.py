@@ -160,9 +160,9 @@ class _Execution:
             if not missing and not journal.exists:  # the table is complete
                 return _finished(run, output, record) if first else {}
             file = _Table(journal, record, run.num_units, self.progress)
-            if done := run.num_units - len(missing):
-                self.progress.note(f"{done} of {run.num_units} units were done before")
             try:
+                if done := run.num_units - len(missing):
+                    self.progress.note(f"{done} of {run.num_units} units were done before")
                 units = self.tables(missing, out.stop_after, record["identity"], file.bytes_each)
                 for key, entry in units:
                     if first or ranks.group is None:
