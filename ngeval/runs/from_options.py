@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ngeval.checkpoints import Checkpoint, find_checkpoints
-from ngeval.errors import CheckpointError, InputError, nearest_name
+from ngeval.errors import CheckpointError, InputError, check_choice
 from ngeval.methods.stage import OptimizerOptions
 from ngeval.runs.options import SHARDS, HubOptions, RunOptions, parse_bytes, parse_dtype
 from ngeval.runs.ranks import own_device
@@ -31,8 +31,7 @@ def make_run(options: RunOptions) -> Run:
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
     step = OptimizerOptions(options.reduction, options.weight_decay, options.allow_pickle)
-    if options.shard not in SHARDS:
-        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
+    check_choice("shard", options.shard, SHARDS)
     if (options.task is None) == (options.hf_model is None):
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ngeval.errors import InputError, nearest_name
+from ngeval.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +159,7 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     """
     if text is None:
         return None
-    if text not in DTYPES:
-        raise InputError(f"unknown dtype {text!r}; {nearest_name(text, DTYPES)}")
+    check_choice("dtype", text, DTYPES)
     import torch  # noqa: PLC0415  (takes seconds, and the options are read without it)
 
     dtype: torch.dtype = getattr(torch, text)
