@@ -24,7 +24,8 @@ from ngeval.curvature.natural_gradient import (
 from ngeval.curvature.spectrum import Spectrum
 from ngeval.curvature.updates import as_tensor
 from ngeval.errors import EngineError
-from ngeval.jacobians.parameter_blocks import group_combinations, group_grams, group_squares
+from ngeval.jacobians import CapturedRows
+from ngeval.jacobians.captured_rows import group_grams, group_squares
 from ngeval.model.parameter_groups import Group
 from ngeval.problem.fisher import factor_columns
 from ngeval.problem.gamma import gamma
@@ -121,7 +122,8 @@ class FisherBlocks:
         if large:
             names = _names([block.group for block in large])
             weights = {name: solved[name] for name in names}
-            update = group_combinations(problem.rows, factor_columns(problem), names, weights)
+            rows = CapturedRows(problem.rows, factor_columns(problem))
+            update = rows.group_combinations(names, weights)
             for block in large if self.saturated else ():
                 self._check_directions(block, update, lambdas)
         else:
@@ -154,8 +156,9 @@ class FisherBlocks:
         """R_lᵀr with r as the spectrum has it."""
         problem, vectors = self.problem, block.spectrum.eigenvectors
         weights = {block.group.name: (vectors @ (vectors.T @ self.right)).unsqueeze(0)}
-        names, columns = _names([block.group]), factor_columns(problem)
-        return _part_of(group_combinations(problem.rows, columns, names, weights)[0], block.group)
+        rows = CapturedRows(problem.rows, factor_columns(problem))
+        combined = rows.group_combinations(_names([block.group]), weights)
+        return _part_of(combined[0], block.group)
 
 
 def _names(groups: Sequence[Group]) -> dict[str, list[str]]:

@@ -8,12 +8,12 @@ the rows, a slice of the layer's outputs at a time, and multiplies them. Sums ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term, split_rows
 from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
@@ -27,7 +27,12 @@ TRAFFIC = 32
 
 
 def add_inner_products(
-    out: Tensor, left: list[Term], right: list[Term], *, symmetric: bool = False
+    out: Tensor,
+    left: list[Term],
+    right: list[Term],
+    *,
+    symmetric: bool = False,
+    names: Collection[str] | None = None,
 ) -> None:
     """Add the inner products of all rows of one capture with those of another.
 
@@ -36,10 +41,13 @@ def add_inner_products(
         left: terms of N samples with Q cotangents.
         right: terms of M samples with R cotangents, of the same model.
         symmetric: both are the same capture; only the lower triangle has to be right.
+        names: of the parameters whose part of the rows is multiplied; default: all.
     """
     for i, first in enumerate(left):
         for j, second in enumerate(right):
             shared = first.shapes.keys() & second.shapes.keys()
+            if names is not None:
+                shared &= set(names)
             if not shared or (symmetric and j > i):
                 continue
             if symmetric and j < i:
@@ -257,10 +265,9 @@ def add_squared_column_sums(sums: Parameters, terms: list[Term]) -> None:
         cut = only if len({term.num_units for term in group}) == 1 else None
         total = sum(term.row_size for term in group)
         step = max(1, PIECE_ENTRIES // max(total, 1))
-        for samples, vectors in _row_blocks(only.num_samples, only.num_vectors, step):
-            count = (samples.stop - samples.start) * (vectors.stop - vectors.start)
-            for units in pieces(cut, count) if cut else [ALL]:
-                for name, rows in rows_of(group, samples, vectors, units).items():
+        for block in split_rows(only.num_samples, only.num_vectors, step):
+            for units in pieces(cut, block.size) if cut else [ALL]:
+                for name, rows in rows_of(group, block.samples, block.vectors, units).items():
                     wide = _wide(rows)
                     per_unit = sums[name].numel() // only.num_units if cut else 0
                     start = (units.start or 0) * per_unit
@@ -269,7 +276,7 @@ def add_squared_column_sums(sums: Parameters, terms: list[Term]) -> None:
 
 
 def add_row_combinations(
-    out: Tensor, starts: dict[str, int], terms: list[Term], weights: Tensor
+    out: Tensor, starts: dict[str, int], terms: list[Term], weights: Mapping[str, Tensor]
 ) -> None:
     """Add W R for the rows R of a capture, a slice of the parameters at a time.
 
@@ -277,14 +284,18 @@ def add_row_combinations(
         out: shape ``(k, P)``.
         starts: where a parameter begins in a flat vector, by name.
         terms: of B samples with Q cotangents.
-        weights: W in float64, shape ``(k, B·Q)``.
+        weights: W by parameter in float64, shape ``(k, B·Q)``; others' parts of R are left out.
     """
     for term in terms:
-        for units in pieces(term, term.num_samples * term.num_vectors + len(weights)):
+        if not term.shapes.keys() & weights.keys():
+            continue
+        for units in pieces(term, term.num_samples * term.num_vectors + len(out)):
             for name, rows in term.rows(ALL, ALL, units).items():
+                if name not in weights:
+                    continue
                 per_unit = term.shapes[name].numel() // term.num_units
                 start = starts[name] + (units.start or 0) * per_unit
-                combined = weights @ _wide(rows)
+                combined = weights[name] @ _wide(rows)
                 out[:, start : start + combined.shape[1]] += combined.to(out.dtype)
 
 
@@ -307,14 +318,6 @@ def _groups(terms: list[Term]) -> list[list[Term]]:
         groups = [g for g in groups if g not in linked]
         groups.append([*itertools.chain.from_iterable(linked), term])
     return groups
-
-
-def _row_blocks(samples: int, vectors: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    step = max(1, limit // vectors)
-    width = min(vectors, limit)
-    for n in range(0, samples, step):
-        for q in range(0, vectors, width):
-            yield slice(n, min(n + step, samples)), slice(q, min(q + width, vectors))
 
 
 def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = ALL) -> Parameters:

@@ -149,19 +149,16 @@ def _run_trial(
         )
         return output if id(module) in expanded else None
 
-    handles = [
-        module.register_forward_hook(hook, with_kwargs=True) for module in function.model.modules()
-    ]
-    try:
-        with autograd_enabled(), saved_tensors_hooks(save, lambda tensor: tensor):
-            leaves: Parameters = {
-                name: p.detach().requires_grad_() for name, p in function.parameters.items()
-            }
-            placed = {name: expand_to_samples(leaves[name], size) for name in copies}
-            outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as contexts:
+        for module in function.model.modules():
+            contexts.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        contexts.enter_context(autograd_enabled())
+        contexts.enter_context(saved_tensors_hooks(save, lambda tensor: tensor))
+        leaves: Parameters = {
+            name: p.detach().requires_grad_() for name, p in function.parameters.items()
+        }
+        placed = {name: expand_to_samples(leaves[name], size) for name in copies}
+        outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     return calls, outputs, sum(saved.values())
 
 

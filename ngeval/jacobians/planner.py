@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.capture import capture, forward
-from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import pieces
-from ngeval.jacobians.layer_rules import HookedModule, rule_for
+from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, rule_for
 from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
 from ngeval.jacobians.terms import ALL
 from ngeval.model.function import ModelFunction

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, cast
@@ -121,9 +121,9 @@ class ModelFunction:
         return replace(
             self,
             inputs=cast_inputs(self.inputs, dtype),
-            parameters=cast_all(self.parameters, dtype),
-            frozen=cast_all(frozen, dtype),
-            buffers=cast_all(self.buffers, dtype),
+            parameters=_cast_all(self.parameters, dtype),
+            frozen=_cast_all(frozen, dtype),
+            buffers=_cast_all(self.buffers, dtype),
             cast=dtype,
         )
 
@@ -272,7 +272,7 @@ class ModelFunction:
         with autograd_enabled():
             leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
             outputs = self(leaves, fused=True)
-            return pull_back(outputs, leaves, cotangent)
+            return pull_back([outputs], leaves, [cotangent])
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's order."""
@@ -334,13 +334,17 @@ def autograd_enabled() -> Iterator[None]:
 
 
 def pull_back(
-    outputs: Tensor, leaves: Parameters, cotangent: Tensor, *, retain_graph: bool = False
+    outputs: Sequence[Tensor],
+    leaves: Parameters,
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
 ) -> Parameters:
-    """Jᵀw by one backward pass from recorded outputs: dense gradients by parameter name."""
+    """Σ Jᵀw by one backward pass from recorded outputs: dense gradients by parameter name."""
     gradients = torch.autograd.grad(
         outputs,
         list(leaves.values()),
-        cotangent.to(outputs.dtype),
+        [cotangent.to(z.dtype) for cotangent, z in zip(cotangents, outputs, strict=True)],
         materialize_grads=True,
         retain_graph=retain_graph,
     )
@@ -377,6 +381,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
-    """Tensors by name in a dtype; None leaves them as they are."""
-    return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
+def _cast_all(tensors: Parameters, dtype: torch.dtype) -> Parameters:
+    return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}

@@ -69,14 +69,14 @@ def solution(problem: Problem, gram: Tensor, right: Tensor, damping: float) -> T
     return Spectrum.of_gram(gram, epsilon, right).solve(right, gram.new_tensor([damping]))[0]
 
 
-def step_rows(problem: Problem, vectors: Tensor) -> PassRows | CapturedRows:
+def step_rows(problem: Problem, vectors: Tensor) -> CapturedRows:
     """The rows J_nᵀv_nq, from the problem's one pass if that fits in memory."""
     fits = OnePass.fits(problem.rows, problem.num_samples, vectors.shape[1])
     recorded = problem.one_pass() if fits else None
     return CapturedRows(problem.rows, vectors) if recorded is None else recorded.rows(vectors)
 
 
-def combination(problem: Problem, rows: PassRows | CapturedRows, weights: Tensor) -> Tensor:
+def combination(problem: Problem, rows: CapturedRows, weights: Tensor) -> Tensor:
     """Σ_nq w_nq J_nᵀv_nq, from the recorded pass or by a second one."""
     if isinstance(rows, PassRows):
         return rows.combination(weights)

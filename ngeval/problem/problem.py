@@ -176,9 +176,6 @@ class Problem(Linearized):
         planned = by_known_plan(self._chain, self, function, targets)
         problem = Problem.__new__(Problem)
         if planned is None:
-            function = _function(
-                function.model, inputs, function.output, function.cast, function.shards
-            )
             problem._set_up(function, targets, self.likelihood, self._chain, self.rows.memory)
             return problem
         rows, raw, recorded = planned
