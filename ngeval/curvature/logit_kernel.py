@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngeval.curvature.spectrum import UNSEEN, Spectrum
 from ngeval.errors import EngineError
-from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations, row_matrix
+from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
 from ngeval.problem.fisher import (
     has_few_parameters,
     jacobian_columns,
@@ -67,7 +67,7 @@ class LogitKernel(ABC):
             vectors: v, shape ``(N, Q, *positions, C)``.
             weights: w in float64, shape ``(k, N·Q)``.
         """
-        return row_combinations(self.rows, vectors, weights)
+        return CapturedRows(self.rows, vectors).combinations(weights)
 
     def spectrum(self, vectors: Tensor, right: Tensor, unseen: float = UNSEEN) -> Spectrum:
         """The spectrum of the Gram matrix of rows J_nᵀv_nq.

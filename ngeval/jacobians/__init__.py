@@ -35,7 +35,7 @@ Reading order, each file on top of those before it:
 5. `probe` and `engine_choice`: the check, and the choice of an engine.
 """
 
-from ngeval.jacobians.captured_rows import CapturedRows, row_combinations
+from ngeval.jacobians.captured_rows import CapturedRows
 from ngeval.jacobians.engine_choice import EngineChoice, choose_engine, recheck_engine
 from ngeval.jacobians.one_pass import OnePass, PassRows
 from ngeval.jacobians.row_source import (
@@ -56,7 +56,6 @@ __all__ = [
     "choose_engine",
     "gram_matrix",
     "recheck_engine",
-    "row_combinations",
     "row_matrix",
     "squared_column_sums",
     "squared_norms",

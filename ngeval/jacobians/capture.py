@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ngeval.jacobians.layouts import CallLayout, expand_to_samples
 from ngeval.jacobians.terms import StoredTerm, Term, merged
 from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_term, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
@@ -45,18 +44,12 @@ def capture(
 ) -> list[Term]:
     """Run some samples forward once and pull Q cotangents of each back to every hooked output.
 
-    Args:
-        function: the model at θ on its batch.
-        plan: of this model.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-
     Raises:
         UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
-    batched = is_batched(function, plan, cotangents)
-    recorded = forward(function, plan, _batch(function, samples), fused=not batched)
-    return recorded.capture(samples, cotangents, batched=batched)
+    fused = not _is_batched(function, plan, cotangents)
+    recorded = forward(function, plan, function.on(samples).inputs, fused=fused)
+    return recorded.capture(samples, cotangents)
 
 
 def stream(
@@ -65,18 +58,11 @@ def stream(
     """Like `capture`, but a layer's term is used, and freed, when the backward pass reaches it.
 
     In addition to what any backward pass holds, only one layer's gradient exists at a time.
-    Cotangents are pulled back one by one.
-
-    Args:
-        function: the model at θ on its batch.
-        plan: of this model.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-        use: called with terms and the slice of the cotangents that they belong to; all terms of a
-            parameter come in one call for each cotangent.
+    Cotangents are pulled back one by one; ``use`` is called with terms and the slice of the
+    cotangents that they belong to. All terms of a parameter come in one call for each cotangent.
     """
-    batch, streamed = _batch(function, samples), plan.streamed()
-    recorded = forward(function, plan, batch, fused=True, streamed=streamed)
+    batch = function.on(samples).inputs
+    recorded = forward(function, plan, batch, fused=True, streamed=plan.streamed())
     last = cotangents.shape[1] - 1
     for q in range(last + 1):
         part = slice(q, q + 1)
@@ -85,7 +71,7 @@ def stream(
         use(recorded.capture(samples, cotangents[:, part], retain=q < last), vectors=part)
 
 
-def is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -> bool:
+def _is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -> bool:
     """Whether several cotangents of a sample are pulled back together."""
     count, vectors = cotangents.shape[:2]
     return vectors > 1 and count * vectors * plan.gradient_scalars(function) < BATCHED_ENTRIES
@@ -93,15 +79,9 @@ def is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """A forward pass with its graph.
+    """A forward pass with its graph, from the parameters ``leaves`` to the outputs.
 
-    Attributes:
-        function: the model at θ.
-        plan: of this model.
-        recorder: of the hooked modules' calls.
-        leaves: the parameters that the graph starts from.
-        copies: of replicated parameters, one for each sample.
-        outputs: of the model.
+    Those of the plan's replicated parameters have ``copies`` between, one for each sample.
     """
 
     function: ModelFunction
@@ -111,25 +91,19 @@ class RecordedPass:
     copies: Parameters
     outputs: Tensor
 
-    def capture(
-        self, samples: slice, cotangents: Tensor, *, batched: bool = False, retain: bool = False
-    ) -> list[Term]:
+    def capture(self, samples: slice, cotangents: Tensor, *, retain: bool = False) -> list[Term]:
         """Pull cotangents back to every hooked output: the terms of their rows.
 
-        Args:
-            samples: which samples of the batch the pass was of.
-            cotangents: v of shape ``(samples, Q, *positions, C)``.
-            batched: pull them back together, by ``vmap``; otherwise one by one.
-            retain: keep the graph for another backward pass.
+        The graph is kept for another backward pass if ``retain``.
         """
         sources = [] if self.recorder.source is None else [self.recorder.source]
         outputs = [tensor for call in self.recorder.calls for tensor in call.outputs.values()]
         targets = [*sources, *outputs, *self.copies.values()]
         terms: list[Term] = []
         if targets:
-            pull_back = _pull_back_batched if batched else _pull_back
-            gradients = pull_back(self.outputs, targets, cotangents, retain)
-            terms = self._terms(gradients[len(sources) :])
+            batched = _is_batched(self.function, self.plan, cotangents)
+            pulled = _pull_back(self.outputs, targets, cotangents, batched=batched, retain=retain)
+            terms = self._terms(pulled[len(sources) :])
         if self.plan.looped:
             rows = partial(loop_rows, names=self.plan.looped)
             looped = whole_model_term(rows, self.function, samples, cotangents, self.plan.looped)
@@ -162,19 +136,14 @@ def forward(
 ) -> RecordedPass:
     """Run the model with hooks and record the calls of the plan's modules.
 
-    Args:
-        function: the model at θ.
-        plan: of this model.
-        batch: inputs.
-        fused: allow fused attention.
-        streamed: modules whose terms are used while a backward pass runs; see `Recorder`.
+    Terms of the ``streamed`` modules are used while a backward pass runs; see `Recorder`.
 
     Raises:
         UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
     recorder = Recorder(function, next(named_tensors(batch))[1].shape[0], streamed)
     with autograd_enabled():
-        leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
+        leaves = leaves_of(function.parameters)
         copies = {name: expand_to_samples(leaves[name], recorder.count) for name in plan.replicated}
         with contextlib.ExitStack() as hooks:
             for hooked in plan.modules:
@@ -195,10 +164,6 @@ def _term(function: ModelFunction, call: RecordedCall) -> Term:
     return rule.term(function, call) if rule else module_vjp_term(function, call)
 
 
-def _batch(function: ModelFunction, samples: slice) -> Any:
-    return map_inputs(function.inputs, itemgetter(samples))
-
-
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, _source: Tensor, passed: Callable[..., None]) -> Tensor:
@@ -216,14 +181,8 @@ class Recorder:
 
     The outputs of streamed modules pass taps, identities that see the gradients there. Every tap
     has `source` as an input. Its gradient therefore makes autograd pass all of them, without
-    forming the gradient of a parameter.
-
-    Attributes:
-        calls: the recorded calls.
-        count: the number of samples.
-        source: None if no module is streamed.
-        use: called with the terms of a streamed module.
-        last: no backward pass follows the present one.
+    forming the gradient of a parameter. Terms are passed to `use`; with `last`, no backward pass
+    follows the present one.
     """
 
     def __init__(self, function: ModelFunction, count: int, streamed: Collection[str]) -> None:
@@ -260,7 +219,7 @@ class Recorder:
         differentiable = {
             index: tensor
             for index, tensor in enumerate(outputs)
-            if layout.outputs[index] is not None and _requires_grad(tensor)
+            if layout.outputs[index] is not None and getattr(tensor, "requires_grad", False)
         }
         call = RecordedCall(
             hooked, layout, spec, _map_tensors(leaves, Tensor.detach), differentiable
@@ -294,16 +253,18 @@ def _map_tensors(leaves: list[Any], function: Callable[[Tensor], Tensor]) -> lis
     return [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _requires_grad(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _pull_back_batched(
-    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
+def _pull_back(
+    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, *, batched: bool, retain: bool
 ) -> list[Tensor]:
-    """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
-    if outputs.requires_grad:
-        vectors = cotangents.transpose(0, 1).to(outputs.dtype)
+    """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``.
+
+    By one backward pass for each cotangent, or by ``vmap`` where ``batched``.
+    """
+    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
+    zeros = [t.new_zeros(()).expand(len(vectors), *t.shape) for t in targets]
+    if not outputs.requires_grad:
+        return zeros
+    if batched:
         options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
         try:
             gradients = torch.autograd.grad(outputs, targets, vectors, **options)
@@ -312,25 +273,12 @@ def _pull_back_batched(
                 raise
             # An operation has no rule for vmap.
         else:
-            return [
-                t.new_zeros(()).expand(len(vectors), *t.shape) if g is None else g
-                for t, g in zip(targets, gradients, strict=True)
-            ]
-    return _pull_back(outputs, targets, cotangents, retain)
-
-
-def _pull_back(
-    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
-) -> list[Tensor]:
-    """Like `_pull_back_batched`, by one backward pass for each cotangent."""
-    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
-    if not outputs.requires_grad:
-        return [t.new_zeros(()).expand(len(vectors), *t.shape) for t in targets]
+            return [zero if g is None else g for zero, g in zip(zeros, gradients, strict=True)]
     last = len(vectors) - 1
-    gradients = [
+    by_vector = [
         torch.autograd.grad(
             outputs, targets, v, retain_graph=retain or q < last, materialize_grads=True
         )
         for q, v in enumerate(vectors)
     ]
-    return [stacked(parts) for parts in zip(*gradients, strict=True)]
+    return [stacked(parts) for parts in zip(*by_vector, strict=True)]

@@ -11,10 +11,10 @@ from ngeval.jacobians.inner_products import (
     PIECE_ENTRIES,
     add_inner_products,
     add_row_combinations,
-    rows_of,
+    complete_rows,
 )
 from ngeval.jacobians.row_source import RowSource, from_lower, gram_matrix
-from ngeval.jacobians.terms import ALL, Block, Term, whole_block
+from ngeval.jacobians.terms import Block, Term, whole_block
 
 Groups = Mapping[str, Sequence[str]]
 """Parameter names by group."""
@@ -30,7 +30,6 @@ class CapturedRows:
     """
 
     def __init__(self, source: RowSource, cotangents: Tensor) -> None:
-        """Nothing is computed yet."""
         self.source = source
         self.cotangents = cotangents
         self._kept: list[Term] | None = None
@@ -63,7 +62,7 @@ class CapturedRows:
         )
 
     def combinations(self, weights: Tensor) -> Tensor:
-        """Sums of rows with weights; see `row_combinations`."""
+        """Σ_nq w_inq J_nᵀv_nq for w of shape ``(k, N·Q)``: ``(k, P)``, the model's dtype."""
         names = list(self.source.function.parameters)
         return self.group_combinations({"": names}, {"": weights}, share=1.0)
 
@@ -134,17 +133,6 @@ class CapturedRows:
         return self._kept
 
 
-def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:
-    """Σ_{n,q} w_{i,nq} J_nᵀv_nq for k sets of weights: shape ``(k, P)``, the model's dtype.
-
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        weights: w in float64, shape ``(k, N·Q)``.
-    """
-    return CapturedRows(source, cotangents).combinations(weights)
-
-
 def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[str, Tensor]:
     """R_l R_lᵀ for the rows R_l of each group l: float64, shape ``(N·Q, N·Q)``."""
     size = cotangents.shape[0] * cotangents.shape[1]
@@ -164,17 +152,7 @@ def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[s
 def group_squares(
     source: RowSource, cotangents: Tensor, groups: Groups, weights: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """R_lᵀR_l and R_lᵀw for the rows R_l of each group l.
-
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        groups: parameter names by group.
-        weights: w in float64, shape ``(N·Q,)``.
-
-    Returns:
-        By group, float64, shapes ``(P_l, P_l)`` and ``(P_l,)``.
-    """
+    """R_lᵀR_l and R_lᵀw for the rows R_l of each group l, and w of length N·Q, in float64."""
     parameters = source.function.parameters
 
     def compute(
@@ -207,15 +185,8 @@ def _add_squares(
     for start in range(0, count, step):
         samples = slice(start, min(start + step, count))
         lead = (samples.stop - samples.start, vectors)
-        rows = rows_of(terms, samples, ALL)
-        wide = torch.cat(
-            [
-                rows[name].reshape(*lead, -1).double()
-                if name in rows
-                else parameter.new_zeros(*lead, parameter.numel(), dtype=torch.float64)
-                for name, parameter in parameters.items()
-            ],
-            2,
-        ).flatten(0, 1)
+        rows = complete_rows(terms, parameters, samples, lead)
+        parts = [row.reshape(*lead, -1).double() for row in rows.values()]
+        wide = torch.cat(parts, 2).flatten(0, 1)
         target[0].addmm_(wide.T, wide)
         target[1].addmv_(wide.T, weights[samples].reshape(-1))

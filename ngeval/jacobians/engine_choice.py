@@ -89,12 +89,8 @@ def choose_engine(
 def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> EngineChoice | None:
     """Check rows whose engine was chosen on another batch; None if they are wrong on this one.
 
-    Compared as in `choose_engine`, with the mode of differentiation that was chosen there.
-
-    Args:
-        rows: with the function at θ on this batch.
-        outputs: of the model on the batch, in its own dtype.
-        residual: u.
+    Compared as in `choose_engine`, with the mode of differentiation that was chosen there. The
+    rows have the function at θ on this batch.
     """
     probe = _probe_of(rows.function, outputs, residual)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ class HookedModule:
     """A module whose calls are recorded, and the parameters whose rows are read off them.
 
     Attributes:
-        name: its path in the model.
-        module: the module.
         parameters: canonical names of trainable parameters by path inside the module.
         calls: the layouts of its calls.
         rule: None for a module that is differentiated as a function.
@@ -105,8 +103,6 @@ class RecordedCall:
     """A recorded call: the leaves of its arguments, its outputs, and the gradients there.
 
     Attributes:
-        hooked: the module that was called.
-        layout: where the samples are.
         spec: the pytree structure of ``(args, kwargs)``.
         leaves: of the arguments, tensors detached.
         outputs: the output tensors that depend on parameters, by leaf number.
@@ -135,13 +131,9 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one class of layer is treated.
+    """How one class of layer is treated: whether it applies to a call, and the call's term.
 
-    Attributes:
-        applies: whether it can treat a call with some layout.
-        term: the term of a call.
-        affine: the term is an `AffineTerm`.
-        transposed: the weight is held with the inputs first.
+    The term of an ``affine`` one is an `AffineTerm`; ``transposed``, its weight has inputs first.
     """
 
     applies: Callable[[Any, CallLayout], bool]
@@ -158,7 +150,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         return None
     kind = type(module)
     if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
-        return LayerRule(_linear_applies, _transposed_term, affine=True, transposed=True)
+        return LayerRule(_linear_applies, _linear_term, affine=True, transposed=True)
     return RULES.get(kind)
 
 
@@ -169,11 +161,10 @@ def _affine(
     apply: Callable[[Tensor], Tensor] | None = None,
 ) -> AffineTerm:
     """The term with whichever of weight and bias is trainable."""
-    names = call.hooked.parameters
-    module: Any = call.hooked.module
-    return AffineTerm(
-        names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents, apply
-    )
+    hooked, module = call.hooked, cast(Any, call.hooked.module)
+    weight, bias = hooked.parameters.get("weight"), hooked.parameters.get("bias")
+    transposed = hooked.rule is not None and hooked.rule.transposed  # GPT-2's linear layer
+    return AffineTerm(weight, bias, module.weight.shape, inputs, cotangents, apply, transposed)
 
 
 def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
@@ -188,19 +179,20 @@ def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
     return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
 
 
-def _transposed_term(function: ModelFunction, call: RecordedCall) -> Term:
-    """GPT-2's linear layer, which holds Wᵀ."""
-    term = _linear_term(function, call)
-    return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
-
-
 def _linear_applies(_: nn.Module, layout: CallLayout) -> bool:
-    """The samples are not in the dimension of features."""
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
+    return _samples_precede(layout, features=1)
+
+
+def _samples_precede(layout: CallLayout, features: int) -> bool:
+    """Whether the samples are not in one of the last dimensions, of features."""
     shape = layout.shapes[0]
-    return shape is not None and all(
-        part is None or part.dim < len(shape) - 1 for part in (inputs, outputs)
-    )
+    parts = (layout.inputs[0], layout.outputs[0])
+    return shape is not None and all(p is None or p.dim < len(shape) - features for p in parts)
+
+
+def _samples_first(_: Any, layout: CallLayout) -> bool:
+    parts = (layout.inputs[0], layout.outputs[0])
+    return all(part is not None and part.dim == 0 for part in parts)
 
 
 def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
@@ -224,14 +216,8 @@ def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
 
 def _conv_applies(layer: Any, layout: CallLayout) -> bool:
     shape = layout.shapes[0]
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    return (
-        shape is not None
-        and len(shape) == len(layer.kernel_size) + 2
-        and inputs is not None
-        and outputs is not None
-        and inputs.dim == outputs.dim == 0
-    )
+    batched = shape is not None and len(shape) == len(layer.kernel_size) + 2
+    return batched and _samples_first(layer, layout)
 
 
 def _patches(layer: Any, chunks: Tensor) -> Tensor:
@@ -316,21 +302,12 @@ def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: b
 
 
 def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
-    """The samples are not in a normalised dimension."""
-    shape = layout.shapes[0]
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    last = len(shape or ()) - len(norm.normalized_shape)
-    return shape is not None and all(part is None or part.dim < last for part in (inputs, outputs))
-
-
-def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    return inputs is not None and outputs is not None and inputs.dim == outputs.dim == 0
+    return _samples_precede(layout, features=len(norm.normalized_shape))
 
 
 _CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=True)
 _LAST_NORM = LayerRule(_layer_norm_applies, partial(_norm_term, channels_first=False))
-_CHANNEL_NORM = LayerRule(_channel_norm_applies, partial(_norm_term, channels_first=True))
+_CHANNEL_NORM = LayerRule(_samples_first, partial(_norm_term, channels_first=True))
 
 RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule(_linear_applies, _linear_term, affine=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.capture import UnsupportedLayerError, forward, is_batched
+from ngeval.jacobians.capture import UnsupportedLayerError, forward
 from ngeval.jacobians.captured_rows import KEPT_SHARE, CapturedRows
 from ngeval.jacobians.inner_products import PIECE_ENTRIES, needs_rows
 from ngeval.jacobians.layer_rules import RecordedCall
@@ -28,17 +28,13 @@ class OnePass:
     def __init__(self, source: RowSource) -> None:
         """Run the model with hooks.
 
-        Args:
-            source: of the layer engine.
-
         Raises:
             UnsupportedLayerError: a module was called more or fewer times than in the plan, or its
                 output does not hold the batch's samples as the plan says.
         """
         if source.plan is None:
             raise ValueError("the pass of an engine without a plan cannot be recorded")
-        self.source = source
-        function = source.function
+        self.source, function = source, source.function
         with model_errors():
             self.recorded = forward(function, source.plan, function.inputs, fused=True)
         self.outputs = self.recorded.outputs
@@ -47,24 +43,24 @@ class OnePass:
     @staticmethod
     def fits(source: RowSource, num_samples: int, vectors: int = 1) -> bool:
         """Whether such a pass can be recorded, and the captures of all rows kept beside it."""
-        return source.can_record() and source.fits(num_samples, vectors, KEPT_SHARE)
+        recordable = source.plan is not None and source.shards.alone
+        return recordable and source.fits(num_samples, vectors, KEPT_SHARE)
 
     def rows(self, cotangents: Tensor) -> PassRows:
         """The rows J_nᵀv_nq, captured."""
-        recorded, chosen = self.recorded, cotangents.to(self.source.function.dtype)
-        batched = is_batched(recorded.function, recorded.plan, chosen)
-        with model_errors():
-            terms = recorded.capture(slice(0, len(chosen)), chosen, batched=batched, retain=True)
-        return PassRows(self, cotangents, terms)
+        return PassRows(self, cotangents)
 
 
 class PassRows(CapturedRows):
     """Captured rows, with the pass that they came from."""
 
-    def __init__(self, one_pass: OnePass, cotangents: Tensor, terms: list[Term]) -> None:
+    def __init__(self, one_pass: OnePass, cotangents: Tensor) -> None:
         """Keep the terms; rows that inner products need are computed now, where they fit."""
         super().__init__(one_pass.source, cotangents)
         self.one_pass = one_pass
+        chosen = cotangents.to(self.source.function.dtype)
+        with model_errors():
+            terms = one_pass.recorded.capture(slice(0, len(chosen)), chosen, retain=True)
         room = int(KEPT_SHARE * self.source.memory)
         self.terms: list[Term] = []
         for term in terms:
@@ -80,9 +76,6 @@ class PassRows(CapturedRows):
 
         From the captures, with one product for each layer; if a layer has neither its factors nor
         its rows in memory, by a backward pass through the recorded graph.
-
-        Args:
-            weights: w in float64, shape ``(N, Q)``.
         """
         function = self.source.function
         scale = weights.abs().max()
@@ -133,10 +126,6 @@ def _row_sums(terms: list[Term], weights: Tensor) -> Parameters:
 
     A sum of outer products is a single product of their factors, Σ_nt (Σ_q w_nq b_nqt) a_ntᵀ, and
     costs as much as the weight's gradient in a backward pass.
-
-    Args:
-        terms: all terms of a capture, where `_can_sum` holds for each.
-        weights: w, shape ``(N, Q)``.
     """
     sums: Parameters = {}
     for term in terms:

@@ -37,10 +37,7 @@ class Probe:
     def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
         """Draw w and v, and differentiate the first and the last sample alone.
 
-        Args:
-            function: the model at θ on its batch.
-            outputs: of the model on the batch, in its own dtype.
-            residual: u, whose rows are used beside random ones.
+        The rows of the residual are used beside random ones.
 
         Raises:
             ModelError: the model fails on a single sample.
@@ -97,7 +94,7 @@ class Probe:
                         "parameters of modules that hold no such parts (adapters as layers of "
                         "their own, a head)"
                     )
-                source = RowSource(self.function, name, memory, plan, planner.sample_bytes)
+                source = RowSource(self.function, name, memory, plan, planner.trial.sample_bytes)
                 products = self.row_products(source)
                 wrong = self.wrong_parameters({n: part[:, 0] for n, part in products.items()})
                 if not wrong or not planner.demote(wrong):

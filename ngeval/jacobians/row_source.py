@@ -21,7 +21,7 @@ from ngeval.jacobians.capture import Use, capture, stream
 from ngeval.jacobians.inner_products import (
     add_inner_products,
     add_squared_column_sums,
-    rows_of,
+    complete_rows,
 )
 from ngeval.jacobians.layer_rules import CapturePlan
 from ngeval.jacobians.rank_exchange import terms_of_other_ranks
@@ -96,13 +96,7 @@ class RowSource:
             return [self._whole_model_term(block.samples, chosen)]
 
     def stream(self, cotangents: Tensor, block: Block, use: Use) -> None:
-        """Use the terms of one block's rows as soon as they are complete; see `capture.stream`.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
-            block: which of them.
-            use: called with terms and the slice of the block's cotangents that they belong to.
-        """
+        """Use the terms of one block's rows as soon as they are complete; see `capture.stream`."""
         chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
         with model_errors():
             if self.plan is not None:
@@ -152,12 +146,8 @@ class RowSource:
 
     def rows(self, cotangents: Tensor, block: Block) -> Parameters:
         """Rows of every parameter, shape ``(samples, Q, *parameter.shape)``."""
-        rows = rows_of(self.capture(cotangents, block), ALL, ALL)
         lead = (block.samples.stop - block.samples.start, block.vectors.stop - block.vectors.start)
-        return {
-            name: rows[name] if name in rows else p.new_zeros(*lead, *p.shape)
-            for name, p in self.function.parameters.items()
-        }
+        return complete_rows(self.capture(cotangents, block), self.function.parameters, ALL, lead)
 
     def retry(self, attempt: Callable[[RowSource], T]) -> T:
         """Call ``attempt(source)``, with half the memory after every out-of-memory error."""
@@ -231,7 +221,8 @@ class RowSource:
                 yield rows, rows, terms, terms
             for other in blocks[i + 1 :]:
                 yield _shifted(other.rows, start), rows, captured(other), terms
-            for columns, received in self._received(rows, terms, once=True, whole=several):
+            others = terms_of_other_ranks(self.function, rows, terms, once=True, whole=several)
+            for columns, received in others:
                 for j, other in enumerate(blocks):
                     local = _shifted(other.rows, start)
                     local_terms = terms if i == j else captured(other)
@@ -245,9 +236,7 @@ class RowSource:
     ) -> Iterator[tuple[slice, list[Term]]]:
         """The rows and terms of every block of the batch, those of other ranks included.
 
-        Args:
-            captures: blocks of this process's samples with their terms.
-            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+        Given blocks of this process's samples with their terms, and the whole batch's cotangents.
         """
         start = self._first_row(cotangents)
         local = next(captures, None)
@@ -256,29 +245,12 @@ class RowSource:
             if local is not None:
                 rows, terms = _shifted(local[0].rows, start), local[1]
                 yield rows, terms
-            yield from self._received(rows, terms, once=False, whole=True)
+            yield from terms_of_other_ranks(self.function, rows, terms, once=False, whole=True)
             local = next(captures, None)
-
-    def _received(
-        self, rows: slice, terms: list[Term], *, once: bool, whole: bool
-    ) -> Iterator[tuple[slice, list[Term]]]:
-        if self.shards.alone:
-            return iter(())
-        device = self.function.device
-        return terms_of_other_ranks(self.shards, device, rows, terms, once=once, whole=whole)
 
     def _first_row(self, cotangents: Tensor) -> int:
         """The number of this rank's first row in the whole batch."""
         return int(self.shards.local_slice(len(cotangents)).start * cotangents.shape[1])
-
-    def can_stream(self, cotangents: Tensor) -> bool:
-        """Whether a Gram matrix can be summed layer by layer during a single backward pass."""
-        single = self.shards.alone and cotangents.shape[1] == 1
-        return single and len(self.blocks(cotangents)) == 1
-
-    def can_record(self) -> bool:
-        """Whether the graph of one forward pass of the whole batch gives all rows."""
-        return self.plan is not None and self.shards.alone
 
 
 def _shifted(rows: slice, start: int) -> slice:
@@ -300,9 +272,6 @@ def gram_matrix(
         cotangents: v of shape ``(N, Q, *positions, C)``.
         keep: gives the terms of all of this process's rows, if they are kept.
 
-    Returns:
-        A symmetric float64 matrix of shape ``(N·Q, N·Q)``.
-
     Raises:
         EngineError: not even two single rows fit in the memory budget.
     """
@@ -311,7 +280,8 @@ def gram_matrix(
     def compute(source: RowSource) -> Tensor:
         gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
         kept = keep(source)
-        if kept is None and source.can_stream(cotangents):
+        single = kept is None and source.shards.alone and cotangents.shape[1] == 1
+        if single and len(source.blocks(cotangents)) == 1:
             source.stream(
                 cotangents,
                 whole_block(cotangents),
@@ -350,18 +320,13 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
 def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) -> Parameters:
     """Σ_{n,q} (J_nᵀv_nq)² of some parameters: flat float64 vectors by name.
 
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        names: which parameters; with one parameter of a layer, all of that layer's.
+    The names are all of a layer's, or none of them.
     """
 
     def compute(source: RowSource, vectors: Tensor) -> Parameters:
         parameters = source.function.parameters
         sums = {
-            name: torch.zeros(
-                parameters[name].numel(), dtype=torch.float64, device=parameters[name].device
-            )
+            name: parameters[name].new_zeros(parameters[name].numel(), dtype=torch.float64)
             for name in names
         }
         for _, terms in source.captures(vectors):

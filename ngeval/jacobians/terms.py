@@ -63,11 +63,7 @@ class Term(ABC):
         """
 
     def combined(self, weights: Tensor) -> Term:
-        """The term of the cotangents Σ_q w_nrq v_nq, in which it is linear.
-
-        Args:
-            weights: w, shape ``(N, R, Q)``.
-        """
+        """The term of the cotangents Σ_q w_nrq v_nq, in which it is linear; w is ``(N, R, Q)``."""
 
         def compute(samples: slice, vectors: slice) -> Parameters:
             rows = self.rows(samples, ALL, ALL)
@@ -155,12 +151,7 @@ class StoredTerm(Term):
 
 
 class LayerTerm(Term):
-    """A term with the gradients at a layer's output.
-
-    Attributes:
-        weight_shape: as the layer holds it.
-        cotangents: b, shape ``(n, q, t, …)``.
-    """
+    """A term with the gradients b at a layer's output, shape ``(n, q, t, …)``."""
 
     weight_shape: torch.Size
     cotangents: Tensor
@@ -202,11 +193,6 @@ class AffineTerm(LayerTerm):
     cotangents: Tensor
     apply: Callable[[Tensor], Tensor] | None = None
     transposed: bool = False
-
-    @property
-    def applied_once(self) -> bool:
-        """Whether a row is a single outer product."""
-        return self.positions == 1 and self.groups == 1
 
     @property
     def groups(self) -> int:

@@ -8,7 +8,6 @@ only its own parameters are differentiated: the rest of the model runs once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ngeval.model.function import (
     ModelFunction,
     Parameters,
     autograd_enabled,
+    leaves_of,
     map_inputs,
     pull_back,
 )
@@ -29,21 +29,13 @@ from ngeval.utils.memory import is_out_of_memory
 
 
 def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
-    """All samples and cotangents of the model at once.
-
-    Args:
-        function: the model at θ on its batch.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-
-    Returns:
-        By parameter, rows J_nᵀv of shape ``(samples, Q, *parameter.shape)``.
-    """
+    """The rows of the model by parameter, for all samples and cotangents at once."""
 
     def outputs_of_sample(parameters: Parameters, sample: Any) -> Tensor:
-        return function.single(parameters, sample).to(cotangents.dtype)
+        outputs = function(parameters, map_inputs(sample, lambda t: t.unsqueeze(0)))
+        return outputs.squeeze(0).to(cotangents.dtype)
 
-    batch = map_inputs(function.inputs, itemgetter(samples))
+    batch = function.on(samples).inputs
     return _vmapped(outputs_of_sample, function.parameters, batch, cotangents)
 
 
@@ -53,18 +45,11 @@ def loop_rows(
     cotangents: Tensor,
     names: Iterable[str] | None = None,
 ) -> Parameters:
-    """Like `vmap_rows`, one sample and one cotangent at a time: slow, and works for any model.
-
-    Args:
-        function: the model at θ on its batch.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-        names: parameters to differentiate; default: all.
-    """
+    """Like `vmap_rows`, one sample and one cotangent at a time: slow, and works for any model."""
     start = samples.start or 0
 
     def outputs_of_sample(leaves: Parameters, n: int) -> list[Tensor]:
-        batch = map_inputs(function.inputs, itemgetter(slice(start + n, start + n + 1)))
+        batch = function.on(slice(start + n, start + n + 1)).inputs
         return [function({**function.parameters, **leaves}, batch, fused=True)]
 
     names = function.parameters if names is None else names
@@ -79,15 +64,7 @@ def whole_model_term(
     cotangents: Tensor,
     names: Iterable[str] | None = None,
 ) -> ComputedTerm:
-    """The term of rows that `vmap_rows` or `loop_rows` computes when they are used.
-
-    Args:
-        compute_rows: the engine.
-        function: the model at θ on its batch.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-        names: the parameters whose rows it gives; default: all.
-    """
+    """The term of rows that `vmap_rows` or `loop_rows` computes when they are used."""
     start = samples.start or 0
 
     def compute(chosen: slice, vectors: slice) -> Parameters:
@@ -202,7 +179,7 @@ def _looped(
     cotangents: list[Tensor],
 ) -> Parameters:
     """Rows of ``function(parameters, n)``, by one backward pass for each of them."""
-    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    leaves = leaves_of(parameters)
     rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
     count, num_vectors = leading_shape(cotangents[0])
     for n in range(count):

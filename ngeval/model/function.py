@@ -99,7 +99,7 @@ class ModelFunction:
         named: Parameters = dict(model.named_parameters())
         trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        versions = {n: version_of(p) for n, p in named.items()}
+        versions = {n: _version_of(p) for n, p in named.items()}
         function = cls(
             model=model,
             inputs=inputs,
@@ -221,16 +221,12 @@ class ModelFunction:
         """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
-            changed = version_of(parameter) != self.versions.get(name)
+            changed = _version_of(parameter) != self.versions.get(name)
             if changed and name not in self.split:
                 raise ModelError(
                     f"parameter {name!r} was modified after this Problem was made; make a new "
                     "Problem for the new weights"
                 )
-
-    def single(self, parameters: Parameters, sample: Inputs) -> Tensor:
-        """Outputs ``(*positions, C)`` for one sample given without its batch dimension."""
-        return self(parameters, map_inputs(sample, lambda t: t.unsqueeze(0))).squeeze(0)
 
     def jvp(self, tangent: Parameters) -> Tensor:
         """J d for a direction d in parameter space, in the outputs' shape.
@@ -258,7 +254,7 @@ class ModelFunction:
 
     def _jvp_by_double_backward(self, tangent: Parameters) -> Tensor:
         with autograd_enabled():
-            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            leaves = leaves_of(self.parameters)
             outputs = self(leaves)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -270,7 +266,7 @@ class ModelFunction:
     def vjp(self, cotangent: Tensor) -> Parameters:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
         with autograd_enabled():
-            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            leaves = leaves_of(self.parameters)
             outputs = self(leaves, fused=True)
             return pull_back([outputs], leaves, [cotangent])
 
@@ -333,6 +329,11 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
+def leaves_of(parameters: Parameters) -> Parameters:
+    """Leaves of a new graph, in the parameters' memory."""
+    return {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+
+
 def pull_back(
     outputs: Sequence[Tensor],
     leaves: Parameters,
@@ -372,7 +373,7 @@ def slots_of(model: nn.Module) -> dict[str, str]:
     return slots
 
 
-def version_of(tensor: Tensor) -> int:
+def _version_of(tensor: Tensor) -> int:
     """The counter of in-place changes, −1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 

@@ -38,14 +38,14 @@ def _check_same_parameters(function: ModelFunction) -> None:
     replaced = [n for n, p in function.originals.items() if named.get(n) is not p]
     replaced += [n for n in named if n not in function.originals]
     switched = [n for n, p in named.items() if p.requires_grad != (n in function.parameters)]
-    if not replaced and not switched and slots_of(function.model) == function.slots:
-        return
     if replaced:
         which = f"parameter {replaced[0]!r} is a different tensor"
     elif switched:
         which = f"parameter {switched[0]!r} has a different requires_grad"
-    else:
+    elif slots_of(function.model) != function.slots:
         which = "its parameters are tied differently"
+    else:
+        return
     raise ModelError(
         f"the model has changed since the first Problem was made: {which}; make a new Problem"
     )

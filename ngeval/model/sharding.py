@@ -150,26 +150,34 @@ class Shards:
         return self.gather(value)[0]
 
     def exchange(
-        self, sent: list[Tensor], destination: int, received: list[Tensor], source: int
-    ) -> None:
-        """Send tensors to one rank and fill others with those that another rank sends here."""
-        outgoing = [self._transferable(tensor.contiguous()) for tensor in sent]
-        incoming = [self._transferable(tensor) for tensor in received]
+        self,
+        pack: Callable[[], tuple[V, list[Tensor]]],
+        destination: int,
+        source: int,
+        device: torch.device,
+    ) -> tuple[V, list[Tensor]]:
+        """Send a picklable value and tensors to one rank, and receive those of a different one."""
+        (_, tensors), packed = self._agree(
+            "exchange",
+            pack,
+            lambda packed: (None, (packed[0], [(t.shape, t.dtype) for t in packed[1]])),
+        )
+        value, kinds = packed[source]
+        outgoing = [self._transferable(tensor.contiguous()) for tensor in tensors]
+        incoming = [
+            self._transferable(torch.empty(shape, dtype=dtype, device=device))
+            for shape, dtype in kinds
+        ]
         moves = [
             dist.P2POp(dist.isend, t, group=self.group, group_peer=destination) for t in outgoing
         ]
         moves += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=source) for t in incoming]
         for work in dist.batch_isend_irecv(moves) if moves else []:
             work.wait()
-        for tensor, buffer in zip(received, incoming, strict=True):
-            if buffer is not tensor:
-                tensor.copy_(buffer)
+        return value, [tensor.to(device) for tensor in incoming]
 
     def check_same(self, fingerprints: dict[str, int]) -> None:
-        """Check that all ranks were given the same things.
-
-        Args:
-            fingerprints: by the name of the thing, for the message.
+        """Check that all ranks were given the same things, with a fingerprint of each by name.
 
         Raises:
             InputError: two ranks differ; raised on all ranks.
@@ -193,11 +201,8 @@ class Shards:
     ) -> tuple[T, list[Any]]:
         """The result of an action that succeeded on all ranks, and what each of them shares.
 
-        Args:
-            name: of what the ranks do.
-            action: what may fail.
-            describe: gives what must be equal on all ranks that compute the same thing, and what
-                to share with the other ranks.
+        ``describe`` gives what must be equal on all ranks that compute the same thing, and what to
+        share with the other ranks.
         """
         if self.alone:
             result = action()
