@@ -354,7 +354,7 @@ class TestFindings:
         assert "iEF at all; EF at none" in said(gammas=table)
         rising = table["method"] == "ief"
         table.loc[rising & (table["damping"] > 1e-3), "gamma_over_sgd"] = 2.0
-        assert "iEF up to 0.001" in said(gammas=table)
+        assert "iEF at 2 from 1e-6 to 0.001" in said(gammas=table)
 
     def test_means_below_sgd_whose_intervals_are_not(self):
         """The table shows means below 1: a sentence that counts intervals says so."""
@@ -367,9 +367,9 @@ class TestFindings:
         count = int((below["method"] == "ef").sum())
         assert count > 0
         assert (means[means["method"] == "ef"]["gamma_over_sgd_geomean_high"] > 1).all()
-        assert f"EF at none, its mean at {count}" in text
+        assert f"EF at none, by the mean at {count}" in text
         twins = said(gammas=gammas({"sgd": 1.0, "a": 0.999, "b": 1.0, "c": 0.999}, noise=0.4))
-        assert f"a and c at none, their means at {count} each" in twins
+        assert f"a and c at none, by the mean at {count}" in twins
 
     def test_methods_that_damping_does_not_enter_have_no_best(self):
         table = gammas()

@@ -285,7 +285,7 @@ class TestVerdicts:
     def test_dampings_are_counted_of_those_that_a_method_has(self):
         table = gammas(noise=0.0)
         table.loc[(table["method"] == "ief") & (table["damping"] == 1.0), "status"] = "failed"
-        assert "iEF at all of the 2 that it has an interval for" in said(gammas=table)
+        assert "iEF at 2 from 1e-6 to 0.001" in said(gammas=table)
 
     def test_layers_are_told_of_the_last_checkpoint_at_the_smallest_positive_damping(self):
         late, early = (layers()[lambda t, e=e: t["epoch"] == e] for e in (10, 0))

@@ -16,7 +16,6 @@ from ngeval.analysis.stages import checkpoint_labels, evenly
 from ngeval.analysis.summary import with_natural
 from ngeval.analysis.tables import graded, name_in, numbers, require
 from ngeval.errors import InputError
-from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
@@ -24,6 +23,7 @@ from ngeval.plots.style import (
     label_outer,
     legend_below,
     legend_under,
+    line_with_band,
     own_axes,
     panels,
     stage_axis,

@@ -7,11 +7,11 @@ import gzip
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
 from itertools import count
+from typing import NamedTuple
 
 import jinja2
 import pandas as pd
@@ -23,34 +23,25 @@ from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
-from ngeval.report.tables import Table, gamma_table
+from ngeval.report.tables import HEADS, Table, gamma_table
 from ngeval.utils.text import encodable
 
 MAX_CELLS = 4_000_000
 """Values of a table that is put into the page; of a larger one only the means are."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A task as the page shows it: a name and what follows in each part of the page."""
 
     name: str
     facts: list[tuple[str, str]]
     findings: list[str]
     charts: dict[str, Chart]
-    tables: list[Table]
+    table: Table | None
 
 
-@dataclass(frozen=True)
-class Download:
-    """Rows to save from the page.
-
-    Attributes:
-        name: of the file that the browser writes.
-        original: the file that they come from.
-        content: CSV, gzip, base64.
-        note: a few words on what is in it.
-    """
+class Download(NamedTuple):
+    """Rows to save from the page, packed: the file's name, the original's, what is in it."""
 
     name: str
     original: str
@@ -84,6 +75,7 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     page = _template().render(
         title=title or "ngeval: " + ", ".join(topic.name for topic in tasks),
         sections=sections,
+        heads=HEADS,
         several=len(sections) > 1,
         conventions=CONVENTIONS if any(shorts.values()) else (),
         runs=[(source.shown, run_facts(source)) for source in sources],
@@ -102,17 +94,17 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
 
 def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
     charts: list[Chart] = []
-    tables: list[Table] = []
+    table = None
     labels = topic.labels
     if short is not None:
         charts += gamma_charts(short, labels)
-        tables.append(gamma_table(short, labels))
+        table = gamma_table(short, labels)
     if SAMPLES in topic.tables:
         charts += sample_charts(topic.tables[SAMPLES], labels)
     if LAYERS in topic.tables:
         charts += layer_charts(topic.tables[LAYERS], labels)
     by_id = {f"chart-{next(ids)}": chart for chart in charts}
-    return Section(topic.name, facts(topic), findings(topic, short), by_id, tables)
+    return Section(topic.name, facts(topic), findings(topic, short), by_id, table)
 
 
 def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[Topic]) -> Download:
