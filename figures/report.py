@@ -34,7 +34,7 @@ def screenshot(page: Path, width: int) -> Image.Image:
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get(page.as_uri())
         driver.implicitly_wait(20)
-        driver.find_element("css selector", ".plot .main-svg")
+        driver.find_element("css selector", ".picture svg")
         return Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ngeval.errors import InputError, nearest_name
+from ngeval.errors import InputError, check_choice
 
 DAMPING_SCALES = ("absolute", "mean", "relative")
 """What λ multiplies; see `ngeval.evaluate`."""
@@ -43,15 +43,8 @@ def parse_dampings(text: str) -> list[float]:
 
 
 def check_scale(scale: str) -> None:
-    """Refuse an unknown damping scale.
-
-    Raises:
-        InputError: the scale is not one of `DAMPING_SCALES`.
-    """
-    if scale not in DAMPING_SCALES:
-        raise InputError(
-            f"unknown damping scale {scale!r}; {nearest_name(str(scale), DAMPING_SCALES)}"
-        )
+    """Refuse a damping scale that is not one of `DAMPING_SCALES`."""
+    check_choice("damping scale", scale, DAMPING_SCALES)
 
 
 def check_dampings(dampings: Iterable[float]) -> list[float]:

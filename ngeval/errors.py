@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+MAX_TEXT = 1_000
+"""Characters of a message of code that is not ngeval's; some libraries list every tensor."""
 
 
 class NgevalError(Exception):
@@ -43,6 +47,31 @@ class DependencyError(NgevalError, ImportError):
 
 class OutputError(NgevalError):
     """A result cannot be written or read."""
+
+
+@contextlib.contextmanager
+def foreign_errors(kind: type[Exception], what: str, advice: str = "") -> Iterator[None]:
+    """Turn any error of code that is not ngeval's into an error that says what failed.
+
+    Args:
+        kind: the class of the error; ngeval's own errors stay as they are.
+        what: the beginning of its message, before the original error.
+        advice: the end of its message.
+    """
+    try:
+        yield
+    except NgevalError:
+        raise
+    except Exception as error:  # the code of a user or of another package can raise anything
+        text = " ".join(str(error).split())[:MAX_TEXT]
+        raise kind(f"{what}: {type(error).__name__}: {text}{advice}") from error
+
+
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Check that a value is one of the known names; ``what`` names it in the `InputError`."""
+    names = list(known)
+    if value not in names:
+        raise InputError(f"unknown {what} {value!r}; {nearest_name(str(value), names)}")
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -18,8 +18,8 @@ from ngeval.cli import console
 from ngeval.cli.options import ForceOption, QuietOption, SeedOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import save_figure
-from ngeval.results.manifest import manifest
-from ngeval.results.table_files import ResultFile, check_output, read_results
+from ngeval.results.manifest import manifest, write_manifest
+from ngeval.results.table_files import SUFFIXES, check_output, read_results, write_results
 from studies import STUDIES, Finding, Study, get_study
 from studies.base import QUICK, Size, check_packages, check_rows, identified, report
 from studies.toy.command import toy
@@ -107,9 +107,8 @@ def study(
     if rows_from is None:
         check_packages(chosen)
         size: Size = "quick" if quick else "full"
-        options = manifest({"study": name, "size": size, "seed": seed})
-        target = ResultFile(files.rows, force=force, manifest=options)
-        rows = _run(chosen, size, seed, data_dir, target, quiet)
+        check_output(files.rows, SUFFIXES, force=force)
+        rows = _run(chosen, size, seed, data_dir, files.rows, quiet)
     else:
         rows = check_rows(read_results(rows_from), chosen)
     findings = files.write(chosen, rows)
@@ -157,12 +156,14 @@ class Files:
 
 
 def _run(
-    study: Study, size: Size, seed: int, data_dir: Path | None, target: ResultFile, quiet: bool
+    study: Study, size: Size, seed: int, data_dir: Path | None, output: Path, quiet: bool
 ) -> pd.DataFrame:
     """Run a study with a progress bar for each part, writing the rows of a part when it ends."""
     bars: dict[str, Any] = {}
     options = {"data_dir": data_dir} if study.data else {}
-    with console.progress_bar(quiet) as bar, target:
+    record = manifest({"study": study.name, "size": size, "seed": seed})
+    parts: list[pd.DataFrame] = []
+    with console.progress_bar(quiet) as bar:
 
         def advance(step: str, total: int) -> None:
             if step not in bars:
@@ -170,8 +171,11 @@ def _run(
             bar.advance(bars[step])
 
         for rows in study.run(size, seed, advance, **options):
-            target.append(identified(rows, study, size, seed))
-    return target.table()
+            parts.append(identified(rows, study, size, seed))
+            write_results(pd.concat(parts, ignore_index=True), output)
+            if len(parts) == 1:  # after the rows, so that it never lies beside older ones
+                write_manifest(output, record)
+    return pd.concat(parts, ignore_index=True)
 
 
 def findings_table(study: Study, findings: list[Finding]) -> Table:

@@ -12,7 +12,7 @@ from ngeval.cli import console
 from ngeval.cli.options import ForceOption, QuietOption
 from ngeval.errors import InputError, OutputError
 from ngeval.plots import FIGURE_SUFFIXES, save_figure
-from ngeval.results.table_files import SUFFIXES, ResultFile, check_output, read_results
+from ngeval.results.table_files import SUFFIXES, check_output, read_results, write_results
 from studies.training_picture import performance_figure
 from studies.training_results import checked_rows, performance
 from studies.training_tables import performance_tables
@@ -57,8 +57,7 @@ def trained(
     if "table" in files and not table["seeds"].any():
         files.pop("figure", None)  # it would be empty
     if "table" in files:
-        with ResultFile(files["table"], force=force) as target:
-            target.append(table)
+        write_results(table, files["table"])
     if "figure" in files:
         save_figure(performance_figure(rows), files["figure"])
     out = console.table_console(quiet)

@@ -210,7 +210,7 @@ class Tuning:
         except NgevalError as error:
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             reason = str(error)
-        same = asdict(resolved(name, training.settings)) | {
+        same = asdict(resolved(name, training)) | {
             "task": training.task.name,
             "optimizer": name,
             "phase": phase,

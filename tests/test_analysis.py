@@ -98,7 +98,7 @@ class TestMeans:
         table = gammas(noise=0.5)
         keys = ["checkpoint", "method", "damping"]
         whole = geometric_means(table, keys, "gamma_over_sgd")
-        monkeypatch.setattr("ngeval.analysis.intervals.BLOCK", 7)
+        monkeypatch.setattr("ngeval.analysis.intervals.MAX_VALUES", 1000)
         pd.testing.assert_frame_equal(geometric_means(table, keys, "gamma_over_sgd"), whole)
 
     def test_imbalances_without_a_norm_are_not_counted(self):

@@ -226,7 +226,7 @@ class TestOptimizers:
         [
             (
                 ("--reduction", "meen"),
-                "unknown reduction 'meen' of the training loss; did you mean 'mean'",
+                "unknown reduction of the training loss 'meen'; did you mean 'mean'",
             ),
             (("--optimizer-state", "nowhere.pt"), "nowhere.pt is not a file"),
             (

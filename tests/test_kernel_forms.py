@@ -14,7 +14,7 @@ from ngeval.curvature.kernel import Kernel
 from ngeval.grading import evaluate as evaluation
 from ngeval.grading import grade as grading
 from ngeval.grading.grade import grade
-from ngeval.model.tangents import push_directions
+from ngeval.model.directions import push_directions
 from tests import problems, reference
 
 METHODS = ["sgd", "ef", "ief", "sf", "sf:3", "diag", "ng"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import ngeval
 from ngeval.curvature.kronecker_block import DAMPINGS as DAMPING_KINDS
 from ngeval.curvature.kronecker_factors import SHARINGS
-from ngeval.jacobians import parameter_blocks as group_rows
+from ngeval.jacobians import CapturedRows
 from ngeval.jacobians.captured_rows import KEPT_SHARE
-from ngeval.jacobians.row_source import split_rows
+from ngeval.jacobians.terms import split_rows
 from ngeval.methods import METHODS, get_method
 from ngeval.methods.kfac import RESTS, Kronecker
 from ngeval.methods.label_sources import Labels
@@ -381,9 +381,10 @@ class TestBlocks:
         dampings = [1e-3, 1e-2, 1e-1, 1.0]
         expected = [state.direction(damping) for damping in dampings]
         computed = []
-        original = group_rows.group_combinations
+        original = CapturedRows.group_combinations
         monkeypatch.setattr(
-            "ngeval.curvature.fisher_blocks.group_combinations",
+            CapturedRows,
+            "group_combinations",
             lambda *args: computed.append(1) or original(*args),
         )
         updates = state.updates(dampings)

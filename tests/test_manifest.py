@@ -17,7 +17,6 @@ import ngeval.runs.tables
 from ngeval import OutputError
 from ngeval.cli.app import app
 from ngeval.results.manifest import (
-    as_options,
     command_line,
     manifest,
     manifest_path,
@@ -50,35 +49,36 @@ SMALL = ("--batch-size", "8", "--num-batches", "2", "--quiet")
 
 class TestManifest:
     def test_versions_machine_and_time(self):
-        told = manifest({"task": "t"}, command=["ngeval", "gamma"])
-        assert told["versions"]["ngeval"] == ngeval.__version__
-        assert told["versions"]["torch"] == version("torch")
-        assert told["versions"]["python"] == platform.python_version()
-        assert told["machine"]["cores"] >= 1
-        assert told["machine"]["memory"] > 2**20
-        assert told["machine"]["cpu"]
-        created = datetime.fromisoformat(told["created"])
+        record = manifest({"task": "t"}, command=["ngeval", "gamma"])
+        assert record["versions"]["ngeval"] == ngeval.__version__
+        assert record["versions"]["torch"] == version("torch")
+        assert record["versions"]["python"] == platform.python_version()
+        assert record["machine"]["cores"] >= 1
+        assert record["machine"]["memory"] > 2**20
+        assert record["machine"]["cpu"]
+        created = datetime.fromisoformat(record["created"])
         assert abs(datetime.now(UTC) - created) < timedelta(hours=1)
-        assert (told["command"], told["options"]) == ("ngeval gamma", {"task": "t"})
+        assert (record["command"], record["options"]) == ("ngeval gamma", {"task": "t"})
 
     def test_values_are_plain(self, tmp_path):
         odd = {"path": Path("a/b"), "dtype": torch.float64, "top": float("inf"), "many": (1, 2.5)}
-        told = manifest(odd, facts={"deep": {"set": {"x"}}})
-        assert told["options"] == {
+        record = manifest(odd, facts={"deep": {"set": {"x"}}})
+        assert record["options"] == {
             "path": str(Path("a/b")),
             "dtype": "torch.float64",
             "top": "inf",
             "many": [1, 2.5],
         }
-        assert told["run"] == {"deep": {"set": ["x"]}}
-        write_manifest(tmp_path / "r.csv", told)
-        assert read_manifest(tmp_path / "r.csv") == told
+        assert record["run"] == {"deep": {"set": ["x"]}}
+        write_manifest(tmp_path / "r.csv", record)
+        assert read_manifest(tmp_path / "r.csv") == record
 
     def test_options_that_are_not_set_are_left_out(self):
-        asked = as_options(RunOptions(task="t", checkpoint=[]), methods=["sgd"], damping=0.0)
-        assert asked["task"] == "t"
-        assert (asked["methods"], asked["damping"], asked["seed"]) == (["sgd"], 0.0, 0)
-        assert not {"checkpoint", "dtype", "memory"} & set(asked)
+        options = RunOptions(task="t", checkpoint=[]).recorded()
+        recorded = manifest(options | {"methods": ["sgd"], "damping": 0.0})["options"]
+        assert recorded["task"] == "t"
+        assert (recorded["methods"], recorded["damping"], recorded["seed"]) == (["sgd"], 0.0, 0)
+        assert not {"checkpoint", "dtype", "memory"} & set(recorded)
 
     def test_python_m(self):
         assert command_line(["/x/ngeval/__main__.py", "tasks"]) == "python -m ngeval tasks"
@@ -101,25 +101,25 @@ class TestManifest:
 class TestCommands:
     def test_gamma_tells_its_options_and_what_they_came_to(self, weights, tmp_path):
         output = tmp_path / "g.csv"
-        asked = ("-m", "sgd,ief", "--damping", "1e-6,1e-3", "--seed", "7", "-o", output)
-        run("gamma", "-t", "digits-mlp", "-c", weights, *SMALL, *asked)
-        told = json.loads(manifest_path(output).read_text())
-        assert told == read_manifest(output)
-        assert told["options"]["dampings"] == [1e-6, 1e-3]
-        assert told["options"]["methods"] == ["sgd", "ief"]
-        assert told["options"]["damping_scale"] == "absolute"
-        assert told["options"]["seed"] == told["run"]["seed"] == 7
-        assert told["run"]["checkpoints"] == [str(weights)]
-        assert (told["run"]["batch_size"], told["run"]["num_batches"]) == (8, 2)
-        assert "ategorical" in told["run"]["likelihood"]
-        assert told["format"] == 1
-        assert "padding_side" not in told["options"]  # of Hugging Face models alone
+        words = ("-m", "sgd,ief", "--damping", "1e-6,1e-3", "--seed", "7", "-o", output)
+        run("gamma", "-t", "digits-mlp", "-c", weights, *SMALL, *words)
+        record = json.loads(manifest_path(output).read_text())
+        assert record == read_manifest(output)
+        assert record["options"]["dampings"] == [1e-6, 1e-3]
+        assert record["options"]["methods"] == ["sgd", "ief"]
+        assert record["options"]["damping_scale"] == "absolute"
+        assert record["options"]["seed"] == record["run"]["seed"] == 7
+        assert record["run"]["checkpoints"] == [str(weights)]
+        assert (record["run"]["batch_size"], record["run"]["num_batches"]) == (8, 2)
+        assert "ategorical" in record["run"]["likelihood"]
+        assert record["format"] == 1
+        assert "padding_side" not in record["options"]  # of Hugging Face models alone
 
     def test_layers_and_imbalance_have_one(self, weights, tmp_path):
         which = ("-t", "digits-mlp", "-c", weights, *SMALL, "-m", "sgd")
         run("layers", *which, "--groups", "1", "-o", tmp_path / "l.parquet")
         run("imbalance", *which, "--damping", "0.5", "-o", tmp_path / "i.jsonl")
-        assert read_manifest(tmp_path / "l.parquet")["options"]["groups"] == "1"
+        assert read_manifest(tmp_path / "l.parquet")["options"]["groups"] == 1
         assert read_manifest(tmp_path / "i.jsonl")["options"]["damping"] == 0.5
 
     def test_a_run_that_is_stopped_has_one(self, weights, tmp_path, monkeypatch):

@@ -105,6 +105,6 @@ def test_rows_and_sequences_give_the_same_products(monkeypatch, queries, piece):
     for triangle in (2, 10**6):
         monkeypatch.setattr(products, "TRIANGLE_SIZE", triangle)
         for cheaper in (True, False):
-            monkeypatch.setattr(products, "_sequence_is_cheaper", lambda *_, yes=cheaper: yes)
-            found = gram_matrix(problem.rows, vectors)
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            monkeypatch.setattr(products, "_sequence_is_cheaper", lambda *_, yes=cheaper, **__: yes)
+            result = gram_matrix(problem.rows, vectors)
+            torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)

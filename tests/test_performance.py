@@ -17,7 +17,7 @@ from ngeval.cli import console
 from ngeval.cli.app import app as package
 from ngeval.plots import COLUMN, PAGE, save_figure
 from ngeval.plots.style import styles_of
-from ngeval.results.table_files import ResultFile
+from ngeval.results.table_files import write_results
 from studies.__main__ import app
 from studies.statistics import t_interval
 from studies.training_picture import performance_figure, plot_performance
@@ -454,8 +454,7 @@ class TestCommand:
         # Parquet keeps a column's kind: there it was edited as a whole.
         rows[column] = rows[column].astype(object if kind != ".parquet" else type(value or ""))
         rows.loc[1 if kind != ".parquet" else slice(None), column] = value
-        with ResultFile(file) as target:
-            target.append(rows)
+        write_results(rows, file)
         result = run(file, code=2)
         assert f"edited{kind}: column {column} has " in result.stderr
         assert f"should hold {wanted}" in result.stderr

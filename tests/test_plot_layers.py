@@ -23,7 +23,7 @@ from ngeval.plots import (
     plot_ranking,
     ranking_figure,
 )
-from ngeval.results.table_files import ResultFile, read_results
+from ngeval.results.table_files import read_results, write_results
 
 KFAC = ("ief", "kfac", "kfac-ef", "kfac-ief")
 
@@ -156,8 +156,7 @@ class TestLayers:
     def test_layers_that_are_numbers_survive_a_file(self, tmp_path):
         table = layers(2).replace({"layer": {"block.0": "0.1", "block.1": "0.10"}})
         for suffix in (".csv", ".jsonl", ".parquet"):
-            with ResultFile(tmp_path / f"t{suffix}") as file:
-                file.append(table)
+            write_results(table, tmp_path / f"t{suffix}")
             axes = plot_layers(read_results(tmp_path / f"t{suffix}"))
             assert names(axes) == ["0.1", "0.10"]
 

@@ -84,7 +84,7 @@ def visit(driver, pages):
         feature = {"name": "prefers-color-scheme", "value": scheme}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [feature]})
         driver.get(pages[name].as_uri())
-        wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, ".plot .main-svg"))
+        wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, ".picture svg"))
         return driver
 
     driver.get_log("browser"), driver.get_log("performance")
@@ -121,24 +121,37 @@ def figure(driver, title):
     return next(f for f in found if f.find_element(By.TAG_NAME, "h4").text == title)
 
 
-def hovered(driver, chart, name, place):
-    """The text beside a point of a line, under the mouse."""
+def shown_values(driver, chart):
+    """The text beside every value of the picture that is shown, by its first line."""
     script = """
-        const plot = arguments[0].querySelector('.plot');
-        plot.scrollIntoView({block: 'center', behavior: 'instant'});
-        const trace = plot.data.find((t) => t.name === arguments[1] && !t.meta.band);
-        const { xaxis, yaxis, margin } = plot._fullLayout;
-        const of = (axis, value) => axis._offset + axis.d2p(value);
-        const box = plot.getBoundingClientRect();
-        return [box.x + of(xaxis, trace.x[arguments[2]]), box.y + of(yaxis, trace.y[arguments[2]])];
+        const titles = arguments[0].querySelectorAll('.picture:not([hidden]) circle title');
+        return [...titles].map((title) => title.textContent);
     """
-    x, y = driver.execute_script(script, chart, name, place)
-    mouse = ActionChains(driver, duration=0)
-    mouse.w3c_actions.pointer_action.move_to_location(round(x) - 3, round(y) - 3)
-    mouse.w3c_actions.pointer_action.move_to_location(round(x), round(y))
-    mouse.perform()
-    wait(driver, lambda: chart.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
-    return chart.find_element(By.CSS_SELECTOR, ".hoverlayer").text
+    return driver.execute_script(script, chart)
+
+
+def hovered(driver, chart, start):
+    """The text beside the value under the mouse, where the value is drawn whose text starts so."""
+    script = """
+        const circles = [...arguments[0].querySelectorAll('.picture:not([hidden]) circle')];
+        const circle = circles.find((c) => c.textContent.startsWith(arguments[1]));
+        circle.scrollIntoView({block: 'center', behavior: 'instant'});
+        const box = circle.getBoundingClientRect();
+        const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+        const over = document.elementFromPoint(x, y);
+        return over.tagName === 'circle' ? over.querySelector('title').textContent : over.tagName;
+    """
+    return driver.execute_script(script, chart, start)
+
+
+def choose(driver, chart, label):
+    """Choose an entry of a chart's list; its picture is unpacked first."""
+    Select(chart.find_element(By.TAG_NAME, "select")).select_by_visible_text(label)
+    wait(
+        driver,
+        lambda: label in chart.find_element(By.CSS_SELECTOR, ".chosen").get_property("textContent"),
+    )
+    assert len(chart.find_elements(By.CSS_SELECTOR, ".picture:not([hidden]) svg")) == 1
 
 
 def expected(damping, method, epoch=10):
@@ -186,42 +199,85 @@ class TestCharts:
         driver = visit()
         chart = figure(driver, "γ over training")
         for label, damping in (("1e-6", 1e-6), ("0.001", 1e-3)):
-            Select(chart.find_element(By.TAG_NAME, "select")).select_by_visible_text(label)
-            text = hovered(driver, chart, "ief", 2)
+            choose(driver, chart, label)
             value, low, high = expected(damping, "ief")
-            assert "ief" in text
-            assert f"epoch 10, λ = {label}" in text
-            assert f"= {value} [{low}, {high}]" in text
-            assert "batches: 6" in text
+            text = f"ief\nepoch 10, λ = {label}\nγ/γ_SGD = {value} [{low}, {high}]\nbatches: 6"
+            assert hovered(driver, chart, f"ief\nepoch 10, λ = {label}") == text
 
     def test_every_chart_is_drawn_with_its_numbers(self, visit):
         driver = visit()
         charts = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
-        assert len(charts) == 7
+        assert len(charts) == 5
         for chart in charts:
-            assert chart.find_elements(By.CSS_SELECTOR, ".trace"), chart.text
+            pictures = chart.find_elements(By.CSS_SELECTOR, ".picture")
+            assert [picture.is_displayed() for picture in pictures].count(True) == 1
             driver.execute_script("arguments[0].querySelector('details').open = true", chart)
-            wait(driver, lambda c=chart: c.find_elements(By.CSS_SELECTOR, "details tbody tr"))
+            rows = chart.find_elements(By.CSS_SELECTOR, "details tbody tr")
+            cells = [[c.text for c in row.find_elements(By.TAG_NAME, "td")] for row in rows]
+            assert cells
+            assert cells == [text.split("\n") for text in shown_values(driver, chart)]
         chart = figure(driver, "γ over damping")
         rows = [row.text for row in chart.find_elements(By.CSS_SELECTOR, "details tbody tr")]
-        assert any(row.startswith("ief 0.001 0.7") for row in rows), rows
-        assert any("exact NG 0.001 0.25" in row for row in rows)
+        assert any(row.startswith("ief epoch 10, λ = 0.001 γ/γ_SGD = 0.7") for row in rows), rows
+        assert any("ng epoch 10, λ = 0.001 γ/γ_SGD = 0.25" in row for row in rows)
+
+    def test_every_entry_of_a_list_has_a_picture(self, visit):
+        driver = visit()
+        chart = figure(driver, "γ over damping")
+        entries = [
+            option.text for option in Select(chart.find_element(By.TAG_NAME, "select")).options
+        ]
+        assert entries == ["epoch 0", "epoch 5", "epoch 10"]
+        for label in entries:
+            choose(driver, chart, label)
+            assert any(f"{label}, λ = 0.001" in text for text in shown_values(driver, chart))
+
+    def test_quick_choices_end_with_the_last_one(self, visit):
+        driver = visit()
+        chart = figure(driver, "γ over damping")
+        script = """
+            const select = arguments[0].querySelector('select');
+            for (const value of ['0', '1', '2', '0', '1']) {
+                select.value = value;
+                select.dispatchEvent(new Event('change'));
+            }
+        """
+        driver.execute_script(script, chart)
+        wait(driver, lambda: any("epoch 5, λ" in text for text in shown_values(driver, chart)))
+        time.sleep(0.2)
+        assert len(chart.find_elements(By.CSS_SELECTOR, ".picture:not([hidden])")) == 1
+        assert any("epoch 5, λ" in text for text in shown_values(driver, chart))
+
+    def test_without_scripts_the_first_picture_is_shown(self, visit):
+        driver = visit()
+        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        try:
+            driver.refresh()
+            charts = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
+            assert len(charts) == 5
+            for chart in charts:
+                assert len(chart.find_elements(By.CSS_SELECTOR, ".picture svg")) == 1
+        finally:
+            driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
     def test_labels_do_not_overlap(self, visit):
         driver = visit(width=PHONE)
         script = """
-            const texts = '.xtick text, .ytick text, .g-xtitle, .g-ytitle, .legendtext';
-            const boxes = [...arguments[0].querySelectorAll(texts)]
-                .map((e) => [e.textContent, e.getBoundingClientRect()]);
+            const picture = arguments[0].querySelector('.picture:not([hidden]) svg');
+            const boxes = [...picture.querySelectorAll('text')]
+                .map((e) => [e.textContent, e.getBoundingClientRect(), e.style.fontSize]);
             const found = [];
             boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
                 const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
                 const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
                 if (wide > 2 && high > 4) found.push([a, b]);
             }));
-            const plot = arguments[0].querySelector('.plot').getBoundingClientRect();
-            for (const [a, p] of boxes)
-                if (p.left < plot.left - 1 || p.right > plot.right + 1) found.push([a, 'cut']);
+            const frame = picture.getBoundingClientRect();
+            for (const [a, p, size] of boxes) {
+                if (p.left < frame.left - 1 || p.right > frame.right + 1) found.push([a, 'cut']);
+                const scale = frame.width / picture.viewBox.baseVal.width;
+                if (parseFloat(size) * scale < 9) found.push([a, 'too small']);
+            }
             return found;
         """
         for chart in driver.find_elements(By.CSS_SELECTOR, "figure.chart"):
@@ -234,8 +290,9 @@ class TestReaders:
         for name in ("hostile", "whole"):
             driver = visit(name, width)
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-            plots = driver.find_elements(By.CSS_SELECTOR, ".plot")
-            assert all(0 < plot.size["width"] <= width for plot in plots)
+            pictures = driver.find_elements(By.CSS_SELECTOR, ".picture:not([hidden]) svg")
+            assert pictures
+            assert all(0 < picture.size["width"] <= width for picture in pictures)
         boxes = driver.find_elements(By.CSS_SELECTOR, ".sortable .scroll")
         inside = "return arguments[0].scrollWidth > arguments[0].clientWidth"
         assert driver.execute_script(inside, boxes[0]) == (width == PHONE)
@@ -266,18 +323,10 @@ class TestReaders:
         driver.execute_script("arguments[0].focus()", select)
         press(Keys.ARROW_DOWN)
         assert Select(select).first_selected_option.text == "0.001"
-        wait(
-            driver,
-            lambda: (
-                "0.001"
-                in driver.execute_script(
-                    "return arguments[0].querySelector('.plot').data[0].customdata[0][2]", chart
-                )
-            ),
-        )
+        wait(driver, lambda: "λ = 0.001" in shown_values(driver, chart)[-1])
         press(Keys.TAB)
         focused = driver.switch_to.active_element
-        assert focused.tag_name in {"button", "summary"}  # the chart's tools, or its numbers
+        assert focused.tag_name == "summary"  # of the chart's numbers
 
     def test_dark(self, visit):
         driver = visit(scheme="dark")
@@ -285,20 +334,22 @@ class TestReaders:
         assert page == "rgb(21, 24, 28)"
         chart = figure(driver, "γ over training")
         script = """
-            const plot = arguments[0].querySelector('.plot');
-            const line = plot.data.find((t) => t.name === 'sgd').line.color;
-            return [line, plot.layout.font.color];
+            const svg = arguments[0].querySelector('.picture:not([hidden]) svg');
+            const ink = [...svg.querySelectorAll('path')]
+                .find((path) => path.style.stroke === 'currentcolor');
+            const text = [...svg.querySelectorAll('text')].find((e) => e.textContent === 'ief');
+            return [getComputedStyle(ink).stroke, getComputedStyle(text).fill];
         """
-        assert driver.execute_script(script, chart) == ["#f0f0f0", "#e6e8eb"]
+        assert driver.execute_script(script, chart) == ["rgb(230, 232, 235)"] * 2
         feature = {"name": "prefers-color-scheme", "value": "light"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [feature]})
-        wait(driver, lambda: driver.execute_script(script, chart)[0] == "#000000")
+        wait(driver, lambda: driver.execute_script(script, chart) == ["rgb(27, 31, 36)"] * 2)
 
     def test_print(self, visit):
         driver = visit(scheme="dark")
         driver.execute_script(
-            "addEventListener('beforeprint', () => { const plot = document.querySelector('.plot');"
-            " window.printed = [plot.layout.width, plot.layout.font.color,"
+            "addEventListener('beforeprint', () => { window.printed = ["
+            " document.querySelectorAll('.picture:not([hidden]) svg').length,"
             " document.querySelector('#measured details').open]; })"
         )
         sheet = driver.execute_cdp_cmd(
@@ -307,16 +358,20 @@ class TestReaders:
         content = base64.b64decode(sheet["data"])
         assert content.startswith(b"%PDF")
         assert len(content) > 50_000
-        assert driver.execute_script("return window.printed") == [660, "#1b1f24", True]
+        assert driver.execute_script("return window.printed") == [5, True]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         tables = driver.find_elements(By.CSS_SELECTOR, ".sortable table")
         metrics = {"width": 680, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        assert len(tables) == 2
+        assert len(tables) == 1
         assert all(table.size["width"] <= 680 for table in tables)  # of a sheet of A4
         hidden = driver.find_elements(By.CSS_SELECTOR, ".controls, nav, .save")
         assert not any(entry.is_displayed() for entry in hidden)
         assert "damping λ: 1e-6" in driver.find_element(By.CSS_SELECTOR, "figure .chosen").text
+        for picture in driver.find_elements(By.CSS_SELECTOR, ".picture:not([hidden]) svg"):
+            assert 0 < picture.size["width"] <= 680
+            ink = "return getComputedStyle(arguments[0].querySelector('text')).fill"
+            assert driver.execute_script(ink, picture) == "rgb(0, 0, 0)"
 
     def test_save(self, visit):
         driver = visit()
@@ -330,34 +385,23 @@ class TestReaders:
     def test_names_that_mean_something_to_scripts(self, visit):
         driver = visit("names")
         chart = figure(driver, "γ over training")
-        legend = chart.find_elements(By.CSS_SELECTOR, ".legendtext")
         names = ["%{y}", "constructor", "__proto__"]
-        assert [entry.get_attribute("textContent") for entry in legend][:3] == names
-        script = "return arguments[0].querySelector('.plot').data.map((t) => t.name)"
-        traces = [name for name in driver.execute_script(script, chart) if name][:3]
-        for name, trace in zip(names, traces, strict=True):
-            hovered(driver, chart, trace, 2)  # the last one's text may still be there
-            layer = chart.find_element(By.CSS_SELECTOR, ".hoverlayer")
-            wait(driver, lambda layer=layer, name=name: layer.text.startswith(name))
+        texts = chart.find_elements(By.CSS_SELECTOR, ".picture:not([hidden]) text")
+        assert set(names) <= {text.get_attribute("textContent").strip() for text in texts}
+        for name in names:
+            assert hovered(driver, chart, f"{name}\nepoch 10").startswith(f"{name}\nepoch 10")
 
     def test_hostile_names(self, visit):
         driver = visit("hostile")
         chart = figure(driver, "γ over training")
-        names = driver.execute_script(
-            "return [...arguments[0].querySelectorAll('.legendtext')].map((e) => e.textContent)",
-            chart,
-        )
-        assert names[0].startswith("a<b>b</b>")
-        text = hovered(
-            driver,
-            chart,
-            driver.execute_script("return arguments[0].querySelector('.plot').data[0].name", chart),
-            1,
-        )
-        assert text.startswith("a<b>b</b>%{x}…")
+        name = "…" + HOSTILE["method"][-31:]
+        texts = chart.find_elements(By.CSS_SELECTOR, ".picture:not([hidden]) text")
+        assert name in [text.get_attribute("textContent") for text in texts]
+        assert hovered(driver, chart, f"{name}\n").startswith(f"{name}\n")
         driver.execute_script("arguments[0].querySelector('details').open = true", chart)
-        wait(driver, lambda: chart.find_elements(By.CSS_SELECTOR, "details tbody tr"))
-        assert "a<b>b</b>%{x}…" in chart.find_element(By.CSS_SELECTOR, "details tbody").text
+        assert name in chart.find_element(By.CSS_SELECTOR, "details tbody").text
+        choose(driver, chart, "0.001")
+        assert hovered(driver, chart, f"{name}\n").startswith(f"{name}\n")
         shown = driver.find_element(By.TAG_NAME, "body").text
         assert HOSTILE["reason"] in shown
         assert HOSTILE["method"] in shown
@@ -369,11 +413,10 @@ class TestReaders:
     def test_no_name_raises_an_alert(self, visit):
         driver = visit("payloads")  # an open alert would make every later command fail
         chart = figure(driver, "γ over training")
-        script = "return arguments[0].querySelector('.plot').data.map((t) => t.name)"
-        names = [name for name in driver.execute_script(script, chart) if name]
-        assert any(name.startswith("&lt;script&gt;") for name in names)
-        for name in names[1:4]:
-            hovered(driver, chart, name, 1)
+        assert any(text.startswith("<script>") for text in shown_values(driver, chart))
+        for select in driver.find_elements(By.CSS_SELECTOR, "figure select"):
+            for place in range(len(Select(select).options)):
+                Select(select).select_by_index(place)
         for detail in driver.find_elements(By.TAG_NAME, "details"):
             driver.execute_script("arguments[0].open = true", detail)
         time.sleep(0.2)  # what would have been started by a name

@@ -9,7 +9,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from ngeval import OutputError
-from ngeval.results.table_files import ResultFile, check_output, read_results
+from ngeval.results.table_files import check_output, read_results, write_results
 
 KINDS = ("csv", "parquet", "jsonl")
 NUMBERS = [1 / 3, 1e-12, 2.5e-300, 1.7e300, -4.0, 123456789.123456789, 0.1 + 0.2]
@@ -30,62 +30,37 @@ def table(values=NUMBERS):
 @pytest.mark.parametrize("kind", KINDS)
 class TestFormats:
     def test_what_is_written_is_read_back(self, tmp_path, kind):
-        with ResultFile(tmp_path / f"r.{kind}") as file:
-            file.append(table())
-        found = read_results(tmp_path / f"r.{kind}")
-        assert_frame_equal(found, table(), check_dtype=False, rtol=4e-16, atol=0)
-        assert found["batch"].dtype == np.int64
+        write_results(table(), tmp_path / f"r.{kind}")
+        result = read_results(tmp_path / f"r.{kind}")
+        assert_frame_equal(result, table(), check_dtype=False, rtol=4e-16, atol=0)
+        assert result["batch"].dtype == np.int64
 
     def test_a_missing_value_comes_back_missing(self, tmp_path, kind):
-        with ResultFile(tmp_path / f"r.{kind}") as file:
-            file.append(table([1.0, np.nan, 3.0]))
+        write_results(table([1.0, np.nan, 3.0]), tmp_path / f"r.{kind}")
         assert read_results(tmp_path / f"r.{kind}")["gamma"].isna().tolist() == [False, True, False]
 
-    def test_rows_are_appended(self, tmp_path, kind):
-        with ResultFile(tmp_path / f"r.{kind}") as file:
-            file.append(table([1.0, 2.0]))
-            file.append(table([3.0]))
-            assert file.rows == 3
-            assert file.table()["gamma"].tolist() == [1.0, 2.0, 3.0]
-        assert read_results(tmp_path / f"r.{kind}")["gamma"].tolist() == [1.0, 2.0, 3.0]
-        assert [path.name for path in tmp_path.iterdir()] == [f"r.{kind}"]
-
-    def test_nothing_appended_writes_no_file(self, tmp_path, kind):
-        with ResultFile(tmp_path / f"r.{kind}") as file:
-            assert file.rows == 0
-            assert file.table().empty
-        assert list(tmp_path.iterdir()) == []
-
-    def test_finished_rows_are_saved_when_an_error_ends_the_run(self, tmp_path, kind):
-        def interrupted_run():
-            with ResultFile(tmp_path / f"r.{kind}") as file:
-                file.append(table([1.0]))
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            interrupted_run()
-        assert len(read_results(tmp_path / f"r.{kind}")) == 1
+    def test_a_table_replaces_an_earlier_one(self, tmp_path, kind):
+        for values in ([1.0, 2.0], [1.0, 2.0, 3.0]):
+            write_results(table(values), tmp_path / f"r.{kind}")
+            assert read_results(tmp_path / f"r.{kind}")["gamma"].tolist() == values
+            assert [path.name for path in tmp_path.iterdir()] == [f"r.{kind}"]
 
     def test_a_failing_write_keeps_the_old_file(self, tmp_path, kind, monkeypatch):
         path = tmp_path / f"r.{kind}"
         path.write_text("old")
-        file = ResultFile(path, force=True)
-        file.append(table())
 
         def disk_full(self, *args, **kwargs):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("ngeval.results.table_files._WRITERS", {f".{kind}": disk_full})
         with pytest.raises(OutputError, match="No space left on device"):
-            file.flush()
+            write_results(table(), path)
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
     def test_a_failing_replace_keeps_the_old_file(self, tmp_path, kind, monkeypatch):
         path = tmp_path / f"r.{kind}"
         path.write_text("old")
-        file = ResultFile(path, force=True)
-        file.append(table())
         real = os.replace
 
         def refused(source, target, **kwargs):
@@ -95,41 +70,24 @@ class TestFormats:
 
         monkeypatch.setattr("os.replace", refused)
         with pytest.raises(OutputError, match="Permission denied"):
-            file.flush()
+            write_results(table(), path)
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_rows_reach_the_disk_while_the_run_goes_on(self, tmp_path, kind, monkeypatch):
-        clock = [100.0]
-        monkeypatch.setattr("ngeval.results.table_files.time.monotonic", lambda: clock[0])
-        path = tmp_path / f"r.{kind}"
-        with ResultFile(path) as file:
-            file.append(table([1.0]))
-            assert not path.exists()
-            clock[0] += 60
-            file.append(table([2.0]))
-            assert len(read_results(path)) == 2
-            file.append(table([3.0]))
-            assert len(read_results(path)) == 2
-        assert len(read_results(path)) == 3
-
     def test_others_may_read_it(self, tmp_path, kind):
-        with ResultFile(tmp_path / f"r.{kind}") as file:
-            file.append(table())
+        write_results(table(), tmp_path / f"r.{kind}")
         assert (tmp_path / f"r.{kind}").stat().st_mode & 0o444 == 0o444
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])  # JSON has no infinity
 def test_infinity_comes_back(tmp_path, kind):
     # γ_min is ∞ where the gradient is zero.
-    with ResultFile(tmp_path / f"r.{kind}") as file:
-        file.append(table([1.0, np.inf, -np.inf]))
+    write_results(table([1.0, np.inf, -np.inf]), tmp_path / f"r.{kind}")
     assert read_results(tmp_path / f"r.{kind}")["gamma"].tolist() == [1.0, np.inf, -np.inf]
 
 
 def test_every_line_of_jsonl_is_strict_json(tmp_path):
-    with ResultFile(tmp_path / "r.jsonl") as file:
-        file.append(table([1.0, np.nan, 1e-12]))
+    write_results(table([1.0, np.nan, 1e-12]), tmp_path / "r.jsonl")
     lines = (tmp_path / "r.jsonl").read_text().splitlines()
 
     def refuse(name):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,12 +27,12 @@ from ngeval.checkpoints import Checkpoint
 from ngeval.methods.block_ng import BlockNaturalGradient
 from ngeval.methods.registry import METHODS
 from ngeval.methods.sgd import Sgd
-from ngeval.results.hashes import CheckpointHashes, hash_checkpoint
+from ngeval.results.hashes import hash_checkpoint
 from ngeval.results.journal import Journal
 from ngeval.results.manifest import RunManifest, read_manifest, read_run_manifest
 from ngeval.results.table_files import read_results
 from ngeval.runs.execute import execute
-from ngeval.runs.options import HubOptions, OutputOptions, RunOptions, StepOptions
+from ngeval.runs.options import OutputOptions
 from ngeval.runs.progress import Progress
 from ngeval.runs.run import Run
 from ngeval.runs.tables import KINDS, GammaTable, LayerTable, SampleTable
@@ -115,7 +116,7 @@ class TestKinds:
         work = KINDS[kind].of(["sgd", "sf:2"], **self.OPTIONS[kind])
         again = read_work({"kind": kind, **json.loads(json.dumps(work.options))}, Path("m"))
         assert (type(again), again.options) == (type(work), work.options)
-        assert again.names == work.names == ["sgd", "sf:2"]
+        assert again.methods == work.methods == ["sgd", "sf:2"]
 
     @pytest.mark.parametrize(
         ("kind", "options", "message"),
@@ -286,32 +287,33 @@ class TestNothingIsDoneTwice:
         assert len(calls) == 1
 
     def test_a_checkpoint_is_read_once_for_its_hash(self, small, monkeypatch):
-        calls, real = [], ngeval.results.hashes.hash_checkpoint
+        calls, real = [], ngeval.results.hashes._read_digest
 
-        def hash_checkpoint(checkpoint):
-            calls.append(checkpoint.name)
-            return real(checkpoint)
+        def read(path):
+            calls.append(path)
+            return real(path)
 
-        monkeypatch.setattr(ngeval.results.hashes, "hash_checkpoint", hash_checkpoint)
+        monkeypatch.setattr(ngeval.results.hashes, "_read_digest", read)
         for stage in range(STAGES):
             age(small.checkpoint(stage))
         small.run("gamma", small.folder / "g.csv")
-        assert sorted(calls) == [small.checkpoint(stage).name for stage in range(STAGES)]
+        paths = [small.checkpoint(stage).name for stage in range(STAGES)]
+        assert sorted(path.name for path in calls if path.suffix == ".safetensors") == paths
 
     def test_one_that_may_have_changed_is_read_again(self, small):
         path = small.checkpoint(0)
-        checkpoint, hashes = Checkpoint(path, {}), CheckpointHashes()
-        first = hashes.hash(checkpoint)  # it has just been written
+        checkpoint = Checkpoint(path, {})
+        first = hash_checkpoint(checkpoint)  # it has just been written
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         stat = path.stat()
         path.write_bytes(content)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # within one step of its time
-        assert hashes.hash(checkpoint) == hash_checkpoint(checkpoint) != first
+        assert hash_checkpoint(checkpoint) == sha256(content).hexdigest() != first
         age(path)
-        settled = hashes.hash(checkpoint)
+        settled = hash_checkpoint(checkpoint)
         path.write_bytes(path.read_bytes()[:-1] + b"\x77")
-        assert hashes.hash(checkpoint) == hash_checkpoint(checkpoint) != settled
+        assert hash_checkpoint(checkpoint) == sha256(path.read_bytes()).hexdigest() != settled
 
 
 def age(path: Path) -> None:
@@ -331,10 +333,9 @@ class TestEarlierVersions:
         assert (manifest.finished, manifest.complete) == (True, True)
         work = read_work(manifest.identity.options, place)
         assert work.options == {k: v for k, v in manifest.identity.options.items() if k != "kind"}
-        for group in (RunOptions, HubOptions, StepOptions):
-            options = read_options(group, manifest.options, place)
-            given = {k: v for k, v in vars(options).items() if k in manifest.options}
-            assert given == {k: manifest.options[k] for k in given}
+        options = read_options(manifest.options, place)
+        recorded = {k: v for k, v in vars(options).items() if k in manifest.options}
+        assert recorded == {k: manifest.options[k] for k in recorded}
 
     def test_a_journal_is_read(self, tmp_path):
         shutil.copytree(OLD / "gamma.csv.journal", tmp_path / "gamma.csv.journal")

@@ -177,8 +177,11 @@ def test_a_group_is_a_process_group():
         shards_of("gloo")
 
 
-def test_a_single_process_has_all_samples_and_nobody_to_exchange_them_with():
+def test_a_single_process_has_all_samples_and_calls_plainly():
     assert SINGLE.local_slice(5) == slice(0, 5)
     assert SINGLE.gather("x") == ["x"]
     assert SINGLE.broadcast(True) is True
-    assert not hasattr(SINGLE, "exchange")
+    summand = torch.ones(2)
+    assert SINGLE.sum(lambda: summand) is SINGLE.concatenate(lambda: summand) is summand
+    with pytest.raises(ZeroDivisionError):
+        SINGLE.synchronized(lambda: 1 / 0)

@@ -18,7 +18,7 @@ from ngeval.runs.options import GradingOptions
 from ngeval.tasks import BUILTIN_TASKS, get_task
 from ngeval.training import EXACT
 
-SLOW = ("torch", "sklearn", "scipy", "pandas", "matplotlib", "transformers", "pyarrow", "plotly")
+SLOW = ("torch", "sklearn", "scipy", "pandas", "matplotlib", "transformers", "pyarrow")
 
 COMMANDS = (
     *("demo", "train", "gamma", "sweep", "compare", "layers", "imbalance"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ngeval
-from ngeval.jacobians import CapturedRows, gram_matrix, row_combinations
+from ngeval.jacobians import CapturedRows, gram_matrix
 from ngeval.jacobians import row_source as rows
 from ngeval.jacobians.inner_products import rows_of
 from tests import problems, zoo
@@ -99,7 +99,7 @@ def test_captures_that_do_not_fit_are_made_anew(memory):
     weights = torch.randn(2, len(gram), dtype=torch.float64)
     torch.testing.assert_close(
         kept.combinations(weights),
-        row_combinations(wide.rows, vectors, weights),
+        CapturedRows(wide.rows, vectors).combinations(weights),
         rtol=1e-11,
         atol=1e-11,
     )

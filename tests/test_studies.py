@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +17,7 @@ from scipy.integrate import solve_ivp
 from typer.testing import CliRunner
 
 from ngeval import InputError, Problem, Task, TaskError
+from ngeval.results.manifest import manifest_path
 from studies import STUDIES, get_study, images
 from studies.__main__ import app
 from studies.base import decide
@@ -132,6 +135,20 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         assert run(*words) == ""
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_rows_of_finished_parts_are_kept(self, tmp_path, monkeypatch):
+        def parts(size, seed, advance):
+            yield pd.DataFrame({"loss": [1.0]})
+            yield pd.DataFrame({"loss": [2.0]})
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(
+            "studies.__main__.get_study", lambda _: replace(STUDIES["convergence"], run=parts)
+        )
+        assert CliRunner().invoke(app, ["convergence", "-o", str(tmp_path)]).exit_code == 130
+        path = tmp_path / "convergence.parquet"
+        assert pd.read_parquet(path)["loss"].tolist() == [1.0, 2.0]
+        assert json.loads(manifest_path(path).read_text())["options"]["study"] == "convergence"
 
     def test_help_has_examples(self):
         shown = run("why-ef-fails", "--help")

@@ -18,7 +18,7 @@ from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.tasks import get_task
 from ngeval.training import EXACT, DivergedError, Settings, Training
 from ngeval.training.optimizers import build, resolved
-from ngeval.training.steppers import make_stepper
+from ngeval.training.steppers import Stepper
 from tests.test_cli import run
 from tests.trainings import (
     ALONE,
@@ -189,7 +189,7 @@ class TestSettings:
     )
     @pytest.mark.parametrize("name", ["ief", "muon"])
     def test_schedules_step_by_step(self, schedule, factors, name):
-        stepper = make_stepper(name, CLASSES, net(), Settings(learning_rate=0.2), 0, "cpu")
+        stepper = Stepper(name, CLASSES, net(), Settings(learning_rate=0.2), 0, "cpu")
         stepper.schedule(schedule, 4)
         stepper.ready()
         seen = []

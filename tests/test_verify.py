@@ -317,8 +317,8 @@ class TestTrust:
     def test_pickles_and_remote_code_are_not_taken_over(self, small, monkeypatch):
         told = {"allow_pickle": True, "trust_remote_code": True}
         tell("gamma.csv", lambda m: m["options"].update(told))
-        run_, hub, _ = read_recorded(Path("gamma.csv"), Trust("mine.py:task")).groups
-        assert (run_.allow_pickle, hub.trust_remote_code) == (False, False)
+        options = read_recorded(Path("gamma.csv"), Trust("mine.py:task")).options
+        assert (options.allow_pickle, options.trust_remote_code) == (False, False)
         made = []
         start = Run.__post_init__
         monkeypatch.setattr(Run, "__post_init__", lambda run: (start(run), made.append(run))[0])

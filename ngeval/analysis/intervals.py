@@ -9,28 +9,20 @@ import numpy as np
 import pandas as pd
 import scipy
 
-BLOCK = 500
-"""Groups that are resampled at once: 40 MB where a group has five batches."""
+MAX_VALUES = 5_000_000
+"""The number of values that are resampled at once: 40 MB."""
 
 
 def geometric_means(
-    table: pd.DataFrame,
-    keys: Sequence[str],
-    column: str,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    table: pd.DataFrame, keys: Sequence[str], column: str, *, resamples: int = 2000
 ) -> pd.DataFrame:
-    """Geometric mean of a positive column in every group, with its bootstrap interval.
+    """Geometric mean of a positive column in every group, with its 95 % bootstrap interval.
 
     Args:
         table: the rows; those without a finite positive value do not count.
         keys: the columns that define the groups.
         column: what is averaged, in the logarithm.
-        confidence: of the percentile interval.
         resamples: of the bootstrap; 0 leaves the intervals out.
-        seed: of its draws.
 
     Returns:
         The keys, in order of appearance, and ``count, mean, low, high``; the interval of a group
@@ -39,12 +31,8 @@ def geometric_means(
     rows = table[table[column].astype(float).between(0, math.inf, inclusive="neither")]
     grouped = rows.groupby(list(keys), sort=False, dropna=False)
     counts = grouped.size().rename("count").reset_index()
-    order = np.argsort(grouped.ngroup().to_numpy(), kind="stable")
-    logs = np.log(rows[column].to_numpy(dtype=float)[order])
-    groups = np.split(logs, counts["count"].cumsum().to_numpy()[:-1]) if len(counts) else []
-    mean, low, high = np.exp(
-        group_means(groups, confidence=confidence, resamples=resamples, seed=seed)
-    )
+    groups = [np.log(values.to_numpy(dtype=float)) for _, values in grouped[column]]
+    mean, low, high = np.exp(group_means(groups, resamples=resamples))
     return counts.assign(mean=mean, low=low, high=high)
 
 
@@ -57,6 +45,14 @@ def group_means(
 ) -> np.ndarray:
     """Mean of each group, with its percentile bootstrap interval.
 
+    Groups of the same size are resampled with the same draws.
+
+    Args:
+        groups: the values of each.
+        confidence: of the interval.
+        resamples: number of times that n of the n values are drawn; 0: no interval.
+        seed: of the draws.
+
     Returns:
         Means, low and high ends, shape ``(3, groups)``; NaN for the mean of an empty group, and
         for the interval of a group with fewer than two values.
@@ -68,37 +64,15 @@ def group_means(
         values = np.stack([group for group in groups if len(group) == size])
         result[0, places] = values.mean(axis=1)
         if size > 1 and resamples:
-            result[1:, places] = mean_intervals(
-                values, confidence=confidence, resamples=resamples, seed=seed
-            )
+            interval = scipy.stats.bootstrap(  # scipy.stats takes a second to import
+                (values,),
+                np.mean,
+                axis=-1,
+                n_resamples=resamples,
+                batch=max(1, MAX_VALUES // values.size),
+                confidence_level=confidence,
+                method="percentile",
+                rng=seed,
+            ).confidence_interval
+            result[1:, places] = interval.low, interval.high
     return result
-
-
-def mean_intervals(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap intervals of the means of rows, with the same draws for every row.
-
-    Args:
-        values: shape ``(groups, n)``.
-        confidence: of the interval.
-        resamples: number of times that n of the n values are drawn.
-        seed: of the draws.
-
-    Returns:
-        Low and high ends, shape ``(groups,)``.
-    """
-    intervals = [
-        scipy.stats.bootstrap(  # through the package: scipy.stats takes a second to import
-            (values[start : start + BLOCK],),
-            np.mean,
-            axis=-1,
-            n_resamples=resamples,
-            confidence_level=confidence,
-            method="percentile",
-            rng=seed,
-        ).confidence_interval
-        for start in range(0, len(values), BLOCK)
-    ]
-    low, high = (np.concatenate([interval[end] for interval in intervals]) for end in (0, 1))
-    return low, high

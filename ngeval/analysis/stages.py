@@ -65,6 +65,17 @@ def _whole_texts(values: Sequence[float]) -> list[str]:
     return short if len(set(short)) == len(short) else [repr(float(value)) for value in values]
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Places from the first to the last of a list, all of them or as many as there may be.
+
+    >>> evenly(3, 4), evenly(10, 4)
+    ([0, 1, 2], [0, 3, 6, 9])
+    """
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
 def three_stages(table: pd.DataFrame) -> list[str]:
     """The first, the middle and the last checkpoint of a table."""
     names = list(dict.fromkeys(table["checkpoint"]))

@@ -42,12 +42,7 @@ Conversion = tuple[pd.Series, pd.Series]
 
 @dataclass(frozen=True)
 class Column:
-    """What a column may hold.
-
-    Attributes:
-        convert: gives the column's values in one type, and which of them it may hold.
-        expected: what the column should hold, for messages.
-    """
+    """What a column may hold: a conversion to one type, and a name of it for messages."""
 
     convert: Callable[[pd.Series], Conversion]
     expected: str

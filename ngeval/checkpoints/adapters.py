@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ngeval.checkpoints.finding import read_json
 from ngeval.checkpoints.reading import read_state
-from ngeval.errors import CheckpointError, NgevalError
+from ngeval.errors import CheckpointError, foreign_errors
 from ngeval.utils.optional import optional_module
 from ngeval.utils.text import listed
 
@@ -55,11 +53,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             that cannot be graded.
     """
     path = folder / "adapter_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+    content = read_json(path)
+    if not isinstance(content.get("peft_type"), str):
         raise CheckpointError(f"{path} has no peft_type, so it is not a PEFT configuration")
     saved, task_type = content.get("modules_to_save"), content.get("task_type")
     names = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
@@ -123,7 +118,9 @@ class AdapterLoader:
         config = read_adapter_config(folder)
         _check_sizes(folder, config, state)
         key = (config, sorted(state))
-        with _peft_errors(folder):
+        failure = f"{folder} does not fit the base model"
+        # PEFT warns with advice for training.
+        with foreign_errors(CheckpointError, failure), warnings.catch_warnings(action="ignore"):
             if self._model is None or key != self._key:
                 self._model, self._key = _adapted(self.base, folder, config, state), key
             _fill(self._model, state, folder)
@@ -201,19 +198,3 @@ def _sharing(base: nn.Module) -> nn.Module:
     }
     memo |= {id(buffer): buffer for buffer in base.buffers()}
     return copy.deepcopy(base, memo)
-
-
-@contextlib.contextmanager
-def _peft_errors(folder: Path) -> Iterator[None]:
-    """Turn any error of PEFT into a `CheckpointError` that names the adapter."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's advice for training
-            yield
-    except NgevalError:
-        raise
-    except Exception as error:  # PEFT can raise anything on a configuration or a state
-        text = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder} does not fit the base model: {type(error).__name__}: {text}"
-        ) from error

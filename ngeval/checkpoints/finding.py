@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os.path
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -151,15 +152,11 @@ def _folders_below(pattern: str) -> list[str]:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
-    return _is_file(path / "adapter_config.json")
+    return os.path.isfile(path / "adapter_config.json")
 
 
 def weights_file(folder: Path) -> Path:
-    """The file that a checkpoint folder's weights are read from.
-
-    Raises:
-        CheckpointError: the folder holds no such file.
-    """
+    """The file that a checkpoint folder's weights are read from."""
     names = ADAPTER if is_adapter(folder) else WEIGHTS
     for name in names:
         if (folder / name).is_file():
@@ -170,7 +167,7 @@ def weights_file(folder: Path) -> Path:
 def optimizer_file(path: Path) -> Path | None:
     """The file with a checkpoint's optimizer state, never that of a different checkpoint."""
     beside = path.with_name(f"{path.stem}.optimizer.pt")
-    if not path.is_dir() and _is_file(beside):
+    if not path.is_dir() and os.path.isfile(beside):
         return beside
     if path.is_dir() or path.name in WEIGHTS + ADAPTER:
         folder = path if path.is_dir() else path.parent
@@ -195,24 +192,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
         metadata["step"] = int(numbered[1])
     state = path / "trainer_state.json"
     if state.is_file():
-        content = _read_json(state)
+        content = read_json(state)
         metadata |= {
             name: content[key]
             for name, key in (("epoch", "epoch"), ("step", "global_step"))
             if key in content
         }
     beside = path.with_suffix(".json")
-    if path.is_file() and _is_file(beside) and not path.name.endswith(".index.json"):
-        metadata |= _read_json(beside)
+    if path.is_file() and os.path.isfile(beside) and not path.name.endswith(".index.json"):
+        metadata |= read_json(beside)
     return metadata
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a file exists; a name that is too long for the file system is not an error."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -248,7 +237,12 @@ def _without_insides(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.parent not in folders or path.is_dir()]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one in place of anything else.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

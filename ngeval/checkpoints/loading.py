@@ -109,8 +109,7 @@ def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
     if read is None or not (folder / "config.json").is_file():
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             loaded, report = read(folder, output_loading_info=True, local_files_only=True)
     except Exception:  # transformers can raise anything; the caller reports the names that differ
         return None

@@ -32,12 +32,10 @@ class SavedOptimizer:
     """The optimizers' states in a file.
 
     Attributes:
-        path: the file.
         name: the optimizer's name, which ngeval records; None in files of other programs.
         states: the ``state_dict`` of each optimizer.
     """
 
-    path: Path
     name: str | None
     states: list[StateDict]
 
@@ -71,7 +69,7 @@ def read_optimizer(path: Path, *, allow_pickle: bool = False) -> SavedOptimizer:
     for state in states:
         _check(path, state)
     name = content.get("optimizer") if isinstance(content, Mapping) else None
-    return SavedOptimizer(path, name if isinstance(name, str) else None, states)
+    return SavedOptimizer(name if isinstance(name, str) else None, states)
 
 
 def _state_dicts(content: Any, depth: int = 0) -> list[StateDict]:

@@ -18,6 +18,9 @@ ZIP = b"PK\x03\x04"
 HARMLESS = re.compile(r"torch\._utils\.\w+|torch\.\w+|collections\.OrderedDict")
 """The names in every state dict."""
 
+BROKEN = (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile)
+"""The errors of reading an arbitrary file as a zip."""
+
 MAX_DEPTH = 1_000
 """Tuples nested in tuples; hashing some 100,000 of them overflows Python's stack."""
 
@@ -45,14 +48,7 @@ def asks_for_code(path: Path) -> list[str]:
 def names_any(path: Path, words: Iterable[str]) -> bool:
     """Whether the pickle in a file holds one of some texts, as the keys of a dict are."""
     keys = set(words)
-    try:
-        for data in _pickles(path):
-            for _, text, _ in _opcodes(data):
-                if isinstance(text, str) and text in keys:
-                    return True
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
-        pass
-    return False
+    return any(item.text in keys for item, _ in _read(path))
 
 
 def unreadable_because(path: Path) -> str:
@@ -67,7 +63,7 @@ def unreadable_because(path: Path) -> str:
                 declared = sum(info.file_size for info in archive.infolist())
             if declared > path.stat().st_size:
                 return f"its members declare {declared:,} bytes, more than the file has"
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         return f"its directory of members is broken (truncated?): {error}"
     if any(item.depth > MAX_DEPTH for item, _ in _read(path)):
         return f"it nests more than {MAX_DEPTH:,} values"
@@ -114,7 +110,7 @@ def _read(path: Path) -> Iterator[tuple[_Item, str | None]]:
     try:
         for data in _pickles(path):
             yield from _simulated(data)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+    except BROKEN:
         return
 
 

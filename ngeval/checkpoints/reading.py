@@ -55,20 +55,15 @@ def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
     """Read a file of ``torch.save`` to the CPU, without running code.
 
-    Args:
-        path: the file.
-        instead: what the message recommends to save instead of a pickle that asks for code.
-        allow_pickle: unpickle with code; only for files that you trust.
-
     Raises:
-        CheckpointError: the file is unreadable or truncated, or asks for code to be run.
+        CheckpointError: the file is unreadable or truncated, or asks for code to be run; the
+            message recommends to save ``instead``.
     """
     reason = "" if allow_pickle else unreadable_because(path)
     if reason:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # a broken file, or an allowed pickle, can raise anything
         if not allow_pickle and (named := asks_for_code(path)):

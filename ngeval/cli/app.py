@@ -15,10 +15,11 @@ import typer
 import ngeval
 from ngeval.cli import console
 from ngeval.cli.compare import compare
+from ngeval.cli.demo import demo
 from ngeval.cli.grade import gamma, imbalance, layers, sweep
 from ngeval.cli.listing import methods, plot, tasks
 from ngeval.cli.report import report
-from ngeval.cli.train import demo, train
+from ngeval.cli.train import train
 from ngeval.cli.verify import verify
 
 app = typer.Typer(

@@ -15,16 +15,10 @@ from ngeval.cli.options import (
     QuietOption,
     ResumeOption,
     StopAfterOption,
+    takes_options,
 )
-from ngeval.cli.spread_options import takes_options
 from ngeval.dampings import parse_dampings
-from ngeval.runs.options import (
-    GradingOptions,
-    HubOptions,
-    OutputOptions,
-    RunOptions,
-    StepOptions,
-)
+from ngeval.runs.options import GradingOptions, OutputOptions, RunOptions
 
 METHODS = (
     "sgd,ef,ief,sf,diag,diag-ef:0.5,kfac,kfac-sf,kfac-ef,kfac-ief,ekfac,momentum:20,adam:20,"
@@ -37,8 +31,6 @@ checkpoint's weights, which is available for any checkpoint, whatever it was tra
 @takes_options
 def compare(
     run: RunOptions,
-    hub: HubOptions,
-    step: StepOptions,
     grading: GradingOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     methods: MethodsOption = METHODS,
@@ -72,7 +64,7 @@ def compare(
     refuse_tables(map(Path, (*(run.checkpoint or ()), *(run.more or ()))))
     files = ranking_files(output, work.methods, force or resume)
     out = OutputOptions(files["results"], force, resume, stop_after, quiet)
-    result = execute_work(work, (run, hub, step), out)
+    result = execute_work(work, run, out)
     if result.num_done == result.num_units:
         write_ranking(result.table, files, damping, quiet)
     else:  # a ranking of some of the units would be taken for that of all

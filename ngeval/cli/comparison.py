@@ -15,7 +15,7 @@ from ngeval.cli.tables import ranking_tables
 from ngeval.errors import InputError
 from ngeval.plots import FIGURE_SUFFIXES, kfac_figure, ranking_figure, save_figure
 from ngeval.plots.ranking import KFAC_METHODS
-from ngeval.results.table_files import SUFFIXES, ResultFile, check_output, read_results
+from ngeval.results.table_files import SUFFIXES, check_output, read_results, write_results
 
 
 def refuse_tables(paths: Iterable[Path]) -> None:
@@ -52,8 +52,7 @@ def write_ranking(
 ) -> None:
     """Rank the methods of a γ table, and write and print the ranking and its figures."""
     ranked = ranking(table)
-    with ResultFile(files["ranking"], force=True) as target:
-        target.append(ranked)
+    write_results(ranked, files["ranking"])
     written = [files["results"], files["ranking"]]
     if table["gamma_over_ng"].notna().any():  # the figure ranks by γ/γ_min
         save_figure(ranking_figure(table), files["figure"])

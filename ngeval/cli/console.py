@@ -60,6 +60,7 @@ class Commands(TyperGroup):
             if torchrun.rank():
                 raise typer.Exit
             complain(f"{name} runs in one process; the others have nothing to do")
+            del os.environ["RANK"]  # and what it calls waits for no others
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

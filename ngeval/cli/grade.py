@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ngeval.cli import console
-from ngeval.cli.options import DampingScaleOption, MethodsOption, MetricOption
-from ngeval.cli.spread_options import takes_options
+from ngeval.cli.options import DampingScaleOption, MethodsOption, MetricOption, takes_options
 from ngeval.dampings import parse_dampings
 from ngeval.methods import get_methods
 from ngeval.runs.options import (
     GradingOptions,
-    HubOptions,
     OutputOptions,
     RunOptions,
-    StepOptions,
     parse_groups,
     parse_metric,
 )
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
     from ngeval.runs.outcome import Outcome
     from ngeval.runs.tables import GammaTable, Work
 
-Groups = tuple[RunOptions, HubOptions, StepOptions]
-
 INCOMPLETE = 3
 """The exit code of a run in which units could not be graded."""
 
@@ -34,8 +29,6 @@ INCOMPLETE = 3
 @takes_options
 def gamma(
     run: RunOptions,
-    hub: HubOptions,
-    step: StepOptions,
     grading: GradingOptions,
     out: OutputOptions,
     methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
@@ -56,7 +49,7 @@ def gamma(
     work = gamma_work(methods, parse_dampings(damping), grading)
     from ngeval.cli.tables import stages_table
 
-    result = execute_work(work, (run, hub, step), out)
+    result = execute_work(work, run, out)
     for value in list(dict.fromkeys(result.table["damping"]))[:3]:
         console.table_console(out.quiet).print(stages_table(result.table, value))
     finish(result)
@@ -65,8 +58,6 @@ def gamma(
 @takes_options
 def sweep(
     run: RunOptions,
-    hub: HubOptions,
-    step: StepOptions,
     grading: GradingOptions,
     out: OutputOptions,
     methods: MethodsOption = "sgd,ef,sf,ief,diag,ng",
@@ -81,7 +72,7 @@ def sweep(
     work = gamma_work(methods, parse_dampings(dampings), grading)
     from ngeval.cli.tables import sweep_table
 
-    result = execute_work(work, (run, hub, step), out)
+    result = execute_work(work, run, out)
     console.table_console(out.quiet).print(sweep_table(result.table))
     finish(result)
 
@@ -89,8 +80,6 @@ def sweep(
 @takes_options
 def layers(
     run: RunOptions,
-    hub: HubOptions,
-    step: StepOptions,
     out: OutputOptions,
     methods: MethodsOption = "sgd,ef,ief",
     damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-3",
@@ -125,7 +114,7 @@ def layers(
         metric_batches=parse_metric(metric_batches),
         natural=natural,
     )
-    result = execute_work(work, (run, hub, step), out, {"groups": groups})
+    result = execute_work(work, run, out)
     for table in layer_tables(result.table):
         console.table_console(out.quiet).print(table)
     finish(result)
@@ -134,8 +123,6 @@ def layers(
 @takes_options
 def imbalance(
     run: RunOptions,
-    hub: HubOptions,
-    step: StepOptions,
     out: OutputOptions,
     methods: Annotated[
         str, typer.Option("--methods", "-m", help="Also each method's loss change per sample.")
@@ -151,7 +138,7 @@ def imbalance(
     from ngeval.runs.tables import SampleTable
 
     work = SampleTable.of(resolved, damping=damping)
-    result = execute_work(work, (run, hub, step), out)
+    result = execute_work(work, run, out)
     console.table_console(out.quiet).print(imbalance_table(result.table))
     finish(result)
 
@@ -165,41 +152,24 @@ def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> 
     resolved = get_methods(methods)
     from ngeval.runs.tables import GammaTable
 
-    return GammaTable.of(
-        resolved,
-        dampings=dampings,
-        damping_scale=grading.damping_scale,
-        metric_batches=parse_metric(grading.metric_batches),
-        natural=grading.natural,
-        gap=grading.gap,
-    )
+    options = vars(grading) | {"metric_batches": parse_metric(grading.metric_batches)}
+    return GammaTable.of(resolved, dampings=dampings, **options)
 
 
-def execute_work(
-    work: Work, groups: Groups, out: OutputOptions, as_typed: dict[str, Any] | None = None
-) -> Outcome:
+def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
     """Compute the units of a run, and write them with a manifest of the options.
-
-    Args:
-        work: what is computed of each unit.
-        groups: the options of the run.
-        out: where the rows go.
-        as_typed: the options whose text the manifest records in place of their value in ``work``.
 
     Raises:
         typer.Exit: this is one of torchrun's processes, and not the first.
         NgevalError: no unit could be graded, or the result cannot be written.
     """
     from ngeval.cli.progress import ProgressBar
-    from ngeval.results.manifest import as_options
     from ngeval.runs.execute import check_result, execute
     from ngeval.runs.from_options import make_run
 
     check_result(out)
-    run, hub, step = groups
-    recorded = (run, step) if hub.hf_model is None else groups
-    options = as_options(*recorded, work.options, as_typed or {})
-    result = execute(make_run(*groups), work, out, options, ProgressBar(out.quiet))
+    options = run.recorded() | work.options
+    result = execute(make_run(run), work, out, options, ProgressBar(out.quiet))
     if result is None:
         raise typer.Exit
     if lost := result.lost_rows():

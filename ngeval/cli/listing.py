@@ -13,7 +13,7 @@ from rich.table import Table
 from ngeval.cli import console
 from ngeval.cli.console import say
 from ngeval.cli.options import ForceOption, QuietOption
-from ngeval.errors import InputError, nearest_name
+from ngeval.errors import InputError, check_choice
 from ngeval.methods import all_methods
 from ngeval.tasks import BUILTIN_TASKS
 
@@ -99,8 +99,8 @@ def plot(
 
     check_output(output, FIGURE_SUFFIXES, force=force)
     widths = {"column": COLUMN, "page": PAGE}
-    if width is not None and width not in widths:
-        raise InputError(f"unknown width {width!r}; {nearest_name(width, widths)}")
+    if width is not None:
+        check_choice("width", width, widths)
     tables = read_tables(results)
     chosen = Chosen(
         damping,

@@ -1,20 +1,16 @@
-"""The flags and the help of the options that several commands share."""
+"""The options that several commands share, and commands that take dataclasses of options."""
 
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ngeval.runs.options import (
-    MAX_SEED,
-    GradingOptions,
-    HubOptions,
-    OutputOptions,
-    RunOptions,
-    StepOptions,
-)
+from ngeval.runs.options import MAX_SEED, GradingOptions, OutputOptions, RunOptions
 
 SEED = typer.Option(min=0, max=MAX_SEED, help="For batches, sampled labels and training.")
 DEVICE = typer.Option(help="cpu, cuda, cuda:1, mps.")
@@ -51,30 +47,6 @@ _step: Any = functools.partial(
 
 OPTIONS: dict[type, dict[str, Any]] = {
     RunOptions: {
-        "task": TASK,
-        "checkpoint": typer.Option(
-            "--checkpoint", "-c", help="File, folder or glob; repeat or list several."
-        ),
-        "more": typer.Argument(metavar="[CHECKPOINT]...", help="More checkpoints."),
-        "batch_size": typer.Option(help="N, samples in a graded batch."),
-        "num_batches": typer.Option(help="Graded batches for each checkpoint."),
-        "seed": SEED,
-        "device": DEVICE,
-        "shard": typer.Option(
-            help="Under torchrun: units spreads checkpoints and batches over processes, samples "
-            "splits every batch among all; auto: samples if there are fewer units than processes."
-        ),
-        "dtype": typer.Option(
-            help="What the model is graded in: auto (float64 where affordable), model (its own "
-            "types), float64, float32 or bfloat16."
-        ),
-        "engine": typer.Option(help="auto, layers, vmap or loop."),
-        "memory": typer.Option(help="To work in, e.g. 8GiB; default: four fifths of what is free."),
-        "allow_pickle": typer.Option(
-            "--allow-pickle", help="Run code in checkpoints; only for files you trust."
-        ),
-    },
-    HubOptions: {
         "hf_model": _hub(help="Folder or name on the hub, in place of --task."),
         "adapter": _hub(
             help="PEFT adapter: folder, folder of them, glob, hub name; repeat or list several."
@@ -100,14 +72,28 @@ OPTIONS: dict[type, dict[str, Any]] = {
             "--trust-remote-code",
             help="Run Python code of the model's repository; only if you trust it.",
         ),
-    },
-    GradingOptions: {
-        "damping_scale": DAMPING_SCALE,
-        "metric_batches": METRIC,
-        "natural": typer.Option(help="Also γ_min and bounds on the exact natural gradient's γ."),
-        "gap": typer.Option(help="Relative gap between those bounds at which a Krylov run stops."),
-    },
-    StepOptions: {
+        "task": TASK,
+        "checkpoint": typer.Option(
+            "--checkpoint", "-c", help="File, folder or glob; repeat or list several."
+        ),
+        "more": typer.Argument(metavar="[CHECKPOINT]...", help="More checkpoints."),
+        "batch_size": typer.Option(help="N, samples in a graded batch."),
+        "num_batches": typer.Option(help="Graded batches for each checkpoint."),
+        "seed": SEED,
+        "device": DEVICE,
+        "shard": typer.Option(
+            help="Under torchrun: units spreads checkpoints and batches over processes, samples "
+            "splits every batch among all; auto: samples if there are fewer units than processes."
+        ),
+        "dtype": typer.Option(
+            help="What the model is graded in: auto (float64 where affordable), model (its own "
+            "types), float64, float32 or bfloat16."
+        ),
+        "engine": typer.Option(help="auto, layers, vmap or loop."),
+        "memory": typer.Option(help="To work in, e.g. 8GiB; default: four fifths of what is free."),
+        "allow_pickle": typer.Option(
+            "--allow-pickle", help="Run code in checkpoints; only for files you trust."
+        ),
         "optimizer_state": _step(
             help="File with its state, one for each checkpoint; default: the one beside each."
         ),
@@ -115,6 +101,12 @@ OPTIONS: dict[type, dict[str, Any]] = {
             help="Of the training loss: mean, sum or token-mean; its state depends on it."
         ),
         "weight_decay": _step(help="With the optimizer's weight decay."),
+    },
+    GradingOptions: {
+        "damping_scale": DAMPING_SCALE,
+        "metric_batches": METRIC,
+        "natural": typer.Option(help="Also γ_min and bounds on the exact natural gradient's γ."),
+        "gap": typer.Option(help="Relative gap between those bounds at which a Krylov run stops."),
     },
     OutputOptions: {
         "output": typer.Option("--output", "-o", help="Result file: .csv, .parquet or .jsonl."),
@@ -125,3 +117,34 @@ OPTIONS: dict[type, dict[str, Any]] = {
     },
 }
 """The flags and the help of each field of the options of a run."""
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Spread the dataclasses among a command's parameters into one parameter for each field.
+
+    The flags and the help of the fields are those of `OPTIONS`.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if (group := groups.get(name)) is None:
+            parameters.append(keyword(name, default=parameter.default, annotation=hints[name]))
+            continue
+        types = get_type_hints(group)
+        for field in fields(group):
+            annotation: Any = Annotated[types[field.name], OPTIONS[group][field.name]]
+            parameters.append(keyword(field.name, default=field.default, annotation=annotation))
+
+    @functools.wraps(command)
+    def spread(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    # typer reads the signature and the annotations; the wrapped command must not shadow them.
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del spread.__wrapped__
+    return spread

@@ -7,16 +7,11 @@ import threading
 from collections.abc import Callable
 
 from rich.console import Console
-from torch import nn
 
-from ngeval.checkpoints import Checkpoint
 from ngeval.cli import console
 from ngeval.errors import NgevalError
 from ngeval.runs import progress
 from ngeval.utils import torchrun
-
-LARGE = 2**31
-"""Bytes of checkpoints from which on hashing them has a bar of its own."""
 
 REFRESH_SECONDS = 0.5
 
@@ -38,14 +33,6 @@ class ProgressBar(progress.Progress):
     def warn(self, text: str) -> None:
         console.say(Console(stderr=True), text)
 
-    def checkpoint_read(self, count: int, total: int, size: int) -> None:
-        if size < LARGE:
-            return
-        if count == 0:
-            self.bar.start()
-            self.task = self.bar.add_task("reading checkpoints", total=total)
-        self.bar.update(self.task, completed=count, visible=count < total)
-
     def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
         self.completed = completed
         self.task = self.bar.add_task(description, total=total, completed=completed())
@@ -63,17 +50,6 @@ class ProgressBar(progress.Progress):
         self.advance()
         self.bar.stop()
 
-    def model_loaded(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        if checkpoint.is_adapter:
-            self.note(f"{checkpoint.name}: {trainable_line(model)}")
-
     def _watch(self) -> None:
         while not self.ended.wait(REFRESH_SECONDS):
             self.advance()
-
-
-def trainable_line(model: nn.Module) -> str:
-    """How many parameters of a model are trainable."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trainable = sum(size for size, requires_grad in sizes if requires_grad)
-    return f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters trainable"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,22 @@ from ngeval.utils.text import visible
 MAX_LAYERS = 16
 """Layers of an update in a printed table; the rest are summed."""
 
+LAYERS = ["method", "layer", "parameters", "buys", "spends", "spends − buys", "γ/γ_SGD", "γ/best"]
+
+
+def columns_table(columns: Iterable[str], left: Iterable[str], **options: Any) -> Table:
+    """A table without rows whose columns are aligned to the right, except for some.
+
+    Args:
+        columns: their names.
+        left: those that are aligned to the left.
+        options: of `rich.table.Table`.
+    """
+    shown = Table(**options)
+    for name in columns:
+        shown.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    return shown
+
 
 def checkpoint_labels(table: pd.DataFrame) -> dict[str, str]:
     """`ngeval.analysis.stages.checkpoint_labels` for a terminal."""
@@ -37,16 +53,15 @@ def stages_table(table: pd.DataFrame, damping: float) -> Table:
     methods = [name for name in dict.fromkeys(rows["method"]) if name != "sgd"]
     failures = rows[rows["status"] == "failed"]
     failed = set(zip(failures["checkpoint"], failures["method"], strict=True))
-    shown = Table(
+    shown = columns_table(
+        ["checkpoint", *methods, "floor"],
+        left=["checkpoint"],
         title=f"γ/γ_SGD at λ = {damping:g}: geometric mean over batches, 95 % interval below it",
         caption="below 1: closer to the natural gradient than SGD; floor: a bound on every update",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    shown.add_column("checkpoint", overflow="fold")
-    for method in [*methods, "floor"]:
-        shown.add_column(method, justify="right", overflow="fold")
     for name, label in checkpoint_labels(table).items():
         part = summary[summary["checkpoint"] == name].set_index("method")
         cells = [
@@ -64,12 +79,12 @@ def sweep_table(table: pd.DataFrame) -> Table:
     summary = summarize(table)
     undamped = without_damping(table)
     smallest = summary["damping"].min()
-    shown = Table(
+    shown = columns_table(
+        ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="),
+        left=("checkpoint", "method"),
         title="γ/γ_min (1 = the natural gradient itself), geometric mean over batches",
         caption="best: the smallest over the dampings, with its λ",
     )
-    for column in ("checkpoint", "method", f"at λ = {smallest:g}", "best", "at λ ="):
-        shown.add_column(column, justify="left" if column in ("checkpoint", "method") else "right")
     for name, label in checkpoint_labels(table).items():
         rows = summary[summary["checkpoint"] == name]
         first = True
@@ -98,18 +113,15 @@ def layer_tables(table: pd.DataFrame) -> Iterator[Table]:
         if rows.empty:  # no unit of the checkpoint could be graded
             continue
         where = f"{labels[name]}, " if name else ""
-        shown = Table(
+        shown = columns_table(
+            LAYERS,
+            left=("method", "layer"),
             title=f"{where}λ = {rows['damping'].iloc[0]:g}: layers of each update",
             caption="means over batches; spends above buys: a smaller step there would lower γ; "
             "γ/γ_SGD and γ/best: in this layer alone, over the gradient and over its natural "
             "gradient",
             box=box.SIMPLE_HEAD,
         )
-        for column in ("method", "layer", "parameters", "buys", "spends", "spends − buys"):
-            justify: Any = "left" if column in ("method", "layer") else "right"
-            shown.add_column(column, justify=justify, overflow="fold")
-        shown.add_column("γ/γ_SGD", justify="right")
-        shown.add_column("γ/best", justify="right")
         leading = leading_layers(rows, MAX_LAYERS)
         for method, part in rows.groupby("method", sort=False):
             _layer_rows(shown, str(method), with_rest(part, leading))
@@ -150,15 +162,15 @@ def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]
     ends = (table["damping"].min(), table["damping"].max()) if is_range else ()
     single = ranked["checkpoint"].nunique() == 1
     for name, rows in ranked.groupby("checkpoint", sort=False):
-        shown = Table(
-            title=("" if single else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
-            box=box.SIMPLE_HEAD,
-        )
         columns = ["", "method", least, "95 % interval", "at λ", "with one λ", "one λ"]
         partial = bool((rows["coverage"] < 100).any())
         columns += ["γ/γ_SGD"] * natural + ["covers"] * partial
-        for column in columns:
-            shown.add_column(column, justify="left" if column == "method" else "right")
+        shown = columns_table(
+            columns,
+            left=["method"],
+            title=("" if single else f"{rows['stage_name'].iloc[0]}: ") + labels[str(name)],
+            box=box.SIMPLE_HEAD,
+        )
         for _, row in rows.iterrows():
             interval = f"{row[f'{ratio}_low']:.3g} – {row[f'{ratio}_high']:.3g}"
             cells = [
@@ -190,12 +202,12 @@ def cell(value: float, form: str = ".3g") -> str:
 
 def imbalance_table(table: pd.DataFrame) -> Table:
     """Quantiles of per-sample gradient norms, and their imbalance, for each checkpoint."""
-    shown = Table(
+    shown = columns_table(
+        ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"),
+        left=["checkpoint"],
         title="per-sample gradient norms ‖g_n‖ (nats)",
         caption="max/min: geometric mean over batches",
     )
-    for column in ("checkpoint", "min", "5 %", "median", "95 %", "max", "max/min"):
-        shown.add_column(column, justify="left" if column == "checkpoint" else "right")
     batches = imbalances(table).groupby("checkpoint")["imbalance"]
     ratios = batches.agg(lambda values: np.exp(np.log(values).mean()))
     for name, label in checkpoint_labels(table).items():

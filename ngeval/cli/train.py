@@ -1,4 +1,4 @@
-"""``demo`` and ``train``: the commands that train a network."""
+"""``train``: a checkpoint for every epoch of a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import TaskID
 
 from ngeval.cli import console
 from ngeval.cli.console import say
@@ -15,7 +14,7 @@ from ngeval.cli.options import TASK, DeviceOption, ForceOption, QuietOption, See
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from ngeval.training import EpochReport
+    from ngeval.training import EpochReport, Training
 
 EXACT = "ef, ief, sf, ng"
 """The optimizers of `ngeval.training.EXACT`, for ``--help``."""
@@ -23,41 +22,6 @@ EXACT = "ef, ief, sf, ng"
 OPTIMIZER = "The optimizer"
 STOPPING = "Early stopping"
 """The panels of ``--help`` for training."""
-
-
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("ngeval-demo"),
-    epochs: Annotated[int, typer.Option(help="Training epochs.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="N, samples in a graded batch.")] = 160,
-    num_batches: Annotated[int, typer.Option(help="Graded batches for each checkpoint.")] = 4,
-    seed: SeedOption = 0,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Train a network on real digits and grade six update rules at every stage of training.
-
-    Nothing to prepare, nothing downloaded; one to two minutes on two cores.
-
-    [bold]Example:[/bold] ngeval demo --output ngeval-demo
-    """
-    from ngeval.cli.demo import Demo
-    from ngeval.cli.tables import imbalance_table, stages_table
-
-    run = Demo(output, epochs, batch_size, num_batches, seed, force)
-    out = console.table_console(quiet)
-    with console.progress_bar(quiet) as bar:
-        bars: dict[str, TaskID] = {}
-
-        def advance(step: str, total: int) -> None:
-            if step not in bars:
-                bars[step] = bar.add_task(step, total=total)
-            bar.advance(bars[step])
-
-        gammas, samples = run.run(lambda report: out.print(epoch_line(report)), advance)
-    out.print(stages_table(gammas, gammas["damping"].min()))
-    out.print(imbalance_table(samples))
-    written = [output / "results.parquet", output / "imbalance.parquet", *run.figures.values()]
-    say(out, "written: " + ", ".join(map(str, written)))
 
 
 def train(
@@ -146,12 +110,17 @@ def train(
         on_note=lambda note: say(notes, f"note: {note}"),
     )
     training.check()
+    show_training(training, out, quiet)
+    say(out, f"written: {output}/epoch-*.safetensors")
+
+
+def show_training(training: Training, out: Console, quiet: bool) -> None:
+    """Train with a progress bar and a line for each epoch."""
     with console.progress_bar(quiet) as bar:
-        epoch = bar.add_task("training", total=epochs + 1)
+        epoch = bar.add_task("training", total=training.epochs + 1)
         for report in training.run():
             out.print(epoch_line(report))
             bar.advance(epoch)
-    say(out, f"written: {output}/epoch-*.safetensors")
 
 
 def epoch_line(report: EpochReport) -> str:

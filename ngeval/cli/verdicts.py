@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ngeval.cli import console
 from ngeval.cli.console import say
+from ngeval.cli.tables import columns_table
 from ngeval.results.journal import Key
 from ngeval.results.manifest import machine, plain, versions
 from ngeval.runs.identity import MAX_LINES, listed
@@ -42,7 +43,7 @@ def recompute(
 ) -> list[Verdict]:
     """Compute units again and compare them, with a progress bar."""
     compared: list[Verdict] = []
-    names = recorded.work.names
+    names = recorded.work.methods
     steps = max(1, len(names))
     with console.progress_bar(quiet) as bar:
         task = bar.add_task("recomputing", total=len(keys) * steps)
@@ -59,17 +60,7 @@ def recompute(
 def write(
     output: Path, recorded: Recorded, compared: Sequence[Verdict], differences: dict[str, Any]
 ) -> None:
-    """Write the verdicts as JSON.
-
-    Args:
-        output: the file.
-        recorded: the result file that was verified.
-        compared: the verdicts on its units.
-        differences: further entries of the JSON.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write the verdicts as JSON, with ``differences`` as further entries."""
     record = {
         "results": recorded.path,
         **differences,
@@ -91,8 +82,7 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
     differing = sum(not verdict.agrees for verdict in compared)
     if differing:
         console.complain(f"{differing} of {count} units of {path} differ from what it says")
-    lacking = recorded.manifest.finished and bool(recorded.missing(MAX_LINES))
-    if lacking:
+    if lacking := recorded.manifest.finished and bool(recorded.missing(MAX_LINES)):
         console.complain(missing_units(recorded))
     if differing or lacking:
         return False
@@ -103,28 +93,24 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
 
 def missing_units(recorded: Recorded) -> str:
     """The units of a finished run that its table lacks, for a message."""
-    checkpoints = recorded.names
     count = recorded.num_units - len(recorded.units)
-    lines = [
-        f"\n  {checkpoints[stage]} batch {batch}" for stage, batch in recorded.missing(MAX_LINES)
-    ]
-    more = f"\n  and {count - len(lines)} more" if count > len(lines) else ""
+    first = recorded.missing(MAX_LINES)
+    lines = [f"{recorded.names[stage]} batch {batch}" for stage, batch in first]
     return (
         f"{count} of {recorded.num_units} units of the run, which was finished, are missing from "
-        f"{recorded.path}:{''.join(lines)}{more}"
+        f"{recorded.path}:{listed(lines, count)}"
     )
 
 
 def table(compared: Sequence[Verdict], total: int) -> Table:
     """The verdicts, one row for each unit."""
-    shown = Table(
+    shown = columns_table(
+        ("checkpoint", "batch", "rows", "largest difference", "allowed", "where", ""),
+        left=("checkpoint", "where", ""),
         title=f"{len(compared)} of {total} units, recomputed",
         caption="largest difference: relative, of all numbers, in proportion to the allowed one",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("checkpoint", "batch", "rows", "largest difference", "allowed", "where", ""):
-        left = name in ("checkpoint", "where", "")
-        shown.add_column(name, justify="left" if left else "right", overflow="fold")
     for verdict in compared:
         shown.add_row(
             escape(verdict.checkpoint[-40:]),

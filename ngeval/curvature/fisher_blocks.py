@@ -24,7 +24,8 @@ from ngeval.curvature.row_space import (
 )
 from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
 from ngeval.errors import EngineError
-from ngeval.jacobians.parameter_blocks import group_combinations, group_grams, group_squares
+from ngeval.jacobians import CapturedRows
+from ngeval.jacobians.captured_rows import group_grams, group_squares
 from ngeval.model.parameter_groups import Group
 from ngeval.problem.fisher import factor_columns
 from ngeval.problem.problem import Problem
@@ -93,11 +94,9 @@ class FisherBlocks:
         gradient = problem.gradient().to(torch.float64)
         small = [g for g in groups if g.num_parameters <= size]
         for part in _batches(problem, small):
-            squares = group_squares(
-                problem.rows, factor_columns(problem), _names(part), torch.zeros(size, dtype=torch.float64, device=problem.device)
-            )
+            squares = group_squares(problem.rows, factor_columns(problem), _names(part))
             for group in part:
-                lower, _ = cholesky_rows(squares[group.name][0])
+                lower, _ = cholesky_rows(squares[group.name])
                 svd = RowSvd.of(lower.T)
                 slope = _part_of(gradient, group).unsqueeze(0)
                 self.blocks[group.name] = Block(group, svd, slope, None, None)
@@ -159,7 +158,8 @@ class FisherBlocks:
                 update[:, place] = part
         if by_rows:
             names = _names([self.blocks[name].group for name in by_rows])
-            update += group_combinations(problem.rows, factor_columns(problem), names, by_rows)
+            rows = CapturedRows(problem.rows, factor_columns(problem))
+            update += rows.group_combinations(names, by_rows)
         return update
 
 

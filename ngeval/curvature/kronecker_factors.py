@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import add_squared_column_sums
+from ngeval.jacobians.layer_rules import CapturePlan
 from ngeval.jacobians.terms import AffineTerm, Term
+from ngeval.model.directions import slices
 from ngeval.model.sharding import SINGLE, Shards
-from ngeval.model.tangents import slices
 
 EXPAND, REDUCE = "expand", "reduce"
 SHARINGS = (EXPAND, REDUCE)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ngeval.errors import InputError
-from ngeval.fadam.options import check_gradients, check_parameters, numbers_of
-from ngeval.fadam.state_checks import check_state
+from ngeval.fadam.state_checks import Range, check_state, number_in
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "debiased Fisher": {"debiased_fisher": False},
@@ -29,6 +27,16 @@ WITHOUT_CORRECTIONS: dict[str, Any] = {k: v for off in CORRECTIONS.values() for 
 
 RELATIVE_EPSILON = 0.01
 """ε₂ of Algorithm 1: ε is at most this fraction of the gradient's RMS."""
+
+NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "a number ≥ 0")
+BETA = Range(lambda x: 0 <= x < 1, "a number in [0, 1)")
+CLIP = Range(lambda x: x > 0, "a positive number, or None")
+RANGES = {
+    "lr": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "exponent": Range(lambda x: 0 < x <= 1, "a number in (0, 1], and ½ is that of Adam"),
+}
 
 BLOCK = 1 << 18
 """Entries that are processed at a time on a CPU, so that they stay in the cache."""
@@ -136,8 +144,8 @@ class FAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_parameters(group)
-            numbers_of(group)
+            _check_parameters(group)
+            _numbers_of(group)
         except InputError:
             del self.param_groups[-1]
             raise
@@ -160,9 +168,9 @@ class FAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [numbers_of(group) for group in self.param_groups]
+        groups = [_numbers_of(group) for group in self.param_groups]
         for group in groups:
-            check_gradients(group)
+            _check_gradients(group)
         for group in groups:
             for bucket in self._buckets(group):
                 _step(bucket, group)
@@ -177,7 +185,7 @@ class FAdam(Optimizer):
         """
         check_state(self, state_dict, ("momentum", "fisher"))
         for group in state_dict["param_groups"]:
-            numbers_of(group)
+            _numbers_of(group)
         super().load_state_dict(dict(state_dict))
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -194,7 +202,7 @@ class FAdam(Optimizer):
 
         On a CPU a bucket has about `BLOCK` entries, so that they are in the cache when reused.
         """
-        buckets: dict[Any, _Bucket] = {}
+        buckets: dict[Any, list[Sequence[Tensor]]] = {}
         entries = 0
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -209,19 +217,14 @@ class FAdam(Optimizer):
             if group["foreach"] is not False:
                 part = entries // BLOCK if parameter.device.type == "cpu" else 0
                 entries += parameter.numel()
-            kind = parameter.device, parameter.dtype, steps, part
-            if (bucket := buckets.get(kind)) is None:
-                bucket = buckets[kind] = _Bucket(steps, [], [], [], [], [])
-            bucket.counts.append(state["step"])
-            bucket.parameters.append(parameter)
-            bucket.gradients.append(parameter.grad)
-            bucket.momenta.append(state["momentum"])
-            bucket.fishers.append(state["fisher"])
-        yield from buckets.values()
+            tensors = state["step"], parameter, parameter.grad, state["momentum"], state["fisher"]
+            kind = steps, parameter.device, parameter.dtype, part
+            buckets.setdefault(kind, []).append(tensors)
+        for (steps, *_), members in buckets.items():
+            yield _Bucket(steps, *map(list, zip(*members, strict=True)))
 
 
-@dataclass(frozen=True)
-class _Bucket:
+class _Bucket(NamedTuple):
     """Tensors that are stepped together; ``steps`` counts the step in progress."""
 
     steps: float
@@ -337,6 +340,42 @@ def _quotient_norm(tensor: Tensor, base: Tensor) -> float:
         return float(torch.linalg.vector_norm(tensor / base))
     blocks = zip(tensor.view(-1).split(BLOCK), base.view(-1).split(BLOCK), strict=True)
     return math.hypot(*(float(torch.linalg.vector_norm(a / b)) for a, b in blocks))
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with its options as numbers in range: ∞ for no clipping, the entry of a tensor."""
+    betas, clip = group["betas"], group["clip"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise InputError(f"FAdam: betas must be two numbers (β₁, β₂), not {betas!r}")
+    numbers = {name: number_in(group[name], f"FAdam: {name}", RANGES[name]) for name in RANGES}
+    first = number_in(betas[0], "FAdam: the first of betas", BETA)
+    second = number_in(betas[1], "FAdam: the second of betas", BETA)
+    limit = math.inf if clip is None else number_in(clip, "FAdam: clip", CLIP)
+    return {**group, **numbers, "betas": (first, second), "clip": limit}
+
+
+def _check_parameters(group: Mapping[str, Any]) -> None:
+    for index, parameter in enumerate(group["params"]):
+        if parameter.is_complex():
+            raise InputError(
+                f"FAdam: {_name(group, index)} is complex, and its Fisher is not defined; give "
+                "FAdam the real and imaginary parts, torch.view_as_real(parameter)"
+            )
+
+
+def _check_gradients(group: Mapping[str, Any]) -> None:
+    for index, parameter in enumerate(group["params"]):
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise InputError(
+                f"FAdam: the gradient of {_name(group, index)} is sparse; its momentum would "
+                "be dense, so make the gradient dense too: nn.Embedding(…, sparse=False)"
+            )
+
+
+def _name(group: Mapping[str, Any], index: int) -> str:
+    """A parameter's name where the group records it, or its position in the group."""
+    names: Sequence[str] = group.get("param_names") or ()
+    return names[index] if index < len(names) else f"parameter {index} of its group"
 
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:

@@ -65,12 +65,7 @@ class Range(NamedTuple):
 
 
 def number_in(value: Any, name: str, numbers: Range) -> float:
-    """A setting as a number in its range.
-
-    Args:
-        value: a number, or a tensor of one.
-        name: of the setting, for the error message.
-        numbers: the range, which NaN is never in.
+    """A setting, a number or a tensor of one, as a number in its range.
 
     Raises:
         InputError: the setting is not a number, or out of range.

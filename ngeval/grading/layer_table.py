@@ -36,8 +36,8 @@ from ngeval.grading.prepare import (
     prepare,
 )
 from ngeval.methods import Method, get_methods
+from ngeval.model.directions import slices
 from ngeval.model.parameter_groups import Group, Groups, make_groups
-from ngeval.model.tangents import slices
 from ngeval.problem.gamma import gammas_of
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem

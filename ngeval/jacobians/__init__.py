@@ -23,20 +23,19 @@ model; their products are accumulated in float64, and sums over samples are neve
 
 Reading order, each file on top of those before it:
 
-1. `terms`: what the rows of a parameter consist of. `inner_products` and `row_sums`: products and
-   weighted sums of rows, by whichever form takes fewer operations.
-2. `layouts` (where a tensor keeps its samples), `layer_rules` (from a recorded call to a term),
-   `module_vjp` (the same for modules without a closed form), `whole_model` (the other two engines).
-3. `capture_plan`, `capture` (the passes with hooks), `planner` (the choice of what to hook).
-4. `row_source`: rows and reductions over a batch in bounded memory. `captured_rows`: rows that are
-   used several times. `parameter_blocks`: rows cut into groups of parameters. `one_pass`: rows of
-   a training step.
+1. `terms`: what the rows of a parameter consist of. `inner_products`: products of rows, by
+   whichever form takes fewer operations.
+2. `layouts` (where a tensor keeps its samples), `layer_rules` (the plan of what to hook, and from a
+   recorded call to a term), `vjp_rows` (the same for modules without a closed form, and the other
+   two engines).
+3. `capture` (the passes with hooks), `planner` (the making of the plan).
+4. `rank_exchange` (terms of other ranks' rows). `row_source`: rows and reductions over a batch in
+   bounded memory. `captured_rows`: rows that are used several times, and groups of parameters.
+   `one_pass`: rows of a training step.
 5. `probe` and `engine_choice`: the check, and the choice of an engine.
-6. `rank_exchange`: the distributed case, as subclasses of the row source and of the probe. Its
-   `probe_of` is the only place that distinguishes a single process from the rank of a group.
 """
 
-from ngeval.jacobians.captured_rows import CapturedRows, row_combinations
+from ngeval.jacobians.captured_rows import CapturedRows
 from ngeval.jacobians.engine_choice import EngineChoice, choose_engine, recheck_engine
 from ngeval.jacobians.one_pass import OnePass, PassRows
 from ngeval.jacobians.row_source import (
@@ -57,7 +56,6 @@ __all__ = [
     "choose_engine",
     "gram_matrix",
     "recheck_engine",
-    "row_combinations",
     "row_matrix",
     "squared_column_sums",
     "squared_norms",

@@ -9,10 +9,9 @@ the factors of its rows, a `Term`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ngeval.errors import EngineError
-from ngeval.jacobians.capture_plan import CapturePlan
-from ngeval.jacobians.layer_rules import HookedModule, RecordedCall
+from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, RecordedCall
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
-from ngeval.jacobians.module_vjp import module_vjp_term
-from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape, merged
-from ngeval.jacobians.whole_model import loop_rows, stacked, whole_model_term
+from ngeval.jacobians.terms import StoredTerm, Term, merged
+from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_term, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
@@ -47,18 +44,12 @@ def capture(
 ) -> list[Term]:
     """Run some samples forward once and pull Q cotangents of each back to every hooked output.
 
-    Args:
-        function: the model at θ on its batch.
-        plan: of this model.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-
     Raises:
         UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
-    batched = is_batched(function, plan, cotangents)
-    recorded = forward(function, plan, _batch(function, samples), fused=not batched)
-    return recorded.capture(samples, cotangents, batched=batched)
+    fused = not _is_batched(function, plan, cotangents)
+    recorded = forward(function, plan, function.on(samples).inputs, fused=fused)
+    return recorded.capture(samples, cotangents)
 
 
 def stream(
@@ -67,28 +58,20 @@ def stream(
     """Like `capture`, but a layer's term is used, and freed, when the backward pass reaches it.
 
     In addition to what any backward pass holds, only one layer's gradient exists at a time.
-    Cotangents are pulled back one by one.
-
-    Args:
-        function: the model at θ on its batch.
-        plan: of this model.
-        samples: which samples of the batch.
-        cotangents: v of shape ``(samples, Q, *positions, C)``.
-        use: called with terms and the slice of the cotangents that they belong to; all terms of a
-            parameter come in one call for each cotangent.
+    Cotangents are pulled back one by one; ``use`` is called with terms and the slice of the
+    cotangents that they belong to. All terms of a parameter come in one call for each cotangent.
     """
-    taps = _Taps(function, plan.streamed())
-    recorded = forward(function, plan, _batch(function, samples), taps=taps, fused=True)
-    recorded.calls[:] = [call for call in recorded.calls if call.hooked.name not in taps.modules]
+    batch = function.on(samples).inputs
+    recorded = forward(function, plan, batch, fused=True, streamed=plan.streamed())
     last = cotangents.shape[1] - 1
     for q in range(last + 1):
         part = slice(q, q + 1)
-        taps.use, taps.last = partial(use, vectors=part), q == last
-        chosen = cotangents[:, part]
-        use(recorded.capture(samples, chosen, retain=q < last, source=taps.source), vectors=part)
+        recorded.recorder.use = partial(use, vectors=part)
+        recorded.recorder.last = q == last
+        use(recorded.capture(samples, cotangents[:, part], retain=q < last), vectors=part)
 
 
-def is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -> bool:
+def _is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -> bool:
     """Whether several cotangents of a sample are pulled back together."""
     count, vectors = cotangents.shape[:2]
     return vectors > 1 and count * vectors * plan.gradient_scalars(function) < BATCHED_ENTRIES
@@ -96,49 +79,31 @@ def is_batched(function: ModelFunction, plan: CapturePlan, cotangents: Tensor) -
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """A forward pass with its graph.
+    """A forward pass with its graph, from the parameters ``leaves`` to the outputs.
 
-    Attributes:
-        function: the model at θ.
-        plan: of this model.
-        calls: of the hooked modules.
-        copies: of replicated parameters, one for each sample.
-        outputs: of the model.
+    Those of the plan's replicated parameters have ``copies`` between, one for each sample.
     """
 
     function: ModelFunction
     plan: CapturePlan
-    calls: list[RecordedCall]
+    recorder: Recorder
+    leaves: Parameters
     copies: Parameters
     outputs: Tensor
 
-    def capture(
-        self,
-        samples: slice,
-        cotangents: Tensor,
-        *,
-        batched: bool = False,
-        retain: bool = False,
-        source: Tensor | None = None,
-    ) -> list[Term]:
+    def capture(self, samples: slice, cotangents: Tensor, *, retain: bool = False) -> list[Term]:
         """Pull cotangents back to every hooked output: the terms of their rows.
 
-        Args:
-            samples: which samples of the batch the pass was of.
-            cotangents: v of shape ``(samples, Q, *positions, C)``.
-            batched: pull them back together, by ``vmap``; otherwise one by one.
-            retain: keep the graph for another backward pass.
-            source: another tensor to pull back to, without use of its gradient; see `_Taps`.
+        The graph is kept for another backward pass if ``retain``.
         """
-        targets = [tensor for call in self.calls for tensor in call.outputs.values()]
-        targets += self.copies.values()
+        sources = [] if self.recorder.source is None else [self.recorder.source]
+        outputs = [tensor for call in self.recorder.calls for tensor in call.outputs.values()]
+        targets = [*sources, *outputs, *self.copies.values()]
         terms: list[Term] = []
-        if source is not None:
-            gradients = _pull_back(self.outputs, [source, *targets], cotangents, retain)[1:]
-            terms = self._terms(gradients)
-        elif targets:
-            pull_back = _pull_back_batched if batched else _pull_back
-            terms = self._terms(pull_back(self.outputs, targets, cotangents, retain))
+        if targets:
+            batched = _is_batched(self.function, self.plan, cotangents)
+            pulled = _pull_back(self.outputs, targets, cotangents, batched=batched, retain=retain)
+            terms = self._terms(pulled[len(sources) :])
         if self.plan.looped:
             rows = partial(loop_rows, names=self.plan.looped)
             looped = whole_model_term(rows, self.function, samples, cotangents, self.plan.looped)
@@ -149,14 +114,15 @@ class RecordedPass:
         """The terms of the recorded calls and copies, given the gradients there."""
         remaining = iter(gradients)
         terms: list[Term] = []
-        for call in self.calls:
-            if not call.outputs:  # under no_grad: its rows are zero
+        for call in self.recorder.calls:
+            if not call.outputs:  # under no_grad: its rows are zero; or it was streamed
                 continue
             for index in call.outputs:
                 call.add_gradient(index, next(remaining))
             terms.append(_term(self.function, call))
         for name, gradient in zip(self.copies, remaining, strict=True):
-            terms.append(_copy_term(name, gradient.transpose(0, 1).unsqueeze(2)))
+            # Those of the copies, whose own first dimension is 1: (n, q, 1, …).
+            terms.append(StoredTerm({name: gradient.transpose(0, 1).unsqueeze(2)}))
         return terms
 
 
@@ -165,87 +131,37 @@ def forward(
     plan: CapturePlan,
     batch: Any,
     *,
-    taps: _Taps | None = None,
     fused: bool = False,
-    leaves: Parameters | None = None,
+    streamed: Collection[str] = (),
 ) -> RecordedPass:
     """Run the model with hooks and record the calls of the plan's modules.
 
-    Args:
-        function: the model at θ.
-        plan: of this model.
-        batch: inputs.
-        taps: inserted after the outputs of the modules that they name.
-        fused: allow fused attention.
-        leaves: the parameters that the graph starts from, if the caller needs them afterwards.
+    Terms of the ``streamed`` modules are used while a backward pass runs; see `Recorder`.
 
     Raises:
         UnsupportedLayerError: a module was called more or fewer times than in the plan.
     """
-    count = next(named_tensors(batch))[1].shape[0]
+    recorder = Recorder(function, next(named_tensors(batch))[1].shape[0], streamed)
     with autograd_enabled():
-        if leaves is None:
-            leaves = {name: p.detach().requires_grad_() for name, p in function.parameters.items()}
-        copies = {name: expand_to_samples(leaves[name], count) for name in plan.replicated}
-        with _recorded(plan.modules, _Recorder(count, taps)) as calls:
+        leaves = leaves_of(function.parameters)
+        copies = {name: expand_to_samples(leaves[name], recorder.count) for name in plan.replicated}
+        with contextlib.ExitStack() as hooks:
+            for hooked in plan.modules:
+                hook = partial(recorder.hook, hooked, iter(hooked.calls))
+                hooks.enter_context(hooked.module.register_forward_hook(hook, with_kwargs=True))
             outputs = function({**leaves, **copies}, batch, fused=fused)
     for hooked in plan.modules:
-        times = sum(call.hooked is hooked for call in calls)
+        times = sum(call.hooked is hooked for call in recorder.calls)
         if times != len(hooked.calls):
             raise UnsupportedLayerError(
                 f"{hooked.name} is called {times} times, not {len(hooked.calls)} as before"
             )
-    return RecordedPass(function, plan, calls, copies, outputs)
-
-
-def _copy_term(name: str, rows: Tensor) -> Term:
-    """A replicated parameter's rows are the gradients of its copies: ``(n, q, 1, …)``."""
-    return ComputedTerm(
-        leading_shape(rows),
-        {name: rows.shape[2:]},
-        lambda samples, vectors: {name: rows[samples, vectors]},
-    )
+    return RecordedPass(function, plan, recorder, leaves, copies, outputs)
 
 
 def _term(function: ModelFunction, call: RecordedCall) -> Term:
     rule = call.hooked.rule
     return rule.term(function, call) if rule else module_vjp_term(function, call)
-
-
-def _batch(function: ModelFunction, samples: slice) -> Any:
-    return map_inputs(function.inputs, itemgetter(samples))
-
-
-class _Taps:
-    """Identities after the streamed modules' outputs, which see the gradients that pass.
-
-    Every tap has `source` as an input. Its gradient therefore makes autograd pass all of them,
-    without forming the gradient of a parameter.
-    """
-
-    def __init__(self, function: ModelFunction, modules: set[str]) -> None:
-        self.function = function
-        self.modules = modules
-        self.source = torch.zeros((), device=function.device, requires_grad=True)
-        self.use: Callable[[list[Term]], None] = lambda _: None
-        self.last = False
-
-    def insert(self, call: RecordedCall, outputs: list[Any]) -> None:
-        """Insert a tap after the output of a recorded call, if it is one of a streamed module."""
-        if call.hooked.name not in self.modules or not call.outputs:
-            return
-        index = next(iter(call.outputs))
-        call.outputs.clear()
-        outputs[index] = _Tap.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
-            outputs[index], self.source, partial(self._passed, call, index)
-        )
-
-    def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
-        call.add_gradient(index, gradient.unsqueeze(0))
-        self.use([_term(self.function, call)])
-        call.gradients.clear()
-        if self.last:
-            call.leaves.clear()
 
 
 class _Tap(torch.autograd.Function):
@@ -260,27 +176,24 @@ class _Tap(torch.autograd.Function):
         return gradient, gradient.new_zeros(()), None
 
 
-@contextlib.contextmanager
-def _recorded(modules: list[HookedModule], recorder: _Recorder) -> Iterator[list[RecordedCall]]:
-    """Record the modules' calls inside the block; all hooks are removed afterwards."""
-    handles = []
-    try:
-        for hooked in modules:
-            hook = partial(recorder.hook, hooked, iter(hooked.calls))
-            handles.append(hooked.module.register_forward_hook(hook, with_kwargs=True))
-        yield recorder.calls
-    finally:
-        for handle in handles:
-            handle.remove()
+class Recorder:
+    """Records calls of hooked modules, and replaces outputs where a layer's hook has to.
 
+    The outputs of streamed modules pass taps, identities that see the gradients there. Every tap
+    has `source` as an input. Its gradient therefore makes autograd pass all of them, without
+    forming the gradient of a parameter. Terms are passed to `use`; with `last`, no backward pass
+    follows the present one.
+    """
 
-class _Recorder:
-    """Records calls of hooked modules, and replaces outputs where a layer's hook has to."""
-
-    def __init__(self, count: int, taps: _Taps | None) -> None:
+    def __init__(self, function: ModelFunction, count: int, streamed: Collection[str]) -> None:
         self.calls: list[RecordedCall] = []
         self.count = count
-        self.taps = taps
+        self.source: Tensor | None = None
+        if streamed:
+            self.source = torch.zeros((), device=function.device, requires_grad=True)
+        self.use: Callable[[list[Term]], None] = lambda _: None
+        self.last = False
+        self._function, self._streamed = function, streamed
 
     def hook(
         self,
@@ -306,14 +219,14 @@ class _Recorder:
         differentiable = {
             index: tensor
             for index, tensor in enumerate(outputs)
-            if layout.outputs[index] is not None and _requires_grad(tensor)
+            if layout.outputs[index] is not None and getattr(tensor, "requires_grad", False)
         }
         call = RecordedCall(
             hooked, layout, spec, _map_tensors(leaves, Tensor.detach), differentiable
         )
         self.calls.append(call)
-        if self.taps is not None:
-            self.taps.insert(call, outputs)
+        if hooked.name in self._streamed and differentiable:
+            self._insert_tap(call, outputs)
         if layout.in_place:
             # The model continues with a copy, so that the recorded tensors are not overwritten.
             outputs = _map_tensors(outputs, Tensor.clone)
@@ -321,21 +234,37 @@ class _Recorder:
             return None
         return tree_unflatten(outputs, output_spec)
 
+    def _insert_tap(self, call: RecordedCall, outputs: list[Any]) -> None:
+        index = next(iter(call.outputs))
+        call.outputs.clear()
+        outputs[index] = _Tap.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
+            outputs[index], self.source, partial(self._passed, call, index)
+        )
+
+    def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
+        call.add_gradient(index, gradient.unsqueeze(0))
+        self.use([_term(self._function, call)])
+        call.gradients.clear()
+        if self.last:
+            call.leaves.clear()
+
 
 def _map_tensors(leaves: list[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
     return [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _requires_grad(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _pull_back_batched(
-    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
+def _pull_back(
+    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, *, batched: bool, retain: bool
 ) -> list[Tensor]:
-    """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``."""
-    if outputs.requires_grad:
-        vectors = cotangents.transpose(0, 1).to(outputs.dtype)
+    """Gradients of vᵀz at the targets, for each cotangent: shape ``(Q, *target.shape)``.
+
+    By one backward pass for each cotangent, or by ``vmap`` where ``batched``.
+    """
+    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
+    zeros = [t.new_zeros(()).expand(len(vectors), *t.shape) for t in targets]
+    if not outputs.requires_grad:
+        return zeros
+    if batched:
         options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
         try:
             gradients = torch.autograd.grad(outputs, targets, vectors, **options)
@@ -344,25 +273,12 @@ def _pull_back_batched(
                 raise
             # An operation has no rule for vmap.
         else:
-            return [
-                t.new_zeros(()).expand(len(vectors), *t.shape) if g is None else g
-                for t, g in zip(targets, gradients, strict=True)
-            ]
-    return _pull_back(outputs, targets, cotangents, retain)
-
-
-def _pull_back(
-    outputs: Tensor, targets: list[Tensor], cotangents: Tensor, retain: bool
-) -> list[Tensor]:
-    """Like `_pull_back_batched`, by one backward pass for each cotangent."""
-    vectors = cotangents.transpose(0, 1).to(outputs.dtype)
-    if not outputs.requires_grad:
-        return [t.new_zeros(()).expand(len(vectors), *t.shape) for t in targets]
+            return [zero if g is None else g for zero, g in zip(zeros, gradients, strict=True)]
     last = len(vectors) - 1
-    gradients = [
+    by_vector = [
         torch.autograd.grad(
             outputs, targets, v, retain_graph=retain or q < last, materialize_grads=True
         )
         for q, v in enumerate(vectors)
     ]
-    return [stacked(parts) for parts in zip(*gradients, strict=True)]
+    return [stacked(parts) for parts in zip(*by_vector, strict=True)]

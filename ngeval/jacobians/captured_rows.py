@@ -1,15 +1,23 @@
-"""Rows that several quantities are computed from, and sums of rows."""
+"""Rows that several quantities are computed from; products and sums of rows by parameter group."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.inner_products import add_inner_products, add_row_combinations
-from ngeval.jacobians.row_source import Block, RowSource, gram_matrix, whole_block
-from ngeval.jacobians.terms import Term
+from ngeval.jacobians.inner_products import (
+    PIECE_ENTRIES,
+    add_inner_products,
+    add_row_combinations,
+    complete_rows,
+)
+from ngeval.jacobians.row_source import RowSource, from_lower, gram_matrix
+from ngeval.jacobians.terms import Block, Term, whole_block
+
+Groups = Mapping[str, Sequence[str]]
+"""Parameter names by group."""
 
 KEPT_SHARE = 0.25
 """The share of the memory that kept captures may occupy: rows are computed beside them."""
@@ -22,7 +30,6 @@ class CapturedRows:
     """
 
     def __init__(self, source: RowSource, cotangents: Tensor) -> None:
-        """Nothing is computed yet."""
         self.source = source
         self.cotangents = cotangents
         self._kept: list[Term] | None = None
@@ -55,20 +62,42 @@ class CapturedRows:
         )
 
     def combinations(self, weights: Tensor) -> Tensor:
-        """Sums of rows with weights; see `row_combinations`."""
+        """Σ_nq w_inq J_nᵀv_nq for w of shape ``(k, N·Q)``: ``(k, P)``, the model's dtype."""
+        names = list(self.source.function.parameters)
+        return self.group_combinations({"": names}, {"": weights}, share=1.0)
 
-        def compute(source: RowSource, vectors: Tensor, local_weights: Tensor) -> Tensor:
-            function, flat = source.function, local_weights.flatten(0, 1).T
-            starts = function.offsets
+    def group_combinations(
+        self, groups: Groups, weights: Mapping[str, Tensor], share: float = KEPT_SHARE
+    ) -> Tensor:
+        """Σ_nq w_l,nq R_l,nq for each group l of parameters, side by side; 0 for all others.
+
+        Args:
+            groups: parameter names by group.
+            weights: w by group in float64, shape ``(k, N·Q)``.
+            share: of the memory, for captures that are not kept.
+
+        Returns:
+            Shape ``(k, P)``, the model's dtype.
+        """
+        count = len(next(iter(weights.values())))
+
+        def compute(source: RowSource, vectors: Tensor, *local_weights: Tensor) -> Tensor:
+            function = source.function
             out = torch.zeros(
-                len(weights), function.num_parameters, dtype=function.dtype, device=function.device
+                count, function.num_parameters, dtype=function.dtype, device=function.device
             )
-            for block, terms in self._captures(source, vectors, share=1.0):
-                add_row_combinations(out, starts, terms, flat[:, block.rows])
+            flat = [w.flatten(0, 1).T for w in local_weights]
+            for block, terms in self._captures(source, vectors, share):
+                by_name = {
+                    name: group_weights[:, block.rows]
+                    for names, group_weights in zip(groups.values(), flat, strict=True)
+                    for name in names
+                }
+                add_row_combinations(out, function.offsets, terms, by_name)
             return out
 
-        by_sample = weights.T.unflatten(0, self.cotangents.shape[:2])
-        return self.source.sum_over_samples(compute, self.cotangents, by_sample)
+        by_sample = [weights[group].T.unflatten(0, self.cotangents.shape[:2]) for group in groups]
+        return self.source.sum_over_samples(compute, self.cotangents, *by_sample)
 
     def captures(self) -> Iterator[tuple[Block, list[Term]]]:
         """The terms of all rows of this process's samples, block by block."""
@@ -104,12 +133,54 @@ class CapturedRows:
         return self._kept
 
 
-def row_combinations(source: RowSource, cotangents: Tensor, weights: Tensor) -> Tensor:
-    """Σ_{n,q} w_{i,nq} J_nᵀv_nq for k sets of weights: shape ``(k, P)``, the model's dtype.
+def group_grams(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[str, Tensor]:
+    """R_l R_lᵀ for the rows R_l of each group l: float64, shape ``(N·Q, N·Q)``."""
+    size = cotangents.shape[0] * cotangents.shape[1]
 
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        weights: w in float64, shape ``(k, N·Q)``.
-    """
-    return CapturedRows(source, cotangents).combinations(weights)
+    def compute(source: RowSource) -> dict[str, Tensor]:
+        device = source.function.device
+        grams = {g: torch.zeros(size, size, dtype=torch.float64, device=device) for g in groups}
+        for rows, columns, left, right in source.pairs(cotangents):
+            for group, names in groups.items():
+                gram = grams[group][rows, columns]
+                add_inner_products(gram, left, right, symmetric=right is left, names=names)
+        return grams
+
+    return {group: from_lower(gram) for group, gram in source.sum_over_pairs(compute).items()}
+
+
+def group_squares(source: RowSource, cotangents: Tensor, groups: Groups) -> dict[str, Tensor]:
+    """R_lᵀR_l for the rows R_l of each group l: float64, shape ``(P_l, P_l)``."""
+    parameters = source.function.parameters
+
+    def compute(source: RowSource, vectors: Tensor) -> dict[str, Tensor]:
+        squares = {}
+        for group, names in groups.items():
+            size = sum(parameters[name].numel() for name in names)
+            squares[group] = torch.zeros(
+                size, size, dtype=torch.float64, device=source.function.device
+            )
+        for block, terms in source.captures(vectors, KEPT_SHARE):
+            for group, names in groups.items():
+                members = {name: parameters[name] for name in names}
+                shared = [term for term in terms if term.shapes.keys() & members.keys()]
+                _add_squares(squares[group], shared, members, block)
+        return squares
+
+    return source.sum_over_samples(compute, cotangents)
+
+
+def _add_squares(
+    target: Tensor, terms: list[Term], parameters: dict[str, Tensor], block: Block
+) -> None:
+    """A few samples' whole rows at a time: this form is chosen for small groups."""
+    count = block.samples.stop - block.samples.start
+    vectors = block.vectors.stop - block.vectors.start
+    step = max(1, PIECE_ENTRIES // (vectors * len(target)))
+    for start in range(0, count, step):
+        samples = slice(start, min(start + step, count))
+        lead = (samples.stop - samples.start, vectors)
+        rows = complete_rows(terms, parameters, samples, lead)
+        parts = [row.reshape(*lead, -1).double() for row in rows.values()]
+        wide = torch.cat(parts, 2).flatten(0, 1)
+        target.addmm_(wide.T, wide)

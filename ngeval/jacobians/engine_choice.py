@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from ngeval.errors import EngineError, InputError, ModelError, nearest_name
 from ngeval.jacobians.probe import Probe
-from ngeval.jacobians.rank_exchange import probe_of
 from ngeval.jacobians.row_source import ENGINES, RowSource
 from ngeval.model.function import ModelFunction, Parameters
 from ngeval.utils.memory import is_out_of_memory
+
+Candidate = tuple[str, Callable[[], tuple[RowSource, Parameters]]]
+"""An engine's name, and a function that gives its rows and the probe's products of them."""
+
+Reason = Callable[[], str]
+"""Why an engine is not right; called for a message, as it may take a tangent for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -67,98 +73,99 @@ def choose_engine(
     # Single samples cannot be passed through a model whose parameters are in parts.
     engines = ("layers",) if function.split else ENGINES
     names = engines if engine == "auto" else (engine,)
-    probe = probe_of(function, outputs, residual)
-    choice, reasons = _first_right(names, memory, check, probe)
-    if choice is None and check and _can_widen(function):
-        with contextlib.suppress(ModelError):
-            wide, reasons = _first_right(names, memory, check, probe.in_double())
-            if wide is not None:
-                mode = wide.rows.function.forward_mode
-                rows = replace(wide.rows, function=replace(function, forward_mode=mode))
-                return _chosen(rows, probe, probe.row_products(rows))
+    probe = _probe_of(function, outputs, residual)
+
+    def candidates(probe: Probe) -> list[Candidate]:
+        return [(name, partial(probe.try_engine, name, memory)) for name in names]
+
+    choice, reasons = _first_right(probe, candidates, (True, False), check=check)
     if choice is None:
         hint = "" if engine == "auto" else "; use engine='auto'"
-        raise EngineError(f"engine {engine!r} cannot treat this model ({'; '.join(reasons)}){hint}")
+        listed = "; ".join(reason() for reason in reasons)
+        raise EngineError(f"engine {engine!r} cannot treat this model ({listed}){hint}")
     return choice
 
 
 def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> EngineChoice | None:
     """Check rows whose engine was chosen on another batch; None if they are wrong on this one.
 
-    Compared as in `choose_engine`, with the mode of differentiation that was chosen there.
-
-    Args:
-        rows: with the function at θ on this batch.
-        outputs: of the model on the batch, in its own dtype.
-        residual: u.
+    Compared as in `choose_engine`, with the mode of differentiation that was chosen there. The
+    rows have the function at θ on this batch.
     """
-    function = rows.function
-    probe = probe_of(function, outputs, residual)
-    products = _products_if_right(rows, probe)
-    if products is None and _can_widen(function):
-        with contextlib.suppress(ModelError):
-            double = probe.in_double()
-            if _products_if_right(replace(rows, function=double.function), double) is not None:
-                products = probe.row_products(rows)
-    return None if products is None else _chosen(rows, probe, products)
+    probe = _probe_of(rows.function, outputs, residual)
+
+    def candidates(probe: Probe) -> list[Candidate]:
+        source = replace(rows, function=probe.function)
+        return [(rows.engine_name, lambda: (source, probe.row_products(source)))]
+
+    return _first_right(probe, candidates, (rows.function.forward_mode,))[0]
 
 
-def _can_widen(function: ModelFunction) -> bool:
-    """Whether to ask again in float64: rounding can flip a ReLU between two ways of computing."""
-    return function.dtype.itemsize < 8 and not function.split
-
-
-def _chosen(rows: RowSource, probe: Probe, products: Parameters) -> EngineChoice:
-    of_residual = {name: part[:, 1] for name, part in products.items()}
-    return EngineChoice(rows, probe.direction, probe.of_all_samples(of_residual))
-
-
-def _products_if_right(rows: RowSource, probe: Probe) -> Parameters | None:
-    """The probe's products of rows, None where they are wrong or cannot be computed."""
-    try:
-        products = probe.row_products(rows)
-    except Exception as error:  # a plan may fail in any way on a model that is wired differently
-        if is_out_of_memory(error):
-            raise
-        return None
-    of_random = {name: part[:, 0] for name, part in products.items()}
-    if probe.wrong_parameters(of_random):
-        return None
-    right = probe.agrees_with_tangent(of_random, rows.function.forward_mode)
-    return products if right else None
+def _probe_of(function: ModelFunction, outputs: Tensor, residual: Tensor) -> Probe:
+    return function.shards.synchronized(lambda: Probe(function, outputs, residual))
 
 
 def _first_right(
-    names: Sequence[str], memory: int, check: bool, probe: Probe
-) -> tuple[EngineChoice | None, list[str]]:
-    """The first of some engines that is right, or the reasons why none is."""
-    reasons: list[str] = []
-    differing: dict[int, Parameters] = {}  # by index of the reason, products unlike the tangent's
-    for name in names:
+    probe: Probe,
+    candidates: Callable[[Probe], list[Candidate]],
+    forward_modes: Sequence[bool],
+    *,
+    check: bool = True,
+) -> tuple[EngineChoice | None, list[Reason]]:
+    """The first of some candidates that is right, or the reasons why none is.
+
+    If none is, they are tried again in float64: rounding can flip a ReLU between two ways of
+    computing.
+    """
+    choice, reasons = _first_agreeing(probe, candidates(probe), forward_modes, check)
+    function = probe.function
+    if choice is None and check and function.dtype.itemsize < 8 and not function.split:
+        with contextlib.suppress(ModelError):
+            double = probe.shards.synchronized(probe.in_double)
+            wide, reasons = _first_agreeing(double, candidates(double), forward_modes, check)
+            if wide is not None:
+                mode = wide.rows.function.forward_mode
+                rows = replace(wide.rows, function=replace(function, forward_mode=mode))
+                return _chosen(rows, probe, probe.row_products(rows)), []
+    return choice, reasons
+
+
+def _first_agreeing(
+    probe: Probe, candidates: list[Candidate], forward_modes: Sequence[bool], check: bool
+) -> tuple[EngineChoice | None, list[Reason]]:
+    reasons: list[Reason] = []
+    for name, rows_and_products in candidates:
         try:
-            source, products = probe.try_engine(name, memory)
+            source, products = probe.shards.synchronized(rows_and_products)
         except Exception as error:  # an engine may fail on a model in any way
             if is_out_of_memory(error):
                 raise
-            reasons.append(f"{name}: {_first_line(error)}")
+            reasons.append(partial(str, f"{name}: {_first_line(error)}"))
             continue
         choice = _chosen(source, probe, products)
         if not check:
             return choice, []
         of_random = {n: part[:, 0] for n, part in products.items()}
         if wrong := probe.wrong_parameters(of_random):
-            reasons.append(f"{name}: wrong per-sample gradients of {', '.join(sorted(wrong)[:3])}")
+            listed = ", ".join(sorted(wrong)[:3])
+            reasons.append(partial(str, f"{name}: wrong per-sample gradients of {listed}"))
             continue
-        for forward_mode in (True, False):
+        for forward_mode in forward_modes:
             if probe.agrees_with_tangent(of_random, forward_mode):
                 function = replace(source.function, forward_mode=forward_mode)
                 return replace(choice, rows=replace(source, function=function)), []
-        differing[len(reasons)] = of_random
-        reasons.append(f"{name}: forward and backward derivatives differ")
-    # A tangent for each parameter is expensive: only where no engine is right.
-    for index, of_random in differing.items():
-        reasons[index] += probe.undifferentiated(of_random)
+        reasons.append(partial(_difference, name, probe, of_random))
     return None, reasons
+
+
+def _difference(name: str, probe: Probe, products: Parameters) -> str:
+    names = probe.undifferentiated(products)
+    return f"{name}: forward and backward derivatives differ{names}"
+
+
+def _chosen(rows: RowSource, probe: Probe, products: Parameters) -> EngineChoice:
+    of_residual = {name: part[:, 1] for name, part in products.items()}
+    return EngineChoice(rows, probe.direction, probe.of_all_samples(of_residual))
 
 
 def _first_line(error: Exception) -> str:

@@ -8,12 +8,13 @@ the rows, a slice of the layer's outputs at a time, and multiplies them. Sums ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term
+from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term, split_rows
+from ngeval.model.directions import slices
 from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
@@ -27,7 +28,12 @@ TRAFFIC = 32
 
 
 def add_inner_products(
-    out: Tensor, left: list[Term], right: list[Term], *, symmetric: bool = False
+    out: Tensor,
+    left: list[Term],
+    right: list[Term],
+    *,
+    symmetric: bool = False,
+    names: Collection[str] | None = None,
 ) -> None:
     """Add the inner products of all rows of one capture with those of another.
 
@@ -36,10 +42,13 @@ def add_inner_products(
         left: terms of N samples with Q cotangents.
         right: terms of M samples with R cotangents, of the same model.
         symmetric: both are the same capture; only the lower triangle has to be right.
+        names: of the parameters whose part of the rows is multiplied; default: all.
     """
     for i, first in enumerate(left):
         for j, second in enumerate(right):
             shared = first.shapes.keys() & second.shapes.keys()
+            if names is not None:
+                shared &= set(names)
             if not shared or (symmetric and j > i):
                 continue
             if symmetric and j < i:
@@ -52,46 +61,37 @@ def add_inner_products(
 
 def needs_rows(term: Term) -> bool:
     """Whether inner products of a term's rows with each other are computed from whole rows."""
-    if isinstance(term, EmbeddingTerm):
-        size = (term.weight_shape[1:].numel(), term.num_units)
-        return not _sequence_is_cheaper(term, term, size, symmetric=True)
-    if isinstance(term, AffineTerm):
-        size = (term.fan_in, term.fan_out)
-        return term.groups > 1 or not _sequence_is_cheaper(term, term, size, symmetric=True)
-    return True
+    return not _sequence_is_cheaper(term, term, symmetric=True)
 
 
 def _add_pair(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
-    if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
-        size = (left.weight_shape[1:].numel(), left.num_units)
-        if _sequence_is_cheaper(left, right, size, symmetric):
-            return _add_table_table(out, left, right)
-    elif isinstance(left, AffineTerm) and isinstance(right, AffineTerm):
-        size = (left.fan_in, left.fan_out)
-        if left.groups == 1 and _sequence_is_cheaper(left, right, size, symmetric):
-            return _add_affine_affine(out, left, right, shared, symmetric=symmetric)
-    elif isinstance(left, EmbeddingTerm) and isinstance(right, AffineTerm):
-        return _add_table_affine(out, left, right)
+    if isinstance(left, EmbeddingTerm) and isinstance(right, AffineTerm):
+        _add_table_affine(out, left, right)
     elif isinstance(left, AffineTerm) and isinstance(right, EmbeddingTerm):
         transposed = torch.zeros_like(out.T)
         _add_table_affine(transposed, right, left)
         out += transposed.T
-        return None
-    return _add_rows(out, left, right, shared, symmetric=symmetric)
+    elif not _sequence_is_cheaper(left, right, symmetric=symmetric):
+        _add_rows(out, left, right, shared, symmetric=symmetric)
+    elif isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
+        _add_table_table(out, left, right)
+    elif isinstance(left, AffineTerm) and isinstance(right, AffineTerm):
+        _add_affine_affine(out, left, right, shared, symmetric=symmetric)
 
 
-def _sequence_is_cheaper(
-    left: LayerTerm,
-    right: LayerTerm,
-    size: tuple[int, int],
-    symmetric: bool,
-) -> bool:
-    """Compare counted multiplications; those in float32 count half.
+def _sequence_is_cheaper(left: Term, right: Term, *, symmetric: bool) -> bool:
+    """Whether both terms have factors whose products cost less than those of the rows.
 
-    Entries that are written, read and converted once are limited by memory bandwidth: a row's
-    counts as `TRAFFIC` multiplications, a joined product's as 8.
+    Compares counted multiplications; those in float32 count half. Entries that are written, read
+    and converted once are limited by memory bandwidth: a row's counts as `TRAFFIC`
+    multiplications, a joined product's as 8.
     """
-    inputs, outputs = size
+    if isinstance(left, EmbeddingTerm) and isinstance(right, EmbeddingTerm):
+        inputs, outputs = left.weight_shape[1:].numel(), left.num_units
+    elif isinstance(left, AffineTerm) and isinstance(right, AffineTerm) and left.groups == 1:
+        inputs, outputs = left.fan_in, left.fan_out
+    else:
+        return False
     here, there = (term.num_samples * term.positions for term in (left, right))
     vectors = left.num_vectors * right.num_vectors
     count = left.num_samples * right.num_samples * vectors
@@ -167,8 +167,7 @@ def _strips(count: int, size: int, columns: int, *, symmetric: bool) -> Iterator
     step = max(1, PIECE_ENTRIES // max(size * columns, 1))
     if symmetric and count * size >= TRIANGLE_SIZE:
         step = min(step, -(-count // 8))
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+    return slices(count, step)
 
 
 def _flat_cotangents(term: LayerTerm, samples: slice) -> Tensor:
@@ -213,11 +212,8 @@ def pieces(term: Term, num_rows: int) -> Iterator[slice]:
     """Slices of the units for which that many rows fit in a temporary matrix."""
     units = term.num_units
     if units == 1:
-        yield ALL
-        return
-    step = max(1, PIECE_ENTRIES * units // (num_rows * max(term.row_size, 1)))
-    for start in range(0, units, step):
-        yield slice(start, min(start + step, units))
+        return iter((ALL,))
+    return slices(units, max(1, PIECE_ENTRIES * units // (num_rows * max(term.row_size, 1))))
 
 
 def _add_rows(out: Tensor, left: Term, right: Term, shared: set[str], *, symmetric: bool) -> None:
@@ -251,16 +247,15 @@ def add_squared_column_sums(sums: Parameters, terms: list[Term]) -> None:
     """Add Σ_{n,q} of the rows' squares to flat float64 vectors by parameter."""
     for group in _groups(terms):
         only = group[0]
-        if len(group) == 1 and isinstance(only, AffineTerm) and only.applied_once:
+        if len(group) == 1 and isinstance(only, AffineTerm) and only.positions == only.groups == 1:
             _add_affine_squares(sums, only)
             continue
         cut = only if len({term.num_units for term in group}) == 1 else None
         total = sum(term.row_size for term in group)
         step = max(1, PIECE_ENTRIES // max(total, 1))
-        for samples, vectors in _row_blocks(only.num_samples, only.num_vectors, step):
-            count = (samples.stop - samples.start) * (vectors.stop - vectors.start)
-            for units in pieces(cut, count) if cut else [ALL]:
-                for name, rows in rows_of(group, samples, vectors, units).items():
+        for block in split_rows(only.num_samples, only.num_vectors, step):
+            for units in pieces(cut, block.size) if cut else [ALL]:
+                for name, rows in rows_of(group, block.samples, block.vectors, units).items():
                     wide = _wide(rows)
                     per_unit = sums[name].numel() // only.num_units if cut else 0
                     start = (units.start or 0) * per_unit
@@ -269,7 +264,7 @@ def add_squared_column_sums(sums: Parameters, terms: list[Term]) -> None:
 
 
 def add_row_combinations(
-    out: Tensor, starts: dict[str, int], terms: list[Term], weights: Tensor
+    out: Tensor, starts: dict[str, int], terms: list[Term], weights: Mapping[str, Tensor]
 ) -> None:
     """Add W R for the rows R of a capture, a slice of the parameters at a time.
 
@@ -277,14 +272,18 @@ def add_row_combinations(
         out: shape ``(k, P)``.
         starts: where a parameter begins in a flat vector, by name.
         terms: of B samples with Q cotangents.
-        weights: W in float64, shape ``(k, B·Q)``.
+        weights: W by parameter in float64, shape ``(k, B·Q)``; others' parts of R are left out.
     """
     for term in terms:
-        for units in pieces(term, term.num_samples * term.num_vectors + len(weights)):
+        if not term.shapes.keys() & weights.keys():
+            continue
+        for units in pieces(term, term.num_samples * term.num_vectors + len(out)):
             for name, rows in term.rows(ALL, ALL, units).items():
+                if name not in weights:
+                    continue
                 per_unit = term.shapes[name].numel() // term.num_units
                 start = starts[name] + (units.start or 0) * per_unit
-                combined = weights @ _wide(rows)
+                combined = weights[name] @ _wide(rows)
                 out[:, start : start + combined.shape[1]] += combined.to(out.dtype)
 
 
@@ -309,14 +308,6 @@ def _groups(terms: list[Term]) -> list[list[Term]]:
     return groups
 
 
-def _row_blocks(samples: int, vectors: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    step = max(1, limit // vectors)
-    width = min(vectors, limit)
-    for n in range(0, samples, step):
-        for q in range(0, vectors, width):
-            yield slice(n, min(n + step, samples)), slice(q, min(q + width, vectors))
-
-
 def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = ALL) -> Parameters:
     """The rows of some terms by parameter, summed over terms."""
     total: Parameters = {}
@@ -324,6 +315,17 @@ def rows_of(terms: list[Term], samples: slice, vectors: slice, units: slice = AL
         for name, rows in term.rows(samples, vectors, units).items():
             total[name] = total[name] + rows if name in total else rows
     return total
+
+
+def complete_rows(
+    terms: list[Term], parameters: Parameters, samples: slice, lead: tuple[int, int]
+) -> Parameters:
+    """The rows of these parameters, zero where no term contributes, with their ``(N, Q)``."""
+    rows = rows_of(terms, samples, ALL)
+    return {
+        name: rows[name] if name in rows else parameter.new_zeros(*lead, *parameter.shape)
+        for name, parameter in parameters.items()
+    }
 
 
 def row_products(terms: list[Term], direction: Parameters) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
-"""From a recorded call of a layer to its term of the rows: one rule for each kind of layer.
+"""The plan of which modules' calls are recorded, and the rules from such a call to a term of rows.
 
 A rule applies to a layer that is exactly of its class and has no hook or forward of the user's. Any
-other module is differentiated as a function of its own; see `ngeval.jacobians.module_vjp`.
+other module is differentiated as a function of its own; see `ngeval.jacobians.vjp_rows`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,6 @@ class HookedModule:
     """A module whose calls are recorded, and the parameters whose rows are read off them.
 
     Attributes:
-        name: its path in the model.
-        module: the module.
         parameters: canonical names of trainable parameters by path inside the module.
         calls: the layouts of its calls.
         rule: None for a module that is differentiated as a function.
@@ -45,13 +44,65 @@ class HookedModule:
     vmap_fails: bool = False
 
 
+@dataclass
+class CapturePlan:
+    """Where each parameter's rows are read off, as decided by the planner.
+
+    Attributes:
+        modules: the hooked modules.
+        replicated: parameters that are passed to the model expanded to one copy per sample (their
+            own first dimension is 1).
+        looped: parameters whose rows come from a loop over samples of the whole model.
+    """
+
+    modules: list[HookedModule]
+    replicated: list[str] = field(default_factory=list)
+    looped: list[str] = field(default_factory=list)
+
+    def uses(self) -> Counter[str]:
+        """The number of places where each parameter is used."""
+        uses = Counter(name for hooked in self.modules for name in set(hooked.parameters.values()))
+        uses.update(self.replicated)
+        return uses
+
+    def streamed(self) -> set[str]:
+        """The modules whose terms are complete as soon as the backward pass has reached them."""
+        uses = self.uses()
+        return {
+            hooked.name
+            for hooked in self.modules
+            if hooked.rule is not None
+            and len(hooked.calls) == 1
+            and all(uses[name] == 1 for name in hooked.parameters.values())
+        }
+
+    def gradient_scalars(self, function: ModelFunction) -> int:
+        """Scalars per sample at which a cotangent's gradients are taken."""
+        outputs = sum(call.output_scalars for hooked in self.modules for call in hooked.calls)
+        return outputs + sum(function.parameters[name].numel() for name in self.replicated)
+
+    def captured_bytes(self, function: ModelFunction) -> int:
+        """Bytes that a capture holds for one cotangent of one sample: gradients and whole rows.
+
+        Gradients exist twice while a layer's are converted to float64. Only the rows of one module
+        without a rule, or of all looped parameters, exist at a time, with their float64 copy.
+        """
+        size = function.dtype.itemsize
+        whole_rows = [
+            sum(function.parameters[name].numel() for name in names)
+            for names in (
+                self.looped,
+                *(hooked.parameters.values() for hooked in self.modules if hooked.rule is None),
+            )
+        ]
+        return 2 * size * self.gradient_scalars(function) + (size + 8) * max(whole_rows) + 1
+
+
 @dataclass(frozen=True)
 class RecordedCall:
     """A recorded call: the leaves of its arguments, its outputs, and the gradients there.
 
     Attributes:
-        hooked: the module that was called.
-        layout: where the samples are.
         spec: the pytree structure of ``(args, kwargs)``.
         leaves: of the arguments, tensors detached.
         outputs: the output tensors that depend on parameters, by leaf number.
@@ -80,13 +131,9 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one class of layer is treated.
+    """How one class of layer is treated: whether it applies to a call, and the call's term.
 
-    Attributes:
-        applies: whether it can treat a call with some layout.
-        term: the term of a call.
-        affine: the term is an `AffineTerm`.
-        transposed: the weight is held with the inputs first.
+    The term of an ``affine`` one is an `AffineTerm`; ``transposed``, its weight has inputs first.
     """
 
     applies: Callable[[Any, CallLayout], bool]
@@ -103,7 +150,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         return None
     kind = type(module)
     if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
-        return LayerRule(_linear_applies, _transposed_term, affine=True, transposed=True)
+        return LayerRule(_linear_applies, _linear_term, affine=True, transposed=True)
     return RULES.get(kind)
 
 
@@ -114,11 +161,10 @@ def _affine(
     apply: Callable[[Tensor], Tensor] | None = None,
 ) -> AffineTerm:
     """The term with whichever of weight and bias is trainable."""
-    names = call.hooked.parameters
-    module: Any = call.hooked.module
-    return AffineTerm(
-        names.get("weight"), names.get("bias"), module.weight.shape, inputs, cotangents, apply
-    )
+    hooked, module = call.hooked, cast(Any, call.hooked.module)
+    weight, bias = hooked.parameters.get("weight"), hooked.parameters.get("bias")
+    transposed = hooked.rule is not None and hooked.rule.transposed  # GPT-2's linear layer
+    return AffineTerm(weight, bias, module.weight.shape, inputs, cotangents, apply, transposed)
 
 
 def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
@@ -133,19 +179,20 @@ def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
     return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
 
 
-def _transposed_term(function: ModelFunction, call: RecordedCall) -> Term:
-    """GPT-2's linear layer, which holds Wᵀ."""
-    term = _linear_term(function, call)
-    return replace(term, transposed=True) if isinstance(term, AffineTerm) else term
-
-
 def _linear_applies(_: nn.Module, layout: CallLayout) -> bool:
-    """The samples are not in the dimension of features."""
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
+    return _samples_precede(layout, features=1)
+
+
+def _samples_precede(layout: CallLayout, features: int) -> bool:
+    """Whether the samples are not in one of the last dimensions, of features."""
     shape = layout.shapes[0]
-    return shape is not None and all(
-        part is None or part.dim < len(shape) - 1 for part in (inputs, outputs)
-    )
+    parts = (layout.inputs[0], layout.outputs[0])
+    return shape is not None and all(p is None or p.dim < len(shape) - features for p in parts)
+
+
+def _samples_first(_: Any, layout: CallLayout) -> bool:
+    parts = (layout.inputs[0], layout.outputs[0])
+    return all(part is not None and part.dim == 0 for part in parts)
 
 
 def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
@@ -169,14 +216,8 @@ def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
 
 def _conv_applies(layer: Any, layout: CallLayout) -> bool:
     shape = layout.shapes[0]
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    return (
-        shape is not None
-        and len(shape) == len(layer.kernel_size) + 2
-        and inputs is not None
-        and outputs is not None
-        and inputs.dim == outputs.dim == 0
-    )
+    batched = shape is not None and len(shape) == len(layer.kernel_size) + 2
+    return batched and _samples_first(layer, layout)
 
 
 def _patches(layer: Any, chunks: Tensor) -> Tensor:
@@ -261,21 +302,12 @@ def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: b
 
 
 def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
-    """The samples are not in a normalised dimension."""
-    shape = layout.shapes[0]
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    last = len(shape or ()) - len(norm.normalized_shape)
-    return shape is not None and all(part is None or part.dim < last for part in (inputs, outputs))
-
-
-def _channel_norm_applies(_: Any, layout: CallLayout) -> bool:
-    inputs, outputs = layout.inputs[0], layout.outputs[0]
-    return inputs is not None and outputs is not None and inputs.dim == outputs.dim == 0
+    return _samples_precede(layout, features=len(norm.normalized_shape))
 
 
 _CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=True)
 _LAST_NORM = LayerRule(_layer_norm_applies, partial(_norm_term, channels_first=False))
-_CHANNEL_NORM = LayerRule(_channel_norm_applies, partial(_norm_term, channels_first=True))
+_CHANNEL_NORM = LayerRule(_samples_first, partial(_norm_term, channels_first=True))
 
 RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule(_linear_applies, _linear_term, affine=True),

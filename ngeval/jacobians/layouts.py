@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, map_inputs
+from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of, map_inputs
 
 TRIAL_SIZES = (2, 3)
 
@@ -32,9 +32,7 @@ class Layout:
     def chunks(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
 
-        Args:
-            tensor: with ``leading`` dimensions before those that the layout describes.
-            leading: the number of them.
+        The tensor has ``leading`` dimensions before those that the layout describes.
         """
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
@@ -74,7 +72,7 @@ class _TrialCall:
 
     inputs: list[torch.Size | None]
     outputs: list[torch.Size | None]
-    tensors: list[tuple[Tensor, int]]
+    versions: list[tuple[Tensor, int]]
 
 
 def trial_batch(function: ModelFunction, size: int) -> Any:
@@ -104,10 +102,8 @@ def call_layouts(
 ) -> Trial:
     """Run the model on two and on three samples.
 
-    Args:
-        function: the model at θ.
-        expanded: modules, by ``id``, whose output to expand to one copy per sample.
-        copies: parameters to expand.
+    The outputs of the ``expanded`` modules, by ``id``, and the parameters ``copies`` are expanded
+    to one copy per sample.
     """
     (small, outputs, fewer), (large, _, more) = (
         _run_trial(function, size, expanded, copies) for size in TRIAL_SIZES
@@ -149,19 +145,14 @@ def _run_trial(
         )
         return output if id(module) in expanded else None
 
-    handles = [
-        module.register_forward_hook(hook, with_kwargs=True) for module in function.model.modules()
-    ]
-    try:
-        with autograd_enabled(), saved_tensors_hooks(save, lambda tensor: tensor):
-            leaves: Parameters = {
-                name: p.detach().requires_grad_() for name, p in function.parameters.items()
-            }
-            placed = {name: expand_to_samples(leaves[name], size) for name in copies}
-            outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as contexts:
+        for module in function.model.modules():
+            contexts.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        contexts.enter_context(autograd_enabled())
+        contexts.enter_context(saved_tensors_hooks(save, lambda tensor: tensor))
+        leaves = leaves_of(function.parameters)
+        placed = {name: expand_to_samples(leaves[name], size) for name in copies}
+        outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     return calls, outputs, sum(saved.values())
 
 
@@ -172,7 +163,7 @@ def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
 def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
     inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
     outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
-    modified = any(tensor._version != version for tensor, version in small.tensors)
+    modified = any(tensor._version != version for tensor, version in small.versions)
     return CallLayout(tuple(inputs), tuple(outputs), tuple(small.outputs), modified)
 
 

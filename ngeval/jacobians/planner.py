@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.capture import capture, forward
-from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import pieces
-from ngeval.jacobians.layer_rules import HookedModule, rule_for
+from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, rule_for
 from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
 from ngeval.jacobians.terms import ALL
 from ngeval.model.function import ModelFunction
@@ -34,12 +33,7 @@ NOWHERE, RULE, MODULE_VJP, REPLICATE, LOOP = "nowhere", "rule", "module-vjp", "r
 
 @dataclass(frozen=True)
 class _Strategy:
-    """One way to obtain a parameter's rows at one of its places.
-
-    Attributes:
-        kind: one of the five words above.
-        module: the path of the module to hook.
-    """
+    """One way to obtain a parameter's rows at one of its places, with the module to hook."""
 
     kind: str
     module: str = ""
@@ -64,11 +58,6 @@ class Planner:
         places = self._places()
         self._expand(places)
         self.strategies = {slot: self._strategies_for(slot) for slot in places}
-
-    @property
-    def sample_bytes(self) -> int:
-        """What autograd saves per additional sample."""
-        return self.trial.sample_bytes
 
     def plan(self) -> CapturePlan:
         """The plan of the first strategy left for each place with which the model runs."""
@@ -167,9 +156,8 @@ class Planner:
         replicated = []
         for slot, strategy in first.items():
             name = slots[slot]
-            if (
-                name in looped or strategy.kind == NOWHERE
-            ):  # a loop covers all places of a parameter
+            # A loop covers all places of a parameter.
+            if name in looped or strategy.kind == NOWHERE:
                 continue
             if strategy.kind == REPLICATE:
                 replicated.append(name)

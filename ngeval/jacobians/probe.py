@@ -8,6 +8,7 @@ last sample are also compared, parameter by parameter, with plain autograd on th
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from ngeval.errors import EngineError, ModelError
 from ngeval.jacobians.inner_products import inner_product, row_products
 from ngeval.jacobians.planner import Planner
-from ngeval.jacobians.row_source import Block, RowSource
-from ngeval.jacobians.terms import ALL, Term
-from ngeval.jacobians.whole_model import loop_rows
+from ngeval.jacobians.row_source import RowSource
+from ngeval.jacobians.terms import Block, Term
+from ngeval.jacobians.vjp_rows import loop_rows
 from ngeval.model.function import ModelFunction, Parameters, model_errors
 from ngeval.model.operations import OperationWatch
 
@@ -25,28 +26,25 @@ from ngeval.model.operations import OperationWatch
 class Probe:
     """Random cotangents w and a random direction v, and what any right engine gives for them.
 
+    Of this rank's samples, or of one of another rank's if it has none. All ranks come to the same
+    decisions: what is wrong on one is wrong.
+
     Attributes:
         function: the model at θ on its batch.
         direction: v, by parameter.
     """
 
-    source_class = RowSource
-
-    def __init__(
-        self, function: ModelFunction, outputs: Tensor, residual: Tensor, samples: slice = ALL
-    ) -> None:
+    def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
         """Draw w and v, and differentiate the first and the last sample alone.
 
-        Args:
-            function: the model at θ on its batch.
-            outputs: of the model on the batch, in its own dtype.
-            residual: u, whose rows are used beside random ones.
-            samples: which samples of the batch to check.
+        The rows of the residual are used beside random ones.
 
         Raises:
             ModelError: the model fails on a single sample.
         """
         self.function = function
+        self.shards = function.shards
+        samples = self.shards.local_slice(function.num_samples, at_least=1)
         self._outputs, self._residual = outputs, residual
         self._checked = function.on(samples)
         generator = torch.Generator().manual_seed(0)
@@ -71,7 +69,7 @@ class Probe:
         with OperationWatch() as watch, torch.no_grad(), model_errors():
             function.on(slice(0, 2))(function.parameters)
         function = replace(function, inner_epsilon=watch.epsilon)
-        return type(self)(function, self._outputs.double(), self._residual)
+        return Probe(function, self._outputs.double(), self._residual)
 
     def try_engine(self, name: str, memory: int) -> tuple[RowSource, Parameters]:
         """The source of an engine, and the probe's products of its rows.
@@ -83,7 +81,7 @@ class Probe:
             ModelError: the model fails.
         """
         if name != "layers":
-            source = self.source_class(self.function, name, memory)
+            source = RowSource(self.function, name, memory)
             return source, self.row_products(source)
         with model_errors():
             planner = Planner(self.function)
@@ -96,7 +94,7 @@ class Probe:
                         "parameters of modules that hold no such parts (adapters as layers of "
                         "their own, a head)"
                     )
-                source = self.source_class(self.function, name, memory, plan, planner.sample_bytes)
+                source = RowSource(self.function, name, memory, plan, planner.trial.sample_bytes)
                 products = self.row_products(source)
                 wrong = self.wrong_parameters({n: part[:, 0] for n, part in products.items()})
                 if not wrong or not planner.demote(wrong):
@@ -104,6 +102,9 @@ class Probe:
 
     def row_products(self, source: RowSource) -> Parameters:
         """(J_nᵀw_n)·v and (J_nᵀu_n)·v for every sample n, by parameter: float64, ``(N, 2)``."""
+        return self.shards.synchronized(partial(self._row_products, source))
+
+    def _row_products(self, source: RowSource) -> Parameters:
         zero = torch.zeros(len(self._cotangents), 2, dtype=torch.float64)
         products = {name: zero.clone() for name in self.direction}
         cotangents = torch.stack([self._cotangents, self._residuals.to(self._cotangents)], 1)
@@ -123,11 +124,12 @@ class Probe:
     def wrong_parameters(self, products: Parameters) -> set[str]:
         """The parameters whose rows differ from autograd's at the first or the last sample."""
         largest = max(float(expected.abs().max()) for expected in self._end_products.values())
-        return {
+        wrong = {
             name
             for name, expected in self._end_products.items()
             if not self._close(products[name][self._ends], expected, 1e-3 * largest)
         }
+        return set().union(*self.shards.gather(wrong))
 
     def agrees_with_tangent(self, products: Parameters, forward_mode: bool) -> bool:
         """Whether all samples' products are those of the tangent."""
@@ -138,11 +140,14 @@ class Probe:
         # The sum is known no better than its parts: they may cancel, or another order of
         # summation may end beyond a kink (a ReLU's 0).
         size = parts.square().sum(0).sqrt()
-        return tangents is not None and self._close(parts.sum(0), tangents, size)
+        right = tangents is not None and self._close(parts.sum(0), tangents, size)
+        return all(self.shards.gather(right))
 
     def of_all_samples(self, products: Parameters) -> Parameters:
         """The products of the whole batch, from those of this process's samples."""
-        return products
+        local = self.shards.local_slice(self.function.num_samples)
+        count = local.stop - local.start
+        return self.shards.concatenate(lambda: {n: part[:count] for n, part in products.items()})
 
     def undifferentiated(self, products: Parameters) -> str:
         """For a message: the parameters whose tangents differ from the products of their rows."""

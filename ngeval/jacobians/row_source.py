@@ -3,8 +3,8 @@
 Row n·Q + q of a problem is J_nᵀv_nq, for sample n and its cotangent q. The batch is captured in
 blocks of rows that fit the memory budget; a Gram matrix is assembled from pairs of blocks.
 
-`RowSource` is all there is in a single process. Where the samples are spread over ranks, its
-subclass in `ngeval.jacobians.rank_exchange` overrides the methods of the last section.
+Where the samples are spread over ranks, each captures rows of its own samples; what needs pairs of
+rows receives the terms of other ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.jacobians.capture import Use, capture, stream
-from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import (
     add_inner_products,
     add_squared_column_sums,
-    rows_of,
+    complete_rows,
 )
-from ngeval.jacobians.terms import ALL, Term
-from ngeval.jacobians.whole_model import loop_rows, vmap_rows, whole_model_term
+from ngeval.jacobians.layer_rules import CapturePlan
+from ngeval.jacobians.rank_exchange import terms_of_other_ranks
+from ngeval.jacobians.terms import ALL, Block, Term, split_rows, whole_block
+from ngeval.jacobians.vjp_rows import loop_rows, vmap_rows, whole_model_term
 from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.sharding import Shards
 from ngeval.utils.memory import halving
 from ngeval.utils.text import describe_bytes
 
@@ -42,20 +44,6 @@ T = TypeVar("T")
 
 Pair = tuple[slice, slice, list[Term], list[Term]]
 """Rows and columns of a Gram matrix, and the terms of both."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some samples, some of the Q cotangents of each, and the numbers of their rows."""
-
-    samples: slice
-    vectors: slice
-    rows: slice
-
-    @property
-    def size(self) -> int:
-        """The number of rows."""
-        return int(self.rows.stop - self.rows.start)
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,11 @@ class RowSource:
     memory: int
     plan: CapturePlan | None = None
     sample_bytes: int = 0
+
+    @property
+    def shards(self) -> Shards:
+        """This process's part of the samples."""
+        return self.function.shards
 
     @property
     def row_bytes(self) -> int:
@@ -103,13 +96,7 @@ class RowSource:
             return [self._whole_model_term(block.samples, chosen)]
 
     def stream(self, cotangents: Tensor, block: Block, use: Use) -> None:
-        """Use the terms of one block's rows as soon as they are complete; see `capture.stream`.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
-            block: which of them.
-            use: called with terms and the slice of the block's cotangents that they belong to.
-        """
+        """Use the terms of one block's rows as soon as they are complete; see `capture.stream`."""
         chosen = cotangents[block.samples, block.vectors].to(self.function.dtype)
         with model_errors():
             if self.plan is not None:
@@ -159,22 +146,16 @@ class RowSource:
 
     def rows(self, cotangents: Tensor, block: Block) -> Parameters:
         """Rows of every parameter, shape ``(samples, Q, *parameter.shape)``."""
-        rows = rows_of(self.capture(cotangents, block), ALL, ALL)
         lead = (block.samples.stop - block.samples.start, block.vectors.stop - block.vectors.start)
-        return {
-            name: rows[name] if name in rows else p.new_zeros(*lead, *p.shape)
-            for name, p in self.function.parameters.items()
-        }
+        return complete_rows(self.capture(cotangents, block), self.function.parameters, ALL, lead)
 
     def retry(self, attempt: Callable[[RowSource], T]) -> T:
         """Call ``attempt(source)``, with half the memory after every out-of-memory error."""
         return halving(lambda memory: attempt(replace(self, memory=memory)), self.memory)
 
-    # What differs where samples are spread over ranks.
-
     def local(self, field: Tensor) -> tuple[RowSource, Tensor]:
         """This process's samples: the source of their rows, and their entries of a tensor."""
-        return self, field
+        return replace(self, function=self.function.local()), self.shards.local(field)
 
     def sum_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
         """A sum over samples, as tensors of which ``compute(source, *fields)`` gives a new part.
@@ -183,58 +164,97 @@ class RowSource:
             compute: sums over all samples of the source that it is called with.
             fields: per-sample tensors, samples first.
         """
-        return self.retry(lambda source: compute(source, *fields))
+        return self._over_samples(self.shards.sum, compute, fields)
 
     def concatenate_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
         """Like `sum_over_samples`, for tensors with one entry per sample, or Q of them."""
-        return self.retry(lambda source: compute(source, *fields))
+        return self._over_samples(self.shards.concatenate, compute, fields)
+
+    def _over_samples(
+        self,
+        combine: Callable[[Callable[[], T]], T],
+        compute: Callable[..., T],
+        fields: tuple[Tensor, ...],
+    ) -> T:
+        part, local_fields = self.function.local(), [self.shards.local(field) for field in fields]
+
+        # An error of one rank is raised on all, so that all of them try again together.
+        return self.retry(
+            lambda source: combine(lambda: compute(replace(source, function=part), *local_fields))
+        )
 
     def sum_over_pairs(self, compute: Callable[[RowSource], T]) -> T:
         """A sum over `pairs`, as tensors of which ``compute(source)`` gives a new part."""
-        return self.retry(compute)
+        return self.retry(lambda source: self.shards.sum(lambda: compute(source)))
 
     def pairs(self, cotangents: Tensor, kept: list[Term] | None = None) -> Iterator[Pair]:
         """Pairs of blocks whose inner products make up the lower triangle of a Gram matrix.
+
+        Where samples are spread over ranks, this rank's rows are paired with each other and with
+        those of half of the other ranks, such that every pair is computed once.
 
         Args:
             cotangents: v of shape ``(N, Q, *positions, C)``.
             kept: the terms of all of this process's rows, if they are captured already.
 
         Yields:
-            Rows and columns of the matrix and the terms of both, the same list on the diagonal.
+            Rows and columns of the whole matrix and the terms of both, the same list on the
+            diagonal.
         """
-        if kept is not None:
-            block = whole_block(cotangents)
-            yield block.rows, block.rows, kept, kept
-            return
-        blocks = self.blocks(cotangents)
-        if len(blocks) > 1:
-            blocks = self.blocks(cotangents, share=0.5)
-        for i, block in enumerate(blocks):
-            terms = self.capture(cotangents, block)
-            yield block.rows, block.rows, terms, terms
+        shards, (part, vectors) = self.shards, self.local(cotangents)
+        start = self._first_row(cotangents)
+
+        def split(share: float) -> list[Block]:
+            return part.blocks(vectors, share) if kept is None else [whole_block(vectors)]
+
+        def captured(block: Block) -> list[Term]:
+            return part.capture(vectors, block) if kept is None else kept
+
+        blocks = split(1.0)
+        if several := max(shards.gather(len(blocks))) > 1:
+            # This block, another of this rank's, and one that is received.
+            blocks = split(1 / 2 if shards.alone else 1 / 3)
+        for i in range(max(shards.gather(len(blocks)))):
+            rows, terms = slice(0, 0), list[Term]()
+            if i < len(blocks):
+                rows, terms = _shifted(blocks[i].rows, start), captured(blocks[i])
+                yield rows, rows, terms, terms
             for other in blocks[i + 1 :]:
-                yield other.rows, block.rows, self.capture(cotangents, other), terms
+                yield _shifted(other.rows, start), rows, captured(other), terms
+            others = terms_of_other_ranks(self.function, rows, terms, once=True, whole=several)
+            for columns, received in others:
+                for j, other in enumerate(blocks):
+                    local = _shifted(other.rows, start)
+                    local_terms = terms if i == j else captured(other)
+                    if local.start > columns.start:
+                        yield local, columns, local_terms, received
+                    else:
+                        yield columns, local, received, local_terms
 
     def all_blocks(
         self, captures: Iterator[tuple[Block, list[Term]]], cotangents: Tensor
     ) -> Iterator[tuple[slice, list[Term]]]:
-        """The rows and terms of every block of the batch.
+        """The rows and terms of every block of the batch, those of other ranks included.
 
-        Args:
-            captures: blocks of this process's samples with their terms.
-            cotangents: v of shape ``(N, Q, *positions, C)``, of the whole batch.
+        Given blocks of this process's samples with their terms, and the whole batch's cotangents.
         """
-        for block, terms in captures:
-            yield block.rows, terms
+        start = self._first_row(cotangents)
+        local = next(captures, None)
+        while any(self.shards.gather(local is not None)):
+            rows, terms = slice(0, 0), list[Term]()
+            if local is not None:
+                rows, terms = _shifted(local[0].rows, start), local[1]
+                yield rows, terms
+            yield from terms_of_other_ranks(self.function, rows, terms, once=False, whole=True)
+            local = next(captures, None)
 
-    def can_stream(self, cotangents: Tensor) -> bool:
-        """Whether a Gram matrix can be summed layer by layer during a single backward pass."""
-        return cotangents.shape[1] == 1 and len(self.blocks(cotangents)) == 1
+    def _first_row(self, cotangents: Tensor) -> int:
+        """The number of this rank's first row in the whole batch."""
+        return int(self.shards.local_slice(len(cotangents)).start * cotangents.shape[1])
 
-    def can_record(self) -> bool:
-        """Whether the graph of one forward pass of the whole batch gives all rows."""
-        return self.plan is not None
+
+def _shifted(rows: slice, start: int) -> slice:
+    return slice(start + rows.start, start + rows.stop)
 
 
 def gram_matrix(
@@ -252,9 +272,6 @@ def gram_matrix(
         cotangents: v of shape ``(N, Q, *positions, C)``.
         keep: gives the terms of all of this process's rows, if they are kept.
 
-    Returns:
-        A symmetric float64 matrix of shape ``(N·Q, N·Q)``.
-
     Raises:
         EngineError: not even two single rows fit in the memory budget.
     """
@@ -263,7 +280,8 @@ def gram_matrix(
     def compute(source: RowSource) -> Tensor:
         gram = torch.zeros(size, size, dtype=torch.float64, device=source.function.device)
         kept = keep(source)
-        if kept is None and source.can_stream(cotangents):
+        single = kept is None and source.shards.alone and cotangents.shape[1] == 1
+        if single and len(source.blocks(cotangents)) == 1:
             source.stream(
                 cotangents,
                 whole_block(cotangents),
@@ -302,18 +320,13 @@ def squared_column_sums(source: RowSource, cotangents: Tensor) -> Tensor:
 def squared_sums(source: RowSource, cotangents: Tensor, names: Sequence[str]) -> Parameters:
     """Σ_{n,q} (J_nᵀv_nq)² of some parameters: flat float64 vectors by name.
 
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        names: which parameters; with one parameter of a layer, all of that layer's.
+    The names are all of a layer's, or none of them.
     """
 
     def compute(source: RowSource, vectors: Tensor) -> Parameters:
         parameters = source.function.parameters
         sums = {
-            name: torch.zeros(
-                parameters[name].numel(), dtype=torch.float64, device=parameters[name].device
-            )
+            name: parameters[name].new_zeros(parameters[name].numel(), dtype=torch.float64)
             for name in names
         }
         for _, terms in source.captures(vectors):
@@ -344,28 +357,3 @@ def squared_norms(source: RowSource, cotangents: Tensor) -> Tensor:
         return norms
 
     return source.concatenate_over_samples(compute, cotangents)
-
-
-def whole_block(cotangents: Tensor) -> Block:
-    """The block of all rows."""
-    count, vectors = cotangents.shape[:2]
-    return Block(slice(0, count), slice(0, vectors), slice(0, count * vectors))
-
-
-def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
-    """Split N samples with Q cotangents each into blocks of at most ``limit`` rows.
-
-    Whole samples where they fit, some of the cotangents of a single sample otherwise.
-    """
-    if limit >= num_vectors:
-        step, width = limit // num_vectors, num_vectors
-    else:
-        step, width = 1, limit
-    blocks = []
-    for n in range(0, num_samples, step):
-        last = min(n + step, num_samples)
-        for q in range(0, num_vectors, width):
-            stop = min(q + width, num_vectors)
-            rows = slice(n * num_vectors + q, (last - 1) * num_vectors + stop)
-            blocks.append(Block(slice(n, last), slice(q, stop), rows))
-    return blocks

@@ -12,7 +12,7 @@ applied to a sample, g groups, o and i the layer's outputs and inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,20 @@ ALL = slice(None)
 
 PATCH_ENTRIES = 2**21
 """Entries of the patches from which a convolution's rows are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some samples, some of the Q cotangents of each, and the numbers of their rows."""
+
+    samples: slice
+    vectors: slice
+    rows: slice
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return int(self.rows.stop - self.rows.start)
 
 
 class Term(ABC):
@@ -48,16 +62,8 @@ class Term(ABC):
             parameter restricted to ``units`` (all of it where `num_units` is 1).
         """
 
-    @abstractmethod
-    def restricted(self, names: Collection[str]) -> Term | None:
-        """The term of some of its parameters alone, None if it has none of them."""
-
     def combined(self, weights: Tensor) -> Term:
-        """The term of the cotangents Σ_q w_nrq v_nq, in which it is linear.
-
-        Args:
-            weights: w, shape ``(N, R, Q)``.
-        """
+        """The term of the cotangents Σ_q w_nrq v_nq, in which it is linear; w is ``(N, R, Q)``."""
 
         def compute(samples: slice, vectors: slice) -> Parameters:
             rows = self.rows(samples, ALL, ALL)
@@ -113,18 +119,6 @@ class ComputedTerm(Term):
         with model_errors():
             return self.compute(samples, vectors)
 
-    def restricted(self, names: Collection[str]) -> ComputedTerm | None:
-        """Computes all rows, and drops those of other parameters."""
-        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
-        if len(shapes) == len(self.shapes):
-            return self
-
-        def compute(samples: slice, vectors: slice) -> Parameters:
-            rows = self.compute(samples, vectors)
-            return {name: rows[name] for name in shapes}
-
-        return replace(self, parameter_shapes=shapes, compute=compute) if shapes else None
-
 
 @dataclass(frozen=True)
 class StoredTerm(Term):
@@ -155,18 +149,9 @@ class StoredTerm(Term):
             return {name: value[samples, vectors] for name, value in self.values.items()}
         return {name: value[samples, vectors, units] for name, value in self.values.items()}
 
-    def restricted(self, names: Collection[str]) -> StoredTerm | None:
-        values = {name: value for name, value in self.values.items() if name in names}
-        return replace(self, values=values) if values else None
-
 
 class LayerTerm(Term):
-    """A term with the gradients at a layer's output.
-
-    Attributes:
-        weight_shape: as the layer holds it.
-        cotangents: b, shape ``(n, q, t, …)``.
-    """
+    """A term with the gradients b at a layer's output, shape ``(n, q, t, …)``."""
 
     weight_shape: torch.Size
     cotangents: Tensor
@@ -210,11 +195,6 @@ class AffineTerm(LayerTerm):
     transposed: bool = False
 
     @property
-    def applied_once(self) -> bool:
-        """Whether a row is a single outer product."""
-        return self.positions == 1 and self.groups == 1
-
-    @property
     def groups(self) -> int:
         """G."""
         return int(self.cotangents.shape[3])
@@ -245,11 +225,6 @@ class AffineTerm(LayerTerm):
 
     def combined(self, weights: Tensor) -> AffineTerm:
         return replace(self, cotangents=_combine(weights, self.cotangents))
-
-    def restricted(self, names: Collection[str]) -> AffineTerm | None:
-        weight = self.weight if self.weight in names else None
-        bias = self.bias if self.bias in names else None
-        return replace(self, weight=weight, bias=bias) if weight or bias else None
 
     def applied(self, direction: Tensor) -> Tensor:
         """D a at every position, in the model's dtype: shape ``(n, t, g, o)``."""
@@ -333,9 +308,6 @@ class EmbeddingTerm(LayerTerm):
     def combined(self, weights: Tensor) -> EmbeddingTerm:
         return replace(self, cotangents=_combine(weights, self.cotangents))
 
-    def restricted(self, names: Collection[str]) -> EmbeddingTerm | None:
-        return self if self.weight in names else None
-
     def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
         """The gradients of equal indices, summed."""
         first, last, _ = units.indices(self.num_units)
@@ -388,3 +360,28 @@ def _merge_calls(calls: list[AffineTerm]) -> AffineTerm:
         cotangents=torch.cat([call.cotangents for call in calls], 2),
         apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
     )
+
+
+def whole_block(cotangents: Tensor) -> Block:
+    """The block of all rows."""
+    count, vectors = cotangents.shape[:2]
+    return Block(slice(0, count), slice(0, vectors), slice(0, count * vectors))
+
+
+def split_rows(num_samples: int, num_vectors: int, limit: int) -> list[Block]:
+    """Split N samples with Q cotangents each into blocks of at most ``limit`` rows.
+
+    Whole samples where they fit, some of the cotangents of a single sample otherwise.
+    """
+    if limit >= num_vectors:
+        step, width = limit // num_vectors, num_vectors
+    else:
+        step, width = 1, limit
+    blocks = []
+    for n in range(0, num_samples, step):
+        last = min(n + step, num_samples)
+        for q in range(0, num_vectors, width):
+            stop = min(q + width, num_vectors)
+            rows = slice(n * num_vectors + q, (last - 1) * num_vectors + stop)
+            blocks.append(Block(slice(n, last), slice(q, stop), rows))
+    return blocks

@@ -165,16 +165,8 @@ class NamedAccumulated:
         return cls(name, parse_exponent(name, parameter or "0.5"))
 
     def at(self, stage: Stage) -> NamedAccumulated:
-        """The method at a checkpoint.
-
-        Raises:
-            CheckpointError: the checkpoint has no optimizer state.
-        """
-        if stage.optimizer_state is None:
-            raise CheckpointError(
-                f"{self.name}: no optimizer state beside {stage.name}; give --optimizer-state, or "
-                "grade diag-ef:0.5, whose diagonal is that of the batch"
-            )
+        """The method at a checkpoint, which must have an optimizer's state."""
+        stage.check_state(self.name, "diag-ef:0.5, whose diagonal is that of the batch")
         return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:

@@ -179,29 +179,24 @@ class KroneckerState(ParameterState):
         """D(λ) of every layer and the update of the other parameters, in float64."""
         gradient = self.problem.gradient()
         update = torch.zeros(len(gradient), dtype=torch.float64, device=gradient.device)
-        parts = self._views(update)
+        parts = self.problem.function.views(update)
         for block in self.blocks:
             solved = block.solve(damping, self.kind)
             layer = block.layer
             if layer.weight:
                 width = solved.shape[2] - (1 if layer.bias else 0)
                 weight = solved[..., :width]
-                parts[layer.weight].copy_((weight.mT if layer.transposed else weight).reshape(-1))
+                weight = weight.mT if layer.transposed else weight
+                parts[layer.weight].copy_(weight.reshape_as(parts[layer.weight]))
             if layer.bias:
-                parts[layer.bias].copy_(solved[..., -1].reshape(-1))
-        plain = self._views(gradient)
+                parts[layer.bias].copy_(solved[..., -1].reshape_as(parts[layer.bias]))
+        plain = self.problem.function.views(gradient)
         for name in self.rest if self.keeps_gradient else []:
             parts[name].copy_(plain[name])
         for name, diagonal in self.diagonal.items():
-            damped = diagonal + damping
+            damped = (diagonal + damping).reshape_as(plain[name])
             parts[name].copy_(torch.where(damped > 0, plain[name] / damped, 0.0))
         return update
-
-    def _views(self, vector: Tensor) -> dict[str, Tensor]:
-        """The part of each parameter in a flat vector."""
-        parameters = self.problem.function.parameters
-        sizes = [parameter.numel() for parameter in parameters.values()]
-        return dict(zip(parameters, vector.split(sizes), strict=True))
 
 
 def _covered(problem: Problem) -> list[Layer]:

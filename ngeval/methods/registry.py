@@ -47,11 +47,9 @@ class MethodEntry:
 
 
 def _within(path: str) -> Callable[[str, str], Method]:
-    """A factory of this package by its path, imported when it is called.
+    """A factory of this package by its path ``"module:attribute"``, imported when it is called.
 
-    Args:
-        path: ``"module:attribute"``; it is called with the method's full name and, where there is
-            one, the text after the colon.
+    The factory is called with the method's full name and, where there is one, its parameter.
     """
 
     def make(name: str, parameter: str) -> Method:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ngeval.errors import InputError, nearest_name
+from ngeval.errors import CheckpointError, check_choice
 from ngeval.model.checks import Inputs
 
 REDUCTIONS = ("mean", "token-mean", "sum")
@@ -19,10 +19,7 @@ REDUCTIONS = ("mean", "token-mean", "sum")
 class OptimizerOptions:
     """Options of an optimizer's step; see `ngeval.OptimizerStep`.
 
-    Attributes:
-        reduction: of the training loss: ``"mean"``, ``"sum"`` or ``"token-mean"``.
-        weight_decay: whether the step includes the optimizer's weight decay.
-        allow_pickle: whether to unpickle state files with code; only for files that you trust.
+    ``allow_pickle`` unpickles state files with code, only for files that you trust.
     """
 
     reduction: str = "mean"
@@ -55,11 +52,19 @@ class Stage:
     batches: Callable[[int], Iterable[tuple[Inputs, Tensor]]]
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
 
+    def check_state(self, method: str, instead: str) -> None:
+        """Check that there is a file with the optimizer's state, which a method needs.
+
+        Raises:
+            CheckpointError: there is none; the message recommends to grade ``instead``.
+        """
+        if self.optimizer_state is None:
+            raise CheckpointError(
+                f"{method}: no optimizer state beside {self.name}; give --optimizer-state, or "
+                f"grade {instead}"
+            )
+
 
 def check_reduction(reduction: str) -> None:
     """Check that a training loss can be reduced in this way."""
-    if reduction not in REDUCTIONS:
-        raise InputError(
-            f"unknown reduction {reduction!r} of the training loss; "
-            f"{nearest_name(str(reduction), REDUCTIONS)}"
-        )
+    check_choice("reduction of the training loss", reduction, REDUCTIONS)

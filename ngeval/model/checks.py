@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +79,13 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(
             "the model has no trainable parameter; set requires_grad_(True) on those to grade"
         )
-    for kind, named in (
-        ("parameter", dict(model.named_parameters())),
-        ("buffer", dict(model.named_buffers())),
-    ):
-        for name, tensor in named.items():
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
             if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise ModelError(f"{kind} {name!r} has no values (lazy or on the meta device)")
             if tensor.is_complex():
                 raise ModelError(f"{kind} {name!r} is complex; ngeval grades real models")
-        check_finite(kind, named)
+            _check_finite(kind, name, tensor)
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise ModelError(
@@ -98,22 +95,12 @@ def check_model(model: nn.Module) -> None:
     check_mode(model)
 
 
-def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise if a tensor holds NaN (a parameter also: infinite) values.
-
-    Args:
-        kind: ``"parameter"`` or ``"buffer"``, for the message and the rule.
-        tensors: by name.
-
-    Raises:
-        ModelError: naming the first such tensor.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or is_finite(tensor):
-            continue
-        # Buffers hold masks of −inf by design, but never a NaN.
-        if kind == "parameter" or bool(torch.isnan(tensor).any()):
-            raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
+def _check_finite(kind: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or is_finite(tensor):
+        return
+    # Buffers hold masks of −inf by design, but never a NaN.
+    if kind == "parameter" or bool(torch.isnan(tensor).any()):
+        raise ModelError(f"{kind} {name!r} holds NaN or infinite values")
 
 
 def is_finite(tensor: Tensor) -> bool:

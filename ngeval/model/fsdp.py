@@ -34,11 +34,7 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
     split = {n: p for n, p in model.named_parameters() if _is_distributed(p)}
     if not split:
         return frozenset()
-    by_fsdp: set[str] = set()
-    sharded = set(_sharded_modules(model))
-    for path, module in model.named_modules():
-        if module in sharded:
-            by_fsdp.update(f"{path}.{n}" if path else n for n, _ in module.named_parameters())
+    by_fsdp = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
     for name, parameter in split.items():
         where = f"parameter {name!r} is a DTensor, spread over ranks"
         if shards.group is None:
@@ -48,7 +44,7 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
                 f"{where}, and trainable; ngeval needs trainable parameters whole on every rank: "
                 "name them in fully_shard(module, ignored_params=…), or freeze them"
             )
-        if name not in by_fsdp:
+        if id(parameter) not in by_fsdp:
             raise ModelError(
                 f"{where}, but by no fully_shard (tensor parallelism?), which ngeval does not "
                 "treat: use torch.distributed.fsdp.fully_shard, or whole parameters"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, cast
@@ -99,7 +99,7 @@ class ModelFunction:
         named: Parameters = dict(model.named_parameters())
         trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
-        versions = {n: version_of(p) for n, p in named.items()}
+        versions = {n: _version_of(p) for n, p in named.items()}
         function = cls(
             model=model,
             inputs=inputs,
@@ -121,9 +121,9 @@ class ModelFunction:
         return replace(
             self,
             inputs=cast_inputs(self.inputs, dtype),
-            parameters=cast_all(self.parameters, dtype),
-            frozen=cast_all(frozen, dtype),
-            buffers=cast_all(self.buffers, dtype),
+            parameters=_cast_all(self.parameters, dtype),
+            frozen=_cast_all(frozen, dtype),
+            buffers=_cast_all(self.buffers, dtype),
             cast=dtype,
         )
 
@@ -221,16 +221,12 @@ class ModelFunction:
         """
         check_mode(self.model)
         for name, parameter in self.model.named_parameters():
-            changed = version_of(parameter) != self.versions.get(name)
+            changed = _version_of(parameter) != self.versions.get(name)
             if changed and name not in self.split:
                 raise ModelError(
                     f"parameter {name!r} was modified after this Problem was made; make a new "
                     "Problem for the new weights"
                 )
-
-    def single(self, parameters: Parameters, sample: Inputs) -> Tensor:
-        """Outputs ``(*positions, C)`` for one sample given without its batch dimension."""
-        return self(parameters, map_inputs(sample, lambda t: t.unsqueeze(0))).squeeze(0)
 
     def jvp(self, tangent: Parameters) -> Tensor:
         """J d for a direction d in parameter space, in the outputs' shape.
@@ -258,7 +254,7 @@ class ModelFunction:
 
     def _jvp_by_double_backward(self, tangent: Parameters) -> Tensor:
         with autograd_enabled():
-            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            leaves = leaves_of(self.parameters)
             outputs = self(leaves)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -270,20 +266,24 @@ class ModelFunction:
     def vjp(self, cotangent: Tensor) -> Parameters:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
         with autograd_enabled():
-            leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            leaves = leaves_of(self.parameters)
             outputs = self(leaves, fused=True)
-            return pull_back(outputs, leaves, cotangent)
+            return pull_back([outputs], leaves, [cotangent])
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's order."""
         return torch.cat([tensors[n].reshape(-1).to(self.dtype) for n in self.parameters])
 
     def unflatten(self, vector: Tensor) -> Parameters:
-        """Split a vector of length P into tensors of the parameters' shapes and dtypes."""
-        sizes = [p.numel() for p in self.parameters.values()]
-        parts = vector.split(sizes)
+        """Split vectors ``(..., P)`` into tensors of the parameters' shapes and dtypes."""
+        parts = self.views(vector)
+        return {name: part.to(self.parameters[name].dtype) for name, part in parts.items()}
+
+    def views(self, vector: Tensor) -> Parameters:
+        """Split vectors ``(..., P)`` into views of the parameters' shapes, in their own dtype."""
+        parts = vector.split([p.numel() for p in self.parameters.values()], dim=-1)
         return {
-            name: part.reshape(p.shape).to(p.dtype)
+            name: part.reshape((*vector.shape[:-1], *p.shape))
             for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }
 
@@ -329,14 +329,23 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
+def leaves_of(parameters: Parameters) -> Parameters:
+    """Leaves of a new graph, in the parameters' memory."""
+    return {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+
+
 def pull_back(
-    outputs: Tensor, leaves: Parameters, cotangent: Tensor, *, retain_graph: bool = False
+    outputs: Sequence[Tensor],
+    leaves: Parameters,
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
 ) -> Parameters:
-    """Jᵀw by one backward pass from recorded outputs: dense gradients by parameter name."""
+    """Σ Jᵀw by one backward pass from recorded outputs: dense gradients by parameter name."""
     gradients = torch.autograd.grad(
         outputs,
         list(leaves.values()),
-        cotangent.to(outputs.dtype),
+        [cotangent.to(z.dtype) for cotangent, z in zip(cotangents, outputs, strict=True)],
         materialize_grads=True,
         retain_graph=retain_graph,
     )
@@ -364,7 +373,7 @@ def slots_of(model: nn.Module) -> dict[str, str]:
     return slots
 
 
-def version_of(tensor: Tensor) -> int:
+def _version_of(tensor: Tensor) -> int:
     """The counter of in-place changes, −1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
@@ -373,6 +382,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def cast_all(tensors: Parameters, dtype: torch.dtype | None) -> Parameters:
-    """Tensors by name in a dtype; None leaves them as they are."""
-    return tensors if dtype is None else {n: _cast(t, dtype) for n, t in tensors.items()}
+def _cast_all(tensors: Parameters, dtype: torch.dtype) -> Parameters:
+    return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}

@@ -15,11 +15,9 @@ from torch.utils import checkpoint
 
 @contextlib.contextmanager
 def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> Iterator[None]:
-    """Attention by its definition, and no activation checkpointing.
+    """Attention by its definition unless ``fused``, and no activation checkpointing.
 
-    Args:
-        notes: receives a line if there was checkpointing.
-        fused: allow fused attention.
+    The notes receive a line if there was checkpointing.
 
     Forward-mode AD has no rule for fused attention, and the fast path of
     ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.

@@ -46,7 +46,6 @@ def outputs_of(raw: Any, output: Output = None) -> Tensor:
 
 
 def _described(raw: Any) -> str:
-    """A returned value in a few words."""
     if isinstance(raw, Mapping):
         return f"a {type(raw).__name__} with {', '.join(repr(key) for key in list(raw)[:8])}"
     if isinstance(raw, tuple | list):

@@ -5,25 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from operator import itemgetter
 
-import torch
-
 from ngeval.errors import ModelError
-from ngeval.model.checks import Inputs, check_finite, check_inputs, named_tensors
+from ngeval.model.checks import Inputs, named_tensors
 from ngeval.model.fsdp import reshard
-from ngeval.model.function import (
-    ModelFunction,
-    cast_all,
-    cast_inputs,
-    map_inputs,
-    slots_of,
-    version_of,
-)
+from ngeval.model.function import ModelFunction, slots_of
 
 
 def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
     """The same function on a different batch, at the weights that the model has now.
-
-    What was learned about the model (slots, roundings, modes of differentiation) is kept.
 
     Args:
         function: at earlier weights, on an earlier batch.
@@ -34,32 +23,13 @@ def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
             or it has NaN.
         InputError: see `ModelFunction.of`.
     """
-    check_inputs(inputs)
     if function.split:
         reshard(function.model)
     _check_same_parameters(function)
-    named, buffers = function.originals, dict(function.model.named_buffers())
-    trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
-    versions = {n: version_of(p) for n, p in named.items()}
-    moved = {
-        n: p
-        for n, p in named.items()
-        if versions[n] != function.versions.get(n) and n not in function.split
-    }
-    check_finite("parameter", {**moved, **trainable})
-    check_finite("buffer", buffers)
-    moved_function = replace(
-        function,
-        inputs=cast_inputs(map_inputs(inputs, torch.clone), function.cast),
-        parameters=cast_all(trainable, function.cast),
-        buffers=cast_all({n: b.detach().clone() for n, b in buffers.items()}, function.cast),
-        versions=versions,
-        notes=set(function.notes),
+    present = ModelFunction.of(
+        function.model, inputs, function.cast, function.output, function.shards, function.split
     )
-    if function.cast is None or not moved.keys() & function.frozen.keys():
-        return moved_function
-    frozen = {n: p.detach() for n, p in named.items() if not p.requires_grad}
-    return replace(moved_function, frozen=cast_all(frozen, function.cast))
+    return replace(present, notes=set(function.notes))
 
 
 def _check_same_parameters(function: ModelFunction) -> None:
@@ -68,14 +38,14 @@ def _check_same_parameters(function: ModelFunction) -> None:
     replaced = [n for n, p in function.originals.items() if named.get(n) is not p]
     replaced += [n for n in named if n not in function.originals]
     switched = [n for n, p in named.items() if p.requires_grad != (n in function.parameters)]
-    if not replaced and not switched and slots_of(function.model) == function.slots:
-        return
     if replaced:
         which = f"parameter {replaced[0]!r} is a different tensor"
     elif switched:
         which = f"parameter {switched[0]!r} has a different requires_grad"
-    else:
+    elif slots_of(function.model) != function.slots:
         which = "its parameters are tied differently"
+    else:
+        return
     raise ModelError(
         f"the model has changed since the first Problem was made: {which}; make a new Problem"
     )

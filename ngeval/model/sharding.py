@@ -1,7 +1,6 @@
 """The samples of one problem, in a single process or spread over the ranks of a process group.
 
-`Shards` is the interface and, at the same time, its implementation for a single process, where
-every method is a plain call. `GroupShards` implements it for one rank of a group.
+In a single process, every method of `Shards` is a plain call.
 
 What has one entry per output (outputs, residuals, the logit kernel, coefficients) is computed by
 every rank in full. What passes through the model or holds rows of a Jacobian is computed by each
@@ -16,14 +15,14 @@ caller who catches it and continues does so on all ranks.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ngeval import errors
 from ngeval.errors import EngineError, InputError, NgevalError
@@ -44,19 +43,28 @@ class RankMemoryError(EngineError, MemoryError):
 
 
 class Shards:
-    """The samples of a single process, which has all of them.
+    """The samples of one rank of a process group, or of a single process, which has all of them.
 
     Attributes:
+        group: the process group, None for a single process.
         size: the number of ranks.
         rank: the number of this one.
-        group: the process group, None for a single process.
         even: every rank needs the same number of samples.
     """
 
     size = 1
     rank = 0
-    group: ProcessGroup | None = None
     even = False
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group
+        self.out_of_step = False
+        if group is not None:
+            self.size = dist.get_world_size(group)
+            self.rank = dist.get_rank(group)
+            config = str(dist.get_backend_config(group))
+            self.on_cpu = "cpu:" in config and "cpu:nccl" not in config
+            self.on_cuda = "cuda:nccl" in config
 
     @property
     def alone(self) -> bool:
@@ -88,7 +96,7 @@ class Shards:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The entries of this rank's samples along the first dimension."""
-        return tensor
+        return tensor[self.local_slice(len(tensor))]
 
     def synchronized(self, action: Callable[[], T]) -> T:
         """Call something that may communicate with other ranks, or may fail on one of them.
@@ -96,7 +104,7 @@ class Shards:
         Raises:
             NgevalError: it failed on some rank; raised on all of them.
         """
-        return action()
+        return self._agree("synchronized", action)[0]
 
     def sum(self, compute: Callable[[], T]) -> T:
         """The sum over ranks of a newly computed tensor (or of several in a tuple, list or dict).
@@ -110,7 +118,10 @@ class Shards:
         Raises:
             NgevalError: it failed on some rank; raised on all of them.
         """
-        return compute()
+        if self.alone:
+            return compute()
+        result, _ = self._agree("sum", compute, lambda result: (_dtypes_and_shapes(result, 0), 0))
+        return cast(T, tree_map(self._sum, result))
 
     def concatenate(self, compute: Callable[[], T]) -> T:
         """The ranks' tensors concatenated along the first dimension, in order of samples.
@@ -121,87 +132,56 @@ class Shards:
         Raises:
             NgevalError: it failed on some rank; raised on all of them.
         """
-        return compute()
+        if self.alone:
+            return compute()
+        result, lengths = self._agree(
+            "concatenate",
+            compute,
+            lambda result: (_dtypes_and_shapes(result, 1), len(tree_leaves(result)[0])),
+        )
+        return cast(T, tree_map(lambda tensor: self._concatenate(tensor, lengths), result))
 
     def gather(self, value: V) -> list[V]:
         """A small picklable value of every rank, in their order."""
-        return [value]
+        return self._agree("gather", lambda: value, lambda shared: (None, shared))[1]
 
     def broadcast(self, value: V) -> V:
         """The first rank's value, for a decision that rounding could make differ between ranks."""
-        return value
-
-    def check_same(self, fingerprints: dict[str, int]) -> None:
-        """Check that all ranks were given the same things.
-
-        Args:
-            fingerprints: by the name of the thing, for the message.
-
-        Raises:
-            InputError: two ranks differ; raised on all ranks.
-        """
-
-
-SINGLE = Shards()
-"""A single process."""
-
-
-class GroupShards(Shards):
-    """The samples of one rank of a process group."""
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group: ProcessGroup = group
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        config = str(dist.get_backend_config(group))
-        self.on_cpu = "cpu:" in config and "cpu:nccl" not in config
-        self.on_cuda = "cuda:nccl" in config
-        self.out_of_step = False
-
-    def local(self, tensor: Tensor) -> Tensor:
-        return tensor[self.local_slice(len(tensor))]
-
-    def synchronized(self, action: Callable[[], T]) -> T:
-        return self._agree(action, lambda _: "synchronized")[0]
-
-    def sum(self, compute: Callable[[], T]) -> T:
-        result, _ = self._agree(compute, lambda result: ("sum", _dtypes_and_shapes(result, 0)))
-        leaves, spec = tree_flatten(result)
-        total: T = tree_unflatten([self._sum(leaf) for leaf in leaves], spec)
-        return total
-
-    def concatenate(self, compute: Callable[[], T]) -> T:
-        result, lengths = self._agree(
-            compute, lambda result: ("concatenate", _dtypes_and_shapes(result, 1))
-        )
-        leaves, spec = tree_flatten(result)
-        whole: T = tree_unflatten([self._concatenate(leaf, lengths) for leaf in leaves], spec)
-        return whole
-
-    def gather(self, value: V) -> list[V]:
-        self._agree(lambda: None, lambda _: "gather")
-        return self._gather_objects(value)
-
-    def broadcast(self, value: V) -> V:
         return self.gather(value)[0]
 
     def exchange(
-        self, sent: list[Tensor], destination: int, received: list[Tensor], source: int
-    ) -> None:
-        """Send tensors to one rank and fill others with those that another rank sends here."""
-        outgoing = [self._transferable(tensor.contiguous()) for tensor in sent]
-        incoming = [self._transferable(tensor) for tensor in received]
+        self,
+        pack: Callable[[], tuple[V, list[Tensor]]],
+        destination: int,
+        source: int,
+        device: torch.device,
+    ) -> tuple[V, list[Tensor]]:
+        """Send a picklable value and tensors to one rank, and receive those of a different one."""
+        (_, tensors), packed = self._agree(
+            "exchange",
+            pack,
+            lambda packed: (None, (packed[0], [(t.shape, t.dtype) for t in packed[1]])),
+        )
+        value, kinds = packed[source]
+        outgoing = [self._transferable(tensor.contiguous()) for tensor in tensors]
+        incoming = [
+            self._transferable(torch.empty(shape, dtype=dtype, device=device))
+            for shape, dtype in kinds
+        ]
         moves = [
             dist.P2POp(dist.isend, t, group=self.group, group_peer=destination) for t in outgoing
         ]
         moves += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=source) for t in incoming]
         for work in dist.batch_isend_irecv(moves) if moves else []:
             work.wait()
-        for tensor, buffer in zip(received, incoming, strict=True):
-            if buffer is not tensor:
-                tensor.copy_(buffer)
+        return value, [tensor.to(device) for tensor in incoming]
 
     def check_same(self, fingerprints: dict[str, int]) -> None:
+        """Check that all ranks were given the same things, with a fingerprint of each by name.
+
+        Raises:
+            InputError: two ranks differ; raised on all ranks.
+        """
         first, *others = self.gather(fingerprints)
         for rank, other in enumerate(others, 1):
             for name, fingerprint in first.items():
@@ -214,14 +194,19 @@ class GroupShards(Shards):
                     )
 
     def _agree(
-        self, action: Callable[[], T], signature: Callable[[T], object]
-    ) -> tuple[T, list[int]]:
-        """The result of an action that succeeded on all ranks, and its length on each of them.
+        self,
+        name: str,
+        action: Callable[[], T],
+        describe: Callable[[T], tuple[object, Any]] = lambda _: (None, None),
+    ) -> tuple[T, list[Any]]:
+        """The result of an action that succeeded on all ranks, and what each of them shares.
 
-        Args:
-            action: what may fail.
-            signature: of its result; equal on all ranks that compute the same thing.
+        ``describe`` gives what must be equal on all ranks that compute the same thing, and what to
+        share with the other ranks.
         """
+        if self.alone:
+            result = action()
+            return result, [describe(result)[1]]
         if self.out_of_step:
             raise EngineError(
                 "the ranks have lost step earlier (see the first error); start the group again"
@@ -230,22 +215,22 @@ class GroupShards(Shards):
             result = action()
         except Exception as error:  # any failure has to reach the other ranks
             if not _is_agreed(error):
-                self._report(error, 0, 0)
+                self._report(error)
             raise
-        first = next(iter(tree_flatten(result)[0]), None)
-        length = len(first) if isinstance(first, Tensor) and first.ndim else 0
-        return result, self._report(None, zlib.crc32(repr(signature(result)).encode()), length)
+        signature, shared = describe(result)
+        return result, self._report(None, (name, signature), shared)
 
-    def _report(self, error: Exception | None, signature: int, length: int) -> list[int]:
-        """Report this rank's outcome to all ranks; return the lengths of all if none failed."""
-        status = torch.tensor([int(error is not None), signature, length], dtype=torch.int64)
-        status = self._transferable(status)
-        gathered = [torch.empty_like(status) for _ in range(self.size)]
-        dist.all_gather(gathered, status, group=self.group)
-        failed, signatures, lengths = torch.stack(gathered).T.tolist()
+    def _report(
+        self, error: Exception | None, signature: object = None, shared: object = None
+    ) -> list[Any]:
+        """Report this rank's outcome to all ranks; return what all share if none failed."""
+        reports: list[Any] = [None] * self.size
+        report = (_described(error), signature, shared)
+        dist.all_gather_object(reports, report, group=self.group)
+        failed, signatures, values = zip(*reports, strict=True)
         if any(failed):
-            raise _agreed_error(self._gather_objects(_described(error)), self.size) from error
-        if len(set(signatures)) > 1:
+            raise _agreed_error(failed, self.size) from error
+        if any(other != signatures[0] for other in signatures):
             self.out_of_step = True
             raise _marked(
                 EngineError(
@@ -253,12 +238,7 @@ class GroupShards(Shards):
                     "same, in the same order, on the same kind of machine"
                 )
             )
-        return list(lengths)
-
-    def _gather_objects(self, value: V) -> list[V]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return list(values)
 
     def _transferable(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy of it on a device from which the group's backend can send."""
@@ -281,16 +261,18 @@ class GroupShards(Shards):
 
     def _concatenate(self, tensor: Tensor, lengths: list[int]) -> Tensor:
         whole = tensor.new_empty(sum(lengths), *tensor.shape[1:])
+        whole[sum(lengths[: self.rank]) :][: len(tensor)] = tensor
         for rank, part in enumerate(whole.split(lengths)):
-            if part.numel() == 0:
-                continue
-            if rank == self.rank:
-                part.copy_(tensor)
-            buffer = self._transferable(part)
-            dist.broadcast(buffer, group=self.group, group_src=rank)
-            if buffer is not part:
-                part.copy_(buffer)
+            if part.numel():
+                buffer = self._transferable(part)
+                dist.broadcast(buffer, group=self.group, group_src=rank)
+                if buffer is not part:
+                    part.copy_(buffer)
         return whole
+
+
+SINGLE = Shards()
+"""A single process."""
 
 
 def shards_of(group: object) -> Shards:
@@ -305,7 +287,7 @@ def shards_of(group: object) -> Shards:
     if group is None:
         return SINGLE
     if dist.is_available() and isinstance(group, ProcessGroup):
-        return GroupShards(group) if dist.get_world_size(group) > 1 else SINGLE
+        return Shards(group) if dist.get_world_size(group) > 1 else SINGLE
     raise InputError(
         f"group is {group!r}; give a torch.distributed process group that this process is in "
         "(torch.distributed.group.WORLD after init_process_group), or None"
@@ -334,33 +316,30 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 def _dtypes_and_shapes(result: object, leading: int) -> list[object]:
     """Of the tensors in a result, without their leading dimensions."""
-    return [(str(leaf.dtype), tuple(leaf.shape[leading:])) for leaf in tree_flatten(result)[0]]
+    return [(str(leaf.dtype), tuple(leaf.shape[leading:])) for leaf in tree_leaves(result)]
 
 
-def _described(error: Exception | None) -> tuple[str, str] | None:
-    """An error's kind (the name of an ngeval error, ``"memory"`` or ``""``) and its message."""
+def _described(error: Exception | None) -> tuple[type[Exception], str] | None:
+    """An error's class, one that every rank can make from a message, and its message."""
     if error is None:
         return None
     if is_out_of_memory(error):
         line = str(error).partition("\n")[0][:100]
-        return "memory", line if OUT_OF_MEMORY in line else f"{OUT_OF_MEMORY} ({line})"
+        text = line if OUT_OF_MEMORY in line else f"{OUT_OF_MEMORY} ({line})"
+        return RankMemoryError, text
     if isinstance(error, NgevalError):
-        known = (kind.__name__ for kind in type(error).__mro__)
-        return next(name for name in known if hasattr(errors, name)), str(error)
-    return "", f"{type(error).__name__}: {error}"
+        return next(k for k in type(error).__mro__ if hasattr(errors, k.__name__)), str(error)
+    return EngineError, f"{type(error).__name__}: {error}"
 
 
-def _agreed_error(described: list[tuple[str, str] | None], size: int) -> Exception:
+def _agreed_error(described: Sequence[tuple[type[Exception], str] | None], size: int) -> Exception:
     """One error for all ranks: of the common class of those raised, with the first message."""
     failed = [(rank, *error) for rank, error in enumerate(described) if error is not None]
     kinds, texts = {kind for _, kind, _ in failed}, {text for _, _, text in failed}
     rank, kind, text = failed[0]
     if len(failed) < size or len(texts) > 1:
         text = f"rank {rank} of {size}: {text}"
-    if kinds == {"memory"}:
-        return _marked(RankMemoryError(text))
-    known: type[Exception] = getattr(errors, kind, EngineError) if len(kinds) == 1 else EngineError
-    return _marked(known(text))
+    return _marked(kind(text) if len(kinds) == 1 else EngineError(text))
 
 
 def _marked(error: Exception) -> Exception:

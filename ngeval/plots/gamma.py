@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,10 @@ from matplotlib.figure import Figure
 
 from ngeval.analysis.best_damping import smallest_positive
 from ngeval.analysis.intervals import geometric_means
-from ngeval.analysis.stages import checkpoint_labels
+from ngeval.analysis.stages import checkpoint_labels, evenly
 from ngeval.analysis.summary import with_natural
 from ngeval.analysis.tables import graded, name_in, numbers, require
 from ngeval.errors import InputError
-from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
@@ -23,6 +23,7 @@ from ngeval.plots.style import (
     label_outer,
     legend_below,
     legend_under,
+    line_with_band,
     own_axes,
     panels,
     stage_axis,
@@ -34,6 +35,9 @@ from ngeval.plots.ticks import log_scale, number_text
 
 MAX_STAGES = 4
 """Panels of `damping_figure`, unless the checkpoints are chosen."""
+
+FLOOR: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 0.9, "label": "floor"}
+"""The line of the floor, which no update is below."""
 
 
 def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | None = None) -> Axes:
@@ -74,12 +78,40 @@ def draw_stages(
         labels: names of methods for the legend, if not their own.
     """
     staged = with_stage(rows)
-    for method, part in _by_method(geometric_means(staged, ["x", "method"], "gamma_over_sgd")):
-        label = (labels or {}).get(method) or name_text(method)
-        line_with_band(axes, part, "x", styles[method], label)
-    _ratio_axis(axes)
+    means = geometric_means(staged, ["x", "method"], "gamma_over_sgd")
+    draw_ratios(axes, means, "x", styles, labels)
     stage_axis(axes, staged)
     return axes
+
+
+def draw_ratios(
+    axes: Axes,
+    means: pd.DataFrame,
+    x: str,
+    styles: dict[str, tuple[str, str, str]],
+    labels: Mapping[str, str] | None = None,
+    *,
+    bands: bool = True,
+) -> None:
+    """The line of each method, with its band, and SGD's at 1.
+
+    Args:
+        axes: where to draw.
+        means: ``method, mean, low, high`` and the column of the horizontal axis.
+        x: that column.
+        styles: of each method; see `styles_of`.
+        labels: names of methods for the legend, if not their own.
+        bands: whether to draw the intervals.
+    """
+    others = means[means["method"] != "sgd"]
+    for method, part in others.groupby(others["method"].astype(str), sort=False):
+        label = (labels or {}).get(method) or name_text(method)
+        # Lines over λ have many points; a line through one point would not be visible.
+        markers = x != "damping" or len(part) == 1
+        line_with_band(axes, part, x, styles[method], label, markers=markers, band=bands)
+    axes.axhline(1, color="black", linewidth=0.9, label="sgd")
+    log_scale(axes, "y")
+    axes.set_ylabel("γ relative to SGD\n(lower: closer to NG)")
 
 
 def plot_damping(
@@ -111,13 +143,9 @@ def plot_damping(
     floor = geometric_means(rows.assign(floor=floors), keys, "floor", resamples=0)["mean"].median()
     styles = styles_of(rows)
     with own_axes(ax, (COLUMN, 2.9)) as axes:
-        for method, part in _by_method(geometric_means(rows, keys, "gamma_over_sgd")):
-            single = len(part) == 1  # a line through one point would not be visible
-            line_with_band(axes, part, "damping", styles[method], name_text(method), markers=single)
-        axes.axhline(floor, color="#555555", linestyle="--", linewidth=0.9, label="floor")
-        log_scale(axes, "x")
-        _ratio_axis(axes)
-        axes.set_xlabel(f"damping λ ({scale_of(table)})")
+        draw_ratios(axes, geometric_means(rows, keys, "gamma_over_sgd"), "damping", styles)
+        axes.axhline(floor, **FLOOR)
+        damping_axis(axes, table)
         legend_under(axes)
     return axes
 
@@ -136,9 +164,8 @@ def damping_figure(
     names: list[str | None] = [*labels] or [None]
     if checkpoints is not None:
         names = list(checkpoints)
-    elif len(names) > MAX_STAGES:
-        last = MAX_STAGES - 1
-        names = [names[round(i * (len(names) - 1) / last)] for i in range(MAX_STAGES)]
+    else:
+        names = [names[place] for place in evenly(len(names), MAX_STAGES)]
     with in_style():
         figure, grid = panels(len(names), width, 2.1, sharex=True, sharey=True)
         for ax, name in zip(grid, names, strict=True):
@@ -189,18 +216,12 @@ def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame
     return table[np.isclose(table["damping"], value, rtol=1e-6, atol=0)], value
 
 
+def damping_axis(axes: Axes, table: pd.DataFrame) -> None:
+    """The logarithmic axis of λ."""
+    log_scale(axes, "x")
+    axes.set_xlabel(f"damping λ ({scale_of(table)})")
+
+
 def scale_of(table: pd.DataFrame) -> str:
     """The damping scale: what λ multiplies."""
     return name_text(table["damping_scale"].iloc[0]) if "damping_scale" in table else "absolute"
-
-
-def _by_method(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The means of each method in the order of the table; SGD is the line at 1."""
-    parts = means.groupby("method", sort=False)
-    return ((str(method), part) for method, part in parts if method != "sgd")
-
-
-def _ratio_axis(axes: Axes) -> None:
-    axes.axhline(1, color="black", linewidth=0.9, label="sgd")
-    log_scale(axes, "y")
-    axes.set_ylabel("γ relative to SGD\n(lower: closer to NG)")

@@ -14,12 +14,12 @@ from matplotlib.mlab import GaussianKDE
 from ngeval.analysis.norms import imbalance_means
 from ngeval.analysis.tables import numbers, require
 from ngeval.errors import InputError
-from ngeval.plots.means import line_with_band
 from ngeval.plots.style import (
     COLUMN,
     in_style,
     legend_below,
     legend_under,
+    line_with_band,
     own_axes,
     stage_axis,
     with_stage,

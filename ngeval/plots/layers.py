@@ -38,10 +38,11 @@ from ngeval.plots.ticks import number_text
 MAX_LAYERS = 24
 """Bars in a picture; the last one is the rest."""
 
-_BARS = (  # the shares, side by side
-    ("decrease_share", "#0072B2", "loss bought (of dᵀg)"),
-    ("curvature_share", "#E69F00", "KL spent (of dᵀFd)"),
-)
+BARS = {
+    "decrease_share": ("#0072B2", "loss bought (of dᵀg)", -0.2),
+    "curvature_share": ("#E69F00", "KL spent (of dᵀFd)", 0.2),
+}
+"""The shares: colour, name and place beside the other one."""
 
 
 def plot_layers(
@@ -74,20 +75,25 @@ def plot_layers(
     method = name_in(summary, "method", method)
     rows = summary[summary["method"] == method]
     rows = with_rest(rows, leading_layers(rows, MAX_LAYERS) if layers is None else layers)
-    with own_axes(ax, (COLUMN, _height(len(rows)) + 0.3)) as axes:
-        places = np.arange(len(rows))
-        for offset, (column, colour, label) in zip((-0.2, 0.2), _BARS, strict=True):
-            axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
-        axes.axvline(0, color="black", linewidth=0.8)
-        _write_ratios(axes, places, rows["gamma_over_best"])
-        axes.set_yticks(places, [name_text(name) for name in rows["layer"]])
-        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer at the top
-        axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("share of the whole update")
+    with own_axes(ax, (COLUMN, panel_height(len(rows)) + 0.3)) as axes:
+        draw_layers(axes, rows)
+        _write_ratios(axes, rows["gamma_over_best"])
         axes.set_title(f"{name_text(method)}: γ = {rows['gamma_total'].iloc[0]:.3g}")
         legend_under(axes, 2)
     return axes
+
+
+def draw_layers(axes: Axes, rows: pd.DataFrame) -> None:
+    """Two bars for each row with a ``layer`` and its two shares, the first one at the top."""
+    places = np.arange(len(rows))
+    for column, (colour, label, offset) in BARS.items():
+        axes.barh(places + offset, rows[column], 0.4, color=colour, label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(places, [name_text(name) for name in rows["layer"]])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("share of the whole update")
 
 
 def layers_figure(
@@ -111,7 +117,7 @@ def layers_figure(
     shown = len(layers) + (summary["layer"].nunique() > len(layers))
     with in_style():
         figure, grid = panels(
-            len(names), width, _height(shown), least=2.2, sharex=True, sharey=True
+            len(names), width, panel_height(shown), least=2.2, sharex=True, sharey=True
         )
         for axes, method in zip(grid, names, strict=True):
             plot_layers(
@@ -156,18 +162,18 @@ def _finite(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**ratios, method=rows["method"].fillna("").astype(str))
 
 
-def _write_ratios(axes: Axes, places: np.ndarray, ratios: pd.Series[float]) -> None:
+def _write_ratios(axes: Axes, ratios: pd.Series[float]) -> None:
     """Write γ(d_l) over the least γ of its layer at the right of each pair of bars."""
     if ratios.isna().all():
         return
     right = axes.get_yaxis_transform()
     style: dict[str, Any] = {"transform": right, "va": "center", "ha": "left", "fontsize": 6.5}
-    for place, ratio in zip(places, ratios, strict=True):
+    for place, ratio in enumerate(ratios):
         if np.isfinite(ratio):
             axes.text(1.01, place, f"{ratio:.3g}×", **style)
     axes.text(1.01, -0.75, "γ/best", **style)
 
 
-def _height(bars: int) -> float:
+def panel_height(bars: int) -> float:
     """Of a panel, in inches."""
     return 0.6 + 0.21 * bars

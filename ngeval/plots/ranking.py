@@ -107,31 +107,46 @@ def plot_ranking(
     stages = list(dict.fromkeys(ranked["checkpoint"]))
     last = ranked[ranked["checkpoint"] == stages[-1]]
     methods = list(last["method"])
-    with own_axes(ax, (COLUMN, _height(len(methods)))) as axes:
+    with own_axes(ax, (COLUMN, ranking_height(len(methods)))) as axes:
         for index, name in enumerate(stages):
             rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
             style = _STAGE_STYLES[(index - len(stages)) % len(_STAGE_STYLES)]
             label = f"{rows['stage_name'].dropna().iloc[0]}: {name_text(labels[str(name)])}"
             offset = 0.22 * (index - (len(stages) - 1) / 2)
-            _draw_stage(axes, rows, np.arange(len(methods)) + offset, style, label)
-        axes.set_yticks(np.arange(len(methods)), [name_text(method, SIDE) for method in methods])
-        axes.set_ylim(len(methods) - 0.4, -0.6)
+            values = rows[[f"gamma_over_ng{end}" for end in ("", "_low", "_high")]]
+            draw_points(axes, values, np.arange(len(methods)) + offset, style, label)
         axes.axvline(1, color="#CC79A7", linewidth=1)
-        log_scale(axes, "x")
+        method_axis(axes, methods)
         axes.set_xlabel("γ/γ_min at the best λ (1: exact NG)")
         legend_under(axes, 2)
     return axes
 
 
-def _draw_stage(
-    axes: Axes, rows: pd.DataFrame, places: np.ndarray, style: tuple[str, str], label: str
+def method_axis(axes: Axes, methods: Sequence[str]) -> None:
+    """A line for each method, the first one at the top, and a logarithmic axis of values."""
+    axes.set_yticks(np.arange(len(methods)), [name_text(method, SIDE) for method in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    log_scale(axes, "x")
+
+
+def draw_points(
+    axes: Axes,
+    values: pd.DataFrame,
+    places: Sequence[float] | np.ndarray,
+    style: tuple[str, str],
+    label: str = "",
 ) -> None:
-    """A point with its interval for each method at one checkpoint."""
-    value = rows["gamma_over_ng"].to_numpy(dtype=float)
-    ends = [
-        np.nan_to_num(np.abs(rows[f"gamma_over_ng{end}"].to_numpy(dtype=float) - value))
-        for end in ("_low", "_high")
-    ]
+    """A point with its interval in each line.
+
+    Args:
+        axes: where to draw.
+        values: three columns: the value, and the ends of its interval.
+        places: of the lines.
+        style: colour and marker.
+        label: for the legend.
+    """
+    value, low, high = values.to_numpy(dtype=float).T
+    ends = [np.nan_to_num(np.abs(end - value)) for end in (low, high)]
     colour, marker = style
     axes.errorbar(
         value,
@@ -155,13 +170,15 @@ def ranking_figure(
     """`plot_ranking` as a whole figure, as wide as a column or as given in inches."""
     count = table["method"].nunique() if "method" in table else 1
     with in_style():
-        figure, axes = plt.subplots(figsize=(width or COLUMN, _height(count)), layout="constrained")
+        figure, axes = plt.subplots(
+            figsize=(width or COLUMN, ranking_height(count)), layout="constrained"
+        )
         plot_ranking(table, checkpoints, axes)
         without_legend(axes)
         legend_below(axes)  # which may be as wide as the figure
     return figure
 
 
-def _height(methods: int) -> float:
+def ranking_height(methods: int) -> float:
     """Of a picture, in inches."""
     return 0.9 + 0.19 * methods

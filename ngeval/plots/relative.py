@@ -9,9 +9,8 @@ from ngeval.analysis.intervals import geometric_means
 from ngeval.analysis.tables import name_in
 from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, scale_of, usable
-from ngeval.plots.means import line_with_band
 from ngeval.plots.names import name_text
-from ngeval.plots.style import COLUMN, own_axes, stage_axis, styles_of, with_stage
+from ngeval.plots.style import COLUMN, line_with_band, own_axes, stage_axis, styles_of, with_stage
 from ngeval.plots.ticks import log_scale, number_text
 
 

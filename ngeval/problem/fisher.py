@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngeval.errors import EngineError, InputError
 from ngeval.jacobians import squared_column_sums
-from ngeval.model.tangents import push_directions, slices
+from ngeval.model.directions import push_directions, slices
 from ngeval.problem.linearized import Linearized, Sizes
 from ngeval.utils.text import describe_bytes
 

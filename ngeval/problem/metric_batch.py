@@ -18,9 +18,9 @@ from torch import Tensor
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
 from ngeval.model.checks import Inputs, check_inputs, named_tensors
+from ngeval.model.directions import chunk_sizes, push_directions, slices
 from ngeval.model.function import ModelFunction, cast_inputs, map_inputs, model_errors
 from ngeval.model.sharding import PRIME, fingerprint
-from ngeval.model.tangents import chunk_sizes, push_directions, slices
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import halving
 

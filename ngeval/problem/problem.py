@@ -188,14 +188,6 @@ class Problem(Linearized):
         planned = by_known_plan(self._chain, self, function, targets)
         problem = Problem.__new__(Problem)
         if planned is None:
-            function = ModelFunction.of(
-                function.model,
-                inputs,
-                function.cast,
-                function.output,
-                function.shards,
-                function.split,
-            )
             problem._set_up(function, targets, self.likelihood, self._chain, self.rows.memory)
             return problem
         rows, raw, recorded = planned

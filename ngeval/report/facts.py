@@ -57,15 +57,7 @@ MAX_MEMORY = 2**60
 
 @dataclass(frozen=True)
 class Trouble:
-    """Rows with the same reason.
-
-    Attributes:
-        task: theirs.
-        status: of them, as ``failed``, or ``ok`` for remarks.
-        reason: why, as the row says.
-        count: of rows.
-        where: which methods, λ and checkpoints.
-    """
+    """Rows of a task with the same status and reason: how many, and of which methods, λ, …."""
 
     task: str
     status: str

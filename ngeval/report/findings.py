@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 
+from ngeval.analysis.best_damping import smallest_positive
+from ngeval.analysis.norms import imbalance_means, imbalances
+from ngeval.analysis.stages import in_order
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
-from ngeval.report.other_findings import (
-    FEW,
-    imbalance_findings,
-    imbalance_with_ef,
-    layer_findings,
-)
 from ngeval.report.sources import Topic
-from ngeval.report.summaries import Grades, grades, paired
+from ngeval.report.summaries import Grades, grades, layer_means, paired
 from ngeval.report.wording import (
     above_one,
     below_one,
@@ -30,6 +28,9 @@ from ngeval.report.wording import (
     value_text,
     with_interval,
 )
+
+FEW = 5
+"""Batches below which a bootstrap interval is too narrow to rely on."""
 
 MAX_NAMED = 6
 """Methods that a sentence names with their numbers."""
@@ -52,11 +53,11 @@ def findings(topic: Topic, short: Grades | None = None) -> list[str]:
         sentences += _gammas(short, labels) if short else ["No row could be computed."]
     if SAMPLES in topic.tables and (short or GAMMAS not in topic.tables):
         samples = topic.tables[SAMPLES]
-        sentences += imbalance_findings(samples, labels)
-        sentences += imbalance_with_ef(short, samples) if short else []
+        sentences += _imbalance_findings(samples, labels)
+        sentences += _imbalance_with_ef(short, samples) if short else []
     sentences += _bounds(short, labels) if short else []
     if LAYERS in topic.tables:
-        sentences += layer_findings(topic.tables[LAYERS], labels)
+        sentences += _layer_findings(topic.tables[LAYERS], labels)
     return sentences
 
 
@@ -69,7 +70,7 @@ def _gammas(short: Grades, labels: dict[str, str]) -> Iterator[str]:
         where = f"λ = {damping_text(damping)} and {labels[last]}"
         yield _headline(part, where)
         yield _verdicts(part, where)
-    yield from _caution(short, last)
+    yield from _caution(short)
     yield from _nearest(short, labels[last])
     yield from _over_training(short, labels)
     yield from _ranges(short, labels[last])
@@ -123,27 +124,25 @@ def _verdicts(part: pd.DataFrame, where: str) -> str:
     return f"At {where}, {'; '.join(verdicts)}."
 
 
-def _caution(short: Grades, checkpoint: str) -> Iterator[str]:
+def _caution(short: Grades) -> Iterator[str]:
     """Which intervals rest on few batches: all of them, or those of some methods."""
     summary = short.summary[short.summary["method"] != "sgd"]
     known = summary[summary["batches"] > 1]
     few = known[known["batches"] < FEW]
     if few.empty:
         return
-    which = "intervals"
-    if len(few) < len(known):
-        names = list(dict.fromkeys(few["method"]))
-        shown = [method_text(name) for name in names[:MAX_NAMED]]
-        rest = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
-        elsewhere = known["method"].isin(names) & (known["batches"] >= FEW)
-        where = " at some checkpoints and λ" if elsewhere.any() else ""
-        if where and (few["checkpoint"] == checkpoint).all():
-            where = " at the last checkpoint"
-        which = f"intervals of {listed([*shown, *rest])}{where}"
+    names = [method_text(name) for name in few["method"].unique()]
+    of = "" if len(few) == len(known) else f" of {listed(_some(names))}"
     yield (
-        f"Caution: {which} over {_batches(few)} are too narrow, and say little more than the range "
-        f"of the batches; grade {FEW} or more."
+        f"Caution: intervals{of} over {_batches(few)} are too narrow, and say little more than the "
+        f"range of the batches; grade {FEW} or more."
     )
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - MAX_NAMED
+    return [*names[:MAX_NAMED], *([f"{rest} more"] if rest > 0 else [])]
 
 
 def _nearest(short: Grades, label: str) -> Iterator[str]:
@@ -221,22 +220,13 @@ def _ranges(short: Grades, label: str) -> Iterator[str]:
     dampings = last["damping"].unique()
     if len(dampings) < 3:
         return
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for method in _in_order([name for name in short.methods if name not in short.free]):
         rows = last[(last["method"] == method) & last["high"].notna()]
-        if rows.empty:
-            continue
-        below = np.flatnonzero(below_one(rows["high"]))
-        where = _places(rows["damping"].tolist(), below)
-        if len(rows) < len(dampings):
-            where += f" of the {len(rows)} that it has an interval for"
-        means = 0 if len(below) else int(below_one(rows["ratio"]).sum())
-        groups.setdefault((where, means), []).append(method_text(method))
+        if len(rows):
+            groups.setdefault(_range(rows, len(dampings)), []).append(method_text(method))
     if groups:
-        ranges = "; ".join(
-            f"{listed(names)} {where}{_by_mean(len(names), means)}"
-            for (where, means), names in groups.items()
-        )
+        ranges = "; ".join(f"{listed(names)} {where}" for where, names in groups.items())
         ends = f"{damping_text(dampings[0])} to {damping_text(dampings[-1])}"
         yield (
             f"Surely below SGD (95 % interval below 1) at {label}, of the {len(dampings)} λ from "
@@ -244,27 +234,16 @@ def _ranges(short: Grades, label: str) -> Iterator[str]:
         )
 
 
-def _by_mean(methods: int, means: int) -> str:
-    """At how many λ the mean alone is below 1, of one or of several methods."""
-    if not means:
-        return ""
-    return f", its mean at {means}" if methods == 1 else f", their means at {means} each"
-
-
-def _places(dampings: Sequence[float], places: np.ndarray) -> str:
-    """Some of the λ in words."""
-    if not len(places):
-        return "at none"
-    if len(places) == len(dampings):
+def _range(rows: pd.DataFrame, count: int) -> str:
+    """Where a method is below SGD, of as many λ as there are."""
+    below = rows.loc[below_one(rows["high"]), "damping"]
+    if below.empty:
+        means = int(below_one(rows["ratio"]).sum())
+        return "at none" + (f", by the mean at {means}" if means else "")
+    if len(below) == count:
         return "at all"
-    first, last = (damping_text(float(dampings[place])) for place in (places[0], places[-1]))
-    if len(places) < places[-1] - places[0] + 1:
-        return f"at {len(places)} of them between {first} and {last}"
-    if places[0] == 0:
-        return f"up to {last}"
-    if places[-1] == len(dampings) - 1:
-        return f"from {first} on"
-    return f"at {first}" if len(places) == 1 else f"from {first} to {last}"
+    ends = f"{damping_text(below.iloc[0])} to {damping_text(below.iloc[-1])}"
+    return f"at {len(below)} from {ends}"
 
 
 def _at_an_end(short: Grades, label: str) -> Iterator[str]:
@@ -302,3 +281,88 @@ def _bounds(short: Grades, labels: dict[str, str]) -> Iterator[str]:
     if gap < 1.005:
         relation = "which is the closed-form floor to within 0.5 %"
     yield f"No update can be below γ_min, {number(least)} × SGD at {label}, {relation}."
+
+
+def _imbalance_findings(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
+    """Largest over smallest gradient norm, at the first and the last checkpoint."""
+    samples = in_order(samples)
+    means, batches = imbalance_means(samples), imbalances(samples)
+    # Batches with an invalid norm, and batches with a norm of 0 (0/0 where all are).
+    invalid = int((batches["count"] < batches["size"]).sum())
+    infinite = int((~np.isfinite(batches["imbalance"])).sum()) - invalid
+    if means.empty and infinite == len(batches):
+        yield "Every batch has a sample with no gradient, so the imbalance of norms is infinite."
+        return
+    if means.empty:
+        yield "No batch has a finite imbalance of norms."
+    else:
+        yield _imbalance_means(means, labels)
+    if infinite:
+        hold = "One batch holds" if infinite == 1 else f"{infinite} batches hold"
+        yield f"{hold} a sample without a gradient, whose imbalance is not counted."
+    if invalid:
+        hold = "One batch holds" if invalid == 1 else f"{invalid} batches hold"
+        yield (
+            f"{hold} a sample with an invalid norm (NaN, infinite or negative), and is not "
+            "counted; see the warnings."
+        )
+
+
+def _imbalance_means(means: pd.DataFrame, labels: dict[str, str]) -> str:
+    values = [
+        with_interval(row["mean"], row["low"], row["high"])
+        + f" × the smallest at {labels[row['checkpoint']]}"
+        for row in means.iloc[[0, -1] if len(means) > 1 else [0]].to_dict("records")
+    ]
+    over = counted(int(means["count"].min()), int(means["count"].max()), "batch", "batches")
+    is_narrow = means["count"].between(2, FEW - 1).any()
+    caution = ", too few to rely on the interval" if is_narrow else ""
+    return (
+        f"The largest per-sample gradient norm of a batch is {' and '.join(values)} (geometric "
+        f"{'mean' if len(values) == 1 else 'means'} over {over}{caution})."
+    )
+
+
+def _imbalance_with_ef(short: Grades, samples: pd.DataFrame) -> Iterator[str]:
+    """Whether EF's ratio goes with the imbalance, over checkpoints."""
+    means = imbalance_means(samples).rename(columns={"mean": "imbalance"})
+    ef = short.summary[
+        (short.summary["method"] == "ef") & (short.summary["damping"] == short.smallest)
+    ]
+    both = ef[["checkpoint", "ratio"]].merge(means[["checkpoint", "imbalance"]])
+    if len(both) < FEW or both[["ratio", "imbalance"]].nunique().min() < 2:
+        return
+    # Through the package: scipy.stats takes a second to import.
+    rank = float(scipy.stats.spearmanr(both["ratio"], both["imbalance"]).statistic)
+    if math.isnan(rank):
+        return
+    trend = "grows with the imbalance" if rank > 0.5 else "does not simply go with the imbalance"
+    yield (
+        f"EF's γ over SGD's {trend}: Spearman's ρ is {rank:.2f} over the {len(both)} checkpoints "
+        f"at λ = {damping_text(short.smallest)} (checkpoints of one run are not independent)."
+    )
+
+
+def _layer_findings(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[str]:
+    """The layer of each update that spends most above what it buys."""
+    summary = layer_means(table)
+    if summary is None:
+        yield "No layer could be graded."
+        return
+    last = summary[summary["checkpoint"] == summary["checkpoint"].iloc[-1]]
+    last = last[last["damping"] == smallest_positive(last["damping"])]
+    worst = last.loc[last.groupby("method", sort=False)["excess"].idxmax()]
+    losses = [
+        f"{method_text(row['method'])} in layer {row['layer']} ({_percent(row['curvature_share'])} "
+        f"of its KL for {_percent(row['decrease_share'])} of the loss it buys)"
+        for row in worst.nlargest(3, "excess").to_dict("records")
+        if row["excess"] > 0.005
+    ]
+    if losses:
+        checkpoint, damping = last[["checkpoint", "damping"]].to_numpy()[0]
+        where = f"{labels[checkpoint]}, λ = {damping_text(damping)}"
+        yield f"Updates lose most at {where}: {'; '.join(losses)}."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

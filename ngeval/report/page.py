@@ -6,56 +6,42 @@ import base64
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
 from itertools import count
-from typing import Any
+from typing import NamedTuple
 
 import jinja2
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.errors import InputError
-from ngeval.report.charts import gamma_charts, layer_charts, sample_charts
-from ngeval.report.colours import DARK
+from ngeval.report.charts import Chart, gamma_charts, layer_charts, sample_charts
 from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import Grades, grades
-from ngeval.report.tables import Table, gamma_table
-from ngeval.report.traces import Chart
+from ngeval.report.tables import HEADS, Table, gamma_table
 from ngeval.utils.text import encodable
 
 MAX_CELLS = 4_000_000
 """Values of a table that is put into the page; of a larger one only the means are."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A task as the page shows it: a name and what follows in each part of the page."""
 
     name: str
     facts: list[tuple[str, str]]
     findings: list[str]
     charts: dict[str, Chart]
-    tables: list[Table]
+    table: Table | None
 
 
-@dataclass(frozen=True)
-class Download:
-    """Rows to save from the page.
-
-    Attributes:
-        name: of the file that the browser writes.
-        original: the file that they come from.
-        content: CSV, gzip, base64.
-        note: a few words on what is in it.
-    """
+class Download(NamedTuple):
+    """Rows to save from the page, packed: the file's name, the original's, what is in it."""
 
     name: str
     original: str
@@ -82,15 +68,14 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     }
     ids = count(1)
     sections = [_section(topic, shorts[topic.name], ids) for topic in tasks]
-    charts = {key: chart for section in sections for key, chart in section.charts.items()}
     reasons = [trouble for topic in tasks for trouble in troubles(topic)]
     notes = [note for source in sources for note in source.notes]
     notes += [note for topic in tasks for note in topic.notes]
-    scripts = {"plotly": get_plotlyjs() if charts else "", "local": _file("report.js")}
+    script = _file("report.js")
     page = _template().render(
         title=title or "ngeval: " + ", ".join(topic.name for topic in tasks),
-        dark=DARK,
         sections=sections,
+        heads=HEADS,
         several=len(sections) > 1,
         conventions=CONVENTIONS if any(shorts.values()) else (),
         runs=[(source.shown, run_facts(source)) for source in sources],
@@ -98,41 +83,28 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         notes=list(dict.fromkeys(notes)),
         remarks=[trouble for trouble in reasons if trouble.status == "ok"],
         downloads=[_download(source, shorts, tasks) for source in sources],
-        data=json_text({key: chart.payload() for key, chart in charts.items()}),
         css=_file("report.css"),
-        scripts=scripts,
-        policy=_policy(scripts),
+        script=script,
+        policy=_policy(script),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("ngeval"),
     )
     return encodable(page)  # a name may hold bytes that no encoding has
 
 
-def json_text(value: Any) -> str:
-    r"""JSON that may stand in a script element: nothing in it ends the element or begins a new one.
-
-    >>> print(json_text("</script>"))
-    "\u003c/script\u003e"
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
 def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
     charts: list[Chart] = []
-    tables: list[Table] = []
+    table = None
     labels = topic.labels
     if short is not None:
         charts += gamma_charts(short, labels)
-        tables.append(gamma_table(short, labels))
+        table = gamma_table(short, labels)
     if SAMPLES in topic.tables:
         charts += sample_charts(topic.tables[SAMPLES], labels)
     if LAYERS in topic.tables:
         charts += layer_charts(topic.tables[LAYERS], labels)
     by_id = {f"chart-{next(ids)}": chart for chart in charts}
-    return Section(topic.name, facts(topic), findings(topic, short), by_id, tables)
+    return Section(topic.name, facts(topic), findings(topic, short), by_id, table)
 
 
 def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[Topic]) -> Download:
@@ -154,21 +126,21 @@ def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[
         table = pd.concat(parts)
     text = io.BytesIO()
     table.to_csv(text, index=False, encoding="utf-8", errors="replace")
-    packed = gzip.compress(text.getvalue(), compresslevel=6, mtime=0)
-    return Download(name, source.shown, base64.b64encode(packed).decode("ascii"), note)
+    return Download(name, source.shown, packed(text.getvalue()), note)
 
 
-def _policy(scripts: dict[str, str]) -> str:
-    """A Content-Security-Policy: these scripts and no others, no network."""
-    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values() if text)
+def packed(content: bytes) -> str:
+    """Content that only the page's script reads: gzip, base64."""
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii")
+
+
+def _policy(script: str) -> str:
+    """A Content-Security-Policy: this script and no other, no network."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def _file(name: str) -> str:
@@ -179,4 +151,5 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["packed"] = lambda text: packed(encodable(text).encode())
     return environment.from_string(_file("report.html"))

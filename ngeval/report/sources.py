@@ -26,9 +26,6 @@ from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
 from ngeval.utils.text import encodable
 
-REPEATABLE = {GAMMAS: ("gamma", "gamma_over_sgd")}
-"""Kinds of which two files may hold the same row, and the numbers that must then agree."""
-
 ROUNDING = 1e-6
 """Relative difference of γ that the order of sums may make from one command to the next."""
 
@@ -200,8 +197,9 @@ def _add(task_runs: list[_Run], run: _Run, kind: str) -> None:
     """Join rows to those of the same run in other files, or add a run."""
     for other in task_runs:
         same_file = run.sources[0] in other.sources  # whose runs differ
-        if not same_file and _is_one_run(other.rows, run.rows, kind):
-            other.rows = _joined(other.rows, run.rows, kind)
+        rows = None if same_file else _joined(other.rows, run.rows, kind)
+        if rows is not None:
+            other.rows = rows
             other.sources += run.sources
             other.notes += [note for note in run.notes if note not in other.notes]
             other.settings = other.settings or run.settings
@@ -209,21 +207,30 @@ def _add(task_runs: list[_Run], run: _Run, kind: str) -> None:
     task_runs.append(run)
 
 
-def _is_one_run(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> bool:
-    """Whether two tables are parts of one run: the same settings, and the rows in both agree."""
+def _joined(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> pd.DataFrame | None:
+    """The rows of two parts of a run, each once; None if they are not parts of one run.
+
+    Parts have the same settings, and γ rows that both hold agree. Of two rows that agree, the first
+    is taken, unless only the second has been compared with the exact natural gradient.
+    """
     settings = (*SETTINGS[kind], "num_samples", "metric_samples")
     if not all(_may_agree(first, second, name) for name in settings):
-        return False
-    if "seed" in first and "seed" in second:
-        columns = ["checkpoint", "batch", "seed"]
-        both = pd.concat([first[columns].astype(str), second[columns].astype(str)])
-        if differs_within_batches(both, "seed"):
-            return False
-    keys, numbers = list(IDENTITY[kind]), list(REPEATABLE.get(kind, ()))
-    one, other = (table[keys + numbers].drop_duplicates() for table in (first, second))
-    one, other = _with_same_types(one, other, keys)
-    shared = one.merge(other, on=keys, suffixes=("", "_again"))
-    return shared.empty or (bool(numbers) and _agree(shared, numbers))
+        return None
+    both = pd.concat([first, second], ignore_index=True)
+    if "seed" in first and "seed" in second and differs_within_batches(both, "seed"):
+        return None
+    keys = list(IDENTITY[kind])
+    # One file may have batches 0, 1, the other "a", "b".
+    both = both.astype({key: "str" for key in keys if first[key].dtype != second[key].dtype})
+    file = both.assign(file=np.arange(len(both)) < len(first)).groupby(keys, dropna=False)["file"]
+    in_both = file.transform("nunique") > 1
+    if not in_both.any():
+        return both
+    if kind != GAMMAS or not _agree(both[in_both], keys):
+        return None
+    compared = both.sort_values("gamma_over_ng", key=pd.isna, kind="stable")
+    again = compared.duplicated(keys).reindex(both.index)
+    return both[~(in_both & again)]
 
 
 def _may_agree(first: pd.DataFrame, second: pd.DataFrame, name: str) -> bool:
@@ -234,38 +241,10 @@ def _may_agree(first: pd.DataFrame, second: pd.DataFrame, name: str) -> bool:
     return len(known[0] | known[1]) <= max(len(known[0]), 1)
 
 
-def _with_same_types(
-    first: pd.DataFrame, second: pd.DataFrame, keys: Sequence[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two tables with keys of the same types: one may have batches 0, 1, the other "a", "b"."""
-    types = {key: "str" for key in keys if first[key].dtype != second[key].dtype}
-    return first.astype(types), second.astype(types)
-
-
-def _agree(shared: pd.DataFrame, columns: Sequence[str]) -> bool:
-    """Whether rows with the same keys have the same numbers up to rounding; NaN equals NaN."""
-    first, again = (
-        shared[[f"{c}{end}" for c in columns]].to_numpy(float) for end in ("", "_again")
-    )
-    return np.allclose(first, again, rtol=ROUNDING, atol=0, equal_nan=True)
-
-
-def _joined(first: pd.DataFrame, second: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The rows of two parts of a run, each once.
-
-    Of two rows that agree, the first is taken, unless only the second has been compared with the
-    exact natural gradient.
-    """
-    keys = list(IDENTITY[kind])
-    first, second = _with_same_types(first, second, keys)
-    if kind in REPEATABLE:
-        compared = second[second["gamma_over_ng"].notna()]
-        first = first[~(first["gamma_over_ng"].isna() & _is_in(compared, first, keys))]
-        second = second[~_is_in(first, second, keys)]
-    return pd.concat([first, second], ignore_index=True)
-
-
-def _is_in(table: pd.DataFrame, rows: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
-    """Which rows have the keys of a row of the table."""
-    of_rows, of_table = (pd.MultiIndex.from_frame(part[list(keys)]) for part in (rows, table))
-    return of_rows.isin(of_table)
+def _agree(rows: pd.DataFrame, keys: Sequence[str]) -> bool:
+    """Whether rows with the same keys have the same γ up to rounding; NaN equals NaN."""
+    gammas = rows.groupby(list(keys), dropna=False)[["gamma", "gamma_over_sgd"]]
+    known = gammas.count().to_numpy()
+    in_all = (known == 0) | (known == gammas.size().to_numpy()[:, None])
+    least, most = gammas.min().to_numpy(float), gammas.max().to_numpy(float)
+    return bool(in_all.all()) and np.allclose(least, most, rtol=ROUNDING, atol=0, equal_nan=True)

@@ -1,22 +1,18 @@
-"""The tables of a report that can be sorted and filtered."""
+"""The table of a report, which can be sorted and filtered."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
+from ngeval.analysis.stages import evenly
 from ngeval.report.summaries import Grades
-from ngeval.report.wording import damping_text, interval_text, number, value_text
+from ngeval.report.wording import damping_text, interval_text, value_text
 
 MAX_ROWS = 5_000
 """Rows of a table in the page; of a longer one not all dampings are shown."""
 
-TEXT_COLUMNS = ("method", "checkpoint")
-"""Heads of the columns that are not of numbers."""
+HEADS = ["method", "γ/γ_SGD", "interval", "γ/γ_min", "interval", "λ", "checkpoint", "batches"]
 
 
 class Cell(NamedTuple):
@@ -26,17 +22,15 @@ class Cell(NamedTuple):
     key: str | None = None
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row, with the values that its table can be filtered by."""
 
     cells: list[Cell]
-    filters: dict[str, str] = field(default_factory=dict)
-    hidden: bool = False
+    filters: dict[str, str]
+    hidden: bool
 
 
-@dataclass(frozen=True)
-class Filter:
+class Filter(NamedTuple):
     """A list to choose rows by: pairs of value and label; ``""`` is all of them."""
 
     name: str
@@ -45,23 +39,12 @@ class Filter:
     chosen: str
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table.
+class Table(NamedTuple):
+    """All rows, of which those are hidden that the filters exclude at first; a note below them."""
 
-    Attributes:
-        caption: above it.
-        heads: of the columns, and whether each is of numbers.
-        rows: all of them; those that the filters exclude at first are hidden.
-        filters: to choose by.
-        note: below it.
-    """
-
-    caption: str
-    heads: list[tuple[str, bool]]
     rows: list[Row]
-    filters: list[Filter] = field(default_factory=list)
-    note: str = ""
+    filters: list[Filter]
+    note: str
 
 
 def gamma_table(short: Grades, labels: dict[str, str]) -> Table:
@@ -86,59 +69,37 @@ def gamma_table(short: Grades, labels: dict[str, str]) -> Table:
             Cell(row["method"]),
             *_with_interval(row["ratio"], row["low"], row["high"]),
             *_with_interval(row["best"], row["best_low"], row["best_high"]),
-            _numeric(row["damping"], damping_text(row["damping"])),
+            Cell(damping_text(row["damping"]), _key(row["damping"])),
             Cell(labels[row["checkpoint"]], filters["checkpoint"]),
-            _numeric(row["batches"]),
+            Cell(str(row["batches"]), _key(row["batches"])),
         ]
         rows.append(Row(cells, filters, hidden))
     by_damping = [(numbers[value], damping_text(value)) for value in dampings]
     by_checkpoint = [(place, labels[name]) for name, place in places.items()]
-    best = ("best", "the best of each method")
-    all_rows = ("", "all")
+    best, all_rows = ("best", "the best of each method"), ("", "all")
     note = ""
     if len(dampings) < len(numbers):
-        note = f"{len(dampings)} of {len(numbers)} λ, and each method's best; the charts have all."
-    return Table(
-        "Geometric means over batches with 95 % bootstrap intervals",
-        _heads("method", "γ/γ_SGD", "interval", "γ/γ_min", "interval", "λ", "checkpoint")
-        + _heads("batches"),
-        rows,
-        [
-            Filter("checkpoint", "checkpoint", [all_rows, *by_checkpoint], chosen["checkpoint"]),
-            Filter("damping", "damping λ", [all_rows, best, *by_damping], chosen["damping"]),
-        ],
-        note,
-    )
+        note = f"{len(dampings)} of {len(numbers)} λ, and each method's best."
+    by = [
+        Filter("checkpoint", "checkpoint", [all_rows, *by_checkpoint], chosen["checkpoint"]),
+        Filter("damping", "damping λ", [all_rows, best, *by_damping], chosen["damping"]),
+    ]
+    return Table(rows, by, note)
 
 
 def _shown_dampings(short: Grades) -> list[float]:
     """The λ in the table: all, or as many as fit, always with the smallest."""
     values = short.dampings
     count = max(2, int(MAX_ROWS * len(values) / len(short.summary)))
-    if count >= len(values):
-        return values
-    places = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
-    return sorted({short.smallest, *(values[place] for place in places)})
+    return sorted({short.smallest, *(values[place] for place in evenly(len(values), count))})
 
 
-def _heads(*names: str) -> list[tuple[str, bool]]:
-    """The heads of columns, with whether each is of numbers."""
-    return [(name, name not in TEXT_COLUMNS) for name in names]
-
-
-def _with_interval(value: float, low: float, high: float) -> Sequence[Cell]:
+def _with_interval(value: float, low: float, high: float) -> tuple[Cell, Cell]:
     """A value with as many digits as its interval has, and the interval."""
-    return _numeric(value, value_text(value, low, high)), _interval(low, high)
-
-
-def _interval(low: float, high: float) -> Cell:
-    return Cell(interval_text(low, high) or "–", _key(low))
-
-
-def _numeric(value: Any, text: str | None = None) -> Cell:
-    return Cell(number(float(value)) if text is None else text, _key(value))
+    interval = Cell(interval_text(low, high) or "–", _key(low))
+    return Cell(value_text(value, low, high), _key(value)), interval
 
 
 def _key(value: float) -> str:
     """What a number sorts by; "", which comes last, if there is none."""
-    return "" if math.isnan(value) else f"{float(value):.9g}"
+    return "" if math.isnan(value) else f"{float(value):.6g}"

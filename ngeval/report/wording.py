@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ngeval.utils.text import power_of_ten, shortened
+from ngeval.utils.text import power_of_ten
 
 ROUNDING = 1e-4
 """Relative difference from 1 below which a number counts as 1: what five digits show."""
-
-CHART_NAME = 28
-"""Characters of a name in a chart."""
 
 PAPER_NAMES = {"sgd": "SGD", "ef": "EF", "ief": "iEF", "sf": "SF", "ng": "exact NG"}
 
@@ -112,12 +108,3 @@ def counted(least: int, most: int, singular: str, plural: str) -> str:
     """A number of things, or a range of numbers."""
     amount = f"{least}" if least == most else f"{least} to {most}"
     return f"{amount} {singular if most == 1 else plural}"
-
-
-def chart_text(name: str) -> str:
-    """A name that plotly, which reads some HTML in labels, shows as it is; a long one is cut."""
-    flat = re.sub(r"\s+", " ", shortened(name, CHART_NAME))
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        flat = flat.replace(character, entity)
-    flat = flat.replace("%{", "&#37;{")  # which would begin a value in hover text
-    return flat.replace("$", "&#36;")  # which would begin a formula

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -38,6 +38,19 @@ def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
 
 
 def _digest(path: Path) -> bytes:
+    """SHA-256 of a file; one that has not changed since is not read again."""
+    stat = path.stat()  # before it is read: a later change is noticed
+    if time.time_ns() - stat.st_mtime_ns < SETTLED_NS:
+        return _read_digest(path)
+    return _settled_digest(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
+
+
+@functools.cache
+def _settled_digest(path: Path, *_: int) -> bytes:
+    return _read_digest(path)
+
+
+def _read_digest(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
@@ -58,55 +71,12 @@ def hash_checkpoint(checkpoint: Checkpoint) -> str:
         return f"cannot be read: {error}"
 
 
-class CheckpointHashes:
-    """`hash_checkpoint`, which reads a checkpoint again only if its files may have changed.
-
-    A file that has the size, the inode and the time of its last change that it had before is
-    taken to have the same content.
-    """
-
-    def __init__(self) -> None:
-        self._read: dict[str, tuple[object, str]] = {}
-
-    def hash(self, checkpoint: Checkpoint) -> str:
-        """SHA-256 of its weights, or the reason why they cannot be read."""
-        stamp = _stamp(checkpoint)  # before the files are read: a later change is noticed
-        earlier, digest = self._read.get(checkpoint.name, (None, ""))
-        if stamp is None or earlier != stamp:
-            digest = hash_checkpoint(checkpoint)
-            self._read[checkpoint.name] = (stamp, digest)
-        return digest
-
-
-def _stamp(checkpoint: Checkpoint) -> object:
-    """Names, sizes, inodes and times of a checkpoint's files; None if they are no evidence."""
-    if checkpoint.as_built:
-        return ()
-    try:
-        stats = [(path, path.stat()) for path in weight_files(checkpoint.path)]
-    except OSError:
-        return None
-    if any(time.time_ns() - stat.st_mtime_ns < SETTLED_NS for _, stat in stats):
-        return None
-    return [(path, stat.st_size, stat.st_ino, stat.st_mtime_ns) for path, stat in stats]
-
-
 def weight_files(path: Path) -> list[Path]:
     """The files of a checkpoint: itself, or those of its folder or index that describe weights."""
     if path.is_file() and path.suffix != ".json":
         return [path]
     folder = path if path.is_dir() else path.parent
     return sorted(file for file in folder.iterdir() if file.is_file() and _describes_weights(file))
-
-
-def weights_size(checkpoints: Iterable[Checkpoint]) -> int:
-    """The bytes of all checkpoints that can be read."""
-    total = 0
-    for checkpoint in checkpoints:
-        with contextlib.suppress(OSError):
-            if not checkpoint.as_built:
-                total += sum(path.stat().st_size for path in weight_files(checkpoint.path))
-    return total
 
 
 def _describes_weights(path: Path) -> bool:

@@ -67,6 +67,8 @@ class Entry:
 class Journal:
     """The units of one output file that are done.
 
+    Its methods raise `OutputError` where the folder cannot be read or written.
+
     Attributes:
         output: the result file that the journal belongs to.
         folder: where the units lie.
@@ -91,9 +93,6 @@ class Journal:
         """Be the only run that writes this output.
 
         The lock is the operating system's, which releases it when the process is killed.
-
-        Raises:
-            OutputError: another run is writing it, or the folder cannot be made.
         """
         lock = filelock.FileLock(self.folder / LOCK, timeout=0)
         self.check()
@@ -110,7 +109,7 @@ class Journal:
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             who = {"process": os.getpid(), "machine": platform.node(), "since": since}
-            replace_file(self.folder / WRITER, lambda place: place.write_text(json.dumps(who)))
+            self._replace(WRITER, json.dumps(who))
             yield
         finally:
             if not self.exists:  # nothing but the lock, which is still held
@@ -121,11 +120,7 @@ class Journal:
             lock.release()
 
     def check(self) -> None:
-        """Check that the folder is a journal, or can become one.
-
-        Raises:
-            OutputError: it holds other files, which would be lost.
-        """
+        """Refuse a folder that holds other files than a journal's, which would be lost."""
         folder = self.folder
         with _reported(folder):
             if folder.is_dir() and not folder.is_symlink():
@@ -139,42 +134,21 @@ class Journal:
             )
 
     def begin(self, description: str) -> None:
-        """Start with no unit done.
-
-        Args:
-            description: of the run, for `description` when it is resumed.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Start with no unit done; see `describe`."""
         self.forget(map(_key, self._files()))
         self.describe(description)
 
     def describe(self, description: str) -> None:
-        """Replace the description of the run.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        replace_file(
-            self.folder / RUN, lambda place: place.write_text(description, encoding="utf-8")
-        )
+        """Replace the description of the run, which `description` returns when it is resumed."""
+        self._replace(RUN, description)
 
     def description(self) -> str:
-        """The description of the run.
-
-        Raises:
-            OutputError: it cannot be read.
-        """
+        """The description of the run."""
         with _reported(self.folder):
             return (self.folder / RUN).read_text(encoding="utf-8", errors="replace")
 
     def write(self, key: Key, entry: Entry) -> None:
-        """Put a unit on the disk.
-
-        Raises:
-            OutputError: the disk is full or the folder cannot be written.
-        """
+        """Put a unit on the disk."""
         table = pa.Table.from_pandas(entry.table, preserve_index=False)
         path = self._path(key)
         metadata = {
@@ -200,19 +174,11 @@ class Journal:
         return {key: self._read[key] for key in sorted(paths) if key in self._read}
 
     def size(self) -> int:
-        """The bytes of all units.
-
-        Raises:
-            OSError: a file disappears meanwhile.
-        """
+        """The bytes of all units; an `OSError` if a file disappears meanwhile."""
         return sum(path.stat().st_size for path in self._files())
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """Remove units, which are to be computed again.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Remove units, which are to be computed again."""
         with _reported(self.folder):
             for key in keys:
                 self._read.pop(key, None)
@@ -226,6 +192,9 @@ class Journal:
                 if OWN.fullmatch(path.name) and path.name != LOCK:
                     path.unlink()
             self.folder.rmdir()
+
+    def _replace(self, name: str, text: str) -> None:
+        replace_file(self.folder / name, lambda place: place.write_text(text, encoding="utf-8"))
 
     def _files(self) -> list[Path]:
         """Those of units; none if the folder is gone."""

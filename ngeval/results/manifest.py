@@ -12,12 +12,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,7 +37,6 @@ WHERE_IMPORTED = ("transformers", "peft", "datasets", "pytorch_optimizer")
 """Likewise, if the run has imported them."""
 
 
-T = TypeVar("T")
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -107,7 +105,7 @@ def manifest(
     """The manifest of a run that begins now.
 
     Args:
-        options: those of the command, by name; see `as_options`.
+        options: those of the command, by name; those that are not set are left out.
         command: program and arguments as typed; None: those of this process.
         facts: what the options resulted in (the task's name, the checkpoints, …).
 
@@ -121,7 +119,7 @@ def manifest(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": encodable(command_line(sys.argv if command is None else command)),
         "directory": _directory(),
-        "options": plain(options),
+        "options": {k: v for k, v in plain(options).items() if v not in (None, [])},
         "run": plain(facts or {}),
         "versions": versions(),
         "machine": machine(),
@@ -138,15 +136,6 @@ def command_line(arguments: Sequence[str]) -> str:
     path = Path(program)
     words = ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
     return shlex.join([*words, *rest])
-
-
-def as_options(*groups: Any, **more: Any) -> dict[str, Any]:
-    """Options by name, from dataclasses or mappings of them, without those that are not set."""
-    merged: dict[str, Any] = {}
-    for group in groups:
-        merged |= asdict(group) if is_dataclass(group) and not isinstance(group, type) else group
-    merged |= more
-    return {name: value for name, value in merged.items() if value not in (None, [], ())}
 
 
 def versions() -> dict[str, str]:
@@ -181,16 +170,7 @@ def manifest_path(results: Path) -> Path:
 
 
 def write_manifest(results: Path, manifest: Mapping[str, Any], scratch: Path | None = None) -> Path:
-    """Write the manifest of a result file in one step, in place of an earlier one.
-
-    Args:
-        results: the result file.
-        manifest: plain values.
-        scratch: a folder for the temporary file; see `replace_file`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the manifest of a result file, in place of an earlier one; see `replace_file`."""
     path = manifest_path(results)
     text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
     replace_file(path, lambda place: place.write_text(text, encoding="utf-8"), scratch)
@@ -203,7 +183,20 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     Raises:
         OutputError: it cannot be read, or is not a JSON object.
     """
-    return _read(results, _json_object)
+    path = manifest_path(results)
+    if not path.is_file():
+        return None
+    try:
+        # Unlike pydantic's, Python's parser reads every text that it has written.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors may add a BOM
+        problem: object = "it is not a JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        value, problem = None, error
+    if not isinstance(value, dict):
+        raise OutputError(
+            f"{path} cannot be read as a manifest: {problem}; delete it if it is of no use"
+        )
+    return value
 
 
 def read_run_manifest(results: Path) -> RunManifest | None:
@@ -212,35 +205,11 @@ def read_run_manifest(results: Path) -> RunManifest | None:
     Raises:
         OutputError: it is not the manifest of a run; the message names what is wrong.
     """
-    return _read(results, RunManifest.model_validate_json)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    """Any JSON object; unlike pydantic's, Python's parser reads every text that it has written."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")  # noqa: TRY004  # one kind of error for texts
-    return value
-
-
-def _read(results: Path, parse: Callable[[str], T]) -> T | None:
-    path = manifest_path(results)
-    if not path.is_file():
-        return None
+    value = read_manifest(results)
     try:
-        return parse(path.read_text(encoding="utf-8-sig"))  # editors may add a BOM
+        return None if value is None else RunManifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        problem = first_problem(error)
-        nested = bool(error.errors()[0]["loc"])
-        raise malformed(path, problem) if nested else _unreadable(path, problem) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, problem: object) -> OutputError:
-    return OutputError(
-        f"{path} cannot be read as a manifest: {problem}; delete it if it is of no use"
-    )
+        raise malformed(manifest_path(results), first_problem(error)) from error
 
 
 def malformed(path: Path, problem: str) -> OutputError:

@@ -1,8 +1,4 @@
-"""Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, written so that none is lost.
-
-A file is replaced atomically, at most every few seconds and always at the end, also after an
-error or Ctrl-C: a reader always sees a whole table. Its manifest is written with the first rows.
-"""
+"""Result files: tidy tables as ``.csv``, ``.parquet`` or ``.jsonl``, replaced atomically."""
 
 from __future__ import annotations
 
@@ -10,15 +6,12 @@ import json
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ngeval.errors import OutputError
-from ngeval.results.manifest import write_manifest
 from ngeval.utils.atomic import replace_file
 
 
@@ -59,80 +52,14 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
         path, orient="records", lines=True, precise_float=True, dtype=_TEXT
     ),
 }
-FLUSH_SECONDS = 5.0
-
-
-class ResultFile:
-    """An append-only result table; use it as a context manager."""
-
-    def __init__(
-        self, path: Path, *, force: bool = False, manifest: Mapping[str, Any] | None = None
-    ) -> None:
-        """Check now, before any work, that the file can be written.
-
-        Args:
-            path: ``.csv``, ``.parquet`` or ``.jsonl``; missing folders are made.
-            force: replace an existing file (not before there is something to replace it with).
-            manifest: is written with the first rows; None: the file has none.
-
-        Raises:
-            OutputError: unknown extension, the file exists, or its folder cannot be written.
-        """
-        self.path = path
-        self._frames: list[pd.DataFrame] = []
-        self._manifest = manifest
-        self._unsaved = False
-        self._saved_at = time.monotonic()
-        check_output(path, tuple(_WRITERS), force=force)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows so far."""
-        return sum(len(frame) for frame in self._frames)
-
-    def append(self, frame: pd.DataFrame) -> None:
-        """Add rows; they reach the disk within a few seconds and at the end."""
-        self._frames.append(frame)
-        self._unsaved = True
-        if self._manifest is not None or time.monotonic() - self._saved_at > FLUSH_SECONDS:
-            self.flush()
-
-    def table(self) -> pd.DataFrame:
-        """All rows so far."""
-        return pd.concat(self._frames, ignore_index=True) if self._frames else pd.DataFrame()
-
-    def flush(self) -> None:
-        """Write everything to a temporary file beside the output, then rename it.
-
-        Raises:
-            OutputError: the disk is full or the folder cannot be written any more.
-        """
-        write_results(self.table(), self.path)
-        self._unsaved, self._saved_at = False, time.monotonic()
-        if self._manifest is not None:  # after the rows, so that it never lies beside older ones
-            write_manifest(self.path, self._manifest)
-            self._manifest = None
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._unsaved:
-            self.flush()
-
-
 SUFFIXES = tuple(_WRITERS)
 """The extensions of result files."""
 
 
 def write_results(table: pd.DataFrame, path: Path, scratch: Path | None = None) -> None:
-    """Write a whole table, in place of an earlier result file if there is one.
+    """Write a ``.csv``, ``.parquet`` or ``.jsonl`` file, in place of an earlier one.
 
-    Args:
-        table: all rows.
-        path: ``.csv``, ``.parquet`` or ``.jsonl``.
-        scratch: a folder of the same file system for the temporary file; default: that of the
-            result.
+    A reader sees the earlier table or the new one, never a part of it; see `replace_file`.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from torch import nn
+
 from ngeval.curvature.row_space import (
     GramSpace,
     JacobianSpace,
@@ -30,14 +32,18 @@ def size_note(run: Run, count: int, methods: int, dampings: int) -> str:
     return ", ".join(parts)
 
 
-def memory_note(sizes: Sizes, budget: int, *, exact: bool, pushes: int) -> str:
-    """What is kept of the logit kernel of a unit, and how much memory that takes.
+def trainable_note(model: nn.Module) -> str:
+    """How many parameters of a model are trainable."""
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    return f"{trainable:,} of {total:,} parameters trainable"
 
-    Args:
-        sizes: of the unit's problem.
-        budget: bytes to work in.
-        exact: whether the exact natural gradient is computed.
-        pushes: the number of updates that are graded.
+
+def memory_note(sizes: Sizes, budget: int, *, exact: bool, pushes: int) -> str:
+    """What is kept of the logit kernel of a unit, and how much of a budget in bytes that takes.
+
+    See `choose_form` for ``exact`` and ``pushes``.
 
     >>> memory_note(Sizes(160, 10, 10_000_000), 2**33, exact=True, pushes=100)
     'a unit: 160 samples × 10 outputs, 10,000,000 parameters; it keeps Θ, which takes about \
@@ -62,14 +68,9 @@ def memory_note(sizes: Sizes, budget: int, *, exact: bool, pushes: int) -> str:
 
 
 def forecast_note(run: Run, ranks: Ranks, left: int, seconds: float, each: int) -> str:
-    """How long the rest of a run takes, from its first unit.
+    """How long the ``left`` units of a run take, from the seconds that the first one took.
 
-    Args:
-        run: the run.
-        ranks: the processes that share it.
-        left: the units that are left.
-        seconds: that the first unit took.
-        each: the bytes that a unit takes on the disk, 0 if that is not known.
+    A unit takes ``each`` bytes on the disk; 0 if that is not known.
     """
     at_once = ranks.count if ranks.group is None else 1
     rest = f"the other {left} will take about {duration(seconds * -(-left // at_once))}"

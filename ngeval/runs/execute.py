@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from ngeval.errors import InputError, OutputError
-from ngeval.results.hashes import CheckpointHashes, weights_size
 from ngeval.results.journal import Entry, Journal, Key, rows_by_unit, table_of
 from ngeval.results.manifest import (
     RunManifest,
@@ -85,14 +84,8 @@ def execute(
 ) -> Outcome | None:
     """Compute the units of a run; each that is done is kept.
 
-    Beside the output file lie its manifest and, until all units are done, its journal.
-
-    Args:
-        run: the run.
-        work: what is computed of each unit.
-        out: where the rows go, and after how many units to stop.
-        options: those of the command, for the manifest.
-        progress: is notified on the way.
+    Beside the output file lie its manifest, which records the ``options`` of the command, and,
+    until all units are done, its journal.
 
     Returns:
         The result; None in all processes but the first.
@@ -124,45 +117,33 @@ class _Execution:
 
     def __init__(self, run: Run, work: Work, ranks: Ranks, progress: Progress) -> None:
         self.run, self.work, self.ranks, self.progress = run, work, ranks, progress
-        self.hashes = CheckpointHashes()
 
     def tables(
         self,
         missing: Sequence[Key],
         count: int | None = None,
-        before: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
         disk: Callable[[], int] = lambda: 0,
     ) -> Iterator[tuple[Key, Entry]]:
-        """Compute the first ``count`` of the missing units.
+        """Compute the first ``count`` of the units that are not done.
 
-        Args:
-            missing: the units that are not done.
-            count: None: all of them.
-            before: the identity of the run when it began.
-            disk: the bytes that one unit takes on the disk, once one is there.
+        ``disk()`` is the bytes that a unit takes on the disk, once one is there.
         """
-        run, work, progress = self.run, self.work, self.progress
+        run, work, ranks, progress = self.run, self.work, self.ranks, self.progress
         keys = missing[:count]
         progress.note(size_note(run, len(keys), len(work.methods), work.num_dampings))
-        steps = Steps(self.ranks, work.names, run.num_units - len(missing), progress)
-        units = Units(
-            run,
-            work.resolved,
-            ranks=self.ranks,
-            progress=progress,
-            identity=before,
-            hashes=self.hashes,
-        )
+        steps = Steps(ranks, work.methods, run.num_units - len(missing), progress)
+        units = Units(run, work.resolved, ranks=ranks, progress=progress, identity=identity)
         progress.begin(work.description, run.num_units * steps.in_unit, steps.completed)
-        start, first = time.monotonic(), True
+        start, left = time.monotonic(), len(missing) - 1
+        tables = unit_tables(units, work, ranks.share(keys), steps.method_done)
         try:
-            for key, entry in unit_tables(units, work, self.ranks.share(keys), steps.method_done):
+            for number, (key, entry) in enumerate(tables):
                 steps.unit_done()
                 yield key, entry
-                if first and len(missing) > 1:
-                    seconds, left = time.monotonic() - start, len(missing) - 1
-                    progress.note(forecast_note(run, self.ranks, left, seconds, disk()))
-                first = False
+                if number == 0 and left:
+                    seconds = time.monotonic() - start
+                    progress.note(forecast_note(run, ranks, left, seconds, disk()))
         finally:
             progress.end()
 
@@ -173,16 +154,14 @@ class _Execution:
         run, ranks, journal = self.run, self.ranks, Journal(output)
         first = ranks.rank == 0
         with journal.held() if first else contextlib.nullcontext():
-            start = ranks.broadcast(lambda: self._start(journal, out, options))
-            record = start["manifest"]
+            record, missing = ranks.broadcast(lambda: self._start(journal, out, options))
             journal.run = record.get("id", "")
-            missing = [(stage, batch) for stage, batch in start["missing"]]
+            missing = [(stage, batch) for stage, batch in missing]  # JSON has no tuples
             if not missing and not journal.exists:  # the table is complete
                 return _finished(run, output, record) if first else {}
             file = _Table(journal, record, run.num_units, self.progress)
-            done = run.num_units - len(missing)
             try:
-                if done:
+                if done := run.num_units - len(missing):
                     self.progress.note(f"{done} of {run.num_units} units were done before")
                 units = self.tables(missing, out.stop_after, record["identity"], file.bytes_each)
                 for key, entry in units:
@@ -193,24 +172,21 @@ class _Execution:
                 ranks.finish(file.flush_if_due)
             except BaseException:
                 if first:
-                    file.leave()
+                    with contextlib.suppress(OutputError):  # the journal has what fits on the disk
+                        file.pause(self.progress.warn)
                 raise
             if not first:
                 return {}
             paused = out.stop_after is not None and out.stop_after < len(missing)
-            return file.pause() if paused else file.finish()
+            return file.pause(self.progress.note) if paused else file.finish()
 
     def _start(
         self, journal: Journal, out: OutputOptions, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Which units are missing, and the manifest; in the first process alone."""
+    ) -> tuple[dict[str, Any], list[Key]]:
+        """The manifest, and which units are missing; in the first process alone."""
         run, progress = self.run, self.progress
-        size = weights_size(run.checkpoints)
-
-        def on_checkpoint(count: int) -> None:
-            progress.checkpoint_read(count, len(run.checkpoints), size)
-
-        now = identity(run, self.work, self.hashes, on_checkpoint)
+        progress.note(f"hashing {len(run.checkpoints)} checkpoints")
+        now = identity(run, self.work)
         record = manifest(options, facts=facts(run, self.ranks))
         record |= {"identity": now, "id": secrets.token_hex(8)}
         check_result(out)  # again, now that no other run can write
@@ -224,11 +200,11 @@ class _Execution:
                     "so it cannot be continued; give another output, or --force to replace it"
                 )
             check_same(journal.output, saved.identity.plain(), now, set())
-            return {"missing": [], "manifest": saved.plain()}
+            return saved.plain(), []
         journal.begin(json.dumps(record, ensure_ascii=False))
-        return {"missing": run.keys, "manifest": record}
+        return record, run.keys
 
-    def _resume(self, journal: Journal, record: dict[str, Any]) -> dict[str, Any]:
+    def _resume(self, journal: Journal, record: dict[str, Any]) -> tuple[dict[str, Any], list[Key]]:
         """Likewise, of a run that was interrupted."""
         saved = _read_run(journal)
         journal.run = saved.id
@@ -243,7 +219,7 @@ class _Execution:
         resumed = {"resumed": [*saved.resumed, again], "identity": record["identity"]}
         record = saved.plain() | resumed
         journal.describe(json.dumps(record, ensure_ascii=False))
-        return {"missing": [key for key in self.run.keys if key not in good], "manifest": record}
+        return record, [key for key in self.run.keys if key not in good]
 
 
 def _read_run(journal: Journal) -> RunManifest:
@@ -313,26 +289,15 @@ class _Table:
         self.due = now + max(FLUSH_SECONDS, (now - start) / FLUSH_SHARE)
         return entries
 
-    def leave(self) -> None:
-        """Keep what is done of an interrupted run; without any unit, remove all traces of it."""
-        with contextlib.suppress(OutputError):  # a full disk; the journal has all that fits
-            if entries := self.flush():
-                self.progress.warn(self._continue(entries))
-            else:
-                self.journal.remove()
-
-    def pause(self) -> dict[Key, Entry]:
-        """Keep what is done of a run that stops as it was asked to."""
+    def pause(self, report: Callable[[str], None]) -> dict[Key, Entry]:
+        """Keep what is done of a run that stops early; if nothing is, remove all traces of it."""
         entries = self.flush()
         if all(entry.lost for entry in entries.values()):
             self.journal.remove()
         else:
-            self.progress.note(self._continue(entries))
+            done = f"{len(entries)} of {self.num_units} units are done"
+            report(f"{done}; the same command with --resume continues")
         return entries
-
-    def _continue(self, entries: Mapping[Key, Entry]) -> str:
-        done = f"{len(entries)} of {self.num_units} units are done"
-        return f"{done}; the same command with --resume continues"
 
     def finish(self) -> dict[Key, Entry]:
         """All units are done; the journal stays if one of them has failed."""
@@ -346,11 +311,10 @@ class _Table:
         if all(entry.lost for entry in entries.values()):
             self.journal.remove()
             return entries
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
         rows = sum(len(entry.table) for entry in entries.values())
         self.record |= {
             "complete": not failed,
-            "ended": ended,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": rows,
             "failed_units": failed,
         }

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from ngeval.checkpoints import Checkpoint, find_checkpoints
-from ngeval.errors import CheckpointError, InputError, nearest_name
+from ngeval.errors import CheckpointError, InputError, check_choice
 from ngeval.methods.stage import OptimizerOptions
-from ngeval.runs.options import (
-    SHARDS,
-    HubOptions,
-    RunOptions,
-    StepOptions,
-    parse_bytes,
-    parse_dtype,
-)
+from ngeval.runs.options import SHARDS, HubOptions, RunOptions, parse_bytes, parse_dtype
 from ngeval.runs.ranks import own_device
 from ngeval.runs.run import Run
 from ngeval.tasks import Task, get_task, source_of
@@ -26,7 +20,7 @@ HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
 """Options that have a different name in `ngeval.tasks.hf.hub_task`."""
 
 
-def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
+def make_run(options: RunOptions) -> Run:
     """The run that options describe.
 
     Raises:
@@ -36,20 +30,19 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
-    optimizer_options = OptimizerOptions(step.reduction, step.weight_decay, options.allow_pickle)
-    if options.shard not in SHARDS:
-        raise InputError(f"unknown shard {options.shard!r}; {nearest_name(options.shard, SHARDS)}")
-    if (options.task is None) == (hub.hf_model is None):
+    step = OptimizerOptions(options.reduction, options.weight_decay, options.allow_pickle)
+    check_choice("shard", options.shard, SHARDS)
+    if (options.task is None) == (options.hf_model is None):
         raise InputError("give either --task or --hf-model (with --dataset)")
     more = list(options.more or [])
     if options.task is not None:
-        _refuse_hub_options(hub)
+        _refuse_hub_options(options)
         task, patterns = get_task(options.task), [*(options.checkpoint or []), *more]
         if not patterns:
             raise InputError("no checkpoint given; name files, folders or globs with --checkpoint")
         checkpoints = find_checkpoints(patterns)
     else:
-        task, checkpoints = _hub_run(options, hub, more)
+        task, checkpoints = _hub_run(options, more)
     num_units = len(checkpoints) * options.num_batches
     few = options.shard == "auto" and num_units < torchrun.world_size()
     return Run(
@@ -63,51 +56,48 @@ def make_run(options: RunOptions, hub: HubOptions, step: StepOptions) -> Run:
         engine=options.engine,
         memory=memory,
         allow_pickle=options.allow_pickle,
-        optimizer_states=step.optimizer_state or (),
-        optimizer_options=optimizer_options,
+        optimizer_states=options.optimizer_state or (),
+        optimizer_options=step,
         together=options.shard == "samples" or few,
         source=source_of(options.task) if options.task is not None else None,
     )
 
 
-def _refuse_hub_options(hub: HubOptions) -> None:
-    default = vars(HubOptions())
-    for name, value in vars(hub).items():
-        if value != default[name]:
-            raise InputError(f"--{name.replace('_', '-')} goes with --hf-model, not with --task")
+def _refuse_hub_options(options: RunOptions) -> None:
+    for field in fields(HubOptions):
+        if getattr(options, field.name) != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise InputError(f"{flag} goes with --hf-model, not with --task")
 
 
-def _hub_run(
-    options: RunOptions, hub: HubOptions, more: list[str]
-) -> tuple[Task, list[Checkpoint]]:
+def _hub_run(options: RunOptions, more: list[str]) -> tuple[Task, list[Checkpoint]]:
     """A Hugging Face task with its adapters, its checkpoints, or the model as it is."""
     # transformers takes seconds to import
     from ngeval.tasks.hf import hub_task  # noqa: PLC0415
     from ngeval.tasks.hf.hub import adapter_folder  # noqa: PLC0415
 
-    model = hub.hf_model or ""
-    if hub.dataset is None:
+    if options.dataset is None:
         raise InputError("--hf-model needs a --dataset: glue, cifar10, a name on the hub, a folder")
-    if hub.adapter and options.checkpoint:
+    if options.adapter and options.checkpoint:
         raise InputError("give --adapter or --checkpoint, not both: grade them in separate runs")
-    patterns = [*(hub.adapter or options.checkpoint or []), *more]
-    if hub.adapter:
+    patterns = [*(options.adapter or options.checkpoint or []), *more]
+    if options.adapter:
         patterns = [adapter_folder(name) for name in patterns]
     checkpoints = find_checkpoints(patterns)
     whole = [c.name for c in checkpoints if not c.is_adapter]
-    if hub.adapter and whole:
+    if options.adapter and whole:
         raise CheckpointError(
             f"{whole[0]} is not a PEFT adapter (it has no adapter_config.json); checkpoints of the "
             "whole model go with --checkpoint"
         )
-    arguments = {HUB_NAMES.get(name, name): value for name, value in vars(hub).items()}
-    arguments |= {
+    names = [field.name for field in fields(HubOptions)]
+    arguments = {HUB_NAMES.get(name, name): getattr(options, name) for name in names} | {
         "adapters": [c.name for c in checkpoints if c.is_adapter],
-        "columns": _parts(hub.columns),
-        "label_words": _parts(hub.label_words),
+        "columns": _parts(options.columns),
+        "label_words": _parts(options.label_words),
     }
     task = hub_task(**arguments)
-    return task, checkpoints or [Checkpoint(Path(model), {}, as_built=True)]
+    return task, checkpoints or [Checkpoint(Path(arguments["model"]), {}, as_built=True)]
 
 
 def _parts(text: str | None) -> list[str]:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 import ngeval
 from ngeval.errors import OutputError
-from ngeval.results.hashes import CheckpointHashes, hash_batch, hash_files, hash_tensors
+from ngeval.results.hashes import hash_batch, hash_checkpoint, hash_files, hash_tensors
 from ngeval.results.manifest import plain, versions
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work
@@ -40,19 +40,8 @@ PROCESSING = ("dtype", "engine", "seed", "batch_size", "num_batches")
 only the order of sums."""
 
 
-def identity(
-    run: Run,
-    work: Work,
-    hashes: CheckpointHashes | None = None,
-    on_checkpoint: Callable[[int], object] = lambda _: None,
-) -> dict[str, Any]:
+def identity(run: Run, work: Work) -> dict[str, Any]:
     """Everything that the numbers depend on.
-
-    Args:
-        run: the run.
-        work: what is computed of each unit.
-        hashes: of checkpoints; None: they are read.
-        on_checkpoint: called with the number of checkpoints that have been read.
 
     Returns:
         Plain values: ``options, settings, checkpoints`` (SHA-256 by name, in order; the error of
@@ -64,21 +53,15 @@ def identity(
     Raises:
         TaskError: the task's model or batches are not available.
     """
-    hashes = hashes or CheckpointHashes()
     settings = {name: getattr(run, name) for name in PROCESSING}
     settings["device"] = torch.device(run.device).type
     step, count = run.optimizer_options, work.options.get("metric_batches")
     settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
     metric = () if count is None else run.metric_batches(count)
-    checkpoints = {}
-    on_checkpoint(0)
-    for number, checkpoint in enumerate(run.checkpoints, 1):
-        checkpoints[checkpoint.name] = hashes.hash(checkpoint)
-        on_checkpoint(number)
     parts: dict[str, Any] = {
         "options": {"kind": work.kind, **work.options},
         "settings": settings,
-        "checkpoints": checkpoints,
+        "checkpoints": {c.name: hash_checkpoint(c) for c in run.checkpoints},
         "metadata": {c.name: c.error or c.metadata for c in run.checkpoints},
         "optimizer_states": {str(p): hash_files([p]) for p in _optimizer_states(run, work)},
         "task": _task(run),
@@ -133,7 +116,9 @@ def check_same(
         OutputError: the identities differ; the message lists where.
     """
     free = untouched & then["checkpoints"].keys() & now["checkpoints"].keys()
-    lines = _causes(differences(_without(then, free), _without(now, free)))
+    lines = differences(_without(then, free), _without(now, free))
+    if any(line.startswith(DRAWN_BY) for line in lines):  # which the batches follow from
+        lines = [line for line in lines if not line.startswith(BATCHES)]
     names = [list(part["checkpoints"]) for part in (then, now)]
     if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         lines.append("checkpoints: in a different order, which is their number in the table")
@@ -153,18 +138,11 @@ def _without(parts: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
     return result
 
 
-def _causes(lines: list[str]) -> list[str]:
-    """The lines without those of the batches, if one names the setting they are drawn by."""
-    if not any(line.startswith(DRAWN_BY) for line in lines):
-        return lines
-    return [line for line in lines if not line.startswith(BATCHES)]
-
-
-def listed(lines: list[str]) -> str:
-    """The first lines below each other, and the number of the others."""
+def listed(lines: Sequence[str], count: int | None = None) -> str:
+    """The first lines below each other, and how many others there are; ``count``: of all."""
     shown = [f"\n  {line}" for line in lines[:MAX_LINES]]
-    more = len(lines) - MAX_LINES
-    return "".join(shown) + (f"\n  and {more} more" if more > 0 else "")
+    more = (len(lines) if count is None else count) - len(shown)
+    return "".join(shown) + (f"\n  and {more} more" if more else "")
 
 
 def _task(run: Run) -> dict[str, Any]:
@@ -240,11 +218,11 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 def _batches(run: Run) -> list[dict[str, Any]]:
     indices = run.task.indices(run.batch_size, run.num_batches, run.seed)
-    records: list[dict[str, Any]] = []
-    for inputs, targets in run.task.batches(run.batch_size, run.num_batches, run.seed):
-        samples = {} if indices is None else {"samples": indices[len(records)]}
-        records.append({"sha256": hash_batch(inputs, targets), **samples})
-    return records
+    batches = run.task.batches(run.batch_size, run.num_batches, run.seed)
+    return [
+        {"sha256": hash_batch(*batch)} | ({} if indices is None else {"samples": indices[number]})
+        for number, batch in enumerate(batches)
+    ]
 
 
 def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:

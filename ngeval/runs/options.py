@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ngeval.errors import InputError, nearest_name
+from ngeval.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -16,34 +16,6 @@ MAX_SEED = 2**32 - 1
 MAX_BYTES = 2**60
 
 SHARDS = ("auto", "units", "samples")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Which checkpoints of which task are graded, on what, and how; see `ngeval.runs.run.Run`.
-
-    Attributes:
-        task: a built-in name, ``path/to/file.py:name`` or ``package.module:name``.
-        checkpoint: files, folders or globs.
-        more: further ones.
-        shard: under torchrun, whether ``"units"`` or the ``"samples"`` of every unit are spread
-            over the processes; ``"auto"``: samples if there are fewer units than processes.
-        dtype: a name in `DTYPES`; see `ngeval.Problem`.
-        memory: an amount to work in, such as ``"8GiB"``; None: four fifths of what is free.
-    """
-
-    task: str | None = None
-    checkpoint: list[str] | None = None
-    more: list[str] | None = None
-    batch_size: int = 160
-    num_batches: int = 5
-    seed: int = 0
-    device: str = "cpu"
-    shard: str = "auto"
-    dtype: str = "auto"
-    engine: str = "auto"
-    memory: str | None = None
-    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +43,35 @@ class HubOptions:
 
 
 @dataclass(frozen=True)
+class RunOptions(HubOptions):
+    """Which checkpoints of which task are graded, on what, and how.
+
+    The help of ``ngeval gamma`` describes each; `ngeval.runs.run.Run` is what they describe.
+    """
+
+    task: str | None = None
+    checkpoint: list[str] | None = None
+    more: list[str] | None = None
+    batch_size: int = 160
+    num_batches: int = 5
+    seed: int = 0
+    device: str = "cpu"
+    shard: str = "auto"
+    dtype: str | None = "auto"
+    engine: str = "auto"
+    memory: str | None = None
+    allow_pickle: bool = False
+    optimizer_state: list[Path] | None = None
+    reduction: str = "mean"
+    weight_decay: bool = True
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for a manifest; those of Hugging Face only where they name the model."""
+        left_out = [field.name for field in fields(HubOptions) if self.hf_model is None]
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
 class GradingOptions:
     """How updates are graded; see `ngeval.evaluate`."""
 
@@ -81,25 +82,8 @@ class GradingOptions:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """How an optimizer's step is taken; see `ngeval.OptimizerStep`."""
-
-    optimizer_state: list[Path] | None = None
-    reduction: str = "mean"
-    weight_decay: bool = True
-
-
-@dataclass(frozen=True)
 class OutputOptions:
-    """Where results go, and how a run begins.
-
-    Attributes:
-        output: a ``.csv``, ``.parquet`` or ``.jsonl`` file; None: the rows are only returned.
-        force: replace a file that exists.
-        resume: compute only what an interrupted run lacks, or start one.
-        stop_after: end after this many units, which are kept; ``resume`` continues.
-        quiet: print errors only.
-    """
+    """Where results go, and how a run begins; without ``output`` the rows are only returned."""
 
     output: Path | None = None
     force: bool = False
@@ -175,8 +159,7 @@ def parse_dtype(text: str | None) -> torch.dtype | str:
     """
     if text is None:
         return "model"
-    if text not in DTYPES:
-        raise InputError(f"unknown dtype {text!r}; {nearest_name(text, DTYPES)}")
+    check_choice("dtype", text, DTYPES)
     if text in ("auto", "model"):
         return text
     import torch  # noqa: PLC0415  (takes seconds, and the options are read without it)

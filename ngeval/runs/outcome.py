@@ -19,9 +19,9 @@ class Outcome:
     Attributes:
         table: the rows of all units that were computed.
         failures: why units, or some methods of them, have to be computed again, by key.
-        num_units: the number of units of the run.
+        num_units: of the run.
         num_done: of these, the number that were computed.
-        names: of the checkpoints, by their place.
+        names: of the checkpoints.
     """
 
     table: pd.DataFrame

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
-
-from ngeval.checkpoints import Checkpoint
 from ngeval.runs.ranks import Ranks
 
 
@@ -19,26 +16,14 @@ class Progress:
     def warn(self, text: str) -> None:
         """Show a line to the user, even if only errors are wanted."""
 
-    def checkpoint_read(self, count: int, total: int, size: int) -> None:
-        """Show that ``count`` of ``total`` checkpoints, of ``size`` bytes in all, were hashed."""
-
     def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
-        """Show that units are being computed.
-
-        Args:
-            description: what is computed.
-            total: steps of the whole run.
-            completed: returns the steps that all processes have completed.
-        """
+        """Show that ``completed()`` of a run's ``total`` steps are done, by all processes."""
 
     def advance(self) -> None:
         """Show that this process has completed steps."""
 
     def end(self) -> None:
         """Show that no more units follow; called after `begin` in any case."""
-
-    def model_loaded(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        """Show which model a checkpoint has become."""
 
 
 class Steps:

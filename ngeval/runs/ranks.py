@@ -214,12 +214,9 @@ def _meet(warn: Callable[[str], None]) -> tuple[Store, int, int]:
 
 @contextlib.contextmanager
 def joined(device: str, *, together: bool, warn: Callable[[str], None]) -> Iterator[Ranks]:
-    """The processes of this run.
+    """The processes of this run; ``together``: all compute every unit, in step.
 
-    Args:
-        device: where to compute.
-        together: all processes compute every unit, in step.
-        warn: called with a line for the user if the others do not come.
+    ``warn`` is called with a line for the user if the others do not come.
 
     Raises:
         InputError: they cannot be reached.

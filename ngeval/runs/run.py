@@ -17,13 +17,12 @@ from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.model.checks import check_device
 from ngeval.model.function import map_inputs
 from ngeval.results.journal import Key
+from ngeval.runs.options import MAX_SEED
 from ngeval.tasks import Batch, Task
 
 OTHER_BATCHES = 715_827_883
 """Added to the seed for the batches over which optimizers accumulate their state: these differ
 from the graded ones."""
-
-NUM_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Run:
 
     def other_batches(self, count: int) -> Iterator[Batch]:
         """Batches of the task that are not graded, for optimizers to accumulate over."""
-        seed = (self.seed + OTHER_BATCHES) % NUM_SEEDS
+        seed = (self.seed + OTHER_BATCHES) % (MAX_SEED + 1)
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
             yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
 

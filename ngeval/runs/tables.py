@@ -45,13 +45,7 @@ MetricBatches = Annotated[int, Field(ge=1)] | Literal["all"] | None
 
 
 class Work(BaseModel, ABC):
-    """What is computed for each unit of a run: one kind of table with its options.
-
-    Attributes:
-        kind: its name in manifests.
-        description: its name while it is computed.
-        methods: names.
-    """
+    """What is computed for each unit of a run: one ``kind`` of table with its options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     kind: ClassVar[str]
@@ -61,11 +55,7 @@ class Work(BaseModel, ABC):
 
     @classmethod
     def of(cls, methods: str | Iterable[str | Method | Optimizer], **options: Any) -> Self:
-        """The work of some methods, which are resolved here and nowhere else.
-
-        Args:
-            methods: a comma list, names or objects, as in `ngeval.evaluate`.
-            **options: the fields of the class.
+        """The work of some methods, as `ngeval.evaluate` takes them, with the fields as options.
 
         Raises:
             InputError: an unknown method, or an option that cannot be used.
@@ -94,11 +84,6 @@ class Work(BaseModel, ABC):
         if self._resolved is None:
             self._resolved = get_methods(self.methods) if self.methods else []
         return self._resolved
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the methods."""
-        return [method.name for method in self.resolved]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -257,12 +242,7 @@ def unit_tables(
 
     A unit that cannot be graded (an unreadable checkpoint, NaN weights) has failed rows. One that
     failed as a whole, or by a lack of memory in part, has a ``failure``: it is worth another try.
-
-    Args:
-        units: the units of a run.
-        work: what is computed of each.
-        keys: which, in this order.
-        on_method: called with the name of each method that is done.
+    ``on_method`` is called with the name of each method that is done.
 
     Raises:
         TaskError: the task has no such batch.

@@ -17,8 +17,9 @@ from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
 from ngeval.model.function import map_inputs
 from ngeval.problem.problem import Problem
-from ngeval.results.hashes import CheckpointHashes, hash_batch
+from ngeval.results.hashes import hash_batch, hash_checkpoint
 from ngeval.results.journal import Key
+from ngeval.runs.estimate import trainable_note
 from ngeval.runs.progress import Progress
 from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run
@@ -53,7 +54,6 @@ class Units:
         ranks: Ranks | None = None,
         progress: Progress | None = None,
         identity: Mapping[str, Any] | None = None,
-        hashes: CheckpointHashes | None = None,
     ) -> None:
         """Build the model.
 
@@ -61,10 +61,9 @@ class Units:
             run: the run.
             methods: its methods.
             ranks: the processes that share the run; None: this one alone.
-            progress: is notified of each model that is loaded and of the first problem.
+            progress: is notified of adapters that are loaded and of the first problem.
             identity: of the run when it began: a checkpoint or batch that differs from it when it
                 is read is refused.
-            hashes: of checkpoints that were read for the identity.
 
         Raises:
             CheckpointError: a method needs something that a checkpoint lacks.
@@ -72,12 +71,10 @@ class Units:
         self.run, self.methods = run, methods
         for index in range(len(run.checkpoints)):
             methods_at(methods, run.stage(index))  # raises for what is missing before any work
-        base = run.task.model().to(run.device).eval()
         self.ranks = ranks or Ranks()
         self.progress = progress or Progress()
-        self.hashes = hashes or CheckpointHashes()
-        self.loader = CheckpointLoader(base, allow_pickle=run.allow_pickle)
-        self.model: nn.Module = base
+        self.model: nn.Module = run.task.model().to(run.device).eval()
+        self.loader = CheckpointLoader(self.model, allow_pickle=run.allow_pickle)
         self.stage = -1
         self.count = 0
         self.failure: Exception | None = None
@@ -122,13 +119,14 @@ class Units:
         except Exception as error:  # any model's code runs here, and the other checkpoints may load
             self.failure = error
         else:
-            self.progress.model_loaded(checkpoint, self.model)
+            if checkpoint.is_adapter:
+                self.progress.note(f"{checkpoint.name}: {trainable_note(self.model)}")
 
     def _unchanged(self, checkpoint: Checkpoint) -> nn.Module:
         """The model with a checkpoint that was not written to since the run began."""
         model = self.loader.load(checkpoint)
         expected = self.checkpoint_hashes.get(checkpoint.name)
-        if expected is not None and self.hashes.hash(checkpoint) != expected:
+        if expected is not None and hash_checkpoint(checkpoint) != expected:
             raise CheckpointError(
                 f"{checkpoint.name} was written to since the run began; where none of its units "
                 "was graded before, --resume grades it as it is now"
@@ -143,7 +141,7 @@ class Units:
             self.next_batch = 0
         skipped = int(index - self.next_batch)
         self.next_batch = index + 1
-        batch: Batch = next(itertools.islice(self.batches, skipped, None))
+        batch = next(itertools.islice(self.batches, skipped, None))
         digest = hash_batch(*batch)
         if self.batch_hashes.setdefault(index, digest) != digest:
             raise TaskError(

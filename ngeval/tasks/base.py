@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ngeval.errors import NgevalError, TaskError
+from ngeval.errors import TaskError, foreign_errors
 from ngeval.likelihoods import Likelihood, get_likelihood
 from ngeval.model.checks import Inputs, check_inputs
 from ngeval.model.outputs import Output
@@ -107,9 +107,7 @@ class Task:
             InputError: inputs of the wrong type, empty, or not finite.
         """
         count = 0
-        with self._errors("load_batches"):
-            batches = iter(self.load_batches(batch_size, num_batches, seed))
-        for batch in self._checked(batches, "load_batches"):
+        for batch in self._loaded("load_batches", batch_size, num_batches, seed):
             yield batch
             count += 1
             if count == num_batches:
@@ -149,20 +147,18 @@ class Task:
 
     def validation(self) -> Iterator[Batch]:
         """The batches of held-out data, checked as in `batches`; none if the task has none."""
-        yield from self._held_out(self.load_validation, "load_validation")
+        if self.load_validation is not None:
+            yield from self._loaded("load_validation")
 
     def test(self) -> Iterator[Batch]:
         """The batches of test data, checked as in `batches`; none if the task has none."""
-        yield from self._held_out(self.load_test, "load_test")
+        if self.load_test is not None:
+            yield from self._loaded("load_test")
 
-    def _held_out(self, load: Callable[[], Iterable[Batch]] | None, source: str) -> Iterator[Batch]:
-        if load is None:
-            return
+    def _loaded(self, source: str, *arguments: Any) -> Iterator[Batch]:
+        """What one of the task's own functions yields, as soon as it is checked."""
         with self._errors(source):
-            batches = iter(load())
-        yield from self._checked(batches, source)
-
-    def _checked(self, batches: Iterator[Any], source: str) -> Iterator[Batch]:
+            batches: Iterator[Any] = iter(getattr(self, source)(*arguments))
         while True:
             with self._errors(source):
                 batch = next(batches, None)
@@ -181,14 +177,6 @@ class Task:
             check_inputs(inputs)
             yield inputs, targets
 
-    @contextlib.contextmanager
-    def _errors(self, source: str) -> Iterator[None]:
+    def _errors(self, source: str) -> AbstractContextManager[None]:
         """Turn any error of the task's own function into a `TaskError` that names it."""
-        try:
-            yield
-        except NgevalError:
-            raise
-        except Exception as error:  # a user's function can raise anything
-            raise TaskError(
-                f"task {self.name!r}: {source} failed: {type(error).__name__}: {error}"
-            ) from error
+        return foreign_errors(TaskError, f"task {self.name!r}: {source} failed")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import os
+import os.path
 import pkgutil
 import sys
-from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ngeval.errors import TaskError, nearest_name
+from ngeval.errors import TaskError, foreign_errors, nearest_name
 from ngeval.tasks.builtin import BUILTIN_TASKS
 
 if TYPE_CHECKING:
@@ -66,24 +65,16 @@ def _as_task(spec: str, value: Any) -> Task:
     from ngeval.tasks.base import Task  # noqa: PLC0415  (imports torch)
 
     if not isinstance(value, Task) and callable(value):
-        try:
+        failure = f"{spec}: the function failed when called without arguments"
+        with foreign_errors(TaskError, failure):
             value = value()
-        except Exception as error:  # a user's function can raise anything
-            raise TaskError(
-                f"{spec}: the function failed when called without arguments: "
-                f"{type(error).__name__}: {error}"
-            ) from error
     if not isinstance(value, Task):
         raise TaskError(f"{spec} is a {type(value).__name__}, not an ngeval.Task")
     return value
 
 
 def _load_file(path: Path) -> ModuleType:
-    try:
-        exists = path.is_file()
-    except OSError as error:  # a name that the file system rejects
-        raise TaskError(f"task file {str(path)[:80]} cannot be read: {error.strerror}") from error
-    if not exists:
+    if not os.path.isfile(path):
         raise TaskError(f"task file {path} does not exist")
     name = f"ngeval_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -92,27 +83,16 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling in the file look it up there
     _make_importable(path.resolve().parent)  # as for a script: the file imports its neighbours
-    with _import_errors(f"task file {path} failed on import"):
+    # The code may change the working directory, to which the paths of the command are relative.
+    with chdir("."), foreign_errors(TaskError, f"task file {path} failed on import"):
         spec.loader.exec_module(module)
     return module
 
 
 def _load_module(name: str) -> ModuleType:
     _make_importable(Path.cwd())  # as ``python -m`` does
-    with _import_errors(f"task module {name!r} cannot be imported"):
+    with chdir("."), foreign_errors(TaskError, f"task module {name!r} cannot be imported"):
         return importlib.import_module(name)
-
-
-@contextlib.contextmanager
-def _import_errors(what: str) -> Iterator[None]:
-    """Turn any error of a user's code into a `TaskError`, and stay in the working directory."""
-    folder = Path.cwd()  # the paths of the command are relative to it
-    try:
-        yield
-    except Exception as error:  # a user's code can raise anything
-        raise TaskError(f"{what}: {type(error).__name__}: {error}") from error
-    finally:
-        os.chdir(folder)
 
 
 def _make_importable(folder: Path) -> None:

@@ -15,11 +15,8 @@ def shuffled_batches(
 ) -> Iterator[Tensor]:
     """Indices of the samples in each batch, without replacement within a pass over the data.
 
-    Args:
-        size: the number of samples.
-        batch_size: samples in a batch.
-        num_batches: how many batches; None is one pass, whose last batch can be smaller.
-        seed: for the order of samples.
+    Without ``num_batches`` it is one pass over the ``size`` samples, whose last batch can be
+    smaller.
 
     Raises:
         TaskError: a batch is larger than the data.

@@ -29,16 +29,9 @@ class DivergedError(ModelError):
 class EpochReport:
     """A model after an epoch: mean losses in nats, and accuracies as fractions.
 
-    Attributes:
-        epoch: passes over the training data so far; 0 is the initial model.
-        train_loss: over one pass of the training data.
-        train_accuracy: as all accuracies, None where the targets are not classes.
-        validation_loss: None, as its accuracy, where the task has no validation data.
-        validation_accuracy: on the validation data.
-        test_loss: None, as its accuracy, where the task has no test data.
-        test_accuracy: on the test data.
-        step: steps so far.
-        seconds: the time of these steps, without the time of measuring.
+    Epoch 0 is the initial model. A number is None where the task has no such data, and an accuracy
+    where the targets are not classes. ``seconds`` is the time of all steps so far, without the time
+    of measuring.
     """
 
     epoch: int
@@ -84,26 +77,12 @@ def forward(
     return outputs, task.resolved_likelihood().bind(outputs, targets.to(device))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The mean loss of a model in nats, and its accuracy where targets are classes."""
-
-    loss: float
-    accuracy: float | None
-    batches: int
-
-
 def measure(
     task: Task, model: nn.Module, batches: Iterator[Batch], source: str, device: str
-) -> Measured:
-    """Mean loss and accuracy over batches, the model in eval mode.
+) -> tuple[float, float | None, int]:
+    """Mean loss in nats, accuracy where targets are classes, and number of batches, in eval mode.
 
-    Args:
-        task: the task, for its likelihood.
-        model: the model, which is left in eval mode.
-        batches: the data.
-        source: the name of the task's function that loads the batches, for messages.
-        device: the model's device.
+    ``source`` is the name of the task's function that loads the batches, for messages.
 
     Raises:
         TaskError: there is no batch.
@@ -129,7 +108,7 @@ def measure(
         raise DivergedError(
             "training diverged: the loss is NaN or infinite; lower the learning rate"
         )
-    return Measured(total / samples, right / positions if positions else None, count)
+    return total / samples, right / positions if positions else None, count
 
 
 def monitored_column(task: Task, monitor: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ngeval.errors import InputError, ModelError, nearest_name
-from ngeval.methods.optimizer.build import build_optimizers
+from ngeval.errors import InputError, check_choice, foreign_errors, nearest_name
+from ngeval.fadam.state_checks import Range, number_in
+from ngeval.methods.optimizer.build import build_optimizers, built, trainable_parameters
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 from ngeval.optim import EF, NG, SF, iEF
 
@@ -40,7 +41,16 @@ MAX_DRAWS = 10_000
 """More sampled labels are taken for a typing error."""
 
 
-@dataclass(frozen=True)
+RANGES = {
+    "learning_rate": Range(lambda x: 0 < x < math.inf, "positive"),
+    "damping": Range(lambda x: 0 <= x < math.inf, "≥ 0 and finite"),
+    "momentum": Range(lambda x: 0 <= x < 1, "in [0, 1)"),
+    "weight_decay": Range(lambda x: 0 <= x < math.inf, "≥ 0 and finite"),
+    "max_norm": Range(lambda x: 0 < x < math.inf, "positive"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of an optimizer; None is the optimizer's default.
 
@@ -62,28 +72,12 @@ class Settings:
     max_norm: float | None = None
     schedule: str = "constant"
 
-    def check(self) -> None:
-        """Check that every setting is in its range.
-
-        Raises:
-            InputError: a setting is not.
-        """
-        _check_range("learning rate", self.learning_rate, "positive", zero=False)
-        _check_range("damping", self.damping, "≥ 0 and finite", zero=True)
-        _check_range("momentum", self.momentum, "in [0, 1)", zero=True, below=1.0)
-        _check_range("weight decay", self.weight_decay, "≥ 0 and finite", zero=True)
-        _check_range("max norm", self.max_norm, "positive", zero=False)
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"unknown schedule {self.schedule!r}; {nearest_name(self.schedule, SCHEDULES)}"
-            )
-
-
-def _check_range(
-    name: str, value: float | None, allowed: str, *, zero: bool, below: float = math.inf
-) -> None:
-    if value is not None and not ((value >= 0 if zero else value > 0) and value < below):
-        raise InputError(f"the {name} must be {allowed}, not {value}")
+    def check_ranges(self) -> None:
+        """Check that every setting is in its range."""
+        for name, numbers in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                number_in(value, f"the {name.replace('_', ' ')}", numbers)
+        check_choice("schedule", self.schedule, SCHEDULES)
 
 
 def is_exact(name: str) -> bool:
@@ -98,18 +92,13 @@ def resolved(name: str, settings: Settings) -> Settings:
         InputError: the optimizer is unknown, or a setting is out of range or not one of its own.
         DependencyError: the optimizer's package is not installed.
     """
-    settings.check()
-    optimizers = build(name, _smallest(), settings)
-    group = optimizers[0].param_groups[0]
+    settings.check_ranges()
+    group = build(name, _smallest(), settings)[0].param_groups[0]
     if settings.schedule != "constant" and "lr" not in group:
         raise InputError(f"{name} has no learning rate that a {settings.schedule} schedule sets")
-    return replace(
-        settings,
-        learning_rate=_number(group.get("lr")),
-        damping=_number(group.get("damping")),
-        momentum=_number(group.get("momentum")),
-        weight_decay=_number(group.get("weight_decay")),
-    )
+    keys = {"learning_rate": "lr"} | {key: key for key in ("damping", "momentum", "weight_decay")}
+    numbers = {name: float(group[key]) for name, key in keys.items() if group.get(key) is not None}
+    return Settings(**numbers, max_norm=settings.max_norm, schedule=settings.schedule)
 
 
 def _smallest() -> nn.Module:
@@ -119,18 +108,14 @@ def _smallest() -> nn.Module:
     return model
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
 def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> list[Optimizer]:
     """Optimizers on a model's trainable parameters, whose groups know the parameters' names.
 
     Args:
         name: a key of `EXACT`, a name in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, or the
             dotted path of a class.
-        model: the model.
-        settings: the settings of the optimizer.
+        model: whose parameters they hold.
+        settings: None is the optimizer's default.
         seed: for the labels that ``sf`` draws.
 
     Raises:
@@ -164,11 +149,7 @@ def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> lis
 
 @cache
 def _check_class(path: str) -> None:
-    """Take a step with a class on the smallest model, to fail before any training.
-
-    Raises:
-        InputError: the class is an exact optimizer, or cannot be stepped on a dense gradient alone.
-    """
+    """Take a step on the smallest model, to fail before training if a gradient is not enough."""
     names = {family: name for name, (family, _) in EXACT.items()}
     model = _smallest()
     for optimizer in build_optimizers(path, model):
@@ -183,24 +164,19 @@ def _check_class(path: str) -> None:
             for parameter in model.parameters():
                 nn.init.eye_(parameter)
                 parameter.grad = torch.ones_like(parameter)
-            try:
+            with foreign_errors(
+                InputError,
+                f"optimizer {path!r} cannot be stepped on a dense gradient alone",
+                "; train with one that needs neither a closure nor sparse gradients",
+            ):
                 optimizer.step()
-            except Exception as error:  # a class of another package can raise anything
-                raise InputError(
-                    f"optimizer {path!r} cannot be stepped on a dense gradient alone: "
-                    f"{type(error).__name__}: {error}; train with one that needs neither "
-                    "a closure nor sparse gradients"
-                ) from error
 
 
 def _exact(name: str, model: nn.Module, settings: Settings, seed: int) -> Optimizer:
     family, _, draws = name.partition(":")
     optimizer_class, rate = EXACT[family]
-    options: dict[str, Any] = {
-        option: value
-        for option in ("damping", "momentum", "weight_decay", "max_norm")
-        if (value := getattr(settings, option)) is not None
-    }
+    options: dict[str, Any] = {name: getattr(settings, name) for name in RANGES}
+    options["lr"] = options.pop("learning_rate") or rate
     if family == "sf":
         options["seed"] = seed
     if draws:
@@ -210,11 +186,4 @@ def _exact(name: str, model: nn.Module, settings: Settings, seed: int) -> Optimi
                 "sampled labels, as sf:4"
             )
         options["mc_samples"] = int(draws)
-    named = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ModelError("the model has no trainable parameter for an optimizer")
-    rate = rate if settings.learning_rate is None else settings.learning_rate
-    # The classes share these arguments, which their base class Optimizer does not have.
-    optimizer = optimizer_class(list(named.values()), lr=rate, **options)  # type: ignore[call-arg]
-    optimizer.param_groups[0]["param_names"] = list(named)
-    return optimizer
+    return built(optimizer_class, trainable_parameters(model), **options)

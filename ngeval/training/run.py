@@ -12,26 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ngeval.checkpoints import save_checkpoint, save_optimizer
-from ngeval.errors import InputError, ModelError, OutputError
+from ngeval.errors import InputError, OutputError
 from ngeval.model.checks import check_device
 from ngeval.results.table_files import check_folder
 from ngeval.tasks import Task
 from ngeval.training.measure import EpochReport, measure, monitored, monitored_column
 from ngeval.training.optimizers import Settings, resolved
-from ngeval.training.steppers import Stepper, eval_mode_note, make_stepper
+from ngeval.training.steppers import Stepper, eval_mode_note
 
 CHECKPOINT_FILE = re.compile(r"epoch-\d+\.(safetensors|json|optimizer\.pt)")
 
-NOT_RECORDED = ("seconds",)
-"""Fields of a report that are not written, so that a seed gives the same files to the bit."""
-
 
 @dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """A training run, which minimises the mean loss of a task.
+
+    It also has the settings of the optimizer as attributes; see `Settings`.
 
     Attributes:
         task: the model, data and likelihood.
@@ -41,17 +39,11 @@ class Training:
             Optimizer class, or ``ef``, ``ief``, ``sf``, ``sf:4`` or ``ng``, exact on every batch
             (the model is then in eval mode throughout).
         epochs: passes over the training data; 0 writes the initial weights alone.
-        learning_rate: as the following five, a setting of the optimizer; see `Settings`.
         batch_size: samples in a step.
         num_batches: steps in an epoch; None is one pass over the data.
         seed: for the initial weights, the order of samples and the labels that ``sf`` draws.
         device: where to compute.
         force: replace the checkpoints of an earlier run in the folder.
-        damping: λ, absolute; of ``ef``, ``ief``, ``sf`` and ``ng`` alone.
-        momentum: None is the optimizer's default.
-        weight_decay: None is the optimizer's default.
-        max_norm: of an exact optimizer's update, and of the mean gradient for the others.
-        schedule: of the learning rate: ``constant``, ``linear`` or ``cosine``.
         patience: stop after this many epochs that were not better than the best before, by
             ``monitor`` on the validation data.
         monitor: ``loss`` or ``accuracy``.
@@ -62,32 +54,14 @@ class Training:
     output: Path | None
     optimizer: str = "adamw"
     epochs: int = 10
-    learning_rate: float | None = None
     batch_size: int = 64
     num_batches: int | None = None
     seed: int = 0
     device: str = "cpu"
     force: bool = False
-    damping: float | None = None
-    momentum: float | None = None
-    weight_decay: float | None = None
-    max_norm: float | None = None
-    schedule: str = "constant"
     patience: int | None = None
     monitor: str = "loss"
     on_note: Callable[[str], None] | None = None
-
-    @property
-    def settings(self) -> Settings:
-        """The settings of the optimizer, None where its defaults are taken."""
-        return Settings(
-            self.learning_rate,
-            self.damping,
-            self.momentum,
-            self.weight_decay,
-            self.max_norm,
-            self.schedule,
-        )
 
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding a report for each checkpoint as soon as it is written.
@@ -102,33 +76,27 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = self.task.model().to(self.device)
-            if not any(parameter.requires_grad for parameter in model.parameters()):
-                raise ModelError(f"task {self.task.name!r}: the model has no trainable parameter")
-            stepper = make_stepper(
-                self.optimizer, self.task, model, self.settings, self.seed, self.device
-            )
+            stepper = Stepper(self.optimizer, self.task, model, self, self.seed, self.device)
             note = eval_mode_note(self.optimizer, model)
             if note is not None and self.on_note is not None:
                 self.on_note(note)
-            report, steps = self._measured(model, 0, 0, 0.0)
+            report, steps = self._measured(stepper, 0, 0.0)
             if self.output is not None:  # not before the model has run
                 for path in _checkpoint_files(self.output):
                     path.unlink()
             yield self._save(stepper, report)
             stepper.schedule(self.schedule, steps * self.epochs)
-            yield from self._epochs(model, stepper, report)
+            yield from self._epochs(stepper, report)
 
-    def _epochs(
-        self, model: nn.Module, stepper: Stepper, report: EpochReport
-    ) -> Iterator[EpochReport]:
+    def _epochs(self, stepper: Stepper, report: EpochReport) -> Iterator[EpochReport]:
         column = monitored_column(self.task, self.monitor)
         best, waited = monitored(report, column), 0
         seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            self._train_epoch(model, stepper, epoch)
+            self._train_epoch(stepper, epoch)
             seconds += time.perf_counter() - start
-            report, _ = self._measured(model, epoch, stepper.steps, seconds)
+            report, _ = self._measured(stepper, epoch, seconds)
             yield self._save(stepper, report)
             value = monitored(report, column)
             best, waited = (value, 0) if value < best else (best, waited + 1)
@@ -148,7 +116,7 @@ class Training:
         if self.num_batches is not None and self.num_batches < 1:
             raise InputError("the number of batches must be at least 1")
         check_device(self.device)
-        resolved(self.optimizer, self.settings)
+        resolved(self.optimizer, self)
         monitored_column(self.task, self.monitor)
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience must be at least 1 epoch, not {self.patience}")
@@ -171,39 +139,36 @@ class Training:
                 "--force to replace them"
             )
 
-    def _train_epoch(self, model: nn.Module, stepper: Stepper, epoch: int) -> None:
+    def _train_epoch(self, stepper: Stepper, epoch: int) -> None:
         stepper.ready()
         # A different order of samples in every epoch, reproducible from the seed.
         seed = self.seed * 100_003 + epoch
         for batch in self.task.batches(self.batch_size, self.num_batches, seed):
             stepper.step(batch)
 
-    def _measured(
-        self, model: nn.Module, epoch: int, step: int, seconds: float
-    ) -> tuple[EpochReport, int]:
+    def _measured(self, stepper: Stepper, epoch: int, seconds: float) -> tuple[EpochReport, int]:
         """Losses and accuracies on all data, and the number of batches in an epoch."""
-        task, device = self.task, self.device
-        batches = task.batches(self.batch_size, self.num_batches, self.seed)
-        train = measure(task, model, batches, "load_batches", device)
+        task, model, device = self.task, stepper.model, self.device
+        data = task.batches(self.batch_size, self.num_batches, self.seed)
+        train_loss, train_accuracy, batches = measure(task, model, data, "load_batches", device)
         held_out: dict[str, float | None] = {}
-        for part, data in (("validation", task.validation), ("test", task.test)):
+        for part, load in (("validation", task.validation), ("test", task.test)):
             loss = accuracy = None
             if getattr(task, f"load_{part}") is not None:
-                measured = measure(task, model, data(), f"load_{part}", device)
-                loss, accuracy = measured.loss, measured.accuracy
+                loss, accuracy, _ = measure(task, model, load(), f"load_{part}", device)
             held_out |= {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
         report = EpochReport(
-            epoch, train.loss, train.accuracy, **held_out, step=step, seconds=seconds
+            epoch, train_loss, train_accuracy, **held_out, step=stepper.steps, seconds=seconds
         )
-        return report, train.batches
+        return report, batches
 
     def _save(self, stepper: Stepper, report: EpochReport) -> EpochReport:
         if self.output is None:
             return report
         stem = self.output / f"epoch-{report.epoch:03d}"
         save_optimizer(stepper.optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
-        metadata = {k: value for k, value in asdict(report).items() if k not in NOT_RECORDED}
-        metadata |= self._recorded_settings()
+        metadata = asdict(report) | self._recorded_settings()
+        del metadata["seconds"]  # so that a seed gives the same files to the bit
         save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), metadata)
         return report
 
@@ -212,7 +177,7 @@ class Training:
             "task": self.task.name,
             "likelihood": self.task.resolved_likelihood().name,
             "optimizer": self.optimizer,
-            **asdict(resolved(self.optimizer, self.settings)),
+            **asdict(resolved(self.optimizer, self)),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "versions": {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,27 +20,32 @@ from ngeval.training.optimizers import SCHEDULES, Settings, build, is_exact
 from ngeval.utils.memory import is_out_of_memory
 
 
-@dataclass
-class Stepper(ABC):
-    """A model with its optimizers, which takes steps on batches.
+class Stepper:
+    """A model with an optimizer, which takes steps on batches and counts them.
 
-    Attributes:
-        task: the task, for its likelihood.
+    A step goes along the gradient of the mean loss, with the model in train mode; or it is exact on
+    the batch, with the model in eval mode, where alone a sample's outputs are a function of the
+    weights.
+
+    Args:
+        name: of the optimizer, which may be two of torch's; see `build`.
+        task: for its likelihood.
         model: the model that is trained.
-        optimizers: the optimizers of its parameters.
+        settings: of the optimizer.
+        seed: for the labels that ``sf`` draws.
         device: the model's device.
-        max_norm: see `Settings`.
-        schedulers: the schedules of the learning rates.
-        steps: the number of steps so far.
     """
 
-    task: Task
-    model: nn.Module
-    optimizers: list[Optimizer]
-    device: str
-    max_norm: float | None = None
-    schedulers: list[LambdaLR] = field(default_factory=list)
-    steps: int = 0
+    def __init__(
+        self, name: str, task: Task, model: nn.Module, settings: Settings, seed: int, device: str
+    ) -> None:
+        self.task, self.model, self.device = task, model, device
+        self.optimizers = build(name, model, settings, seed)
+        self.is_exact = is_exact(name)
+        self.max_norm = settings.max_norm
+        self.schedulers: list[LambdaLR] = []
+        self.steps = 0
+        self._problem: Problem | None = None
 
     def schedule(self, name: str, steps: int) -> None:
         """Let the learning rates follow a schedule over a number of steps."""
@@ -61,24 +64,16 @@ class Stepper(ABC):
             DivergedError: outputs or update are not finite.
             ModelError: the model or the optimizer's step fails.
         """
-        self.take(batch)
+        (self._exact_step if self.is_exact else self._gradient_step)(batch)
         self.steps += 1
         for scheduler in self.schedulers:
             scheduler.step()
 
-    @abstractmethod
-    def take(self, batch: Batch) -> None:
-        """Take the step, without the schedule of the learning rate."""
-
     def ready(self) -> None:
         """Set the mode in which the model is trained, before the steps of an epoch."""
-        self.model.train()
+        self.model.train(not self.is_exact)
 
-
-class GradientStepper(Stepper):
-    """Steps on the gradient of the mean loss, with the model in train mode."""
-
-    def take(self, batch: Batch) -> None:
+    def _gradient_step(self, batch: Batch) -> None:
         outputs, distribution = forward(self.task, self.model, batch, self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -92,19 +87,7 @@ class GradientStepper(Stepper):
             with step_errors(optimizer):
                 optimizer.step()
 
-
-class ExactStepper(Stepper):
-    """Steps that are exact on each batch, with the model in eval mode.
-
-    In eval mode alone, a sample's outputs are a function of the weights.
-    """
-
-    _problem: Problem | None = None
-
-    def ready(self) -> None:
-        self.model.eval()
-
-    def take(self, batch: Batch) -> None:
+    def _exact_step(self, batch: Batch) -> None:
         inputs, targets = to_device(batch[0], self.device), batch[1].to(self.device)
         try:
             if self._problem is None:  # the first problem chooses and checks an engine
@@ -121,16 +104,6 @@ class ExactStepper(Stepper):
             with torch.no_grad():  # raises a DivergedError if the outputs are not finite
                 forward(self.task, self.model, batch, self.device)
             raise
-
-
-def make_stepper(
-    name: str, task: Task, model: nn.Module, settings: Settings, seed: int, device: str
-) -> Stepper:
-    """Build an optimizer on a model by its name."""
-    optimizers = build(name, model, settings, seed)
-    if is_exact(name):  # these clip their updates themselves
-        return ExactStepper(task, model, optimizers, device)
-    return GradientStepper(task, model, optimizers, device, settings.max_norm)
 
 
 def eval_mode_note(name: str, model: nn.Module) -> str | None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ngeval.errors import InputError, NgevalError
+from ngeval.errors import InputError, foreign_errors
 
 
 @functools.cache
 def plugins(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
     """The entry points of a group by name; none of them is imported.
 
-    The result is cached, because the metadata of every installed package is read for it.
-
-    Args:
-        group: the entry-point group, e.g. ``"ngeval.methods"``.
-        taken: the names that ngeval has itself.
-
-    Returns:
-        One entry point for each name. An entry point whose name is taken, by ngeval or by another
-        package, is left out with a warning.
+    The result is cached, because the metadata of every installed package is read for it. An entry
+    point whose name is taken, by ngeval or by another package, is left out with a warning.
     """
     kind = _kind(group)
     points: dict[str, EntryPoint] = {}
@@ -61,26 +53,10 @@ def load_plugin(point: EntryPoint) -> Any:
         ) from error
 
 
-@contextlib.contextmanager
-def plugin_errors(point: EntryPoint, name: str) -> Iterator[None]:
-    """Name the plug-in in any error of its code, except for those that ngeval defines.
-
-    Args:
-        point: of the plug-in.
-        name: the method or likelihood that it is building.
-
-    Raises:
-        InputError: the code raised an error.
-    """
-    try:
-        yield
-    except NgevalError:
-        raise
-    except Exception as error:  # the code of another package can raise anything
-        raise InputError(
-            f"{_kind(point.group)} {name!r} of {package_of(point)} cannot be built: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+def plugin_errors(point: EntryPoint, name: str) -> AbstractContextManager[None]:
+    """Turn any error of a plug-in that builds a method or likelihood into an `InputError`."""
+    what = f"{_kind(point.group)} {name!r} of {package_of(point)} cannot be built"
+    return foreign_errors(InputError, what)
 
 
 def _kind(group: str) -> str:

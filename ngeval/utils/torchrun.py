@@ -1,4 +1,7 @@
-"""The processes that ``torchrun`` started, as its environment variables describe them."""
+"""The processes that ``torchrun`` started, as its environment variables describe them.
+
+A variable that is not a number is an `InputError`.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,17 @@ from ngeval.errors import InputError
 
 
 def world_size() -> int:
-    """The number of processes, 1 without torchrun.
-
-    Raises:
-        InputError: the environment variable is not a number.
-    """
+    """The number of processes, 1 without torchrun."""
     return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """The number of this process, 0 without torchrun.
-
-    Raises:
-        InputError: the environment variable is not a number.
-    """
+    """The number of this process, 0 without torchrun."""
     return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine, 0 without torchrun.
-
-    Raises:
-        InputError: the environment variable is not a number.
-    """
+    """The number of this process among those of its machine, 0 without torchrun."""
     return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 

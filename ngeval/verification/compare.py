@@ -57,8 +57,6 @@ class Verdict:
     """The comparison of a unit with its rows in a file.
 
     Attributes:
-        key: the places of its checkpoint and batch.
-        checkpoint: its name.
         rows: how many there are now.
         problem: what differs that is not a number; empty if nothing does.
         difference: the difference of numbers that is largest in proportion to the allowed one;
@@ -110,17 +108,17 @@ def compare(
     results = [name for name in columns if name not in NOT_RESULTS]
     numbers = [name for name in results if is_number(then[name]) and is_number(now[name])]
     problem = _texts_differ(then, now, [name for name in results if name not in numbers])
-    worst, allowed, where = 0.0, tolerance or 0.0, dict[str, Any]()
+    if not numbers:
+        return Verdict(key, checkpoint, len(now), problem, allowed=tolerance or 0.0)
     base = _tolerances(now, tolerance)
-    for name in numbers:
-        limit = np.maximum(base, _krylov_limits(name, now, min(gap, MAX_GAP)))
-        difference = _differences(name, then, now)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            excess = np.where(difference == 0, 0.0, difference / limit)
-        row = int(excess.argmax())
-        if excess[row] > (worst / allowed if allowed else worst) or not where:
-            worst, allowed = float(difference[row]), float(limit[row])
-            where = {"column": name} | {k: _plain(now[k].iloc[row]) for k in order}
+    differences = pd.DataFrame({name: _differences(name, then, now) for name in numbers})
+    krylov = {name: _krylov_limits(name, now, min(gap, MAX_GAP)) for name in numbers}
+    limits = pd.DataFrame(krylov).clip(lower=base, axis=0)
+    excess = (differences / limits).where(differences > 0, 0.0)
+    column = str(excess.max().idxmax())
+    row = int(excess[column].to_numpy().argmax())
+    worst, allowed = float(differences[column][row]), float(limits[column][row])
+    where = {"column": column} | {k: _plain(now[k].iloc[row]) for k in order}
     note = _less_memory(then, now) if worst <= math.sqrt(MAX_GAP) else ""
     return Verdict(key, checkpoint, len(now), problem, worst, allowed, where, note)
 

@@ -31,7 +31,7 @@ from ngeval.results.manifest import (
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.from_options import make_run
 from ngeval.runs.identity import differences, identity, listed
-from ngeval.runs.options import HubOptions, RunOptions, StepOptions
+from ngeval.runs.options import RunOptions
 from ngeval.runs.run import Run
 from ngeval.runs.tables import Work, unit_tables
 from ngeval.runs.units import Units
@@ -45,28 +45,14 @@ from ngeval.verification.manifest_checks import (
     read_work,
 )
 
-MAX_CHARACTERS = 300
-"""Of the folder that a manifest names."""
-
 ELSEWHERE = ("code.", "machine.", "settings.device:")
 """Where and with which code it was computed: a difference there is reported, and should not change
 a number."""
 
-AS_TYPED = (
-    "The manifest names files as they were typed: verify in the folder that the run was started in"
-)
-
 
 @dataclass(frozen=True)
 class Trust:
-    """What whoever verifies allows, whatever a manifest says.
-
-    Attributes:
-        task: the run's task, if it is not a built-in one: its file is run.
-        methods: optimizers' classes by their paths, which are imported.
-        allow_pickle: unpickle checkpoints that contain code.
-        trust_remote_code: run code of the model's repository.
-    """
+    """The code that may be run, whatever a manifest says; ``methods`` are paths of classes."""
 
     task: str | None = None
     methods: Sequence[str] = ()
@@ -76,23 +62,18 @@ class Trust:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A result file and its manifest, checked.
-
-    Attributes:
-        path: the result file.
-        table: its rows.
-        manifest: what its run was.
-        groups: the options of the run.
-        work: what was computed of each unit.
-        failed: the units that failed, which may have no rows.
-    """
+    """A result file and its manifest, checked."""
 
     path: Path
     table: pd.DataFrame
     manifest: RunManifest
-    groups: tuple[RunOptions, HubOptions, StepOptions]
+    options: RunOptions
     work: Work
-    failed: frozenset[Key]
+
+    @cached_property
+    def failed(self) -> frozenset[Key]:
+        """The units that failed, which may have no rows."""
+        return frozenset(self.manifest.failed_units)
 
     @property
     def names(self) -> list[str]:
@@ -146,18 +127,15 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
     options: dict[str, Any] = manifest.options | {
         "allow_pickle": trust.allow_pickle,
         "trust_remote_code": trust.trust_remote_code,
+        "task": task if trust.task is None else trust.task,
     }
-    replaced = {"task": trust.task, "device": device}
-    options |= {name: value for name, value in replaced.items() if value is not None}
-    groups = (
-        read_options(RunOptions, options, place),
-        read_options(HubOptions, options, place),
-        read_options(StepOptions, options, place),
-    )
-    check_sizes(groups[0], work, manifest, place)
-    failed = check_end(manifest, place)
+    if device is not None:
+        options["device"] = device
+    run_options = read_options(options, place)
+    check_sizes(run_options, work, manifest, place)
+    check_end(manifest, place)
     check_table(table, manifest, path)
-    return Recorded(path, table, manifest, groups, work, failed)
+    return Recorded(path, table, manifest, run_options, work)
 
 
 def _check_methods(work: Work, trust: Trust) -> None:
@@ -174,13 +152,9 @@ def _check_methods(work: Work, trust: Trust) -> None:
 
 
 def rebuild(recorded: Recorded) -> Run:
-    """The run that computed a file, if its task and checkpoints still exist.
-
-    Raises:
-        NgevalError: one of them does not.
-    """
+    """The run that computed a file; an error if its task or checkpoints do not exist any more."""
     try:
-        run = make_run(*recorded.groups)
+        run = make_run(recorded.options)
     except (CheckpointError, TaskError) as error:
         raise type(error)(f"{error}\n{_where(recorded)}") from error
     checkpoints = {checkpoint.name: checkpoint for checkpoint in run.checkpoints}
@@ -192,19 +166,19 @@ def rebuild(recorded: Recorded) -> Run:
 
 
 def _where(recorded: Recorded) -> str:
-    directory = recorded.manifest.directory[:MAX_CHARACTERS]
-    return f"{AS_TYPED}{f' ({directory})' if directory else ''}"
+    folder = f" ({recorded.manifest.directory[:300]})" if recorded.manifest.directory else ""
+    return (
+        "The manifest names files as they were typed: verify in the folder that the run was "
+        f"started in{folder}"
+    )
 
 
 def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
-    """What differs from when a file was computed.
+    """What differs from when a file was computed, a line each.
 
     Returns:
         What changes numbers (checkpoints, data, settings), and what should not (code, versions,
-        the machine), a line each.
-
-    Raises:
-        TaskError: the task's model or batches are not available.
+        the machine).
     """
     hardware = ("cpu", "gpus", "threads")
     now, then = identity(run, recorded.work), recorded.manifest.identity.plain()
@@ -217,11 +191,7 @@ def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
 
 
 def check_unchanged(path: Path, changed: list[str]) -> None:
-    """Refuse to compare numbers that cannot agree.
-
-    Raises:
-        InputError: something differs that changes numbers.
-    """
+    """Refuse, with an `InputError`, to compare numbers that cannot agree."""
     if changed:
         raise InputError(
             f"{path} cannot be reproduced, since what it was computed from has changed:"

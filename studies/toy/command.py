@@ -15,7 +15,7 @@ from ngeval.cli.tables import cell
 from ngeval.errors import InputError
 from ngeval.methods import get_methods
 from ngeval.plots import FIGURE_SUFFIXES, save_figure
-from ngeval.results.table_files import ResultFile, check_output
+from ngeval.results.table_files import SUFFIXES, check_output, write_results
 from studies.toy.least_squares import LeastSquares, Point, trajectories
 from studies.toy.picture import toy_figure
 
@@ -64,7 +64,8 @@ def toy(
     python -m studies toy -m ief,ef,sf:4 --learning-rate ef=0.05,sf:4=0.2 -o toy.svg
     """
     check_output(output, FIGURE_SUFFIXES, force=force)
-    target = ResultFile(table, force=force) if table is not None else None
+    if table is not None:
+        check_output(table, SUFFIXES, force=force)
     fit = LeastSquares(parse_pair("--inputs", inputs), parse_point("--targets", targets))
     starts = [parse_point("--start", text) for text in start] if start else list(fit.starts)
     names = [method.name for method in get_methods(methods)]
@@ -76,9 +77,8 @@ def toy(
             tables.append(rows)
             bar.advance(task)
     paths = pd.concat(tables, ignore_index=True)
-    if target is not None:
-        target.append(paths)
-        target.flush()
+    if table is not None:
+        write_results(paths, table)
     save_figure(toy_figure(fit, paths, damping=damping, arrows=arrows, seed=seed), output)
     out = console.table_console(quiet)
     out.print(paths_table(paths))

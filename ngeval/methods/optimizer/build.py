@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ngeval.errors import DependencyError, InputError, ModelError, nearest_name
+from ngeval.errors import (
+    DependencyError,
+    InputError,
+    ModelError,
+    foreign_errors,
+    nearest_name,
+)
 from ngeval.fadam.optimizer import FAdam
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 
@@ -39,16 +45,26 @@ def build_optimizers(
         ModelError: no parameter is trainable.
     """
     kind = optimizer_class(name)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ModelError("the model has no trainable parameter for an optimizer")
+    named = trainable_parameters(model)
     if name not in OPTIMIZERS:
         return [_third_party(name, kind, named, learning_rate)]
     entry = OPTIMIZERS[name]
     rate = entry.learning_rate if learning_rate is None else learning_rate
     if name == "muon":
         return _muon_and_adamw(named, rate)
-    return [_built(kind, named, lr=rate, **entry.options)]
+    return [built(kind, named, lr=rate, **entry.options)]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer of the model holds, by name.
+
+    Raises:
+        ModelError: there are none.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ModelError("the model has no trainable parameter for an optimizer")
+    return named
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
@@ -69,18 +85,15 @@ def optimizer_class(name: str) -> type[Optimizer]:
             "an Optimizer class, as pytorch_optimizer.SOAP"
         )
     module_name, _, class_name = name.rpartition(".")
-    try:
-        named = getattr(importlib.import_module(module_name), class_name, None)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        raise DependencyError(
-            f"optimizer {name!r}: {missing} is not installed; pip install "
-            f"{missing.split('.')[0]} (or, where it differs, the package that has this module)"
-        ) from error
-    except Exception as error:  # a package can raise anything while it is imported
-        raise InputError(
-            f"optimizer {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    with foreign_errors(InputError, f"optimizer {name!r}: {module_name} cannot be imported"):
+        try:
+            named = getattr(importlib.import_module(module_name), class_name, None)
+        except ModuleNotFoundError as error:
+            missing = error.name or module_name
+            raise DependencyError(
+                f"optimizer {name!r}: {missing} is not installed; pip install "
+                f"{missing.split('.')[0]} (or, where it differs, the package that has this module)"
+            ) from error
     if not (isinstance(named, type) and issubclass(named, Optimizer)):
         what = "is not a class of a torch.optim.Optimizer" if named else f"is not in {module_name}"
         raise InputError(f"optimizer {name!r}: {class_name} {what}")
@@ -98,14 +111,10 @@ def _third_party(
             rate = DEFAULT_RATE
         elif not isinstance(rate, int | float):
             rate = None  # the class computes its own, as Adafactor's relative steps
-    try:
-        return _built(kind, named, lr=rate)
-    except Exception as error:  # the code of another package can raise anything
-        raise InputError(
-            f"optimizer {path!r} cannot be built on parameters and a learning rate alone: "
-            f"{type(error).__name__}: {error}; in Python, build it yourself and give it to "
-            "ngeval.OptimizerStep"
-        ) from error
+    failure = f"optimizer {path!r} cannot be built on parameters and a learning rate alone"
+    advice = "; in Python, build it yourself and give it to ngeval.OptimizerStep"
+    with foreign_errors(InputError, failure, advice):
+        return built(kind, named, lr=rate)
 
 
 def _muon_and_adamw(named: Named, rate: float) -> list[Optimizer]:
@@ -116,15 +125,15 @@ def _muon_and_adamw(named: Named, rate: float) -> list[Optimizer]:
         raise InputError("muon: the model has no trainable matrix, and Muon is for matrices only")
     optimizers: list[Optimizer] = [
         # With this scale the learning rate of an AdamW serves both.
-        _built(torch.optim.Muon, matrices, lr=rate, adjust_lr_fn="match_rms_adamw")
+        built(torch.optim.Muon, matrices, lr=rate, adjust_lr_fn="match_rms_adamw")
     ]
     if others:
-        optimizers.append(_built(torch.optim.AdamW, others, lr=rate))
+        optimizers.append(built(torch.optim.AdamW, others, lr=rate))
     return optimizers
 
 
-def _built(kind: Callable[..., Optimizer], named: Named, **options: Any) -> Optimizer:
-    """An optimizer whose groups record the parameters' names, whether or not its class does."""
+def built(kind: Callable[..., Optimizer], named: Named, **options: Any) -> Optimizer:
+    """An optimizer whose groups record the parameters' names; None is a default."""
     options = {name: value for name, value in options.items() if value is not None}
     optimizer = kind(list(named.values()), **options)
     names = {id(parameter): name for name, parameter in named.items()}

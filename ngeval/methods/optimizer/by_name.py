@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.errors import CheckpointError, InputError
+from ngeval.errors import InputError
 from ngeval.methods.base import UndampedState
 from ngeval.methods.optimizer.build import build_optimizers, optimizer_class
-from ngeval.methods.optimizer.clone import Clones
 from ngeval.methods.optimizer.load_state import load_optimizer_state
 from ngeval.methods.optimizer.step import OptimizerStep
 from ngeval.methods.stage import OptimizerOptions, Stage
@@ -20,39 +17,6 @@ from ngeval.problem.problem import Problem
 
 MAX_BATCHES = 100_000
 """A larger number of warm-up batches is taken for a typing error."""
-
-CACHED_SHARE = 16
-"""Warm copies are cached if they take at most 1/16 of the memory budget."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Bound(OptimizerStep):
-    """An optimizer on a checkpoint's model, which caches the state accumulated at a θ.
-
-    Attributes:
-        stage: the checkpoint; None if there is none.
-        notes: on the state.
-    """
-
-    stage: Stage | None = None
-    notes: tuple[str, ...] = ()
-    _warm: dict[Any, tuple[Clones, list[str]]] = field(default_factory=dict, repr=False)
-
-    def warmed(
-        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
-    ) -> tuple[Clones, list[str]]:
-        """Copies of those that were warmed up before at this θ and in this dtype, if any."""
-        if self.warmup is None:
-            return super().warmed(dtype, problem, names)
-        key = (dtype, problem.dtype, *problem.function.versions.items())
-        if key not in self._warm:
-            clones, notes = super().warmed(dtype, problem, names)
-            if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
-                return clones, notes
-            self._warm.clear()
-            self._warm[key] = clones, notes
-        clones, notes = self._warm[key]
-        return clones.again(), [*notes]
 
 
 @dataclass(frozen=True)
@@ -74,8 +38,11 @@ class NamedOptimizer:
     family: str
     warmup_batches: int | None
     stage: Stage | None = None
-    # The latest checkpoint's model and optimizer; `at` copies the method but shares the list.
-    _cache: list[tuple[nn.Module, _Bound]] = field(default_factory=list, compare=False, repr=False)
+    # The latest checkpoint and model, with the optimizer on it and notes on its state; `at` copies
+    # the method but shares the list.
+    _cache: list[tuple[Stage | None, nn.Module, OptimizerStep, tuple[str, ...]]] = field(
+        default_factory=list, compare=False, repr=False
+    )
 
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> NamedOptimizer:
@@ -97,17 +64,13 @@ class NamedOptimizer:
         return self.warmup_batches != 0
 
     def at(self, stage: Stage) -> NamedOptimizer:
-        """The method at a checkpoint.
-
-        Raises:
-            CheckpointError: the method needs the optimizer's saved state, and there is none.
-        """
-        if self.warmup_batches is None and stage.optimizer_state is None:
-            raise CheckpointError(
-                f"{self.name}: no optimizer state beside {stage.name}; give --optimizer-state, or "
-                f"grade {self.family}:0 (its first step) or {self.family}:20 (state accumulated "
-                "over 20 batches at the checkpoint's weights)"
+        """The method at a checkpoint, which must have a saved state if the method needs it."""
+        if self.warmup_batches is None:
+            others = (
+                f"{self.family}:0 (its first step) or {self.family}:20 (state accumulated over 20 "
+                "batches at the checkpoint's weights)"
             )
+            stage.check_state(self.name, others)
         return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> UndampedState:
@@ -123,30 +86,29 @@ class NamedOptimizer:
                 "Python give your optimizer, ngeval.OptimizerStep(optimizer, warmup=...), or "
                 f"grade {self.family}:0, its first step"
             )
-        bound = self._bound(problem.function.model)
-        state = bound.prepare(problem, kernel, seed)
-        return UndampedState(problem, state.step, state.coverage, (*bound.notes, *state.notes))
+        step, notes = self._bound(problem.function.model)
+        state = step.prepare(problem, kernel, seed)
+        return UndampedState(problem, state.step, state.coverage, (*notes, *state.notes))
 
-    def _bound(self, model: nn.Module) -> _Bound:
+    def _bound(self, model: nn.Module) -> tuple[OptimizerStep, tuple[str, ...]]:
         """The optimizer on a model with its state, built once for all batches of a checkpoint."""
         count, stage = self.warmup_batches, self.stage
-        for known, bound in self._cache:
-            if known is model and bound.stage is stage:
-                return bound
+        for known, known_model, step, notes in self._cache:
+            if known is stage and known_model is model:
+                return step, notes
         options = stage.options if stage else OptimizerOptions()
         optimizers = build_optimizers(self.family, model)
-        notes: tuple[str, ...] = ()
+        notes = ()
         if count is None and stage and (path := stage.optimizer_state):
             pickled = options.allow_pickle
             notes = load_optimizer_state(optimizers, model, path, pickled, self.family)
-        bound = _Bound(
+        step = OptimizerStep(
             optimizers,
             reduction=options.reduction,
             weight_decay=options.weight_decay,
             warmup=(lambda: stage.batches(count)) if stage and count else None,
             name=self.name,
-            stage=stage,
-            notes=notes,
+            warm={},
         )
-        self._cache[:] = [(model, bound)]
-        return bound
+        self._cache[:] = [(stage, model, step, notes)]
+        return step, notes

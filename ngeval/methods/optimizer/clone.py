@@ -87,7 +87,11 @@ def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None)
     """
     originals = _with_wrapped(optimizers)
     every = list(originals)
-    parameters = _copied_parameters(every, dtype)
+    held = {id(p): p for o in every for group in o.param_groups for p in group["params"]}
+    parameters = {
+        key: (p, nn.Parameter(_copied(p, dtype, scalars=True), requires_grad=p.requires_grad))
+        for key, p in held.items()
+    }
     memo: dict[int, Any] = {key: clone for key, (_, clone) in parameters.items()}
     moments = _scalar_moments(every)
     for value in reachable(list(originals.values())):
@@ -122,29 +126,21 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 @contextlib.contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw random numbers from a seed, and restore the generators afterwards."""
+def isolated_steps(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed and call no global hooks, and restore both afterwards."""
     on_gpu = device.type == "cuda"
+    registered = {name: getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS}
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         # Not torch.manual_seed, which also seeds devices that are not restored.
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def without_global_hooks() -> Iterator[None]:
-    """Call no hook that is registered for the steps of every optimizer."""
-    registered = {name: getattr(_TORCH_MODULE, name) for name in GLOBAL_HOOKS}
-    try:
-        for name in GLOBAL_HOOKS:
-            setattr(_TORCH_MODULE, name, OrderedDict())
-        yield
-    finally:
-        for name, hooks in registered.items():
-            setattr(_TORCH_MODULE, name, hooks)
+        try:
+            vars(_TORCH_MODULE).update({name: OrderedDict() for name in registered})
+            yield
+        finally:
+            vars(_TORCH_MODULE).update(registered)
 
 
 def _with_wrapped(optimizers: Sequence[Optimizer]) -> dict[Optimizer, dict[str, Any]]:
@@ -160,18 +156,6 @@ def _with_wrapped(optimizers: Sequence[Optimizer]) -> dict[Optimizer, dict[str, 
     return originals
 
 
-def _copied_parameters(
-    optimizers: Sequence[Optimizer], dtype: torch.dtype | None
-) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
-    """The parameters in the optimizers' groups and their copies, by ``id`` of the original."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
-    return {
-        key: (p, nn.Parameter(_copied(p, dtype, scalars=True), requires_grad=p.requires_grad))
-        for key, p in parameters.items()
-    }
-
-
 def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
     """The ``id`` of everything except ``step`` in the states of scalar parameters."""
     return {
@@ -185,21 +169,16 @@ def _scalar_moments(optimizers: Sequence[Optimizer]) -> set[int]:
 
 
 def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
-    """Give a copied Adafactor the floor of v̂ of its original.
+    """Give a copied Adafactor the floors of v̂ of its original, in one group for each parameter.
 
     The default is the machine epsilon of the parameter's dtype, which is not that of the copies.
     """
     groups = []
     for copied, group in zip(clone.param_groups, original.param_groups, strict=True):
         first, second = group["eps"]
-        if first is not None or not group["params"]:
-            groups.append(copied)
-            continue
-        for dtype in dict.fromkeys(parameter.dtype for parameter in group["params"]):
-            pairs = zip(copied["params"], group["params"], strict=True)
-            members = [clone_of for clone_of, source in pairs if source.dtype == dtype]
-            floor = torch.finfo(dtype).eps, second
-            groups.append({**copied, "params": members, "eps": floor})
+        for parameter, source in zip(copied["params"], group["params"], strict=True):
+            floor = torch.finfo(source.dtype).eps if first is None else first
+            groups.append({**copied, "params": [parameter], "eps": (floor, second)})
     clone.param_groups[:] = groups
 
 

@@ -23,9 +23,7 @@ Gradients = dict[str, Tensor]
 def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
     """The number that the reduction divides Σ_n ℓ_n by.
 
-    Args:
-        distribution: of a batch.
-        reduction: ``"mean"`` (N samples), ``"token-mean"`` (unmasked positions) or ``"sum"`` (1).
+    It is N for ``"mean"``, the unmasked positions for ``"token-mean"``, and 1 for ``"sum"``.
 
     Raises:
         InputError: every position is masked.
@@ -60,11 +58,6 @@ def batch_gradients(
 ) -> Iterator[Gradients]:
     """The gradients of the reduced loss on other batches, at the problem's θ.
 
-    Args:
-        problem: the model at θ, the likelihood and the memory budget.
-        batches: ``(inputs, targets)`` pairs, or a function that returns them.
-        reduction: see `loss_terms`.
-
     Raises:
         InputError: there is no batch, or one does not fit the model.
     """
@@ -94,12 +87,8 @@ def _summed(metric: Metric, reduction: str) -> tuple[Tensor, Tensor]:
 
 def _split(problem: Problem, vector: Tensor, terms: float) -> Gradients:
     """A gradient of length P divided and split by parameter; an optimizer may overwrite it."""
-    parameters = problem.function.parameters
-    parts = vector.split([parameter.numel() for parameter in parameters.values()])
-    return {
-        name: part.reshape(parameter.shape).to(torch.float64, copy=True).div_(terms)
-        for (name, parameter), part in zip(parameters.items(), parts, strict=True)
-    }
+    parts = problem.function.views(vector)
+    return {name: part.to(torch.float64, copy=True).div_(terms) for name, part in parts.items()}
 
 
 def _used(gradients: Gradients, function: ModelFunction) -> Gradients:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngeval.checkpoints import read_optimizer, renamed
-from ngeval.errors import CheckpointError
-from ngeval.methods.optimizer.clone import clone_optimizers, seeded, without_global_hooks
-from ngeval.methods.optimizer.parameter_orders import fitting_order
-from ngeval.methods.optimizer.state_checks import MisfitError, check_entry, check_hyperparameters
+from ngeval.errors import CheckpointError, foreign_errors
+from ngeval.fadam.state_checks import as_number
+from ngeval.methods.optimizer.clone import clone_optimizers, isolated_steps, reachable
+from ngeval.methods.optimizer.parameter_orders import MisfitError, fitting_order
 from ngeval.utils.text import listed
 
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
@@ -26,16 +27,11 @@ ADDED_LATER = (*EXECUTION, "maximize", "decoupled_weight_decay")
 """Options that files of earlier versions of torch do not have in their groups."""
 
 OF_CLASSES = {
-    "SGD": ("dampening", "momentum", "nesterov"),
-    "Adam and its variants": ("amsgrad", "betas", "momentum_decay"),
-    "Adagrad": ("initial_accumulator_value", "lr_decay"),
-    "Adadelta": ("rho",),
-    "RMSprop": ("alpha", "centered"),
-    "Rprop": ("etas", "step_sizes"),
-    "ASGD": ("lambd", "t0"),
-    "Adafactor": ("beta2_decay", "d"),
-    "Muon": ("ns_coefficients", "ns_steps"),
-}
+    name
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    for name in inspect.signature(kind).parameters
+} - {*ADDED_LATER, "params", "lr", "eps", "weight_decay"}
 """Hyperparameters that distinguish torch's classes."""
 
 
@@ -65,9 +61,9 @@ def load_optimizer_state(
 
     Args:
         optimizers: built on the model's trainable parameters, as many as the file has.
-        model: whose parameters they hold; it is only read.
-        path: see `ngeval.checkpoints.read_optimizer`.
-        allow_pickle: whether to unpickle with code; only for files that you trust.
+        model: it is only read.
+        path: see `ngeval.checkpoints.read_optimizer`, also for ``allow_pickle``.
+        allow_pickle: whether to unpickle with code.
         name: of the optimizer, for error messages, and to compare with the name in the file.
 
     Returns:
@@ -96,7 +92,7 @@ def load_optimizer_state(
             known = _by_name(optimizer, model, state)
             _check_groups(optimizer, known, label)
             for _, hyper in known.groups:
-                check_hyperparameters(hyper, optimizer.defaults)
+                _check_hyperparameters(hyper, optimizer.defaults)
             _regroup(optimizer, model, known)
             if not known.states and saved.name is not None:
                 unstepped += 1  # a file that ngeval wrote before the first step
@@ -166,7 +162,7 @@ def _check_groups(optimizer: Optimizer, saved: _Saved, label: str) -> None:
         lacking = [key for key in needed if key not in hyper]
         if lacking:
             raise MisfitError(f"its groups have no {listed(lacking)}; is the file {label}'s?")
-        others = {*chain(*OF_CLASSES.values())} - optimizer.defaults.keys()
+        others = OF_CLASSES - optimizer.defaults.keys()
         if of_torch and (other := sorted(hyper.keys() & others)):
             raise MisfitError(f"its groups have {listed(other)}; is the file {label}'s?")
         decoupled = "decoupled_weight_decay"  # the difference of Adam and AdamW in torch
@@ -216,7 +212,7 @@ def _check_states(optimizer: Optimizer, model: nn.Module, saved: _Saved, label: 
         raise MisfitError("; ".join(faults) + f"; is the file {label}'s?{never}")
     for name, entries in saved.states.items():
         for key, value in entries.items():
-            check_entry(key, name, after.get(name, {}).get(key), value)
+            _check_entry(key, name, after.get(name, {}).get(key), value)
 
 
 def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -228,11 +224,8 @@ def _after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str,
     for _, clone in clones.parameters.values():
         clone.grad = torch.full_like(clone, 1e-3)
     device = next(iter(clones.parameters.values()))[0].device
-    try:
-        with seeded(device, 0), without_global_hooks():
-            clones.optimizers[0].step()
-    except Exception as error:  # the step of a third-party class can raise anything
-        raise MisfitError(f"a first step failed: {type(error).__name__}: {error}") from error
+    with foreign_errors(MisfitError, "a first step failed"), isolated_steps(device, 0):
+        clones.optimizers[0].step()
     names = {id(p): name for name, p in model.named_parameters()}
     state = clones.optimizers[0].state
     return {
@@ -261,3 +254,43 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _shapes(part) for key, part in value.items()}
     return ()
+
+
+def _check_hyperparameters(hyper: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check those hyperparameters of a file's group that are numbers in the class's defaults."""
+    for key in (k for k, default in defaults.items() if isinstance(default, float) and k in hyper):
+        number = as_number(hyper[key])
+        if math.isnan(number) or (key == "lr" and math.isinf(number)):
+            raise MisfitError(
+                f"{key} in its groups is {hyper[key]!r}, not a number to step with; set it in the "
+                "file's param_groups and save the file again"
+            )
+    if (count := hyper.get("step")) is not None:
+        _check_count("step in its groups", count)
+
+
+def _check_entry(key: str, name: str, expected: Any, value: Any) -> None:
+    """Check that an entry of a state has the type that a step creates, and is finite."""
+    where = f"{key} of {name}"
+    if key == "step":
+        _check_count(where, value)
+        return
+    numeric = isinstance(expected, Tensor | int | float) and not isinstance(expected, bool)
+    if numeric and not isinstance(value, Tensor | int | float):
+        raise MisfitError(f"{where} is a {type(value).__name__}, not a tensor or number")
+    if isinstance(expected, Tensor) and isinstance(value, Tensor):
+        real = expected.is_floating_point()
+        if (real and not value.is_floating_point()) or expected.is_complex() != value.is_complex():
+            raise MisfitError(f"{where} is of {value.dtype}, where {expected.dtype} is needed")
+    for part in [value] if isinstance(value, float) else reachable(value):
+        numbers = part if isinstance(part, Tensor | float) else 0.0
+        if not bool(torch.isfinite(torch.as_tensor(numbers)).all()):
+            raise MisfitError(f"{where} is NaN or infinite: the run had diverged, or overflowed")
+
+
+def _check_count(where: str, value: Any) -> None:
+    """Check that a value is a finite number ≥ 0."""
+    number = as_number(value)
+    if not 0 <= number < math.inf:
+        shown = value if math.isnan(number) else number
+        raise MisfitError(f"{where} is {shown!r}, which is not a number of steps")

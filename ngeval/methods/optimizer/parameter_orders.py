@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngeval.methods.optimizer.state_checks import MisfitError
 from ngeval.utils.text import listed
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
@@ -25,6 +24,10 @@ BY_HAND = (
 )
 
 States = Mapping[Any, Mapping[str, Any]]
+
+
+class MisfitError(Exception):
+    """The reason why a state does not fit; the caller adds the name of the file."""
 
 
 def fitting_order(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +18,17 @@ from ngeval.methods.base import UndampedState
 from ngeval.methods.optimizer.clone import (
     Clones,
     clone_optimizers,
-    seeded,
+    isolated_steps,
     unwrapped,
-    without_global_hooks,
 )
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import is_out_of_memory
 from ngeval.utils.text import listed
+
+CACHED_SHARE = 16
+"""Warm copies are cached if they take at most 1/16 of the memory budget."""
 
 FALLBACK_RATE = 1e-3
 """The learning rate if every one is 0 and none is known from an earlier step."""
@@ -73,6 +75,8 @@ class OptimizerStep:
     weight_decay: bool = True
     warmup: Batches | Callable[[], Batches] | None = None
     name: str = ""
+    # Warm copies by θ and dtype; None for optimizers whose state may change between two steps.
+    warm: dict[Any, tuple[Clones, list[str]]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
@@ -147,8 +151,8 @@ class OptimizerStep:
     def _steps_in(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str], seed: int
     ) -> tuple[dict[str, Tensor], list[str]]:
-        clones, notes = self.warmed(dtype, problem, names)
-        with seeded(problem.device, seed):
+        clones, notes = self._warm_copies(dtype, problem, names)
+        with isolated_steps(problem.device, seed):
             gradients = batch_gradient(problem, self.reduction)
             _step(clones, gradients, names)
         idle = [name for name in names.values() if name not in gradients]
@@ -161,16 +165,25 @@ class OptimizerStep:
         }
         return steps, notes
 
-    def warmed(
+    def _warm_copies(
         self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
     ) -> tuple[Clones, list[str]]:
-        """Copies that are ready for the graded step, and notes.
+        """Copies that are ready for the graded step, and notes; the batch is not used."""
+        if self.warmup is None or self.warm is None:
+            return self._warmed_up(dtype, problem, names)
+        key = (dtype, problem.dtype, *problem.function.versions.items())
+        if key not in self.warm:
+            clones, notes = self._warmed_up(dtype, problem, names)
+            if clones.num_bytes > problem.rows.memory // CACHED_SHARE:
+                return clones, notes
+            self.warm.clear()
+            self.warm[key] = clones, notes
+        clones, notes = self.warm[key]
+        return clones.again(), [*notes]
 
-        Args:
-            dtype: of the copies' parameters and states; None keeps that of the originals.
-            problem: the model at θ; its batch is not used.
-            names: of the graded parameters, by ``id``.
-        """
+    def _warmed_up(
+        self, dtype: torch.dtype | None, problem: Problem, names: dict[int, str]
+    ) -> tuple[Clones, list[str]]:
         clones = clone_optimizers(self.optimizers, dtype)
         notes = [f"step hooks of {name} are left out" for name in clones.hooked]
         notes += _ensure_rate(clones)
@@ -179,7 +192,7 @@ class OptimizerStep:
                 if "weight_decay" in group:
                     group["weight_decay"] = 0.0
         if self.warmup is not None:
-            with seeded(problem.device, 0):  # the same for every graded batch
+            with isolated_steps(problem.device, 0):  # the same for every graded batch
                 for gradients in batch_gradients(problem, self.warmup, self.reduction):
                     _step(clones, gradients, names)
                     clones.put_back()
@@ -259,9 +272,8 @@ def _step(clones: Clones, gradients: Gradients, names: dict[int, str]) -> None:
     for key, (_, clone) in clones.parameters.items():
         gradient = gradients.get(names[key]) if key in names else None
         clone.grad = None if gradient is None else gradient.to(clone.dtype)
-    with without_global_hooks():
-        for optimizer in clones.optimizers:
-            optimizer.step()
+    for optimizer in clones.optimizers:
+        optimizer.step()
 
 
 def _in_a_line(error: BaseException) -> str:

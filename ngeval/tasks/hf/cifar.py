@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ngeval.errors import TaskError
+from ngeval.errors import TaskError, foreign_errors
 
 FILES = {
     ("cifar10", "train"): [f"data_batch_{i}" for i in range(1, 6)],
@@ -49,11 +49,6 @@ class Images:
 
 def read_cifar(name: str, folder: Path, split: str) -> Images | None:
     """Read the original files in a folder, or in the folder that their archive unpacks to.
-
-    Args:
-        name: ``"cifar10"`` or ``"cifar100"``.
-        folder: the folder of the files.
-        split: ``"train"`` or ``"test"``.
 
     Returns:
         The images, or None if the folder holds no such files.
@@ -90,16 +85,10 @@ def _binary(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
+    with foreign_errors(TaskError, f"{path} is not a file of {name}"):
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels = np.asarray(content[b"data"])
         labels = np.asarray(content[LABEL_KEYS[name]], np.int64)
-    except TaskError:
-        raise
-    except Exception as error:  # the unpickler raises anything on arbitrary bytes
-        raise TaskError(
-            f"{path} is not a file of {name}: {type(error).__name__}: {error}"
-        ) from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise TaskError(
             f"{path} holds pixels of shape {pixels.shape} ({pixels.dtype}) for {len(labels)} "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ngeval.errors import TaskError
 from ngeval.tasks.base import Batch
@@ -78,14 +79,10 @@ class Encoder:
     ) -> Batch:
         """Prompts for the encoder, and all tokens of the answers as targets.
 
-        Args:
-            prompts: the prompt of each sample.
-            answers: the answer of each sample.
-            start: the decoder's first token.
-            limit: the most tokens of an answer, including its end.
+        The decoder's input begins with the token ``start``.
 
         Raises:
-            TaskError: an answer has more than ``limit`` tokens.
+            TaskError: an answer has more than ``limit`` tokens, including its end.
         """
         answered = [list(self.tokenizer(text_target=answer)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)
@@ -139,20 +136,12 @@ class Encoder:
 
 def padded(sequences: Sequence[list[int]], value: int, side: str) -> Tensor:
     """Sequences as a matrix ``(N, longest)``, padded with a value on one side."""
-    longest = max(len(ids) for ids in sequences)
-    rows = []
-    for ids in sequences:
-        filling = [value] * (longest - len(ids))
-        rows.append(filling + ids if side == "left" else ids + filling)
-    return torch.tensor(rows, dtype=torch.long)
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def check_answers(answers: Sequence[str], encoded: Sequence[list[int]], limit: int) -> None:
-    """Raise if an answer has more tokens than are allowed, or none.
-
-    Raises:
-        TaskError: the message names the answer.
-    """
+    """Refuse answers of more tokens than are allowed, or of none."""
     for answer, ids in zip(answers, encoded, strict=True):
         if len(ids) > limit:
             raise TaskError(

@@ -41,11 +41,7 @@ class TextForm:
         return "".join(text + (str(row[name]) if name else "") for text, name in self._parts())
 
     def _parts(self) -> list[tuple[str, str]]:
-        """The texts of the template, each with the column that follows it.
-
-        Raises:
-            TaskError: braces hold something other than a name, or there are none.
-        """
+        """The texts of the template, each with the column that follows it."""
         try:
             parsed = list(string.Formatter().parse(self.template))
         except ValueError as error:

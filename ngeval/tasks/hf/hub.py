@@ -16,29 +16,21 @@ from ngeval.errors import NgevalError, TaskError
 from ngeval.utils.optional import optional_module
 from ngeval.utils.text import first_line
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_name(name: str, what: str) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` for a name.
-
-    Args:
-        name: a folder, or a name on the hub.
-        what: the word for messages, such as ``"model"``.
+    """The arguments of ``from_pretrained`` for a folder, or for a name on the hub.
 
     Raises:
         TaskError: the name is not a folder and cannot be one of the hub.
     """
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, a NUL
-        raise TaskError(f"{what} {name[:80]!r} cannot be looked up: {error!s:.200}") from error
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-    if path.exists():
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return {"pretrained_model_name_or_path": path, "local_files_only": True}
+    if os.path.exists(path):
         raise TaskError(f"{what} {name!r} is a file; give the folder that holds it")
-    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not HUB_NAME.fullmatch(name):
         raise TaskError(
             f"{what} {name!r}: there is no such folder, and it cannot be a name on the hub"
         )
@@ -63,10 +55,10 @@ def _advice(name: str, what: str, error: Exception) -> str:
             f"{what} {name!r} asks to run Python code from its repository, which was refused; pass "
             "--trust-remote-code (trust_remote_code=True) if you trust its source"
         )
-    if _exists(name):
+    if os.path.exists(os.path.expanduser(name)):
         return f"{what} in {name!r} cannot be loaded: {type(error).__name__}: {text}"
     near = Path(name).parent
-    if near != Path() and near.is_dir():  # more likely a misspelt folder
+    if near != Path() and os.path.isdir(near):  # more likely a misspelt folder
         names = ", ".join(sorted(path.name for path in near.iterdir())[:8])
         return f"{what} {name!r} does not exist; {near} holds {names or 'nothing'}"
     if not hub_is_reachable():
@@ -84,21 +76,13 @@ def adapter_folder(name: str) -> str:
     Raises:
         TaskError: the download fails.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or _exists(name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name):
         return name
     with loading(name, "adapter"):
         folder: str = optional_module("huggingface_hub").snapshot_download(
             name, allow_patterns=["adapter_*"], local_files_only=not hub_is_reachable()
         )
     return folder
-
-
-def _exists(name: str) -> bool:
-    """Whether a path exists; a name that the file system rejects is not an error."""
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):
-        return False
 
 
 @cache

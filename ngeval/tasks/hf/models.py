@@ -126,8 +126,7 @@ class HubModel:
     def build(self, num_labels: int | None) -> nn.Module:
         """The model with its weights, all of them trainable, in eval mode.
 
-        Args:
-            num_labels: classes of a head that an adapter brings.
+        ``num_labels`` is the number of classes of a head that an adapter brings.
 
         Raises:
             TaskError: the model cannot be loaded, or lacks weights that no adapter has.
@@ -138,8 +137,7 @@ class HubModel:
             options["attn_implementation"] = self.attention
         if num_labels is not None and not self.has_head:
             options["num_labels"] = num_labels
-        with loading(self.name, "model"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with loading(self.name, "model"), warnings.catch_warnings(action="ignore"):
             auto = getattr(transformers, OBJECTIVES[self.objective])
             model, report = auto.from_pretrained(
                 **resolve_name(self.name, "model"), output_loading_info=True, **options
@@ -160,11 +158,7 @@ class HubModel:
         return evaluated
 
     def processor(self, place: str | None, kind: str) -> Any:
-        """The tokenizer or image processor.
-
-        Args:
-            place: a folder or a name on the hub; None: the model's.
-            kind: ``"AutoTokenizer"`` or ``"AutoImageProcessor"``.
+        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place.
 
         Raises:
             TaskError: it cannot be loaded.
@@ -176,8 +170,7 @@ class HubModel:
             # transformers would build a tokenizer without a vocabulary.
             raise TaskError(_no_processor(what, name, "the folder has none of its files"))
         transformers = optional_module("transformers")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             try:
                 return getattr(transformers, kind).from_pretrained(
                     **resolve_name(name, what), trust_remote_code=self.trust_remote_code

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
-from ngeval.errors import NgevalError, TaskError
+from ngeval.errors import TaskError, foreign_errors
 from ngeval.tasks.hf.cifar import LABEL_KEYS, read_cifar
 from ngeval.tasks.hf.glue import FOLDERS, GLUE
 from ngeval.tasks.hf.hub import hub_is_reachable, loading
@@ -41,31 +42,20 @@ class Rows(Protocol):
 def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) -> Rows:
     """The rows of one split.
 
-    Args:
-        name: ``glue``, ``cifar10``, ``cifar100``, a data set on the hub, or a folder.
-        subset: a part of the data set, such as ``sst2`` of ``glue``.
-        split: ``train``, ``validation``, ….
-        data_dir: the folder of the files, if they are not on the hub: a folder of
-            ``save_to_disk``; or one with files named for the split (``train.csv``,
-            ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its
-            ``data/`` or in a folder named for the subset; or one with the original files of GLUE
-            or CIFAR.
+    They come from the hub, from the folder ``data_dir``, or from the folder that is the name: a
+    folder of ``save_to_disk``; or one with files named for the split (``train.csv``,
+    ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its ``data/`` or
+    in a folder named for the subset; or one with the original files of GLUE or CIFAR.
 
     Raises:
         TaskError: the data or the split do not exist, or are unreadable or empty.
         DependencyError: datasets is not installed.
     """
     folder = data_dir if data_dir is not None else Path(name)
-    try:
-        exists = folder.is_dir()
-    except OSError as error:  # a name that the file system rejects
-        raise TaskError(
-            f"data {str(folder)[:80]!r} cannot be looked up: {error.strerror}"
-        ) from error
-    if data_dir is not None or exists:
-        if not exists:
-            raise TaskError(f"data folder {folder} does not exist")
+    if os.path.isdir(folder):
         rows = _local(name, subset, split, folder)
+    elif data_dir is not None:
+        raise TaskError(f"data folder {folder} does not exist")
     else:
         rows = _from_hub(name, subset, split)
     if len(rows) == 0:
@@ -123,17 +113,12 @@ def _saved_to_disk(place: Path, split: str) -> Rows | None:
     if not together and single is None:
         return None
     datasets = optional_module("datasets")
-    try:
-        if not together:
-            rows: Rows = datasets.load_from_disk(str(single))
-            return rows
-        splits = datasets.load_from_disk(str(place))
-    except Exception as error:  # a broken folder makes the library raise anything
-        raise TaskError(f"{place} cannot be read by datasets.load_from_disk: {error}") from error
-    if split not in splits:
-        raise TaskError(f"{place} has the splits {', '.join(splits)}, not {split!r}")
-    chosen: Rows = splits[split]
-    return chosen
+    with foreign_errors(TaskError, f"{place} cannot be read by datasets.load_from_disk"):
+        loaded: Any = datasets.load_from_disk(str(place if together else single))
+    if together and split not in loaded:
+        raise TaskError(f"{place} has the splits {', '.join(loaded)}, not {split!r}")
+    rows: Rows = loaded[split] if together else loaded
+    return rows
 
 
 def _split_files(place: Path, split: str) -> list[Path]:
@@ -162,12 +147,8 @@ def _read_files(files: Sequence[Path], glue: str | None) -> Rows:
         return rows
     frames = []
     for file in files:
-        try:
+        with foreign_errors(TaskError, f"{file} cannot be read"):
             frames.append(_read_original(file, glue) if glue else _read_table(file))
-        except NgevalError:
-            raise
-        except Exception as error:  # a broken file makes pandas raise anything
-            raise TaskError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     table = pd.concat(frames, ignore_index=True)
     converted: Rows = datasets.Dataset.from_pandas(table, preserve_index=False)
     return converted

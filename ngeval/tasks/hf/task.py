@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ngeval.errors import InputError, TaskError, nearest_name
+from ngeval.errors import InputError, TaskError, check_choice, nearest_name
 from ngeval.tasks.base import Batch, Task
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm
@@ -84,8 +86,8 @@ def hub_task(
         CheckpointError: an adapter's configuration cannot be read.
         DependencyError: transformers, datasets or peft are not installed.
     """
-    _check_choice("padding side", padding_side, ("left", "right"))
-    _check_choice("kind of samples", samples, ("sequence", "token"))
+    check_choice("padding side", padding_side, ("left", "right"))
+    check_choice("kind of samples", samples, ("sequence", "token"))
     if max_length < 2 or max_target_tokens < 1:
         raise InputError("max_length must be at least 2 and max_target_tokens at least 1")
     if dataset == "glue" and subset not in GLUE:
@@ -96,7 +98,11 @@ def hub_task(
     rows = load_rows(dataset, subset, split, data_dir)
     place = " ".join(part for part in (dataset, subset, split) if part)
     if source.objective == "image":
-        data: _Images | _Texts = _Images(source, rows, place, columns, label_column, processor)
+        names, labels = rows.column_names, (label_column,) if label_column else IMAGE_LABELS
+        column = _column(place, names, columns[:1] or IMAGE_COLUMNS, "--columns")
+        label = _column(place, names, labels, "--label-column")
+        images = source.processor(processor, "AutoImageProcessor")
+        data: _Images | _Texts = _Images(source, rows, place, label, column, images)
     else:
         form = _form(source, rows, dataset, subset, columns, template, label_words, label_column)
         side = _side(source, padding_side, samples)
@@ -105,7 +111,17 @@ def hub_task(
         pad = getattr(source.config, "pad_token_id", None)
         encoder = Encoder(tokenizer, length, side, _takes_positions(source), pad)
         glue = subset if dataset == "glue" else None
-        data = _Texts(source, rows, place, form, encoder, glue, samples, max_target_tokens)
+        data = _Texts(
+            source,
+            rows,
+            place,
+            form.label,
+            form,
+            encoder,
+            glue,
+            samples=samples,
+            max_target_tokens=max_target_tokens,
+        )
     return Task(
         name=f"{Path(model).name} {place}",
         build_model=lambda: source.build(data.num_labels),
@@ -117,11 +133,14 @@ def hub_task(
     )
 
 
+@dataclass
 class _Data(ABC):
     """Batches of the rows of a data set."""
 
-    def __init__(self, source: HubModel, rows: Rows, place: str, label: str) -> None:
-        self.source, self.rows, self.place, self.label = source, rows, place, label
+    source: HubModel
+    rows: Rows
+    place: str
+    label: str
 
     def batches(self, batch_size: int, num_batches: int | None, seed: int) -> Iterator[Batch]:
         """The batches of `ngeval.Task.load_batches`."""
@@ -156,11 +175,7 @@ class _Data(ABC):
         return 1 + max(self.class_of(self.rows[i]) for i in range(len(self.rows)))
 
     def class_of(self, row: dict[str, Any]) -> int:
-        """A row's label as the number of a class.
-
-        Raises:
-            TaskError: the label is not the number of a class.
-        """
+        """A row's label, which must be the number of a class."""
         label = row[self.label]
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             hint = (
@@ -173,11 +188,7 @@ class _Data(ABC):
         return label
 
     def real_labels(self, row: dict[str, Any]) -> Any:
-        """A row's label for a regression or several labels: a number, or a list of them.
-
-        Raises:
-            TaskError: the label is something else.
-        """
+        """A row's label for a regression or several labels: a number, or a list of them."""
         label = row[self.label]
         numbers = label if isinstance(label, list) else [label]
         if not numbers or not all(isinstance(number, int | float) for number in numbers):
@@ -188,28 +199,23 @@ class _Data(ABC):
         return label
 
 
+@dataclass
 class _Texts(_Data):
     """Batches of texts, in the form that the model's objective needs."""
 
-    def __init__(
-        self,
-        source: HubModel,
-        rows: Rows,
-        place: str,
-        form: TextForm,
-        encoder: Encoder,
-        glue: str | None,
-        samples: str,
-        max_target_tokens: int,
-    ) -> None:
-        super().__init__(source, rows, place, form.label)
-        self.form, self.encoder = form, encoder
-        self.pair = PAIR_COLUMNS.get(glue or "", form.columns)
-        self.samples, self.max_target_tokens = samples, max_target_tokens
-        classifier = source.objective == "classification"
-        self.kind = getattr(source.config, "problem_type", None) if classifier else None
-        if classifier and self.kind is None and glue == REGRESSION:
-            self.kind = "regression"
+    form: TextForm
+    encoder: Encoder
+    glue: str | None
+    samples: str
+    max_target_tokens: int
+
+    @cached_property
+    def kind(self) -> str | None:
+        """The ``problem_type`` of a classifier, by which transformers chooses its loss."""
+        if self.source.objective != "classification":
+            return None
+        default = "regression" if self.glue == REGRESSION else None
+        return getattr(self.source.config, "problem_type", None) or default
 
     @property
     def is_real(self) -> bool:
@@ -239,7 +245,8 @@ class _Texts(_Data):
     def batch(self, rows: list[dict[str, Any]], generator: torch.Generator) -> Batch:
         objective, encoder = self.source.objective, self.encoder
         if objective == "classification":
-            texts = [[str(row[name]) for name in self.pair] for row in rows]
+            columns = PAIR_COLUMNS.get(self.glue or "", self.form.columns)
+            texts = [[str(row[name]) for name in columns] for row in rows]
             read = self.real_labels if self.is_real else self.class_of
             return encoder.classification(texts, [read(row) for row in rows], self.is_real)
         prompts = [self.form.prompt(row) for row in rows]
@@ -269,25 +276,13 @@ class _Texts(_Data):
         return self.form.answer(label)
 
 
+@dataclass
 class _Images(_Data):
     """Batches of images with one class each."""
 
-    likelihood = "categorical"
-
-    def __init__(
-        self,
-        source: HubModel,
-        rows: Rows,
-        place: str,
-        columns: Sequence[str],
-        label_column: str | None,
-        processor: str | None,
-    ) -> None:
-        names = rows.column_names
-        self.column = _column(place, names, columns[:1] or IMAGE_COLUMNS, "--columns")
-        labels = (label_column,) if label_column else IMAGE_LABELS
-        super().__init__(source, rows, place, _column(place, names, labels, "--label-column"))
-        self.processor = source.processor(processor, "AutoImageProcessor")
+    column: str
+    processor: Any
+    likelihood: ClassVar[str] = "categorical"
 
     def batch(self, rows: list[dict[str, Any]], generator: torch.Generator) -> Batch:
         labels = [self.class_of(row) for row in rows]
@@ -328,11 +323,7 @@ def _form(
 def _column(
     place: str, names: Sequence[str], choices: Sequence[str], option: str, optional: bool = False
 ) -> str:
-    """The first of some columns that a table has.
-
-    Raises:
-        TaskError: the table has none of them, and the column is not optional.
-    """
+    """The first of some columns that a table has; an empty text if an optional one is missing."""
     for name in choices:
         if name in names:
             return name
@@ -376,8 +367,3 @@ def _last_logits(raw: Any) -> Tensor:
     """The logits at the last position, which with left padding is that of the sample's token."""
     logits: Tensor = getattr(raw, "logits", raw)
     return logits[:, -1]
-
-
-def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {what} {value!r}; {nearest_name(value, choices)}")
