@@ -112,7 +112,7 @@ class FisherBlocks:
             gradients = gradients @ space.basis
         for group in groups:
             places = torch.cat([torch.arange(p.start, p.stop) for p in group.places])
-            svd = RowSvd.of(fisher_rows(self.problem, jacobian[:, places]))
+            svd = RowSvd.of(*fisher_rows(self.problem, jacobian[:, places]))
             self.blocks[group.name] = Block(group, svd, gradients[:, places], self.right, None)
 
     def _by_gram(self, group: Group, gram: Tensor, gradient: Tensor) -> Block:

@@ -26,6 +26,7 @@ from ngeval.curvature.row_space import (
 )
 from ngeval.curvature.row_svd import RowSvd
 from ngeval.errors import EngineError
+from ngeval.problem.fisher import factor_columns
 from ngeval.problem.linearized import Linearized
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
@@ -134,12 +135,13 @@ class Kernel:
     @cached_property
     def gradients(self) -> RowSvd:
         """The per-sample gradients g_n = J_nᵀu_n in the coordinates of `space`, factored."""
-        return RowSvd.of(self.space(self.residual_vectors).rows(self.residual_vectors))
+        space, vectors = self.space(self.residual_vectors), self.residual_vectors
+        return RowSvd.of(space.rows(vectors), space.lengths(vectors))
 
     @cached_property
     def fisher_rows(self) -> RowSvd:
         """The rows SᵀJ of the Fisher F = (SᵀJ)ᵀ(SᵀJ) in the coordinates of `logits`, factored."""
-        return RowSvd.of(fisher_rows(self.problem, self.logits.lower))
+        return RowSvd.of(*fisher_rows(self.problem, self.logits.lower))
 
     def perturbed(self, noise: float, seed: int) -> Kernel:
         """The kernel of the same problem with everything changed at its rounding.
@@ -184,7 +186,10 @@ class Kernel:
         return result
 
 
-def fisher_rows(problem: Linearized, jacobian: Tensor) -> Tensor:
-    """SᵀJ for a matrix J of N·C rows, float64, the same shape."""
+def fisher_rows(problem: Linearized, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    """SᵀJ for a matrix J of N·C rows, and |S|ᵀ times the rows' lengths: as `RowSvd.of` takes them."""
     columns = jacobian.T.reshape(-1, *problem.outputs.shape)
-    return problem.distribution.factor_transpose_product(columns).flatten(1).T.contiguous()
+    rows = problem.distribution.factor_transpose_product(columns).flatten(1).T.contiguous()
+    norms = jacobian.norm(dim=1).reshape(problem.num_samples, -1, 1)
+    lengths = torch.bmm(factor_columns(problem).flatten(2).abs(), norms).flatten()
+    return rows, lengths

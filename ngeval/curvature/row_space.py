@@ -64,6 +64,10 @@ class RowSpace(ABC):
         """
 
     @abstractmethod
+    def lengths(self, vectors: Tensor) -> Tensor:
+        """Σ_c |v_c| ‖J_c‖ for each row, which its rounding is relative to: shape ``(N·Q,)``."""
+
+    @abstractmethod
     def tangents(self, coordinates: Tensor) -> Tensor | None:
         """T = J d for updates of coordinates y: ``(L, r)`` → ``(L, N, *positions, C)``.
 
@@ -90,6 +94,10 @@ class LogitSpace(RowSpace):
     def rows(self, vectors: Tensor) -> Tensor:
         samples = self.lower.unflatten(0, (self.problem.num_samples, self.problem.num_outputs))
         return torch.bmm(vectors.flatten(2), samples).flatten(0, 1)
+
+    def lengths(self, vectors: Tensor) -> Tensor:
+        norms = self.lower.norm(dim=1).reshape(self.problem.num_samples, -1, 1)
+        return torch.bmm(vectors.flatten(2).abs(), norms).flatten()
 
     def tangents(self, coordinates: Tensor) -> Tensor:
         flat = coordinates @ self.lower.T
@@ -260,6 +268,9 @@ class SpanSpace(RowSpace):
         rows: Tensor = split[:, columns].flatten(0, 1)
         return rows
 
+    def lengths(self, vectors: Tensor) -> Tensor:
+        return self.rows(vectors).norm(dim=1)
+
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows in d = Σ_nq c_nq J_nᵀv_nq, shape ``(L, N·Q)``."""
         return combination_weights(self.lower, self.pivots, coordinates)
@@ -315,7 +326,7 @@ def combination_weights(lower: Tensor, pivots: Tensor, coordinates: Tensor) -> T
     sizes = square.norm(dim=1, keepdim=True)
     unit = square / sizes
     solved = torch.linalg.solve_triangular(unit.T, coordinates.T, upper=True) / sizes
-    weights = coordinates.new_zeros(len(coordinates), len(lower))
+    weights: Tensor = coordinates.new_zeros(len(coordinates), len(lower))
     weights[:, pivots] = solved.T
     return weights
 

@@ -41,6 +41,8 @@ class RowSvd:
         left: U, orthonormal columns, shape ``(n, k)``.
         singular: σ > 0, shape ``(k,)``.
         right: V, orthonormal columns, shape ``(r, k)``.
+        lengths: of what each row was summed from, relative to the scale, shape ``(n,)``: a row
+            that is far shorter is the rounding of a sum that cancels.
     """
 
     rows: Tensor
@@ -48,10 +50,15 @@ class RowSvd:
     left: Tensor
     singular: Tensor
     right: Tensor
+    lengths: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> RowSvd:
-        """Factor rows, float64, shape ``(n, r)``.
+    def of(cls, rows: Tensor, lengths: Tensor | None = None) -> RowSvd:
+        """Factor rows.
+
+        Args:
+            rows: float64, shape ``(n, r)``.
+            lengths: of the terms that each row is the sum of, shape ``(n,)``; None for the rows'.
 
         Raises:
             NumericalError: rows have NaN or infinite entries.
@@ -60,7 +67,9 @@ class RowSvd:
         scale = float(rows.abs().max()) if rows.numel() else 0.0
         scale = scale if scale > 0 else 1.0
         unit = rows / scale
-        return cls(unit, scale, *graded_svd(unit))
+        sizes = unit.norm(dim=1)
+        sizes = sizes if lengths is None else torch.maximum(sizes, lengths / scale)
+        return cls(unit, scale, *graded_svd(unit), sizes)
 
     @property
     def largest(self) -> float:
@@ -71,9 +80,9 @@ class RowSvd:
     def at_zero(self) -> RowSvd:
         """The factorisation for λ = 0: rows that the others span to rounding are projected on them.
 
-        Its rank is that of the rows scaled to unit length, by a pivoted QR factorisation.
+        Its rank is that of the rows scaled by their `lengths`, by a pivoted QR factorisation.
         """
-        lengths = self.rows.norm(dim=1)
+        lengths = self.lengths
         unit = self.rows / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
         with one_thread():
             basis, upper, pivots = scipy.linalg.qr(
@@ -86,7 +95,7 @@ class RowSvd:
         kept = lengths.unsqueeze(1) * torch.from_numpy(lower).to(self.rows)
         left, singular, right = graded_svd(kept)
         right = torch.from_numpy(basis[:, :rank]).to(self.rows) @ right
-        return RowSvd(kept, self.scale, left, singular, right)
+        return RowSvd(kept, self.scale, left, singular, right, lengths)
 
     def at(self, damping: float) -> RowSvd:
         """The factorisation that λ is solved with."""

@@ -47,8 +47,9 @@ class SampledFisher:
         vectors = self.vectors(problem, seed)
         space = kernel.space(vectors)
         gradient = space.rows(vectors[:, :1])
-        sampled = space.rows(vectors[:, 1:]) / self.mc_samples**0.5
-        return SampledState(space, RowSvd.of(sampled), gradient)
+        drawn, root = vectors[:, 1:], self.mc_samples**0.5
+        sampled = RowSvd.of(space.rows(drawn) / root, space.lengths(drawn) / root)
+        return SampledState(space, sampled, gradient)
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
