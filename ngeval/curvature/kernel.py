@@ -187,7 +187,7 @@ class Kernel:
 
 
 def fisher_rows(problem: Linearized, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    """SᵀJ for a matrix J of N·C rows, and |S|ᵀ times the rows' lengths: as `RowSvd.of` takes them."""
+    """SᵀJ for a matrix J of N·C rows, and the lengths of its terms, |S|ᵀ times those of J."""
     columns = jacobian.T.reshape(-1, *problem.outputs.shape)
     rows = problem.distribution.factor_transpose_product(columns).flatten(1).T.contiguous()
     norms = jacobian.norm(dim=1).reshape(problem.num_samples, -1, 1)

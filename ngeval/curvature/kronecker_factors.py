@@ -11,8 +11,8 @@ Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class Factors:
 
     With sharing ``"expand"`` A = Σ_nt ā āᵀ, B = Σ_nqt b bᵀ and M = NT: every position counts as a
     sample. With ``"reduce"`` A = Σ_n (mean_t ā)(mean_t ā)ᵀ, B = Σ_nq (Σ_t b)(Σ_t b)ᵀ and M = N.
-    Tokens that no output depends on (padding) do not count as positions. Both agree for T = 1.
+    Padding, which a mask names, does not count as a position. Both agree for T = 1.
 
     Attributes:
         layer: the layer.
@@ -159,11 +159,13 @@ class Curvature:
         gradient: c with u_n = Σ_q c_nq v_nq for the residual u, shape ``(n, q)``.
         share: 1 for the cotangents that form the curvature, 0 for others, shape ``(q,)``.
         first: the block has the first cotangent of its samples, which is nonzero at every output.
+        padding: the positions that a mask names padding, shape ``(n, T)``, by T.
     """
 
     gradient: Tensor
     share: Tensor
     first: bool = True
+    padding: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def affine_layers(plan: CapturePlan) -> list[Layer]:
@@ -280,7 +282,7 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
     for samples in _sample_slices(term):
         inputs = _augmented(term, samples)  # (g, n, t, i)
         cotangents = term.cotangents[samples].to(torch.float64).movedim(3, 0)  # (g, n, q, t, o)
-        there = _positions(term, samples, curvature.first)  # (n, t)
+        there = _positions(term, samples, curvature)  # (n, t)
         of_gradient = torch.einsum("nq,gnqto->gnto", curvature.gradient[samples], cotangents)
         factors.gradient += of_gradient.flatten(1, 2).mT @ inputs.flatten(1, 2)
         rows, outputs, counted = inputs, cotangents[:, :, chosen], there.sum()
@@ -297,16 +299,20 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
             factors.count += float(counted)
 
 
-def _positions(term: AffineTerm, samples: slice, first: bool) -> Tensor:
-    """Which positions count, shape ``(n, t)``: not tokens that no output depends on.
+def _positions(term: AffineTerm, samples: slice, curvature: Curvature) -> Tensor:
+    """Which positions count, shape ``(n, t)``: not padding.
 
-    All pixels of a convolution count, and so does a sample's only position. Only a block with the
-    first cotangent shows which tokens do.
+    A position that a mask names padding is padding if no output depends on it. One without a mask
+    counts even where its cotangent is 0, as that of a saturated unit is. All pixels of a
+    convolution count, and so does a sample's only position.
     """
     cotangents = term.cotangents[samples]
-    if term.positions == 1 or len(term.weight_shape) > 2 or not first:
+    padding = curvature.padding.get(term.positions)
+    affine_tokens = term.positions > 1 and len(term.weight_shape) == 2
+    if padding is None or not affine_tokens or not curvature.first:
         return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
-    return (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
+    reached: Tensor = (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
+    return reached | ~padding[samples]
 
 
 def _add_lower(target: Tensor, rows: Tensor) -> None:

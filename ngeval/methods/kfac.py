@@ -33,6 +33,7 @@ from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
 from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import SAMPLED, Labels, parse_draws
+from ngeval.model.checks import named_tensors
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
 
@@ -243,11 +244,33 @@ def _captures(
     """The rows of the curvature and of the gradient on this rank, block by block."""
     vectors, share, gradient = labels.with_residual(problem, seed)
     gradient = problem.shards.local(gradient)
+    padding = {length: problem.shards.local(mask) for length, mask in _padding(problem).items()}
     for block, terms in CapturedRows(problem.rows, vectors).captures():
         part = Curvature(
-            gradient[block.samples, block.vectors], share[block.vectors], block.vectors.start == 0
+            gradient[block.samples, block.vectors],
+            share[block.vectors],
+            block.vectors.start == 0,
+            {length: mask[block.samples] for length, mask in padding.items()},
         )
         yield part, terms
+
+
+def _padding(problem: Problem) -> dict[int, Tensor]:
+    """Which positions are padding by a mask, shape ``(N, T)``, for every length T with a mask.
+
+    The masks are the likelihood's and the model's inputs with "mask" in their names.
+    """
+    masks = [] if problem.distribution.mask is None else [problem.distribution.mask.flatten(1)]
+    masks += [
+        tensor != 0
+        for name, tensor in named_tensors(problem.function.inputs)
+        if "mask" in name and tensor.ndim == 2
+    ]
+    padding: dict[int, Tensor] = {}
+    for mask in masks:
+        length = mask.shape[1]
+        padding[length] = ~mask.to(problem.device) | padding.get(length, torch.zeros_like(mask))
+    return padding
 
 
 def _rest_diagonal(

@@ -58,10 +58,9 @@ def candidate_dtypes(
     return _without_half(parameters)
 
 
-def names_float64(error: Exception) -> bool:
-    """Whether an error of a model's code may be due to the conversion to float64."""
-    text = str(error).lower()
-    return "double" in text or "float64" in text
+def names_dtype(error: Exception) -> bool:
+    """Whether an error of a model's code may be due to the conversion to another type."""
+    return any(word in str(error).lower() for word in ("dtype", "scalar type", "double", "float64"))
 
 
 def _without_half(parameters: list[nn.Parameter]) -> list[torch.dtype | None]:

@@ -16,7 +16,7 @@ from ngeval.model.fsdp import split_parameters
 from ngeval.model.function import ModelFunction, unwrapped
 from ngeval.model.operations import OperationWatch
 from ngeval.model.outputs import Output
-from ngeval.model.precision import AUTO, MODEL, candidate_dtypes, names_float64
+from ngeval.model.precision import AUTO, MODEL, candidate_dtypes, names_dtype
 from ngeval.model.renewed import at_present
 from ngeval.model.sharding import shards_of
 from ngeval.problem.fisher import FisherOperator
@@ -117,7 +117,7 @@ class Problem(Linearized):
                     chain = Chain(engine, probes)
                     self._set_up(function, targets, get_likelihood(likelihood), chain, budget)
                 except (ModelError, EngineError) as error:
-                    if candidate is candidates[-1] or not names_float64(error):
+                    if candidate is candidates[-1] or not names_dtype(error):
                         raise
                 else:
                     return
