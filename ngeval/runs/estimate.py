@@ -74,7 +74,8 @@ def forecast_note(run: Run, ranks: Ranks, left: int, seconds: float, each: int) 
     A unit takes ``each`` bytes on the disk; 0 if that is not known.
     """
     at_once = ranks.count if ranks.group is None else 1
-    rest = f"the other {left} will take about {duration(seconds * -(-left // at_once))}"
+    # The first unit also loads parts of torch that later ones find loaded.
+    rest = f"the other {left} will take at most about {duration(seconds * -(-left // at_once))}"
     note = f"the first unit took {duration(seconds)}, {rest}"
     if each:
         note += f"; the results will need about {describe_bytes(each * run.num_units)} on the disk"
