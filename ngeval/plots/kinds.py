@@ -141,28 +141,20 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
             twice = table.columns[table.columns.duplicated()][0]
             raise InputError(f"{name} has the column {twice!r} twice")
         if len(tables) > 1 or {*table} >= TUNING_COLUMNS:
-            _check_goes_into(kind, name, table)
+            content = table_kind(table, name)
+            if kind not in PICTURES_OF[content] and (kind, content) != ("stages", SAMPLES):
+                raise InputError(
+                    f"{name} holds a table of {content}, which cannot be in a picture of {kind}; "
+                    f"--kind {' or '.join(PICTURES_OF[content])} draws it"
+                )
     chosen = chosen or Chosen()
     if chosen.methods is not None:
-        tables = of_methods(tables, chosen.methods)
+        tables = _of_methods(tables, chosen.methods)
     return FIGURES[kind](tables, chosen)
 
 
-def _check_goes_into(picture: str, name: str, table: pd.DataFrame) -> None:
-    kind = table_kind(table, name)
-    if picture not in PICTURES_OF[kind] and (picture, kind) != ("stages", SAMPLES):
-        raise InputError(
-            f"{name} holds a table of {kind}, which cannot be in a picture of {picture}; "
-            f"--kind {' or '.join(PICTURES_OF[kind])} draws it"
-        )
-
-
-def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
-    """The rows of some methods, without empty tables; samples, which have no methods, stay.
-
-    Raises:
-        InputError: a method is in none of the tables, or no table has methods.
-    """
+def _of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
+    """The rows of some methods, without empty tables; samples, which have no methods, stay."""
     columns = {name: t["method"].astype(str) for name, t in tables.items() if "method" in t}
     if not columns:
         raise InputError("methods were chosen, and the tables have none: leave --methods out")

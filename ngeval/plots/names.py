@@ -51,9 +51,6 @@ def _families() -> list[str]:
 @lru_cache(maxsize=8)
 def _characters(families: tuple[str, ...]) -> frozenset[int]:
     """The code points of the fonts that are installed."""
-    known: set[int] = set()
-    present = {font.name for font in font_manager.fontManager.ttflist}
-    for family in families:
-        if family in present:
-            known |= set(font_manager.get_font(font_manager.findfont(family)).get_charmap())
-    return frozenset(known)
+    present = {font.name for font in font_manager.fontManager.ttflist}.intersection(families)
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in present]
+    return frozenset[int]().union(*(font.get_charmap() for font in fonts))

@@ -72,10 +72,7 @@ class Chart:
     start: int = 0
 
     def drawn(self, key: str) -> Iterator[tuple[str, str, bool]]:
-        """Label, SVG and whether it is shown first, of as many pictures as there may be.
-
-        The key is the chart's id in the page.
-        """
+        """Label, SVG and whether it is first, of a few pictures; the key is the chart's id."""
         for place in sorted({self.start, *evenly(len(self.options), MAX_OPTIONS)}):
             label, draw = self.options[place]
             picture = draw()
