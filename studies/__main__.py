@@ -44,9 +44,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="`python -m studies` lists the studies, `python -m studies NAME` runs one, "
-    "`python -m studies toy` draws two parameters and two samples, and "
-    "`python -m studies trained` compares tuned optimizers.",
+    help=f"`python -m studies NAME` runs a study: {', '.join(STUDIES)}. "
+    "`python -m studies` describes them, `python -m studies toy` draws two parameters and two "
+    "samples, and `python -m studies trained` compares tuned optimizers.",
 )
 for command in OTHERS.values():
     app.command()(command)

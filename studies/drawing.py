@@ -18,6 +18,17 @@ def style_of(method: str) -> tuple[str, str, str]:
     return colour, marker, dash
 
 
+def keep_to_lines(axes: Axes) -> None:
+    """Cut a logarithmic axis at ten times what its lines need: bands of few values are very wide.
+
+    The limits still hold every line; a wider band leaves the panel at its edge.
+    """
+    low, high = axes.get_ylim()
+    drawn = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()]).astype(float)
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    axes.set_ylim(max(low, drawn.min() / 10), min(high, drawn.max() * 10))
+
+
 def draw_line(
     axes: Axes,
     intervals: Mapping[float, Interval],

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_under
+from ngeval.plots.style import PAGE, in_style, legend_under
 from ngeval.plots.ticks import log_scale
-from studies.drawing import draw_line, style_of
+from studies.drawing import draw_line, keep_to_lines, style_of
 from studies.fadam_findings import (
     CLAIMS,
     FORMS,

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ngeval.plots.style import PAGE, in_style, keep_to_lines, legend_below
+from ngeval.plots.style import PAGE, in_style, legend_below
 from ngeval.plots.ticks import log_scale, number_text
-from studies.drawing import draw_line, style_of
+from studies.drawing import draw_line, keep_to_lines, style_of
 from studies.statistics import geometric_intervals
 from studies.toy.least_squares import LeastSquares
 from studies.toy.picture import plot_paths

@@ -124,3 +124,9 @@ class TestBestDamping:
 
     def test_smallest_positive(self):
         assert [smallest_positive(values) for values in ([1.0, 0.0, 0.1], [0.0])] == [0.1, 0.0]
+
+
+def test_a_table_without_a_checkpoint_in_a_row_is_refused():
+    table = pd.DataFrame({"checkpoint": ["a.pt", None]})
+    with pytest.raises(InputError, match="column checkpoint has empty cells"):
+        name_in(table, "checkpoint")

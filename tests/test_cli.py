@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -623,6 +624,27 @@ class TestDemo:
         result = run("demo", "-o", demo.output, *demo.args, code=2)
         assert "--force" in result.stderr
         assert {path: path.read_bytes() for path in demo.output.rglob("*.*")} == before
+
+    def test_resume_does_what_is_missing(self, demo):
+        output = demo.output
+        norms = pd.read_parquet(output / "imbalance.parquet")
+        for name in ("imbalance.parquet", "imbalance.parquet.manifest.json", "stages.png"):
+            (output / name).unlink()
+        kept = pd.read_parquet(output / "results.parquet")
+        result = run("demo", "-o", output, *demo.args, "--resume")
+        assert "epoch   1" not in result.stdout  # no second training
+        pd.testing.assert_frame_equal(pd.read_parquet(output / "results.parquet"), kept)
+        pd.testing.assert_frame_equal(pd.read_parquet(output / "imbalance.parquet"), norms)
+        assert (output / "stages.png").exists()
+
+    def test_resume_of_a_training_that_was_cut_off_trains_again(self, demo, tmp_path):
+        output = tmp_path / "copy"
+        (output / "checkpoints").mkdir(parents=True)
+        first = "checkpoints/epoch-000.safetensors"
+        shutil.copy(demo.output / first, output / first)
+        result = run("demo", "-o", output, *demo.args, "--resume")
+        assert "epoch   1" in result.stdout
+        assert (output / "imbalance.parquet").exists()
 
     def test_a_picture_of_the_users_is_not_overwritten(self, tmp_path, demo):
         (tmp_path / "stages.png").write_text("mine")

@@ -761,22 +761,22 @@ class TestFacts:
 
     def test_what_the_table_has_not_is_taken_from_the_manifest(self, tmp_path):
         """Rows of ngeval imbalance have neither likelihood nor dtype, engine or seed."""
-        told = {"likelihood": "Categorical(ignore_index=-100)", "dtype": "float64"}
-        beside = manifest({"seed": 7, "engine": "auto"}, facts=told)
+        recorded = {"likelihood": "Categorical(ignore_index=-100)", "dtype": "float64"}
+        beside = manifest({"seed": 7, "engine": "auto"}, facts=recorded)
         norms = Source(tmp_path / "i.csv", "samples", samples(), beside)
-        found = dict(facts(Topic("t", {"samples": norms.table}, [norms])))
-        meant = "Categorical(ignore_index=-100): softmax cross-entropy, in nats"
-        assert found["likelihood"] == meant
+        result = dict(facts(Topic("t", {"samples": norms.table}, [norms])))
+        expected = "Categorical(ignore_index=-100) (softmax cross-entropy, in nats)"
+        assert result["likelihood"] == expected
         settings = ("model's dtype", "Jacobian engine", "seed", "parameters")
-        assert [found[name] for name in settings] == ["float64", "auto", "7", "not recorded"]
+        assert [result[name] for name in settings] == ["float64", "auto", "7", "not recorded"]
         graded = Source(tmp_path / "g.csv", "gammas", gammas())
         both = Topic("t", {"gammas": graded.table, "samples": norms.table}, [graded, norms])
         assert dict(facts(both))["model's dtype"] == "float32"  # what the rows say goes first
         beside = manifest({"batch_size": 160, "dtype": None}, facts={"dtype": "the model's"})
         parts = Source(tmp_path / "l.csv", "layers", layers(), beside)
-        found = dict(facts(Topic("t", {"layers": parts.table}, [parts])))
-        assert found["batches"] == "3 for each checkpoint, N = 160 samples each"
-        assert found["model's dtype"] == "unchanged (--dtype was not given)"
+        result = dict(facts(Topic("t", {"layers": parts.table}, [parts])))
+        assert result["batches"] == "3 for each checkpoint, N = 160 samples each"
+        assert result["model's dtype"] == "unchanged (--dtype was not given)"
 
     def test_another_metric_is_told(self):
         told = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))

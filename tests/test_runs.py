@@ -213,7 +213,7 @@ class TestWhatARunReports:
         sizes = f"{UNITS} units ({STAGES} checkpoints × {BATCHES} batches), 2 methods × 2 dampings"
         assert f"{sizes} in each" in before
         assert "a unit: 5 samples × 3 outputs, 15 parameters; it keeps J, which takes" in before
-        assert f"the other {UNITS - 1} will take about " in after
+        assert f"the other {UNITS - 1} will take at most about " in after
         assert "the results will need about" in after
         assert after.count("a unit: ") == 0
 
@@ -234,7 +234,7 @@ class TestStopAfter:
         told = loud.run(command, output, "--stop-after", 2).stderr
         assert f"2 of {UNITS} units are done; the same command with --resume continues" in told
         assert "2 of them in this start" in told
-        assert f"the other {UNITS - 1} will take about " in told
+        assert f"the other {UNITS - 1} will take at most about " in told
         assert len(Journal(output).entries()) == 2
         assert "complete" not in read_manifest(output)
         told = loud.run(command, output, "--stop-after", 1, "--resume").stderr

@@ -96,6 +96,8 @@ def name_in(table: pd.DataFrame, column: str, name: str | None = None, default: 
     Raises:
         InputError: the column does not hold the name.
     """
+    if table[column].isna().any():
+        raise InputError(f"the column {column} has empty cells; name every row's {column}")
     names = list(dict.fromkeys(table[column].astype(str)))
     if name is None:
         return names[default]

@@ -9,7 +9,7 @@ import typer
 
 from ngeval.cli import console
 from ngeval.cli.grade import execute_work
-from ngeval.cli.options import ForceOption, QuietOption, SeedOption
+from ngeval.cli.options import ForceOption, QuietOption, ResumeOption, SeedOption
 from ngeval.cli.train import show_training
 from ngeval.runs.options import OutputOptions, RunOptions
 
@@ -28,6 +28,7 @@ def demo(
     num_batches: Annotated[int, typer.Option(help="Graded batches for each checkpoint.")] = 4,
     seed: SeedOption = 0,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a network on real digits and grade six update rules at every stage of training.
@@ -41,6 +42,7 @@ def demo(
     from ngeval.analysis.stages import three_stages
     from ngeval.cli.tables import imbalance_table, stages_table
     from ngeval.plots import damping_figure, norms_figure, save_figure, stages_figure
+    from ngeval.results.journal import Journal
     from ngeval.runs.tables import GammaTable, SampleTable
     from ngeval.tasks import get_task
     from ngeval.training import Training
@@ -53,16 +55,24 @@ def demo(
         seed=seed,
     )
     results, norms = (
-        OutputOptions(output / name, force, quiet=quiet)
+        OutputOptions(output / name, force, resume, quiet=quiet)
         for name in ("results.parquet", "imbalance.parquet")
     )
     figures = {kind: output / f"{kind}.png" for kind in ("stages", "damping", "imbalance")}
+    # A run of the table exists only once the training is over.
+    table = output / "results.parquet"
+    trained = resume and (table.exists() or Journal(table).exists)
     training = Training(
-        get_task("digits-mlp"), output / "checkpoints", epochs=epochs, seed=seed, force=force
+        get_task("digits-mlp"),
+        output / "checkpoints",
+        epochs=epochs,
+        seed=seed,
+        force=force or resume,
     )
     _check(training, run, (results, norms), figures.values())
     out = console.table_console(quiet)
-    show_training(training, out, quiet)
+    if not trained:
+        show_training(training, out, quiet)
     dampings = np.logspace(-8, 4, 50)
     gammas = execute_work(GammaTable.of(METHODS, dampings=dampings), run, results).table
     samples = execute_work(SampleTable.of(()), run, norms).table

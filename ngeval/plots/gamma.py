@@ -19,9 +19,6 @@ from ngeval.errors import InputError
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
-    in_style,
-    label_outer,
-    legend_below,
     legend_under,
     line_with_band,
     own_axes,
@@ -29,7 +26,6 @@ from ngeval.plots.style import (
     stage_axis,
     styles_of,
     with_stage,
-    without_legend,
 )
 from ngeval.plots.ticks import log_scale, number_text
 
@@ -69,14 +65,7 @@ def draw_stages(
     styles: dict[str, tuple[str, str, str]],
     labels: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Lines with bands over the stages, of rows that have one λ for each method and checkpoint.
-
-    Args:
-        rows: those that could be computed.
-        axes: where to draw.
-        styles: of each method; see `styles_of`.
-        labels: names of methods for the legend, if not their own.
-    """
+    """`draw_ratios` over the stages, of rows that have one λ for each method and checkpoint."""
     staged = with_stage(rows)
     means = geometric_means(staged, ["x", "method"], "gamma_over_sgd")
     draw_ratios(axes, means, "x", styles, labels)
@@ -95,13 +84,8 @@ def draw_ratios(
 ) -> None:
     """The line of each method, with its band, and SGD's at 1.
 
-    Args:
-        axes: where to draw.
-        means: ``method, mean, low, high`` and the column of the horizontal axis.
-        x: that column.
-        styles: of each method; see `styles_of`.
-        labels: names of methods for the legend, if not their own.
-        bands: whether to draw the intervals.
+    The means have columns ``method, mean, low, high`` and ``x``; the styles are those of
+    `styles_of`; the labels replace names of methods in the legend.
     """
     others = means[means["method"] != "sgd"]
     for method, part in others.groupby(others["method"].astype(str), sort=False):
@@ -166,15 +150,11 @@ def damping_figure(
         names = list(checkpoints)
     else:
         names = [names[place] for place in evenly(len(names), MAX_STAGES)]
-    with in_style():
-        figure, grid = panels(len(names), width, 2.1, sharex=True, sharey=True)
+    with panels(len(names), width, 2.1) as (figure, grid):
         for ax, name in zip(grid, names, strict=True):
             plot_damping(table, name, ax)
             if name is not None:
                 ax.set_title(name_text(labels[str(name)]))
-            without_legend(ax)
-        label_outer(grid)
-        legend_below(*grid)
     return figure
 
 
@@ -194,25 +174,19 @@ def usable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return numbers(rows, "gamma_ng_lower", "gamma_ng_upper")
 
 
-def chosen_damping(table: pd.DataFrame, damping: float | None) -> float:
-    """The λ of the table nearest to the given one; for None the smallest positive one.
+def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame, float]:
+    """The rows at the λ nearest to the given one, for None at the smallest positive one; that λ.
 
     Raises:
         InputError: none is near.
     """
     present = np.sort(table["damping"].unique())
-    if damping is None:
-        return smallest_positive(present)
-    distances = np.abs(np.log((present + 1e-300) / (max(damping, 0.0) + 1e-300)))
-    nearest = float(present[np.argmin(distances)])
-    if not np.isclose(nearest, damping, rtol=0.5, atol=0):
-        raise InputError(f"no rows near damping {damping:g}; the nearest is {nearest:g}")
-    return nearest
-
-
-def at_damping(table: pd.DataFrame, damping: float | None) -> tuple[pd.DataFrame, float]:
-    """The rows at `chosen_damping`, and that λ."""
-    value = chosen_damping(table, damping)
+    value = smallest_positive(present)
+    if damping is not None:
+        distances = np.abs(np.log((present + 1e-300) / (max(damping, 0.0) + 1e-300)))
+        value = float(present[np.argmin(distances)])
+        if not np.isclose(value, damping, rtol=0.5, atol=0):
+            raise InputError(f"no rows near damping {damping:g}; the nearest is {value:g}")
     return table[np.isclose(table["damping"], value, rtol=1e-6, atol=0)], value
 
 

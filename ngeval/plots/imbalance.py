@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cbook import violin_stats
 from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 
@@ -23,7 +24,6 @@ from ngeval.plots.style import (
     own_axes,
     stage_axis,
     with_stage,
-    without_legend,
 )
 from ngeval.plots.ticks import log_scale
 
@@ -50,8 +50,8 @@ def plot_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         InputError: the table lacks a column, or has no norm above 0.
     """
     require(table, "checkpoint", "gradient_norm")
-    rows = _with_norms(table)
-    positive = rows[rows["is_norm"]]
+    rows = numbers(with_stage(table), "gradient_norm")
+    positive = rows[rows["gradient_norm"].between(0, np.inf, inclusive="neither")]
     if positive.empty:
         raise InputError("no sample has a gradient norm above 0, so there is nothing to draw")
     with own_axes(ax) as axes:
@@ -88,7 +88,7 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         InputError: the table lacks a column, or every batch has such a norm.
     """
     require(table, "checkpoint", "gradient_norm")
-    rows = _with_norms(table)
+    rows = numbers(with_stage(table), "gradient_norm")
     means = imbalance_means(rows, "x")
     if means.empty:
         raise InputError(
@@ -120,19 +120,11 @@ def norms_figure(table: pd.DataFrame, *, width: float | None = None) -> Figure:
             layout="constrained",
         )
         plot_norms(table, upper)
-        without_legend(upper)
         plot_imbalance(table, lower)
         upper.label_outer()
         figure.align_ylabels()
         legend_below(upper, lower)
     return figure
-
-
-def _with_norms(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows with ``x``, and with ``is_norm``: whether a norm is positive and finite."""
-    rows = numbers(with_stage(table), "gradient_norm")
-    norms = rows["gradient_norm"]
-    return rows.assign(is_norm=np.isfinite(norms) & (norms > 0))
 
 
 def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
@@ -141,25 +133,18 @@ def _draw_violins(rows: pd.DataFrame, axes: Axes) -> None:
     groups = [np.log(rows.loc[rows["x"] == x, "gradient_norm"].to_numpy()) for x in places]
     # Of few stages that are far apart, bodies would reach beyond the first and the last stage.
     gap = float(min(np.diff(places).min(), np.ptp(places) / 6)) if len(places) > 1 else 1.0
-    drawn: dict[str, Any] = axes.violin(
-        [_violin(logs) for logs in groups],
-        places,
-        widths=0.8 * gap,
-        showextrema=False,
-    )
+    violins = violin_stats(groups, _density, points=120)
+    for violin in violins:
+        violin["coords"] = np.exp(violin["coords"])
+    drawn: dict[str, Any] = axes.violin(violins, places, widths=0.8 * gap, showextrema=False)
     for index, body in enumerate(drawn["bodies"]):
         body.set(facecolor=_BLUE, edgecolor=_BLUE, alpha=0.45, linewidth=0.5)
         body.set_label("all samples" if index == 0 else "")
 
 
-def _violin(logs: np.ndarray) -> dict[str, Any]:
-    """The statistics from which `Axes.violin` draws one body."""
-    where = np.linspace(logs.min(), logs.max(), 120)
+def _density(logs: np.ndarray, places: np.ndarray) -> np.ndarray:
     is_flat = np.ptp(logs) == 0  # the kernel would have no width
-    density = np.ones_like(where) if is_flat else GaussianKDE(logs).evaluate(where)
-    marks = {"mean": np.mean(logs), "median": np.median(logs), "min": logs.min(), "max": logs.max()}
-    marks = {name: float(np.exp(value)) for name, value in marks.items()}
-    return {"coords": np.exp(where), "vals": density, **marks}
+    return np.ones_like(places) if is_flat else GaussianKDE(logs).evaluate(places)
 
 
 def _draw_bands(rows: pd.DataFrame, axes: Axes) -> None:

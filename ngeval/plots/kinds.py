@@ -15,7 +15,7 @@ from ngeval.plots.gamma import damping_figure
 from ngeval.plots.imbalance import norms_figure
 from ngeval.plots.layers import layers_figure
 from ngeval.plots.ranking import kfac_figure, ranking_figure
-from ngeval.plots.stages import by_task, stages_figure
+from ngeval.plots.stages import by_task, stages_figure, tasks_of
 
 FEW_DAMPINGS = 4
 """A table of several checkpoints with no more λ than this is drawn over stages, else over λ."""
@@ -29,13 +29,8 @@ Tables = Mapping[str, pd.DataFrame]
 class Chosen:
     """The part of the tables that is drawn, and the width; for None the picture decides.
 
-    Attributes:
-        damping: λ.
-        checkpoints: their names.
-        relative: the pairs of methods of ``stages``.
-        width: of the figure in inches.
-        methods: those that are drawn; None draws all.
-        task: whose rows are drawn, by pictures of one task.
+    ``relative`` has the pairs of methods of ``stages``, ``task`` the only one whose rows are drawn
+    by pictures of one task; the width of the figure is in inches.
     """
 
     damping: float | None = None
@@ -47,45 +42,27 @@ class Chosen:
 
 
 def _stages(tables: Tables, chosen: Chosen) -> Figure:
-    samples = [table for table in tables.values() if _is_samples(table)]
-    gammas = {name: table for name, table in tables.items() if not _is_samples(table)}
-    if not gammas:  # the picture reports the missing columns
-        gammas, samples = dict(tables), []
+    samples = {n: t for n, t in tables.items() if "gradient_norm" in t and "gamma" not in t}
+    gammas = {name: table for name, table in tables.items() if name not in samples}
     return stages_figure(
-        by_task(gammas),
+        by_task(gammas or tables),  # without γ tables, the picture reports the missing columns
         None if chosen.damping is None else [chosen.damping],
-        pd.concat(samples, ignore_index=True) if samples else None,
+        pd.concat(samples.values(), ignore_index=True) if samples and gammas else None,
         relative=chosen.relative,
         width=chosen.width,
     )
-
-
-def _is_samples(table: pd.DataFrame) -> bool:
-    return "gradient_norm" in table and "gamma" not in table
-
-
-def _single(
-    draw: Callable[[pd.DataFrame, Chosen], Figure],
-) -> Callable[[Tables, Chosen], Figure]:
-    """A picture of one table; several tables are joined to one."""
-    return lambda tables, chosen: draw(_of_one_run(tables, chosen.task), chosen)
 
 
 IDENTITY = ("task", "checkpoint", "batch", "method", "damping", "layer", "sample")
 """Columns that distinguish the rows of one run."""
 
 
-def _of_one_run(tables: Tables, task: str | None) -> pd.DataFrame:
-    """Tables joined, for a picture that would take another run's rows for further batches.
-
-    Raises:
-        InputError: there are several tasks, or no rows of the chosen one, or two tables have the
-            same rows of a run.
-    """
+def _joined(tables: Tables, task: str | None) -> pd.DataFrame:
+    """The rows of all tables, for a picture that would take those of two runs for more batches."""
     joined = pd.concat(list(tables.values()), ignore_index=True)
-    tasks = joined["task"].fillna("").astype(str) if "task" in joined else pd.Series(dtype=str)
+    tasks = tasks_of(joined)
     if task is not None:
-        joined = joined[tasks == name_in(pd.DataFrame({"task": tasks}), "task", task)]
+        joined = joined[tasks == name_in(tasks.to_frame("task"), "task", task)]
     elif tasks.nunique() > 1:
         raise InputError(
             f"rows of the tasks {', '.join(tasks.unique())} cannot be in one picture of this kind: "
@@ -102,18 +79,16 @@ def _of_one_run(tables: Tables, task: str | None) -> pd.DataFrame:
 
 FIGURES: dict[str, Callable[[Tables, Chosen], Figure]] = {
     "stages": _stages,
-    "damping": _single(lambda t, c: damping_figure(t, c.checkpoints, width=c.width)),
-    "imbalance": _single(lambda t, c: norms_figure(t, width=c.width)),
-    "layers": _single(
-        lambda t, c: layers_figure(
-            t,
-            damping=c.damping,
-            checkpoint=next(iter(c.checkpoints or []), None),
-            width=c.width,
-        )
+    "damping": lambda t, c: damping_figure(_joined(t, c.task), c.checkpoints, width=c.width),
+    "imbalance": lambda t, c: norms_figure(_joined(t, c.task), width=c.width),
+    "layers": lambda t, c: layers_figure(
+        _joined(t, c.task),
+        damping=c.damping,
+        checkpoint=next(iter(c.checkpoints or []), None),
+        width=c.width,
     ),
-    "kfac": _single(lambda t, c: kfac_figure(t, c.damping, c.methods, width=c.width)),
-    "ranking": _single(lambda t, c: ranking_figure(t, c.checkpoints, width=c.width)),
+    "kfac": lambda t, c: kfac_figure(_joined(t, c.task), c.damping, c.methods, width=c.width),
+    "ranking": lambda t, c: ranking_figure(_joined(t, c.task), c.checkpoints, width=c.width),
 }
 """Pictures by ``--kind``."""
 
@@ -142,13 +117,9 @@ def kind_of(tables: Tables) -> str:
     (kind,) = kinds
     if kind != GAMMAS:
         return PICTURES_OF[kind][0]
-    several = any(_count(table, "checkpoint") > 1 for table in tables.values())
-    few = all(_count(table, "damping") <= FEW_DAMPINGS for table in tables.values())
+    several = any("checkpoint" in t and t["checkpoint"].nunique() > 1 for t in tables.values())
+    few = all(table["damping"].nunique() <= FEW_DAMPINGS for table in tables.values())
     return "stages" if several and (few or len(tables) > 1) else "damping"
-
-
-def _count(table: pd.DataFrame, column: str) -> int:
-    return int(table[column].nunique()) if column in table else 0
 
 
 def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = None) -> Figure:
@@ -170,37 +141,25 @@ def figure_of(tables: Tables, kind: str | None = None, chosen: Chosen | None = N
             twice = table.columns[table.columns.duplicated()][0]
             raise InputError(f"{name} has the column {twice!r} twice")
         if len(tables) > 1 or {*table} >= TUNING_COLUMNS:
-            _check_goes_into(kind, name, table)
+            content = table_kind(table, name)
+            if kind not in PICTURES_OF[content] and (kind, content) != ("stages", SAMPLES):
+                raise InputError(
+                    f"{name} holds a table of {content}, which cannot be in a picture of {kind}; "
+                    f"--kind {' or '.join(PICTURES_OF[content])} draws it"
+                )
     chosen = chosen or Chosen()
     if chosen.methods is not None:
-        tables = of_methods(tables, chosen.methods)
+        tables = _of_methods(tables, chosen.methods)
     return FIGURES[kind](tables, chosen)
 
 
-def _check_goes_into(picture: str, name: str, table: pd.DataFrame) -> None:
-    kind = table_kind(table, name)
-    if picture not in PICTURES_OF[kind] and (picture, kind) != ("stages", SAMPLES):
-        raise InputError(
-            f"{name} holds a table of {kind}, which cannot be in a picture of {picture}; "
-            f"--kind {' or '.join(PICTURES_OF[kind])} draws it"
-        )
-
-
-def of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
-    """The rows of some methods, without empty tables; samples, which have no methods, stay.
-
-    Raises:
-        InputError: a method is in none of the tables, or no table has methods.
-    """
-    present: set[str] = set()
-    parts = {}
-    for name, table in tables.items():
-        values = table["method"].astype(str) if "method" in table else None
-        present |= set() if values is None else set(values)
-        parts[name] = table if values is None else table[values.isin(methods)]
-    if not present:
+def _of_methods(tables: Tables, methods: Sequence[str]) -> Tables:
+    """The rows of some methods, without empty tables; samples, which have no methods, stay."""
+    columns = {name: t["method"].astype(str) for name, t in tables.items() if "method" in t}
+    if not columns:
         raise InputError("methods were chosen, and the tables have none: leave --methods out")
+    present = pd.concat(columns.values()).to_frame("method")
     for method in methods:
-        if method not in present:
-            raise InputError(f"no rows for method {method!r}; {nearest_name(method, present)}")
-    return {name: part for name, part in parts.items() if len(part)}
+        name_in(present, "method", method)
+    chosen = {name: tables[name][column.isin(methods)] for name, column in columns.items()}
+    return {name: table for name, table in (dict(tables) | chosen).items() if len(table)}

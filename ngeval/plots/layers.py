@@ -25,13 +25,9 @@ from ngeval.plots.gamma import at_damping
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
-    in_style,
-    label_outer,
-    legend_below,
     legend_under,
     own_axes,
     panels,
-    without_legend,
 )
 from ngeval.plots.ticks import number_text
 
@@ -115,22 +111,16 @@ def layers_figure(
     names = list(dict.fromkeys(summary["method"]))
     layers = leading_layers(summary, MAX_LAYERS)
     shown = len(layers) + (summary["layer"].nunique() > len(layers))
-    with in_style():
-        figure, grid = panels(
-            len(names), width, panel_height(shown), least=2.2, sharex=True, sharey=True
-        )
+    with panels(len(names), width, panel_height(shown), least=2.2) as (figure, grid):
         for axes, method in zip(grid, names, strict=True):
             plot_layers(
                 table, method, damping=damping, checkpoint=checkpoint, layers=layers, ax=axes
             )
-            without_legend(axes)
-        label_outer(grid)
         where = f"λ = {number_text(summary['damping'].iloc[0])}"
         if "checkpoint" in summary:
             label = checkpoint_labels(table)[str(summary["checkpoint"].iloc[0])]
             where = f"{name_text(label)}, {where}"
         figure.suptitle(where)
-        legend_below(grid[0])
     return figure
 
 
@@ -145,11 +135,7 @@ def _chosen(table: pd.DataFrame, damping: float | None, checkpoint: str | None) 
 
 
 def _finite(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose two shares can be drawn; γ ratios that are not possible become NaN.
-
-    Raises:
-        InputError: there are none, or a column of numbers holds text.
-    """
+    """Rows whose two shares can be drawn; γ ratios that are not possible become NaN."""
     rows = numbers(rows, "damping", "num_parameters", *SUMMED, "excess", *GEOMETRIC)
     rows = rows.replace([np.inf, -np.inf], np.nan).dropna(subset=[*SUMMED, "damping"])
     rows = rows[rows["damping"] >= 0]

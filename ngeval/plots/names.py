@@ -6,7 +6,6 @@ underscore out of the legend, and warn of each character that its fonts do not h
 
 from __future__ import annotations
 
-import unicodedata
 from functools import lru_cache
 from typing import Any
 
@@ -35,13 +34,9 @@ def name_text(name: object, most: int = MAX_NAME) -> str:
     flat = shortened(" ".join(str(name).split()), most)
     if not flat.isascii() or not flat.isprintable():
         known = _characters(tuple(_families()))
-        flat = "".join(character if _is_drawn(character, known) else UNKNOWN for character in flat)
+        flat = "".join(c if c.isprintable() and ord(c) in known else UNKNOWN for c in flat)
     flat = flat.replace("$", r"\$")
     return f" {flat}" if flat.startswith("_") else flat or "(no name)"
-
-
-def _is_drawn(character: str, known: frozenset[int]) -> bool:
-    return unicodedata.category(character)[0] != "C" and ord(character) in known
 
 
 def _families() -> list[str]:
@@ -56,9 +51,6 @@ def _families() -> list[str]:
 @lru_cache(maxsize=8)
 def _characters(families: tuple[str, ...]) -> frozenset[int]:
     """The code points of the fonts that are installed."""
-    known: set[int] = set()
-    present = {font.name for font in font_manager.fontManager.ttflist}
-    for family in families:
-        if family in present:
-            known |= set(font_manager.get_font(font_manager.findfont(family)).get_charmap())
-    return frozenset(known)
+    present = {font.name for font in font_manager.fontManager.ttflist}.intersection(families)
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in present]
+    return frozenset[int]().union(*(font.get_charmap() for font in fonts))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,14 +17,10 @@ from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
 from ngeval.plots.names import SIDE, name_text
 from ngeval.plots.style import (
     COLUMN,
-    in_style,
-    label_outer,
-    legend_below,
     legend_under,
     own_axes,
     panels,
     styles_of,
-    without_legend,
 )
 from ngeval.plots.ticks import log_scale, number_text
 
@@ -74,13 +69,10 @@ def kfac_figure(
     parts = [(f"all at λ = {number_text(value)} ({scale_of(table)})", at_one)]
     if rows["damping"].nunique() > 1:
         parts.insert(0, ("each at its best λ", at_best_damping(rows)))
-    with in_style():
-        figure, grid = panels(len(parts), width, 2.3, least=2.4, sharex=True, sharey=True)
+    with panels(len(parts), width, 2.3, least=2.4) as (figure, grid):
         for axes, (title, part) in zip(grid, parts, strict=True):
             draw_stages(part, axes, styles, KFAC_METHODS)
             axes.set_title(title)
-        label_outer(grid)
-        legend_below(*grid)
     return figure
 
 
@@ -107,7 +99,7 @@ def plot_ranking(
     stages = list(dict.fromkeys(ranked["checkpoint"]))
     last = ranked[ranked["checkpoint"] == stages[-1]]
     methods = list(last["method"])
-    with own_axes(ax, (COLUMN, ranking_height(len(methods)))) as axes:
+    with own_axes(ax, (COLUMN, ranking_height(len(methods)) + 0.4)) as axes:
         for index, name in enumerate(stages):
             rows = ranked[ranked["checkpoint"] == name].set_index("method").reindex(methods)
             style = _STAGE_STYLES[(index - len(stages)) % len(_STAGE_STYLES)]
@@ -136,14 +128,9 @@ def draw_points(
     style: tuple[str, str],
     label: str = "",
 ) -> None:
-    """A point with its interval in each line.
+    """A point with its interval in each line: columns of the value and of the interval's ends.
 
-    Args:
-        axes: where to draw.
-        values: three columns: the value, and the ends of its interval.
-        places: of the lines.
-        style: colour and marker.
-        label: for the legend.
+    The style is colour and marker.
     """
     value, low, high = values.to_numpy(dtype=float).T
     ends = [np.nan_to_num(np.abs(end - value)) for end in (low, high)]
@@ -169,16 +156,11 @@ def ranking_figure(
 ) -> Figure:
     """`plot_ranking` as a whole figure, as wide as a column or as given in inches."""
     count = table["method"].nunique() if "method" in table else 1
-    with in_style():
-        figure, axes = plt.subplots(
-            figsize=(width or COLUMN, ranking_height(count)), layout="constrained"
-        )
-        plot_ranking(table, checkpoints, axes)
-        without_legend(axes)
-        legend_below(axes)  # which may be as wide as the figure
+    with panels(1, width, ranking_height(count)) as (figure, grid):
+        plot_ranking(table, checkpoints, *grid)
     return figure
 
 
 def ranking_height(methods: int) -> float:
-    """Of a picture, in inches."""
-    return 0.9 + 0.19 * methods
+    """Of a panel, in inches."""
+    return 0.5 + 0.19 * methods

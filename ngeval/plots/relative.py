@@ -54,11 +54,7 @@ def plot_relative(
 
 
 def _ratios(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
-    """One row for each checkpoint and batch in which both could be computed.
-
-    Raises:
-        InputError: one of them is not in the table, or no batch has both.
-    """
+    """One row for each checkpoint and batch in which both could be computed."""
     method, reference = (name_in(rows, "method", name) for name in (method, reference))
     keys = [key for key in ("checkpoint", "batch") if key in rows]
     stages = [key for key in ("epoch", "step") if key in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,7 +14,7 @@ from ngeval.plots.gamma import plot_stages, usable
 from ngeval.plots.imbalance import plot_imbalance
 from ngeval.plots.names import name_text
 from ngeval.plots.relative import plot_relative
-from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below, without_legend
+from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
 """The ratios that are drawn if the table has their methods."""
@@ -60,9 +60,8 @@ def stages_figure(
     if relative is None:
         relative = _pairs(tables.values()) if len(tables) > 1 or samples is not None else ()
     lines = ["stages", *(["relative"] if relative else [])]
-    if samples is not None:
-        norms = _norms(samples, [table for _, table, _ in columns], list(tables.values()))
-        lines.append("imbalance")
+    norms = {} if samples is None else _norms(samples, tables)
+    lines += ["imbalance"] if norms else []
     width = width or (COLUMN if len(columns) == 1 else PAGE)
     heights = [HEIGHTS[line] for line in lines]
     with in_style():
@@ -79,14 +78,13 @@ def stages_figure(
         for index, (title, table, damping) in enumerate(columns):
             panel = dict(zip(lines, grid[:, index], strict=True))
             plot_stages(table, damping, panel["stages"])
-            without_legend(panel["stages"])
             if title:
                 where = panel["stages"].get_title().removeprefix("damping ")
                 panel["stages"].set_title(f"{name_text(title, 60)}\n{where}")
             if relative:
                 _draw_relative(table, damping, relative, panel["relative"])
-            if samples is not None:
-                _draw_imbalance(norms[index], panel["imbalance"])
+            if norms:
+                _draw_imbalance(norms[title], panel["imbalance"])
         for axes in grid.flat:
             axes.label_outer()
         figure.align_ylabels()
@@ -94,37 +92,27 @@ def stages_figure(
     return figure
 
 
-def samples_of(
-    samples: pd.DataFrame, table: pd.DataFrame, tables: Sequence[pd.DataFrame]
-) -> pd.DataFrame:
-    """The samples of a γ table: of its task, and if several tables share it, of its checkpoints.
-
-    Args:
-        samples: rows of ``ngeval imbalance``.
-        table: the γ table.
-        tables: all γ tables that the samples may belong to.
-    """
-    if "task" in samples and "task" in table:
-        tasks = set(table["task"])
-        samples = samples[samples["task"].isin(tasks)]
-        tables = [other for other in tables if "task" not in other or tasks & set(other["task"])]
-    if len(tables) > 1:
-        samples = samples[samples["checkpoint"].isin(table["checkpoint"])]
-    return samples
-
-
-def _norms(
-    samples: pd.DataFrame, columns: Iterable[pd.DataFrame], tables: Sequence[pd.DataFrame]
-) -> list[pd.DataFrame]:
-    """The samples of each column's table.
-
-    Raises:
-        InputError: no column has any.
-    """
-    norms = [samples_of(samples, table, tables) for table in columns]
-    if all(part.empty for part in norms):
+def _norms(samples: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The samples of each γ table: of its task, and if tables share it, of its checkpoints."""
+    norms = {}
+    for title, table in tables.items():
+        part, of_task = samples, list(tables.values())
+        if "task" in samples and "task" in table:
+            tasks = set(table["task"])
+            part = samples[samples["task"].isin(tasks)]
+            of_task = [t for t in of_task if "task" not in t or tasks & set(t["task"])]
+        if len(of_task) > 1:
+            part = part[part["checkpoint"].isin(table["checkpoint"])]
+        norms[title] = part
+    if all(part.empty for part in norms.values()):
         raise InputError("the samples are of other tasks or checkpoints than the γ table's")
     return norms
+
+
+def tasks_of(table: pd.DataFrame) -> pd.Series[str]:
+    """The task of each row; "" where none is known."""
+    tasks = table["task"] if "task" in table else pd.Series("", table.index)
+    return tasks.fillna("").astype(str)
 
 
 def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -132,7 +120,11 @@ def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
     A single table of a single task needs no title.
     """
-    parts = [(task, name, part) for name, table in tables.items() for task, part in _tasks(table)]
+    parts = [
+        (str(task), name, part)
+        for name, table in tables.items()
+        for task, part in table.groupby(tasks_of(table), sort=False)
+    ]
     if len(parts) == 1:
         return {"": parts[0][2]}
     tasks = [task for task, _, _ in parts]
@@ -140,12 +132,6 @@ def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
         for task, name, part in parts
     }
-
-
-def _tasks(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    if "task" not in table:
-        return iter([("", table)])
-    return ((str(task), part) for task, part in table.groupby("task", sort=False, dropna=False))
 
 
 def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -181,33 +180,40 @@ def styles_of(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
     return styles
 
 
+@contextmanager
 def panels(
-    count: int, width: float | None, height: float, *, least: float = 1.6, **options: Any
-) -> tuple[Figure, list[Axes]]:
-    """Panels of one picture, side by side as far as they are wide enough, the rest below.
+    count: int, width: float | None, height: float, *, least: float = 1.6, shared: bool = True
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Panels of one picture in ngeval's style, in lines as long as panels are wide enough.
 
     Args:
         count: of panels.
         width: of the figure in inches; None takes a column for one panel, else a page.
         height: of a panel in inches.
         least: width that a panel needs, in inches.
-        options: further ones of ``plt.subplots``.
+        shared: whether the panels have the same limits and one legend.
     """
     width = width or (COLUMN if count == 1 else PAGE)
     columns = min(count, max(1, int(width / least)))
     lines = -(-count // columns)
     columns = -(-count // lines)  # no line with one panel where two could have two
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(width, height * lines + 0.4),
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
-    for axes in grid.flat[count:]:
-        axes.set_visible(False)
-    return figure, list(grid.flat[:count])
+    with in_style():
+        figure, grid = plt.subplots(
+            lines,
+            columns,
+            figsize=(width, height * lines + 0.4),
+            sharex=shared,
+            sharey=shared,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes in grid.flat[count:]:
+            axes.set_visible(False)
+        drawn = list(grid.flat[:count])
+        yield figure, drawn
+        if shared:
+            label_outer(drawn)
+            legend_below(*drawn)
 
 
 def label_outer(grid: Sequence[Axes]) -> None:
@@ -220,24 +226,15 @@ def label_outer(grid: Sequence[Axes]) -> None:
             axes.tick_params(labelbottom=True)
 
 
-def keep_to_lines(axes: Axes) -> None:
-    """Cut a logarithmic axis at ten times what its lines need: bands of few values are very wide.
-
-    The limits still hold every line; a wider band leaves the panel at its edge.
-    """
-    low, high = axes.get_ylim()
-    drawn = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()]).astype(float)
-    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
-    axes.set_ylim(max(low, drawn.min() / 10), min(high, drawn.max() * 10))
-
-
 def legend_below(*axes: Axes) -> None:
-    """One legend for several axes, below the figure; a repeated label is shown once.
+    """One legend below the figure in place of those of its panels; a repeated label is shown once.
 
     It has as many columns as the figure is wide enough for; for many lines, the figure grows.
     """
     entries: dict[tuple[str, Any], Any] = {}
     for ax in axes:
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             # Two long names may have the same end; the same method has the same look.
             look = to_hex(handle.get_color()) if isinstance(handle, Line2D) else None
@@ -246,20 +243,13 @@ def legend_below(*axes: Axes) -> None:
         return
     figure: Any = axes[0].figure
     labels, handles = [label for label, _ in entries], list(entries.values())
-    for lines in _line_counts(len(entries)):
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=-(-len(entries) // lines)
-        )
-        if legend.get_window_extent().width <= figure.bbox.width or lines == len(entries):
+    count = len(entries)
+    for columns in dict.fromkeys(-(-count // lines) for lines in range(1, count + 1)):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
             _make_room(figure, legend)
             return
         legend.remove()
-
-
-def _line_counts(entries: int) -> Iterator[int]:
-    """Numbers of lines that a legend may have, each with a different number of columns."""
-    columns = [-(-entries // lines) for lines in range(1, entries + 1)]
-    yield from (columns.index(count) + 1 for count in dict.fromkeys(columns))
 
 
 def _make_room(figure: Figure, legend: Legend) -> None:
@@ -282,12 +272,6 @@ def legend_under(axes: Axes, columns: int = 4) -> None:
     )
 
 
-def without_legend(axes: Axes) -> None:
-    """Remove a panel's legend, if the figure has one for all panels."""
-    if (legend := axes.get_legend()) is not None:
-        legend.remove()
-
-
 def line_with_band(
     axes: Axes,
     means: pd.DataFrame,
@@ -298,16 +282,9 @@ def line_with_band(
     markers: bool = True,
     band: bool = True,
 ) -> None:
-    """Draw geometric means with their intervals.
+    """Draw `ngeval.analysis.intervals.geometric_means` against the column ``x``.
 
-    Args:
-        axes: where to draw.
-        means: `ngeval.analysis.intervals.geometric_means`.
-        x: the column of the horizontal axis.
-        style: colour, marker and dash.
-        label: for the legend.
-        markers: on each point; a line of many points is easier to follow without.
-        band: whether to draw the interval.
+    The style is colour, marker and dash. A line of many points is easier to follow without markers.
     """
     means = means.sort_values(x)
     colour, marker, dash = style
@@ -319,13 +296,6 @@ def line_with_band(
         marker=marker if markers else "",
         label=label,
     )
-    if not band:
-        return
-    axes.fill_between(
-        means[x].to_numpy(dtype=float),
-        means["low"].to_numpy(dtype=float),
-        means["high"].to_numpy(dtype=float),
-        color=colour,
-        alpha=0.18,
-        linewidth=0,
-    )
+    if band:
+        x_values, low, high = means[[x, "low", "high"]].to_numpy(dtype=float).T
+        axes.fill_between(x_values, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ from ngeval.plots.gamma import FLOOR, damping_axis, draw_ratios
 from ngeval.plots.imbalance import norms_figure, plot_norms
 from ngeval.plots.layers import BARS, MAX_LAYERS, draw_layers, panel_height
 from ngeval.plots.ranking import draw_points, method_axis, ranking_height
-from ngeval.plots.style import COLUMN, in_style, legend_below, stage_axis, styles_of, with_stage
+from ngeval.plots.style import panels, stage_axis, styles_of, with_stage
 from ngeval.report.summaries import Grades, layer_means
 from ngeval.report.svg import Point, svg_text
 from ngeval.report.wording import damping_text, number, with_interval
@@ -28,8 +28,8 @@ from ngeval.utils.text import shortened
 
 RATIO, BEST = "γ/γ_SGD", "γ/γ_min"
 
-SIZE = (COLUMN, 2.9)
-"""Of a picture, in inches: as wide as a column of a paper."""
+HEIGHT = 2.5
+"""Of the panel of a picture, in inches."""
 
 MAX_OPTIONS = 16
 """Pictures of a chart; of more, these are spread evenly over all."""
@@ -61,12 +61,8 @@ class Picture:
 class Chart:
     """Pictures of which one is shown.
 
-    Attributes:
-        title: above it.
-        note: a sentence on what it shows.
-        choice: the label of the list to choose from.
-        options: its entries, each with what draws the picture.
-        start: the entry that is shown first.
+    They are chosen from a list with the label ``choice``; its entries are the ``options``, each
+    with what draws the picture, of which the one in place ``start`` is shown first.
     """
 
     title: str
@@ -76,11 +72,7 @@ class Chart:
     start: int = 0
 
     def drawn(self, key: str) -> Iterator[tuple[str, str, bool]]:
-        """Label, SVG and whether it is shown first, of as many pictures as there may be.
-
-        Args:
-            key: the chart's id in the page.
-        """
+        """Label, SVG and whether it is first, of a few pictures; the key is the chart's id."""
         for place in sorted({self.start, *evenly(len(self.options), MAX_OPTIONS)}):
             label, draw = self.options[place]
             picture = draw()
@@ -136,21 +128,25 @@ def _name(text: str) -> str:
     return shortened(" ".join(text.split()))
 
 
-def _ratio_points(
-    axes: Axes, rows: pd.DataFrame, x: str, labels: dict[str, str]
-) -> Iterator[Point]:
-    for row in rows.to_dict("records"):
-        yield Point(
-            axes,
-            row[x],
-            row["mean"],
-            (
-                _name(row["method"]),
-                f"{_name(labels[row['checkpoint']])}, λ = {damping_text(row['damping'])}",
-                f"{RATIO} = {with_interval(row['mean'], row['low'], row['high'])}",
-                f"batches: {row['batches']:.0f}",
-            ),
-        )
+def _lines(
+    row: dict[Any, Any], columns: Sequence[str], title: str, labels: dict[str, str]
+) -> tuple[str, ...]:
+    """What is shown beside a method's value, which has columns for itself and its interval."""
+    where = f"{_name(labels[row['checkpoint']])}, λ = {damping_text(row['damping'])}"
+    value = with_interval(*(row[column] for column in columns))
+    return _name(row["method"]), where, f"{title} = {value}", f"batches: {row['batches']:.0f}"
+
+
+def _draw_ratios(
+    axes: Axes, short: Grades, means: pd.DataFrame, x: str, labels: dict[str, str]
+) -> list[Point]:
+    """The methods' lines over a column; the values on them."""
+    styles = styles_of(pd.concat([short.summary, means]))
+    draw_ratios(axes, means, x, styles, bands=len(short.methods) <= MAX_BANDS)
+    return [
+        Point(axes, row[x], row["mean"], _lines(row, ("mean", "low", "high"), RATIO, labels))
+        for row in means.to_dict("records")
+    ]
 
 
 def _floor_point(axes: Axes, x: float, floor: float, label: str) -> Point:
@@ -159,22 +155,17 @@ def _floor_point(axes: Axes, x: float, floor: float, label: str) -> Point:
 
 def _stages(short: Grades, labels: dict[str, str], part: pd.DataFrame) -> Picture:
     rows = with_stage(short.rows)
-    places = rows.drop_duplicates("checkpoint").set_index("checkpoint")["x"]
-    means = part.rename(columns={"ratio": "mean"})
-    means = means.assign(x=means["checkpoint"].map(places))
-    stages = short.stages
-    with in_style():
-        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-        bands = len(short.methods) <= MAX_BANDS
-        draw_ratios(axes, means, "x", styles_of(short.summary), bands=bands)
-        axes.plot(stages["checkpoint"].map(places), stages["floor"], **FLOOR)
+    places = rows.groupby("checkpoint")["x"].first()
+    means = part.rename(columns={"ratio": "mean"}).assign(x=part["checkpoint"].map(places))
+    floors = short.stages.set_index("checkpoint")["floor"]
+    with panels(1, None, HEIGHT) as (figure, (axes,)):
+        points = _draw_ratios(axes, short, means, "x", labels)
+        axes.plot(places[floors.index], floors, **FLOOR)
         stage_axis(axes, rows)
-        legend_below(axes)
-    points = [
-        _floor_point(axes, places[name], floor, labels[name])
-        for name, floor in zip(stages["checkpoint"], stages["floor"], strict=True)
+    at_floor = [
+        _floor_point(axes, places[name], floors[name], labels[name]) for name in floors.index
     ]
-    return Picture(figure, [*points, *_ratio_points(axes, means, "x", labels)])
+    return Picture(figure, at_floor + points)
 
 
 def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -184,16 +175,11 @@ def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture
         rows = pd.concat([rows, natural.assign(method="ng")])
     means = rows[rows["damping"] > 0].rename(columns={"ratio": "mean"})
     floor = float(short.stages.set_index("checkpoint")["floor"][checkpoint])
-    with in_style():
-        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-        bands = len(short.methods) <= MAX_BANDS
-        draw_ratios(axes, means, "damping", styles_of(rows), bands=bands)
+    with panels(1, None, HEIGHT) as (figure, (axes,)):
+        points = _draw_ratios(axes, short, means, "damping", labels)
         axes.axhline(floor, **FLOOR)
         damping_axis(axes, short.rows)
-        legend_below(axes)
-    points = [_floor_point(axes, short.smallest, floor, labels[checkpoint])]
-    points += _ratio_points(axes, means, "damping", labels)
-    return Picture(figure, points)
+    return Picture(figure, [_floor_point(axes, short.smallest, floor, labels[checkpoint]), *points])
 
 
 def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -204,18 +190,11 @@ def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
     rows = rows[rows[columns[0]].notna()].sort_values(columns[0], kind="stable")
     styles = styles_of(short.summary)
     points = []
-    with in_style():
-        size = (COLUMN, ranking_height(len(rows)))
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+    with panels(1, None, ranking_height(len(rows))) as (figure, (axes,)):
         for place, row in enumerate(rows.to_dict("records")):
-            value = pd.DataFrame([row])[columns]
             colour, marker, _ = styles[row["method"]]
-            draw_points(axes, value, [place], (colour, marker or "o"))
-            where = f"{_name(labels[checkpoint])}, λ = {damping_text(row['damping'])}"
-            shown = with_interval(*(row[column] for column in columns))
-            lines = (_name(row["method"]), where, f"{title} = {shown}")
-            batches = f"batches: {row['batches']}"
-            points.append(Point(axes, row[columns[0]], place, (*lines, batches)))
+            draw_points(axes, rows[columns].iloc[[place]], [place], (colour, marker or "o"))
+            points.append(Point(axes, row[columns[0]], place, _lines(row, columns, title, labels)))
         method_axis(axes, list(rows["method"]))
         axes.set_xlabel(f"{title} at the best λ")
     return Picture(figure, points)
@@ -235,17 +214,15 @@ def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Cha
 
 
 def _norms(samples: pd.DataFrame, labels: dict[str, str]) -> Picture:
-    rows = with_stage(samples)
-    places = rows.drop_duplicates("checkpoint").set_index("checkpoint")["x"]
+    places = with_stage(samples).groupby("checkpoint")["x"].first()
     means = imbalance_means(samples)
     if means.empty:
-        with in_style():
-            figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        with panels(1, None, HEIGHT) as (figure, (axes,)):
             plot_norms(samples, axes)
     else:
         figure = norms_figure(samples)
     points = []
-    positive = rows[rows["gradient_norm"].between(0, np.inf, inclusive="neither")]
+    positive = samples[samples["gradient_norm"].between(0, np.inf, inclusive="neither")]
     for name, part in positive.groupby("checkpoint", sort=False)["gradient_norm"]:
         for series, level in QUANTILES.items():
             norm = float(part.quantile(level))
@@ -296,11 +273,8 @@ def _updates(summary: pd.DataFrame) -> Sequence[tuple[str, str, float]]:
 
 
 def _layers(rows: pd.DataFrame) -> Picture:
-    with in_style():
-        size = (COLUMN, panel_height(len(rows)) + 0.3)
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+    with panels(1, None, panel_height(len(rows)) - 0.1) as (figure, (axes,)):
         draw_layers(axes, rows)
-        legend_below(axes)
     points = [
         Point(axes, share, place + offset, (name, _name(layer), f"{share:.1%}"))
         for column, (_, name, offset) in BARS.items()

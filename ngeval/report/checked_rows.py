@@ -21,7 +21,7 @@ from ngeval.analysis.tables import (
     row_number,
 )
 from ngeval.errors import InputError
-from ngeval.report.wording import listed
+from ngeval.report.wording import listed, plain
 
 SHARES = ("decrease_share", "curvature_share", "excess")
 
@@ -66,25 +66,15 @@ LEFT_OUT = "left out"
 def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFrame:
     """A table with one type for each column, in which missing columns are filled.
 
-    Args:
-        table: as it was read.
-        kind: its kind.
-        source: the file's name, for messages.
-        task: the task of rows that do not name one.
+    Messages name the source; the task is that of rows that do not name one.
 
     Raises:
         InputError: a column is missing or holds a value that it may not, or a row does not have a
             λ or batch.
     """
     require(table, *REQUIRED[kind], source=source)
-    defaults: dict[str, str | int] = {
-        "task": task,
-        "checkpoint": "",
-        "reason": "",
-        "status": "ok",
-        "batch": 0,
-    }
-    table = table.assign(**{name: v for name, v in defaults.items() if name not in table})
+    defaults = {"task": task, "status": "ok", "reason": "", "checkpoint": ""}
+    table = table.assign(**{k: v for k, v in (defaults | {"batch": 0}).items() if k not in table})
     table = checked(table, COLUMNS, source)
     if table["batch"].isna().all():
         table["batch"] = 0
@@ -112,20 +102,17 @@ def _refuse_empty(
 
 def _without_unusable(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The table with a status and a reason for rows whose numbers cannot be used."""
+    tests: dict[str, Any]
     if kind == LAYERS:
-        conditions = [~np.isfinite(table[[*SHARES]].to_numpy()).all(axis=1)]
-        reasons = ["a share is NaN or infinite"]
+        tests = {"a share is NaN or infinite": ~np.isfinite(table[[*SHARES]]).all(axis=1)}
     else:
-        name, values = "γ/γ_SGD", table.get("gamma_over_sgd", pd.Series(dtype=float))
-        too_small, word = values <= 0, "not positive"
-        if kind == SAMPLES:
-            name, values = "the gradient's norm", table["gradient_norm"]
-            too_small, word = values < 0, "negative"
-        conditions = [
-            test.to_numpy() for test in (values.isna(), values.abs() == np.inf, too_small)
-        ]
-        reasons = [f"{name} is {what}" for what in ("NaN", "infinite", word)]
-    unusable = pd.Series(np.select(conditions, reasons, ""), index=table.index)
+        is_gamma = kind == GAMMAS
+        name = "γ/γ_SGD" if is_gamma else "the gradient's norm"
+        values = table["gamma_over_sgd" if is_gamma else "gradient_norm"]
+        tests = {f"{name} is NaN": values.isna(), f"{name} is infinite": values.abs() == np.inf}
+        too_small = values <= 0 if is_gamma else values < 0
+        tests[f"{name} is {'not positive' if is_gamma else 'negative'}"] = too_small
+    unusable = pd.Series(np.select(list(tests.values()), list(tests), ""), index=table.index)
     ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
     lost = ok & (unusable != "")
     before = table["reason"].map(lambda text: f" ({text})" if text else "")
@@ -148,10 +135,9 @@ def single(table: pd.DataFrame, kind: str) -> tuple[pd.DataFrame, int]:
 
 
 def runs(rows: pd.DataFrame, kind: str, source: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The runs of a task in one table: rows with different settings are not batches of one run.
+    """The runs of a task in one table, each with its settings if there are several.
 
-    Yields:
-        The settings, where there are several, and the rows.
+    Rows with different settings are not batches of one run.
 
     Raises:
         InputError: rows of one run have the same identity and different numbers.
@@ -161,22 +147,14 @@ def runs(rows: pd.DataFrame, kind: str, source: str) -> Iterator[tuple[str, pd.D
         known = rows[column].where(rows[column] != "")
         if known.nunique() > 1:  # a unit that could not be loaded is of the run beside it
             by[column] = known.ffill().bfill()
-    by |= _by_batches(rows)
-    for key, part in rows.groupby(list(by.values()), sort=False) if by else [((), rows)]:
-        _refuse_repeats(part, kind, source)
-        yield ", ".join(f"{n} {_shown(v)}" for n, v in zip(by, key, strict=True)), part
-
-
-def _by_batches(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """The columns of `OF_BATCHES` by which the rows are of different runs."""
     # Without numbers, batches with a seed each would look like runs.
     numbered = rows["batch"].nunique() > 1
-    columns = (name for name in OF_BATCHES if name in rows and (numbered or name != "seed"))
-    return {
-        name: _first_seeds(rows) if name == "seed" else rows[name]
-        for name in columns
-        if differs_within_batches(rows, name)
-    }
+    for column in (name for name in OF_BATCHES if name in rows and (numbered or name != "seed")):
+        if differs_within_batches(rows, column):
+            by[column] = _first_seeds(rows) if column == "seed" else rows[column]
+    for key, part in rows.groupby(list(by.values()), sort=False) if by else [((), rows)]:
+        _refuse_repeats(part, kind, source)
+        yield ", ".join(f"{n} {plain(v)}" for n, v in zip(by, key, strict=True)), part
 
 
 def differs_within_batches(rows: pd.DataFrame, column: str) -> bool:
@@ -195,10 +173,6 @@ def _first_seeds(rows: pd.DataFrame) -> pd.Series:
     return first if first.nunique() <= seeds.nunique() else seeds
 
 
-def _shown(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
 def _refuse_repeats(rows: pd.DataFrame, kind: str, source: str) -> None:
     keys = list(IDENTITY[kind])
     rows = rows[rows["status"] != "failed"]
@@ -206,7 +180,7 @@ def _refuse_repeats(rows: pd.DataFrame, kind: str, source: str) -> None:
     if again.empty:
         return
     row = {key: again[key].iloc[0] for key in keys}
-    shown = ", ".join(f"{key} {_shown(value)!r}" for key, value in row.items() if value != "")
+    shown = ", ".join(f"{key} {plain(value)!r}" for key, value in row.items() if value != "")
     raise InputError(
         f"{source}: {len(again)} rows repeat an earlier one with different numbers (they agree in "
         f"{listed(keys)}; the first is row {row_number(again.index, 0)}: {shown}), and would count "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 from ngeval.analysis.stages import checkpoint_labels
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.report.sources import Source, Topic
-from ngeval.report.wording import damping_text, listed
+from ngeval.report.wording import damping_text, first_of, listed, plain
 from ngeval.utils.text import describe_bytes
 
 SCALES = {
@@ -21,24 +22,9 @@ SCALES = {
 }
 LIKELIHOODS = {
     "categorical": "softmax cross-entropy, in nats",
-    "gaussian": "squared error over 2σ²; the number behind the colon is σ²",
+    "gaussian": "squared error over 2σ²; σ² is 1, or the number that is named",
     "bernoulli": "binary cross-entropy on logits, in nats",
 }
-CONVENTIONS = (
-    (
-        "γ(d)",
-        "√(dᵀFd) / |dᵀg|: the root of the KL that a step along d spends, over the loss that "
-        "it buys; smaller is better, and the scale of d cancels",
-    ),
-    ("γ_min", "the least γ of any update, (gᵀF⁺g)^(−1/2): that of the natural gradient"),
-    ("sums", "losses, gradients and Fisher are sums over the batch; the model runs in eval mode"),
-    (
-        "intervals",
-        "geometric means over batches with 95 % percentile bootstrap intervals (2,000 "
-        "resamples), as ngeval.summarize has them",
-    ),
-)
-"""What holds for every γ table."""
 
 NOT_RECORDED = "not recorded"
 
@@ -108,17 +94,16 @@ def _methods(table: pd.DataFrame, name: str, scales: Sequence[str]) -> list[tupl
         others = [value for value in dampings if value != 0]
         ends = f"{damping_text(others[0])} to {damping_text(others[-1])}"
         shown = f"{zero}{len(others)} values from {ends}"
-    scale = _values([table], "damping_scale") or scales
-    meaning = "; ".join(SCALES.get(value, value) for value in scale) or f"scale {NOT_RECORDED}"
+    scales = _values([table], "damping_scale") or scales
+    meaning = "; ".join(SCALES.get(value, value) for value in scales) or f"scale {NOT_RECORDED}"
     return [(name, ", ".join(methods)), ("damping λ", f"{shown} ({meaning})")]
 
 
 def _settings(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:
     # The layers' numbers of parameters are not the model's.
     whole = [table for table in tables if "layer" not in table] or list(tables)
-    likelihoods = [_likelihood(name) for name in _values(tables, "likelihood")]
-    likelihoods = likelihoods or [_likelihood(text) for text in _recorded(topic, "likelihood")]
-    pairs = [("likelihood", "; ".join(likelihoods) or NOT_RECORDED)]
+    likelihoods = _values(tables, "likelihood") or _recorded(topic, "likelihood")
+    pairs = [("likelihood", "; ".join(map(_likelihood, likelihoods)) or NOT_RECORDED)]
     for label, column in (
         ("parameters", "num_parameters"),
         ("model's dtype", "dtype"),
@@ -136,22 +121,19 @@ def _settings(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, s
 
 
 def _likelihood(text: str) -> str:
-    """A likelihood as a table (``gaussian:0.5``) or a manifest has it, with its meaning."""
-    meaning = LIKELIHOODS.get(text.partition(":")[0])
-    if meaning:
-        return f"{text} ({meaning})"
-    meaning = LIKELIHOODS.get(text.partition("(")[0].lower(), "")
-    return f"{text}: {meaning.partition(';')[0]}" if meaning else text
+    """``gaussian:0.5`` of a table or ``Gaussian(variance=0.5)`` of a manifest, with its meaning."""
+    meaning = LIKELIHOODS.get(re.split("[:(]", text)[0].lower())
+    return f"{text} ({meaning})" if meaning else text
 
 
 def _recorded(topic: Topic, name: str, kind: str | None = None) -> list[str]:
     """The values of a setting in the manifests of all files, or of those of one kind."""
-    values: dict[str, None] = {}
-    for source in topic.sources:
-        if source.manifest is not None and kind in (None, source.kind):
-            settings = _mapping(source.manifest, "options") | _mapping(source.manifest, "run")
-            values[_text(settings.get(name))] = None
-    return [value for value in values if value]
+    values = [
+        _text(_options(source.manifest).get(name))
+        for source in topic.sources
+        if source.manifest is not None and kind in (None, source.kind)
+    ]
+    return [value for value in dict.fromkeys(values) if value]
 
 
 def _are_consecutive(seeds: Sequence[str]) -> bool:
@@ -165,8 +147,8 @@ def run_facts(source: Source) -> list[tuple[str, str]]:
     manifest = source.manifest
     if manifest is None:
         return []
-    versions, run = _mapping(manifest, "versions"), _mapping(manifest, "run")
-    settings = (_mapping(manifest, "options") | run).items()
+    versions = _mapping(manifest, "versions")
+    settings = _options(manifest).items()
     return [
         ("command", _text(manifest.get("command", NOT_RECORDED))),
         ("created", _text(manifest.get("created", NOT_RECORDED))),
@@ -184,19 +166,15 @@ def _machine(machine: dict[str, Any]) -> str:
     memory = machine.get("memory")
     if isinstance(memory, int) and 0 < memory < MAX_MEMORY:
         parts.append(describe_bytes(memory))
-    gpus = machine.get("gpus") or ["no GPU"]
-    parts += [_text(name) for name in (gpus if isinstance(gpus, list) else [gpus])]
-    return ", ".join(part for part in [*parts, _text(machine.get("platform"))] if part)
+    parts += [_text(machine.get("gpus") or "no GPU"), _text(machine.get("platform"))]
+    return ", ".join(part for part in parts if part)
 
 
 def troubles(topic: Topic) -> list[Trouble]:
     """Rows that could not be computed, and remarks on those that could, by reason."""
     result = []
     for table in topic.tables.values():
-        if "status" not in table or "reason" not in table:
-            continue
-        reasons = table["reason"].astype(object).fillna("").astype(str)
-        marked = table[(table["status"] != "ok") | (reasons != "")].assign(reason=reasons)
+        marked = table[(table["status"] != "ok") | (table["reason"] != "")]
         for (status, reason), rows in marked.groupby(["status", "reason"], sort=False):
             shown = str(reason) or "no reason is recorded"
             result.append(Trouble(topic.name, str(status), shown, len(rows), _where(rows)))
@@ -217,21 +195,19 @@ def _where(rows: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _some(values: Sequence[str]) -> str:
-    """A list, the rest of a long one counted."""
-    rest = len(values) - MAX_NAMES
-    more = [f"and {rest} more"] if rest > 0 else []
-    return ", ".join([*values[:MAX_NAMES], *more])
+    return ", ".join(first_of(values, MAX_NAMES))
 
 
 def _values(tables: Iterable[pd.DataFrame], column: str) -> list[str]:
     """The different values of a column, as text."""
-    values: dict[str, None] = {}
-    for table in tables:
-        if column in table:
-            for value in table[column].dropna().unique():
-                is_whole = isinstance(value, float) and value.is_integer()
-                values[str(int(value)) if is_whole else str(value)] = None
-    return [value for value in values if value]
+    columns = [table[column].dropna().unique() for table in tables if column in table]
+    values = [plain(value) for different in columns for value in different]
+    return [value for value in dict.fromkeys(values) if value]
+
+
+def _options(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command, and what they resulted in."""
+    return _mapping(manifest, "options") | _mapping(manifest, "run")
 
 
 def _mapping(manifest: dict[str, Any], name: str) -> dict[str, Any]:

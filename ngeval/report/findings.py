@@ -15,12 +15,13 @@ from ngeval.analysis.norms import imbalance_means, imbalances
 from ngeval.analysis.stages import in_order
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.report.sources import Topic
-from ngeval.report.summaries import Grades, grades, layer_means, paired
+from ngeval.report.summaries import Grades, layer_means, paired
 from ngeval.report.wording import (
     above_one,
+    batches_text,
     below_one,
-    counted,
     damping_text,
+    first_of,
     interval_text,
     listed,
     method_text,
@@ -39,17 +40,11 @@ FIRST = ("ief", "ef", "sf")
 """Methods that are named before others."""
 
 
-def findings(topic: Topic, short: Grades | None = None) -> list[str]:
-    """Sentences about a task, the most important first.
-
-    Args:
-        topic: the task's rows.
-        short: its γ table in short, if there is one already.
-    """
-    labels = topic.labels
+def findings(topic: Topic) -> list[str]:
+    """Sentences about a task, the most important first."""
+    labels, short = topic.labels, topic.short
     sentences: list[str] = []
     if GAMMAS in topic.tables:
-        short = short or grades(topic.tables[GAMMAS])
         sentences += _gammas(short, labels) if short else ["No row could be computed."]
     if SAMPLES in topic.tables and (short or GAMMAS not in topic.tables):
         samples = topic.tables[SAMPLES]
@@ -93,15 +88,10 @@ def _headline(part: pd.DataFrame, where: str) -> str:
         values.append(f"{method_text(row['method'])} {is_}{value}")
     rest = len(rows) - MAX_NAMED
     more = f"; {rest} more in the table" if rest > 0 else ""
-    over = _batches(part)
-    means = over
+    means = batches_text(part["batches"])
     if part["batches"].max() > 1:
-        means = f"geometric mean over {over}, 95 % bootstrap interval"
+        means = f"geometric mean over {means}, 95 % bootstrap interval"
     return f"At {where}, {listed(values)} (γ over SGD's, {means}; smaller is better{more})."
-
-
-def _batches(rows: pd.DataFrame) -> str:
-    return counted(int(rows["batches"].min()), int(rows["batches"].max()), "batch", "batches")
 
 
 def _verdicts(part: pd.DataFrame, where: str) -> str:
@@ -132,17 +122,12 @@ def _caution(short: Grades) -> Iterator[str]:
     if few.empty:
         return
     names = [method_text(name) for name in few["method"].unique()]
-    of = "" if len(few) == len(known) else f" of {listed(_some(names))}"
+    of = "" if len(few) == len(known) else f" of {listed(first_of(names, MAX_NAMED))}"
+    over = batches_text(few["batches"])
     yield (
-        f"Caution: intervals{of} over {_batches(few)} are too narrow, and say little more than the "
+        f"Caution: intervals{of} over {over} are too narrow, and say little more than the "
         f"range of the batches; grade {FEW} or more."
     )
-
-
-def _some(names: Sequence[str]) -> list[str]:
-    """The first names of a list, and how many more there are."""
-    rest = len(names) - MAX_NAMED
-    return [*names[:MAX_NAMED], *([f"{rest} more"] if rest > 0 else [])]
 
 
 def _nearest(short: Grades, label: str) -> Iterator[str]:
@@ -290,22 +275,20 @@ def _imbalance_findings(samples: pd.DataFrame, labels: dict[str, str]) -> Iterat
     # Batches with an invalid norm, and batches with a norm of 0 (0/0 where all are).
     invalid = int((batches["count"] < batches["size"]).sum())
     infinite = int((~np.isfinite(batches["imbalance"])).sum()) - invalid
-    if means.empty and infinite == len(batches):
+    if infinite == len(batches):
         yield "Every batch has a sample with no gradient, so the imbalance of norms is infinite."
         return
     if means.empty:
         yield "No batch has a finite imbalance of norms."
     else:
         yield _imbalance_means(means, labels)
-    if infinite:
-        hold = "One batch holds" if infinite == 1 else f"{infinite} batches hold"
-        yield f"{hold} a sample without a gradient, whose imbalance is not counted."
-    if invalid:
-        hold = "One batch holds" if invalid == 1 else f"{invalid} batches hold"
-        yield (
-            f"{hold} a sample with an invalid norm (NaN, infinite or negative), and is not "
-            "counted; see the warnings."
-        )
+    for count, what in (
+        (infinite, "without a gradient: the imbalance is infinite, and is not counted."),
+        (invalid, "with an invalid norm (NaN, infinite or negative), not counted; see warnings."),
+    ):
+        if count:
+            hold = "One batch holds" if count == 1 else f"{count} batches hold"
+            yield f"{hold} a sample {what}"
 
 
 def _imbalance_means(means: pd.DataFrame, labels: dict[str, str]) -> str:
@@ -314,12 +297,11 @@ def _imbalance_means(means: pd.DataFrame, labels: dict[str, str]) -> str:
         + f" × the smallest at {labels[row['checkpoint']]}"
         for row in means.iloc[[0, -1] if len(means) > 1 else [0]].to_dict("records")
     ]
-    over = counted(int(means["count"].min()), int(means["count"].max()), "batch", "batches")
     is_narrow = means["count"].between(2, FEW - 1).any()
     caution = ", too few to rely on the interval" if is_narrow else ""
     return (
         f"The largest per-sample gradient norm of a batch is {' and '.join(values)} (geometric "
-        f"{'mean' if len(values) == 1 else 'means'} over {over}{caution})."
+        f"{'mean' if len(values) == 1 else 'means'} over {batches_text(means['count'])}{caution})."
     )
 
 

@@ -19,10 +19,9 @@ import pandas as pd
 from ngeval.analysis.tables import GAMMAS, LAYERS, SAMPLES
 from ngeval.errors import InputError
 from ngeval.report.charts import Chart, gamma_charts, layer_charts, sample_charts
-from ngeval.report.facts import CONVENTIONS, facts, run_facts, troubles
+from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.findings import findings
 from ngeval.report.sources import Source, Topic, topics
-from ngeval.report.summaries import Grades, grades
 from ngeval.report.tables import HEADS, Table, gamma_table
 from ngeval.utils.text import encodable
 
@@ -62,12 +61,8 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     if not sources:
         raise InputError("a report needs at least one result file")
     tasks = topics(sources)
-    shorts = {
-        topic.name: grades(topic.tables[GAMMAS]) if GAMMAS in topic.tables else None
-        for topic in tasks
-    }
     ids = count(1)
-    sections = [_section(topic, shorts[topic.name], ids) for topic in tasks]
+    sections = [_section(topic, ids) for topic in tasks]
     reasons = [trouble for topic in tasks for trouble in troubles(topic)]
     notes = [note for source in sources for note in source.notes]
     notes += [note for topic in tasks for note in topic.notes]
@@ -77,12 +72,12 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
         sections=sections,
         heads=HEADS,
         several=len(sections) > 1,
-        conventions=CONVENTIONS if any(shorts.values()) else (),
+        has_gammas=any(topic.short for topic in tasks),
         runs=[(source.shown, run_facts(source)) for source in sources],
         failures=[trouble for trouble in reasons if trouble.status != "ok"],
         notes=list(dict.fromkeys(notes)),
         remarks=[trouble for trouble in reasons if trouble.status == "ok"],
-        downloads=[_download(source, shorts, tasks) for source in sources],
+        downloads=[_download(source, tasks) for source in sources],
         css=_file("report.css"),
         script=script,
         policy=_policy(script),
@@ -92,32 +87,30 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     return encodable(page)  # a name may hold bytes that no encoding has
 
 
-def _section(topic: Topic, short: Grades | None, ids: count[int]) -> Section:
+def _section(topic: Topic, ids: count[int]) -> Section:
     charts: list[Chart] = []
     table = None
     labels = topic.labels
-    if short is not None:
-        charts += gamma_charts(short, labels)
-        table = gamma_table(short, labels)
+    if topic.short is not None:
+        charts += gamma_charts(topic.short, labels)
+        table = gamma_table(topic.short, labels)
     if SAMPLES in topic.tables:
         charts += sample_charts(topic.tables[SAMPLES], labels)
     if LAYERS in topic.tables:
         charts += layer_charts(topic.tables[LAYERS], labels)
     by_id = {f"chart-{next(ids)}": chart for chart in charts}
-    return Section(topic.name, facts(topic), findings(topic, short), by_id, table)
+    return Section(topic.name, facts(topic), findings(topic), by_id, table)
 
 
-def _download(source: Source, shorts: dict[str, Grades | None], tasks: Sequence[Topic]) -> Download:
+def _download(source: Source, tasks: Sequence[Topic]) -> Download:
     table, stem = source.table, source.shown.removesuffix(source.path.suffix).replace("/", "-")
     name = f"{stem}.csv"
     note = f"{len(table):,} rows, all columns"
     if table.size > MAX_CELLS:
         parts = [
-            short.summary.assign(task=topic.name)
+            topic.short.summary.assign(task=topic.name)
             for topic in tasks
-            if source.kind == GAMMAS
-            and source in topic.sources
-            and (short := shorts[topic.name]) is not None
+            if source.kind == GAMMAS and source in topic.sources and topic.short is not None
         ]
         too_many = f"the {len(table):,} rows themselves are too many for a page"
         if not parts:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ngeval.report.checked_rows import (
     runs,
     single,
 )
+from ngeval.report.summaries import Grades, grades
 from ngeval.results.manifest import read_manifest
 from ngeval.results.table_files import read_results
 from ngeval.utils.text import encodable
@@ -32,16 +33,13 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Source:
-    """A result file.
+    """A result file, with warnings about it.
 
     Attributes:
-        path: where it was read from.
         kind: of its table, a key of `ngeval.analysis.tables.KINDS`.
         table: its rows, as they were read.
-        manifest: its manifest, or None if there is none.
         name: as much of the path's end as distinguishes it from the other files; "" takes the
             file's name.
-        notes: warnings about the file.
     """
 
     path: Path
@@ -59,13 +57,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Topic:
-    """A task of the report, with its rows of each kind.
+    """A task of the report, with its rows by kind, the files of these, and warnings about the rows.
 
-    Attributes:
-        name: the task, with the file's name and settings if there are different runs of it.
-        tables: rows by kind.
-        sources: the files that they come from.
-        notes: warnings about the files' rows.
+    The name includes the file's name and settings if there are different runs of the task.
     """
 
     name: str
@@ -73,10 +67,15 @@ class Topic:
     sources: list[Source] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, str]:
         """A short label for each checkpoint."""
         return checkpoint_labels(*self.tables.values())
+
+    @cached_property
+    def short(self) -> Grades | None:
+        """Its γ table in short; None if there is none, or no row of it could be computed."""
+        return grades(self.tables[GAMMAS]) if GAMMAS in self.tables else None
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
@@ -112,14 +111,12 @@ def ends_of(paths: Sequence[Path]) -> dict[Path, str]:
     ['a/g.csv', 'b/g.csv', 'i.csv']
     """
     parts = {path: path.absolute().parts for path in paths}
-    ends = dict.fromkeys(parts, 1)
-    while True:
-        names = {path: "/".join(parts[path][-length:]) for path, length in ends.items()}
-        counts = Counter(names.values())
-        longer = [p for p, name in names.items() if counts[name] > 1 and ends[p] < len(parts[p])]
-        if not longer:
-            return names
-        ends |= {path: ends[path] + 1 for path in longer}
+    ends = {}
+    for path, names in parts.items():
+        others = [other for key, other in parts.items() if key != path]
+        lengths = (n for n in range(1, len(names)) if all(names[-n:] != o[-n:] for o in others))
+        ends[path] = "/".join(names[-next(lengths, len(names)) :])
+    return ends
 
 
 @dataclass

@@ -105,18 +105,15 @@ def _stages(rows: pd.DataFrame) -> pd.DataFrame:
     single = single.assign(floor=single["gamma_floor"] / sgd, least=least / sgd)
     stages = single[["checkpoint"]].drop_duplicates()
     for name in ("floor", "least"):
-        means = geometric_means(single, ["checkpoint"], name, resamples=0)
-        means = means[["checkpoint", "mean"]].rename(columns={"mean": name})
-        stages = stages.merge(means, how="left")
+        means = geometric_means(single, ["checkpoint"], name, resamples=0).set_index("checkpoint")
+        stages = stages.assign(**{name: stages["checkpoint"].map(means["mean"])})
     return stages
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    """Geometric mean over batches of the γ of first over second, with its interval.
+    """Geometric mean of the γ of first over second, over the batches that both have; its interval.
 
-    Args:
-        first: rows of one method at one λ and checkpoint.
-        second: of a different method or checkpoint, on the same batches; NaN if there are none.
+    Each has the rows of one method at one λ and checkpoint. Without common batches all are NaN.
     """
     columns = ["batch", "gamma_over_sgd"]
     both = first[columns].merge(second[columns], on="batch")

@@ -36,11 +36,8 @@ class Point(NamedTuple):
 def svg_text(figure: Figure, label: str, points: Sequence[Point], salt: str) -> str:
     """A figure as an ``svg`` element for a page, and close it.
 
-    Args:
-        figure: the picture.
-        label: its name for screen readers.
-        points: the values.
-        salt: makes the picture's ids differ from those of the other pictures of the page.
+    The label is its name for screen readers; the salt makes its ids differ from those of the other
+    pictures of the page.
     """
     file = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from ngeval.utils.text import power_of_ten
 
 ROUNDING = 1e-4
@@ -104,7 +106,23 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def counted(least: int, most: int, singular: str, plural: str) -> str:
-    """A number of things, or a range of numbers."""
+def first_of(names: Sequence[str], most: int) -> list[str]:
+    """The first names of a list, and how many more there are.
+
+    >>> first_of(["a", "b", "c"], 1)
+    ['a', '2 more']
+    """
+    rest = len(names) - most
+    return [*names[:most], *([f"{rest} more"] if rest > 0 else [])]
+
+
+def batches_text(counts: pd.Series[int]) -> str:
+    """A number of batches, or a range of numbers."""
+    least, most = counts.min(), counts.max()
     amount = f"{least}" if least == most else f"{least} to {most}"
-    return f"{amount} {singular if most == 1 else plural}"
+    return f"{amount} {'batch' if most == 1 else 'batches'}"
+
+
+def plain(value: Any) -> str:
+    """A value of a table as text; whole numbers in full."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -17,18 +17,19 @@ from ngeval.errors import EngineError
 from ngeval.problem.linearized import Sizes
 from ngeval.runs.ranks import Ranks
 from ngeval.runs.run import Run
-from ngeval.utils.text import describe_bytes
+from ngeval.utils.text import counted, describe_bytes
 
 
 def size_note(run: Run, count: int, methods: int, dampings: int) -> str:
     """How many units a run has, how many this start computes, and what is computed of each."""
-    checkpoints, batches = len(run.checkpoints), run.num_batches
-    parts = [f"{run.num_units} units ({checkpoints} checkpoints × {batches} batches)"]
+    batches = counted(run.num_batches, "batch", "batches")
+    each = f"{counted(len(run.checkpoints), 'checkpoint')} × {batches}"
+    parts = [f"{counted(run.num_units, 'unit')} ({each})"]
     if count < run.num_units:
         parts.append(f"{count} of them in this start")
     if methods:
-        times = f" × {dampings} dampings" if dampings else ""
-        parts.append(f"{methods} methods{times} in each")
+        times = f" × {counted(dampings, 'damping')}" if dampings else ""
+        parts.append(f"{counted(methods, 'method')}{times} in each")
     return ", ".join(parts)
 
 
@@ -73,7 +74,8 @@ def forecast_note(run: Run, ranks: Ranks, left: int, seconds: float, each: int) 
     A unit takes ``each`` bytes on the disk; 0 if that is not known.
     """
     at_once = ranks.count if ranks.group is None else 1
-    rest = f"the other {left} will take about {duration(seconds * -(-left // at_once))}"
+    # The first unit also loads parts of torch that later ones find loaded.
+    rest = f"the other {left} will take at most about {duration(seconds * -(-left // at_once))}"
     note = f"the first unit took {duration(seconds)}, {rest}"
     if each:
         note += f"; the results will need about {describe_bytes(each * run.num_units)} on the disk"

@@ -34,6 +34,7 @@ from ngeval.runs.run import Run
 from ngeval.runs.tables import Work, unit_tables
 from ngeval.runs.units import Units
 from ngeval.utils import torchrun
+from ngeval.utils.text import counted
 
 FLUSH_SECONDS = 5.0
 """The table is written again at most this often while a run goes on."""
@@ -185,7 +186,7 @@ class _Execution:
     ) -> tuple[dict[str, Any], list[Key]]:
         """The manifest, and which units are missing; in the first process alone."""
         run, progress = self.run, self.progress
-        progress.note(f"hashing {len(run.checkpoints)} checkpoints")
+        progress.note(f"hashing {counted(len(run.checkpoints), 'checkpoint')}")
         now = identity(run, self.work)
         record = manifest(options, facts=facts(run, self.ranks))
         record |= {"identity": now, "id": secrets.token_hex(8)}
@@ -200,6 +201,7 @@ class _Execution:
                     "so it cannot be continued; give another output, or --force to replace it"
                 )
             check_same(journal.output, saved.identity.plain(), now, set())
+            progress.note(f"all {counted(run.num_units, 'unit')} had been done before")
             return saved.plain(), []
         journal.begin(json.dumps(record, ensure_ascii=False))
         return record, run.keys

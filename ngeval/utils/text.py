@@ -94,6 +94,15 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(shortened(name, MAX_LISTED) for name in names[:most]) + more
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, in the plural unless it is one.
+
+    >>> counted(1, "checkpoint"), counted(2, "checkpoint")
+    ('1 checkpoint', '2 checkpoints')
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def describe_bytes(count: float) -> str:
     """An amount of memory as text.
 

@@ -19,7 +19,6 @@ from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
     PAGE,
-    in_style,
     legend_below,
     own_axes,
     panels,
@@ -231,8 +230,8 @@ def toy_figure(
     window = Window.around(toy, paths)
     fields = Field.of(toy, methods, window, arrows, damping, seed)
     enlarged = "ef" in fields
-    with in_style():
-        figure, axes = panels(len(methods) + 1 + enlarged, PAGE, 2.25, least=2.2)
+    count = len(methods) + 1 + enlarged
+    with panels(count, PAGE, 2.25, least=2.2, shared=False) as (figure, axes):
         rest = iter(axes)
         for name, ax in zip(methods, rest, strict=False):
             rows = paths[paths["method"] == name]
