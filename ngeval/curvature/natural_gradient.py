@@ -56,7 +56,7 @@ class DenseSolver:
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """γ(λ) of every λ, as both of its bounds."""
         solved = [self.solve(damping) for damping in dampings]
-        gammas = [s.curvature / slope if slope > 0 else math.inf for s, slope in solved]
+        gammas = [s.root / slope if slope > 0 else math.inf for s, slope in solved]
         return Bounds(np.array(gammas), np.array(gammas))
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
@@ -68,7 +68,7 @@ class DenseSolver:
             coordinates,
             coordinates.new_tensor([solution.size for solution, _ in solved]),
             coordinates.new_tensor([decrease for _, decrease in solved]),
-            coordinates.new_tensor([solution.curvature**2 for solution, _ in solved]),
+            coordinates.new_tensor([solution.root for solution, _ in solved]),
         )
 
 

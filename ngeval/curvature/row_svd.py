@@ -184,7 +184,7 @@ class Solution:
         return self.svd.scale * float(sums @ self.coefficients)
 
     @property
-    def curvature(self) -> float:
+    def root(self) -> float:
         """‖AVc‖."""
         return self.svd.scale * float((self.svd.singular * self.coefficients).norm())
 

@@ -39,14 +39,14 @@ class SpaceUpdates(Updates):
         coordinates: y of length 1, or 0, float64, shape ``(L, r)``.
         sizes: ‖d‖, shape ``(L,)``; it can leave float64's range where γ does not.
         decrease: gᵀQᵀy, shape ``(L,)``, which loses digits where it is computed from tangents.
-        curvature: ‖SᵀJ Qᵀy‖², likewise, where the method has it.
+        roots: ‖SᵀJ Qᵀy‖, likewise, where the method has it.
     """
 
     space: RowSpace
     coordinates: Tensor
     sizes: Tensor
     decrease: Tensor
-    curvature: Tensor | None = None
+    roots: Tensor | None = None
 
     @property
     def count(self) -> int:

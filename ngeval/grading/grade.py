@@ -17,7 +17,7 @@ from torch import Tensor
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import EPSILON
 from ngeval.curvature.updates import SpaceUpdates, Updates
-from ngeval.problem.gamma import quadratics
+from ngeval.problem.gamma import root_forms
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
@@ -49,18 +49,18 @@ class Grades(NamedTuple):
 
     @classmethod
     def of_unit(
-        cls, curvature: Tensor, decrease: Tensor, absolute: Tensor | float, sizes: Tensor
+        cls, roots: Tensor, decrease: Tensor, absolute: Tensor | float, sizes: Tensor
     ) -> Grades:
         """From the forms of updates of length 1 (or 0), and their sizes.
 
         Args:
-            curvature: yᵀFy.
+            roots: (yᵀFy)^½.
             decrease: gᵀy.
             absolute: the sum of the sizes of its terms; 0 where they do not cancel.
             sizes: ‖d‖.
         """
         rounding = EPSILON * (absolute + torch.zeros_like(decrease))
-        roots, slopes = curvature.clamp_min(0).sqrt(), decrease.abs()
+        slopes = decrease.abs()
         gammas = torch.where(slopes > rounding, roots / slopes, math.nan)
         lost = ~torch.isfinite(gammas) | torch.isnan(sizes)
         gammas = gammas.masked_fill(lost, math.nan)
@@ -68,7 +68,7 @@ class Grades(NamedTuple):
             gammas,
             (rounding / slopes + 4 * EPSILON).masked_fill(lost, math.nan),
             decrease * sizes,
-            curvature * sizes * sizes,
+            (roots * sizes).square(),
             sizes,
         )
 
@@ -104,10 +104,8 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
 
 def _by_tangents(problem: Problem, tangents: Tensor, updates: SpaceUpdates) -> Grades:
     """With the tangents of the unit vectors, and what the method knows better."""
-    curvature = updates.curvature
-    if curvature is None:
-        curvature = quadratics(problem, tangents).curvature
-    return Grades.of_unit(curvature, updates.decrease, 0.0, updates.finite_sizes)
+    roots = root_forms(problem, tangents)[0] if updates.roots is None else updates.roots
+    return Grades.of_unit(roots, updates.decrease, 0.0, updates.finite_sizes)
 
 
 def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> list[Grades]:
@@ -132,15 +130,15 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     else:
         directions = members[0].space.directions(basis)
         products, decrease, absolute = metric.forms(directions, unit @ basis.T)
-        forms = products.diagonal(), decrease, absolute
+        forms = products.diagonal().clamp_min(0).sqrt(), decrease, absolute
     grades = []
     parts = [column.split(sizes) for column in forms]
-    for member, curvature, decrease, absolute in zip(members, *parts, strict=True):
+    for member, roots, decrease, absolute in zip(members, *parts, strict=True):
         if own:
-            known = curvature if member.curvature is None else member.curvature
+            known = roots if member.roots is None else member.roots
             grades.append(Grades.of_unit(known, member.decrease, 0.0, member.finite_sizes))
         else:
-            grades.append(Grades.of_unit(curvature, decrease, absolute, member.finite_sizes))
+            grades.append(Grades.of_unit(roots, decrease, absolute, member.finite_sizes))
     return grades
 
 
@@ -173,14 +171,15 @@ def _grade_some(metric: Metric, updates: Updates, chosen: range) -> Grades:
         sizes.append(length * size if finite else size)
         if metric.batches is None:
             slopes.append(unit.to(torch.float64) @ problem.gradient().to(torch.float64))
-    forms = metric.forms(torch.stack(rows))
-    grades = Grades.of_unit(
-        forms.curvature.diagonal(), forms.decrease, forms.absolute, torch.stack(sizes)
-    )
-    if slopes:
-        gap = (torch.stack(slopes) - forms.decrease).abs() / forms.decrease.abs()
-        grades = grades._replace(errors=grades.errors + torch.nan_to_num(gap, nan=math.inf))
-    return grades
+    if not slopes:
+        forms = metric.forms(torch.stack(rows))
+        roots = forms.curvature.diagonal().clamp_min(0).sqrt()
+        return Grades.of_unit(roots, forms.decrease, forms.absolute, torch.stack(sizes))
+    tangents = torch.stack([problem.jvp(row) for row in rows])
+    grades = Grades.of_unit(*root_forms(problem, tangents), torch.stack(sizes))
+    decrease = grades.decrease / grades.norms
+    gap = (torch.stack(slopes) - decrease).abs() / decrease.abs()
+    return grades._replace(errors=grades.errors + torch.nan_to_num(gap, nan=0.0))
 
 
 def _bytes(problem: Problem) -> int:

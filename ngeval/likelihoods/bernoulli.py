@@ -43,8 +43,9 @@ class BernoulliDistribution(OutputDistribution):
         super().__init__(logits, targets)
         self.on = torch.sigmoid(self.logits)
         self.off = torch.sigmoid(-self.logits)
-        # Not √(q(1 − q)), whose product underflows first.
-        self.root = self.on.sqrt() * self.off.sqrt()
+        # By logarithms, as q(1 − q) underflows long before its root.
+        log_on, log_off = (torch.nn.functional.logsigmoid(z) for z in (self.logits, -self.logits))
+        self.root = (0.5 * (log_on + log_off)).exp()
 
     def loss(self, targets: Tensor | None = None) -> Tensor:
         """ℓ = Σ y·softplus(−z) + (1−y)·softplus(z), summed over positions and outputs."""

@@ -49,7 +49,7 @@ class SampledFisher:
         gradient = space.rows(vectors[:, :1])
         drawn, root = vectors[:, 1:], self.mc_samples**0.5
         sampled = RowSvd.of(space.rows(drawn) / root, space.lengths(drawn) / root)
-        return SampledState(space, sampled, gradient)
+        return SampledState(space, sampled, gradient, float(space.lengths(vectors[:, :1]).sum()))
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
@@ -74,7 +74,8 @@ class SampledState(State):
     is formed, however small λ is.
     """
 
-    def __init__(self, space: RowSpace, sampled: RowSvd, gradients: Tensor) -> None:
+    def __init__(self, space: RowSpace, sampled: RowSvd, gradients: Tensor, lengths: float) -> None:
+        """Split g; ``lengths`` is the sum of the lengths of all terms that it is the sum of."""
         self.space = space
         self.sampled = sampled
         self.gradient = gradients.sum(0)
@@ -82,8 +83,8 @@ class SampledState(State):
         for _ in range(2):  # the second projection removes the rounding of the first
             outside = outside - sampled.right @ (sampled.right.T @ outside)
         # As much is the rounding of a sum of gradients, and not a part of g.
-        rounding = ROUNDING * float(gradients.norm(dim=1).sum())
-        self.outside = outside if float(outside.norm()) > rounding else 0 * outside
+        self.rounding = ROUNDING * lengths
+        self.outside = outside if float(outside.norm()) > self.rounding else 0 * outside
 
     @property
     def largest_curvature(self) -> float:
@@ -97,7 +98,9 @@ class SampledState(State):
 
     def _solve(self, damping: float) -> tuple[Tensor, float]:
         svd = self.sampled.at(damping)
-        inside = self.sampled.damped(svd.right.T @ self.gradient, damping)
+        coefficients = svd.right.T @ self.gradient
+        coefficients = torch.where(coefficients.abs() > self.rounding, coefficients, 0.0)
+        inside = self.sampled.damped(coefficients, damping)
         if damping == 0 or not bool(self.outside.any()):
             return inside.vector, inside.size
         # λd, whose parts are at most as long as g.

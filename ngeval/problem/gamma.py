@@ -40,17 +40,26 @@ def quadratics(problem: Linearized, tangents: Tensor) -> Quadratics:
         problem: the problem whose Fisher and gradient grade.
         tangents: t = J d, shape ``(L, N, *positions, C)``.
     """
-    # At unit size, so that the square of a tiny or huge update neither under- nor overflows.
+    roots, decrease, absolute = root_forms(problem, tangents)
+    rounding = torch.finfo(torch.float64).eps * absolute
+    gammas = torch.where(decrease.abs() > rounding, roots / decrease.abs(), math.nan)
+    return Quadratics(roots.square(), decrease, gammas)
+
+
+def root_forms(problem: Linearized, tangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """‖Sᵀt‖, uᵀt, and the sum of the sizes of its terms, from logit tangents: shape ``(L,)`` each.
+
+    ‖Sᵀt‖ = (dᵀFd)^½ exists where its square underflows, as that of a confident network does.
+    """
     size = torch.linalg.vector_norm(tangents.flatten(1), math.inf, dim=1)
     shape = (-1, *[1] * (tangents.ndim - 1))
     unit = tangents / torch.where(size > 0, size, 1.0).reshape(shape)
     whitened = problem.distribution.factor_transpose_product(unit).flatten(1)
-    curvature = torch.linalg.vector_norm(whitened, dim=1).square()
+    largest = torch.linalg.vector_norm(whitened, math.inf, dim=1, keepdim=True)
+    scaled = whitened / torch.where(largest > 0, largest, 1.0)
+    roots = torch.linalg.vector_norm(scaled, dim=1) * largest.squeeze(1)
     terms = (problem.residual * unit).flatten(1)
-    decrease = terms.sum(1)
-    rounding = torch.finfo(torch.float64).eps * torch.linalg.vector_norm(terms, 1, dim=1)
-    gammas = gammas_of(curvature, decrease, rounding).gammas
-    return Quadratics(curvature * size.square(), decrease * size, gammas)
+    return roots * size, terms.sum(1) * size, terms.abs().sum(1) * size
 
 
 def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor | float = 0.0) -> Quadratics:
