@@ -269,7 +269,7 @@ class SpanSpace(RowSpace):
         return rows
 
     def lengths(self, vectors: Tensor) -> Tensor:
-        return self.rows(vectors).norm(dim=1)
+        return torch.linalg.vector_norm(self.rows(vectors), dim=1)
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows in d = Σ_nq c_nq J_nᵀv_nq, shape ``(L, N·Q)``."""
@@ -335,7 +335,8 @@ def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Random rows of the same lengths; equal rows get equal noise."""
     _, places = torch.unique(rows, dim=0, return_inverse=True)
     noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows)[places]
-    return noise * rows.norm(dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return noise * lengths / float(rows.shape[1]) ** 0.5
 
 
 def _noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tensor:

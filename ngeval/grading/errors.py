@@ -18,9 +18,10 @@ from torch import Tensor
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import DenseSolver
 from ngeval.curvature.updates import SpaceUpdates
-from ngeval.grading.grade import Grades, grade
+from ngeval.grading.grade import SAFETY, Grades, grade, relative_change
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
+from ngeval.problem.linearized import Linearized
 from ngeval.problem.metric_batch import Metric
 
 PERTURBATIONS = 2
@@ -28,9 +29,6 @@ PERTURBATIONS = 2
 
 NOISE = 2
 """The rounding of a row or a logit, in units of the machine epsilon of the problem's dtype."""
-
-SAFETY = 2
-"""The error is the largest change times this, as few random changes may miss the worst."""
 
 
 class Perturbations:
@@ -41,16 +39,26 @@ class Perturbations:
         self.seed = seed
         self.metric = metric
 
+    @property
+    def noise(self) -> float:
+        """The size of the change, relative."""
+        return NOISE * torch.finfo(self.kernel.problem.dtype).eps
+
+    @cached_property
+    def problems(self) -> list[Linearized]:
+        """The problems with changed logits alone."""
+        generators = (torch.Generator().manual_seed(seed) for seed in range(PERTURBATIONS))
+        return [self.kernel.problem.with_noise(self.noise, g) for g in generators]
+
     @cached_property
     def kernels(self) -> list[Kernel]:
         """The kernels of the changed problems."""
-        noise = NOISE * torch.finfo(self.kernel.problem.dtype).eps
-        return [self.kernel.perturbed(noise, seed) for seed in range(PERTURBATIONS)]
+        return [self.kernel.perturbed(self.noise, seed) for seed in range(PERTURBATIONS)]
 
     def grades(self, method: Method, prepared: Prepared, grades: Grades) -> Grades:
         """Grades with the errors of the update added to those of its grading.
 
-        An update that is not made of rows is taken as it is.
+        An update that is not made of rows is taken as it is; `grade` has measured the rest.
 
         Args:
             method: whose update.
@@ -91,10 +99,3 @@ class Perturbations:
                 errors = np.fmax(errors, SAFETY * np.abs(result[0] / gammas - 1))
                 least_error = np.fmax(least_error, SAFETY * abs(result[1] / least - 1))
         return errors, float(least_error)
-
-
-def relative_change(values: Tensor, reference: Tensor) -> Tensor:
-    """|v/r − 1|, ∞ where only one of them is a number."""
-    change = (values / reference - 1).abs()
-    one_is_missing = torch.isfinite(values) != torch.isfinite(reference)
-    return torch.where(one_is_missing, math.inf, torch.nan_to_num(change, nan=0.0))

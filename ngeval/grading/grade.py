@@ -18,11 +18,16 @@ from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import EPSILON
 from ngeval.curvature.updates import SpaceUpdates, Updates
 from ngeval.problem.gamma import root_forms
+from ngeval.problem.linearized import Linearized
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
 BASIS = 4 * EPSILON
 """Singular values of updates of unit length below this are rounding."""
+
+
+SAFETY = 2
+"""An error is the largest change times this, as few random changes may miss the worst."""
 
 
 class Grades(NamedTuple):
@@ -73,13 +78,20 @@ class Grades(NamedTuple):
         )
 
 
-def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = None) -> list[Grades]:
+def grade(
+    kernel: Kernel,
+    updates: Sequence[Updates],
+    metric: Metric | None = None,
+    noisy: Sequence[Linearized] = (),
+) -> list[Grades]:
     """Grade several methods' updates.
 
     Args:
         kernel: of the batch that the updates were made from.
         updates: of each method.
         metric: the batch that grades; None for the problem's own.
+        noisy: the problem with its logits changed at their rounding, which shows the error of
+            updates that are pushed through the model.
 
     Returns:
         The grades of each method; NaN for a λ at which its update is not finite.
@@ -89,7 +101,7 @@ def grade(kernel: Kernel, updates: Sequence[Updates], metric: Metric | None = No
     spaces: dict[int, list[int]] = {}
     for i, member in enumerate(updates):
         if not isinstance(member, SpaceUpdates):
-            grades[i] = _grade_directions(grader, member)
+            grades[i] = _grade_directions(grader, member, noisy)
             continue
         tangents = member.space.tangents(member.coordinates) if metric is None else None
         if tangents is None:
@@ -123,7 +135,7 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     basis = right[singular > BASIS * singular.max().clamp_min(1e-300)]
     sizes = [member.count for member in members]
     if not _has_room(metric.problem, len(basis)):
-        return [_grade_directions(metric, member) for member in members]
+        return [_grade_directions(metric, member, ()) for member in members]
     if not len(basis):
         zero = torch.zeros_like(unit[:, 0]) if unit.shape[1] else unit.new_zeros(len(unit))
         forms = zero, zero, zero
@@ -142,7 +154,7 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     return grades
 
 
-def _grade_directions(metric: Metric, updates: Updates) -> Grades:
+def _grade_directions(metric: Metric, updates: Updates, noisy: Sequence[Linearized]) -> Grades:
     """As many whole directions at a time as fit in memory, each at unit length.
 
     dᵀg is known twice, as uᵀJd and as the inner product of d and g where g is that of the own
@@ -151,13 +163,15 @@ def _grade_directions(metric: Metric, updates: Updates) -> Grades:
     room = max(1, metric.problem.rows.memory // (4 * max(1, _bytes(metric.problem))))
     step = min(updates.count, room)
     parts = [
-        _grade_some(metric, updates, range(i, min(i + step, updates.count)))
+        _grade_some(metric, updates, range(i, min(i + step, updates.count)), noisy)
         for i in range(0, updates.count, step)
     ]
     return Grades.concatenate(parts)
 
 
-def _grade_some(metric: Metric, updates: Updates, chosen: range) -> Grades:
+def _grade_some(
+    metric: Metric, updates: Updates, chosen: range, noisy: Sequence[Linearized]
+) -> Grades:
     problem = metric.problem
     rows, sizes, slopes = [], [], []
     for i in chosen:
@@ -179,7 +193,18 @@ def _grade_some(metric: Metric, updates: Updates, chosen: range) -> Grades:
     grades = Grades.of_unit(*root_forms(problem, tangents), torch.stack(sizes))
     decrease = grades.decrease / grades.norms
     gap = (torch.stack(slopes) - decrease).abs() / decrease.abs()
-    return grades._replace(errors=grades.errors + torch.nan_to_num(gap, nan=0.0))
+    errors = grades.errors + torch.nan_to_num(gap, nan=0.0)
+    for other in noisy:
+        gammas = Grades.of_unit(*root_forms(other, tangents), grades.norms).gammas
+        errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
+    return grades._replace(errors=errors)
+
+
+def relative_change(values: Tensor, reference: Tensor) -> Tensor:
+    """|v/r − 1|, ∞ where only one of them is a number."""
+    change = (values / reference - 1).abs()
+    one_is_missing = torch.isfinite(values) != torch.isfinite(reference)
+    return torch.where(one_is_missing, math.inf, torch.nan_to_num(change, nan=0.0))
 
 
 def _bytes(problem: Problem) -> int:
