@@ -269,7 +269,8 @@ class SpanSpace(RowSpace):
         return rows
 
     def lengths(self, vectors: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self.rows(vectors), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.rows(vectors), dim=1)
+        return norms
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows in d = Σ_nq c_nq J_nᵀv_nq, shape ``(L, N·Q)``."""
@@ -336,7 +337,8 @@ def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     _, places = torch.unique(rows, dim=0, return_inverse=True)
     noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows)[places]
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return noise * lengths / float(rows.shape[1]) ** 0.5
+    change: Tensor = noise * lengths / float(rows.shape[1]) ** 0.5
+    return change
 
 
 def _noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tensor:
