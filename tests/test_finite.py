@@ -29,9 +29,9 @@ def problem() -> ngeval.Problem:
 
 
 def rows(of: ngeval.Problem, method: str) -> CotangentUpdates:
-    made = prepare(Kernel(of), ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
-    assert isinstance(made, CotangentUpdates)
-    return made
+    built = prepare(Kernel(of), ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
+    assert isinstance(built, CotangentUpdates)
+    return built
 
 
 def spoiled(updates: CotangentUpdates, value: float) -> CotangentUpdates:
@@ -56,8 +56,8 @@ def test_the_others_are_what_they_were(kind, other_batch, value):
     make = makes[kind]
     metric = Metric(of) if other_batch else None
     expected = grade(Kernel(of), [make(ief), make(ef)], metric)
-    found = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+    result = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
+    for index, (one, other) in enumerate(zip(result, expected, strict=True)):
         columns = zip(
             one,
             other,

@@ -92,9 +92,9 @@ def test_what_methods_share_is_computed_once():
 @pytest.mark.parametrize("name", NAMES)
 def test_forms_give_the_same_table(name, form, monkeypatch):
     columns = ["gamma", "decrease", "curvature", "update_norm", "gamma_min"]
-    found = table_of(name, form, monkeypatch)
+    result = table_of(name, form, monkeypatch)
     expected = table_of(name, "jacobian", monkeypatch)
-    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-8)
+    np.testing.assert_allclose(result[columns], expected[columns], rtol=1e-8)
 
 
 @pytest.fixture
@@ -109,14 +109,14 @@ def rows():
 def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
     ones, zero = torch.ones(8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     if source == "rows":
-        found = Spectrum.of_rows(rows, EPSILON)
+        result = Spectrum.of_rows(rows, EPSILON)
     else:
-        found = Spectrum.of_gram(rows @ rows.T, EPSILON, ones)
+        result = Spectrum.of_gram(rows @ rows.T, EPSILON, ones)
     # Scaled to unit rows, the same equations are well conditioned.
     lengths = rows.norm(dim=1)
     unit = rows / lengths.unsqueeze(1)
     expected = torch.linalg.solve(unit @ unit.T, 1 / lengths) / lengths
-    torch.testing.assert_close(found.solve(ones, zero)[0], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.solve(ones, zero)[0], expected, rtol=1e-6, atol=0)
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     plain = vectors @ ((vectors.T @ ones) / values)
     assert float((plain / expected - 1).abs().max()) > 1e-5  # what the scaling is for
@@ -127,28 +127,28 @@ def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
 def test_repeated_and_zero_rows_do_not_count(source, dtype, rows):
     rows = torch.cat([rows, rows[:3], 2 * rows[4:5], rows.sum(0, keepdim=True)])
     rows = torch.cat([rows, torch.zeros(1, 30, dtype=torch.float64)])
-    found = (
+    result = (
         Spectrum.of_rows(rows, torch.finfo(dtype).eps)
         if source == "rows"
         else Spectrum.of_gram(
             rows @ rows.T, torch.finfo(dtype).eps, torch.ones(14, dtype=torch.float64)
         )
     )
-    assert len(found.eigenvalues) == 8
+    assert len(result.eigenvalues) == 8
     right = torch.arange(14, dtype=torch.float64)
     damped = torch.tensor([1e-3], dtype=torch.float64)
     exact = torch.linalg.solve(rows @ rows.T + 1e-3 * torch.eye(14, dtype=torch.float64), right)
-    torch.testing.assert_close(rows.T @ found.solve(right, damped)[0], rows.T @ exact)
+    torch.testing.assert_close(rows.T @ result.solve(right, damped)[0], rows.T @ exact)
 
 
 def test_the_zero_matrix_has_no_range():
-    for found in (
+    for result in (
         Spectrum.of_rows(torch.zeros(3, 5, dtype=torch.float64), EPSILON),
         Spectrum.of_gram(torch.zeros(3, 3, dtype=torch.float64), EPSILON, torch.ones(3)),
     ):
-        assert (found.largest, len(found.eigenvalues)) == (0.0, 0)
+        assert (result.largest, len(result.eigenvalues)) == (0.0, 0)
         ones, zero = torch.ones(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        assert found.solve(ones, zero).tolist() == [[0.0, 0.0, 0.0]]
+        assert result.solve(ones, zero).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_overflow_is_named():

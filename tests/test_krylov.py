@@ -37,11 +37,11 @@ def name(request):
 def run(name, request):
     """A run that keeps vectors of either space."""
     problem = problems.case(name).problem()
-    found = KrylovRun(problem)
-    if found.in_parameters != (request.param == "parameters"):
-        found.in_parameters = not found.in_parameters
-        found.basis = [found.right] if found.in_parameters else [found.left]
-    return found
+    result = KrylovRun(problem)
+    if result.in_parameters != (request.param == "parameters"):
+        result.in_parameters = not result.in_parameters
+        result.basis = [result.right] if result.in_parameters else [result.left]
+    return result
 
 
 def test_the_bounds_enclose_the_truth_at_every_iteration(run, name):
@@ -77,13 +77,15 @@ def test_a_finished_run_is_the_natural_gradient(run, name):
 
 def test_an_unfinished_run_has_the_gamma_of_the_update_it_gives(name):
     problem, dense = problems.case(name).problem(), problems.reference_of(name)
-    found = KrylovRun(problem)
+    result = KrylovRun(problem)
     for _ in range(4):
-        found.step()
-    bounds = found.bounds(DAMPINGS)
+        result.step()
+    bounds = result.bounds(DAMPINGS)
     for i, damping in enumerate(DAMPINGS):
         expected = math.sqrt(bounds.curvature[i]) / bounds.decrease[i]
-        assert reference.gamma(dense, found.direction(damping)) == pytest.approx(expected, rel=1e-9)
+        assert reference.gamma(dense, result.direction(damping)) == pytest.approx(
+            expected, rel=1e-9
+        )
 
 
 def test_a_run_stops_at_the_gap_asked_for_and_says_when_it_could_not(monkeypatch):
@@ -110,9 +112,9 @@ def test_relative_damping_without_the_kernel(monkeypatch):
     case = problems.case("gaussian-mlp-float64")
     expected = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
     monkeypatch.setattr(logit_kernel, "DENSE_SIZE", 0)
-    found = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
+    result = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
     for column in ("damping_absolute", "gamma"):
-        assert found[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-6)
+        assert result[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-6)
 
 
 def test_zero_residual_and_zero_gradient():
