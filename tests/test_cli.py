@@ -834,10 +834,10 @@ class TestInterruption:
     def test_finished_checkpoints_of_training_are_kept(self, tmp_path, task_file, monkeypatch):
         step = ngeval.training.Training._train_epoch
 
-        def interrupted(self, model, optimizer, epoch):
+        def interrupted(self, stepper, epoch):
             if epoch == 2:
                 raise KeyboardInterrupt
-            step(self, model, optimizer, epoch)
+            step(self, stepper, epoch)
 
         monkeypatch.setattr(ngeval.training.Training, "_train_epoch", interrupted)
         args = ("-t", f"{task_file}:task", "--epochs", "5", "-o", tmp_path / "r")
