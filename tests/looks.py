@@ -46,26 +46,26 @@ def faults(figure: Figure) -> list[str]:
 def _overlaps(figure: Figure, texts: list[Text]) -> list[str]:
     boxes = [(_name(text), text.get_window_extent()) for text in texts]
     slack = SLACK * figure.dpi / 72
-    found = [
+    result = [
         f"{one!r} overlaps {other!r}"
         for (one, first), (other, second) in itertools.combinations(boxes, 2)
         if _common(first, second, slack)
     ]
     inside = figure.bbox.padded(slack)
-    found += [f"{name!r} is cut off" for name, box in boxes if not _contains(inside, box)]
-    return found + _hidden(figure)
+    result += [f"{name!r} is cut off" for name, box in boxes if not _contains(inside, box)]
+    return result + _hidden(figure)
 
 
 def _bare_axes(figure: Figure, texts: list[Text]) -> list[str]:
     drawn = set(texts)
-    found = []
+    result = []
     for index, axes in enumerate(figure.axes):
         for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
             labels = [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
             numbers = {text.get_text() for text in labels if text in drawn}
             if scale == "log" and axes.get_visible() and _shown(axis) and len(numbers) < 2:
-                found.append(f"panel {index}: the {axis.axis_name} axis has {sorted(numbers)}")
-    return found
+                result.append(f"panel {index}: the {axis.axis_name} axis has {sorted(numbers)}")
+    return result
 
 
 def _small_texts(texts: list[Text], least: float) -> list[str]:
@@ -79,29 +79,31 @@ def _small_texts(texts: list[Text], least: float) -> list[str]:
 def drawn_texts(figure: Figure) -> list[Text]:
     """The texts that a drawing of the figure puts onto the page."""
     figure.draw_without_rendering()  # the first time moves things to their places
-    found: list[Text] = []
+    result: list[Text] = []
     draw = Text.draw
 
     def record(self: Text, renderer: object, *args: object, **kwargs: object) -> None:
         if self.get_visible() and self.get_text().strip():
-            found.append(self)
+            result.append(self)
         draw(self, renderer, *args, **kwargs)
 
     in_place = patch.object(figure, "get_layout_engine", return_value=None)
     with in_place, patch.object(Text, "draw", record):
         figure.draw_without_rendering()
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(result))
 
 
 def _shown(axis: object) -> bool:
     """Whether the axis has tick labels turned on."""
-    told = axis.get_tick_params()
-    return told.get("labelbottom", told.get("labelleft", True)) or told.get("labelright", False)
+    output = axis.get_tick_params()
+    return output.get("labelbottom", output.get("labelleft", True)) or output.get(
+        "labelright", False
+    )
 
 
 def _hidden(figure: Figure) -> list[str]:
     """Legends inside panels with lines, points or bars below them."""
-    found = []
+    result = []
     for index, axes in enumerate(figure.axes):
         legend = axes.get_legend()
         if legend is None or not (axes.get_visible() and legend.get_visible()):
@@ -120,8 +122,8 @@ def _hidden(figure: Figure) -> list[str]:
             or any(_common(box, bar, 0.0) for bar in bars)
         )
         if hidden:
-            found.append(f"panel {index}: the legend lies over data")
-    return found
+            result.append(f"panel {index}: the legend lies over data")
+    return result
 
 
 def _inside(box: Bbox, places: np.ndarray) -> bool:

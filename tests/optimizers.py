@@ -98,15 +98,15 @@ def step_of(optimizer: Any, problem: ngeval.Problem, seed: int = 0, **options: A
 
 def fingerprint(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
     """Everything that must not change, as values that can be compared."""
-    found: list[Any] = [torch.get_rng_state().tolist()]
+    result: list[Any] = [torch.get_rng_state().tolist()]
     for name, parameter in model.named_parameters():
         gradient = None if parameter.grad is None else parameter.grad.clone()
-        found.append((name, parameter.detach().clone(), parameter._version, gradient))
+        result.append((name, parameter.detach().clone(), parameter._version, gradient))
     for optimizer in optimizers:
-        found.append(copy.deepcopy(optimizer.state_dict()))
-        found.append([id(p) for group in optimizer.param_groups for p in group["params"]])
-        found.append(sorted(vars(optimizer)))
-    return found
+        result.append(copy.deepcopy(optimizer.state_dict()))
+        result.append([id(p) for group in optimizer.param_groups for p in group["params"]])
+        result.append(sorted(vars(optimizer)))
+    return result
 
 
 def same(first: Any, second: Any) -> bool:

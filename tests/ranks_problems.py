@@ -143,29 +143,29 @@ def answers(case: Case, group: Any = None) -> Answers:
     """All that is asked of a case."""
     with forced(case):
         problem = problem_of(case, group)
-        found: Answers = {}
+        result: Answers = {}
         dampings, natural = case.dampings, case.natural
         table = ngeval.evaluate(problem, case.methods, dampings, seed=3, gap=1e-12, natural=natural)
-        found |= _numbers("table", table)
+        result |= _numbers("table", table)
         pushes = len(case.methods) * len(dampings)
         form = ngeval.Kernel(problem, exact=natural, pushes=pushes).form
         assert form.__name__ == case.kernel
         metric = ngeval.Metric(problem, [_batch(case, 5), _batch(case, 1), _batch(case, 2)])
-        found |= _numbers("metric", ngeval.evaluate(problem, ["ief"], dampings, metric=metric))
+        result |= _numbers("metric", ngeval.evaluate(problem, ["ief"], dampings, metric=metric))
         if case.methods is METHODS:
-            found |= _numbers("layers", ngeval.layer_table(problem, ["ief"], [1.0]))
-        found |= _numbers("norms", ngeval.gradient_norms(problem))
+            result |= _numbers("layers", ngeval.layer_table(problem, ["ief"], [1.0]))
+        result |= _numbers("norms", ngeval.gradient_norms(problem))
         direction = torch.linspace(-1, 1, problem.num_parameters, dtype=torch.float64)
-        found["jvp"], found["product"] = problem.jvp(direction), problem.fisher() @ direction
-        found["diagonal"] = problem.fisher().diagonal()
+        result["jvp"], result["product"] = problem.jvp(direction), problem.fisher() @ direction
+        result["diagonal"] = problem.fisher().diagonal()
         captured = CapturedRows(problem.rows, problem.residual.unsqueeze(1))
-        found["captured gram"] = captured.gram()
+        result["captured gram"] = captured.gram()
         weights = torch.linspace(-1, 1, 2 * case.samples, dtype=torch.float64)
-        found["combinations"] = captured.combinations(weights.reshape(2, -1))
-        found["products"] = captured.products(weights.reshape(case.samples, 2, 1))
+        result["combinations"] = captured.combinations(weights.reshape(2, -1))
+        result["products"] = captured.products(weights.reshape(case.samples, 2, 1))
         other = problem.with_batch(*_batch(case, 4))
-        found |= _numbers("other batch", ngeval.evaluate(other, ["ef"], [1.0], natural=False))
-    return found
+        result |= _numbers("other batch", ngeval.evaluate(other, ["ef"], [1.0], natural=False))
+    return result
 
 
 def _batch(case: Case, samples: int) -> tuple[Tensor, Tensor]:
@@ -207,9 +207,9 @@ def out_of_memory(group: Any, rank: int) -> dict[str, Any]:
     """One rank has no memory for its part of a product; the next product is right."""
     problem = problem_of(CASES["mlp"], group)
     with _failing("vjp", rank, 1, torch.OutOfMemoryError("no room"), 1):
-        told = _told(lambda: problem.vjp(problem.residual))
+        output = _told(lambda: problem.vjp(problem.residual))
     again = problem.vjp(problem.residual)
-    return {"told": told, "gap": float((again - problem.gradient()).norm())}
+    return {"told": output, "gap": float((again - problem.gradient()).norm())}
 
 
 def memory_that_half_of_is_enough(group: Any, rank: int) -> dict[str, Any]:
@@ -218,8 +218,8 @@ def memory_that_half_of_is_enough(group: Any, rank: int) -> dict[str, Any]:
     vectors = problem.residual.unsqueeze(1)
     expected = gram_matrix(problem.rows, vectors)
     with _failing("__call__", rank, 2, torch.OutOfMemoryError("no room"), 1):
-        found = gram_matrix(problem.rows, vectors)
-    return {"gap": float((found - expected).norm() / expected.norm())}
+        result = gram_matrix(problem.rows, vectors)
+    return {"gap": float((result - expected).norm() / expected.norm())}
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ def failing_method(group: Any, rank: int) -> dict[str, Any]:
     problem = problem_of(CASES["mlp"], group)
     table = ngeval.evaluate(problem, ["sgd", Fails(rank), "ef", "ng"], [1.0])
     expected = ngeval.evaluate(problem_of(CASES["mlp"], group), ["sgd", "ef", "ng"], [1.0])
-    own = table[table["method"] != "fails"]["gamma"].to_numpy()
+    local = table[table["method"] != "fails"]["gamma"].to_numpy()
     return {
         "told": table.set_index("method")["reason"]["fails"],
-        "gap": float(abs(own / expected["gamma"].to_numpy() - 1).max()),
+        "gap": float(abs(local / expected["gamma"].to_numpy() - 1).max()),
     }
 
 
@@ -283,7 +283,7 @@ ADAPTED_METHODS = ("sgd", "ef", "ief", "sf:2", "ng", "diag", "kfac", "block-ng")
 
 def adapted_answers(names: str, group: Any = None, **options: Any) -> Answers:
     """Grades on two batches, and by a metric, with some kernels."""
-    found: Answers = {}
+    result: Answers = {}
     kernels = {"explicit": {}, "gram": GRAM, "free": FREE}
     for name in names.split():
         constants = kernels[name]
@@ -291,15 +291,15 @@ def adapted_answers(names: str, group: Any = None, **options: Any) -> Answers:
             warnings.simplefilter("ignore", UserWarning)  # FSDP2's, of views
             problem = adapted_problem(group=group, **options)
             table = ngeval.evaluate(problem, ADAPTED_METHODS, DAMPINGS, gap=1e-12)
-            found |= _numbers(f"{name} table", table)
+            result |= _numbers(f"{name} table", table)
             inputs, targets = problem.function.inputs, problem.distribution.targets
             metric = ngeval.Metric(problem, [(inputs, targets), (inputs[:3], targets[:3])])
-            found |= _numbers(
+            result |= _numbers(
                 f"{name} metric", ngeval.evaluate(problem, ["ef", "diag"], [1.0], metric=metric)
             )
             other = problem.with_batch(inputs[3:], targets[3:])
-            found[f"{name} other batch"] = other.gradient()
-    return found
+            result[f"{name} other batch"] = other.gradient()
+    return result
 
 
 def parts(group: Any, rank: int) -> dict[str, Any]:
@@ -339,12 +339,12 @@ def other_things(group: Any, rank: int) -> dict[str, Any]:
     def made(shift: float = 0.0) -> ngeval.Problem:
         return ngeval.Problem(model, inputs + shift, targets, "categorical", group=group)
 
-    found = {"inputs": _told(lambda: made(shift=float(rank == 2)))}
+    result = {"inputs": _told(lambda: made(shift=float(rank == 2)))}
     metric = ngeval.Metric(made(), [(inputs + rank, targets)])
-    found["metric"] = _told(lambda: metric.totals)
+    result["metric"] = _told(lambda: metric.totals)
     with torch.no_grad():
         next(model.parameters())[0, 0] += rank
-    return {**found, "weights": _told(made)}
+    return {**result, "weights": _told(made)}
 
 
 def out_of_step(group: Any, rank: int) -> dict[str, Any]:
@@ -371,15 +371,15 @@ def main(rank: int, size: int, store: str, output: str) -> None:
         "gloo", f"file://{store}", timedelta(seconds=60), rank=rank, world_size=size
     )
     two = dist.new_group([0, 1])
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "all ranks": {name: answers(case, dist.group.WORLD) for name, case in CASES.items()}
     }
     if rank < 2:
-        found["two ranks"] = {name: answers(CASES[name], two) for name in TWO}
-    found["troubles"] = {
+        result["two ranks"] = {name: answers(CASES[name], two) for name in TWO}
+    result["troubles"] = {
         name: trouble(dist.group.WORLD, rank) for name, trouble in TROUBLES.items()
     }
-    torch.save(found, Path(output) / f"rank{rank}.pt")
+    torch.save(result, Path(output) / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

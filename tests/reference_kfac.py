@@ -55,40 +55,40 @@ def layers(
     starts, total = {}, 0
     for name, parameter in parameters.items():
         starts[name], total = total, total + parameter.numel()
-    wanted = {
+    expected = {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.requires_grad
     }
     calls: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, module in wanted.items():
+    for name, module in expected.items():
         module.register_forward_hook(
             lambda _, args, out, name=name: calls.__setitem__(name, (args[0], out))
         )
-    found: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {
-        name: ([], [], []) for name in wanted
+    actual: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {
+        name: ([], [], []) for name in expected
     }
     for n in range(len(inputs)):
         outputs = model(
             inputs[n : n + 1].double() if inputs.is_floating_point() else inputs[n : n + 1]
         )
         flat = outputs.flatten()
-        for name, module in wanted.items():
-            given, made = calls[name]
+        for name, module in expected.items():
+            argument, built = calls[name]
             rows = [
-                torch.autograd.grad(output, made, retain_graph=True, allow_unused=True)[0]
+                torch.autograd.grad(output, built, retain_graph=True, allow_unused=True)[0]
                 for output in flat
             ]
-            jacobian = torch.stack([torch.zeros_like(made) if r is None else r for r in rows])
-            a, b = _positions(module, given, jacobian)
+            jacobian = torch.stack([torch.zeros_like(built) if r is None else r for r in rows])
+            a, b = _positions(module, argument, jacobian)
             if module.bias is not None and module.bias.requires_grad:
                 a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
-            found[name][0].append(a.detach())
-            found[name][1].append(torch.einsum("qc,cto->qto", cotangents[n], b))
-            found[name][2].append(torch.einsum("c,cto->to", dense.residual[n], b))
+            actual[name][0].append(a.detach())
+            actual[name][1].append(torch.einsum("qc,cto->qto", cotangents[n], b))
+            actual[name][2].append(torch.einsum("c,cto->to", dense.residual[n], b))
     result = {}
-    for name, (a, b, u) in found.items():
-        weight = wanted[name].weight
+    for name, (a, b, u) in actual.items():
+        weight = expected[name].weight
         width = weight[0].numel()
         places = starts[f"{name}.weight" if name else "weight"] + torch.arange(weight.numel())
         places = places.reshape(len(weight), width)

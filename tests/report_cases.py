@@ -153,8 +153,8 @@ def layers() -> pd.DataFrame:
         }
         for epoch in EPOCHS
         for batch in range(3)
-        for method, found in shares.items()
-        for layer, buys, spends in zip(("0.1", "out"), *found, strict=True)
+        for method, result in shares.items()
+        for layer, buys, spends in zip(("0.1", "out"), *result, strict=True)
     ]
     return pd.DataFrame(rows)
 

@@ -108,10 +108,10 @@ class TestMoments:
             pass
 
         one, [adamw] = trained("adamw", 2)
-        own = Own(one.model.parameters())
-        own.load_state_dict(adamw.state_dict())
+        local = Own(one.model.parameters())
+        local.load_state_dict(adamw.state_dict())
         expected = prepared(AccumulatedDiagonal(adamw), one.problem()).diagonal
-        assert torch.equal(prepared(AccumulatedDiagonal(own), one.problem()).diagonal, expected)
+        assert torch.equal(prepared(AccumulatedDiagonal(local), one.problem()).diagonal, expected)
 
 
 class TestRefusals:

@@ -42,9 +42,9 @@ class TestColumns:
     )
     def test_one_type_each(self, column, values, expected):
         table = pd.DataFrame({"x": pd.Series(values, dtype=object), "y": [values] * 3})
-        found = checked(table, {"x": column, "absent": WHOLE})
-        np.testing.assert_array_equal(found["x"].to_numpy(), expected)
-        assert found["y"].tolist() == [values] * 3
+        result = checked(table, {"x": column, "absent": WHOLE})
+        np.testing.assert_array_equal(result["x"].to_numpy(), expected)
+        assert result["y"].tolist() == [values] * 3
 
     @pytest.mark.parametrize(
         ("column", "value", "expected"),
@@ -105,9 +105,9 @@ class TestMeans:
         norms = [1.0, 4.0, 0.0, 2.0, 0.0, 0.0, np.nan, 1.0]
         table = pd.DataFrame({"checkpoint": "c", "batch": [0, 0, 1, 1, 2, 2, 3, 3]})
         table["gradient_norm"] = norms
-        found = imbalances(table)
-        np.testing.assert_array_equal(found["imbalance"], [4.0, np.inf, np.nan, np.nan])
-        assert found["count"].tolist() == [2, 2, 2, 1]
+        result = imbalances(table)
+        np.testing.assert_array_equal(result["imbalance"], [4.0, np.inf, np.nan, np.nan])
+        assert result["count"].tolist() == [2, 2, 2, 1]
         assert imbalance_means(table)[["count", "mean"]].to_numpy().tolist() == [[1, 4.0]]
 
 

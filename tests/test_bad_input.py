@@ -552,8 +552,8 @@ class TestPickle:
         assert result.exit_code == 0, result.output
         assert (tmp_path / "ran").read_text() == "the code ran"
         run(f"gamma {grade(place)} --methods sgd,ef -o {tmp_path}/expected.csv")
-        found, expected = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("g", "expected"))
-        assert found["gamma"].tolist() == expected["gamma"].tolist()
+        actual, expected = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("g", "expected"))
+        assert actual["gamma"].tolist() == expected["gamma"].tolist()
 
     @pytest.mark.parametrize(
         ("name", "words"),

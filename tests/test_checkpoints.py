@@ -38,9 +38,9 @@ class TestFind:
         for step in (100, 20, 3):
             (tmp_path / f"step-{step}").mkdir()
             touch(tmp_path / f"step-{step}", "model.safetensors")
-        found = find_checkpoints([f"{tmp_path}/*/model.safetensors"])
-        assert [c.path.parent.name for c in found] == ["step-3", "step-20", "step-100"]
-        assert find_checkpoints([f"{tmp_path}/**"]) == found
+        result = find_checkpoints([f"{tmp_path}/*/model.safetensors"])
+        assert [c.path.parent.name for c in result] == ["step-3", "step-20", "step-100"]
+        assert find_checkpoints([f"{tmp_path}/**"]) == result
 
     def test_only_checkpoint_files_of_a_folder(self, tmp_path):
         kept = ["a.safetensors", "b.pt", "c.pth", "d.bin", "e.ckpt"]
@@ -51,8 +51,8 @@ class TestFind:
 
     def test_order_of_arguments_is_kept_and_files_come_once(self, tmp_path):
         touch(tmp_path, "a.pt", "b.pt", "c.pt")
-        found = find_checkpoints([f"{tmp_path}/c.pt", f"{tmp_path}/a.pt", str(tmp_path)])
-        assert names(found) == ["c.pt", "a.pt", "b.pt"]
+        result = find_checkpoints([f"{tmp_path}/c.pt", f"{tmp_path}/a.pt", str(tmp_path)])
+        assert names(result) == ["c.pt", "a.pt", "b.pt"]
 
     def test_a_file_named_directly_may_have_any_extension(self, tmp_path):
         touch(tmp_path, "weights")
@@ -72,8 +72,8 @@ class TestFind:
     def test_folders_of_checkpoints_below_are_named(self, tmp_path, pattern):
         (tmp_path / "ief" / "seed-0").mkdir(parents=True)
         touch(tmp_path, "ief/seed-0/a.pt")
-        found = "no checkpoint at" if pattern == "" else r"there are some in .*ief/seed-0$"
-        with pytest.raises(CheckpointError, match=found):
+        result = "no checkpoint at" if pattern == "" else r"there are some in .*ief/seed-0$"
+        with pytest.raises(CheckpointError, match=result):
             find_checkpoints([f"{tmp_path}/{pattern}"])
 
     def test_one_missing_of_several(self, tmp_path):
@@ -126,15 +126,15 @@ class TestSaveAndLoad:
             torch.save(source.state_dict(), path)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         load_checkpoint(model, Checkpoint(path, {}))
-        for (name, found), expected in zip(
+        for (name, result), expected in zip(
             model.state_dict().items(), source.state_dict().values(), strict=True
         ):
-            assert torch.equal(found, expected), name
+            assert torch.equal(result, expected), name
 
     def test_metadata_beside(self, tmp_path):
-        told = {"epoch": 3, "losses": [1.5, 0.25], "name": "α"}
-        save_checkpoint(make_model(), tmp_path / "epoch-003.safetensors", told)
-        assert find_checkpoints([str(tmp_path)])[0].metadata == told
+        output = {"epoch": 3, "losses": [1.5, 0.25], "name": "α"}
+        save_checkpoint(make_model(), tmp_path / "epoch-003.safetensors", output)
+        assert find_checkpoints([str(tmp_path)])[0].metadata == output
 
     def test_tied_weights_are_saved(self, tmp_path):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -201,9 +201,9 @@ class TestSaveAndLoad:
         safetensors.torch.save_file(state, tmp_path / "w.safetensors")
         torch.save(state, tmp_path / "w.pt")
         for suffix in ("safetensors", "pt"):
-            found = read_state(tmp_path / f"w.{suffix}")
-            assert found.keys() == state.keys()
-            assert all(torch.equal(found[key], state[key]) for key in state)
+            result = read_state(tmp_path / f"w.{suffix}")
+            assert result.keys() == state.keys()
+            assert all(torch.equal(result[key], state[key]) for key in state)
 
 
 def save_sharded(model, folder, *, shards=2, config=True):
@@ -247,16 +247,16 @@ class TestFolders:
             (folder / "trainer_state.json").write_text(json.dumps(state))
             touch(folder, "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
         save_sharded(make_model(), tmp_path)  # the last step's weights again
-        found = find_checkpoints([str(tmp_path)])
-        assert [(c.path.name, c.step, c.epoch) for c in found] == [
+        result = find_checkpoints([str(tmp_path)])
+        assert [(c.path.name, c.step, c.epoch) for c in result] == [
             ("checkpoint-20", 20, 0.04),
             ("checkpoint-500", 500, 1),
             ("checkpoint-1000", 1000, 2),
         ]
-        assert all(c.optimizer == c.path / "optimizer.pt" for c in found)
-        assert find_checkpoints([f"{tmp_path}/checkpoint-*"]) == found
-        assert find_checkpoints([f"{tmp_path}/checkpoint-*/**"]) == found
-        assert find_checkpoints([str(tmp_path / "checkpoint-500")]) == found[1:2]
+        assert all(c.optimizer == c.path / "optimizer.pt" for c in result)
+        assert find_checkpoints([f"{tmp_path}/checkpoint-*"]) == result
+        assert find_checkpoints([f"{tmp_path}/checkpoint-*/**"]) == result
+        assert find_checkpoints([str(tmp_path / "checkpoint-500")]) == result[1:2]
 
     def test_a_folder_of_adapters(self, tmp_path):
         for epoch in (10, 9):
@@ -264,11 +264,11 @@ class TestFolders:
             folder.mkdir()
             (folder / "adapter_config.json").write_text("{}")
             touch(folder, "adapter_model.safetensors")
-        found = find_checkpoints([str(tmp_path)])
-        assert names(found) == ["epoch-9", "epoch-10"]
-        assert all(c.is_adapter and c.optimizer is None for c in found)
+        result = find_checkpoints([str(tmp_path)])
+        assert names(result) == ["epoch-9", "epoch-10"]
+        assert all(c.is_adapter and c.optimizer is None for c in result)
         with pytest.raises(CheckpointError, match="PEFT adapter"):
-            load_checkpoint(make_model(), found[0])
+            load_checkpoint(make_model(), result[0])
 
     def test_files_of_a_run_that_are_no_weights(self, tmp_path):
         touch(tmp_path, "epoch-1.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth")
@@ -276,8 +276,8 @@ class TestFolders:
 
     def test_names_tell_epoch_and_step(self, tmp_path):
         touch(tmp_path, "epoch=3-step=400.ckpt")
-        (found,) = find_checkpoints([str(tmp_path)])
-        assert (found.epoch, found.step) == (3, 400)
+        (result,) = find_checkpoints([str(tmp_path)])
+        assert (result.epoch, result.step) == (3, 400)
 
     def test_save_pretrained(self, tmp_path):
         model = make_model()

@@ -167,24 +167,24 @@ class TestTrain:
 
     def test_json_tells_where_the_weights_come_from(self, cnn):
         for epoch in range(3):
-            told = json.loads((cnn.folder / f"epoch-00{epoch}.json").read_text())
-            assert told["task"] == "digits-cnn"
-            assert told["epoch"] == epoch
-            assert told["seed"] == 3
-            assert told["optimizer"] == "adamw"
-            assert told["versions"]["ngeval"] == ngeval.__version__
-            assert told["versions"]["torch"] == torch.__version__
-            assert told["versions"]["python"].startswith("3.")
+            output = json.loads((cnn.folder / f"epoch-00{epoch}.json").read_text())
+            assert output["task"] == "digits-cnn"
+            assert output["epoch"] == epoch
+            assert output["seed"] == 3
+            assert output["optimizer"] == "adamw"
+            assert output["versions"]["ngeval"] == ngeval.__version__
+            assert output["versions"]["torch"] == torch.__version__
+            assert output["versions"]["python"].startswith("3.")
             for loss in ("train_loss", "validation_loss"):
-                assert 0 < told[loss] < 3
+                assert 0 < output[loss] < 3
             for accuracy in ("train_accuracy", "validation_accuracy"):
-                assert 0 <= told[accuracy] <= 1
+                assert 0 <= output[accuracy] <= 1
 
     def test_loss_and_accuracy_are_those_of_the_saved_weights(self, cnn):
         task = get_task("digits-cnn")
         model = task.model().eval()
         load_checkpoint(model, find_checkpoints([str(cnn.folder / "epoch-002.safetensors")])[0])
-        told = json.loads((cnn.folder / "epoch-002.json").read_text())
+        output = json.loads((cnn.folder / "epoch-002.json").read_text())
         parts = {
             "train": list(task.batches(64, None, 0)),
             "validation": list(task.load_validation()),
@@ -196,15 +196,15 @@ class TestTrain:
                 outputs = model(inputs)
             loss = torch.nn.functional.cross_entropy(outputs.double(), targets)
             accuracy = (outputs.argmax(1) == targets).double().mean()
-            assert told[f"{name}_loss"] == pytest.approx(float(loss), rel=1e-5)
-            assert told[f"{name}_accuracy"] == pytest.approx(float(accuracy), abs=1e-9)
+            assert output[f"{name}_loss"] == pytest.approx(float(loss), rel=1e-5)
+            assert output[f"{name}_accuracy"] == pytest.approx(float(accuracy), abs=1e-9)
 
     def test_loss_goes_down_from_epoch_0(self, cnn):
-        told = [json.loads((cnn.folder / f"epoch-00{i}.json").read_text()) for i in range(3)]
-        losses = [epoch["train_loss"] for epoch in told]
+        output = [json.loads((cnn.folder / f"epoch-00{i}.json").read_text()) for i in range(3)]
+        losses = [epoch["train_loss"] for epoch in output]
         assert losses[0] == pytest.approx(np.log(10), abs=0.1)  # chance, before any step
         assert losses[0] > losses[1] > losses[2]
-        assert told[2]["validation_accuracy"] > told[0]["validation_accuracy"] + 0.3
+        assert output[2]["validation_accuracy"] > output[0]["validation_accuracy"] + 0.3
 
     def test_prints_a_line_for_each_epoch_and_where_the_files_are(self, cnn):
         for epoch in range(3):
@@ -227,17 +227,17 @@ class TestTrain:
 
     def test_regression_reports_losses_and_no_accuracy(self, tmp_path):
         run("train", "-t", "digits-regression", "--epochs", "2", "-o", tmp_path, "--quiet")
-        told = [json.loads((tmp_path / f"epoch-00{i}.json").read_text()) for i in range(3)]
-        assert [epoch["train_accuracy"] for epoch in told] == [None, None, None]
-        assert [epoch["validation_accuracy"] for epoch in told] == [None, None, None]
-        assert told[0]["train_loss"] > told[1]["train_loss"] > told[2]["train_loss"]
-        assert told[0]["validation_loss"] > told[2]["validation_loss"]
+        output = [json.loads((tmp_path / f"epoch-00{i}.json").read_text()) for i in range(3)]
+        assert [epoch["train_accuracy"] for epoch in output] == [None, None, None]
+        assert [epoch["validation_accuracy"] for epoch in output] == [None, None, None]
+        assert output[0]["train_loss"] > output[1]["train_loss"] > output[2]["train_loss"]
+        assert output[0]["validation_loss"] > output[2]["validation_loss"]
 
     def test_sgd_with_a_learning_rate_of_its_own(self, tmp_path, task_file):
         args = ("--optimizer", "sgd", "--lr", "0.25", "--epochs", "1", "--batch-size", "5")
         run("train", "-t", f"{task_file}:task", *args, "--num-batches", "1", "-o", tmp_path / "r")
-        told = json.loads((tmp_path / "r" / "epoch-001.json").read_text())
-        assert (told["optimizer"], told["learning_rate"]) == ("sgd", 0.25)
+        output = json.loads((tmp_path / "r" / "epoch-001.json").read_text())
+        assert (output["optimizer"], output["learning_rate"]) == ("sgd", 0.25)
         states = [
             safetensors.torch.load_file(tmp_path / "r" / f"epoch-00{i}.safetensors")
             for i in range(2)
@@ -317,7 +317,7 @@ class TestGamma:
         methods, dampings = ["sgd", "ef", "sf:2", "diag"], [1e-6, 1.0]
         args = ("-m", ",".join(methods), "--damping", "1e-6,1", "--seed", "11")
         sizes = ("--batch-size", "5", "--num-batches", "2")
-        found = gamma(tmp_path / "g.parquet", *CNN, "-c", cnn.folder, *args, *sizes)
+        result = gamma(tmp_path / "g.parquet", *CNN, "-c", cnn.folder, *args, *sizes)
         task, frames = get_task("digits-cnn"), []
         for epoch in range(3):
             model = task.model().eval()
@@ -327,11 +327,11 @@ class TestGamma:
                 problem = ngeval.Problem(model, x, y, "categorical")
                 frames.append(ngeval.evaluate(problem, methods, dampings, seed=11 + batch))
         expected = pd.concat(frames, ignore_index=True)
-        assert list(found.columns) == [
+        assert list(result.columns) == [
             *("task", "checkpoint", "stage", "epoch", "step", "batch"),
             *expected.columns,
         ]
-        assert_frame_equal(found[expected.columns], expected, rtol=1e-9)
+        assert_frame_equal(result[expected.columns], expected, rtol=1e-9)
 
     def test_batches_differ_but_are_the_same_for_every_checkpoint(self, task_file, tmp_path):
         first, second = (random_weights(tmp_path / name) for name in ("a.safetensors", "b.pt"))
@@ -408,9 +408,9 @@ class TestGamma:
         size = table["num_samples"].iloc[0]
         assert (table["metric_samples"] == 3 * size).all()
         assert table["gamma_min"].isna().all()
-        own = gamma(tmp_path / "o.csv", *args, "--no-natural")
-        assert own["gamma_min"].isna().all()
-        assert (own["gamma"] != table["gamma"]).all()
+        local = gamma(tmp_path / "o.csv", *args, "--no-natural")
+        assert local["gamma_min"].isna().all()
+        assert (local["gamma"] != table["gamma"]).all()
         result = run("gamma", *args, "--metric-batches", "none", code=2)
         assert "a number of batches, or all" in result.stderr
 
@@ -493,9 +493,9 @@ class TestImbalance:
             parts = torch.autograd.grad(loss, parameters)
             gradients.append(torch.cat([part.flatten() for part in parts]))
         rows = torch.stack(gradients)
-        found = samples[samples["checkpoint"].str.contains("epoch-001") & (samples["batch"] == 0)]
-        np.testing.assert_allclose(found["gradient_norm"], rows.norm(dim=1), rtol=1e-9)
-        np.testing.assert_allclose(found["loss_change_sgd"], -rows @ rows.sum(0), rtol=1e-7)
+        result = samples[samples["checkpoint"].str.contains("epoch-001") & (samples["batch"] == 0)]
+        np.testing.assert_allclose(result["gradient_norm"], rows.norm(dim=1), rtol=1e-9)
+        np.testing.assert_allclose(result["loss_change_sgd"], -rows @ rows.sum(0), rtol=1e-7)
 
     def test_a_method_without_memory_does_not_lose_the_unit(self, cnn, tmp_path):
         options = ("-m", "ef,block-ng", "--memory", "3MB", "-q", "-o", tmp_path / "i.csv")
@@ -761,9 +761,9 @@ class TestOwnTasks:
         whole = random_weights(tmp_path / "w.safetensors")
         halves = random_weights(tmp_path / "h.safetensors", "linear.")
         expected = gamma(tmp_path / "w.csv", "-t", f"{task_file}:task", "-c", whole, *SMALL)
-        found = gamma(tmp_path / "h.csv", "-t", f"{task_file}:halves", "-c", halves, *SMALL)
-        assert set(found["task"]) == {"halves"}
-        assert found["gamma"].tolist() == pytest.approx(expected["gamma"].tolist(), rel=1e-5)
+        result = gamma(tmp_path / "h.csv", "-t", f"{task_file}:halves", "-c", halves, *SMALL)
+        assert set(result["task"]) == {"halves"}
+        assert result["gamma"].tolist() == pytest.approx(expected["gamma"].tolist(), rel=1e-5)
 
     def test_inputs_by_keyword_train(self, task_file, tmp_path):
         args = ("--epochs", "1", "--batch-size", "8", "--quiet")
@@ -777,8 +777,8 @@ class TestOwnTasks:
         torch.save(UserDict(safetensors.torch.load_file(path)), pickled)
         args = ("-t", f"{task_file}:task", *SMALL)
         expected = gamma(tmp_path / "w.csv", *args, "-c", path)
-        found = gamma(tmp_path / "p.csv", *args, "-c", pickled, "--allow-pickle")
-        assert found["gamma"].tolist() == expected["gamma"].tolist()
+        result = gamma(tmp_path / "p.csv", *args, "-c", pickled, "--allow-pickle")
+        assert result["gamma"].tolist() == expected["gamma"].tolist()
 
 
 class TestInterruption:
@@ -834,10 +834,10 @@ class TestInterruption:
     def test_finished_checkpoints_of_training_are_kept(self, tmp_path, task_file, monkeypatch):
         step = ngeval.training.Training._train_epoch
 
-        def interrupted(self, model, optimizer, epoch):
+        def interrupted(self, stepper, epoch):
             if epoch == 2:
                 raise KeyboardInterrupt
-            step(self, model, optimizer, epoch)
+            step(self, stepper, epoch)
 
         monkeypatch.setattr(ngeval.training.Training, "_train_epoch", interrupted)
         args = ("-t", f"{task_file}:task", "--epochs", "5", "-o", tmp_path / "r")

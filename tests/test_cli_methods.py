@@ -115,13 +115,13 @@ def real_step(trained, epoch, state_of, batch, **options):
 class TestOptimizers:
     def expected(self, trained, state_of=4, **options):
         """γ of the real steps on both batches, under the float64 model."""
-        found = []
+        result = []
         for batch in get_task(trained.task).batches(8, 2, 0):
             step = real_step(trained, 4, state_of, batch, **options)
             model = model_at(trained, 4)
             problem = ngeval.Problem(model, batch[0].double(), batch[1], "categorical")
-            found.append(problem.gamma(step))
-        return found
+            result.append(problem.gamma(step))
+        return result
 
     def test_the_state_is_found_beside_the_checkpoint(self, trained, last, tmp_path):
         table = gamma(tmp_path / "g.csv", *last, "-m", "adamw", "--damping", "1")
@@ -156,14 +156,14 @@ class TestOptimizers:
     def test_a_state_for_each_checkpoint(self, trained, tmp_path):
         files = [trained.folder / f"epoch-00{i}.safetensors" for i in (1, 4)]
         args = ("-t", trained.task, "-c", *files, *SMALL, "-m", "adamw", "--damping", "1")
-        own = gamma(tmp_path / "own.csv", *args)
-        given = []
+        local = gamma(tmp_path / "own.csv", *args)
+        argument = []
         for i in (1, 4):
-            given += ["--optimizer-state", trained.folder / f"epoch-00{i}.optimizer.pt"]
-        assert_frame_equal(gamma(tmp_path / "given.csv", *args, *given), own)
-        swapped = [given[0], given[3], given[2], given[1]]
+            argument += ["--optimizer-state", trained.folder / f"epoch-00{i}.optimizer.pt"]
+        assert_frame_equal(gamma(tmp_path / "given.csv", *args, *argument), local)
+        swapped = [argument[0], argument[3], argument[2], argument[1]]
         other = gamma(tmp_path / "swapped.csv", *args, *swapped)
-        assert (abs(other["gamma"] / own["gamma"] - 1) > 1e-3).all()
+        assert (abs(other["gamma"] / local["gamma"] - 1) > 1e-3).all()
 
     def test_state_accumulated_over_other_batches(self, trained, tmp_path):
         checkpoints = find_checkpoints([str(trained.folder)])
@@ -204,9 +204,9 @@ class TestOptimizers:
         batch = next(get_task(trained.task).batches(8, 2, 0))
         step = real_step(trained, 4, 4, batch)
         problem = ngeval.Problem(model_at(trained, 4), batch[0].double(), batch[1], "categorical")
-        found = table.loc[table["batch"] == 0, "loss_change_adamw"].to_numpy()
+        result = table.loc[table["batch"] == 0, "loss_change_adamw"].to_numpy()
         expected = ngeval.loss_change(problem, step).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-6)
 
     @pytest.mark.parametrize("command", ["gamma", "sweep", "layers", "imbalance"])
     def test_no_state_is_an_error_before_work(self, trained, tmp_path, command):
@@ -259,8 +259,8 @@ class TestLayers:
     def test_results_are_those_of_layer_table(self, trained, last, tmp_path):
         args = (*last, "-m", "sgd,ief,sf", "--damping", "1e-3,1", "--seed", "3")
         run("layers", *args, "-q", "-o", tmp_path / "l.csv")
-        found = pd.read_csv(tmp_path / "l.csv")
-        assert found["layer"].astype(str).unique().tolist() == ["0", "2"]
+        result = pd.read_csv(tmp_path / "l.csv")
+        assert result["layer"].astype(str).unique().tolist() == ["0", "2"]
         model = model_at(trained, 4).float()
         tables = [
             ngeval.layer_table(
@@ -273,9 +273,9 @@ class TestLayers:
         ]
         expected = pd.concat(tables, ignore_index=True)
         columns = ["task", "checkpoint", "stage", "epoch", "step", "batch"]
-        assert list(found.columns) == [*columns, *expected.columns]
+        assert list(result.columns) == [*columns, *expected.columns]
         for column in ("gamma", "gamma_over_sgd", "decrease", "curvature", "excess"):
-            np.testing.assert_allclose(found[column], expected[column], rtol=1e-6, atol=1e-12)
+            np.testing.assert_allclose(result[column], expected[column], rtol=1e-6, atol=1e-12)
 
     def test_groups(self, last, tmp_path):
         args = (*last, "-m", "sgd", "-q")
@@ -291,9 +291,9 @@ class TestLayers:
         args = (*last, "-m", "ief", "-q")
         run("layers", *args, "-o", tmp_path / "own.csv")
         run("layers", *args, "--metric-batches", "4", "-o", tmp_path / "other.csv")
-        own, other = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("own", "other"))
+        local, other = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("own", "other"))
         assert set(other["metric_samples"]) == {32}
-        assert (own["gamma"] != other["gamma"]).all()
+        assert (local["gamma"] != other["gamma"]).all()
 
     def test_prints_a_table_and_progress(self, trained):
         result = run("layers", "-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,ng")
@@ -316,13 +316,13 @@ class TestLayers:
             assert label in content
 
     def test_interrupted(self, trained, tmp_path, monkeypatch):
-        made, calls = ngeval.runs.tables.layer_table, []
+        built, calls = ngeval.runs.tables.layer_table, []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return made(*args, **kwargs)
+            return built(*args, **kwargs)
 
         monkeypatch.setattr(ngeval.runs.tables, "layer_table", interrupted)
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd", "-q")
@@ -435,13 +435,13 @@ class TestCompare:
         assert set(table["damping"]) == {1e-4, 1e-2, 1.0}
 
     def test_interrupted(self, trained, tmp_path, monkeypatch):
-        made, calls = ngeval.runs.tables.evaluate, []
+        built, calls = ngeval.runs.tables.evaluate, []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return made(*args, **kwargs)
+            return built(*args, **kwargs)
 
         monkeypatch.setattr(ngeval.runs.tables, "evaluate", interrupted)
         args = ("-t", trained.task, "-c", trained.folder, *SMALL, "-m", "sgd,ef", "-q")

@@ -149,8 +149,8 @@ class TestRanking:
         table = gammas()
         assert ranking(table)["coverage"].isna().all()
         table["coverage"] = np.where(table["method"] == "b", 80.0, 100.0)
-        found = ranking(table).groupby("method")["coverage"].unique()
-        assert {name: list(values) for name, values in found.items()} == {
+        result = ranking(table).groupby("method")["coverage"].unique()
+        assert {name: list(values) for name, values in result.items()} == {
             "a": [100],
             "b": [80],
             "late": [100],

@@ -189,8 +189,8 @@ class TestFailure:
         assert (whole["iterations"] == 0).all()
         for method in methods:
             assert table.loc[method, "gamma"] == pytest.approx(whole.loc[method, "gamma"])
-            found = table.loc[method, ["gamma_ng_lower", "gamma_ng_upper"]].to_numpy(float)
-            assert found == pytest.approx(whole.loc["ng", "gamma"], rel=1e-6)
+            result = table.loc[method, ["gamma_ng_lower", "gamma_ng_upper"]].to_numpy(float)
+            assert result == pytest.approx(whole.loc["ng", "gamma"], rel=1e-6)
 
     def test_zero_gradient_is_undefined(self):
         table = ngeval.evaluate(flat_problem(), problems.METHODS, [0.0, 1.0])
@@ -356,10 +356,10 @@ class TestSummary:
         }
         summary = ngeval.summarize(rows(self.values), confidence=confidence, resamples=20_000)
         for kind, interval in expected.items():
-            found = summary[[f"gamma_over_sgd_{kind}_low", f"gamma_over_sgd_{kind}_high"]].iloc[0]
+            result = summary[[f"gamma_over_sgd_{kind}_low", f"gamma_over_sgd_{kind}_high"]].iloc[0]
             # Two Monte Carlo estimates: three percent of the interval's width apart.
             tolerance = 0.03 * (interval[1] - interval[0])
-            np.testing.assert_allclose(found.to_numpy(float), interval, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(result.to_numpy(float), interval, rtol=0, atol=tolerance)
 
     def test_intervals_are_scipys_with_the_same_draws(self):
         values = np.random.default_rng(3).lognormal(size=(7, 5))
@@ -373,11 +373,11 @@ class TestSummary:
     def test_two_batches_are_a_known_case(self):
         # Means of two draws: 1, 2 or 3 with probabilities ¼, ½, ¼.
         row = ngeval.summarize(rows([1.0, 3.0]), confidence=0.9).iloc[0]
-        found = row[["gamma_over_sgd_mean_low", "gamma_over_sgd_mean", "gamma_over_sgd_mean_high"]]
-        assert found.tolist() == [1.0, 2.0, 3.0]
+        result = row[["gamma_over_sgd_mean_low", "gamma_over_sgd_mean", "gamma_over_sgd_mean_high"]]
+        assert result.tolist() == [1.0, 2.0, 3.0]
         row = ngeval.summarize(rows([1.0, 3.0]), confidence=0.4).iloc[0]
-        found = row[["gamma_over_sgd_mean_low", "gamma_over_sgd_mean", "gamma_over_sgd_mean_high"]]
-        assert found.tolist() == [2.0, 2.0, 2.0]
+        result = row[["gamma_over_sgd_mean_low", "gamma_over_sgd_mean", "gamma_over_sgd_mean_high"]]
+        assert result.tolist() == [2.0, 2.0, 2.0]
 
     def test_equal_batches_have_an_interval_of_no_width(self):
         row = ngeval.summarize(rows([2.0, 2.0, 2.0])).iloc[0]

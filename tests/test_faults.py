@@ -148,12 +148,12 @@ class TestPage:
         assert PAGE.read_text(encoding="utf-8") == page()
 
     def test_every_scenario_has_its_figures_and_nothing_was_lost(self):
-        told = json.loads(RESULTS.read_text(encoding="utf-8"))["scenarios"]
-        assert told.keys() == SCENARIOS.keys() | BIG.keys()
-        for name, figures in told.items():
+        output = json.loads(RESULTS.read_text(encoding="utf-8"))["scenarios"]
+        assert output.keys() == SCENARIOS.keys() | BIG.keys()
+        for name, figures in output.items():
             assert figures["lost"] == [], name
             assert figures["faults"] > 0, name
             assert re.search(rf"--only {name}$", figures["command"])
-        random = sum(told[name]["faults"] for name in ("sigkill", "sigterm", "sigint"))
+        random = sum(output[name]["faults"] for name in ("sigkill", "sigterm", "sigint"))
         assert random >= 50
-        assert all(told[name]["faults"] == 10 for name in BIG)
+        assert all(output[name]["faults"] == 10 for name in BIG)

@@ -38,13 +38,13 @@ def quick(tmp_path_factory):
     Those of ngeval in this process, which has imported torch.
     """
     folder = tmp_path_factory.mktemp("rows")
-    made: dict[str, Path] = {}
+    built: dict[str, Path] = {}
 
     def read(name: str) -> pd.DataFrame:
-        if name not in made:
+        if name not in built:
             command = next(key for key, rows in make.ROWS.items() if name in rows.files)
-            made.update(make.make_rows(command, folder, quick=True))
-        return pd.read_parquet(made[name])
+            built.update(make.make_rows(command, folder, quick=True))
+        return pd.read_parquet(built[name])
 
     here = SimpleNamespace(run=lambda words, cwd, check, env: in_folder(cwd, words[1:]))
     with pytest.MonkeyPatch.context() as patch:
@@ -99,8 +99,8 @@ def test_rows_name_no_place_of_the_machine_that_made_them():
     for path in (FIGURES / "data").glob("*.parquet"):
         texts = pd.read_parquet(path).select_dtypes(exclude="number")
         for column in texts:
-            found = texts[column].dropna().astype(str).unique()
-            assert not [text for text in found if re.search(r"(^|\s)/", text)], (path.name, column)
+            result = texts[column].dropna().astype(str).unique()
+            assert not [text for text in result if re.search(r"(^|\s)/", text)], (path.name, column)
 
 
 def test_every_picture_on_a_page_is_there():

@@ -29,9 +29,9 @@ def problem() -> ngeval.Problem:
 
 
 def rows(of: ngeval.Problem, method: str) -> SpaceUpdates:
-    made = prepare(Kernel(of), ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
-    assert isinstance(made, SpaceUpdates)
-    return made
+    built = prepare(Kernel(of), ngeval.get_method(method), DAMPINGS, "absolute", 0).updates
+    assert isinstance(built, SpaceUpdates)
+    return built
 
 
 def spoiled(updates: SpaceUpdates, value: float) -> SpaceUpdates:
@@ -53,8 +53,8 @@ def test_the_others_are_what_they_were(kind, other_batch, value):
     make = makes[kind]
     metric = Metric(of) if other_batch else None
     expected = grade(Kernel(of), [make(ief), make(ef)], metric)
-    found = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
-    for index, (graded, unspoiled) in enumerate(zip(found, expected, strict=True)):
+    result = grade(Kernel(of), [make(spoiled(ief, value)), make(ef)], metric)
+    for index, (graded, unspoiled) in enumerate(zip(result, expected, strict=True)):
         for name, values in graded._asdict().items():
             lost = torch.arange(3) == 1 if index == 0 else torch.zeros(3, dtype=torch.bool)
             assert values.isnan().tolist() == lost.tolist()

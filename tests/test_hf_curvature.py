@@ -47,9 +47,9 @@ def test_more_padding_changes_nothing(family):
     if family == "t5":
         wider = inputs | {name: wider[name] for name in ("input_ids", "attention_mask")}
     for method in ("kfac-ief", "kfac-sf", "kfac-ef:reduce"):
-        expected, found = (
+        expected, result = (
             get_method(method).factors(ngeval.Problem(model, batch, labels, "categorical"), 1)
             for batch, labels in ((inputs, targets), (wider, more))
         )
-        counts = [[each.count for each in part] for part in (expected, found)]
+        counts = [[each.count for each in part] for part in (expected, result)]
         assert counts[0] == counts[1], method

@@ -55,12 +55,12 @@ def sample_gradients(model: nn.Module, inputs: dict[str, Tensor], targets: Tenso
         loss = nn.functional.cross_entropy(
             logits.flatten(0, -2), targets[n : n + 1].flatten(), reduction="sum"
         )
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        result = torch.autograd.grad(loss, parameters, allow_unused=True)
         rows.append(
             torch.cat(
                 [
                     (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(found, parameters, strict=True)
+                    for g, p in zip(result, parameters, strict=True)
                 ]
             )
         )
@@ -124,8 +124,8 @@ def test_gamma_is_that_of_the_formulas(family: str, how: str, attention: str):
     for method, value in zip(table["method"], table["gamma"], strict=True):
         assert value == pytest.approx(expected[method], rel=TOLERANCE)
     norms = sample_gradients(model, inputs, targets).norm(dim=1)
-    found = torch.tensor(ngeval.gradient_norms(problem)["gradient_norm"].to_numpy())
-    assert torch.allclose(found, norms, rtol=TOLERANCE, atol=0)
+    result = torch.tensor(ngeval.gradient_norms(problem)["gradient_norm"].to_numpy())
+    assert torch.allclose(result, norms, rtol=TOLERANCE, atol=0)
     assert problem.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -79,8 +79,8 @@ class TestAdapters:
         for folder in (odd, plain, odd):
             expected = by_peft("bert", folder)
             with torch.no_grad():
-                found = loader.load(folder).eval()(**inputs).logits
-                assert torch.allclose(found, expected(**inputs).logits, atol=1e-6)
+                result = loader.load(folder).eval()(**inputs).logits
+                assert torch.allclose(result, expected(**inputs).logits, atol=1e-6)
         assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
     def test_dora(self, tmp_path: Path):
@@ -89,9 +89,9 @@ class TestAdapters:
         model = AdapterLoader(layouts.build("bert")).load(saved(tmp_path, "bert", config))
         model, (inputs, targets) = model.double().eval(), layouts.text_batch("bert")
         problem = ngeval.Problem(model, inputs, targets, "categorical")
-        found = ngeval.gradient_norms(problem)["gradient_norm"].to_numpy()
+        result = ngeval.gradient_norms(problem)["gradient_norm"].to_numpy()
         expected = sample_gradients(model, inputs, targets).norm(dim=1).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
         table = ngeval.evaluate(problem, ["sgd", "ef", "ief", "sf", "ng", "diag"], [1e-2])
         assert (table["status"] == "ok").all()
 
@@ -125,8 +125,8 @@ class TestAdapters:
         model = layouts.adapted(layouts.build("bert"), layouts.adapter_config("bert", "lora"))
         model.add_adapter("other", layouts.adapter_config("bert", "lora"))
         model.save_pretrained(tmp_path)
-        found = [c.path for c in find_checkpoints([str(tmp_path)])]
-        assert found == [tmp_path, tmp_path / "other"]
+        result = [c.path for c in find_checkpoints([str(tmp_path)])]
+        assert result == [tmp_path, tmp_path / "other"]
 
     def test_where_a_model_is_wanted(self, tmp_path: Path):
         folder = saved(tmp_path, "bert", layouts.adapter_config("bert", "lora"))
@@ -250,11 +250,11 @@ class TestHub:
         hub.hub_is_reachable.cache_clear()
 
     def test_whether_it_is_reachable(self, monkeypatch: pytest.MonkeyPatch):
-        asked = []
-        monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *place: asked.append(place))
+        request = []
+        monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *place: request.append(place))
         assert hub.hub_is_reachable()
         assert hub.hub_is_reachable()
-        assert asked == [("huggingface.co", 443)]
+        assert request == [("huggingface.co", 443)]
         hub.hub_is_reachable.cache_clear()
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert not hub.hub_is_reachable()

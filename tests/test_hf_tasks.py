@@ -54,8 +54,8 @@ def save_cifar(folder: Path, names: tuple[str, ...] = ("train", "test")) -> None
 
 
 def sst2(home: Path, family: str, **options) -> ngeval.Task:
-    given = {"dataset": "glue", "subset": "sst2", "data_dir": home / "glue"} | options
-    return hub_task(str(home / family), **given)
+    argument = {"dataset": "glue", "subset": "sst2", "data_dir": home / "glue"} | options
+    return hub_task(str(home / family), **argument)
 
 
 def first_batch(task: ngeval.Task, size: int = 6):
@@ -267,13 +267,13 @@ class TestEncodings:
     def test_a_causal_model_is_asked_for_the_answer_alone(self, home: Path):
         inputs, targets = first_batch(sst2(home, "gpt"))
         read = layouts.tokenizer("gpt").decode
-        for ids, mask, wanted in zip(
+        for ids, mask, expected in zip(
             inputs["input_ids"], inputs["attention_mask"], targets, strict=True
         ):
-            assert read(wanted[wanted >= 0]) in (" negative", " positive")
+            assert read(expected[expected >= 0]) in (" negative", " positive")
             # The logits at position t are for the token at t + 1.
-            at = (wanted >= 0).nonzero().flatten()
-            assert torch.equal(ids[at + 1], wanted[at])
+            at = (expected >= 0).nonzero().flatten()
+            assert torch.equal(ids[at + 1], expected[at])
             assert mask[at + 1].all()
 
     def test_plain_text_counts_every_token_but_the_first(self, home: Path, tmp_path: Path):
@@ -351,9 +351,9 @@ class TestAdapters:
             assert (checkpoint.epoch, checkpoint.step) == (step / 2, 10 * step)
             model = loader.load(checkpoint).eval()
             expected = layouts.adapted(layouts_base(home / "t5"), config, seed=step)
-            found = model(**inputs)
-            found = found if isinstance(found, torch.Tensor) else found.logits
-            assert torch.allclose(found, expected(**inputs).logits[:, -3:], atol=1e-6)
+            result = model(**inputs)
+            result = result if isinstance(result, torch.Tensor) else result.logits
+            assert torch.allclose(result, expected(**inputs).logits[:, -3:], atol=1e-6)
             count = sum(p.numel() for p in expected.parameters() if p.requires_grad)
             assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
         assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
@@ -445,8 +445,8 @@ class TestCommandLine:
         inputs, targets = list(task.batches(4, 2, 0))[1]
         problem = ngeval.Problem(model, inputs, targets, "categorical")
         by_hand = ngeval.evaluate(problem, ["sgd", "ief"], [1e-2], natural=False)
-        found = table[(table["epoch"] == 1) & (table["batch"] == 1)]["gamma"]
-        assert found.to_numpy() == pytest.approx(by_hand["gamma"].to_numpy(), rel=1e-5)
+        actual = table[(table["epoch"] == 1) & (table["batch"] == 1)]["gamma"]
+        assert actual.to_numpy() == pytest.approx(by_hand["gamma"].to_numpy(), rel=1e-5)
 
     def test_a_folder_of_vit_lora_checkpoints(self, home: Path, tmp_path: Path):
         run = layouts.save_run(

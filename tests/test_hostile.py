@@ -102,7 +102,7 @@ def test_regressions(judged, path):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_some_inputs(judged, target):
-    found = []
+    result = []
 
     @hypothesis.settings(
         max_examples=EXAMPLES[target.name],
@@ -111,13 +111,13 @@ def test_some_inputs(judged, target):
     )
     @hypothesis.given(target.structured())
     def attempt(data):
-        found.append((judged(target.attempt, data), data))
+        result.append((judged(target.attempt, data), data))
 
     attempt()
     for data in target.seeds() if target.name in ("checkpoints", "texts") else ():
         attempt.hypothesis.inner_test(data)
-    assert [(told, data) for told, data in found if told is not None] == []
-    assert len(found) > EXAMPLES[target.name] // 2
+    assert [(output, data) for output, data in result if output is not None] == []
+    assert len(result) > EXAMPLES[target.name] // 2
 
 
 # Escapes.
@@ -126,8 +126,8 @@ def test_some_inputs(judged, target):
 def sharded(folder, **places):
     """An index with a good shard beside it."""
     safetensors.torch.save_file({"weight": STATE["weight"]}, folder / "one.safetensors")
-    told = {"weight": "one.safetensors"} | places
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": told}))
+    output = {"weight": "one.safetensors"} | places
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": output}))
 
 
 OUTSIDE = "../outside.safetensors"
@@ -195,8 +195,8 @@ def test_a_zip_that_unpacks_to_more_than_it_is(tmp_path):
 
 def test_a_header_that_declares_terabytes(tmp_path):
     path = tmp_path / "huge.safetensors"
-    told = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
-    header = json.dumps(told).encode()
+    output = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    header = json.dumps(output).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     with pytest.raises(CheckpointError, match=r"huge\.safetensors cannot be read"):
         read_state(path)
@@ -334,9 +334,11 @@ def page_of(folder, payloads):
         safe = "".join(sign for sign in payload if sign not in "/\0")[:60]
         paths.append(folder / f"{safe}{name}.parquet")
         table.to_parquet(paths[-1], index=False)
-        told = manifest({payload: payload}, command=["ngeval", payload], facts={payload: [payload]})
+        output = manifest(
+            {payload: payload}, command=["ngeval", payload], facts={payload: [payload]}
+        )
         machine = {"cpu": next(turn), "gpus": [next(turn)]}
-        write_manifest(paths[-1], told | {"machine": machine})
+        write_manifest(paths[-1], output | {"machine": machine})
     return unfolded(make_page(read_sources(paths), title="".join(payloads)))
 
 
@@ -390,7 +392,7 @@ def test_the_fuzzer_counts_and_keeps_what_it_finds(tmp_path, judged):
     counter.target = broken
     for data in (b"long", b"s", b"longer"):
         counter.attempt(data)
-    (told,) = counter.findings.values()
-    assert told["kind"] == "exception"
+    (output,) = counter.findings.values()
+    assert output["kind"] == "exception"
     assert [path.read_bytes() for path in findings.iterdir()] == [b"s"]
-    assert json.loads((folder / "status.json").read_text())["findings"] == [told]
+    assert json.loads((folder / "status.json").read_text())["findings"] == [output]

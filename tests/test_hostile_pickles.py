@@ -205,8 +205,8 @@ class TestAdapter:
 
     def test_sizes_that_the_file_does_not_have(self, tmp_path):
         self.weights(tmp_path)
-        for told in ({"r": 10**9}, {"rank_pattern": {"0": 10**12}}, {"r": float("inf")}):
-            self.folder(tmp_path, **told)
+        for output in ({"r": 10**9}, {"rank_pattern": {"0": 10**12}}, {"r": float("inf")}):
+            self.folder(tmp_path, **output)
             with pytest.raises(CheckpointError, match="no tensor of the adapter is as large"):
                 AdapterLoader(nn.Sequential(nn.Linear(4, 3))).load(tmp_path)
 
@@ -244,8 +244,8 @@ class TestCommandLine:
         path = tmp_path / "state.pt"
         torch.save({"state": {}, "param_groups": [canary]}, path)
         good = ["--checkpoint", str(tmp_path / "good.safetensors")]
-        told = ["--methods", "adamw", "--optimizer-state", str(path)]
-        done = CliRunner().invoke(app, [*line, *good, *told])
+        output = ["--methods", "adamw", "--optimizer-state", str(path)]
+        done = CliRunner().invoke(app, [*line, *good, *output])
         assert done.exit_code in (2, 3), done.output
         assert "state.pt" in done.stderr
         assert "make_file" in done.stderr
@@ -260,10 +260,10 @@ class TestHubFolder:
         place.mkdir()
         (place / "evil.py").write_text(f"open({str(canary.place)!r}, 'w')\nclass X: pass\n")
         autos = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoImageProcessor")
-        told = {"model_type": "evil", "architectures": ["X"]}
-        told["auto_map"] = dict.fromkeys(autos, "evil.X")
-        (place / "config.json").write_text(json.dumps(told))
-        (place / "tokenizer_config.json").write_text(json.dumps(told))
+        output = {"model_type": "evil", "architectures": ["X"]}
+        output["auto_map"] = dict.fromkeys(autos, "evil.X")
+        (place / "config.json").write_text(json.dumps(output))
+        (place / "tokenizer_config.json").write_text(json.dumps(output))
         return place
 
     @pytest.mark.filterwarnings("ignore")  # of transformers' own imports
@@ -346,19 +346,19 @@ def readers_of_objects():
                 module = getattr(node, "module", None)
                 if module:
                     names = {module.partition(".")[0]}
-                for found in names & DANGEROUS:
-                    yield name, f"import {found}", path
+                for result in names & DANGEROUS:
+                    yield name, f"import {result}", path
 
 
 def test_every_place_that_could_unpickle_is_known():
-    found = {(name, what): path for name, what, path in readers_of_objects()}
+    result = {(name, what): path for name, what, path in readers_of_objects()}
     known = {
-        key for key in found if key in GUARDED or key == ("tasks/hf/cifar.py", "import pickle")
+        key for key in result if key in GUARDED or key == ("tasks/hf/cifar.py", "import pickle")
     }
-    assert set(found) == known
-    assert set(GUARDED) <= set(found)
+    assert set(result) == known
+    assert set(GUARDED) <= set(result)
     for key, text in GUARDED.items():
-        assert text in found[key].read_text(encoding="utf-8")
+        assert text in result[key].read_text(encoding="utf-8")
 
 
 def test_trust_in_remote_code_is_never_on_by_itself():

@@ -187,7 +187,7 @@ def test_auto_picks_the_engine_expected(case):
 
 def test_engines_agree_with_the_loop(case):
     model, inputs, targets, engine = case
-    found = {}
+    actual = {}
     vectorises = type(model) is not Branching  # its control flow depends on the data
     for name in {engine, "loop"} | ({"vmap"} if vectorises else set()):
         problem = ngeval.Problem(model, inputs, targets, "categorical", engine=name)
@@ -196,14 +196,14 @@ def test_engines_agree_with_the_loop(case):
             torch.cat(list(part.values()), 1).double()
             for _, part in problem.rows.iterate(cotangents)
         ]
-        found[name] = (
+        actual[name] = (
             torch.cat(rows),
             gram_matrix(problem.rows, cotangents),
             squared_column_sums(problem.rows, cotangents),
         )
-    rows = found["loop"][0]
+    rows = actual["loop"][0]
     expected = (rows, rows @ rows.T, rows.square().sum(0))
-    for name, results in found.items():
+    for name, results in actual.items():
         for result, truth in zip(results, expected, strict=True):
             torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-12, msg=name)
 

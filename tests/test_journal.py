@@ -41,10 +41,10 @@ def rows(stage: int, batch: int) -> pd.DataFrame:
 
 @pytest.fixture
 def journal(tmp_path):
-    made = Journal(tmp_path / "g.csv")
-    made.folder.mkdir()
-    made.begin("{}")
-    return made
+    built = Journal(tmp_path / "g.csv")
+    built.folder.mkdir()
+    built.begin("{}")
+    return built
 
 
 class TestUnits:

@@ -91,9 +91,9 @@ def test_what_methods_share_is_computed_once():
 @pytest.mark.parametrize("name", NAMES)
 def test_forms_give_the_same_table(name, form, monkeypatch):
     columns = ["gamma", "decrease", "curvature", "update_norm", "gamma_min"]
-    found = table_of(name, form, monkeypatch)
+    result = table_of(name, form, monkeypatch)
     expected = table_of(name, "jacobian", monkeypatch)
-    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-8)
+    np.testing.assert_allclose(result[columns], expected[columns], rtol=1e-8)
 
 
 @pytest.fixture

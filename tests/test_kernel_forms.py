@@ -39,7 +39,7 @@ def test_every_form_gives_the_same_grades(monkeypatch, name, form):
     expected = ngeval.evaluate(problems.case(name).problem(), METHODS, DAMPINGS, **options)
     force(monkeypatch, form)
     problem = problems.case(name).problem()
-    found = ngeval.evaluate(problem, METHODS, DAMPINGS, **options)
+    result = ngeval.evaluate(problem, METHODS, DAMPINGS, **options)
     kinds = {
         "gram": kernel.GramSpace,
         "strip": kernel.Strips,
@@ -50,10 +50,10 @@ def test_every_form_gives_the_same_grades(monkeypatch, name, form):
     # A Gram matrix resolves half the digits of J, so λ = 0 and small λ may be uncertain.
     damped = (expected["damping"] > 1e-3).to_numpy()
     for column in COLUMNS:
-        assert found[column][damped].to_numpy() == pytest.approx(
+        assert result[column][damped].to_numpy() == pytest.approx(
             expected[column][damped].to_numpy(), rel=1e-6
         ), column
-    assert (found["status"][damped] == "ok").all()
+    assert (result["status"][damped] == "ok").all()
 
 
 @pytest.mark.parametrize("metric", [False, True])
@@ -83,24 +83,24 @@ def test_directions_of_any_size_are_pushed(scale):
     problem = problems.case("categorical-sequence-float64").problem()
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(3, problem.num_parameters, generator=generator, dtype=torch.float64)
-    found = push_directions(problem.function, directions * scale)
+    result = push_directions(problem.function, directions * scale)
     expected = torch.stack([problem.jvp(direction) for direction in directions])
-    assert torch.allclose(found / scale, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(result / scale, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_few_updates_are_pushed_and_many_are_not(monkeypatch):
     monkeypatch.setattr(kernel, "EXPLICIT_ENTRIES", 0)
     model, inputs = nn.Linear(4, 20).double(), torch.randn(6, 4, dtype=torch.float64)
     targets = torch.arange(6)
-    tables, made = [], []
+    tables, built = [], []
     monkeypatch.setattr(
-        evaluation, "Kernel", lambda *a, **k: made.append(Kernel(*a, **k)) or made[-1]
+        evaluation, "Kernel", lambda *a, **k: built.append(Kernel(*a, **k)) or built[-1]
     )
     for dampings in ([1.0], [10.0**i for i in range(-2, 12)]):
         problem = ngeval.Problem(model, inputs, targets, "categorical")
         tables.append(ngeval.evaluate(problem, ["ef", "ief"], dampings, natural=False))
         expected = kernel.Strips if len(dampings) > 1 else kernel.MatrixFree
-        assert made[-1].form is expected
+        assert built[-1].form is expected
     few, many = (table[table["damping"] == 1.0]["gamma"].tolist() for table in tables)
     assert few == pytest.approx(many, rel=1e-9)
 
@@ -134,22 +134,22 @@ class TestMetric:
         problem = case.problem()
         expected = ngeval.evaluate(problem, METHODS, DAMPINGS, seed=3, natural=False)
         metric = ngeval.Metric(problem, self.halves(case))
-        found = ngeval.evaluate(problem, METHODS, DAMPINGS, seed=3, metric=metric)
+        result = ngeval.evaluate(problem, METHODS, DAMPINGS, seed=3, metric=metric)
         for column in [*COLUMNS, "gamma_floor"]:
-            values = found[column].to_numpy(float)
+            values = result[column].to_numpy(float)
             assert values == pytest.approx(expected[column].to_numpy(float), rel=1e-6), column
-        assert (found["metric_samples"] == found["num_samples"]).all()
-        assert found["gamma_min"].isna().all()
-        assert found["reason"].str.contains("metric").all()
+        assert (result["metric_samples"] == result["num_samples"]).all()
+        assert result["gamma_min"].isna().all()
+        assert result["reason"].str.contains("metric").all()
 
     @pytest.mark.parametrize("as_function", [False, True])
     def test_updates_of_one_batch_under_the_fisher_of_another(self, as_function):
-        own, other = (
+        local, other = (
             problems.make("categorical-mlp-float64", num_samples=count) for count in (7, 23)
         )
-        large = problems.Case("", own.model, other.inputs, other.targets, own.family)
-        dense, truth = own.reference(), large.reference()
-        problem = own.problem()
+        large = problems.Case("", local.model, other.inputs, other.targets, local.family)
+        dense, truth = local.reference(), large.reference()
+        problem = local.problem()
         batches = [(other.inputs[i : i + 5], other.targets[i : i + 5]) for i in range(0, 23, 5)]
         metric = ngeval.Metric(problem, (lambda: iter(batches)) if as_function else batches)
         methods = [*METHODS[:3], "diag", "ng"]

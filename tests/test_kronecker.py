@@ -640,8 +640,8 @@ class TestTransformersConv1D:
         expected = linear.function.unflatten(direction(linear, method, 1e-2))
         result = held.function.unflatten(direction(held, method, 1e-2))
         for name, value in expected.items():
-            wanted = value.T if name.endswith("weight") else value
-            assert problems.relative_gap(result[name], wanted) < 1e-9, name
+            target = value.T if name.endswith("weight") else value
+            assert problems.relative_gap(result[name], target) < 1e-9, name
 
     def test_rows_in_pieces(self, pair, monkeypatch):
         monkeypatch.setattr("ngeval.jacobians.inner_products.PIECE_ENTRIES", 20)

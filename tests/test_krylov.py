@@ -35,11 +35,11 @@ def name(request):
 def run(name, request):
     """A run that keeps vectors of either space."""
     problem = problems.case(name).problem()
-    found = KrylovRun(problem)
-    if found.in_parameters != (request.param == "parameters"):
-        found.in_parameters = not found.in_parameters
-        found.basis = [found.right] if found.in_parameters else [found.left]
-    return found
+    result = KrylovRun(problem)
+    if result.in_parameters != (request.param == "parameters"):
+        result.in_parameters = not result.in_parameters
+        result.basis = [result.right] if result.in_parameters else [result.left]
+    return result
 
 
 def test_the_bounds_enclose_the_truth_at_every_iteration(run, name):
@@ -77,9 +77,9 @@ def test_a_finished_run_is_the_natural_gradient(run, name):
 
 def test_an_unfinished_run_gives_the_update_of_its_krylov_space(name):
     problem, dense = problems.case(name).problem(), problems.reference_of(name)
-    found = KrylovRun(problem)
+    result = KrylovRun(problem)
     for _ in range(4):
-        found.step()
+        result.step()
     # The update is the natural gradient of F and g restricted to the span of g, Fg, F²g and F³g.
     fisher, gradient = reference.fisher(dense), reference.gradient(dense)
     powers = [gradient / gradient.norm()]
@@ -93,7 +93,7 @@ def test_an_unfinished_run_gives_the_update_of_its_krylov_space(name):
     inner, slope = span @ fisher @ span.T, span @ gradient
     for damping in DAMPINGS:
         solved = torch.linalg.solve(inner + damping * torch.eye(4, dtype=torch.float64), slope)
-        update = found.direction(damping)
+        update = result.direction(damping)
         gap = (update - span.T @ solved).norm() / update.norm()
         assert float(gap) < 1e-8
 
@@ -122,9 +122,9 @@ def test_relative_damping_without_the_kernel(monkeypatch):
     case = problems.case("gaussian-mlp-float64")
     expected = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
     monkeypatch.setattr(row_space, "DENSE_SIZE", 0)
-    found = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
+    result = ngeval.evaluate(case.problem(), ["ng"], [1e-2, 1.0], damping_scale="relative")
     for column in ("damping_absolute", "gamma"):
-        assert found[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-6)
+        assert result[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-6)
 
 
 def test_zero_residual_and_zero_gradient():

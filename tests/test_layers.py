@@ -62,9 +62,9 @@ def test_every_number_is_that_of_explicit_matrices(name):
             close(row["gamma"], reference.gamma(dense, part), 1e-6)
             ratio = reference.gamma(dense, part) / reference.gamma(dense, plain)
             close(row["gamma_over_sgd"], ratio, 1e-6)
-            own = torch.cat([torch.arange(p.start, p.stop) for p in places[row["layer"]]])
-            inverse = torch.linalg.pinv(fisher[own][:, own], rtol=1e-12, hermitian=True)
-            least = float(gradient[own] @ inverse @ gradient[own]) ** -0.5
+            local = torch.cat([torch.arange(p.start, p.stop) for p in places[row["layer"]]])
+            inverse = torch.linalg.pinv(fisher[local][:, local], rtol=1e-12, hermitian=True)
+            least = float(gradient[local] @ inverse @ gradient[local]) ** -0.5
             close(row["gamma_over_best"], row["gamma"] / least, 1e-5)
             assert row["gamma_over_best"] >= 1 - 1e-6
             close(row["decrease"], float(part @ gradient), 1e-6)
@@ -124,9 +124,9 @@ def test_exact_blocks_are_best_in_each_layer(name):
         columns = torch.cat([torch.arange(place.start, place.stop) for place in places])
         part = gradient[columns]
         best = float(part @ reference.solve_curvature(rows[:, columns], part, 0.0)) ** -0.5
-        found = table[table["layer"] == layer].set_index("method")["gamma"]
-        close(found["block-ng"], best, 1e-6)
-        assert (found >= best * (1 - 1e-7)).all()
+        result = table[table["layer"] == layer].set_index("method")["gamma"]
+        close(result["block-ng"], best, 1e-6)
+        assert (result >= best * (1 - 1e-7)).all()
 
 
 def test_excess_is_the_slope_of_gamma_in_a_layers_learning_rate():
@@ -150,9 +150,9 @@ def test_many_parts_in_little_memory():
     groups = make_groups({n: p.numel() for n, p in model.named_parameters()}, "parameter")
     assert len(groups) == 10
     direction = plenty.gradient() * torch.linspace(1, 2, plenty.num_parameters)
-    found, expected = (parts_of(ngeval.Metric(p), direction, groups) for p in (small, plenty))
+    result, expected = (parts_of(ngeval.Metric(p), direction, groups) for p in (small, plenty))
     for column in ("decrease", "curvature", "own_curvature", "norms", "gammas", "gamma_total"):
-        np.testing.assert_allclose(getattr(found, column), getattr(expected, column), rtol=1e-10)
+        np.testing.assert_allclose(getattr(result, column), getattr(expected, column), rtol=1e-10)
 
 
 def test_another_batch_grades():
@@ -177,9 +177,9 @@ def test_huge_and_tiny_updates_are_graded_alike():
     metric = ngeval.Metric(problem)
     expected = parts_of(metric, direction, groups)
     for factor in (1e-120, 1e120):
-        found = parts_of(metric, direction * factor, groups)
-        np.testing.assert_allclose(found.gammas, expected.gammas, rtol=1e-6)
-        np.testing.assert_allclose(found.curvature, expected.curvature * factor**2, rtol=1e-6)
+        result = parts_of(metric, direction * factor, groups)
+        np.testing.assert_allclose(result.gammas, expected.gammas, rtol=1e-6)
+        np.testing.assert_allclose(result.curvature, expected.curvature * factor**2, rtol=1e-6)
 
 
 SIZES = {"encoder.0.a.weight": 6, "encoder.0.a.bias": 2, "encoder.1.weight": 4, "scale": 1}
@@ -199,11 +199,11 @@ class TestGroups:
         ],
     )
     def test_ways_to_group(self, groups, expected):
-        found = make_groups(SIZES, groups)
+        result = make_groups(SIZES, groups)
         expected = expected or {"w": 10, "(rest)": 2, "s": 1}
-        assert {group.name: group.num_parameters for group in found} == expected
-        assert [group.name for group in found] == list(expected)
-        covered = sorted((p.start, p.stop) for group in found for p in group.places)
+        assert {group.name: group.num_parameters for group in result} == expected
+        assert [group.name for group in result] == list(expected)
+        covered = sorted((p.start, p.stop) for group in result for p in group.places)
         assert covered == [(0, 6), (6, 8), (8, 12), (12, 13)]
 
     @pytest.mark.parametrize(
@@ -280,9 +280,9 @@ def test_relative_dampings():
     problem = problems.problem_of("categorical-mlp-float64")
     table = ngeval.layer_table(problem, ["sgd", "ief"], [0.5], damping_scale="relative")
     expected = ngeval.evaluate(problem, ["sgd", "ief"], [0.5], damping_scale="relative")
-    found = table.drop_duplicates("method")
-    np.testing.assert_allclose(found["damping_absolute"], expected["damping_absolute"])
-    np.testing.assert_allclose(found["gamma_total"], expected["gamma"], rtol=1e-9)
+    result = table.drop_duplicates("method")
+    np.testing.assert_allclose(result["damping_absolute"], expected["damping_absolute"])
+    np.testing.assert_allclose(result["gamma_total"], expected["gamma"], rtol=1e-9)
 
 
 def test_columns_steps_and_seed():

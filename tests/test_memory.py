@@ -28,16 +28,16 @@ def test_free_memory_and_its_words():
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_MESSAGE), MemoryError()],
 )
 def test_the_budget_is_halved_until_it_fits(error):
-    asked = []
+    request = []
 
     def attempt(memory: int) -> str:
-        asked.append(memory)
+        request.append(memory)
         if memory > 10 * 2**20:
             raise error
         return "done"
 
     assert halving(attempt, 64 * 2**20) == "done"
-    assert asked == [2**26, 2**25, 2**24, 2**23]
+    assert request == [2**26, 2**25, 2**24, 2**23]
 
 
 def test_other_errors_and_hopeless_ones_are_passed_on():
@@ -77,13 +77,13 @@ def test_grades_do_not_depend_on_the_budget(memory):
     case = problems.make("categorical-sequence-float64", num_samples=11)
     methods = ["sgd", "ef", "ief", "sf", "diag", "ng"]
     expected = ngeval.evaluate(case.problem(), methods, [1e-2, 1.0], gap=1e-12)
-    found = ngeval.evaluate(case.problem(memory=memory), methods, [1e-2, 1.0], gap=1e-12)
-    good = found["status"] == "ok"
-    assert set(found["method"][good]) >= {"sgd", "diag", "ng"}
-    assert found["reason"][~good].str.contains("memory").all()
+    result = ngeval.evaluate(case.problem(memory=memory), methods, [1e-2, 1.0], gap=1e-12)
+    good = result["status"] == "ok"
+    assert set(result["method"][good]) >= {"sgd", "diag", "ng"}
+    assert result["reason"][~good].str.contains("memory").all()
     # Without room for more vectors a Krylov run ends early, and says so.
-    short = (found["method"] == "ng") & found["reason"].str.contains("apart after")
+    short = (result["method"] == "ng") & result["reason"].str.contains("apart after")
     assert memory == 4_000 or not short.any()
     good &= ~short
-    values = found["gamma"][good].to_numpy()
+    values = result["gamma"][good].to_numpy()
     assert values == pytest.approx(expected["gamma"][good].to_numpy(), rel=1e-7)

@@ -258,9 +258,9 @@ class TestLimits:
             return
         dense = problems.reference_of(name)
         rows = dense.jacobian.flatten(0, 1) / math.sqrt(problems.VARIANCE)
-        wanted = math.sqrt(problems.VARIANCE) * dense.residual.flatten()
+        target = math.sqrt(problems.VARIANCE) * dense.residual.flatten()
         stacked = torch.cat([rows, 0.1 * torch.eye(rows.shape[1]).double()])
-        right = torch.cat([wanted, torch.zeros(rows.shape[1]).double()])
+        right = torch.cat([target, torch.zeros(rows.shape[1]).double()])
         expected = torch.linalg.lstsq(stacked, right.unsqueeze(1), driver="gelsd").solution
         assert relative_gap(state_of(name, "ng").direction(0.01), expected) < 1e-10
 

@@ -41,9 +41,9 @@ def test_float32_grades_are_those_of_float64(sharpness):
             gram = gram_matrix(problem.rows, problem.residual.unsqueeze(1))
             condition = float(torch.linalg.cond(gram))
     assert condition > (1e10 if sharpness > 8 else 1e6)
-    found, expected = (tables[dtype] for dtype in tables)
-    assert (found["status"] == "ok").all()
-    gaps = found.assign(gap=np.abs(found["gamma"] / expected["gamma"] - 1))
+    result, expected = (tables[dtype] for dtype in tables)
+    assert (result["status"] == "ok").all()
+    gaps = result.assign(gap=np.abs(result["gamma"] / expected["gamma"] - 1))
     assert gaps["gap"].max() < 1e-3, gaps[["method", "damping", "gap"]]
 
 

@@ -106,8 +106,8 @@ def test_every_figure_is_the_references(name):
     torch.testing.assert_close(problem.fisher().diagonal(), fisher.diagonal())
     assert problem.gamma(vector) == pytest.approx(reference.gamma(dense, vector), rel=1e-9)
     norms = reference.per_sample_gradients(dense).norm(dim=1)
-    found = ngeval.gradient_norms(problem)["gradient_norm"].tolist()
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), norms)
+    result = ngeval.gradient_norms(problem)["gradient_norm"].tolist()
+    torch.testing.assert_close(torch.tensor(result, dtype=torch.float64), norms)
     assert {key: (type(value), id(value)) for key, value in model.named_parameters()} == before
 
 

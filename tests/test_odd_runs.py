@@ -52,8 +52,8 @@ class TestMemory:
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys.modules["ngeval.grading.evaluate"], "natural_solver", failing(error))
-            told = small.run("gamma", output, code=3).stderr
-        assert "or not by every method" in told
+            text = small.run("gamma", output, code=3).stderr
+        assert "or not by every method" in text
         table = read_results(output)
         assert (table["status"] == "ok").all()
         assert table["gamma_min"].isna().all()
@@ -64,21 +64,21 @@ class TestMemory:
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sgd, "prepare", failing(ALLOCATOR))
-            told = small.run("gamma", output, "-m", "ief", code=3).stderr
-        assert "no gamma_over_sgd: out of memory" in told
+            text = small.run("gamma", output, "-m", "ief", code=3).stderr
+        assert "no gamma_over_sgd: out of memory" in text
         assert read_results(output)["gamma_over_sgd"].isna().all()
 
     def test_other_failures_beside_it_are_told(self, small):
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sgd, "prepare", failing(ALLOCATOR))
-            told = small.run("gamma", output, "-m", "sgd,ief,block-ng:x", code=2).stderr
-            assert "block-ng" in told
+            text = small.run("gamma", output, "-m", "sgd,ief,block-ng:x", code=2).stderr
+            assert "block-ng" in text
             kind = type(ngeval.get_method("ief"))
             patch.setattr(kind, "prepare", failing(ValueError("odd")))
-            told = small.run("gamma", output, "-m", "sgd,ief,diag", code=3).stderr
-        assert f"{UNITS * 2} of {UNITS * 6} rows could not be computed: ValueError: odd" in told
-        assert "sgd: out of memory" in told
+            text = small.run("gamma", output, "-m", "sgd,ief,diag", code=3).stderr
+        assert f"{UNITS * 2} of {UNITS * 6} rows could not be computed: ValueError: odd" in text
+        assert "sgd: out of memory" in text
 
 
 class TestCheckpoints:
@@ -93,8 +93,8 @@ class TestCheckpoints:
 
         with monkeypatch.context() as patch:
             patch.setattr(ngeval.runs.tables, "evaluate", evaluate)
-            told = small.run("gamma", output, code=3).stderr
-        assert "epoch=2.safetensors was written to since the run began" in told
+            text = small.run("gamma", output, code=3).stderr
+        assert "epoch=2.safetensors was written to since the run began" in text
         table = read_results(output)
         assert table[table["status"] == "failed"]["stage"].unique().tolist() == [2]
         small.run("gamma", output, "--resume")  # as it is now
@@ -135,9 +135,9 @@ class TestBatches:
         text = TASK.replace("manual_seed(seed)", "seed() and torch.Generator()")
         text = text.replace("generator = torch.Generator().seed() and torch", "generator = torch")
         (small.folder / "mine.py").write_text(text.replace(", generator=generator", ""))
-        told = small.run("gamma", small.folder / "g.csv", code=2).stderr
-        assert "batch 0 of task mine differs when it is read again" in told
-        assert "Traceback" not in told
+        output = small.run("gamma", small.folder / "g.csv", code=2).stderr
+        assert "batch 0 of task mine differs when it is read again" in output
+        assert "Traceback" not in output
 
     def test_also_without_an_output(self, small):
         text = TASK.replace(", generator=generator", "")
@@ -206,9 +206,9 @@ class TestTorchrun:
     def test_and_says_so(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
-        told = run("methods")
-        assert "methods runs in one process; the others have nothing to do" in told.stderr
-        assert "kfac" in told.stdout
+        output = run("methods")
+        assert "methods runs in one process; the others have nothing to do" in output.stderr
+        assert "kfac" in output.stdout
 
 
 class TestWhatIsSaid:
@@ -216,9 +216,9 @@ class TestWhatIsSaid:
     def test_of_batches_that_follow_from_an_option(self, small, words):
         output = small.folder / "g.csv"
         small.run("gamma", output)
-        told = small.run("gamma", output, "--resume", *words, code=2).stderr
-        assert f"settings.{words[0][2:].replace('-', '_')}: " in told
-        assert "batches[" not in told
+        text = small.run("gamma", output, "--resume", *words, code=2).stderr
+        assert f"settings.{words[0][2:].replace('-', '_')}: " in text
+        assert "batches[" not in text
 
     def test_failed_units_are_of_the_same_run_in_a_report(self, small):
         small.checkpoint(1).write_bytes(b"torn")
@@ -226,6 +226,6 @@ class TestWhatIsSaid:
         small.run("gamma", output, code=3)
         page = small.folder / "r.html"
         run("report", output, "-o", page)
-        told = page.read_text()
-        assert "num_parameters" not in re.sub(r"<script.*?</script>", "", told, flags=re.DOTALL)
-        assert told.count("Jacobian engine") == 1
+        text = page.read_text()
+        assert "num_parameters" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        assert text.count("Jacobian engine") == 1

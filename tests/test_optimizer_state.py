@@ -126,10 +126,10 @@ class TestNamed:
     def test_the_state_is_accumulated_once_for_all_batches_of_a_checkpoint(self, tmp_path, name):
         run(tmp_path, "adamw")
         checkpoints = find_checkpoints([str(tmp_path)])[1:]
-        method, asked = named(name), []
+        method, request = named(name), []
 
         def batches_of(count):
-            asked.append(count)
+            request.append(count)
             return load_batches(8, count, 5)
 
         for checkpoint in checkpoints:
@@ -141,7 +141,7 @@ class TestNamed:
             for step, one in zip(steps, (problem, other, problem), strict=True):
                 alone = prepared(named(name).at(stage), one).direction(0.0)
                 assert torch.equal(step, alone)
-        assert asked == [4, 4]
+        assert request == [4, 4]
 
     def test_large_states_are_not_kept(self, tmp_path):
         run(tmp_path, "adamw", epochs=0)
@@ -149,13 +149,13 @@ class TestNamed:
         model, problem, stage = graded_at(checkpoint)
         x, y = next(iter(load_batches(9, 1, 77)))
         small = ngeval.Problem(model, x, y, "categorical", memory=16_000)
-        asked = []
-        stage = replace(stage, batches=lambda k: [asked.append(k), *load_batches(8, k, 5)][1:])
+        request = []
+        stage = replace(stage, batches=lambda k: [request.append(k), *load_batches(8, k, 5)][1:])
         bound = named("adam:2").at(stage)
         first, again = (prepared(bound, small).direction(0.0) for _ in range(2))
         assert torch.equal(first, again)
         assert torch.equal(first, prepared(named("adam:2").at(stage), problem).direction(0.0))
-        assert asked == [2, 2, 2]
+        assert request == [2, 2, 2]
 
     @pytest.mark.parametrize("decay", [True, False])
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -587,9 +587,9 @@ class TestFinding:
         model = net()
         save_optimizer(build("adam", model), tmp_path / "b.optimizer.pt", "adam")
         torch.save({}, tmp_path / "optimizer.pt")
-        found = find_checkpoints([str(tmp_path)])
-        assert [c.path.name for c in found] == ["a.safetensors", "b.safetensors"]
-        assert [c.optimizer for c in found] == [None, tmp_path / "b.optimizer.pt"]
+        result = find_checkpoints([str(tmp_path)])
+        assert [c.path.name for c in result] == ["a.safetensors", "b.safetensors"]
+        assert [c.optimizer for c in result] == [None, tmp_path / "b.optimizer.pt"]
 
     def test_a_trainers_folder(self, tmp_path):
         folder = tmp_path / "checkpoint-5"

@@ -310,9 +310,9 @@ class TestReduction:
         one = case(model="sequence")
         problem = one.problem()
         momentum = torch.optim.SGD(one.model.parameters(), lr=1.0, momentum=1.0)
-        own = [(one.inputs, one.targets)] * 3
+        local = [(one.inputs, one.targets)] * 3
         once = step_of(momentum, problem, reduction=reduction)
-        fourfold = step_of(momentum, problem, reduction=reduction, warmup=own)
+        fourfold = step_of(momentum, problem, reduction=reduction, warmup=local)
         torch.testing.assert_close(fourfold, 4 * once, **EXACT)
 
     def test_unknown_reduction(self):

@@ -41,11 +41,11 @@ def small(tmp_path):
 
 def without_memory(patch: pytest.MonkeyPatch, calls: set[int], error: Exception) -> None:
     """The method sgd has no memory in these of its calls."""
-    real, made = Sgd.prepare, []
+    real, built = Sgd.prepare, []
 
     def prepare(self, *args):
-        made.append(1)
-        if len(made) in calls:
+        built.append(1)
+        if len(built) in calls:
             raise error
         return real(self, *args)
 
@@ -59,10 +59,10 @@ class TestMemoryOfOneMethod:
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             without_memory(patch, {2, 5}, error)
-            told = small.run("gamma", output, code=3).stderr
-        assert f"2 of {UNITS} units (checkpoint × batch) could not be graded, or not by" in told
-        assert "epoch=0.safetensors batch 1 and 1 more: sgd: out of memory" in told
-        assert "rows could not be computed" not in told
+            text = small.run("gamma", output, code=3).stderr
+        assert f"2 of {UNITS} units (checkpoint × batch) could not be graded, or not by" in text
+        assert "epoch=0.safetensors batch 1 and 1 more: sgd: out of memory" in text
+        assert "rows could not be computed" not in text
         table = read_results(output)
         lost = (table["stage"] * BATCHES + table["batch"]).isin([1, 4]) & (table["method"] == "sgd")
         assert (table["status"] == "failed").tolist() == lost.tolist()
@@ -85,8 +85,8 @@ class TestMemoryOfOneMethod:
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             without_memory(patch, {1}, KINDS[0])
-            told = small.run("gamma", output, "-m", "sgd", code=3).stderr
-        assert f"1 of {UNITS} units (checkpoint × batch) could not be graded, the others" in told
+            text = small.run("gamma", output, "-m", "sgd", code=3).stderr
+        assert f"1 of {UNITS} units (checkpoint × batch) could not be graded, the others" in text
         entries = Journal(output).entries()
         assert [key for key, entry in entries.items() if entry.lost] == [(0, 0)]
 
@@ -94,8 +94,8 @@ class TestMemoryOfOneMethod:
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
             without_memory(patch, {1}, ValueError("odd"))
-            told = small.run("gamma", output).stderr
-        assert f"2 of {UNITS * 4} rows could not be computed: ValueError: odd" in told
+            text = small.run("gamma", output).stderr
+        assert f"2 of {UNITS * 4} rows could not be computed: ValueError: odd" in text
         assert not Journal(output).folder.exists()
 
     def test_a_unit_without_rows_is_lost(self):
@@ -109,9 +109,9 @@ class TestWhatIsToldOfACheckpoint:
         beside = small.checkpoint(1).with_suffix(".json")
         beside.write_text('{"epoch": ')
         output = small.folder / "g.csv"
-        told = small.run("gamma", output, code=3).stderr
-        assert f"{BATCHES} of {UNITS} units" in told
-        assert f"{beside.name} cannot be read as JSON" in told
+        text = small.run("gamma", output, code=3).stderr
+        assert f"{BATCHES} of {UNITS} units" in text
+        assert f"{beside.name} cannot be read as JSON" in text
         table = read_results(output)
         assert table[table["status"] == "failed"]["stage"].unique().tolist() == [1]
         beside.unlink()
@@ -160,8 +160,8 @@ class TestNamesThatAreNotUnicode:
         assert read_manifest(output)["complete"]
         assert len(read_results(output)) == UNITS * 4
         small.checkpoint(1).rename(small.folder / f"epoch={self.ODD}.safetensors")
-        told = small.run("gamma", small.folder / f"b{kind}", code=3).stderr
-        assert r"epoch=\udcff\udcfe.safetensors batch 0 and 1 more" in told
+        text = small.run("gamma", small.folder / f"b{kind}", code=3).stderr
+        assert r"epoch=\udcff\udcfe.safetensors batch 0 and 1 more" in text
         table = read_results(small.folder / f"b{kind}")
         lost = table["checkpoint"] == r"epoch=\udcff\udcfe.safetensors"
         assert (table["status"] == "failed").tolist() == lost.tolist()

@@ -37,7 +37,7 @@ def _close_figures():
 
 def training(optimizer="sgd", seed=0, phase="final", task="digits", **columns) -> pd.DataFrame:
     """Three epochs, of which the second is the best by validation loss, the last by accuracy."""
-    own = {
+    local = {
         "task": task,
         "optimizer": optimizer,
         "phase": phase,
@@ -56,13 +56,13 @@ def training(optimizer="sgd", seed=0, phase="final", task="digits", **columns) -
         "status": "ok",
         "reason": "",
     }
-    return pd.DataFrame(own | columns, index=[0, 1, 2]).reindex(columns=list(COLUMNS))
+    return pd.DataFrame(local | columns, index=[0, 1, 2]).reindex(columns=list(COLUMNS))
 
 
 def lost(optimizer, seed, phase="final", **columns):
     """A training that diverged in its third epoch."""
-    told = {"status": "diverged", "reason": "NaN", "train_loss": [2.3, 9.0, math.nan]}
-    return training(optimizer, seed, phase, **(told | columns))
+    output = {"status": "diverged", "reason": "NaN", "train_loss": [2.3, 9.0, math.nan]}
+    return training(optimizer, seed, phase, **(output | columns))
 
 
 def tuned(accuracies=ACCURACIES, task="digits") -> pd.DataFrame:

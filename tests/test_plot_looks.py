@@ -100,10 +100,10 @@ class TestLooks:
         axes.text(0.5, 0.5, "one")
         axes.text(0.51, 0.5, "other")
         figure.text(0.98, 0.5, "a long text at the edge")
-        found = overlaps(figure)
-        assert "'one' overlaps 'other'" in found
-        assert "'a long text at the edge' is cut off" in found
-        assert len(found) == 2
+        result = overlaps(figure)
+        assert "'one' overlaps 'other'" in result
+        assert "'a long text at the edge' is cut off" in result
+        assert len(result) == 2
 
     def test_a_legend_over_lines_points_and_bars(self):
         for draw in ("plot", "scatter", "bar"):
@@ -196,9 +196,9 @@ class TestStyleSheet:
     def test_a_picture_of_its_own_is_in_the_style(self):
         axes = plot_stages(gammas())
         assert axes.xaxis.label.get_fontsize() == STYLE["axes.labelsize"]
-        _, given = plt.subplots()
-        plot_stages(gammas(), ax=given)
-        assert given.xaxis.label.get_fontsize() == mpl.rcParams["font.size"]
+        _, argument = plt.subplots()
+        plot_stages(gammas(), ax=argument)
+        assert argument.xaxis.label.get_fontsize() == mpl.rcParams["font.size"]
 
 
 class TestKinds:

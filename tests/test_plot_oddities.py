@@ -75,9 +75,9 @@ class TestNames:
     def test_of_methods(self, kind, tmp_path):
         figure = PICTURES[kind](small(("sgd", *NAMES, "ng")))
         save_figure(figure, tmp_path / "a.svg")
-        wanted = {text[:1] + text[-23:] if len(text) > 24 else text for text in NAMES.values()}
+        expected = {text[:1] + text[-23:] if len(text) > 24 else text for text in NAMES.values()}
         if kind == "ranking":
-            assert wanted <= shown(figure)
+            assert expected <= shown(figure)
             assert figure.axes[0].get_window_extent().width > 0.25 * figure.bbox.width
         else:
             assert set(NAMES.values()) <= set(below(figure))
@@ -94,10 +94,10 @@ class TestNames:
             stages_figure({name: tall for name in four if name}): [n for n in four if n],
             layers_figure(rows.assign(layer=rows["layer"].map(names))): NAMES,
         }
-        for figure, wanted in figures.items():
+        for figure, expected in figures.items():
             save_figure(figure, tmp_path / "a.png")
             texts = shown(figure)
-            for name in wanted:
+            for name in expected:
                 assert any(NAMES[name] in text for text in texts), name
 
     def test_in_given_axes_without_the_style(self, tmp_path):
@@ -131,9 +131,9 @@ class TestValues:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
     def test_in_the_ranking_and_over_damping(self, value):
-        found = ranking(spoilt(value)).set_index("method")
-        assert set(found.loc["ief", "status"]) == {"failed"}
-        assert found["rank"].notna().sum() == 4
+        result = ranking(spoilt(value)).set_index("method")
+        assert set(result.loc["ief", "status"]) == {"failed"}
+        assert result["rank"].notna().sum() == 4
         table = small()
         table.loc[table["damping"] == 1.0, "damping"] = value
         axes = plot_damping(table)
@@ -222,12 +222,12 @@ class TestManyMethods:
         path = tmp_path / "a.csv"
         self.many(30).to_csv(path, index=False)
         args = ["plot", str(path), "--kind", "stages", "--force", "-o", str(tmp_path / "a.svg")]
-        told = CliRunner().invoke(app, args)
-        assert told.exit_code == 0
-        assert "31 lines are too many to distinguish" in told.output
-        told = CliRunner().invoke(app, [*args, "--methods", "method-1, method-4"])
-        assert told.exit_code == 0
-        assert "distinguish" not in told.output
+        output = CliRunner().invoke(app, args)
+        assert output.exit_code == 0
+        assert "31 lines are too many to distinguish" in output.output
+        output = CliRunner().invoke(app, [*args, "--methods", "method-1, method-4"])
+        assert output.exit_code == 0
+        assert "distinguish" not in output.output
         written = (tmp_path / "a.svg").read_text(encoding="utf-8")
         assert "method-4" in written
         assert "method-5" not in written

@@ -512,8 +512,8 @@ class TestSeveralTasks:
         figure = figure_of(tables, "damping", Chosen(task="t"))
         alone = figure_of({"a": gammas()}, "damping")
         drawn, expected = (
-            [list(item.get_ydata()) for item in made.axes[0].get_lines()]
-            for made in (figure, alone)
+            [list(item.get_ydata()) for item in built.axes[0].get_lines()]
+            for built in (figure, alone)
         )
         assert drawn == expected
         with pytest.raises(InputError, match="no rows for task 'mine'"):

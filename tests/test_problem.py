@@ -53,9 +53,9 @@ class TestAgainstReference:
         problem, dense = shared(name)
         cotangent = torch.randn(problem.outputs.shape, dtype=torch.float64)
         expected = torch.einsum("ncp,nc->p", dense.jacobian, cotangent.flatten(1))
-        found = problem.vjp(cotangent)
-        assert found.dtype == problem.dtype
-        assert relative_gap(found, expected) < problems.case(name).tolerance
+        result = problem.vjp(cotangent)
+        assert result.dtype == problem.dtype
+        assert relative_gap(result, expected) < problems.case(name).tolerance
 
     @pytest.mark.parametrize("name", NAMES)
     def test_gradient(self, name):
@@ -179,24 +179,24 @@ class TestScipy:
     def test_eigsh(self):
         operator, matrix = self.operator()
         start = np.ones(matrix.shape[0])
-        found = sparse.eigsh(operator, k=3, which="LA", v0=start, return_eigenvectors=False)
-        np.testing.assert_allclose(sorted(found), np.linalg.eigvalsh(matrix)[-3:], rtol=1e-10)
+        result = sparse.eigsh(operator, k=3, which="LA", v0=start, return_eigenvectors=False)
+        np.testing.assert_allclose(sorted(result), np.linalg.eigvalsh(matrix)[-3:], rtol=1e-10)
 
     def test_cg(self):
         operator, matrix = self.operator()
         identity = sparse.aslinearoperator(sparse_eye(matrix.shape[0]))
         right = np.random.default_rng(1).standard_normal(matrix.shape[0])
-        found, code = sparse.cg(operator + 0.1 * identity, right, rtol=1e-12)
+        result, code = sparse.cg(operator + 0.1 * identity, right, rtol=1e-12)
         assert code == 0
         expected = np.linalg.solve(matrix + 0.1 * np.eye(matrix.shape[0]), right)
-        np.testing.assert_allclose(found, expected, rtol=1e-8)
+        np.testing.assert_allclose(result, expected, rtol=1e-8)
 
     def test_a_float32_model_takes_float64_vectors(self):
         problem, dense = shared("categorical-mlp-float32")
-        found = problem.fisher().to_scipy() @ np.ones(problem.num_parameters)
-        assert found.dtype == np.float64
+        result = problem.fisher().to_scipy() @ np.ones(problem.num_parameters)
+        assert result.dtype == np.float64
         expected = reference.fisher(dense).sum(1)
-        assert relative_gap(torch.from_numpy(found), expected) < 2e-5
+        assert relative_gap(torch.from_numpy(result), expected) < 2e-5
 
 
 def sparse_eye(size: int) -> np.ndarray:
@@ -706,8 +706,8 @@ class TestDirections:
         vector = torch.randn(self.problem.num_parameters, dtype=torch.float64)
         single = problems.problem_of("categorical-frozen-float32")
         for problem in (self.problem, single):
-            found = problem.jvp(vector * size) / size
-            assert relative_gap(found, problem.jvp(vector)) < 1e-6
+            result = problem.jvp(vector * size) / size
+            assert relative_gap(result, problem.jvp(vector)) < 1e-6
 
     def test_zero(self):
         zero = torch.zeros(self.problem.num_parameters, dtype=torch.float64)

@@ -238,12 +238,12 @@ def test_loss_changes_of_ef_and_ief(recipe, method):
     problem = case.problem()
     change = ngeval.loss_change(problem, prepared(method, problem).direction(0.0))
     squares = dense.residual.square().sum(1)
-    wanted = torch.ones_like(squares) if method == "ef" else squares
+    expected = torch.ones_like(squares) if method == "ef" else squares
     # Rounding of d, of size ‖d‖, reaches sample n through ‖g_n‖.
-    size = float(wanted.norm()) * float(sigma[0]) / float(sigma[-1])
-    tolerance = max(TIGHT[recipe.dtype] * float(wanted.min()), 30 * eps * size)
-    event("tight" if 30 * eps * size <= TIGHT[recipe.dtype] * float(wanted.min()) else "loose")
-    assert float((change + wanted).abs().max()) <= tolerance
+    size = float(expected.norm()) * float(sigma[0]) / float(sigma[-1])
+    tolerance = max(TIGHT[recipe.dtype] * float(expected.min()), 30 * eps * size)
+    event("tight" if 30 * eps * size <= TIGHT[recipe.dtype] * float(expected.min()) else "loose")
+    assert float((change + expected).abs().max()) <= tolerance
 
 
 @settings(max_examples=20)

@@ -207,9 +207,9 @@ class TestTorchrun:
         assert (tmp_path / "three.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
         names = sorted(path.name for path in tmp_path.iterdir() if "three" in path.name)
         assert names == ["three.csv", "three.csv.manifest.json"]
-        told = read_manifest(tmp_path / "three.csv")
-        assert told is not None
-        assert (told["run"]["ranks"], told["complete"]) == (3, True)
+        output = read_manifest(tmp_path / "three.csv")
+        assert output is not None
+        assert (output["run"]["ranks"], output["complete"]) == (3, True)
         assert done.stderr.count("grading updates") == 1  # one bar
         assert done.stderr.count("written:") == 1
         assert done.stdout.count("λ = 0:") == 1  # and one table

@@ -125,27 +125,29 @@ class TestIntervals:
     @pytest.mark.parametrize("batches", [2, 5, 40])
     def test_they_are_those_of_summarize(self, batches):
         table = gammas(batches=batches, noise=0.5)
-        found = geometric_means(table, ["checkpoint", "method", "damping"], "gamma_over_sgd")
-        both = ngeval.summarize(table).merge(found, on=["checkpoint", "method", "damping"])
-        assert len(both) == len(found) == 36
-        for name, own in (("", "mean"), ("_low", "low"), ("_high", "high")):
-            np.testing.assert_allclose(both[f"gamma_over_sgd_geomean{name}"], both[own], rtol=1e-12)
+        result = geometric_means(table, ["checkpoint", "method", "damping"], "gamma_over_sgd")
+        both = ngeval.summarize(table).merge(result, on=["checkpoint", "method", "damping"])
+        assert len(both) == len(result) == 36
+        for name, local in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            np.testing.assert_allclose(
+                both[f"gamma_over_sgd_geomean{name}"], both[local], rtol=1e-12
+            )
 
     def test_groups_of_several_sizes(self):
         table = gammas(noise=0.3)
         table = table[(table["batch"] < 4) | (table["method"] == "ef")]
-        found = geometric_means(table, ["method"], "gamma_over_sgd").set_index("method")
+        result = geometric_means(table, ["method"], "gamma_over_sgd").set_index("method")
         expected = ngeval.summarize(table, ["method"]).set_index("method")
         for name in ("mean", "low", "high"):
             theirs = "gamma_over_sgd_geomean" + ("" if name == "mean" else f"_{name}")
-            np.testing.assert_allclose(found[name], expected[theirs], rtol=1e-12)
+            np.testing.assert_allclose(result[name], expected[theirs], rtol=1e-12)
 
     def test_what_has_no_logarithm_is_left_out(self):
         table = pd.DataFrame({"k": list("aaab"), "x": [2.0, np.inf, 0.0, np.nan]})
-        found = geometric_means(table, ["k"], "x")
-        assert found["k"].tolist() == ["a"]
-        assert found["mean"].tolist() == [2.0]
-        assert found[["low", "high"]].isna().all(axis=None)
+        result = geometric_means(table, ["k"], "x")
+        assert result["k"].tolist() == ["a"]
+        assert result["mean"].tolist() == [2.0]
+        assert result[["low", "high"]].isna().all(axis=None)
         assert geometric_means(table[3:], ["k"], "x").empty
 
 
@@ -190,8 +192,8 @@ class TestSources:
     def test_tasks_of_several_files(self, tmp_path):
         both = pd.concat([gammas(task="a"), gammas(task="b")])
         files = [source(tmp_path, both, "g.csv"), source(tmp_path, samples("b"), "i.csv")]
-        found = topics(files)
-        assert [(entry.name, list(entry.tables)) for entry in found] == [
+        result = topics(files)
+        assert [(entry.name, list(entry.tables)) for entry in result] == [
             ("a", ["gammas"]),
             ("b", ["gammas", "samples"]),
         ]
@@ -200,9 +202,9 @@ class TestSources:
         table = gammas()
         late, early = table[table["epoch"] == 10], table[table["epoch"] < 10]
         files = [source(tmp_path, late, "2.csv"), source(tmp_path, early, "1.csv")]
-        (found,) = topics(files)
-        assert len(found.tables["gammas"]) == len(table)
-        assert grades(found.tables["gammas"]).checkpoints == list(
+        (result,) = topics(files)
+        assert len(result.tables["gammas"]) == len(table)
+        assert grades(result.tables["gammas"]).checkpoints == list(
             dict.fromkeys(table["checkpoint"])
         )
 
@@ -222,15 +224,15 @@ class TestSources:
         sweep = table[table["epoch"] != 5].assign(gamma=lambda t: t["gamma"] * (1 + 3e-7))
         parts = {"stages.csv": stages, "sweep.csv": sweep, "norms.csv": samples()}
         files = [source(tmp_path, rows, name) for name, rows in parts.items()]
-        (found,) = topics(files[::-1] if swapped else files)
-        assert found.name == "t"
-        assert list(found.tables) == ["gammas", "samples"]
+        (result,) = topics(files[::-1] if swapped else files)
+        assert result.name == "t"
+        assert list(result.tables) == ["gammas", "samples"]
         keys = ["checkpoint", "batch", "method", "damping"]
-        kept = found.tables["gammas"]
+        kept = result.tables["gammas"]
         assert not kept.duplicated(keys).any()
         once = pd.concat([stages, sweep]).drop_duplicates(keys)
         assert len(kept) == len(once) == 72 + 2 * 48
-        text = "\n".join(findings(found))
+        text = "\n".join(findings(result))
         assert text.count("iEF is ") == 1
         assert "From epoch 0 to epoch 10" in text
         assert "Surely below SGD" in text
@@ -251,17 +253,17 @@ class TestSources:
         plain = gammas().assign(gamma_over_ng=np.nan, gamma_min=np.nan)
         late = gammas()[lambda t: t["epoch"] == 10]
         files = [source(tmp_path, plain, "a.csv"), source(tmp_path, late, "b.csv")]
-        (found,) = topics(files[::-1] if swapped else files)
-        rows = found.tables["gammas"]
+        (result,) = topics(files[::-1] if swapped else files)
+        rows = result.tables["gammas"]
         assert len(rows) == len(plain)
-        told = rows["gamma_over_ng"].notna()
-        assert told.tolist() == (rows["epoch"] == 10).tolist()
+        output = rows["gamma_over_ng"].notna()
+        assert output.tolist() == (rows["epoch"] == 10).tolist()
 
     def test_a_table_of_evaluate_alone(self, tmp_path):
         table = gammas(epochs=(0,)).drop(columns=["task", "checkpoint", "epoch", "step", "stage"])
-        (found,) = topics([source(tmp_path, table, "mine.csv")])
-        assert found.name == "mine"
-        assert "iEF" in findings(found)[0]
+        (result,) = topics([source(tmp_path, table, "mine.csv")])
+        assert result.name == "mine"
+        assert "iEF" in findings(result)[0]
 
 
 class TestFindings:
@@ -274,8 +276,8 @@ class TestFindings:
         ief, ef = summary.loc["ief", 1e-6, 10], summary.loc["ef", 1e-6, 10]
         assert first.startswith("At λ = 1e-6 and epoch 10, iEF is ")
         for start, row in (("iEF is {} × SGD {}", ief), ("EF {} × {}", ef)):
-            told = [row[f"gamma_over_sgd_geomean{end}"] for end in ("", "_low", "_high")]
-            assert start.format(*with_interval(*told).split(" ", 1)) in first
+            output = [row[f"gamma_over_sgd_geomean{end}"] for end in ("", "_low", "_high")]
+            assert start.format(*with_interval(*output).split(" ", 1)) in first
         assert "geometric mean over 6 batches, 95 % bootstrap interval" in first
 
     def test_verdicts(self):
@@ -308,8 +310,8 @@ class TestFindings:
                 if low > 1 + 1e-4
                 else "not distinguishable"
             )
-            found = [key for key, told in parts.items() if name in re.split(", | and ", told)]
-            assert found == [where]
+            result = [key for key, output in parts.items() if name in re.split(", | and ", output)]
+            assert result == [where]
 
     @pytest.mark.parametrize(("batches", "warns"), [(4, True), (5, False)])
     def test_few_batches(self, batches, warns):
@@ -414,8 +416,8 @@ class TestFindings:
     def test_floor(self):
         text = said(gammas=gammas())
         assert "below γ_min, 0.25 × SGD at epoch 10, 1.25 × the closed-form floor." in text
-        own = gammas().assign(gamma_floor=lambda t: t["gamma_min"])
-        assert "closed-form floor to within 0.5 %" in said(gammas=own)
+        local = gammas().assign(gamma_floor=lambda t: t["gamma_min"])
+        assert "closed-form floor to within 0.5 %" in said(gammas=local)
         none = gammas().assign(gamma_min=np.nan, gamma_over_ng=np.nan)
         assert "below the floor, 0.2 × SGD" in said(gammas=none)
 
@@ -433,9 +435,9 @@ class TestFindings:
 
     def test_about_ten_sentences(self):
         many = {name: 0.5 + 0.1 * i for i, name in enumerate("abcdefghijklmnopqrst")}
-        found = findings(topic(gammas=gammas({"sgd": 1.0, **many}), samples=samples()))
-        assert 6 <= len(found) <= 12
-        assert "14 more in the table" in found[0]
+        result = findings(topic(gammas=gammas({"sgd": 1.0, **many}), samples=samples()))
+        assert 6 <= len(result) <= 12
+        assert "14 more in the table" in result[0]
 
 
 class TestCharts:
@@ -626,21 +628,21 @@ class TestCharts:
 class TestTable:
     def test_first_shown_are_the_last_checkpoint_and_the_smallest_damping(self):
         table = gammas()
-        found = gamma_table(grades(table), checkpoint_labels(table))
-        assert len(found.rows) == 36
-        shown = [[cell.text for cell in row.cells] for row in found.rows if not row.hidden]
+        result = gamma_table(grades(table), checkpoint_labels(table))
+        assert len(result.rows) == 36
+        shown = [[cell.text for cell in row.cells] for row in result.rows if not row.hidden]
         assert [row[0] for row in shown] == ["sgd", "ief", "ef", "diag"]
         assert {(row[5], row[6]) for row in shown} == {("1e-6", "epoch 10")}
 
     def test_a_long_one_is_thinned_and_says_so(self, monkeypatch):
         monkeypatch.setattr(ngeval.report.tables, "MAX_ROWS", 40)
         table = gammas(dampings=tuple(np.geomspace(1e-6, 1, 20)))
-        found = gamma_table(grades(table), checkpoint_labels(table))
-        assert len(found.rows) <= 40 + 12
-        assert "of 20 λ" in found.note
-        marked = [row for row in found.rows if "best" in row.filters["damping"]]
+        result = gamma_table(grades(table), checkpoint_labels(table))
+        assert len(result.rows) <= 40 + 12
+        assert "of 20 λ" in result.note
+        marked = [row for row in result.rows if "best" in row.filters["damping"]]
         assert len(marked) == 12
-        assert any(not row.hidden for row in found.rows)
+        assert any(not row.hidden for row in result.rows)
 
 
 class TestPage:
@@ -658,17 +660,17 @@ class TestPage:
         return make_page(read_sources([folder / "g.parquet", folder / "i.csv"]))
 
     def test_it_is_well_formed_and_has_no_address(self, page):
-        found = Reader(unfolded(page))
-        assert found.open == []
-        assert all(link.startswith(("#", "data:,")) for link in found.links)
-        assert not [a for _, a in found.tags for name in a if name.startswith("on")]
+        result = Reader(unfolded(page))
+        assert result.open == []
+        assert all(link.startswith(("#", "data:,")) for link in result.links)
+        assert not [a for _, a in result.tags for name in a if name.startswith("on")]
 
     def test_its_policy_allows_its_scripts_alone(self, page):
-        found = Reader(page)
-        policy = next(a["content"] for t, a in found.tags if t == "meta" and "http-equiv" in a)
+        result = Reader(page)
+        policy = next(a["content"] for t, a in result.tags if t == "meta" and "http-equiv" in a)
         assert policy.startswith("default-src 'none'; script-src 'sha256-")
         allowed = set(re.findall("'sha256-([^']+)'", policy))
-        run = [text for attributes, text in found.scripts if "type" not in attributes]
+        run = [text for attributes, text in result.scripts if "type" not in attributes]
         hashes = {base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in run}
         assert hashes == allowed
         assert len(run) == 1
@@ -729,12 +731,12 @@ class TestPage:
             path, manifest({"x": HOSTILE["reason"]}, command=["ngeval", HOSTILE["task"]])
         )
         page = make_page(read_sources([path]), title=HOSTILE["task"])
-        found = Reader(unfolded(page))
-        assert found.open == []
-        assert {tag for tag, _ in found.tags}.isdisjoint({"img", "b", "a" * 2})
-        assert not [a for _, a in found.tags for name in a if name.startswith("on")]
-        assert all(link.startswith(("#", "data:,")) for link in found.links)
-        texts = " ".join(found.texts)
+        result = Reader(unfolded(page))
+        assert result.open == []
+        assert {tag for tag, _ in result.tags}.isdisjoint({"img", "b", "a" * 2})
+        assert not [a for _, a in result.tags for name in a if name.startswith("on")]
+        assert all(link.startswith(("#", "data:,")) for link in result.links)
+        texts = " ".join(result.texts)
         for name in HOSTILE.values():
             assert name.rpartition("/")[2] in texts  # of a checkpoint its file's name
         assert "{{ 7 * 7 }}" in texts
@@ -755,9 +757,9 @@ class TestPage:
 class TestFacts:
     def test_what_is_not_in_the_table_is_said_to_be_missing(self):
         bare = gammas().drop(columns=["likelihood", "dtype", "engine", "seed", "num_parameters"])
-        told = dict(facts(topic(gammas=bare)))
+        output = dict(facts(topic(gammas=bare)))
         for name in ("likelihood", "parameters", "model's dtype", "Jacobian engine", "seed"):
-            assert told[name] == "not recorded"
+            assert output[name] == "not recorded"
 
     def test_what_the_table_has_not_is_taken_from_the_manifest(self, tmp_path):
         """Rows of ngeval imbalance have neither likelihood nor dtype, engine or seed."""
@@ -779,14 +781,14 @@ class TestFacts:
         assert result["model's dtype"] == "unchanged (--dtype was not given)"
 
     def test_another_metric_is_told(self):
-        told = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))
-        assert told["graded by"] == "the Fisher and gradient of 320 samples"
+        output = dict(facts(topic(gammas=gammas().assign(metric_samples=320))))
+        assert output["graded by"] == "the Fisher and gradient of 320 samples"
 
     def test_manifest_in_any_state(self, tmp_path):
         whole = Source(tmp_path / "r.csv", "gammas", gammas(), manifest({"seed": 1}))
-        told = dict(run_facts(whole))
-        assert told["seed"] == "1"
-        assert "torch" in told["versions"]
+        output = dict(run_facts(whole))
+        assert output["seed"] == "1"
+        assert "torch" in output["versions"]
         odd = Source(tmp_path / "r.csv", "gammas", gammas(), {"versions": 3, "machine": None})
         assert dict(run_facts(odd))["command"] == "not recorded"
 

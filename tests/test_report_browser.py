@@ -90,13 +90,13 @@ def visit(driver, pages):
     driver.get_log("browser"), driver.get_log("performance")
     yield opened
     assert driver.get_log("browser") == []
-    asked = [
+    request = [
         address
         for entry in driver.get_log("performance")
         if "Network.requestWillBeSent" in entry["message"]
         for address in re.findall(r'"url":"([^"]+)"', entry["message"])
     ]
-    assert {address.partition(":")[0] for address in asked} <= {"file", "data", "blob"}
+    assert {address.partition(":")[0] for address in request} <= {"file", "data", "blob"}
 
 
 def wait(driver, condition):
@@ -117,8 +117,8 @@ def heads(driver):
 
 
 def figure(driver, title):
-    found = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
-    return next(f for f in found if f.find_element(By.TAG_NAME, "h4").text == title)
+    result = driver.find_elements(By.CSS_SELECTOR, "figure.chart")
+    return next(f for f in result if f.find_element(By.TAG_NAME, "h4").text == title)
 
 
 def shown_values(driver, chart):

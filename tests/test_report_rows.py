@@ -41,10 +41,10 @@ def said(**tables):
 
 def told_of(sources):
     """The topics' findings, troubles and notes, as text."""
-    found = topics(sources)
-    parts = [line for topic in found for line in findings(topic)]
-    parts += [f"{t.count} {t.status}: {t.reason}" for topic in found for t in troubles(topic)]
-    return "\n".join([*parts, *(note for topic in found for note in topic.notes)])
+    result = topics(sources)
+    parts = [line for topic in result for line in findings(topic)]
+    parts += [f"{t.count} {t.status}: {t.reason}" for topic in result for t in troubles(topic)]
+    return "\n".join([*parts, *(note for topic in result for note in topic.notes)])
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ class TestFiles:
 class TestRows:
     def test_rows_that_stand_twice_count_once(self, tmp_path):
         both = pd.concat([gammas(), gammas()[:5]])
-        (found,) = topics(read(tmp_path, {"g.csv": both}))
-        assert len(found.tables["gammas"]) == len(gammas())
-        assert found.notes == ["g.csv: 5 rows are there more than once, and counted once."]
-        assert findings(found) == findings(topics(read(tmp_path, {"g.csv": gammas()}))[0])
+        (result,) = topics(read(tmp_path, {"g.csv": both}))
+        assert len(result.tables["gammas"]) == len(gammas())
+        assert result.notes == ["g.csv: 5 rows are there more than once, and counted once."]
+        assert findings(result) == findings(topics(read(tmp_path, {"g.csv": gammas()}))[0])
 
     @pytest.mark.parametrize(
         ("table", "column", "keys"),
@@ -173,17 +173,17 @@ class TestRows:
         alone = gammas()
         if names is None:
             alone, names = alone.assign(seed=5), ["seed 5", "seed 7"]
-        found = topics(read(tmp_path, {"g.csv": pd.concat([alone, second])}))
-        assert [topic.name for topic in found] == [f"t (g; {name})" for name in names]
-        for topic, table in zip(found, (alone, second), strict=True):
+        result = topics(read(tmp_path, {"g.csv": pd.concat([alone, second])}))
+        assert [topic.name for topic in result] == [f"t (g; {name})" for name in names]
+        for topic, table in zip(result, (alone, second), strict=True):
             assert findings(topic) == findings(Topic("t", {"gammas": table}))
             assert "g.csv holds 2 runs of t" in topic.notes[0]
 
     def test_batches_of_several_sizes_are_one_run(self, tmp_path):
         table = gammas()
         table.loc[table["batch"] == 5, "num_samples"] = 20
-        (found,) = topics(read(tmp_path, {"g.csv": table}))
-        assert "N = 32, 20 samples" in dict(facts(found))["batches"]
+        (result,) = topics(read(tmp_path, {"g.csv": table}))
+        assert "N = 32, 20 samples" in dict(facts(result))["batches"]
 
     @pytest.mark.parametrize(
         ("value", "reason"),
@@ -192,13 +192,13 @@ class TestRows:
     def test_ratios_that_cannot_be_used_are_told(self, tmp_path, value, reason):
         table = gammas()
         table.loc[table["method"] == "ef", "gamma_over_sgd"] = value
-        (found,) = topics(read(tmp_path, {"g.csv": table}))
-        (trouble,) = troubles(found)
+        (result,) = topics(read(tmp_path, {"g.csv": table}))
+        (trouble,) = troubles(result)
         assert (trouble.count, trouble.status) == (54, "left out")
         assert trouble.reason.startswith("γ/γ_SGD")
         assert trouble.reason.endswith(reason)
         assert dict(trouble.where)["methods"] == "ef"
-        assert not re.search(r"\bEF\b", "".join(findings(found)))
+        assert not re.search(r"\bEF\b", "".join(findings(result)))
 
     def test_bounds_of_two_signs_are_no_value(self):
         table = gammas().assign(gamma_ng_lower=-1.0)
@@ -244,8 +244,8 @@ class TestRows:
         path = tmp_path / "g.jsonl"
         rows = gammas().assign(seed=[seed] * len(gammas())).to_dict("records")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (found,) = topics(read_sources([path]))
-        assert dict(facts(found))["seed"] == str(seed)
+        (result,) = topics(read_sources([path]))
+        assert dict(facts(result))["seed"] == str(seed)
 
 
 class TestVerdicts:

@@ -60,11 +60,11 @@ def small(tmp_path):
 def undisturbed(tmp_path_factory):
     """Files of runs that nothing happened to, by command and extension."""
     small = Small.of(tmp_path_factory.mktemp("undisturbed"))
-    wanted = [("gamma", kind) for kind in (".csv", ".parquet", ".jsonl")]
-    wanted += [("layers", ".csv"), ("imbalance", ".csv")]
-    for command, kind in wanted:
+    expected = [("gamma", kind) for kind in (".csv", ".parquet", ".jsonl")]
+    expected += [("layers", ".csv"), ("imbalance", ".csv")]
+    for command, kind in expected:
         small.run(command, small.folder / f"{command}{kind}")
-    return {(c, kind): (small.folder / f"{c}{kind}").read_bytes() for c, kind in wanted}
+    return {(c, kind): (small.folder / f"{c}{kind}").read_bytes() for c, kind in expected}
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,11 @@ def refused(small: Small, command: str, output: Path, *words: object) -> str:
     """The message of a run that is not gone on with, which leaves everything as it was."""
     folder = output.parent
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
-    told = small.run(command, output, *words, code=2).stderr
+    text = small.run(command, output, *words, code=2).stderr
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
     changed = {p.name for p in before.keys() | after.keys() if before.get(p) != after.get(p)}
     assert changed <= {"writer.json"}
-    return told
+    return text
 
 
 class TestInterruption:
@@ -109,17 +109,17 @@ class TestInterruption:
         journal = Journal(output)
         assert len(journal.entries()) == units
         if units:
-            told = read_manifest(output)
-            assert "complete" not in told
+            text = read_manifest(output)
+            assert "complete" not in text
             assert len(read_results(output)) == units * 4
-        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
-        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
+        built = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", built):
             small.run("gamma", output, "--resume")
-        assert made.call_count == UNITS - units
+        assert built.call_count == UNITS - units
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
-        told = read_manifest(output)
-        assert told["complete"]
-        assert len(told.get("resumed", [])) == (units > 0)  # of nothing, a new run was begun
+        text = read_manifest(output)
+        assert text["complete"]
+        assert len(text.get("resumed", [])) == (units > 0)  # of nothing, a new run was begun
         assert files(output.parent) == {"g.csv", "g.csv.manifest.json"}
 
     @pytest.mark.parametrize("kind", [".parquet", ".jsonl"])
@@ -152,10 +152,10 @@ class TestInterruption:
         units[1].write_bytes(units[1].read_bytes()[:-100])
         units[3].unlink()
         output.unlink()
-        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
-        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
+        built = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", built):
             small.run("gamma", output, "--resume")
-        assert made.call_count == 3
+        assert built.call_count == 3
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
 
     def test_killed(self, small, undisturbed):
@@ -175,9 +175,9 @@ class TestInterruption:
             process.send_signal(signal.SIGKILL)
         done = len(Journal(output).entries())
         assert 2 <= done < UNITS
-        told = json.loads((Journal(output).folder / "run.json").read_text())
-        told["identity"]["code"] = CODE  # it ran with the code's true hash
-        (Journal(output).folder / "run.json").write_text(json.dumps(told))
+        text = json.loads((Journal(output).folder / "run.json").read_text())
+        text["identity"]["code"] = CODE  # it ran with the code's true hash
+        (Journal(output).folder / "run.json").write_text(json.dumps(text))
         small.run("gamma", output, "--resume")
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
         assert files(small.folder) == {"g.csv", "g.csv.manifest.json"}
@@ -190,8 +190,8 @@ class TestInterruption:
         with tempfile.TemporaryDirectory() as name:
             small = Small(shutil.copytree(stopped, Path(name) / "half"))
             output = small.folder / "g.csv"
-            (wanted := small.folder / "w.parquet").write_bytes(undisturbed["gamma", ".parquet"])
-            table = read_results(wanted)
+            (expected := small.folder / "w.parquet").write_bytes(undisturbed["gamma", ".parquet"])
+            table = read_results(expected)
             journal = Journal(output)
             journal.forget(list(journal.entries()))
             journal.run = json.loads(journal.description())["id"]
@@ -220,9 +220,9 @@ class TestRefusal:
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_options(self, half, change):
-        words, told = self.CHANGES[change]
+        words, text = self.CHANGES[change]
         output = half.folder / "g.csv"
-        assert told in refused(half, "gamma", output, "--resume", *words)
+        assert text in refused(half, "gamma", output, "--resume", *words)
 
     def test_options_of_a_complete_run(self, small):
         output = small.folder / "g.csv"
@@ -230,14 +230,14 @@ class TestRefusal:
         assert "settings.seed" in refused(small, "gamma", output, "--resume", "--seed", "1")
 
     def test_another_command(self, half):
-        told = refused(half, "layers", half.folder / "g.csv", "--resume")
-        assert 'options.kind: "gamma" then, "layers" now' in told
+        output = refused(half, "layers", half.folder / "g.csv", "--resume")
+        assert 'options.kind: "gamma" then, "layers" now' in output
 
     @pytest.mark.parametrize("stage", [0, 1])
     def test_a_checkpoint_of_which_something_is_done(self, half, stage):
         half.save(stage, seed=9)
-        told = refused(half, "gamma", half.folder / "g.csv", "--resume")
-        assert f"checkpoints.{half.checkpoint(stage).name}: " in told
+        output = refused(half, "gamma", half.folder / "g.csv", "--resume")
+        assert f"checkpoints.{half.checkpoint(stage).name}: " in output
 
     def test_a_checkpoint_of_which_nothing_is_done(self, half):
         half.save(2, seed=9)
@@ -250,13 +250,13 @@ class TestRefusal:
     def test_more_or_fewer_checkpoints(self, half):
         output = half.folder / "g.csv"
         shutil.copy(half.checkpoint(0), half.folder / "epoch=7.safetensors")
-        told = refused(half, "gamma", output, "--resume")
-        assert "epoch=7.safetensors: nothing then, " in told
+        text = refused(half, "gamma", output, "--resume")
+        assert "epoch=7.safetensors: nothing then, " in text
         (half.folder / "epoch=7.safetensors").unlink()
         half.checkpoint(0).unlink()
-        told = refused(half, "gamma", output, "--resume")
-        assert f"{half.checkpoint(0).name}: " in told
-        assert " then, nothing now" in told
+        text = refused(half, "gamma", output, "--resume")
+        assert f"{half.checkpoint(0).name}: " in text
+        assert " then, nothing now" in text
 
     def test_checkpoints_in_another_order(self, half):
         names = [half.checkpoint(stage).name for stage in (1, 0, 2)]
@@ -276,18 +276,18 @@ class TestRefusal:
 
     @pytest.mark.parametrize("change", TASKS)
     def test_a_task(self, half, change):
-        old, new, told = self.TASKS[change]
+        old, new, output = self.TASKS[change]
         path = half.folder / "mine.py"
         path.write_text(path.read_text().replace(old, new, 1))
         shutil.rmtree(half.folder / "__pycache__", ignore_errors=True)
-        assert told in refused(half, "gamma", half.folder / "g.csv", "--resume")
+        assert output in refused(half, "gamma", half.folder / "g.csv", "--resume")
 
     def test_code(self, half, monkeypatch):
         now = CODE | {"ngeval_files": "b" * 64}
         monkeypatch.setattr(ngeval.runs.identity, "code", lambda: now)
-        told = refused(half, "gamma", half.folder / "g.csv", "--resume")
-        assert "code.ngeval_files: " in told
-        assert "--force" in told
+        output = refused(half, "gamma", half.folder / "g.csv", "--resume")
+        assert "code.ngeval_files: " in output
+        assert "--force" in output
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": []}', "[" * 100_000, "\0"])
     def test_a_damaged_journal(self, half, text):
@@ -317,9 +317,9 @@ class TestRefusal:
     def test_what_is_told_of_a_checkpoint(self, half):
         first = min(half.folder.glob("epoch=*.safetensors"))
         first.with_suffix(".json").write_text('{"epoch": 100}')
-        told = refused(half, "gamma", half.folder / "g.csv", "--resume")
-        assert f"metadata.{first.name}.epoch: 0 then, 100 now" in told
-        assert "checkpoints." not in told  # whose bytes are the same
+        output = refused(half, "gamma", half.folder / "g.csv", "--resume")
+        assert f"metadata.{first.name}.epoch: 0 then, 100 now" in output
+        assert "checkpoints." not in output  # whose bytes are the same
 
     def test_a_table_that_was_cut(self, small):
         output = small.folder / "g.csv"
@@ -332,20 +332,20 @@ class TestRefusal:
 
     @pytest.mark.parametrize("kind", ["link", "folder", "file"])
     def test_a_folder_that_is_no_journal_is_left_alone(self, small, kind):
-        output, own = small.folder / "g.csv", small.folder / "own"
-        own.mkdir()
-        (own / "notes.txt").write_text("mine")
+        output, local = small.folder / "g.csv", small.folder / "own"
+        local.mkdir()
+        (local / "notes.txt").write_text("mine")
         folder = Journal(output).folder
         if kind == "link":
-            folder.symlink_to(own, target_is_directory=True)
+            folder.symlink_to(local, target_is_directory=True)
         elif kind == "folder":
-            own.rename(folder)
-            own = folder
+            local.rename(folder)
+            local = folder
         else:
             folder.write_text("mine")
         assert "is not a journal" in refused(small, "gamma", output)
         if kind != "file":
-            assert [path.name for path in own.iterdir()] == ["notes.txt"]
+            assert [path.name for path in local.iterdir()] == ["notes.txt"]
 
     def test_a_manifest_that_cannot_be_written_is_told_before_the_work(self, small, monkeypatch):
         monkeypatch.setattr(
@@ -356,8 +356,8 @@ class TestRefusal:
 
     def test_a_journal_that_tells_nonsense(self, half):
         output = half.folder / "g.csv"
-        told = {"identity": {"checkpoints": {}, "code": [{"a": 1}], "batches": 7}, "resumed": 1}
-        (Journal(output).folder / "run.json").write_text(json.dumps(told))
+        text = {"identity": {"checkpoints": {}, "code": [{"a": 1}], "batches": 7}, "resumed": 1}
+        (Journal(output).folder / "run.json").write_text(json.dumps(text))
         assert "is damaged and does not record which run it belongs to" in refused(
             half, "gamma", output, "--resume"
         )
@@ -365,28 +365,28 @@ class TestRefusal:
     def test_neither_journal_nor_manifest(self, half):
         output = half.folder / "old.csv"
         output.write_text("method,gamma\nsgd,1\n")
-        told = refused(half, "gamma", output, "--resume")
-        assert "so it cannot be continued" in told
+        text = refused(half, "gamma", output, "--resume")
+        assert "so it cannot be continued" in text
         manifest_path(output).write_text('{"format": 1, "complete": true}')
-        told = refused(half, "gamma", output, "--resume")
-        assert "is not a manifest that a run can be repeated from: it has no 'options'" in told
+        text = refused(half, "gamma", output, "--resume")
+        assert "is not a manifest that a run can be repeated from: it has no 'options'" in text
 
     def test_words_that_do_not_go_together(self, half):
         output = half.folder / "g.csv"
-        told = refused(half, "gamma", output, "--resume", "--force")
-        assert "give one of them" in told
+        text = refused(half, "gamma", output, "--resume", "--force")
+        assert "give one of them" in text
         words = half.args("gamma", output, "--resume")
         place = words.index("-o")
-        told = run(*words[:place], *words[place + 2 :], code=2).stderr
-        assert "--resume needs the file that the run is kept in: --output" in told
+        text = run(*words[:place], *words[place + 2 :], code=2).stderr
+        assert "--resume needs the file that the run is kept in: --output" in text
         assert "pass --resume to continue it" in refused(half, "gamma", output)
 
     def test_a_second_writer(self, half):
         output = half.folder / "g.csv"
         with Journal(output).held():
             for word in ("--resume", "--force"):
-                told = refused(half, "gamma", output, word)
-                assert f"is being written by another run (process {os.getpid()} on " in told
+                text = refused(half, "gamma", output, word)
+                assert f"is being written by another run (process {os.getpid()} on " in text
         half.run("gamma", output, "--resume")
 
 
@@ -402,19 +402,19 @@ class TestStart:
         stop_after(monkeypatch, 0)
         again = replace(small, more=())
         words = ("--resume", "-m", "sgd,ief", "--damping", "1")
-        told = again.run("gamma", output, *words)
+        text = again.run("gamma", output, *words)
         assert {path: path.stat().st_mtime_ns for path in before} == before
         assert shown == ""  # quiet
-        assert "epoch 2" in told.stdout
+        assert "epoch 2" in text.stdout
         assert files(small.folder) == {"g.csv", "g.csv.manifest.json"}
 
     def test_force_starts_anew(self, small, undisturbed):
         output = small.folder / "g.csv"
         interrupted(small, "gamma", output, 4, "--seed", "1")
-        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
-        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
+        built = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", built):
             small.run("gamma", output, "--force")
-        assert made.call_count == UNITS
+        assert built.call_count == UNITS
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
 
     def test_force_keeps_the_old_file_until_there_is_a_row(self, small):
@@ -457,9 +457,9 @@ class TestFailedUnits:
         assert table[lost][["method", "damping"]].drop_duplicates().shape == (4, 2)
         assert (table[~lost]["status"] == "ok").all()
         assert len(table) == UNITS * 4
-        told = read_manifest(output)
-        assert told["failed_units"] == [[stage, 0], [stage, 1]]
-        assert told["complete"] is False
+        text = read_manifest(output)
+        assert text["failed_units"] == [[stage, 0], [stage, 1]]
+        assert text["complete"] is False
         assert Journal(output).exists
 
         # Once it is mended, only that one is done, and nobody sees that it ever failed.
@@ -467,10 +467,10 @@ class TestFailedUnits:
             again = small.run("gamma", output, "--resume", code=3)
             assert "could not be graded" in again.stderr
         small.save(stage)
-        made = mock.Mock(wraps=ngeval.runs.tables.evaluate)
-        with mock.patch.object(ngeval.runs.tables, "evaluate", made):
+        built = mock.Mock(wraps=ngeval.runs.tables.evaluate)
+        with mock.patch.object(ngeval.runs.tables, "evaluate", built):
             small.run("gamma", output, "--resume")
-        assert made.call_count == BATCHES
+        assert built.call_count == BATCHES
         assert output.read_bytes() == undisturbed["gamma", ".csv"]
         assert read_manifest(output)["complete"] is True
         assert files(small.folder) == {"g.csv", "g.csv.manifest.json"}
@@ -501,8 +501,8 @@ class TestFailedUnits:
         for stage in range(STAGES):
             broken(small, stage, "torn")
         output = small.folder / "t.csv"
-        told = small.run(command, output, code=2).stderr
-        assert f"none of {UNITS} units could be graded" in told
+        text = small.run(command, output, code=2).stderr
+        assert f"none of {UNITS} units could be graded" in text
         assert files(small.folder) == set()
 
     def test_one_that_runs_out_of_memory(self, small, undisturbed, monkeypatch):
@@ -542,11 +542,11 @@ class TestFailedUnits:
         lost = (table["method"] == "overflowing") & (table["damping"] == 1.0)
         assert (table["status"] != "ok").tolist() == lost.tolist()
         assert table[lost]["gamma"].isna().all()
-        (wanted := small.folder / "w.csv").write_bytes(undisturbed["gamma", ".csv"])
+        (expected := small.folder / "w.csv").write_bytes(undisturbed["gamma", ".csv"])
         others = table[table["method"] != "overflowing"].fillna({"reason": math.nan})
         assert_frame_equal(
             others.drop(columns="reason").reset_index(drop=True),
-            read_results(wanted).drop(columns="reason"),
+            read_results(expected).drop(columns="reason"),
             check_exact=True,
         )
 
@@ -601,11 +601,11 @@ class TestAdapters:
             return read_results(output)
 
         alone = graded(tmp_path / "a.csv", first, last)
-        found = graded(tmp_path / "b.csv", first, middle, last, code=3)
-        assert set(found[found["stage"] == 1]["status"]) == {"failed"}
-        assert str(middle) in found[found["stage"] == 1]["reason"].iloc[0]
+        result = graded(tmp_path / "b.csv", first, middle, last, code=3)
+        assert set(result[result["stage"] == 1]["status"]) == {"failed"}
+        assert str(middle) in result[result["stage"] == 1]["reason"].iloc[0]
         left, right = (
             t[t["checkpoint"] != str(middle)].drop(columns="stage").reset_index(drop=True)
-            for t in (found, alone)
+            for t in (result, alone)
         )
         assert_frame_equal(left, right, check_exact=True)

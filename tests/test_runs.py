@@ -208,8 +208,8 @@ class TestSamplesOfMethodsThatFail:
 
 class TestWhatARunReports:
     def test_sizes_before_and_a_forecast_after_the_first_unit(self, loud):
-        told = loud.run("gamma", loud.folder / "g.csv").stderr
-        before, _, after = told.partition("the first unit took ")
+        output = loud.run("gamma", loud.folder / "g.csv").stderr
+        before, _, after = output.partition("the first unit took ")
         sizes = f"{UNITS} units ({STAGES} checkpoints × {BATCHES} batches), 2 methods × 2 dampings"
         assert f"{sizes} in each" in before
         assert "a unit: 5 samples × 3 outputs, 15 parameters; it keeps J, which takes" in before
@@ -218,8 +218,10 @@ class TestWhatARunReports:
         assert after.count("a unit: ") == 0
 
     def test_a_batch_that_does_not_fit(self, loud):
-        told = loud.run("gamma", loud.folder / "g.csv", "-m", "sgd,ief", "--memory", "200").stderr
-        assert "methods that need the logit kernel will fail: the Gram matrix of 5 samples" in told
+        output = loud.run("gamma", loud.folder / "g.csv", "-m", "sgd,ief", "--memory", "200").stderr
+        assert (
+            "methods that need the logit kernel will fail: the Gram matrix of 5 samples" in output
+        )
 
     def test_nothing_when_quiet(self, small):
         result = small.run("gamma", small.folder / "g.csv")
@@ -231,14 +233,14 @@ class TestStopAfter:
     def test_the_rest_is_resumed(self, small, loud, command):
         output, whole = small.folder / "g.csv", small.folder / "whole.csv"
         small.run(command, whole)
-        told = loud.run(command, output, "--stop-after", 2).stderr
-        assert f"2 of {UNITS} units are done; the same command with --resume continues" in told
-        assert "2 of them in this start" in told
-        assert f"the other {UNITS - 1} will take at most about " in told
+        text = loud.run(command, output, "--stop-after", 2).stderr
+        assert f"2 of {UNITS} units are done; the same command with --resume continues" in text
+        assert "2 of them in this start" in text
+        assert f"the other {UNITS - 1} will take at most about " in text
         assert len(Journal(output).entries()) == 2
         assert "complete" not in read_manifest(output)
-        told = loud.run(command, output, "--stop-after", 1, "--resume").stderr
-        assert f"2 of {UNITS} units were done before" in told
+        text = loud.run(command, output, "--stop-after", 1, "--resume").stderr
+        assert f"2 of {UNITS} units were done before" in text
         assert len(Journal(output).entries()) == 3
         loud.run(command, output, "--stop-after", UNITS, "--resume")
         assert output.read_bytes() == whole.read_bytes()
@@ -268,8 +270,8 @@ class TestStopAfter:
         words = small.args("gamma", Path("g.csv"), "--stop-after", 1)
         place = words.index("-o")
         with contextlib.chdir(small.folder):
-            told = command(*words[:place], *words[place + 2 :], code=2).stderr
-        assert "--stop-after needs the file that the run is kept in: --output" in told
+            output = command(*words[:place], *words[place + 2 :], code=2).stderr
+        assert "--stop-after needs the file that the run is kept in: --output" in output
         with pytest.raises(InputError, match="from 1 on"):
             ngeval.runs.execute.check_result(OutputOptions(Path("g.csv"), stop_after=0))
 

@@ -36,8 +36,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         )
         for rank in range(RANKS)
     ]
-    told = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0] * RANKS, "\n\n".join(told)
+    output = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * RANKS, "\n\n".join(output)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
@@ -45,9 +45,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 def test_results_are_those_of_a_single_process(ranks, name):
     expected = ranks_problems.answers(CASES[name])
     for group in ("all ranks", "two ranks"):
-        found = ranks[0][group].get(name, expected)
-        assert found.keys() == expected.keys()
-        off = {key: gap(found[key], value, key in VECTORS) for key, value in expected.items()}
+        result = ranks[0][group].get(name, expected)
+        assert result.keys() == expected.keys()
+        off = {key: gap(result[key], value, key in VECTORS) for key, value in expected.items()}
         assert {key: value for key, value in off.items() if value > 1e-10} == {}, group
 
 
@@ -71,9 +71,9 @@ def troubles(ranks: Ranks, name: str) -> dict[str, Any]:
 
 
 def test_a_rank_without_memory_is_told_of_by_all(ranks):
-    told = troubles(ranks, "out_of_memory")["told"]
-    assert told.startswith("RankMemoryError: rank 1 of 3: out of memory; use a smaller batch")
-    assert "no room" in told
+    output = troubles(ranks, "out_of_memory")["told"]
+    assert output.startswith("RankMemoryError: rank 1 of 3: out of memory; use a smaller batch")
+    assert "no room" in output
 
 
 def test_all_ranks_try_a_gram_matrix_again_with_half_the_memory(ranks):
@@ -81,43 +81,43 @@ def test_all_ranks_try_a_gram_matrix_again_with_half_the_memory(ranks):
 
 
 def test_a_method_that_fails_on_one_rank_fails_on_all_and_the_others_go_on(ranks):
-    told = troubles(ranks, "failing_method")["told"]
-    assert told == "rank 1 of 3: ValueError: a bug of mine"
+    output = troubles(ranks, "failing_method")["told"]
+    assert output == "rank 1 of 3: ValueError: a bug of mine"
 
 
 def test_the_errors_of_one_rank_keep_their_class(ranks):
-    told = troubles(ranks, "poor_sample")["told"]
-    assert told == "ModelError: the outputs of samples [5] are NaN or infinite"
+    output = troubles(ranks, "poor_sample")["told"]
+    assert output == "ModelError: the outputs of samples [5] are NaN or infinite"
 
 
 def test_ranks_that_were_given_different_things_are_told_so(ranks):
-    told = troubles(ranks, "other_things")
-    assert "the inputs of rank 2 and of rank 0 differ" in told["inputs"]
-    assert "the metric's batches of rank 1 and of rank 0 differ" in told["metric"]
-    assert "the weights of rank 1 and of rank 0 differ" in told["weights"]
+    output = troubles(ranks, "other_things")
+    assert "the inputs of rank 2 and of rank 0 differ" in output["inputs"]
+    assert "the metric's batches of rank 1 and of rank 0 differ" in output["metric"]
+    assert "the weights of rank 1 and of rank 0 differ" in output["weights"]
 
 
 @pytest.mark.parametrize("kernels", ["free explicit", "gram"])
 def test_frozen_layers_may_be_kept_in_parts(ranks, kernels):
     expected = ranks_problems.adapted_answers(kernels)
     for rank in ranks:
-        found = rank["troubles"]["parts"][kernels]
-        assert found.keys() == expected.keys()
-        off = {key: gap(found[key], value, value.ndim == 1) for key, value in expected.items()}
+        result = rank["troubles"]["parts"][kernels]
+        assert result.keys() == expected.keys()
+        off = {key: gap(result[key], value, value.ndim == 1) for key, value in expected.items()}
         assert {key: value for key, value in off.items() if value > 1e-10} == {}
 
 
 def test_models_in_parts_that_cannot_be_treated_are_refused(ranks):
-    told = troubles(ranks, "parts")
-    assert "7 samples cannot be spread evenly over 3 ranks" in told["uneven"]
-    assert "parameter 'down.weight' is a DTensor" in told["trainable"]
-    assert "ignored_params" in told["trainable"]
+    output = troubles(ranks, "parts")
+    assert "7 samples cannot be spread evenly over 3 ranks" in output["uneven"]
+    assert "parameter 'down.weight' is a DTensor" in output["trainable"]
+    assert "ignored_params" in output["trainable"]
 
 
 def test_ranks_out_of_step_are_stopped(ranks):
-    told = troubles(ranks, "out_of_step")
-    assert "do not compute the same thing" in told["told"]
-    assert "lost step" in told["later"]
+    output = troubles(ranks, "out_of_step")
+    assert "do not compute the same thing" in output["told"]
+    assert "lost step" in output["later"]
 
 
 def gap(found: torch.Tensor, expected: torch.Tensor, together: bool) -> float:

@@ -44,11 +44,11 @@ def test_streamed_terms_are_the_captured_ones(problem):
     seen: dict[tuple[str, int], torch.Tensor] = {}
 
     def use(terms, vectors):
-        found = rows_of(terms, EVERY, EVERY)
-        for name in found:
+        result = rows_of(terms, EVERY, EVERY)
+        for name in result:
             # All of a parameter's terms come together: nothing is to be added later.
             assert (name, vectors.start) not in seen
-            seen[name, vectors.start] = found[name]
+            seen[name, vectors.start] = result[name]
 
     problem.rows.stream(vectors, block, use)
     for name, whole in expected.items():
@@ -78,13 +78,13 @@ def test_kept_captures_serve_everything(problem):
 def test_captures_are_made_once_where_there_is_room(monkeypatch):
     problem = problems.case("categorical-sequence-float64").problem()
     vectors = cotangents_of(problem)
-    made = []
+    built = []
     real = rows.capture
-    monkeypatch.setattr(rows, "capture", lambda *args: made.append(1) or real(*args))
+    monkeypatch.setattr(rows, "capture", lambda *args: built.append(1) or real(*args))
     kept = CapturedRows(problem.rows, vectors)
     kept.gram()
     kept.combinations(torch.ones(1, vectors.shape[0] * vectors.shape[1], dtype=torch.float64))
-    assert len(made) == 1
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("memory", [6_000, 20_000])

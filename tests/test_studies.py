@@ -259,14 +259,14 @@ class TestTasks:
     @staticmethod
     def parts(task: Task) -> list[list[tuple[float, ...]]]:
         """Each sample of the three parts as something that can be counted."""
-        found = []
+        result = []
         for batches in (task.batches(8, None, 3), task.validation(), task.test()):
             rows = []
             for inputs, _ in batches:
                 pixels = inputs["input_ids"] if isinstance(inputs, dict) else inputs
                 rows += [tuple(row.flatten().tolist()) for row in pixels]
-            found.append(rows)
-        return found
+            result.append(rows)
+        return result
 
     def test_parts_do_not_overlap(self, make):
         train, validation, test = self.parts(make())
@@ -303,11 +303,11 @@ class TestTasks:
 class TestImages:
     def test_coloured_digits_have_the_shape_of_cifar(self):
         digits = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
-        made = coloured_digits(digits, seed=4)
-        assert made.shape == (3, 32, 32, 3)
-        assert made.dtype == np.uint8
-        np.testing.assert_array_equal(made, coloured_digits(digits, seed=4))
-        assert (made != coloured_digits(digits, seed=5)).mean() > 0.9
+        built = coloured_digits(digits, seed=4)
+        assert built.shape == (3, 32, 32, 3)
+        assert built.dtype == np.uint8
+        np.testing.assert_array_equal(built, coloured_digits(digits, seed=4))
+        assert (built != coloured_digits(digits, seed=5)).mean() > 0.9
 
     def test_reads_the_files_of_cifar10(self, tmp_path, monkeypatch):
         monkeypatch.setattr(images, "CIFAR_SIZES", (6, 2, 3))

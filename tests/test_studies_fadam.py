@@ -75,12 +75,12 @@ def test_the_teachers_values_have_mean_0_and_variance_1():
 
 def test_class_probabilities_are_those_of_the_normal_density():
     values = torch.tensor([[-4.0], [0.1], [2.9]])
-    found = models.class_probabilities(values)
+    result = models.class_probabilities(values)
     normal = stats.norm(values.numpy(), models.NOISE)
     ends = np.concatenate([[-np.inf], np.linspace(-3, 3, models.BINS + 1)[1:-1], [np.inf]])
     expected = np.diff(normal.cdf(ends[None]), axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-7)
-    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(result, expected, atol=1e-7)
+    np.testing.assert_allclose(result.sum(1), 1.0, rtol=1e-12)
 
 
 class Knowing(nn.Module):
@@ -277,22 +277,22 @@ FULL = len(CORRECTIONS) + 7
 
 
 def test_every_claim_confirmed():
-    found = findings(rows_with(better=0.9, off=1.1, power=1.2, gain=2.0, empirical=1.3, step=1.5))
-    assert len(found) == FULL
-    assert {f.verdict for f in found} == {"confirmed"}
-    assert all(f.rule and "2405.12807" in f.source for f in found)
-    assert "0.9" in found[0].evidence
+    result = findings(rows_with(better=0.9, off=1.1, power=1.2, gain=2.0, empirical=1.3, step=1.5))
+    assert len(result) == FULL
+    assert {f.verdict for f in result} == {"confirmed"}
+    assert all(f.rule and "2405.12807" in f.source for f in result)
+    assert "0.9" in result[0].evidence
 
 
 def test_every_claim_refuted():
-    found = findings(rows_with(better=1.1, off=0.9, power=0.8, gain=0.5, empirical=0.7, step=0.6))
-    assert {f.verdict for f in found} == {"not confirmed"}
+    result = findings(rows_with(better=1.1, off=0.9, power=0.8, gain=0.5, empirical=0.7, step=0.6))
+    assert {f.verdict for f in result} == {"not confirmed"}
 
 
 def test_noise_confirms_nothing():
-    found = findings(rows_with(spread=0.3))
-    assert {f.verdict for f in found} <= {"not confirmed", "under conditions"}
-    assert [f.verdict for f in found].count("not confirmed") >= len(found) - 2
+    result = findings(rows_with(spread=0.3))
+    assert {f.verdict for f in result} <= {"not confirmed", "under conditions"}
+    assert [f.verdict for f in result].count("not confirmed") >= len(result) - 2
 
 
 def test_one_model_of_four_is_a_condition():

@@ -29,18 +29,18 @@ YES, NO, PARTLY = "confirmed", "not confirmed", "under conditions"
 
 
 def verdict(findings: list[Finding], words: str) -> str:
-    (found,) = [finding for finding in findings if words in finding.claim]
-    return found.verdict
+    (result,) = [finding for finding in findings if words in finding.claim]
+    return result.verdict
 
 
 class TestStatistics:
     def test_mean_against_scipy(self):
         sample = np.array([1.0, 2.5, 3.0, 7.0])
-        found = mean_interval(sample)
+        result = mean_interval(sample)
         ends = stats.t.interval(0.95, 3, loc=sample.mean(), scale=stats.sem(sample))
-        assert found == pytest.approx((sample.mean(), *ends))
+        assert result == pytest.approx((sample.mean(), *ends))
         logs = geometric_interval(np.exp(sample))
-        assert logs == pytest.approx(np.exp(found))
+        assert logs == pytest.approx(np.exp(result))
 
     def test_slope_by_hand(self):
         x, y = np.arange(5.0), np.array([0.1, 0.9, 2.2, 2.8, 4.1])
@@ -70,9 +70,9 @@ class TestStatistics:
 
     def test_by_value_in_order(self):
         rows = pd.DataFrame({"x": [2, 1, 1, 2], "y": [4.0, 1.0, 4.0, math.inf]})
-        found = geometric_intervals(rows, "x", "y")
-        assert list(found) == [1, 2]
-        assert [interval.value for interval in found.values()] == pytest.approx([2, 4])
+        result = geometric_intervals(rows, "x", "y")
+        assert list(result) == [1, 2]
+        assert [interval.value for interval in result.values()] == pytest.approx([2, 4])
         assert Interval(1, 0.5, 2).text() == "1 [0.5, 2]"
 
 
@@ -136,11 +136,11 @@ def ef_rows(
 
 class TestWhyEfFails:
     def test_all_hold(self):
-        found = ef_findings.findings(ef_rows())
+        result = ef_findings.findings(ef_rows())
         for words in ("same amount", "in proportion to", "projection", "imbalance", "near-zero λ"):
-            matching = [f for f in found if words in f.claim]
+            matching = [f for f in result if words in f.claim]
             assert {f.verdict for f in matching} == {YES}, words
-        assert verdict(found, "linear least squares") == YES
+        assert verdict(result, "linear least squares") == YES
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -158,8 +158,8 @@ class TestWhyEfFails:
 
     def test_conditions(self):
         assert verdict(ef_findings.findings(ef_rows(sensitive=1.0)), "robust") == PARTLY
-        found = ef_findings.findings(ef_rows(settles=True))
-        assert verdict(found, "linear least squares") == PARTLY
+        result = ef_findings.findings(ef_rows(settles=True))
+        assert verdict(result, "linear least squares") == PARTLY
 
 
 def descent(kind, method, rate, seed, losses, times, **more) -> pd.DataFrame:
@@ -189,9 +189,9 @@ def convergence_rows(*, rate=1.0, exponent=-1.0, within=1.0, other=10.0) -> pd.D
 
 class TestConvergence:
     def test_all_hold(self):
-        found = convergence_findings.findings(convergence_rows())
-        assert [finding.verdict for finding in found] == [YES] * 4
-        assert "predicted -2.11" in found[0].evidence
+        result = convergence_findings.findings(convergence_rows())
+        assert [finding.verdict for finding in result] == [YES] * 4
+        assert "predicted -2.11" in result[0].evidence
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -237,13 +237,13 @@ def diagonal_rows(*, by_width=-0.5, by_depth=0.3, level=1.0, over_sgd=1.5) -> pd
 
 class TestDiagonal:
     def test_all_but_enough(self):
-        found = diagonal_findings.findings(diagonal_rows())
-        assert [finding.verdict for finding in found] == [NO, YES, YES, YES]
+        result = diagonal_findings.findings(diagonal_rows())
+        assert [finding.verdict for finding in result] == [NO, YES, YES, YES]
 
     def test_others(self):
         rows = diagonal_rows(by_width=0.0, by_depth=0.0, level=0.2, over_sgd=0.7)
-        found = diagonal_findings.findings(rows)
-        assert [finding.verdict for finding in found] == [YES, NO, NO, NO]
+        result = diagonal_findings.findings(rows)
+        assert [finding.verdict for finding in result] == [YES, NO, NO, NO]
 
     def test_some_networks_are_a_condition(self):
         rows = diagonal_rows(by_width=-1.0, by_depth=0.0, level=1.0)
@@ -288,12 +288,12 @@ def training_rows(*, accuracy=0.1, ratio=0.5) -> pd.DataFrame:
 
 class TestOptimization:
     def test_all_hold(self):
-        found = optimization_findings.findings(training_rows())
-        assert [finding.verdict for finding in found] == [YES] * 5
+        result = optimization_findings.findings(training_rows())
+        assert [finding.verdict for finding in result] == [YES] * 5
 
     def test_none_holds(self):
-        found = optimization_findings.findings(training_rows(accuracy=-0.1, ratio=2.0))
-        assert [finding.verdict for finding in found] == [NO] * 5
+        result = optimization_findings.findings(training_rows(accuracy=-0.1, ratio=2.0))
+        assert [finding.verdict for finding in result] == [NO] * 5
 
     def test_one_task_alone_is_a_condition(self):
         good, bad = training_rows(), training_rows(accuracy=-0.1, ratio=2.0)
@@ -303,14 +303,14 @@ class TestOptimization:
 
     def test_differences_are_paired_by_seed(self):
         ended = outcomes(training_rows())
-        found = optimization_findings.paired(ended, "a", "adamw", "test_accuracy")
+        result = optimization_findings.paired(ended, "a", "adamw", "test_accuracy")
         rows = training_rows()
         last = rows[(rows["task"] == "a") & (rows["epoch"] == 1)].set_index("seed")
-        own, other = (
+        local, other = (
             last.loc[last["optimizer"] == name, "test_accuracy"] for name in ("ief", "adamw")
         )
-        expected = stats.ttest_rel(own, other).confidence_interval(0.95)
-        assert found[1:] == pytest.approx(tuple(expected))
+        expected = stats.ttest_rel(local, other).confidence_interval(0.95)
+        assert result[1:] == pytest.approx(tuple(expected))
 
     def test_missing_optimizers(self):
         rows = training_rows()

@@ -143,9 +143,9 @@ class TestDigits:
 class TestShapeMoments:
     def test_against_a_loop_over_pixels(self):
         images = torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-        found = shape_moments(images)
-        assert found.shape == (5, 4)
-        for image, row in zip(images.tolist(), found.tolist(), strict=True):
+        result = shape_moments(images)
+        assert result.shape == (5, 4)
+        for image, row in zip(images.tolist(), result.tolist(), strict=True):
             pixels = [(r, c, image[r][c]) for r in range(8) for c in range(8)]
             ink = sum(value for _, _, value in pixels)
             column = sum(c * value for _, c, value in pixels) / ink

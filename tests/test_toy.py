@@ -86,8 +86,8 @@ class TestLeastSquares:
     def test_updates_are_those_of_the_formulas(self, toy, method, damping):
         places = points(12)
         expected = [closed_form(method, toy, theta, damping) for theta in places]
-        found = toy.updates(method, places, damping)
-        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
+        result = toy.updates(method, places, damping)
+        np.testing.assert_allclose(result, expected, rtol=1e-7, atol=1e-9)
 
     def test_updates_of_any_method_are_those_of_a_problem(self, toy):
         """With its own seed for each point, where labels are drawn."""
@@ -95,19 +95,19 @@ class TestLeastSquares:
         inputs = torch.from_numpy(np.array(toy.inputs))
         targets = torch.from_numpy(np.array(toy.targets)[:, None])
         for method in ("sf:3", "kfac", "diag-ef:0.5", "adamw:0"):
-            found = toy.updates(method, points(3), 0.1, seed=5)
+            result = toy.updates(method, points(3), 0.1, seed=5)
             for number, theta in enumerate(points(3)):
                 with torch.no_grad():
                     model.weight.copy_(torch.tensor(theta))
                 problem = ngeval.Problem(model, inputs, targets, "gaussian:1")
                 state = prepared(method, problem, 5 + number)
-                np.testing.assert_allclose(found[number], state.direction(0.1).numpy(), rtol=1e-9)
+                np.testing.assert_allclose(result[number], state.direction(0.1).numpy(), rtol=1e-9)
 
     def test_several_methods_at_once_have_the_numbers_of_each(self, toy):
         methods = ("sgd", "sf", "ef", "ng")
         together = toy.all_updates(methods, points(4), 0.1, seed=2)
-        for method, found in zip(methods, together, strict=True):
-            np.testing.assert_array_equal(found, toy.updates(method, points(4), 0.1, seed=2))
+        for method, result in zip(methods, together, strict=True):
+            np.testing.assert_array_equal(result, toy.updates(method, points(4), 0.1, seed=2))
 
     def test_ief_is_the_natural_gradient_at_no_damping_only(self, toy):
         places = points(8)
@@ -322,9 +322,9 @@ class TestPictures:
         toy = LeastSquares()
         _, ax = plt.subplots()
         assert plot_toy(toy, "sgd", paths=paths, arrows=3, ax=ax) is ax
-        own = paths[(paths["method"] == "sgd") & (paths["start"] == 1)]
+        local = paths[(paths["method"] == "sgd") & (paths["start"] == 1)]
         drawn = [line.get_xydata() for line in ax.get_lines()]
-        expected = own[["theta_1", "theta_2"]].to_numpy()
+        expected = local[["theta_1", "theta_2"]].to_numpy()
         assert any(line.shape == expected.shape and np.allclose(line, expected) for line in drawn)
         (star,) = (line for line in ax.get_lines() if line.get_label() == "minimum")
         np.testing.assert_allclose(star.get_xydata()[0], toy.minimum)
@@ -348,10 +348,10 @@ class TestPictures:
         """A notebook's backend is loaded with the first figure, which may be one of ngeval's."""
         before = mpl.is_interactive()
         try:
-            for wanted in (True, False):
+            for expected in (True, False):
                 with in_style():
-                    mpl.interactive(wanted)
-                assert mpl.is_interactive() is wanted
+                    mpl.interactive(expected)
+                assert mpl.is_interactive() is expected
         finally:
             mpl.interactive(before)
 
@@ -372,12 +372,12 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "loss after 4 steps" in result.output
         assert "ef, η = 0.05" in picture.read_text(encoding="utf-8")
-        found = pd.read_csv(table)
+        actual = pd.read_csv(table)
         toy = LeastSquares(((1.0, 0.0), (0.5, -2.0)), (1.0, 3.0))
         rates = {"ief": 0.1, "ef": 0.05, "sf:2": 0.3}
         starts = [(-1.0, 1.8), (2.0, 2.0)]
         expected = trajectories(toy, rates, starts, steps=4, damping=0.01, seed=3)
-        pd.testing.assert_frame_equal(found, pd.concat(expected, ignore_index=True))
+        pd.testing.assert_frame_equal(actual, pd.concat(expected, ignore_index=True))
 
     def test_help_has_examples(self):
         result = CliRunner().invoke(app, ["toy", "--help"])

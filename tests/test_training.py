@@ -96,8 +96,8 @@ class TestExact:
         b = residual.detach().square().sum(1) if name == "ief" else torch.ones(SAMPLES).double()
         weights = torch.linalg.solve(rows @ rows.T + 0.5 * torch.eye(SAMPLES).double(), b)
         expected = flat(model.state_dict()) - 0.3 * rows.T @ weights
-        found = flat(trained(tmp_path, name, learning_rate=0.3, damping=0.5))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        result = flat(trained(tmp_path, name, learning_rate=0.3, damping=0.5))
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
     @pytest.mark.parametrize("name", ["ief", "sgd"])
     def test_max_norm_is_the_length_of_a_step_over_the_rate(self, tmp_path, name):
@@ -169,7 +169,7 @@ class TestExact:
 class TestSettings:
     def test_momentum_and_weight_decay_reach_torchs_optimizer(self, tmp_path):
         options = {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.05}
-        found = trained(tmp_path, "sgd", epochs=3, **options)
+        result = trained(tmp_path, "sgd", epochs=3, **options)
         model = initial()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=0.05)
         x, y = data(0, SAMPLES)
@@ -177,7 +177,7 @@ class TestSettings:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x.double()), y).backward()
             optimizer.step()
-        torch.testing.assert_close(flat(found), flat(model.state_dict()), rtol=0, atol=1e-12)
+        torch.testing.assert_close(flat(result), flat(model.state_dict()), rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize(
         ("schedule", "factors"),
@@ -215,12 +215,12 @@ class TestSettings:
 
     def test_json_has_the_settings_in_force(self, tmp_path):
         list(Training(CLASSES, tmp_path, "sf:2", epochs=0, damping=0.25, schedule="linear").run())
-        told = json.loads((tmp_path / "epoch-000.json").read_text())
-        assert told["optimizer"] == "sf:2"
-        assert told["learning_rate"] == EXACT["sf"][1]
-        assert (told["damping"], told["momentum"], told["weight_decay"]) == (0.25, 0, 0)
-        assert (told["schedule"], told["step"]) == ("linear", 0)
-        assert "seconds" not in told
+        output = json.loads((tmp_path / "epoch-000.json").read_text())
+        assert output["optimizer"] == "sf:2"
+        assert output["learning_rate"] == EXACT["sf"][1]
+        assert (output["damping"], output["momentum"], output["weight_decay"]) == (0.25, 0, 0)
+        assert (output["schedule"], output["step"]) == ("linear", 0)
+        assert "seconds" not in output
 
     @pytest.mark.parametrize("name", [*OPTIMIZERS, *EXACT, "sf:4", "torch.optim.SGD"])
     def test_every_optimizer_tells_its_learning_rate(self, name):
@@ -318,8 +318,8 @@ class TestReports:
 class TestEarlyStop:
     @pytest.mark.parametrize("patience", [1, 3])
     def test_stops_when_the_validation_gets_no_better(self, patience):
-        found = reports(MISLED, optimizer="sgd", epochs=9, patience=patience)
-        assert [report.epoch for report in found] == list(range(patience + 1))
+        result = reports(MISLED, optimizer="sgd", epochs=9, patience=patience)
+        assert [report.epoch for report in result] == list(range(patience + 1))
 
     def test_goes_on_while_it_gets_better(self):
         assert len(reports(optimizer="sgd", epochs=6, patience=1)) == 7
@@ -332,8 +332,8 @@ class TestEarlyStop:
                 report, batches = super()._measured(*args)
                 return dataclasses.replace(report, validation_loss=next(losses)), batches
 
-        found = list(Told(CLASSES, None, "sgd", epochs=6, patience=2).run())
-        assert [report.validation_loss for report in found] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5]
+        result = list(Told(CLASSES, None, "sgd", epochs=6, patience=2).run())
+        assert [report.validation_loss for report in result] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5]
 
     def test_by_accuracy(self):
         """Accuracies that stay the same are no better, losses that fall are."""
@@ -363,11 +363,11 @@ class TestDivergence:
             reports(optimizer=name, learning_rate=1e300)
 
     def test_what_anothers_step_raises_is_said_to_be_that(self):
-        found = Training(CLASSES, None, "tests.trainings.Fifth", epochs=2, batch_size=16).run()
-        assert [next(found).epoch, next(found).epoch] == [0, 1]
+        result = Training(CLASSES, None, "tests.trainings.Fifth", epochs=2, batch_size=16).run()
+        assert [next(result).epoch, next(result).epoch] == [0, 1]
         with pytest.raises(ngeval.ModelError, match="Fifth's step failed: KeyError: 'the fifth st"):
-            next(found)
+            next(result)
 
     def test_numbers_that_are_finite_are_no_divergence(self):
-        found = reports(optimizer="sgd", learning_rate=50.0)
-        assert np.isfinite([report.train_loss for report in found]).all()
+        result = reports(optimizer="sgd", learning_rate=50.0)
+        assert np.isfinite([report.train_loss for report in result]).all()

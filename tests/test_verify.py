@@ -85,9 +85,9 @@ def edit(name: str, **columns) -> None:
 def tell(name: str, change) -> None:
     """Change a file's manifest."""
     place = manifest_path(Path(name))
-    told = json.loads(place.read_text())
-    change(told)
-    place.write_text(json.dumps(told))
+    output = json.loads(place.read_text())
+    change(output)
+    place.write_text(json.dumps(output))
 
 
 def unfinish(told: dict) -> None:
@@ -113,10 +113,10 @@ class TestAgrees:
         result = verify("gamma.csv", "-o", "report.json")
         assert f"3 of {UNITS} units recomputed, all agree; --units {UNITS} " in result.stdout
         assert result.stdout.count(" agrees") == 3
-        told = json.loads(Path("report.json").read_text())
-        assert [unit["agrees"] for unit in told["units"]] == [True] * 3
-        assert {unit["rows"] for unit in told["units"]} == {4}
-        assert (told["changed"], told["elsewhere"]) == ([], [])
+        output = json.loads(Path("report.json").read_text())
+        assert [unit["agrees"] for unit in output["units"]] == [True] * 3
+        assert {unit["rows"] for unit in output["units"]} == {4}
+        assert (output["changed"], output["elsewhere"]) == ([], [])
         assert "exists; pass --force" in verify("gamma.csv", "-o", "report.json", code=2).stderr
 
     def test_rows_in_another_order(self, small):
@@ -129,8 +129,12 @@ class TestAgrees:
         shown = verify("gamma.csv", "--units", "9", "-o", "report.json").stdout
         assert f"of a run that is not finished: {BATCHES} of {UNITS} units are in it" in shown
         assert f"{BATCHES} of {BATCHES} units recomputed, all agree" in shown
-        told = json.loads(Path("report.json").read_text())
-        assert (told["finished"], told["units_there"], told["units_of_run"]) == (False, 2, UNITS)
+        output = json.loads(Path("report.json").read_text())
+        assert (output["finished"], output["units_there"], output["units_of_run"]) == (
+            False,
+            2,
+            UNITS,
+        )
 
     def test_a_unit_that_failed_and_fails(self, small):
         path = small.checkpoint(1)
@@ -175,13 +179,13 @@ class TestDiffers:
     @pytest.mark.parametrize("change", CHANGES)
     def test_a_row(self, small, change):
         name = "gamma.parquet" if change in ("number", "nothing") else "gamma.csv"
-        columns, told = self.CHANGES[change]
+        columns, output = self.CHANGES[change]
         edit(name, **columns)
         result = verify(name, "--units", UNITS, "-o", "report.json", code=1)
         assert f"1 of {BATCHES} units of {name} differ from what it says" in result.stderr
         units = json.loads(Path("report.json").read_text())["units"]
         assert [unit["agrees"] for unit in units] == [False] + [True] * (BATCHES - 1)
-        assert told in f"{units[0]['problem']} {units[0]['where']}"
+        assert output in f"{units[0]['problem']} {units[0]['where']}"
 
     @pytest.mark.parametrize("stages", [[0, 1], [2]])
     def test_whole_units_are_missing(self, small, stages):
@@ -194,9 +198,9 @@ class TestDiffers:
         )
         for stage in stages:
             assert f"epoch={stage}.safetensors batch 1" in message
-        told = json.loads(Path("report.json").read_text())
-        assert told["first_missing"] == [[s, b] for s in stages for b in range(BATCHES)]
-        assert all(unit["agrees"] for unit in told["units"])
+        output = json.loads(Path("report.json").read_text())
+        assert output["first_missing"] == [[s, b] for s in stages for b in range(BATCHES)]
+        assert all(unit["agrees"] for unit in output["units"])
 
     def test_many_units_are_missing(self, small):
         recorded = read_recorded(Path("gamma.csv"), Trust("mine.py:task"))
@@ -315,8 +319,8 @@ class TestTrust:
         assert "evil_module_v" not in sys.modules
 
     def test_pickles_and_remote_code_are_not_taken_over(self, small, monkeypatch):
-        told = {"allow_pickle": True, "trust_remote_code": True}
-        tell("gamma.csv", lambda m: m["options"].update(told))
+        output = {"allow_pickle": True, "trust_remote_code": True}
+        tell("gamma.csv", lambda m: m["options"].update(output))
         options = read_recorded(Path("gamma.csv"), Trust("mine.py:task")).options
         assert (options.allow_pickle, options.trust_remote_code) == (False, False)
         made = []
@@ -402,9 +406,9 @@ class TestTrust:
 
     def test_no_manifest_or_none_of_a_run(self, small):
         place = manifest_path(Path("gamma.csv"))
-        for text, told in (("{", "cannot be read as a manifest"), ("{}", "it has no 'options'")):
+        for text, output in (("{", "cannot be read as a manifest"), ("{}", "it has no 'options'")):
             place.write_text(text)
-            assert told in verify("gamma.csv", code=2).stderr
+            assert output in verify("gamma.csv", code=2).stderr
         place.unlink()
         assert "has no manifest beside it" in verify("gamma.csv", code=2).stderr
 
@@ -420,10 +424,16 @@ class TestTrust:
 
 def rows(**columns) -> pd.DataFrame:
     """Two rows of ``ng`` and ``sgd``, found by a Krylov run."""
-    told = {"method": ["ng", "sgd"], "damping": 0.1, "gamma": [1.0, 2.0], "gamma_min": 1.0}
-    told |= {"decrease": 3.0, "cosine_sgd": 1e-9, "iterations": 12, "reason": "", "engine": "vmap"}
-    told |= {"status": "ok", "dtype": "float64"}
-    return pd.DataFrame(told | columns)
+    output = {"method": ["ng", "sgd"], "damping": 0.1, "gamma": [1.0, 2.0], "gamma_min": 1.0}
+    output |= {
+        "decrease": 3.0,
+        "cosine_sgd": 1e-9,
+        "iterations": 12,
+        "reason": "",
+        "engine": "vmap",
+    }
+    output |= {"status": "ok", "dtype": "float64"}
+    return pd.DataFrame(output | columns)
 
 
 class TestCompare:

@@ -45,8 +45,8 @@ def move(model: nn.Module, seed: int = 0) -> None:
 def same(one: ngeval.Problem, other: ngeval.Problem) -> None:
     assert problems.relative_gap(one.gradient(), other.gradient()) < 1e-12
     for method in ("ef", "ief", "sf", "ng"):
-        found, expected = (p.gamma(prepared(method, p, 3).direction(1e-2)) for p in (one, other))
-        assert found == pytest.approx(expected, rel=1e-9)
+        result, expected = (p.gamma(prepared(method, p, 3).direction(1e-2)) for p in (one, other))
+        assert result == pytest.approx(expected, rel=1e-9)
 
 
 class TestAgainstAFreshProblem:
@@ -127,12 +127,12 @@ class TestSamplesOfAnotherShape:
         entry = zoo.ENTRIES["llama"]
         model = entry.model()
         problem = ngeval.Problem(model, entry.inputs, entry.targets, entry.likelihood)
-        made = count_probed(monkeypatch)
+        created = count_probed(monkeypatch)
         short = entry.inputs[:, :2], entry.targets[:, :2]
         for inputs, targets in (short, (entry.inputs, entry.targets), short):
             problem = problem.with_batch(inputs, targets)
             same(problem, ngeval.Problem(model, inputs, targets, entry.likelihood))
-        assert made.count("following") == 1
+        assert created.count("following") == 1
 
     def test_dictionaries_with_other_keys(self):
         entry = zoo.ENTRIES["dict-output"]
@@ -146,16 +146,16 @@ class TestSamplesOfAnotherShape:
 
 def count_probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An entry for each new choice of an engine by `with_batch`."""
-    made: list[str] = []
+    created: list[str] = []
     original = ngeval.Problem._set_up
 
     def counted(self, function, targets, likelihood, chain, memory) -> None:
         if chain.sources:
-            made.append("following")
+            created.append("following")
         original(self, function, targets, likelihood, chain, memory)
 
     monkeypatch.setattr(ngeval.Problem, "_set_up", counted)
-    return made
+    return created
 
 
 class TestWhatIsRefused:
@@ -263,9 +263,9 @@ class TestTheRecordedPass:
         model = InParts().double().eval()
         first = ngeval.Problem(model, *batches(3), "categorical")
         assert first.engine == "layers"
-        made = count_probed(monkeypatch)
+        created = count_probed(monkeypatch)
         following = first.with_batch(*batches(5))
-        assert made == ["following"]
+        assert created == ["following"]
         same(following, ngeval.Problem(model, *batches(5), "categorical", engine="vmap"))
 
 

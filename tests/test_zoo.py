@@ -140,13 +140,13 @@ def made(name: str, engine: str) -> Made:
 
 def problem_of(name: str, engine: str) -> ngeval.Problem:
     """The shared problem; a refusal is a failure unless it is listed."""
-    found = made(name, engine)
-    assert state_of(found.model) == found.before
-    if isinstance(found.result, ngeval.Problem):
-        return found.result
+    result = made(name, engine)
+    assert state_of(result.model) == result.before
+    if isinstance(result.result, ngeval.Problem):
+        return result.result
     if name not in CANNOT[engine]:
-        pytest.fail(f"refused: {found.result}")
-    pytest.skip(f"refused, as it may be: {found.result}")
+        pytest.fail(f"refused: {result.result}")
+    pytest.skip(f"refused, as it may be: {result.result}")
 
 
 @functools.cache
@@ -164,15 +164,15 @@ def random_cotangents(name: str, count: int) -> Tensor:
 def collected_rows(source: RowSource, cotangents: Tensor) -> dict[str, Tensor]:
     """The rows of all blocks in their places; a row that no block gives is NaN."""
     count = cotangents.shape[0] * cotangents.shape[1]
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     filled = torch.zeros(count)
     for block, rows in source.iterate(cotangents):
         filled[block.rows] += 1
         for name, part in rows.items():
             empty = torch.full((count, part.shape[1]), torch.nan, dtype=part.dtype)
-            found.setdefault(name, empty)[block.rows] = part
+            result.setdefault(name, empty)[block.rows] = part
     assert (filled == 1).all()
-    return found
+    return result
 
 
 def largest(tensors: dict[str, Tensor]) -> float:
@@ -365,8 +365,8 @@ def test_grades_do_not_depend_on_the_engine(name):
     ]
     assert list(tables[0]["engine"].unique()) == ["layers"]
     assert all((table["status"] == "ok").all() for table in tables)
-    found, expected = (table["gamma"].to_numpy() for table in tables)
-    assert found == pytest.approx(expected, rel=1e-8)
+    result, expected = (table["gamma"].to_numpy() for table in tables)
+    assert result == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("engine", ["auto", "loop"])

@@ -36,9 +36,9 @@ def test_exact_blocks(name):
     sizes = {n: p.numel() for n, p in problem.function.parameters.items()}
     for group in make_groups(sizes, "layer"):
         places = torch.cat([torch.arange(p.start, p.stop) for p in group.places])
-        own = rows[:, places]
-        block = own.T @ own + 1e-2 * torch.eye(len(places), dtype=torch.float64)
-        expected = torch.linalg.solve(block, own.T @ right)
+        local = rows[:, places]
+        block = local.T @ local + 1e-2 * torch.eye(len(places), dtype=torch.float64)
+        expected = torch.linalg.solve(block, local.T @ right)
         if float(expected.norm()) > 1e-12:
             # Gram matrices resolve half the digits of their rows.
             assert relative_gap(update[places], expected) < 1e-5, group.name
@@ -62,8 +62,8 @@ def test_kronecker_blocks_hold_the_whole_layer(name):
     diagonal = dict(zip(sizes, squares.split(list(sizes.values())), strict=True))
     for block in state.blocks:
         expected = sum(float(diagonal[n].sum()) for n in block.layer.parameters)
-        found = float(block.values.sum())
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-20), block.layer.name
+        result = float(block.values.sum())
+        assert result == pytest.approx(expected, rel=1e-9, abs=1e-20), block.layer.name
     gradient = problem.gradient()
     update = problem.function.unflatten(state.direction(1e12))
     plain = problem.function.unflatten(gradient)

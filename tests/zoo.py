@@ -90,9 +90,9 @@ def truth(entry: Entry) -> Truth:
     rows: dict[str, list[Tensor]] = {name: [] for name in trainable}
     for n in range(NUM_SAMPLES):
         sample = select(entry.inputs, slice(n, n + 1))
-        found = forward(model, sample)
-        outputs.append(found.detach())
-        for output in found.flatten():
+        result = forward(model, sample)
+        outputs.append(result.detach())
+        for output in result.flatten():
             model.zero_grad(set_to_none=True)
             output.backward(retain_graph=True)
             for name, parameter in trainable.items():

@@ -21,8 +21,8 @@ class TextConvolution(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids).transpose(1, 2)
-        found = [torch.tanh(conv(x)).amax(2) for conv in (self.narrow, self.wide)]
-        return self.out(torch.cat(found, 1))
+        result = [torch.tanh(conv(x)).amax(2) for conv in (self.narrow, self.wide)]
+        return self.out(torch.cat(result, 1))
 
 
 class Causal(nn.Module):

@@ -59,7 +59,7 @@ SUFFIXES = tuple(_WRITERS)
 def write_results(table: pd.DataFrame, path: Path, scratch: Path | None = None) -> None:
     """Write a ``.csv``, ``.parquet`` or ``.jsonl`` file, in place of an earlier one.
 
-    A reader sees the earlier table or the new one, never a part of it; see `replace_file`.
+    A reader sees the earlier table or the new one, never a part of it; see ``replace_file``.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.

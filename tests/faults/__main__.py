@@ -26,15 +26,15 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="the scenarios, and no more")
     parser.add_argument("--big", action="store_true", help="20 checkpoints x 20 batches, ten kills")
     parser.add_argument("--output", type=Path, help="figures as JSON, added to what is there")
-    told = parser.parse_args()
+    options = parser.parse_args()
     # A shell starts what is in the background with SIGINT ignored, which its children inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    told.output = told.output and told.output.absolute()
+    options.output = options.output and options.output.absolute()
     work = Path(tempfile.mkdtemp(prefix="ngeval-faults-"))
     try:
         code = _copy_of_code(work)
         os.chdir(code)  # where Python looks first, also in processes that are started from here
-        return _run(told, work, code)
+        return _run(options, work, code)
     finally:
         os.chdir(ROOT)
         shutil.rmtree(work, ignore_errors=True)
@@ -86,12 +86,12 @@ def _record(path: Path, summary: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     import torch  # noqa: PLC0415
 
-    made = {
+    built = {
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    known["machine"] = made
+    known["machine"] = built
     known.setdefault("scenarios", {})[summary.pop("name")] = summary
     path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 

@@ -68,7 +68,7 @@ def at_call(name: str, number: int, when: str, action: str) -> None:
             return real(*args, **kwargs)
         calls[0] += 1
         if when == "after":
-            made = real(*args, **kwargs)
+            built = real(*args, **kwargs)
         if hasattr(errno, action):
             if calls[0] >= number:
                 raise OSError(
@@ -78,7 +78,7 @@ def at_call(name: str, number: int, when: str, action: str) -> None:
             if action == "power":
                 _cut_power(synced)
             signal.raise_signal(getattr(signal, "SIGKILL" if action == "power" else action))
-        return made if when == "after" else real(*args, **kwargs)
+        return built if when == "after" else real(*args, **kwargs)
 
     setattr(os, name, called)
 
@@ -202,8 +202,8 @@ def main(injections: Sequence[Injection] | None = None) -> None:
     """The command ``ngeval`` with the faults of ``FAULTS``."""
     from ngeval.cli.app import main as ngeval_main  # noqa: PLC0415
 
-    told = json.loads(os.environ.get("FAULTS", "[]")) if injections is None else injections
-    for name, *arguments in told:
+    output = json.loads(os.environ.get("FAULTS", "[]")) if injections is None else injections
+    for name, *arguments in output:
         INJECTIONS[str(name)](*arguments)
     ngeval_main()
 
@@ -240,8 +240,8 @@ def _watch_syncs() -> set[tuple[int, int]]:
 
     def fsync(handle: int) -> None:
         real(handle)
-        found = os.fstat(handle)
-        synced.add((found.st_dev, found.st_ino))
+        result = os.fstat(handle)
+        synced.add((result.st_dev, result.st_ino))
 
     os.fsync = fsync
     return synced
@@ -252,8 +252,8 @@ def _cut_power(synced: set[tuple[int, int]]) -> None:
     started = Path(f"/proc/{os.getpid()}").stat().st_mtime
     for path in Path.cwd().rglob("*"):
         if path.is_file():
-            found = path.stat()
-            if found.st_mtime >= started and (found.st_dev, found.st_ino) not in synced:
+            result = path.stat()
+            if result.st_mtime >= started and (result.st_dev, result.st_ino) not in synced:
                 os.truncate(path, 0)
 
 

@@ -27,14 +27,16 @@ def fault_table() -> str:
     """What was tried, how often, and what was lost."""
     if not RESULTS.exists():
         return "No figures yet."
-    told = json.loads(RESULTS.read_text(encoding="utf-8"))
+    output = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines = ["| what was tried | faults | starts | lost | command |", "|---|--:|--:|--:|---|"]
-    for one in told["scenarios"].values():
+    for one in output["scenarios"].values():
         lost = len(one["lost"]) or "nothing"
         cells = (one["what"], f"{one['faults']:,}", f"{one['starts']:,}", lost)
         lines.append("| " + " | ".join(map(str, cells)) + f" | `{one['command']}` |")
-    total = [sum(one[name] for one in told["scenarios"].values()) for name in ("faults", "starts")]
-    lost = sum(len(one["lost"]) for one in told["scenarios"].values()) or "nothing"
+    total = [
+        sum(one[name] for one in output["scenarios"].values()) for name in ("faults", "starts")
+    ]
+    lost = sum(len(one["lost"]) for one in output["scenarios"].values()) or "nothing"
     lines.append(f"| **all** | **{total[0]:,}** | **{total[1]:,}** | **{lost}** | |")
     return "\n".join(lines)
 
@@ -43,14 +45,14 @@ def fuzz_table() -> str:
     """Inputs by target, and what was found."""
     if not FUZZ.exists():
         return "No figures yet."
-    told: dict[str, Any] = json.loads(FUZZ.read_text(encoding="utf-8"))
+    output: dict[str, Any] = json.loads(FUZZ.read_text(encoding="utf-8"))
     lines = ["| target | engine | inputs | findings |", "|---|---|--:|--:|"]
-    for job in told["jobs"]:
-        found = len(job["findings"]) or "none"
-        lines.append(f"| {job['target']} | {job['engine']} | {job['inputs']:,} | {found} |")
-    found = told["findings"] or "none"
-    lines.append(f"| **all** | | **{told['inputs']:,}** | **{found}** |")
-    return "\n".join(lines) + f"\n\nCommand: `{re.sub(' +', ' ', told['command'])}`"
+    for job in output["jobs"]:
+        result = len(job["findings"]) or "none"
+        lines.append(f"| {job['target']} | {job['engine']} | {job['inputs']:,} | {result} |")
+    result = output["findings"] or "none"
+    lines.append(f"| **all** | | **{output['inputs']:,}** | **{result}** |")
+    return "\n".join(lines) + f"\n\nCommand: `{re.sub(' +', ' ', output['command'])}`"
 
 
 if __name__ == "__main__":

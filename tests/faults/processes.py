@@ -68,8 +68,8 @@ class Place:
 
     def environment(self, injections: Sequence[Injection] = (), **more: str) -> dict[str, str]:
         """Of a process with faults in it."""
-        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code), "COLUMNS": "160"}
-        return os.environ | own | {"FAULTS": json.dumps(list(injections))} | more
+        local = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.code), "COLUMNS": "160"}
+        return os.environ | local | {"FAULTS": json.dumps(list(injections))} | more
 
 
 class Started:
@@ -104,15 +104,15 @@ class Started:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Torchrun's children by rank, as far as they have been started."""
-        found = {}
+        result = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 rank = child.environ().get("RANK")
             except psutil.Error:
                 continue
             if rank is not None and "--resume" in child.cmdline():  # and no helper of its own
-                found[int(rank)] = child
-        return found
+                result[int(rank)] = child
+        return result
 
     def wait(self, limit: float = LIMIT) -> Ended:
         """Its end, and that of its children.

@@ -147,8 +147,8 @@ class Scene:
             LostError: it is not so.
         """
         allowed = {"gamma.csv", "gamma.csv.manifest.json", "gamma.csv.journal"}
-        found = {path.name for path in (self.folder / "out").iterdir()}
-        if strange := found - allowed:
+        result = {path.name for path in (self.folder / "out").iterdir()}
+        if strange := result - allowed:
             raise LostError(f"beside the output: {sorted(strange)}")
         if strange := {path.name for path in self.folder.iterdir()} - {"out", "checkpoints"}:
             raise LostError(f"outside the output's folder: {sorted(strange)}")
@@ -182,10 +182,10 @@ class Scene:
         Raises:
             LostError: fewer.
         """
-        told = re.search(r"(\d+) of \d+ units were done before", ended.err)
-        if before and (told is None or int(told[1]) < len(before)):
+        output = re.search(r"(\d+) of \d+ units were done before", ended.err)
+        if before and (output is None or int(output[1]) < len(before)):
             nothing_to_do = len(before) == self.outcome.units
-            if told is None and (nothing_to_do or ended.code != 0):
+            if output is None and (nothing_to_do or ended.code != 0):
                 return
             raise LostError(f"{len(before)} units were done, but: {ended.err[-800:]}")
 
@@ -198,8 +198,8 @@ class Scene:
         names = {path.name for path in (self.folder / "out").iterdir()}
         if names != {"gamma.csv", "gamma.csv.manifest.json"}:
             raise LostError(f"in the end there is {sorted(names)}")
-        told = json.loads(self.output.with_name("gamma.csv.manifest.json").read_text())
-        if told.get("complete") is not True:
+        output = json.loads(self.output.with_name("gamma.csv.manifest.json").read_text())
+        if output.get("complete") is not True:
             raise LostError("the manifest does not say that the run is complete")
         if self.output.read_bytes() != self.undisturbed:
             raise LostError("the table is not that of the undisturbed run")
@@ -210,9 +210,9 @@ class Scene:
         Raises:
             LostError: it is not so.
         """
-        made, whole = pd.read_csv(self.output), pd.read_csv(io.BytesIO(self.undisturbed))
+        built, whole = pd.read_csv(self.output), pd.read_csv(io.BytesIO(self.undisturbed))
         try:
-            pd.testing.assert_frame_equal(made, whole, rtol=1e-10, atol=1e-14)
+            pd.testing.assert_frame_equal(built, whole, rtol=1e-10, atol=1e-14)
         except AssertionError as error:
             raise LostError(f"the table is not that of the undisturbed run: {error}") from error
 

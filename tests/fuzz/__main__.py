@@ -77,36 +77,38 @@ def main() -> int:
     )
     parser.add_argument("--findings", type=Path, default=REGRESSIONS, help="where inputs go")
     parser.add_argument("--output", type=Path, help="the table as JSON")
-    told = parser.parse_args()
-    engines = [name for name in told.engines if name == "hypothesis" or _has_atheris()]
-    for name in set(told.engines) - set(engines):
+    options = parser.parse_args()
+    engines = [name for name in options.engines if name == "hypothesis" or _has_atheris()]
+    for name in set(options.engines) - set(engines):
         print(f'{name} is not installed (pip install ".[fuzz]"); left out', file=sys.stderr)
     parts = sum(ENGINES[name] for name in engines)
-    whole = sum(TARGETS[name].share for name in told.targets)
+    whole = sum(TARGETS[name].share for name in options.targets)
     jobs = [
         Job(
             name,
             engine,
-            max(1, round(told.inputs * TARGETS[name].share / whole * ENGINES[engine] / parts)),
-            told.seed,
+            max(1, round(options.inputs * TARGETS[name].share / whole * ENGINES[engine] / parts)),
+            options.seed,
         )
-        for name in told.targets
+        for name in options.targets
         for engine in engines
     ]
     interrupted = False
     try:
-        _run(jobs, told.findings)
+        _run(jobs, options.findings)
     except KeyboardInterrupt:
         interrupted = True
     Console().print(_table(jobs))
-    found = [
-        f"{job.target}: {told['text']} at {told['where']}" for job in jobs for told in job.findings
+    result = [
+        f"{job.target}: {finding['text']} at {finding['where']}"
+        for job in jobs
+        for finding in job.findings
     ]
-    for line in dict.fromkeys(found):
+    for line in dict.fromkeys(result):
         print(line.encode("unicode_escape").decode()[:300])
-    if told.output is not None:
-        told.output.write_text(json.dumps(_summary(jobs, told), indent=2) + "\n")
-    return 130 if interrupted else 1 if found else 0
+    if options.output is not None:
+        options.output.write_text(json.dumps(_summary(jobs, options), indent=2) + "\n")
+    return 130 if interrupted else 1 if result else 0
 
 
 def _has_atheris() -> bool:
@@ -166,16 +168,16 @@ def _start(job: Job, findings: Path, tell: Any) -> None:
         with contextlib.suppress(OSError):
             shutil.copy(folder / "last", place)
         ending = " | ".join(text.strip().splitlines()[-3:])
-        told = {"kind": "crash", "where": f"exit code {process.returncode}", "input": place.name}
-        job.findings.append(told | {"text": f"the process ended: {ending}"[:600]})
+        printed = {"kind": "crash", "where": f"exit code {process.returncode}", "input": place.name}
+        job.findings.append(printed | {"text": f"the process ended: {ending}"[:600]})
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _update(job: Job, before: int, known: list[dict[str, str]], folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
-        told = json.loads((folder / "status.json").read_text())
-        job.inputs = before + told["inputs"]
-        job.findings = [*known, *told["findings"]]
+        output = json.loads((folder / "status.json").read_text())
+        job.inputs = before + output["inputs"]
+        job.findings = [*known, *output["findings"]]
 
 
 def _table(jobs: list[Job]) -> Table:

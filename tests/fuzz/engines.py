@@ -55,17 +55,17 @@ class Counter:
         """Try one input."""
         (self.folder / "last").write_bytes(data)
         faulthandler.dump_traceback_later(DEAD, exit=True)
-        found = self._judged(self.target.attempt, data, self.folder / "work")
+        result = self._judged(self.target.attempt, data, self.folder / "work")
         faulthandler.cancel_dump_traceback_later()
         self.inputs += 1
-        if found is not None and len(data) < self._sizes.get(found.key, sys.maxsize):
-            self._sizes[found.key] = len(data)
-            digest = hashlib.sha256(found.key.encode()).hexdigest()[:12]
+        if result is not None and len(data) < self._sizes.get(result.key, sys.maxsize):
+            self._sizes[result.key] = len(data)
+            digest = hashlib.sha256(result.key.encode()).hexdigest()[:12]
             path = self.findings_folder / f"{self.target.name}-{digest}.bin"
             self.findings_folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            told = {"kind": found.kind, "text": found.text, "where": found.where}
-            self.findings[found.key] = told | {"input": path.name}
+            output = {"kind": result.kind, "text": result.text, "where": result.where}
+            self.findings[result.key] = output | {"input": path.name}
             self.tell()
         if time.monotonic() - self._told > 0.5:
             self.tell()
@@ -73,9 +73,9 @@ class Counter:
     def tell(self) -> None:
         """Say how far it is, in a file that is replaced whole."""
         self._told = time.monotonic()
-        told = {"inputs": self.inputs, "findings": list(self.findings.values())}
+        output = {"inputs": self.inputs, "findings": list(self.findings.values())}
         place = self.status.with_suffix(".part")
-        place.write_text(json.dumps(told))
+        place.write_text(json.dumps(output))
         place.replace(self.status)
 
 
@@ -162,15 +162,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--findings", type=Path, required=True)
-    told = parser.parse_args()
+    job = parser.parse_args()
     sys.dont_write_bytecode = True
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(told.folder / "hf"), "COLUMNS": "160"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(job.folder / "hf"), "COLUMNS": "160"}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with instrumented(told.engine):
-        counter = Counter(told.target, told.folder, told.findings, told.folder / "status.json")
+    with instrumented(job.engine):
+        counter = Counter(job.target, job.folder, job.findings, job.folder / "status.json")
     try:
-        ENGINES[told.engine](counter, told.inputs, told.seed)
+        ENGINES[job.engine](counter, job.inputs, job.seed)
     finally:
         counter.tell()
 

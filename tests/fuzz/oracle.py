@@ -146,33 +146,33 @@ def judged(attempt: Callable[[bytes, Path], None], data: bytes, folder: Path) ->
     """
     _EVENTS.folder, _EVENTS.heard = os.path.realpath(folder), []
     start = time.monotonic()
-    found: Finding | None = None
+    result: Finding | None = None
     try:
         with warnings.catch_warnings(), _within(PATIENCE), _temporary(folder):
             warnings.simplefilter("ignore")
             attempt(data, folder)
     except NgevalError as error:
         if not str(error).strip():
-            found = Finding("no message", type(error).__name__, _place(error))
+            result = Finding("no message", type(error).__name__, _place(error))
     except Late as error:
-        found = Finding("slow", f"Late: more than {PATIENCE:g} s", _place(error))
+        result = Finding("slow", f"Late: more than {PATIENCE:g} s", _place(error))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        found = Finding("exception", f"{type(error).__name__}: {error}"[:400], _place(error))
+        result = Finding("exception", f"{type(error).__name__}: {error}"[:400], _place(error))
     finally:
         _EVENTS.folder = None
     if _EVENTS.heard:
         return Finding("event", _EVENTS.heard[0], _EVENTS.heard[0].partition(":")[0])
-    if found is None and time.monotonic() - start > PATIENCE:
+    if result is None and time.monotonic() - start > PATIENCE:
         return Finding("slow", f"Late: {time.monotonic() - start:.0f} s", "native code")
-    return found
+    return result
 
 
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if f"{os.sep}ngeval{os.sep}" in frame.filename] or frames
-    return f"{Path(own[-1].filename).name}:{own[-1].name}"
+    local = [frame for frame in frames if f"{os.sep}ngeval{os.sep}" in frame.filename] or frames
+    return f"{Path(local[-1].filename).name}:{local[-1].name}"
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ class Reference:
 
     def __init__(self, drawn: Drawn, problem: ngeval.Problem, dtype: str) -> None:
         self.drawn, epsilon = drawn, EPSILON[dtype]
-        own = (drawn.inputs, drawn.targets)
-        batches = [own] if drawn.metric is None else [own, drawn.metric]
+        local = (drawn.inputs, drawn.targets)
+        batches = [local] if drawn.metric is None else [local, drawn.metric]
         rows = [rows_of(drawn.model, *batch, drawn.family, drawn.variance) for batch in batches]
         generator = np.random.default_rng(1)
         noisy = [

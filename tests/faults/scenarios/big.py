@@ -33,8 +33,8 @@ def _kill(scene: Scene, name: str, random: Random) -> None:
     before = scene.done()
     process = start(scene.place, scene.arguments())
     scene.outcome.starts += 1
-    wanted = len(before) + 1 + random.randrange(30)
-    until(lambda: process.ended or len(scene.done()) >= wanted)
+    expected = len(before) + 1 + random.randrange(30)
+    until(lambda: process.ended or len(scene.done()) >= expected)
     time.sleep(random.uniform(0, 0.1))
     process.send(SIGNALS[name])
     ended = process.wait()

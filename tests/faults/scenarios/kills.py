@@ -79,10 +79,10 @@ def _one_run(scene: Scene, kills: int, random: Random) -> None:
 def _is_writing(scene: Scene, process: Started) -> bool:
     """Whether the journal is signed by this process, and not by the one before it."""
     try:
-        told = json.loads((scene.journal / "writer.json").read_text())
+        output = json.loads((scene.journal / "writer.json").read_text())
     except (OSError, ValueError):
         return False
-    return bool(told["process"] == process.process.pid)
+    return bool(output["process"] == process.process.pid)
 
 
 def _wait(scene: Scene, process: Started, random: Random, before: set[str], *, early: bool) -> None:

@@ -75,11 +75,11 @@ def kill_at(scene: Scene, point: tuple[str, int, str], action: str) -> None:
     Raises:
         LostError: something was lost.
     """
-    told = scene.place.logs / "units"
-    told.unlink(missing_ok=True)
+    output = scene.place.logs / "units"
+    output.unlink(missing_ok=True)
     faults: list[Injection] = [
         ("flush_often",),
-        ("note_units", str(told)),
+        ("note_units", str(output)),
         ("at_call", *point, action),
     ]
     ended = scene.fork(faults)
@@ -87,7 +87,7 @@ def kill_at(scene: Scene, point: tuple[str, int, str], action: str) -> None:
     signal = "SIGKILL" if action == "power" else action
     scene.check_quiet(ended, {CODES[signal]})
     scene.check_visible()
-    noted = set(told.read_text().split()) if told.exists() else set()
+    noted = set(output.read_text().split()) if output.exists() else set()
     done = {f"{int(name[:5])}-{int(name[6:11])}" for name in scene.done()}
     if scene.journal.joinpath("run.json").exists() and noted - done:
         raise LostError(f"units that were done are not on the disk: {noted - done}")

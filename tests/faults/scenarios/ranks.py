@@ -57,10 +57,10 @@ def kill_one(
     before = scene.done()
     process = start(scene.place, [*scene.arguments(), *more], [SLOW], ranks=count)
     scene.outcome.starts += count
-    wanted = len(before) + random.randrange(units)
+    expected = len(before) + random.randrange(units)
     begun = (scene.journal / "writer.json").exists
     until(lambda: process.ended or (begun() and len(process.ranks()) == count))
-    until(lambda: process.ended or len(scene.done()) >= wanted)
+    until(lambda: process.ended or len(scene.done()) >= expected)
     time.sleep(random.uniform(0, 0.1))
     ranks = process.ranks() if not process.ended else {}
     if ranks:
@@ -120,8 +120,8 @@ def restarts(place: Place, kills: int, random: Random) -> Outcome:
 def _restarted(scene: Scene, random: Random) -> None:
     process = start(scene.place, scene.arguments(), [SLOW], ranks=2, restarts=3)
     scene.outcome.starts += 2
-    for wanted in (6, 20):
-        _kill_at(scene, process, wanted, random.choice((0, 1)))
+    for expected in (6, 20):
+        _kill_at(scene, process, expected, random.choice((0, 1)))
     ended = process.wait()
     scene.check_quiet(ended, {0})
     scene.check_complete()

@@ -43,15 +43,15 @@ def check_failed(
     """
     scene.check_quiet(ended, {3})
     scene.check_visible()
-    made = scene.output.read_text().splitlines()
+    built = scene.output.read_text().splitlines()
     whole = scene.undisturbed.decode().splitlines()
     table = pd.read_csv(scene.output)
     wrong = lost(table)
-    if len(made) != len(whole) or not wrong.any():
-        raise LostError(f"{len(made) - 1} rows, of which {wrong.sum()} are of what failed")
+    if len(built) != len(whole) or not wrong.any():
+        raise LostError(f"{len(built) - 1} rows, of which {wrong.sum()} are of what failed")
     if set(table["status"][wrong]) != {"failed"} or table["reason"][wrong].isna().any():
         raise LostError("what failed is not told so in the table")
-    for one, other, failed in zip(made[1:], whole[1:], wrong, strict=True):
+    for one, other, failed in zip(built[1:], whole[1:], wrong, strict=True):
         if not failed and one != other:
             raise LostError(f"another unit's row is {one}, not {other}")
 
@@ -165,7 +165,7 @@ def _nan_at(scene: Scene) -> None:
     wrong = (table["method"] == "ief") & (table["damping"] == 1.0)
     if not (wrong == (table["status"] != "ok")).all():
         raise LostError(f"failed rows are {table.loc[table['status'] != 'ok']}")
-    made, whole = scene.output.read_text().splitlines(), scene.undisturbed.decode().splitlines()
-    for one, other, failed in zip(made[1:], whole[1:], wrong, strict=True):
+    built, whole = scene.output.read_text().splitlines(), scene.undisturbed.decode().splitlines()
+    for one, other, failed in zip(built[1:], whole[1:], wrong, strict=True):
         if not failed and one != other:
             raise LostError(f"another row is {one}, not {other}")

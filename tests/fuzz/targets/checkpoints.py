@@ -115,12 +115,12 @@ def _lay_out(folder: Path, kind: str, content: bytes) -> None:
 
 def zipped(opcodes: bytes) -> bytes:
     """A pickle as ``torch.save`` lays it into a zip."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
+    built = io.BytesIO()
+    with zipfile.ZipFile(built, "w") as archive:
         parts = {"data.pkl": opcodes, "byteorder": b"little", "data/0": bytes(48), "version": b"3"}
         for name, content in parts.items():
             archive.writestr(zipfile.ZipInfo(f"a/{name}"), content)
-    return made.getvalue()
+    return built.getvalue()
 
 
 class Hostile:
@@ -149,9 +149,9 @@ def _saved() -> dict[str, bytes]:
 
 
 def _torch(value: object, **options: Any) -> bytes:
-    made = io.BytesIO()
-    torch.save(value, made, **options)
-    return made.getvalue()
+    built = io.BytesIO()
+    torch.save(value, built, **options)
+    return built.getvalue()
 
 
 def _of(kind: str, content: bytes) -> bytes:

@@ -141,12 +141,12 @@ def _layers() -> pd.DataFrame:
 def _trainings() -> pd.DataFrame:
     numbers = {f"{part}_{what}": 0.5 for part in ("validation", "test") for what in ("loss",)}
     numbers |= {f"{part}_accuracy": 0.5 for part in ("validation", "test")}
-    told = {"monitor": "validation_loss", "train_loss": 0.5, "damping": math.nan, "status": "ok"}
+    output = {"monitor": "validation_loss", "train_loss": 0.5, "damping": math.nan, "status": "ok"}
     rows = [
         {"task": "t", "optimizer": "sgd", "phase": phase, "trial": 0, "learning_rate": 0.1}
         | {"seed": seed, "epoch": epoch}
         | numbers
-        | told
+        | output
         for phase, seed in (("search", 0), ("final", 0), ("final", 1))
         for epoch in (0, 1)
     ]
@@ -158,12 +158,12 @@ def _csv(table: pd.DataFrame) -> bytes:
 
 
 def _parquet(table: pd.DataFrame) -> bytes:
-    made = io.BytesIO()
+    built = io.BytesIO()
     try:
-        table.to_parquet(made, index=False)
+        table.to_parquet(built, index=False)
     except Exception:  # values that Arrow has no type for
         return b"PAR1"
-    return made.getvalue()
+    return built.getvalue()
 
 
 def _jsonl(table: pd.DataFrame) -> bytes:
@@ -181,13 +181,13 @@ def _of(use: int, kind: int, content: bytes) -> bytes:
 @remembered
 def seeds() -> list[bytes]:
     """A valid file of every kind and format, for some uses."""
-    made = [
+    built = [
         _of(use, kind, write(table()))
         for use in (0, 18, 21)
         for kind, write in enumerate(WRITERS)
         for table in TABLES[: 4 if use else 2]
     ]
-    return [*made, *(_of(21, MANIFEST, as_json(told)) for told in (_manifest(), []))]
+    return [*built, *(_of(21, MANIFEST, as_json(output)) for output in (_manifest(), []))]
 
 
 def _manifest() -> dict[str, Any]:
@@ -272,13 +272,13 @@ def _arrow(draw: st.DrawFn) -> bytes:
     )
     table = pa.table({name: arrays[index] for name, index in columns.items()})
     words = ["index_columns", "columns", "column_indexes", "name", "pandas_type", "numpy_type"]
-    told = draw(st.none() | json_values([*words, "object", "range", "kind", "datetimetz", "a"]))
-    if told is not None:
-        text = as_json(told).decode("utf-8", "replace")
+    output = draw(st.none() | json_values([*words, "object", "range", "kind", "datetimetz", "a"]))
+    if output is not None:
+        text = as_json(output).decode("utf-8", "replace")
         table = table.replace_schema_metadata({"pandas": text})
-    made = io.BytesIO()
-    pq.write_table(table, made, coerce_timestamps=None, version="2.6")
-    return _of(draw(st.integers(0, len(USES) - 1)), 1, made.getvalue())
+    built = io.BytesIO()
+    pq.write_table(table, built, coerce_timestamps=None, version="2.6")
+    return _of(draw(st.integers(0, len(USES) - 1)), 1, built.getvalue())
 
 
 def structured() -> st.SearchStrategy[bytes]:
