@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from flint import arb, ctx
+from flint import arb
 
 import ngeval
 from tests.search.problems import Drawn
 from tests.search.right import (
-    RANK,
     Grade,
     Right,
     Rows,
@@ -24,7 +23,7 @@ from tests.search.right import (
     grade,
     perturbed,
     rows_of,
-    trace,
+    tiny_dampings,
 )
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
@@ -106,18 +105,16 @@ class _Version:
             return grade(self.updates.direction(method, arb(damping), labels), self.metric)
         if method.startswith("sf"):
             return None  # F̂⁺g is another thing than the limit; tests/test_methods.py has it
-        ctx.prec = self.right.bits
-        scale = trace(self.updates.curvature(method, labels))
+        curvature = self.updates.curvature(method, labels)
         both = [
-            grade(self.updates.direction(method, scale * arb(tiny), labels), self.metric)
-            for tiny in RANK
+            grade(self.updates.direction(method, tiny, labels), self.metric)
+            for tiny in tiny_dampings(curvature, self.right.bits)
         ]
         return both[1] if _agree(both[0].gamma, both[1].gamma) else None
 
     def gamma_min(self) -> float | None:
-        ctx.prec = self.right.bits
-        scale = trace(self.right.fisher)
-        both = [gamma_min(self.right, scale * arb(tiny)) for tiny in RANK]
+        tiny = tiny_dampings(self.right.fisher, self.right.bits)
+        both = [gamma_min(self.right, damping) for damping in tiny]
         return both[1] if _agree(*both) else None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 BITS = 400
 """Bits of precision beside those that the spread of the logits takes."""
 
-RANK = (1e-20, 1e-22)
-"""λ = 0 stands for two tiny dampings, relative to the curvature's trace: where they disagree, rank
-is a matter of rounding and there is no right value."""
+RANK = (2, 2.05)
+"""λ = 0 stands for two tiny dampings, 2^(−bits/2) and less, relative to the curvature's trace: far
+below each eigenvalue that is not 0 exactly. Where rank is a matter of rounding, perturbed rows have
+another and there is no stable right value."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Rows:
         family: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
         variance: σ² of a Gaussian.
         layers: for each layer that owns parameters, their places in θ.
+        rounding: relative, of the entries of u.
+        places: of each sample, that of the first sample equal to it.
     """
 
     logits: np.ndarray
@@ -46,6 +50,18 @@ class Rows:
     family: str
     variance: float
     layers: Mapping[str, np.ndarray]
+    rounding: float = 0.0
+    places: Sequence[int] = ()
+
+    def factors(self, n: int, t: int, target: np.ndarray) -> list[arb]:
+        """What rounding multiplies u by: equal samples with equal labels get the same."""
+        if not self.rounding:
+            return [arb(1)] * self.logits.shape[-1]
+        key = zlib.crc32(np.asarray(target).tobytes())
+        noise = np.random.default_rng([self.places[n], t, key]).standard_normal(
+            self.logits.shape[-1]
+        )
+        return [arb(1 + self.rounding * float(value)) for value in noise]
 
 
 def rows_of(
@@ -86,7 +102,7 @@ def rows_of(
 
 
 def perturbed(rows: Rows, epsilon: float, generator: np.random.Generator) -> Rows:
-    """The same rows with relative errors of size epsilon; equal samples keep equal rows."""
+    """The same rows, logits and residuals with relative errors of size epsilon."""
     keys: dict[bytes, int] = {}
     places = [keys.setdefault(z.tobytes() + j.tobytes(), n) for n, (z, j) in enumerate(
         zip(rows.logits, rows.jacobian, strict=True)
@@ -101,6 +117,8 @@ def perturbed(rows: Rows, epsilon: float, generator: np.random.Generator) -> Row
         rows.family,
         rows.variance,
         rows.layers,
+        epsilon,
+        places,
     )
 
 
@@ -140,10 +158,7 @@ class Right:
                 else:
                     sample.append(values)
             self.probabilities.append(sample)
-        self.residual = [
-            [self._position(n, t, rows.targets[n][t]) for t in range(len(rows.logits[n]))]
-            for n in range(self.num_samples)
-        ]
+        self.residual = self.residual_of(rows.targets)
 
     def _position(self, n: int, t: int, target: np.ndarray) -> list[arb]:
         """u of one position for a label."""
@@ -163,9 +178,13 @@ class Right:
     def residual_of(self, targets: np.ndarray) -> list[list[list[arb]]]:
         """u for other labels, in the shape of the batch's."""
         return [
-            [self._position(n, t, targets[n][t]) for t in range(len(self.rows.logits[n]))]
+            [self._rounded(n, t, targets[n][t]) for t in range(len(self.rows.logits[n]))]
             for n in range(self.num_samples)
         ]
+
+    def _rounded(self, n: int, t: int, target: np.ndarray) -> list[arb]:
+        factors = self.rows.factors(n, t, target)
+        return [u * f for u, f in zip(self._position(n, t, target), factors, strict=True)]
 
     def pull_samples(self, cotangents: list[list[list[arb]]]) -> arb_mat:
         """J_nᵀw_n of every sample, shape ``(N, P)``."""
@@ -378,6 +397,12 @@ def grade(direction: arb_mat, metric: Right) -> Grade:
     norm = (direction.transpose() * direction)[0, 0].sqrt()
     gamma = curvature.sqrt() / abs(decrease)
     return Grade(*(float(value.mid()) for value in (gamma, decrease, curvature, norm)))
+
+
+def tiny_dampings(matrix: arb_mat, bits: int) -> list[arb]:
+    """Dampings that stand for λ = 0."""
+    ctx.prec = bits
+    return [trace(matrix) * arb(2) ** -int(bits / part) for part in RANK]
 
 
 def gamma_min(right: Right, damping: arb) -> float:
