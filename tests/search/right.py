@@ -23,6 +23,9 @@ from torch import Tensor, nn
 BITS = 400
 """Bits of precision beside those that the spread of the logits takes."""
 
+ACCURACY = 60
+"""Bits that each number of a grade has to have."""
+
 RANK = (2, 2.05)
 """λ = 0 stands for two tiny dampings, 2^(−bits/2) and less, relative to the curvature's trace: far
 below each eigenvalue that is not 0 exactly. Where rank is a matter of rounding, perturbed rows have
@@ -227,8 +230,8 @@ class Right:
     @property
     def fisher(self) -> arb_mat:
         """F = Σ_n J_nᵀ H_n J_n, shape ``(P, P)``."""
-        ctx.prec = self.bits
         if self._fisher is None:
+            ctx.prec = self.bits
             columns = [
                 self.weigh([self.jacobian[i, p] for i in range(self.jacobian.nrows())])
                 for p in range(self.num_parameters)
@@ -269,6 +272,19 @@ class Updates:
     def __init__(self, right: Right) -> None:
         self.right = right
 
+    def grade(self, method: str, damping: arb, sampled: list[np.ndarray], metric: Right) -> Grade:
+        """The grade of d(λ), by as few bits as the balls of the result allow."""
+        for bits in (BITS, self.right.bits):
+            try:
+                with ctx.workprec(bits):
+                    direction = self.direction(method, damping, sampled)
+            except ZeroDivisionError:  # singular within its balls
+                continue
+            result, accuracy = grade(direction, metric)
+            if accuracy >= ACCURACY:
+                break
+        return result
+
     def direction(self, method: str, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
         """d(λ) of a method, for λ > 0.
 
@@ -277,7 +293,6 @@ class Updates:
             damping: λ, added to the sum-reduced curvature.
             sampled: the labels that a method with draws from the model uses.
         """
-        ctx.prec = self.right.bits
         name, _, option = method.partition(":")
         if name == "sgd":
             return self.right.gradient
@@ -387,16 +402,18 @@ class Grade:
     norm: float
 
 
-def grade(direction: arb_mat, metric: Right) -> Grade:
-    """γ(d) = √(dᵀFd)/|dᵀg| by the Fisher and the gradient of a batch."""
-    ctx.prec = max(ctx.prec, metric.bits)
+def grade(direction: arb_mat, metric: Right) -> tuple[Grade, int]:
+    """γ(d) = √(dᵀFd)/|dᵀg| by the Fisher and the gradient of a batch, and its accuracy in bits."""
+    ctx.prec = metric.bits
     tangent = metric.jacobian * direction
     flat = [tangent[i, 0] for i in range(tangent.nrows())]
     curvature = sum((t * h for t, h in zip(flat, metric.weigh(flat), strict=True)), arb(0))
     decrease = (direction.transpose() * metric.gradient)[0, 0]
     norm = (direction.transpose() * direction)[0, 0].sqrt()
     gamma = curvature.sqrt() / abs(decrease)
-    return Grade(*(float(value.mid()) for value in (gamma, decrease, curvature, norm)))
+    values = gamma, decrease, curvature, norm
+    accuracy = min(value.rel_accuracy_bits() for value in values)
+    return Grade(*(float(value.mid()) for value in values)), accuracy
 
 
 def tiny_dampings(matrix: arb_mat, bits: int) -> list[arb]:
