@@ -133,8 +133,8 @@ def numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return checked(table, dict.fromkeys(columns, NUMBER))
 
 
-def graded(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a γ table that are a grade: status ok, with finite positive γ and γ/γ_SGD.
+def graded(table: pd.DataFrame, status: str = "ok") -> pd.DataFrame:
+    """The rows of a γ table with a status, and with finite positive γ and γ/γ_SGD.
 
     Only these have a logarithm, a rank and a place in a picture. Values of γ/γ_min and of the floor
     that are not possible become NaN; methods become text.
@@ -143,7 +143,7 @@ def graded(table: pd.DataFrame) -> pd.DataFrame:
         InputError: a column is missing, or a column of numbers holds text.
     """
     require(table, "method", "damping", "status", *SUMMARIZED)
-    rows = numbers(table[table["status"] == "ok"], "damping", *SUMMARIZED)
+    rows = numbers(table[table["status"] == status], "damping", *SUMMARIZED)
     usable = _is_positive(rows["gamma"]) & _is_positive(rows["gamma_over_sgd"])
     rows = rows[usable & rows["damping"].between(0, math.inf, inclusive="left")]
     floor, least = rows["gamma_floor"], rows["gamma_over_ng"]

@@ -172,8 +172,9 @@ def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
     result = execute(make_run(run), work, out, options, ProgressBar(out.quiet))
     if result is None:
         raise typer.Exit
-    if lost := result.lost_rows():
-        console.complain(lost)
+    for text in (result.lost_rows(), result.doubtful_rows()):
+        if text:
+            console.complain(text)
     return result
 
 

@@ -69,6 +69,7 @@ COLUMNS = [
     *UPDATE_COLUMNS,
     "status",
     "reason",
+    "note",
     *PROBLEM_COLUMNS,
     *SETTING_COLUMNS,
 ]
@@ -117,16 +118,18 @@ def evaluate(
 
         - ``method, damping, damping_absolute, damping_scale``: λ as given, and as used;
         - ``gamma``; ``gamma_over_sgd``; ``gamma_over_ng`` (≥ 1, over γ_min); ``gamma_min``;
-          ``gamma_floor`` (the closed-form bound, ≤ γ_min);
+          ``gamma_floor`` (the closed-form bound, ≤ γ_min); the first four also with ``_error``, an
+          estimate of the relative error by rounding;
         - ``gamma_ng_lower, gamma_ng_upper``: bounds on the γ of the exact (F + λI)⁻¹g at the row's
           λ (the γ of ``ng`` itself is that of the update that was computed, within their gap);
           ``iterations`` of the Krylov run behind them, 0 for a factorisation;
         - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``cosine_sgd``, the cosine
           between d and g: g and F are the metric's;
         - ``coverage``: the part of the parameters that the method's own curvature or optimizer
-          covers, in %; ``reason`` says how the rest is treated;
-        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``) and ``reason``, which also has
-          remarks on rows that are ok;
+          covers, in %; ``note`` says how the rest is treated;
+        - ``status``: ``"ok"``; ``"uncertain"``, where γ's error is above the tolerance;
+          ``"ascent"``, where dᵀg < 0; ``"undefined"``, where there is no γ; or ``"failed"``;
+          ``reason`` says why it is not ok, ``note`` what to know of a row that has numbers;
         - ``num_samples, metric_samples, num_parameters, loss`` (mean ℓ_n of the problem's batch,
           nats), ``likelihood, dtype, engine, seed``.
 
@@ -263,34 +266,37 @@ def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str,
     if isinstance(outcome, Failure):
         missing = dict.fromkeys((*NUMBERS, "coverage"), np.full(count, math.nan))
         status, reason = np.full(count, "failed", object), np.full(count, outcome.reason, object)
-        return {**columns, **missing, "status": status, "reason": reason}
+        texts = {"status": status, "reason": reason, "note": np.full(count, "", object)}
+        return {**columns, **missing, **texts}
     prepared, grades = outcome
     tensors = (grades.gammas, grades.errors, grades.decrease, grades.curvature, grades.norms)
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
     gammas, errors, slopes, _, norms = numbers
-    pairs = [
-        _status(*row, request.tolerance) for row in zip(gammas, errors, slopes, norms, strict=True)
-    ]
-    reasons = ["; ".join(filter(None, (reason, prepared.remarks))) for _, reason in pairs]
+    rows = zip(gammas, errors, slopes, norms, strict=True)
+    in_double = request.kernel.problem.dtype == torch.float64
+    advice = "a larger λ helps" if in_double else "dtype float64 or a larger λ helps"
+    pairs = [_status(advice, request.tolerance, *row) for row in rows]
     return {
         **columns,
         "damping_absolute": np.array(prepared.absolute),
         **dict(zip(NUMBERS, numbers, strict=True)),
         "coverage": np.full(count, prepared.coverage),
         "status": np.array([status for status, _ in pairs], object),
-        "reason": np.array(reasons, object),
+        "reason": np.array([reason for _, reason in pairs], object),
+        "note": np.full(count, prepared.remarks, object),
     }
 
 
-def _status(gamma: float, error: float, slope: float, norm: float, tolerance: float) -> _Status:
+def _status(
+    advice: str, tolerance: float, gamma: float, error: float, slope: float, norm: float
+) -> _Status:
     if not math.isfinite(gamma):
         reason = "the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite"
         return "undefined", reason
     if not error <= tolerance:
-        advice = "a larger λ or dtype=float64 helps"
-        return "uncertain", f"rounding may change γ by {error:.1e} of itself; {advice}"
+        return "uncertain", f"rounding may change γ by more than {tolerance:g} of itself; {advice}"
     if slope < 0:
-        return "ascent", "dᵀg < 0: a step along −d increases the loss"
+        return "ascent", "dᵀg < 0: a step along −d goes uphill"
     return "ok", ""
 
 

@@ -66,6 +66,7 @@ COLUMNS = [
     *NUMBERS,
     "status",
     "reason",
+    "note",
     "num_samples",
     "metric_samples",
     *SETTING_COLUMNS,
@@ -140,7 +141,7 @@ def layer_table(
           is 0 in every layer for the natural gradient;
         - ``own_curvature`` d_lᵀFd_l; ``update_norm`` ‖d_l‖; ``gamma_total``: γ of the whole update;
           ``coverage``: the percentage of all parameters that the method treats itself;
-        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``), ``reason``;
+        - ``status`` (``"ok"``, ``"undefined"`` or ``"failed"``), ``reason``, ``note``;
         - ``num_samples, metric_samples, likelihood, dtype, engine, seed``.
 
     Raises:
@@ -263,7 +264,7 @@ def _method_table(
         )
     if isinstance(parts, Failure):
         missing = dict.fromkeys(NUMBERS, math.nan)
-        parts = [{**missing, "status": "failed", "reason": parts.reason}]
+        parts = [{**missing, "status": "failed", "reason": parts.reason, "note": ""}]
     if len(parts) == 1:
         parts = parts * count
     common = {
@@ -294,7 +295,8 @@ def _part_columns(parts: Parts, prepared: Prepared) -> dict[str, Any]:
         "gamma_total": parts.gamma_total,
         "coverage": prepared.coverage,
         "status": np.where(defined, "ok", "undefined").astype(object),
-        "reason": np.where(defined, prepared.remarks, nothing).astype(object),
+        "reason": np.where(defined, "", nothing).astype(object),
+        "note": prepared.remarks,
     }
 
 

@@ -151,10 +151,9 @@ def common_columns(
 
 
 def add_note(table: pd.DataFrame, note: str, where: pd.Series[bool] | bool = True) -> pd.DataFrame:
-    """Append a note to the reasons of rows, except those that have failed with a reason."""
+    """Append a note to those of rows that have not failed."""
     if not note:
         return table
-    reasons = table["reason"].to_numpy()
-    free = (table["status"] == "ok") | (table["reason"] == "")
-    joined = [f"{reason}; {note}" if reason else note for reason in reasons]
-    return table.assign(reason=np.where(free & where, joined, reasons))
+    notes = table["note"].to_numpy()
+    joined = [f"{before}; {note}" if before else note for before in notes]
+    return table.assign(note=np.where((table["status"] != "failed") & where, joined, notes))

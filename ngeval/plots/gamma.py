@@ -19,6 +19,7 @@ from ngeval.errors import InputError
 from ngeval.plots.names import name_text
 from ngeval.plots.style import (
     COLUMN,
+    draw_hollow,
     legend_under,
     line_with_band,
     own_axes,
@@ -40,7 +41,8 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
     """γ/γ_SGD of every method against the training stage.
 
     The line is the geometric mean over batches, the band its 95 % bootstrap interval; below 1 is
-    closer to the natural gradient than SGD.
+    closer to the natural gradient than SGD. Points all of whose batches are ``uncertain`` are
+    hollow.
 
     Args:
         table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
@@ -50,7 +52,7 @@ def plot_stages(table: pd.DataFrame, damping: float | None = None, ax: Axes | No
     Raises:
         InputError: the table lacks a column, or has no rows at that damping.
     """
-    table = usable(table, "checkpoint")
+    table = drawable(table, "checkpoint")
     rows, value = at_damping(table, damping)
     with own_axes(ax, (COLUMN, 2.9)) as axes:
         draw_stages(rows, axes, styles_of(table))
@@ -67,7 +69,7 @@ def draw_stages(
 ) -> Axes:
     """`draw_ratios` over the stages, of rows that have one λ for each method and checkpoint."""
     staged = with_stage(rows)
-    means = geometric_means(staged, ["x", "method"], "gamma_over_sgd")
+    means = geometric_means(staged, ["x", "method", "status"], "gamma_over_sgd")
     draw_ratios(axes, means, "x", styles, labels)
     stage_axis(axes, staged)
     return axes
@@ -84,8 +86,9 @@ def draw_ratios(
 ) -> None:
     """The line of each method, with its band, and SGD's at 1.
 
-    The means have columns ``method, mean, low, high`` and ``x``; the styles are those of
-    `styles_of`; the labels replace names of methods in the legend.
+    The means have columns ``method, mean, low, high`` and ``x``, and may have ``status``: points
+    that are not ok are hollow. The styles are those of `styles_of`; the labels replace names of
+    methods in the legend.
     """
     others = means[means["method"] != "sgd"]
     for method, part in others.groupby(others["method"].astype(str), sort=False):
@@ -93,6 +96,8 @@ def draw_ratios(
         # Lines over λ have many points; a line through one point would not be visible.
         markers = x != "damping" or len(part) == 1
         line_with_band(axes, part, x, styles[method], label, markers=markers, band=bands)
+        if "status" in part:
+            draw_hollow(axes, part[part["status"] != "ok"], x, styles[method])
     axes.axhline(1, color="black", linewidth=0.9, label="sgd")
     log_scale(axes, "y")
     axes.set_ylabel("γ relative to SGD\n(lower: closer to NG)")
@@ -104,7 +109,8 @@ def plot_damping(
     """γ/γ_SGD of every method against λ at one checkpoint, with the floor as a dashed line.
 
     The exact natural gradient is also drawn if ``ng`` was not among the methods, from the bounds on
-    its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out.
+    its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out. Points all of
+    whose batches are ``uncertain`` are hollow.
 
     Args:
         table: rows of `ngeval.evaluate` at many dampings (``ngeval sweep``'s output).
@@ -114,7 +120,7 @@ def plot_damping(
     Raises:
         InputError: the table lacks a column, or has no such checkpoint.
     """
-    table = usable(table)
+    table = drawable(table)
     if "checkpoint" in table:
         checkpoint = name_in(table, "checkpoint", checkpoint)
         table = table[table["checkpoint"].astype(str) == checkpoint]
@@ -127,7 +133,8 @@ def plot_damping(
     floor = geometric_means(rows.assign(floor=floors), keys, "floor", resamples=0)["mean"].median()
     styles = styles_of(rows)
     with own_axes(ax, (COLUMN, 2.9)) as axes:
-        draw_ratios(axes, geometric_means(rows, keys, "gamma_over_sgd"), "damping", styles)
+        means = geometric_means(rows, [*keys, "status"], "gamma_over_sgd")
+        draw_ratios(axes, means, "damping", styles)
         axes.axhline(floor, **FLOOR)
         damping_axis(axes, table)
         legend_under(axes)
@@ -158,8 +165,20 @@ def damping_figure(
     return figure
 
 
+def drawable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """`usable` rows, and those with status ``uncertain`` where no batch has a usable one.
+
+    Raises:
+        InputError: there are no usable rows, or the table lacks a column.
+    """
+    rows, uncertain = usable(table, *columns), graded(table, "uncertain")
+    keys = [key for key in ("checkpoint", "method", "damping") if key in rows]
+    missing = ~uncertain.set_index(keys).index.isin(rows.set_index(keys).index)
+    return pd.concat([rows, uncertain[missing]])
+
+
 def usable(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows of a γ table that can be drawn; see `ngeval.analysis.tables.graded`.
+    """The rows of a γ table that are ok; see `ngeval.analysis.tables.graded`.
 
     Raises:
         InputError: there are none, or the table lacks a column.

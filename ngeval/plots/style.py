@@ -272,6 +272,24 @@ def legend_under(axes: Axes, columns: int = 4) -> None:
     )
 
 
+def draw_hollow(axes: Axes, means: pd.DataFrame, x: str, style: tuple[str, str, str]) -> None:
+    """Mark points that rounding may have moved; the legend names them once."""
+    if means.empty:
+        return
+    colour, marker, _ = style
+    label = "uncertain (rounding)"
+    first = label not in axes.get_legend_handles_labels()[1]
+    axes.scatter(
+        means[x],
+        means["mean"],
+        marker=marker,
+        facecolors="white",
+        edgecolors=colour,
+        zorder=3,
+        label=label if first else None,
+    )
+
+
 def line_with_band(
     axes: Axes,
     means: pd.DataFrame,

@@ -36,7 +36,8 @@ COLUMNS = {
     **dict.fromkeys(("gradient_norm", "loss", "damping", "num_parameters", "gamma_min"), NUMBER),
     **dict.fromkeys(("gamma_ng_lower", "gamma_ng_upper", "epoch", "step"), NUMBER),
     **dict.fromkeys((*SHARES, *SUMMARIZED), NUMBER),
-    **dict.fromkeys(("task", "checkpoint", "method", "layer", "status", "reason"), ANY),
+    **dict.fromkeys(("task", "checkpoint", "method", "layer", "status"), ANY),
+    **dict.fromkeys(("reason", "note"), ANY),
     **dict.fromkeys(("damping_scale", "likelihood", "dtype", "engine"), ANY),
     **dict.fromkeys(("batch", "sample", "seed", "num_samples", "metric_samples"), LABEL),
 }
@@ -73,7 +74,7 @@ def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFram
             λ or batch.
     """
     require(table, *REQUIRED[kind], source=source)
-    defaults = {"task": task, "status": "ok", "reason": "", "checkpoint": ""}
+    defaults = {"task": task, "status": "ok", "reason": "", "note": "", "checkpoint": ""}
     table = table.assign(**{k: v for k, v in (defaults | {"batch": 0}).items() if k not in table})
     table = checked(table, COLUMNS, source)
     if table["batch"].isna().all():
@@ -84,6 +85,10 @@ def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFram
         unknown = (table["status"] == "failed") & (table["num_samples"] == 0)
         for column in {"num_samples", "metric_samples", "num_parameters"} & {*table}:
             table[column] = table[column].mask(unknown)
+    # Files of version 0.1 have no notes: the reason of a good row is one.
+    is_note = (table["status"] == "ok") & (table["note"] == "")
+    table["note"] = table["note"].mask(is_note, table["reason"])
+    table["reason"] = table["reason"].mask(is_note, "")
     table = _without_unusable(table, kind)
     if kind != SAMPLES:
         usable = ~table["status"].isin({"failed", LEFT_OUT})
@@ -115,10 +120,9 @@ def _without_unusable(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     unusable = pd.Series(np.select(list(tests.values()), list(tests), ""), index=table.index)
     ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
     lost = ok & (unusable != "")
-    before = table["reason"].map(lambda text: f" ({text})" if text else "")
     return table.assign(
         status=table["status"].mask(lost, LEFT_OUT),
-        reason=table["reason"].mask(lost, unusable + before),
+        reason=table["reason"].mask(lost, unusable),
     )
 
 

@@ -174,10 +174,12 @@ def troubles(topic: Topic) -> list[Trouble]:
     """Rows that could not be computed, and remarks on those that could, by reason."""
     result = []
     for table in topic.tables.values():
-        marked = table[(table["status"] != "ok") | (table["reason"] != "")]
-        for (status, reason), rows in marked.groupby(["status", "reason"], sort=False):
+        for (status, reason), rows in table.groupby(["status", "reason"], sort=False):
             shown = str(reason) or "no reason is recorded"
-            result.append(Trouble(topic.name, str(status), shown, len(rows), _where(rows)))
+            if status != "ok":
+                result.append(Trouble(topic.name, str(status), shown, len(rows), _where(rows)))
+        for note, rows in table[table["note"] != ""].groupby("note", sort=False):
+            result.append(Trouble(topic.name, "ok", str(note), len(rows), _where(rows)))
     return sorted(result, key=lambda entry: (entry.status == "ok", -entry.count))
 
 

@@ -11,6 +11,9 @@ import pandas as pd
 from ngeval.errors import InputError
 from ngeval.results.journal import Key
 
+DOUBTFUL = ("uncertain", "ascent")
+"""The statuses of rows that have numbers, and should not be used as they are."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,7 +41,7 @@ class Outcome:
         """
         table = self.table
         if "status" in table:
-            lost, subject = table[table["status"] != "ok"], "{} of {} rows"
+            lost, subject = table[~table["status"].isin(("ok", *DOUBTFUL))], "{} of {} rows"
         elif "reason" in table:  # of samples, where each method has a column
             lost, subject = table[table["reason"] != ""], "loss changes of {} of {} samples"
         else:
@@ -52,6 +55,16 @@ class Outcome:
         if all_lost:
             raise InputError(text)
         return text
+
+    def doubtful_rows(self) -> str:
+        """How many rows are not ok although they have numbers, and why; empty if none is."""
+        table = self.table
+        counts = {}
+        for status in DOUBTFUL if "status" in table else ():
+            rows = table[table["status"] == status]
+            if len(rows):
+                counts[f"{len(rows)} of {len(table)} rows are {status}"] = rows["reason"].unique()
+        return "; ".join(f"{count}: {'; '.join(reasons)}" for count, reasons in counts.items())
 
     def missing_units(self) -> str:
         """Which units are missing, or graded in part, and why; empty if none is."""

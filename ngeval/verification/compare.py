@@ -38,7 +38,7 @@ NATURAL = ("gamma_min", "gamma_over_ng", "gamma_ng_lower", "gamma_ng_upper")
 
 GAMMAS = (*NATURAL, "gamma", "gamma_over_sgd")
 
-NOT_RESULTS = ("engine", "reason", "iterations")
+NOT_RESULTS = ("engine", "reason", "note", "iterations")
 """Columns about how a row was computed, which may change with the memory of a machine."""
 
 SUMMANDS = ("decrease", "curvature", "decrease_share", "curvature_share", "excess", "loss_change_")
