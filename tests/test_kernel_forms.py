@@ -140,7 +140,7 @@ class TestMetric:
             assert values == pytest.approx(expected[column].to_numpy(float), rel=1e-6), column
         assert (result["metric_samples"] == result["num_samples"]).all()
         assert result["gamma_min"].isna().all()
-        assert result["reason"].str.contains("metric").all()
+        assert result["note"].str.contains("metric").all()
 
     @pytest.mark.parametrize("as_function", [False, True])
     def test_updates_of_one_batch_under_the_fisher_of_another(self, as_function):

@@ -438,8 +438,8 @@ def test_coverage_and_the_rest():
     table = ngeval.evaluate(problem, ["sgd", "kfac", "kfac:zero"], [1e-2])
     covered = 100 * (20 + 15) / problem.num_parameters
     assert table["coverage"].tolist() == pytest.approx([100, covered, covered])
-    assert "table.weight, norm.weight, norm.bias" in table["reason"][1]
-    assert "left at 0" in table["reason"][2]
+    assert "table.weight, norm.weight, norm.bias" in table["note"][1]
+    assert "left at 0" in table["note"][2]
 
 
 def test_a_tied_weight_is_not_covered():

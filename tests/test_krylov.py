@@ -110,7 +110,7 @@ def test_a_run_stops_at_the_gap_asked_for_and_says_when_it_could_not(monkeypatch
     assert 0 < wide["iterations"].iloc[0] < close["iterations"].iloc[0]
     short = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10, max_iterations=2)
     assert (short["iterations"] == 2).all()
-    assert short["reason"].str.contains("γ_min is known to lie between .* after 2 iterations").all()
+    assert short["note"].str.contains("γ_min is known to lie between .* after 2 iterations").all()
     truth = ngeval.evaluate(case.problem(), ["ng"], dampings)
     for i, damping in enumerate(dampings):
         rows = short[short["damping"] == damping]

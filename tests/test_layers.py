@@ -270,7 +270,7 @@ def test_a_layer_that_is_left_alone_is_undefined_and_the_rest_is_not():
     first, second = (row for _, row in table.iterrows())
     assert (first["status"], first["reason"]) == ("undefined", "the update is 0 in this layer")
     assert (first["decrease_share"], first["curvature_share"]) == (0, 0)
-    assert (second["status"], second["reason"]) == ("ok", "half of it")
+    assert (second["status"], second["note"]) == ("ok", "half of it")
     assert second["coverage"] == 40.0
     assert second["decrease_share"] == 1
     assert second["gamma"] == pytest.approx(second["gamma_total"])
@@ -331,7 +331,7 @@ def test_the_best_of_a_layer_is_left_out_where_it_is_out_of_reach(monkeypatch):
     monkeypatch.setattr("ngeval.curvature.fisher_blocks.DENSE_SIZE", 5)
     table = ngeval.layer_table(problem, ["sgd"], [1.0])
     assert table["gamma_over_best"].isna().all()
-    assert table["reason"].str.contains("no least γ of layers: .*use fewer samples").all()
+    assert table["note"].str.contains("no least γ of layers: .*use fewer samples").all()
     assert (table["status"] == "ok").all()
 
 

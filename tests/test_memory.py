@@ -82,7 +82,7 @@ def test_grades_do_not_depend_on_the_budget(memory):
     assert set(result["method"][good]) >= {"sgd", "diag", "ng"}
     assert result["reason"][~good].str.contains("memory").all()
     # Without room for more vectors a Krylov run ends early, and says so.
-    short = (result["method"] == "ng") & result["reason"].str.contains("apart after")
+    short = (result["method"] == "ng") & result["note"].str.contains("apart after")
     assert memory == 4_000 or not short.any()
     good &= ~short
     values = result["gamma"][good].to_numpy()

@@ -653,7 +653,7 @@ class TestPage:
         table = pd.concat([gammas(task="a"), gammas(task="b")])
         table.loc[(table["method"] == "ef") & (table["damping"] == 1.0), "status"] = "failed"
         table.loc[table["status"] == "failed", "reason"] = "no <b>memory</b>"
-        table.loc[(table["method"] == "ief") & (table["damping"] == 1.0), "reason"] = "a remark"
+        table.loc[(table["method"] == "ief") & (table["damping"] == 1.0), "note"] = "a remark"
         table.to_parquet(folder / "g.parquet", index=False)
         write_manifest(folder / "g.parquet", manifest({"seed": 3}, command=["ngeval", "gamma"]))
         samples("b").to_csv(folder / "i.csv", index=False)
@@ -795,7 +795,7 @@ class TestFacts:
     def test_troubles_are_grouped_by_reason(self):
         table = gammas()
         table.loc[table["method"] == "ef", ["status", "reason"]] = ["failed", "singular"]
-        table.loc[table["method"] == "diag", "reason"] = "noted"
+        table.loc[table["method"] == "diag", "note"] = "noted"
         failed, noted = troubles(topic(gammas=table))
         assert (failed.reason, failed.count, failed.status) == ("singular", 54, "failed")
         assert dict(failed.where)["methods"] == "ef"

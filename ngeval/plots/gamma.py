@@ -109,8 +109,8 @@ def plot_damping(
     """γ/γ_SGD of every method against λ at one checkpoint, with the floor as a dashed line.
 
     The exact natural gradient is also drawn if ``ng`` was not among the methods, from the bounds on
-    its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out. Points all of
-    whose batches are ``uncertain`` are hollow.
+    its γ that every row has. λ = 0 has no place on a logarithmic axis and is left out. Points all
+    of whose batches are ``uncertain`` are hollow.
 
     Args:
         table: rows of `ngeval.evaluate` at many dampings (``ngeval sweep``'s output).
