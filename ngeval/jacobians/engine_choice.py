@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from ngeval.errors import EngineError, InputError, ModelError, nearest_name
+from ngeval.errors import EngineError, InputError, nearest_name
 from ngeval.jacobians.probe import Probe
 from ngeval.jacobians.row_source import ENGINES, RowSource
 from ngeval.model.function import ModelFunction, Parameters
@@ -28,13 +27,21 @@ class EngineChoice:
 
     Attributes:
         rows: the source of rows.
-        direction: v, a random direction in parameter space.
+        probe: what it was checked with, whose ``direction`` is v.
         products: (J_nᵀu_n)·v for every sample, by parameter: float64, shape ``(N,)``.
     """
 
     rows: RowSource
-    direction: Parameters
+    probe: Probe
     products: Parameters
+
+    def in_double(self) -> EngineChoice | None:
+        """The same rows in float64; None where the model is in float64, or cannot be."""
+        double = self.probe.in_double()
+        if double is None:
+            return None
+        rows = replace(self.rows, function=double.function)
+        return _chosen(rows, double, double.row_products(rows))
 
 
 def choose_engine(
@@ -114,48 +121,47 @@ def _first_right(
 ) -> tuple[EngineChoice | None, list[Reason]]:
     """The first of some candidates that is right, or the reasons why none is.
 
-    If none is, they are tried again in float64: rounding can flip a ReLU between two ways of
-    computing.
+    Each that is not is tried again in float64 before the next: rounding can flip a ReLU between
+    two ways of computing.
     """
-    choice, reasons = _first_agreeing(probe, candidates(probe), forward_modes, check)
-    function = probe.function
-    if choice is None and check and function.dtype.itemsize < 8 and not function.split:
-        with contextlib.suppress(ModelError):
-            double = probe.shards.synchronized(probe.in_double)
-            wide, reasons = _first_agreeing(double, candidates(double), forward_modes, check)
+    function, reasons = probe.function, []
+    for place, candidate in enumerate(candidates(probe)):
+        choice, reason = _tried(probe, candidate, forward_modes, check)
+        if choice is not None:
+            return choice, []
+        if check and (double := probe.in_double()) is not None:
+            wide, reason = _tried(double, candidates(double)[place], forward_modes, check)
             if wide is not None:
                 mode = wide.rows.function.forward_mode
                 rows = replace(wide.rows, function=replace(function, forward_mode=mode))
                 return _chosen(rows, probe, probe.row_products(rows)), []
-    return choice, reasons
-
-
-def _first_agreeing(
-    probe: Probe, candidates: list[Candidate], forward_modes: Sequence[bool], check: bool
-) -> tuple[EngineChoice | None, list[Reason]]:
-    reasons: list[Reason] = []
-    for name, rows_and_products in candidates:
-        try:
-            source, products = probe.shards.synchronized(rows_and_products)
-        except Exception as error:  # an engine may fail on a model in any way
-            if is_out_of_memory(error):
-                raise
-            reasons.append(partial(str, f"{name}: {_first_line(error)}"))
-            continue
-        choice = _chosen(source, probe, products)
-        if not check:
-            return choice, []
-        of_random = {n: part[:, 0] for n, part in products.items()}
-        if wrong := probe.wrong_parameters(of_random):
-            listed = ", ".join(sorted(wrong)[:3])
-            reasons.append(partial(str, f"{name}: wrong per-sample gradients of {listed}"))
-            continue
-        for forward_mode in forward_modes:
-            if probe.agrees_with_tangent(of_random, forward_mode):
-                function = replace(source.function, forward_mode=forward_mode)
-                return replace(choice, rows=replace(source, function=function)), []
-        reasons.append(partial(_difference, name, probe, of_random))
+        reasons.append(reason)
     return None, reasons
+
+
+def _tried(
+    probe: Probe, candidate: Candidate, forward_modes: Sequence[bool], check: bool
+) -> tuple[EngineChoice | None, Reason]:
+    """A candidate, or None and why its rows are not right."""
+    name, rows_and_products = candidate
+    try:
+        source, products = probe.shards.synchronized(rows_and_products)
+    except Exception as error:  # an engine may fail on a model in any way
+        if is_out_of_memory(error):
+            raise
+        return None, partial(str, f"{name}: {_first_line(error)}")
+    choice = _chosen(source, probe, products)
+    if not check:
+        return choice, str
+    of_random = {n: part[:, 0] for n, part in products.items()}
+    if wrong := probe.wrong_parameters(of_random):
+        listed = ", ".join(sorted(wrong)[:3])
+        return None, partial(str, f"{name}: wrong per-sample gradients of {listed}")
+    for forward_mode in forward_modes:
+        if probe.agrees_with_tangent(of_random, forward_mode):
+            function = replace(source.function, forward_mode=forward_mode)
+            return replace(choice, rows=replace(source, function=function)), str
+    return None, partial(_difference, name, probe, of_random)
 
 
 def _difference(name: str, probe: Probe, products: Parameters) -> str:
@@ -165,7 +171,7 @@ def _difference(name: str, probe: Probe, products: Parameters) -> str:
 
 def _chosen(rows: RowSource, probe: Probe, products: Parameters) -> EngineChoice:
     of_residual = {name: part[:, 1] for name, part in products.items()}
-    return EngineChoice(rows, probe.direction, probe.of_all_samples(of_residual))
+    return EngineChoice(rows, probe, probe.of_all_samples(of_residual))
 
 
 def _first_line(error: Exception) -> str:

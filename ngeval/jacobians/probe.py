@@ -7,6 +7,7 @@ last sample are also compared, parameter by parameter, with plain autograd on th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -61,10 +62,21 @@ class Probe:
         with model_errors():
             singles = [self._single(n) for n in self._ends]
         self._end_products = {n: torch.stack([s[n] for s in singles]) for n in self.direction}
+        self._double: list[Probe] = []
         self._tangents: dict[bool, Tensor | None] = {}
 
-    def in_double(self) -> Probe:
-        """The same probe of the model in float64."""
+    def in_double(self) -> Probe | None:
+        """The same probe in float64; None where the model is in float64, or cannot be.
+
+        Where two ways of computing differ in a narrower type, they may be on two sides of a ReLU's
+        kink, which is nobody's fault. What is wrong in float64 is wrong.
+        """
+        if self.function.dtype.itemsize < 8 and not self.function.split and not self._double:
+            with contextlib.suppress(ModelError):
+                self._double = [self.shards.synchronized(self._converted)]
+        return self._double[0] if self._double else None
+
+    def _converted(self) -> Probe:
         function = self.function.converted(torch.float64)
         with OperationWatch() as watch, torch.no_grad(), model_errors():
             function.on(slice(0, 2))(function.parameters)
@@ -97,6 +109,9 @@ class Probe:
                 source = RowSource(self.function, name, memory, plan, planner.trial.sample_bytes)
                 products = self.row_products(source)
                 wrong = self.wrong_parameters({n: part[:, 0] for n, part in products.items()})
+                if wrong and (double := self.in_double()):
+                    wide = double.row_products(replace(source, function=double.function))
+                    wrong &= double.wrong_parameters({n: part[:, 0] for n, part in wide.items()})
                 if not wrong or not planner.demote(wrong):
                     return source, products
 

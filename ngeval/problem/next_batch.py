@@ -68,7 +68,8 @@ class Chain:
         )
         problem.use_rows(choice.rows)
         if self.probes:
-            check_gradients_add_up(choice, problem.function.unflatten(problem.gradient()))
+            gradient = problem.function.unflatten(problem.gradient())
+            check_gradients_add_up(choice, gradient, problem.residual)
         self.sources[batch_key(problem.function)] = problem.rows
 
 

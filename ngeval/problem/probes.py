@@ -148,13 +148,19 @@ def _check_independent(half: Tensor, actual: Tensor, expected: Tensor, allowed: 
         )
 
 
-def check_gradients_add_up(choice: EngineChoice, gradient: Parameters) -> None:
+def check_gradients_add_up(choice: EngineChoice, gradient: Parameters, residual: Tensor) -> None:
     """Raise unless Σ_n g_n·v = g·v for a random v: an engine may miss parameters.
+
+    Where they do not, float64 decides if the model runs in it: a ReLU may be at its kink.
 
     Raises:
         EngineError: they do not add up.
     """
-    if off := missed_gradients(choice, gradient):
+    off = missed_gradients(choice, gradient)
+    if off and (double := choice.in_double()) is not None:
+        function = double.rows.function
+        off = missed_gradients(double, function.vjp(residual.to(function.dtype)))
+    if off:
         raise EngineError(
             "per-sample gradients do not add up to the batch gradient for "
             f"{', '.join(off[:5])} (relative gap): the {choice.rows.engine_name} engine does not "
@@ -169,7 +175,7 @@ def missed_gradients(choice: EngineChoice, gradient: Parameters) -> list[str]:
     largest = max(size.values())
     off = []
     for name, products in choice.products.items():
-        expected = float(inner_product(gradient[name], choice.direction[name]))
+        expected = float(inner_product(gradient[name], choice.probe.direction[name]))
         gap = abs(float(products.sum()) - expected)
         # A gradient that vanishes but for rounding agrees only to that rounding.
         if gap > tolerance * (size[name] + 1000 * tolerance * largest):
