@@ -136,6 +136,11 @@ class FisherBlocks:
         """The largest eigenvalue of all blocks."""
         return max(block.svd.largest for block in self.blocks.values())
 
+    @property
+    def rank(self) -> int:
+        """The rank of all blocks at λ = 0."""
+        return sum(block.svd.at_zero.rank for block in self.blocks.values())
+
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
         return {name: block.least_gamma() for name, block in self.blocks.items()}

@@ -55,11 +55,17 @@ class Bounds:
     upper: np.ndarray
 
     @property
-    def gap(self) -> float:
-        """The largest upper/lower − 1."""
+    def gaps(self) -> np.ndarray:
+        """upper/lower − 1, shape ``(L,)``."""
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = np.where(np.isinf(self.lower), 1.0, self.upper / self.lower)
-        return float(np.nan_to_num(ratio - 1, nan=np.inf).max(initial=0.0))
+        gaps: np.ndarray = np.nan_to_num(ratio - 1, nan=np.inf)
+        return gaps
+
+    @property
+    def gap(self) -> float:
+        """The largest gap."""
+        return float(self.gaps.max(initial=0.0))
 
 
 class KrylovRun:
@@ -100,6 +106,9 @@ class KrylovRun:
             self.diagonal.append(self.slope / self.length)
             self.right = self.gradient / self.slope
             self.basis.append(self.right if self.in_parameters else self.left)
+
+    rank = math.nan
+    """Not known of a run."""
 
     @property
     def iterations(self) -> int:

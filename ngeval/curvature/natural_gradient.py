@@ -35,6 +35,11 @@ class DenseSolver:
         """The largest eigenvalue of F."""
         return self.rows.largest
 
+    @property
+    def rank(self) -> int:
+        """The rank of SᵀJ at λ = 0."""
+        return self.rows.at_zero.rank
+
     def coefficients(self, svd: RowSvd) -> Tensor:
         """Vᵀg, shape ``(k,)``."""
         return svd.gradient_coefficients(self.gradients, self.right)

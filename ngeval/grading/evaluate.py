@@ -56,7 +56,7 @@ DAMPING_COLUMNS = ["damping", "damping_absolute", "damping_scale"]
 GAMMA_COLUMNS = ["gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_min", "gamma_floor"]
 ERROR_COLUMNS = ["gamma_error", "gamma_over_sgd_error", "gamma_over_ng_error", "gamma_min_error"]
 BOUND_COLUMNS = ["gamma_ng_lower", "gamma_ng_upper", "iterations"]
-UPDATE_COLUMNS = ["decrease", "curvature", "update_norm", "cosine_sgd", "coverage"]
+UPDATE_COLUMNS = ["decrease", "curvature", "update_norm", "cosine_sgd", "coverage", "rank"]
 PROBLEM_COLUMNS = ["num_samples", "metric_samples", "num_parameters", "loss"]
 SETTING_COLUMNS = ["likelihood", "dtype", "engine", "seed"]
 
@@ -127,6 +127,7 @@ def evaluate(
           between d and g: g and F are the metric's;
         - ``coverage``: the part of the parameters that the method's own curvature or optimizer
           covers, in %; ``note`` says how the rest is treated;
+        - ``rank``, of the method's curvature, by which its pseudo-inverse at λ = 0 was taken;
         - ``status``: ``"ok"``; ``"uncertain"``, where γ's error is above the tolerance;
           ``"ascent"``, where dᵀg < 0; ``"undefined"``, where there is no γ; or ``"failed"``;
           ``reason`` says why it is not ok, ``note`` what to know of a row that has numbers;
@@ -264,23 +265,23 @@ def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str,
         "damping_absolute": np.full(count, math.nan),
     }
     if isinstance(outcome, Failure):
-        missing = dict.fromkeys((*NUMBERS, "coverage"), np.full(count, math.nan))
+        missing = dict.fromkeys((*NUMBERS, "coverage", "rank"), np.full(count, math.nan))
         status, reason = np.full(count, "failed", object), np.full(count, outcome.reason, object)
         texts = {"status": status, "reason": reason, "note": np.full(count, "", object)}
         return {**columns, **missing, **texts}
     prepared, grades = outcome
     tensors = (grades.gammas, grades.errors, grades.decrease, grades.curvature, grades.norms)
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
+    numbers[1] = numbers[1] + prepared.gaps
     gammas, errors, slopes, _, norms = numbers
-    rows = zip(gammas, errors, slopes, norms, strict=True)
-    in_double = request.kernel.problem.dtype == torch.float64
-    advice = "a larger λ helps" if in_double else "dtype float64 or a larger λ helps"
-    pairs = [_status(advice, request.tolerance, *row) for row in rows]
+    rows = zip(gammas, errors, prepared.gaps, slopes, norms, strict=True)
+    pairs = [_status(request, *row) for row in rows]
     return {
         **columns,
         "damping_absolute": np.array(prepared.absolute),
         **dict(zip(NUMBERS, numbers, strict=True)),
         "coverage": np.full(count, prepared.coverage),
+        "rank": np.where(np.array(prepared.absolute) == 0, prepared.rank, math.nan),
         "status": np.array([status for status, _ in pairs], object),
         "reason": np.array([reason for _, reason in pairs], object),
         "note": np.full(count, prepared.remarks, object),
@@ -288,16 +289,29 @@ def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str,
 
 
 def _status(
-    advice: str, tolerance: float, gamma: float, error: float, slope: float, norm: float
+    request: _Request, gamma: float, error: float, gap: float, slope: float, norm: float
 ) -> _Status:
     if not math.isfinite(gamma):
         reason = "the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite"
         return "undefined", reason
-    if not error <= tolerance:
-        return "uncertain", f"rounding may change γ by more than {tolerance:g} of itself; {advice}"
+    if not error <= request.tolerance:
+        return "uncertain", _uncertainty(request, gap)
     if slope < 0:
         return "ascent", "dᵀg < 0: a step along −d goes uphill"
     return "ok", ""
+
+
+def _uncertainty(request: _Request, gap: float) -> str:
+    if not gap <= request.tolerance:
+        return (
+            "the Krylov run ended before its bounds on γ met; more max_iterations, more memory or "
+            "a larger λ helps"
+        )
+    in_double = request.kernel.problem.dtype == torch.float64
+    return (
+        f"rounding may change γ by more than {request.tolerance:g} of itself; "
+        f"{'a larger λ' if in_double else 'dtype float64 or a larger λ'} helps"
+    )
 
 
 def _other_columns(
@@ -343,7 +357,7 @@ def _with_natural(
         bounds, floor = solver.bounds(dampings), gamma_floor(problem)
         least = max(solver.gamma_min(), floor)  # equal but for rounding, or above
         if solver.iterations:
-            return solver, bounds, least, bounds.gap
+            return solver, bounds, least, float(bounds.gaps[0])
         errors, error = request.perturbations.natural_errors(dampings)
         lower = np.fmax(bounds.lower / (1 + errors), floor)
         return solver, Bounds(lower, bounds.upper * (1 + errors)), least, error

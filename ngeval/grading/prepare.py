@@ -46,12 +46,16 @@ class Prepared:
         updates: those of every λ.
         coverage: the part of the parameters that the method treats, in percent.
         remarks: what a reader of its results should know.
+        rank: of the method's curvature, where a λ is 0 and the method knows it; otherwise NaN.
+        gaps: how far γ may be from that of an exact solution, relative, for every λ.
     """
 
     absolute: list[float]
     updates: Updates
     coverage: float
     remarks: str
+    rank: float
+    gaps: np.ndarray
 
 
 def attempt(
@@ -91,7 +95,11 @@ def prepare(
     if math.isnan(absolute[0]) and updates.count > 1:
         raise InputError(f"{method.name} has no curvature for a relative damping to scale")
     coverage = float(getattr(state, "coverage", 100.0))
-    return Prepared(absolute, updates, coverage, "; ".join(getattr(state, "notes", ())))
+    rank = float(getattr(state, "rank", math.nan)) if 0 in absolute else math.nan
+    notes = "; ".join(getattr(state, "notes", ()))
+    # After the updates, which a run has to be long enough for.
+    gaps = np.asarray(state.gaps(absolute) if hasattr(state, "gaps") else np.zeros(len(dampings)))
+    return Prepared(absolute, updates, coverage, notes, rank, gaps)
 
 
 def failure_reason(error: Exception) -> str:

@@ -22,7 +22,9 @@ class State(Protocol):
     """A method prepared on a problem.
 
     A state may also have ``coverage``, the percentage of the parameters that it treats (default
-    100), and ``notes``, a tuple of remarks for the column ``reason`` of its results.
+    100), ``notes``, a tuple of remarks for the column ``note`` of its results, ``rank``, that of
+    its curvature by the rule for λ = 0, and ``gaps(dampings)``, how far the γ of an iterative
+    solution may be from the exact one, relative.
     """
 
     @property

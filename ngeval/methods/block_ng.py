@@ -47,6 +47,11 @@ class BlockState(State):
     def largest_curvature(self) -> float:
         return self.blocks.largest
 
+    @property
+    def rank(self) -> int:
+        """The rank at λ = 0."""
+        return self.blocks.rank
+
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The updates of every λ; one pass over the rows computes as many as fit in memory."""
         problem = self.blocks.problem

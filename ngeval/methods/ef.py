@@ -59,6 +59,11 @@ class EmpiricalState(State):
     def largest_curvature(self) -> float:
         return self.gradients.largest
 
+    @property
+    def rank(self) -> int:
+        """The rank at λ = 0."""
+        return self.gradients.at_zero.rank
+
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """The updates of every λ, with dᵀg = Σ_n g_n·d.
 

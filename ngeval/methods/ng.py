@@ -1,7 +1,7 @@
 """``ng``: the exact damped natural gradient.
 
-With r = S⁺u and g = JᵀS r, (F + λI)⁻¹g = JᵀS (SᵀΘS + λI)⁻¹ r. It comes from one eigendecomposition
-in logit space if that is feasible, and else from one Krylov run with two-sided bounds on its γ.
+With SᵀJ = UΣVᵀ that is V(Σ² + λ)⁻¹Vᵀg. It comes from one singular value decomposition in logit
+space if that is feasible, and else from one Krylov run with two-sided bounds on its γ.
 Source: Amari, "Natural gradient works efficiently in learning" (1998).
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS
@@ -46,6 +48,15 @@ class NaturalState(State):
     @property
     def largest_curvature(self) -> float:
         return self.solver.largest
+
+    @property
+    def rank(self) -> float:
+        """The rank at λ = 0, NaN for a Krylov run."""
+        return self.solver.rank
+
+    def gaps(self, dampings: Sequence[float]) -> np.ndarray:
+        """How far a Krylov run may be from the exact γ, relative; 0 for a factorisation."""
+        return self.solver.bounds(dampings).gaps
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         return self.solver.updates(dampings)

@@ -90,6 +90,11 @@ class SampledState(State):
     def largest_curvature(self) -> float:
         return self.sampled.largest
 
+    @property
+    def rank(self) -> int:
+        """The rank at λ = 0."""
+        return self.sampled.at_zero.rank
+
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         solved = [self._solve(damping) for damping in dampings]
         coordinates = torch.stack([y for y, _ in solved])
