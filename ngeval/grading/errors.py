@@ -23,12 +23,13 @@ from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
 from ngeval.problem.linearized import Linearized
 from ngeval.problem.metric_batch import Metric
+from ngeval.problem.probes import row_rounding
 
 PERTURBATIONS = 2
 """How often everything is computed again."""
 
 NOISE = 2
-"""The rounding of a row or a logit, in units of the machine epsilon of the problem's dtype."""
+"""The least rounding of a row or logit, in units of the problem dtype's machine epsilon."""
 
 
 class Perturbations:
@@ -39,10 +40,13 @@ class Perturbations:
         self.seed = seed
         self.metric = metric
 
-    @property
+    @cached_property
     def noise(self) -> float:
-        """The size of the change, relative."""
-        return NOISE * torch.finfo(self.kernel.problem.dtype).eps
+        """The size of the change, relative: the rows' rounding, as measured on a few samples."""
+        problem = self.kernel.problem
+        least = NOISE * torch.finfo(problem.dtype).eps
+        measured = attempt(problem.shards, partial(row_rounding, problem.rows, problem.residual))
+        return least if isinstance(measured, Failure) else max(least, measured)
 
     @cached_property
     def problems(self) -> list[Linearized]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ngeval.errors import EngineError, ModelError
-from ngeval.jacobians import EngineChoice
+from ngeval.jacobians import EngineChoice, RowSource, row_matrix
 from ngeval.jacobians.inner_products import inner_product
+from ngeval.jacobians.vjp_rows import loop_rows
 from ngeval.model.checks import is_finite, named_tensors
 from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
 from ngeval.model.sharding import fingerprint
+
+ROUNDING_SAMPLES = 5
+"""At most this many samples are differentiated again to measure the rounding of rows."""
 
 
 def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
@@ -181,3 +187,31 @@ def missed_gradients(choice: EngineChoice, gradient: Parameters) -> list[str]:
         if gap > tolerance * (size[name] + 1000 * tolerance * largest):
             off.append(f"{name} ({gap / max(size[name], 1e-300):.1e})")
     return off
+
+
+def row_rounding(source: RowSource, residual: Tensor) -> float:
+    """The relative error of rows by rounding: the median of a few, against float64.
+
+    The reference is plain autograd on a sample alone.
+
+    Args:
+        source: of the rows.
+        residual: u, for the shape of cotangents.
+
+    Raises:
+        ModelError: the model does not run in float64.
+    """
+    part, fields = source.local(residual)
+    wide = part.function.converted(torch.float64)
+    cotangents = torch.randn(fields.shape, generator=torch.Generator().manual_seed(0)).to(fields)
+    gaps = []
+    for n in range(0, len(fields), max(1, -(-len(fields) // ROUNDING_SAMPLES))):
+        sample = slice(n, n + 1)
+        vector = cotangents[sample].unsqueeze(1)
+        rows = row_matrix(replace(part, function=part.function.on(sample)), vector)[0]
+        with model_errors():
+            alone = loop_rows(wide, sample, vector)
+        exact = torch.cat([alone[name].reshape(-1) for name in wide.parameters])
+        gaps.append(float((rows - exact).norm() / exact.norm().clamp_min(1e-300)))
+    values = [gap for gaps in source.shards.gather(gaps) for gap in gaps]
+    return statistics.median(values)
