@@ -40,7 +40,7 @@ class Layer:
 
 
 def layers(
-    model: nn.Module, inputs: Tensor, dense: reference.Dense, cotangents: Tensor
+    model: nn.Module, inputs: reference.Inputs, dense: reference.Dense, cotangents: Tensor
 ) -> dict[str, Layer]:
     """Every Linear and ungrouped Conv2d with a trainable weight, by plain hooks on single samples.
 
@@ -68,10 +68,8 @@ def layers(
     actual: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {
         name: ([], [], []) for name in expected
     }
-    for n in range(len(inputs)):
-        outputs = model(
-            inputs[n : n + 1].double() if inputs.is_floating_point() else inputs[n : n + 1]
-        )
+    for n in range(dense.num_samples):
+        outputs = reference.forward(model, reference.one_sample(inputs, n))
         flat = outputs.flatten()
         for name, module in expected.items():
             argument, built = calls[name]

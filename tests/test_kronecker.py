@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from flint import arb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ngeval.methods.kfac import RESTS, Kronecker
 from ngeval.methods.label_sources import Labels
 from tests import problems, reference, reference_kfac
 from tests.problems import prepared
+from tests.search.right import Right, Updates, rows_of
 
 LABELS = {
     "kfac": reference_kfac.exact_labels,
@@ -31,15 +33,19 @@ DAMPINGS = [1e-4, 1e-2, 1.0]
 
 
 class Attending(nn.Module):
-    """Tokens that average over the real ones of their sample; padding reaches no output."""
+    """Tokens that average over the real ones of their sample; padding reaches no output.
+
+    Padding is named by a mask, or else known to the model alone, as tokens that are 0.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(4, 5)
         self.second = nn.Linear(5, 3, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        real = (tokens.abs().sum(-1, keepdim=True) > 0).to(tokens.dtype)
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        real = (tokens.abs().sum(-1) > 0) if attention_mask is None else attention_mask
+        real = real.unsqueeze(-1).to(tokens.dtype)
         hidden = torch.tanh(self.first(tokens)) * real
         return self.second(hidden).sum(1)
 
@@ -82,6 +88,7 @@ MODELS = {
     "half frozen": (half_frozen, (4,)),
     "conv": (conv, (2, 6, 6)),
     "padded": (Attending, (3, 4)),
+    "masked": (Attending, (3, 4)),
     "sequence": (DeepLinear, (3, 4)),
 }
 
@@ -91,20 +98,31 @@ def make(name: str, family: str = "categorical", count: int = 7, seed: int = 0) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build().double().eval()
-    return case_of(model, shape, family, count, seed)
+    return case_of(model, shape, family, count, seed, masked=name == "masked")
 
 
 def case_of(
-    model: nn.Module, shape: tuple[int, ...], family: str, count: int = 7, seed: int = 0
+    model: nn.Module,
+    shape: tuple[int, ...],
+    family: str,
+    count: int = 7,
+    seed: int = 0,
+    *,
+    masked: bool = False,
 ) -> problems.Case:
     generator = torch.Generator().manual_seed(seed + 1)
-    inputs = torch.randn((count, *shape), generator=generator, dtype=torch.float64)
+    inputs: reference.Inputs = torch.randn(
+        (count, *shape), generator=generator, dtype=torch.float64
+    )
     if isinstance(model, Attending):
-        inputs[1, 1:] = 0
-        inputs[2, 2:] = 0
+        tokens = inputs
+        tokens[1, 1:] = 0
+        tokens[2, 2:] = 0
+        if masked:
+            inputs = {"tokens": tokens, "attention_mask": (tokens.abs().sum(-1) > 0).long()}
     kind = reference.Family(family, 0.5 if family == "gaussian" else 1.0)
     with torch.no_grad():
-        outputs = model(inputs)
+        outputs = reference.forward(model, inputs)
     return problems.Case("", model, inputs, problems.make_targets(kind, outputs, generator), kind)
 
 
@@ -119,8 +137,9 @@ def expected_direction(
     result = reference_kfac.layers(case.model, case.inputs, dense, labels(dense))
     update = torch.zeros(dense.jacobian.shape[2], dtype=torch.float64)
     for layer in result.values():
-        # Pixels all count; tokens that no output depends on do not.
-        computed = reference_kfac.factors(layer, sharing, skip=case.inputs.ndim == 3)
+        # All positions count but those that a mask leaves out, of which no output depends.
+        masked = isinstance(case.inputs, dict) or bool((case.targets == problems.PADDING).any())
+        computed = reference_kfac.factors(layer, sharing, skip=masked)
         solved = reference_kfac.solve(layer, computed, damping, kind, dense.num_samples)
         update[layer.places.flatten()] = solved.flatten()
     return update
@@ -311,7 +330,7 @@ class TestExactness:
 
 class TestEigenvalueCorrection:
     @settings(max_examples=15, deadline=None)
-    @given(seed=st.integers(0, 1000), model=st.sampled_from(["mlp", "conv", "padded"]))
+    @given(seed=st.integers(0, 1000), model=st.sampled_from(["mlp", "conv", "masked"]))
     def test_never_farther_from_the_exact_block(self, seed, model):
         case = make(model, seed=seed, count=5)
         dense = case.reference()
@@ -333,7 +352,7 @@ class TestEigenvalueCorrection:
             assert problems.relative_gap(corrected.values, diagonal) < 1e-9
 
     def test_solves_in_the_eigenbasis(self):
-        case = make("padded")
+        case = make("masked")
         dense = case.reference()
         result = reference_kfac.layers(
             case.model, case.inputs, dense, reference_kfac.data_labels(dense)
@@ -375,6 +394,7 @@ class TestBlocks:
             assert problems.relative_gap(update[places], expected) < 1e-8, owner
 
     def test_many_dampings_in_a_few_passes(self, monkeypatch):
+        monkeypatch.setattr("ngeval.curvature.row_space.EXPLICIT_ENTRIES", 0)
         case = make("conv", count=4)
         problem = case.problem()
         state = prepared("block-ng", problem)
@@ -393,6 +413,7 @@ class TestBlocks:
         assert len(computed) == 1
 
     def test_too_large(self, monkeypatch):
+        monkeypatch.setattr("ngeval.curvature.row_space.EXPLICIT_ENTRIES", 0)
         monkeypatch.setattr("ngeval.curvature.fisher_blocks.DENSE_SIZE", 10)
         table = ngeval.evaluate(make("mlp").problem(), ["block-ng"], [1e-3])
         assert table["status"].item() == "failed"
@@ -708,7 +729,7 @@ class TestPositions:
 
 
 class TestSaturation:
-    """Labels of a probability that leaves nothing of S⁺u are told, not graded wrongly."""
+    """Labels of a probability that leaves nothing of S⁺u in float64."""
 
     def problem(self, scale: float, dtype: torch.dtype = torch.float64) -> ngeval.Problem:
         torch.manual_seed(0)
@@ -724,13 +745,20 @@ class TestSaturation:
         ("scale", "dtype"),
         [(150.0, torch.float64), (300.0, torch.float64), (3000.0, torch.float32)],
     )
-    def test_is_told(self, scale, dtype):
+    @pytest.mark.parametrize("entries", [0, 2**22])
+    def test_every_update_is_right_or_uncertain(self, monkeypatch, scale, dtype, entries):
+        monkeypatch.setattr("ngeval.curvature.row_space.EXPLICIT_ENTRIES", entries)
         problem = self.problem(scale, dtype)
+        model, targets = problem.function.model, problem.distribution.targets
+        assert float(problem.loss.max()) > 80
         table = ngeval.evaluate(problem, ["sgd", "ng", "block-ng", "kfac"], [1e-3, 1.0])
-        table = table.set_index("method")
-        assert (table.loc[["sgd", "kfac"], "status"] == "ok").all()
-        assert (table.loc[["ng", "block-ng"], "status"] == "failed").all()
-        assert table.loc["ng", "reason"].str.contains("lost to rounding|underflows|e-308").all()
+        assert set(table["status"]) <= ({"ok"} if dtype == torch.float64 else {"ok", "uncertain"})
+        right = Right(rows_of(model, problem.function.inputs, targets, "categorical", 1.0))
+        updates = Updates(right)
+        for _, row in table[(table["method"] != "kfac") & (table["status"] == "ok")].iterrows():
+            expected = updates.grade(row["method"], arb(row["damping"]), [], right).gamma
+            tolerance = 1e-6 if dtype == torch.float64 else 1e-3
+            assert row["gamma"] == pytest.approx(expected, rel=tolerance), row["method"]
 
     @pytest.mark.parametrize("scale", [1.0, 10.0, 50.0])
     def test_moderate_losses_are_graded(self, scale):
@@ -756,7 +784,7 @@ class Shifted(nn.Module):
 
 
 class TestOneImprobableLabel:
-    """One sample of high loss beside ordinary ones: the least γ is its, and is met or told."""
+    """One sample of high loss beside ordinary ones: the least γ is its, and is met."""
 
     def problem(self, shift: float) -> ngeval.Problem:
         torch.manual_seed(0)
@@ -779,13 +807,9 @@ class TestOneImprobableLabel:
         assert best <= problem.gamma(step) * (1 + 1e-6)
         assert best >= ngeval.gamma_floor(problem) * (1 - 1e-6)
 
-    @pytest.mark.parametrize("shift", [10.0, 20.0, 28.0, 34.0, 36.0, 40.0, 60.0])
+    @pytest.mark.parametrize("shift", [10.0, 28.0, 34.0, 36.0, 60.0, 300.0, 690.0])
     def test_no_natural_gradient_is_graded_wrongly(self, shift):
         table = ngeval.evaluate(self.problem(shift), ["ng", "block-ng"], [0.0])
-        graded = table[table["status"] == "ok"].set_index("method")["gamma_over_ng"]
-        assert (graded < 1.02).all()
-        lost = table[table["status"] == "failed"]
-        assert lost["reason"].str.contains("lost to rounding|of layer").all()
-        # Near 34 nats it is the processor's order of adding up that decides; both are right there.
-        if shift != 34:
-            assert len(lost) == (0 if shift < 30 else 2)
+        assert (table["status"] == "ok").all()
+        assert (table["gamma_over_ng"] < 1.02).all()
+        assert (table["gamma_over_ng"] > 1 - 1e-9).all()

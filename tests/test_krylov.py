@@ -106,11 +106,15 @@ def test_a_run_stops_at_the_gap_asked_for_and_says_when_it_could_not(monkeypatch
     close = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10)
     for table, gap in ((wide, 10.0), (close, 1e-10)):
         assert (table["gamma_ng_upper"] / table["gamma_ng_lower"] - 1).max() <= gap
-        assert (table["reason"] == "").all()
+        assert (table["note"] == "").all()
+    assert (close["status"] == "ok").all()
     assert 0 < wide["iterations"].iloc[0] < close["iterations"].iloc[0]
     short = ngeval.evaluate(case.problem(), ["sgd", "ng"], dampings, gap=1e-10, max_iterations=2)
     assert (short["iterations"] == 2).all()
     assert short["note"].str.contains("γ_min is known to lie between .* after 2 iterations").all()
+    assert set(short["status"][short["method"] == "ng"]) == {"uncertain"}
+    assert short["reason"][short["method"] == "ng"].str.contains("max_iterations").all()
+    assert (short["status"][short["method"] == "sgd"] == "ok").all()
     truth = ngeval.evaluate(case.problem(), ["ng"], dampings)
     for i, damping in enumerate(dampings):
         rows = short[short["damping"] == damping]
@@ -141,3 +145,13 @@ def test_zero_residual_and_zero_gradient():
     run = KrylovRun(ngeval.Problem(model, same, cancelled, "gaussian"))
     run.run([1.0])
     assert run.bounds([1.0]).lower[0] > 1e6
+
+
+def test_another_batch_does_not_hide_that_a_run_ended_early(monkeypatch):
+    monkeypatch.setattr(row_space, "DENSE_SIZE", 0)
+    case = problems.case("categorical-sequence-float64")
+    for iterations, status in ((2, "uncertain"), (300, "ok")):
+        problem = case.problem()
+        metric = ngeval.Metric(problem, [(case.inputs, case.targets)])
+        table = ngeval.evaluate(problem, ["ng"], [0.3], metric=metric, max_iterations=iterations)
+        assert table["status"].item() == status

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngeval.jacobians.inner_products import add_squared_column_sums
 from ngeval.jacobians.layer_rules import CapturePlan
@@ -307,12 +307,20 @@ def _positions(term: AffineTerm, samples: slice, curvature: Curvature) -> Tensor
     convolution count, and so does a sample's only position.
     """
     cotangents = term.cotangents[samples]
-    padding = curvature.padding.get(term.positions)
+    padding = _padding_of(term.positions, samples, curvature)
     affine_tokens = term.positions > 1 and len(term.weight_shape) == 2
     if padding is None or not affine_tokens or not curvature.first:
         return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
     reached: Tensor = (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
-    return reached | ~padding[samples]
+    return reached | ~padding
+
+
+def _padding_of(length: int, samples: slice, curvature: Curvature) -> Tensor | None:
+    """Which positions a mask names padding; one of fewer positions is that of the last ones."""
+    for covered, padding in sorted(curvature.padding.items(), reverse=True):
+        if covered <= length:  # virtual tokens stand before those of the data
+            return nn.functional.pad(padding[samples], (length - covered, 0))
+    return None
 
 
 def _add_lower(target: Tensor, rows: Tensor) -> None:

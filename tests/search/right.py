@@ -274,6 +274,7 @@ class Updates:
 
     def grade(self, method: str, damping: arb, sampled: list[np.ndarray], metric: Right) -> Grade:
         """The grade of d(λ), by as few bits as the balls of the result allow."""
+        result = Grade(*[math.nan] * 4)
         for bits in (BITS, self.right.bits):
             try:
                 with ctx.workprec(bits):
