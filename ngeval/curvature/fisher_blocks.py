@@ -1,13 +1,12 @@
 """The exact Fisher's diagonal blocks F_ll, one for each group of parameters, factored.
 
 With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. Where J is kept, A_l itself is
-factored. Otherwise a group with more parameters than the batch has outputs is solved by A_lA_lᵀ,
-others by F_ll.
+factored. Otherwise a group with more parameters than the batch has outputs is solved by the
+products of its rows of SᵀJ_l and of the per-sample gradients, others by F_ll.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,10 @@ from ngeval.curvature.row_space import (
     JacobianSpace,
     cholesky_rows,
     combination_weights,
+    noisy_gram,
 )
-from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
+from ngeval.curvature.row_svd import DampedInverse, RowSum, RowSvd
+from ngeval.curvature.updates import Forms
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows
 from ngeval.jacobians.captured_rows import group_grams, group_squares
@@ -37,35 +38,18 @@ WORKSPACE = 5
 
 @dataclass(frozen=True)
 class Block:
-    """A group's A_l, factored in coordinates of its rows or of the parameters.
+    """A group's A_l, factored in coordinates of rows or of the parameters.
 
     Attributes:
         group: the group of parameters.
-        svd: of A_l.
-        gradients: the rows whose sum is g_l, in the same coordinates.
-        right: r, or None where rows of A_l are not rows of SᵀJ_l.
-        weights: from coordinates to the coefficients of the rows of SᵀJ_l; None if the
+        inverse: (A_lᵀA_l + λI)⁻¹g_l.
+        weights: from coordinates to the coefficients of the rows of SᵀJ_l and of g_l; None if the
             coordinates are parameters.
     """
 
     group: Group
-    svd: RowSvd
-    gradients: Tensor
-    right: Tensor | None
+    inverse: DampedInverse
     weights: Callable[[Tensor], Tensor] | None
-
-    def solve(self, damping: float) -> Solution:
-        """(F_ll + λI)⁻¹g_l."""
-        return self.svd.damped(self._coefficients(self.svd.at(damping)), damping)
-
-    def least_gamma(self) -> float:
-        """(g_lᵀF_ll⁺g_l)^(−1/2), ∞ where g_l = 0."""
-        svd = self.svd.at_zero
-        parts = self._coefficients(svd) / svd.singular / svd.scale
-        return 1 / unit_vector(parts)[1] if bool(parts.any()) else math.inf
-
-    def _coefficients(self, svd: RowSvd) -> Tensor:
-        return svd.gradient_coefficients(self.gradients, self.right)
 
 
 class FisherBlocks:
@@ -76,74 +60,91 @@ class FisherBlocks:
         groups: of parameters, one for each block.
         space: J, if it is kept.
 
+        noise: by which everything is changed, relative; see `Kernel.perturbed`.
+        seed: of the noise.
+
     Raises:
         EngineError: they are out of reach.
     """
 
     def __init__(
-        self, problem: Problem, groups: Sequence[Group], space: JacobianSpace | None = None
+        self,
+        problem: Problem,
+        groups: Sequence[Group],
+        space: JacobianSpace | None = None,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
+        self.vectors = torch.cat([factor_columns(problem), problem.residual.unsqueeze(1)], 1)
         self.blocks: dict[str, Block] = {}
         if space is not None:
             self._factor_rows(groups, space)
             return
         _check_sizes(problem, groups)
+        generator = torch.Generator().manual_seed(seed)
         size = problem.num_samples * problem.num_outputs
         gradient = problem.gradient().to(torch.float64)
         small = [g for g in groups if g.num_parameters <= size]
         for part in _batches(problem, small):
             squares = group_squares(problem.rows, factor_columns(problem), _names(part))
             for group in part:
-                lower, _ = cholesky_rows(squares[group.name])
-                svd = RowSvd.of(lower.T)
+                lower, _ = cholesky_rows(noisy_gram(squares[group.name], noise, generator))
                 slope = _part_of(gradient, group).unsqueeze(0)
-                self.blocks[group.name] = Block(group, svd, slope, None, None)
+                total = RowSum(slope, float(slope.norm()) + noise)
+                inverse = DampedInverse(RowSvd.of(lower.T), total)
+                self.blocks[group.name] = Block(group, inverse, None)
         for part in _batches(problem, [g for g in groups if g not in small]):
-            grams = group_grams(problem.rows, factor_columns(problem), _names(part))
+            grams = group_grams(problem.rows, self.vectors, _names(part))
             for group in part:
-                self.blocks[group.name] = self._by_gram(group, grams[group.name], gradient)
+                gram = noisy_gram(grams[group.name], noise, generator)
+                self.blocks[group.name] = self._by_gram(group, gram)
 
     def _factor_rows(self, groups: Sequence[Group], space: JacobianSpace) -> None:
-        jacobian = space.jacobian
-        gradients = space.rows(self.problem.residual.unsqueeze(1))
-        if space.basis is not None:
-            gradients = gradients @ space.basis
+        problem, jacobian = self.problem, space.jacobian
+        residual = problem.residual.flatten(1)
         for group in groups:
             places = torch.cat([torch.arange(p.start, p.stop) for p in group.places])
-            svd = RowSvd.of(*fisher_rows(self.problem, jacobian[:, places]))
-            self.blocks[group.name] = Block(group, svd, gradients[:, places], self.right, None)
+            part = jacobian[:, places]
+            samples = part.unflatten(0, (problem.num_samples, -1))
+            gradients = torch.bmm(residual.unsqueeze(1), samples).squeeze(1)
+            length = float((residual.abs() * samples.norm(dim=2)).sum())
+            total = RowSum(gradients, length, self.right)
+            inverse = DampedInverse(RowSvd.of(*fisher_rows(problem, part)), total)
+            self.blocks[group.name] = Block(group, inverse, None)
 
-    def _by_gram(self, group: Group, gram: Tensor, gradient: Tensor) -> Block:
+    def _by_gram(self, group: Group, gram: Tensor) -> Block:
         lower, pivots = cholesky_rows(gram)
-        # The coordinates y of g_l, from A_lg_l = Ly.
-        part = torch.zeros_like(gradient)
-        for place in group.places:
-            part[place] = gradient[place]
-        problem = self.problem
-        products = problem.distribution.factor_transpose_product(problem.jvp(part)).flatten()
-        square = lower[pivots]
-        sizes = square.norm(dim=1, keepdim=True)
-        slope = torch.linalg.solve_triangular(
-            square / sizes, products[pivots].unsqueeze(1) / sizes, upper=False
-        )
-        weights = partial(combination_weights, lower, pivots)
-        return Block(group, RowSvd.of(lower), slope.T, self.right, weights)
+        samples = lower.unflatten(0, self.vectors.shape[:2])
+        gradients = samples[:, -1]
+        total = RowSum(gradients, float(gradients.norm(dim=1).sum()), self.right)
+        inverse = DampedInverse(RowSvd.of(samples[:, :-1].flatten(0, 1)), total)
+        return Block(group, inverse, partial(combination_weights, lower, pivots))
 
     @property
     def largest(self) -> float:
         """The largest eigenvalue of all blocks."""
-        return max(block.svd.largest for block in self.blocks.values())
+        return max(block.inverse.rows.largest for block in self.blocks.values())
 
     @property
     def rank(self) -> int:
         """The rank of all blocks at λ = 0."""
-        return sum(block.svd.at_zero.rank for block in self.blocks.values())
+        return sum(block.inverse.rows.at_zero.rank for block in self.blocks.values())
 
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
-        return {name: block.least_gamma() for name, block in self.blocks.items()}
+        return {name: block.inverse.least_gamma() for name, block in self.blocks.items()}
+
+    def forms(self, dampings: Sequence[float]) -> Forms | None:
+        """‖SᵀJd‖, gᵀd and ‖d‖ of every λ, without rounding in parameter space.
+
+        None where a block is not known by rows of SᵀJ_l.
+        """
+        if any(block.inverse.gradient.right is None for block in self.blocks.values()):
+            return None
+        parts = [[b.inverse.solve(damping) for b in self.blocks.values()] for damping in dampings]
+        return Forms.stack([Forms.of_sum(solutions) for solutions in parts])
 
     def directions(self, dampings: Sequence[float]) -> Tensor:
         """(F_ll + λI)⁻¹g_l of every λ, concatenated: float64, shape ``(L, P)``."""
@@ -152,7 +153,7 @@ class FisherBlocks:
         update = torch.zeros(shape, dtype=torch.float64, device=problem.device)
         by_rows: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
-            solutions = [block.solve(damping) for damping in dampings]
+            solutions = [block.inverse.solve(damping) for damping in dampings]
             solved = torch.stack([solution.vector * solution.size for solution in solutions])
             if block.weights is not None:
                 by_rows[name] = block.weights(solved)
@@ -163,8 +164,7 @@ class FisherBlocks:
                 update[:, place] = part
         if by_rows:
             names = _names([self.blocks[name].group for name in by_rows])
-            rows = CapturedRows(problem.rows, factor_columns(problem))
-            update += rows.group_combinations(names, by_rows)
+            update += CapturedRows(problem.rows, self.vectors).group_combinations(names, by_rows)
         return update
 
 
@@ -172,7 +172,7 @@ def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
     """The blocks of a kernel's problem, factored at most once."""
     explicit = kernel.form is JacobianSpace
     space = kernel.logits if explicit and isinstance(kernel.logits, JacobianSpace) else None
-    return kernel.once(FisherBlocks, tuple(groups), space)
+    return kernel.once(FisherBlocks, tuple(groups), space, kernel.noise, kernel.seed)
 
 
 def _names(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -185,7 +185,9 @@ def _part_of(vector: Tensor, group: Group) -> Tensor:
 
 def _side(problem: Problem, group: Group) -> int:
     """The size of the matrix that a group is solved by."""
-    return min(group.num_parameters, problem.num_samples * problem.num_outputs)
+    if group.num_parameters <= problem.num_samples * problem.num_outputs:
+        return group.num_parameters
+    return problem.num_samples * (problem.num_outputs + 1)
 
 
 def _check_sizes(problem: Problem, groups: Sequence[Group]) -> None:

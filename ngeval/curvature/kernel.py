@@ -61,6 +61,7 @@ class Kernel:
         self.problem = problem
         self.exact = exact
         self.pushes = pushes
+        self.noise, self.seed = 0.0, 0
         self._results: dict[Hashable, Any] = {}
         self._spans: list[SpanSpace] = []
 
@@ -158,10 +159,12 @@ class Kernel:
             other = Kernel(self.problem, exact=self.exact)
             other.__dict__["form"] = self.form
             other._spans = [span.perturbed(noise, generator) for span in self._spans]
+            other.noise, other.seed = noise, seed
             return other
         other = Kernel(self.problem.with_noise(noise, generator), exact=self.exact)
         other.__dict__["form"] = self.form
         other.__dict__["logits"] = self.logits.perturbed(noise, generator)
+        other.noise, other.seed = noise, seed
         return other
 
     def once(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.curvature.row_space import dense_is_feasible
-from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
+from ngeval.curvature.row_svd import DampedInverse
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.problem.gamma import gamma_floor
 from ngeval.problem.problem import Problem
@@ -24,57 +24,36 @@ class DenseSolver:
     iterations = 0
 
     def __init__(self, kernel: Kernel) -> None:
-        self.problem = kernel.problem
         self.space = kernel.logits
-        self.rows = kernel.fisher_rows
-        self.gradients = self.space.rows(kernel.residual_vectors)
-        self.right = self.problem.distribution.whitened_residual().flatten()
+        right = kernel.problem.distribution.whitened_residual().flatten()
+        gradient = self.space.gradient(kernel.residual_vectors, right)
+        self.inverse = DampedInverse(kernel.fisher_rows, gradient)
 
     @property
     def largest(self) -> float:
         """The largest eigenvalue of F."""
-        return self.rows.largest
+        return self.inverse.rows.largest
 
     @property
     def rank(self) -> int:
         """The rank of SᵀJ at λ = 0."""
-        return self.rows.at_zero.rank
-
-    def coefficients(self, svd: RowSvd) -> Tensor:
-        """Vᵀg, shape ``(k,)``."""
-        return svd.gradient_coefficients(self.gradients, self.right)
-
-    def solve(self, damping: float) -> tuple[Solution, float]:
-        """The update of a λ as a unit vector, and gᵀ times that vector."""
-        svd = self.rows.at(damping)
-        coefficients = self.coefficients(svd)
-        solution = self.rows.damped(coefficients, damping)
-        return solution, float(coefficients @ solution.coefficients)
+        return self.inverse.rows.at_zero.rank
 
     def gamma_min(self) -> float:
         """γ_min = (gᵀF⁺g)^(−1/2); ∞ where g = 0."""
-        svd = self.rows.at_zero
-        parts = self.coefficients(svd) / svd.singular / svd.scale
-        _, length = unit_vector(parts)
-        return 1 / length if bool(parts.any()) else math.inf
+        return self.inverse.least_gamma()
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """γ(λ) of every λ, as both of its bounds."""
-        solved = [self.solve(damping) for damping in dampings]
-        gammas = [s.root / slope if slope > 0 else math.inf for s, slope in solved]
+        solved = [self.inverse.solve(damping) for damping in dampings]
+        gammas = [float(s.image.norm()) / s.slope if s.slope > 0 else math.inf for s in solved]
         return Bounds(np.array(gammas), np.array(gammas))
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """(F + λI)⁻¹g for every λ."""
-        solved = [self.solve(damping) for damping in dampings]
-        coordinates = torch.stack([solution.vector for solution, _ in solved])
-        return SpaceUpdates(
-            self.space,
-            coordinates,
-            coordinates.new_tensor([solution.size for solution, _ in solved]),
-            coordinates.new_tensor([decrease for _, decrease in solved]),
-            coordinates.new_tensor([solution.root for solution, _ in solved]),
-        )
+        solved = [self.inverse.solve(damping) for damping in dampings]
+        roots = torch.stack([solution.image.norm() for solution in solved])
+        return replace(SpaceUpdates.of(self.space, solved), roots=roots)
 
 
 NaturalGradientSolver = DenseSolver | KrylovRun

@@ -21,7 +21,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from ngeval.curvature.row_svd import check_products, one_thread
+from ngeval.curvature.row_svd import RowSum, check_products, one_thread
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
 from ngeval.problem.fisher import has_few_parameters, jacobian_columns, unit_cotangents
@@ -66,6 +66,10 @@ class RowSpace(ABC):
     @abstractmethod
     def lengths(self, vectors: Tensor) -> Tensor:
         """Σ_c |v_c| ‖J_c‖ for each row, which its rounding is relative to: shape ``(N·Q,)``."""
+
+    def gradient(self, vectors: Tensor, right: Tensor | None = None) -> RowSum:
+        """The sum of the rows, and r if it is Aᵀr for the rows A of a curvature."""
+        return RowSum(self.rows(vectors), float(self.lengths(vectors).sum()), right)
 
     @abstractmethod
     def tangents(self, coordinates: Tensor) -> Tensor | None:
@@ -161,7 +165,7 @@ class GramSpace(LogitSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> GramSpace:
         other = object.__new__(GramSpace)
         other.problem = self.problem
-        other.gram = _noisy_gram(self.gram, noise, generator)
+        other.gram = noisy_gram(self.gram, noise, generator)
         other.lower, other.pivots = cholesky_rows(other.gram)
         return other
 
@@ -285,7 +289,7 @@ class SpanSpace(RowSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> SpanSpace:
         other = object.__new__(SpanSpace)
         other.problem, other.products, other.vectors = self.problem, self.products, self.vectors
-        other.gram = _noisy_gram(self.gram, noise, generator)
+        other.gram = noisy_gram(self.gram, noise, generator)
         other.lower, other.pivots = cholesky_rows(other.gram)
         return other
 
@@ -341,7 +345,7 @@ def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     return change
 
 
-def _noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """A Gram matrix whose entries are changed relative to the lengths of their rows."""
     lengths = gram.diagonal().clamp_min(0).sqrt()
     _, places = torch.unique(gram, dim=0, return_inverse=True)

@@ -9,6 +9,7 @@ left out at λ > 0. Only λ = 0 asks for a rank: that of the rows scaled to unit
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,9 @@ from ngeval.model.checks import is_finite
 JACOBI_SIZE = 1000
 """Up to this number of rows or columns every row keeps its digits; more are decomposed by divide
 and conquer, which keeps digits relative to the largest row."""
+
+ROUNDING = 30 * torch.finfo(torch.float64).eps
+"""Of a sum of rows, relative to the sum of the lengths of all its terms."""
 
 RANK = 10
 """At λ = 0 a row is left out where less than this many n·ε of its length remains after the rows
@@ -107,86 +111,129 @@ class RowSvd:
         return len(self.singular)
 
     def ridge(self, target: Tensor, damping: float) -> Solution:
-        """Aᵀ(AAᵀ + λI)⁻¹b.
+        """Aᵀ(AAᵀ + λI)⁻¹b, whose ``slope`` is with the sum of the rows.
 
         Args:
             target: b, shape ``(n,)``.
             damping: λ ≥ 0; 0 is the pseudo-inverse, of `at_zero`.
         """
         svd = self.at(damping)
-        return svd._solution(svd.singular * (svd.left.T @ target), damping, 1.0)
+        unit, size = svd._divided(svd.singular * (svd.left.T @ target), damping)
+        image = svd.image(unit)
+        return Solution(svd.right @ unit, size, float(image.sum()), image)
 
-    def damped(self, coefficients: Tensor, damping: float) -> Solution:
-        """V(Σ² + λI)⁻¹c: (AᵀA + λI)⁻¹g for a g = Vc in the range of Aᵀ.
+    def image(self, coefficients: Tensor) -> Tensor:
+        """A Vc, shape ``(n,)``."""
+        return self.scale * (self.left @ (self.singular * coefficients))
 
-        Args:
-            coefficients: c, shape ``(k,)``, of the factorisation `at` λ.
-            damping: λ ≥ 0.
-        """
-        svd = self.at(damping)
-        return svd._solution(coefficients, damping, 1 / svd.scale)
-
-    def gradient_coefficients(self, gradients: Tensor, right: Tensor | None) -> Tensor:
+    def gradient_coefficients(self, gradient: RowSum) -> Tensor:
         """C = Vᵀg of a gradient g = Aᵀr, each entry by the more precise of two ways.
 
         As Vᵀg it loses digits where σ_j is so small that the rounding of g hides it; as σ_j u_jᵀr
         where an entry of r is huge, as that of an improbable label is. The bounds on the rounding
         of both sums decide.
-
-        Args:
-            gradients: the rows that add up to g, shape ``(n, r)``.
-            right: r, shape ``(m,)`` for A of m rows; None if it is not known.
         """
-        direct = self.right.T @ gradients.sum(0)
-        if right is None:
-            return direct
-        direct_bound = self.right.abs().T @ gradients.abs().sum(0)
+        direct = self.right.T @ gradient.total
+        if gradient.right is None:
+            return torch.where(direct.abs() > gradient.rounding, direct, 0.0)
+        direct_bound = self.right.abs().T @ gradient.rows.abs().sum(0)
         sizes = self.scale * self.singular
-        bound = sizes * (self.left.abs().T @ right.abs())
-        return torch.where(bound < direct_bound, sizes * (self.left.T @ right), direct)
+        bound = sizes * (self.left.abs().T @ gradient.right.abs())
+        return torch.where(bound < direct_bound, sizes * (self.left.T @ gradient.right), direct)
 
-    def _solution(self, numerator: Tensor, damping: float, size: float) -> Solution:
-        """V diag(1/(σ² + λ/scale²)) c · size/scale, in a form that neither over- nor underflows."""
+    def _divided(self, numerator: Tensor, damping: float) -> tuple[Tensor, float]:
+        """The vector scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length."""
         squares = self.singular.square()
         relative = damping / self.scale / self.scale
         if relative <= 1:
-            quotient, size = numerator / (squares + relative), size / self.scale
-        else:
-            inverse = self.scale / damping * self.scale
-            quotient, size = numerator / (squares * inverse + 1), size * (self.scale / damping)
-        unit, length = unit_vector(quotient)
-        return Solution(self, unit, length * size)
+            unit, length = unit_vector(numerator / (squares + relative))
+            return unit, length / self.scale
+        inverse = self.scale / damping * self.scale
+        unit, length = unit_vector(numerator / (squares * inverse + 1))
+        return unit, length * (self.scale / damping)
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """A gradient g = Σ_n g_n, in the coordinates of a matrix A of which it is Aᵀr.
+
+    Attributes:
+        rows: g_n, shape ``(m, r)``.
+        length: the sum of the lengths of all terms that g is the sum of.
+        right: r, one entry for each row of A; None if it is not known.
+    """
+
+    rows: Tensor
+    length: float
+    right: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """g, shape ``(r,)``."""
+        return self.rows.sum(0)
+
+    @property
+    def rounding(self) -> float:
+        """A part of g no longer than this is the rounding of the sum."""
+        return ROUNDING * self.length
+
+
+class DampedInverse:
+    """(AᵀA + λI)⁻¹g for every λ: V(Σ² + λ)⁻¹Vᵀg in the range of Aᵀ, and g/λ outside of it.
+
+    No difference of large numbers is formed, however small λ is. A gradient lies in the range, but
+    for directions of which AᵀA has nothing left in float64.
+    """
+
+    def __init__(self, rows: RowSvd, gradient: RowSum) -> None:
+        self.rows = rows
+        self.gradient = gradient
+
+    @cached_property
+    def outside(self) -> Tensor | None:
+        """The part g − VVᵀg; None where that is the rounding of g."""
+        outside = self.gradient.total
+        for _ in range(2):  # the second projection removes the rounding of the first
+            outside = outside - self.rows.right @ (self.rows.right.T @ outside)
+        return outside if float(outside.norm()) > self.gradient.rounding else None
+
+    def solve(self, damping: float) -> Solution:
+        """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""
+        svd = self.rows.at(damping)
+        coefficients = svd.gradient_coefficients(self.gradient)
+        unit, size = svd._divided(coefficients, damping)
+        size /= svd.scale
+        vector, slope, image = svd.right @ unit, float(coefficients @ unit), svd.image(unit)
+        if damping == 0 or self.outside is None:
+            return Solution(vector, size, slope, image)
+        # λd, whose parts are at most as long as g.
+        inside = size * damping
+        whole, length = unit_vector(vector * inside + self.outside)
+        slope = (slope * inside + float(self.outside @ self.outside)) / length
+        return Solution(whole, length / damping, slope, image * (inside / length))
+
+    def least_gamma(self) -> float:
+        """(gᵀ(AᵀA)⁺g)^(−1/2), ∞ where g = 0."""
+        svd = self.rows.at_zero
+        parts = svd.gradient_coefficients(self.gradient) / svd.singular / svd.scale
+        return 1 / unit_vector(parts)[1] if bool(parts.any()) else math.inf
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A vector size · V c in the range of Aᵀ.
+    """A solution d = size · y.
 
     Attributes:
-        svd: the factorisation.
-        coefficients: c of length 1, or 0, shape ``(k,)``.
-        size: its length, which can leave float64's range.
+        vector: y of length 1, or 0, shape ``(r,)``.
+        size: ‖d‖, which can leave float64's range.
+        slope: gᵀy.
+        image: Ay, shape ``(n,)``.
     """
 
-    svd: RowSvd
-    coefficients: Tensor
+    vector: Tensor
     size: float
-
-    @property
-    def vector(self) -> Tensor:
-        """Vc, shape ``(r,)``."""
-        return self.svd.right @ self.coefficients
-
-    @property
-    def row_sum(self) -> float:
-        """Σ_n a_n·Vc over the rows a_n of A."""
-        sums = self.svd.left.sum(0) * self.svd.singular
-        return self.svd.scale * float(sums @ self.coefficients)
-
-    @property
-    def root(self) -> float:
-        """‖AVc‖."""
-        return self.svd.scale * float((self.svd.singular * self.coefficients).norm())
+    slope: float
+    image: Tensor
 
 
 def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

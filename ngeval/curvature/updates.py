@@ -8,17 +8,53 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ngeval.curvature.row_space import RowSpace
+from ngeval.curvature.row_svd import Solution, unit_vector
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What γ needs of L updates, at length 1 (or 0): float64, shape ``(L,)``.
+
+    Attributes:
+        roots: ‖SᵀJd‖/‖d‖.
+        decrease: gᵀd/‖d‖.
+        sizes: ‖d‖.
+    """
+
+    roots: Tensor
+    decrease: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of_sum(cls, solutions: Sequence[Solution]) -> Forms:
+        """Of one update that is the sum of solutions in orthogonal spaces."""
+        sizes = solutions[0].vector.new_tensor([solution.size for solution in solutions])
+        parts, size = unit_vector(sizes)
+        images = torch.stack([solution.image for solution in solutions], 1)
+        slopes = sizes.new_tensor([solution.slope for solution in solutions])
+        return cls((images @ parts).norm(), slopes @ parts, sizes.new_tensor(size))
+
+    @classmethod
+    def stack(cls, forms: Sequence[Forms]) -> Forms:
+        """The forms of several updates as one."""
+        names = ("roots", "decrease", "sizes")
+        return cls(*(torch.stack([getattr(each, name) for each in forms]) for name in names))
 
 
 class Updates(ABC):
     """d(λ) for L dampings."""
+
+    @property
+    @abstractmethod
+    def is_solution(self) -> bool:
+        """Whether it solves a linear system, so that its error is measured by solving again."""
 
     @property
     @abstractmethod
@@ -42,11 +78,25 @@ class SpaceUpdates(Updates):
         roots: ‖SᵀJ Qᵀy‖, likewise, where the method has it.
     """
 
+    @property
+    def is_solution(self) -> bool:
+        return True
+
     space: RowSpace
     coordinates: Tensor
     sizes: Tensor
     decrease: Tensor
     roots: Tensor | None = None
+
+    @classmethod
+    def of(cls, space: RowSpace, solutions: Iterable[Solution]) -> SpaceUpdates:
+        """From solutions in the coordinates of a space, one for each λ."""
+        solved = list(solutions)
+        coordinates = torch.stack([solution.vector for solution in solved])
+        sizes = coordinates.new_tensor([solution.size for solution in solved])
+        return cls(
+            space, coordinates, sizes, coordinates.new_tensor([each.slope for each in solved])
+        )
 
     @property
     def count(self) -> int:
@@ -70,10 +120,14 @@ class DirectionUpdates(Updates):
     Attributes:
         size: L.
         make: computes the update of an index, shape ``(P,)``.
+        is_solution: see `Updates`.
+        forms: by the batch that the updates were made from, where the method has them.
     """
 
     size: int
     make: Callable[[int], Tensor]
+    is_solution: bool = False
+    forms: Forms | None = None
 
     @property
     def count(self) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import DenseSolver
-from ngeval.curvature.updates import SpaceUpdates
 from ngeval.grading.grade import SAFETY, Grades, grade, relative_change
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
@@ -62,14 +61,14 @@ class Perturbations:
     def grades(self, method: Method, prepared: Prepared, grades: Grades) -> Grades:
         """Grades with the errors of the update added to those of its grading.
 
-        An update that is not made of rows is taken as it is; `grade` has measured the rest.
+        An update that is not a solution is taken as it is; `grade` has measured the rest.
 
         Args:
             method: whose update.
             prepared: on the problem as it is.
             grades: of those updates.
         """
-        if not isinstance(prepared.updates, SpaceUpdates):
+        if not prepared.updates.is_solution:
             return grades
         dampings = [0.0 if math.isnan(value) else value for value in prepared.absolute]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import EPSILON
-from ngeval.curvature.updates import SpaceUpdates, Updates
+from ngeval.curvature.updates import DirectionUpdates, SpaceUpdates, Updates
 from ngeval.problem.gamma import root_forms
 from ngeval.problem.linearized import Linearized
 from ngeval.problem.metric_batch import Metric
@@ -100,6 +100,10 @@ def grade(
     grades: dict[int, Grades] = {}
     spaces: dict[int, list[int]] = {}
     for i, member in enumerate(updates):
+        if isinstance(member, DirectionUpdates) and member.forms is not None and metric is None:
+            forms = member.forms
+            grades[i] = Grades.of_unit(forms.roots, forms.decrease, 0.0, forms.sizes)
+            continue
         if not isinstance(member, SpaceUpdates):
             grades[i] = _grade_directions(grader, member, noisy)
             continue

@@ -66,4 +66,5 @@ class BlockState(State):
                 computed[first] = self.blocks.directions(dampings[first : first + step])
             return computed[first][index - first]
 
-        return DirectionUpdates(len(dampings), update)
+        forms = self.blocks.forms(dampings)
+        return DirectionUpdates(len(dampings), update, is_solution=True, forms=forms)

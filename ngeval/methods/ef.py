@@ -11,7 +11,7 @@ Source: Wu et al., "An improved empirical Fisher approximation for natural gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,7 +71,5 @@ class EmpiricalState(State):
         them would be a difference of numbers that are orders of magnitude larger.
         """
         solved = [self.gradients.ridge(self.target, damping) for damping in dampings]
-        coordinates = torch.stack([solution.vector for solution in solved])
-        sizes = coordinates.new_tensor([solution.size * self.size for solution in solved])
-        decrease = coordinates.new_tensor([solution.row_sum for solution in solved])
-        return SpaceUpdates(self.space, coordinates, sizes, decrease)
+        scaled = (replace(solution, size=solution.size * self.size) for solution in solved)
+        return SpaceUpdates.of(self.space, scaled)

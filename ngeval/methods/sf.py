@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.row_space import EPSILON, RowSpace
-from ngeval.curvature.row_svd import RowSvd, unit_vector
+from ngeval.curvature.row_space import RowSpace
+from ngeval.curvature.row_svd import DampedInverse, RowSvd
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.errors import EngineError
 from ngeval.methods.base import State
 from ngeval.methods.label_sources import parse_draws, sampled_residuals
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
-
-ROUNDING = 30 * EPSILON
-"""Of a sum of per-sample gradients, relative to the sum of their lengths."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,10 @@ class SampledFisher:
         """Draw the labels and factor Ĝ."""
         vectors = self.vectors(problem, seed)
         space = kernel.space(vectors)
-        gradient = space.rows(vectors[:, :1])
+        gradient = space.gradient(vectors[:, :1])
         drawn, root = vectors[:, 1:], self.mc_samples**0.5
         sampled = RowSvd.of(space.rows(drawn) / root, space.lengths(drawn) / root)
-        return SampledState(space, sampled, gradient, float(space.lengths(vectors[:, :1]).sum()))
+        return SampledState(space, DampedInverse(sampled, gradient))
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
         """The residuals u and the k sampled ones, shape ``(N, 1 + k, *positions, C)``.
@@ -68,46 +65,20 @@ class SampledFisher:
 
 
 class SampledState(State):
-    """d = (ĜᵀĜ/k + λI)⁻¹g in the coordinates of a space.
+    """d = (ĜᵀĜ/k + λI)⁻¹g in the coordinates of a space."""
 
-    In the range of F̂ that is V(Σ² + λ)⁻¹Vᵀg, and outside of it g/λ: no difference of large numbers
-    is formed, however small λ is.
-    """
-
-    def __init__(self, space: RowSpace, sampled: RowSvd, gradients: Tensor, lengths: float) -> None:
-        """Split g; ``lengths`` is the sum of the lengths of all terms that it is the sum of."""
+    def __init__(self, space: RowSpace, inverse: DampedInverse) -> None:
         self.space = space
-        self.sampled = sampled
-        self.gradient = gradients.sum(0)
-        outside = self.gradient
-        for _ in range(2):  # the second projection removes the rounding of the first
-            outside = outside - sampled.right @ (sampled.right.T @ outside)
-        # As much is the rounding of a sum of gradients, and not a part of g.
-        self.rounding = ROUNDING * lengths
-        self.outside = outside if float(outside.norm()) > self.rounding else 0 * outside
+        self.inverse = inverse
 
     @property
     def largest_curvature(self) -> float:
-        return self.sampled.largest
+        return self.inverse.rows.largest
 
     @property
     def rank(self) -> int:
         """The rank at λ = 0."""
-        return self.sampled.at_zero.rank
+        return self.inverse.rows.at_zero.rank
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
-        solved = [self._solve(damping) for damping in dampings]
-        coordinates = torch.stack([y for y, _ in solved])
-        sizes = coordinates.new_tensor([size for _, size in solved])
-        return SpaceUpdates(self.space, coordinates, sizes, coordinates @ self.gradient)
-
-    def _solve(self, damping: float) -> tuple[Tensor, float]:
-        svd = self.sampled.at(damping)
-        coefficients = svd.right.T @ self.gradient
-        coefficients = torch.where(coefficients.abs() > self.rounding, coefficients, 0.0)
-        inside = self.sampled.damped(coefficients, damping)
-        if damping == 0 or not bool(self.outside.any()):
-            return inside.vector, inside.size
-        # λd, whose parts are at most as long as g.
-        y, length = unit_vector(inside.vector * (inside.size * damping) + self.outside)
-        return y, length / damping
+        return SpaceUpdates.of(self.space, map(self.inverse.solve, dampings))
