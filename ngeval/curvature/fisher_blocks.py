@@ -21,6 +21,7 @@ from ngeval.curvature.row_space import (
     cholesky_rows,
     combination_weights,
     noisy_gram,
+    unit_vectors,
 )
 from ngeval.curvature.row_svd import DampedInverse, RowSum, RowSvd
 from ngeval.curvature.updates import Forms
@@ -77,7 +78,8 @@ class FisherBlocks:
     ) -> None:
         self.problem = problem
         self.right = problem.distribution.whitened_residual().flatten()
-        self.vectors = torch.cat([factor_columns(problem), problem.residual.unsqueeze(1)], 1)
+        vectors = torch.cat([factor_columns(problem), problem.residual.unsqueeze(1)], 1)
+        self.vectors, self.scales = unit_vectors(vectors)
         self.blocks: dict[str, Block] = {}
         if space is not None:
             self._factor_rows(groups, space)
@@ -92,7 +94,7 @@ class FisherBlocks:
             for group in part:
                 lower, _ = cholesky_rows(noisy_gram(squares[group.name], noise, generator))
                 slope = _part_of(gradient, group).unsqueeze(0)
-                total = RowSum(slope, float(slope.norm()) + noise)
+                total = RowSum(slope, float(slope.norm()))
                 inverse = DampedInverse(RowSvd.of(lower.T), total)
                 self.blocks[group.name] = Block(group, inverse, None)
         for part in _batches(problem, [g for g in groups if g not in small]):
@@ -116,7 +118,7 @@ class FisherBlocks:
 
     def _by_gram(self, group: Group, gram: Tensor) -> Block:
         lower, pivots = cholesky_rows(gram)
-        samples = lower.unflatten(0, self.vectors.shape[:2])
+        samples = (self.scales.unsqueeze(1) * lower).unflatten(0, self.vectors.shape[:2])
         gradients = samples[:, -1]
         total = RowSum(gradients, float(gradients.norm(dim=1).sum()), self.right)
         inverse = DampedInverse(RowSvd.of(samples[:, :-1].flatten(0, 1)), total)

@@ -253,8 +253,13 @@ class SpanSpace(RowSpace):
         self.problem = products.problem
         self.products = products
         self.vectors = vectors
-        self.gram = products.gram(vectors)
-        self.lower, self.pivots = cholesky_rows(self.gram)
+        self.unit, self.scales = unit_vectors(vectors)
+        self.gram = products.gram(self.unit)
+        self._factor()
+
+    def _factor(self) -> None:
+        self.unit_lower, self.pivots = cholesky_rows(self.gram)
+        self.lower = self.scales.unsqueeze(1) * self.unit_lower
 
     def columns(self, vectors: Tensor) -> list[int] | None:
         """Which of the Q vectors of each sample these are, None if they are not among them."""
@@ -277,21 +282,36 @@ class SpanSpace(RowSpace):
         return norms
 
     def weights(self, coordinates: Tensor) -> Tensor:
-        """The coefficients c of the rows in d = Σ_nq c_nq J_nᵀv_nq, shape ``(L, N·Q)``."""
-        return combination_weights(self.lower, self.pivots, coordinates)
+        """The coefficients c of the rows of `unit` in d = Σ_nq c_nq J_nᵀv_nq: ``(L, N·Q)``."""
+        return combination_weights(self.unit_lower, self.pivots, coordinates)
 
     def tangents(self, coordinates: Tensor) -> Tensor | None:
-        return self.products.tangents(self.vectors, self.weights(coordinates))
+        return self.products.tangents(self.unit, self.weights(coordinates))
 
     def directions(self, coordinates: Tensor) -> Tensor:
-        return self.products.combinations(self.vectors, self.weights(coordinates))
+        return self.products.combinations(self.unit, self.weights(coordinates))
 
     def perturbed(self, noise: float, generator: torch.Generator) -> SpanSpace:
         other = object.__new__(SpanSpace)
         other.problem, other.products, other.vectors = self.problem, self.products, self.vectors
+        other.unit, other.scales = self.unit, self.scales
         other.gram = noisy_gram(self.gram, noise, generator)
-        other.lower, other.pivots = cholesky_rows(other.gram)
+        other._factor()
         return other
+
+
+def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors of size 1 and their sizes, so that squares of a learnt sample's do not underflow.
+
+    Args:
+        vectors: v, shape ``(N, Q, *positions, C)``.
+
+    Returns:
+        v/max|v|, and max|v| (1 for v = 0), shape ``(N·Q,)``.
+    """
+    sizes = vectors.flatten(2).abs().amax(2)
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    return vectors / sizes.reshape(*sizes.shape, *[1] * (vectors.ndim - 2)), sizes.flatten()
 
 
 def cholesky_rows(gram: Tensor) -> tuple[Tensor, Tensor]:

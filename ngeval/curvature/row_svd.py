@@ -118,7 +118,7 @@ class RowSvd:
             damping: λ ≥ 0; 0 is the pseudo-inverse, of `at_zero`.
         """
         svd = self.at(damping)
-        unit, size = svd._divided(svd.singular * (svd.left.T @ target), damping)
+        unit, size = svd._divided(svd.singular * (svd.left.T @ target), damping, 1.0)
         image = svd.image(unit)
         return Solution(svd.right @ unit, size, float(image.sum()), image)
 
@@ -141,16 +141,19 @@ class RowSvd:
         bound = sizes * (self.left.abs().T @ gradient.right.abs())
         return torch.where(bound < direct_bound, sizes * (self.left.T @ gradient.right), direct)
 
-    def _divided(self, numerator: Tensor, damping: float) -> tuple[Tensor, float]:
-        """The vector scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length."""
+    def _divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
+        """Factor · scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length.
+
+        The factor is near 1 or 1/scale, and the order of the products lets none of them underflow.
+        """
         squares = self.singular.square()
         relative = damping / self.scale / self.scale
         if relative <= 1:
             unit, length = unit_vector(numerator / (squares + relative))
-            return unit, length / self.scale
+            return unit, length * factor / self.scale
         inverse = self.scale / damping * self.scale
         unit, length = unit_vector(numerator / (squares * inverse + 1))
-        return unit, length * (self.scale / damping)
+        return unit, length * (factor * (self.scale / damping))
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,7 @@ class DampedInverse:
         """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""
         svd = self.rows.at(damping)
         coefficients = svd.gradient_coefficients(self.gradient)
-        unit, size = svd._divided(coefficients, damping)
-        size /= svd.scale
+        unit, size = svd._divided(coefficients, damping, 1 / svd.scale)
         vector, slope, image = svd.right @ unit, float(coefficients @ unit), svd.image(unit)
         if damping == 0 or self.outside is None:
             return Solution(vector, size, slope, image)

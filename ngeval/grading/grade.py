@@ -194,8 +194,8 @@ def _grade_some(
         roots = forms.curvature.diagonal().clamp_min(0).sqrt()
         return Grades.of_unit(roots, forms.decrease, forms.absolute, torch.stack(sizes))
     tangents = torch.stack([problem.jvp(row) for row in rows])
-    grades = Grades.of_unit(*root_forms(problem, tangents), torch.stack(sizes))
-    decrease = grades.decrease / grades.norms
+    roots, decrease, absolute = root_forms(problem, tangents)
+    grades = Grades.of_unit(roots, decrease, absolute, torch.stack(sizes))
     gap = (torch.stack(slopes) - decrease).abs() / decrease.abs()
     errors = grades.errors + torch.nan_to_num(gap, nan=0.0)
     for other in noisy:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngeval.analysis.norms import imbalance
 from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.row_space import unit_vectors
 from ngeval.grading.prepare import Failure, Progress, attempt
 from ngeval.jacobians import squared_norms
 from ngeval.methods import Method
@@ -36,12 +37,14 @@ def gradient_norms(problem: Problem) -> pd.DataFrame:
         >>> table["gradient_norm"].tolist(), table.attrs["imbalance"]
         ([1.0, 2.0], 2.0)
     """
-    norms = squared_norms(problem.rows, problem.residual.unsqueeze(1))
+    # At unit size, so that the squares of a learnt sample's gradient do not underflow.
+    unit, sizes = unit_vectors(problem.residual.unsqueeze(1))
+    norms = sizes * squared_norms(problem.rows, unit).sqrt()
     table = pd.DataFrame(
         {
             "sample": range(problem.num_samples),
-            "gradient_norm": norms.sqrt().cpu().numpy(),
-            "residual_norm": problem.residual.flatten(1).norm(dim=1).cpu().numpy(),
+            "gradient_norm": norms.cpu().numpy(),
+            "residual_norm": (sizes * unit.flatten(1).norm(dim=1)).cpu().numpy(),
             "loss": problem.loss.cpu().numpy(),
         }
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.row_space import MatrixFree, SpanSpace
+from ngeval.curvature.row_space import MatrixFree, SpanSpace, unit_vectors
 from ngeval.errors import NumericalError
 from ngeval.jacobians import OnePass, PassRows
 from ngeval.methods.ef import EmpiricalFisher, EmpiricalState
@@ -54,7 +54,8 @@ def _step_kernel(problem: Problem, vectors: Tensor) -> Kernel:
     recorded = problem.one_pass() if fits else None
     if recorded is None or 5 * 8 * vectors.shape[:2].numel() ** 2 > problem.rows.memory:
         return kernel
-    kernel.use_span(SpanSpace(_PassProducts(problem, recorded.rows(vectors)), vectors))
+    rows = recorded.rows(unit_vectors(vectors)[0])
+    kernel.use_span(SpanSpace(_PassProducts(problem, rows), vectors))
     return kernel
 
 
