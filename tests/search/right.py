@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,8 +136,6 @@ class Right:
         self.num_samples = len(rows.logits)
         self.num_parameters = rows.jacobian.shape[-1]
         self._distribution()
-        flat = rows.jacobian.reshape(-1, self.num_parameters)
-        self.jacobian = arb_mat(flat.tolist())
         self.sample_gradients = self.pull_samples(self.residual)
         self.gradient = self._total(self.sample_gradients)
         self._fisher: arb_mat | None = None
@@ -205,38 +203,45 @@ class Right:
         ones = arb_mat([[1] * rows.nrows()])
         return (ones * rows).transpose()
 
-    def weigh(self, tangents: list[arb]) -> list[arb]:
-        """H t for a tangent of all outputs, in the order of the Jacobian's rows."""
-        result, place = [], 0
-        for sample in self.probabilities:
-            for p in sample:
-                t = tangents[place : place + len(p)]
-                place += len(p)
-                result += self._weigh_position(p, t, place - len(p))
-        return result
+    def weights(self, n: int, t: int) -> arb_mat:
+        """H of one position, shape ``(K, K)``."""
+        p, family = self.probabilities[n][t], self.rows.family
+        places = range(len(p))
+        if family == "categorical":
+            # Sums of the other classes, so that nothing cancels where one class has nearly all.
+            others = [sum((q for j, q in enumerate(p) if j != k), arb(0)) for k in places]
+            return arb_mat(
+                [[p[k] * others[k] if j == k else -p[j] * p[k] for j in places] for k in places]
+            )
+        if family == "bernoulli":
+            complements = [1 / (1 + arb(float(v)).exp()) for v in self.rows.logits[n][t]]
+            values = [q * c for q, c in zip(p, complements, strict=True)]
+        else:
+            values = [1 / arb(self.rows.variance) for _ in places]
+        return arb_mat([[values[k] if j == k else 0 for j in places] for k in places])
 
-    def _weigh_position(self, p: list[arb], t: list[arb], place: int) -> list[arb]:
-        if self.rows.family == "categorical":
-            # Differences t_k − t_j, so that nothing cancels where one class has nearly all.
-            return [
-                q * sum((r * (t[k] - t[j]) for j, r in enumerate(p) if j != k), arb(0))
-                for k, q in enumerate(p)
-            ]
-        if self.rows.family == "bernoulli":
-            z = self.rows.logits.reshape(-1)[place : place + len(p)]
-            return [q / (1 + arb(float(v)).exp()) * s for q, v, s in zip(p, z, t, strict=True)]
-        return [s / arb(self.rows.variance) for s in t]
+    def curvature(self, direction: arb_mat) -> arb:
+        """Σ tᵀHt over positions, for the tangent t of a direction."""
+        return sum(
+            ((j * direction).transpose() * (h * (j * direction)))[0, 0] for j, h in self.parts
+        )
+
+    @property
+    def parts(self) -> Iterator[tuple[arb_mat, arb_mat]]:
+        """J and H of every position."""
+        for n, sample in enumerate(self.rows.jacobian):
+            for t, rows in enumerate(sample):
+                yield arb_mat(rows.tolist()), self.weights(n, t)
 
     @property
     def fisher(self) -> arb_mat:
         """F = Σ_n J_nᵀ H_n J_n, shape ``(P, P)``."""
         if self._fisher is None:
-            ctx.prec = self.bits
-            columns = [
-                self.weigh([self.jacobian[i, p] for i in range(self.jacobian.nrows())])
-                for p in range(self.num_parameters)
-            ]
-            self._fisher = self.jacobian.transpose() * arb_mat(columns).transpose()
+            with ctx.workprec(self.bits):
+                total = arb_mat(self.num_parameters, self.num_parameters)
+                for j, h in self.parts:
+                    total += j.transpose() * (h * j)
+                self._fisher = total
         return self._fisher
 
     def squared_residuals(self) -> list[arb]:
@@ -304,7 +309,7 @@ class Updates:
         if name == "block-ng":
             return self._block(damping)
         if name == "sf":
-            return damped(self.sampled_fisher(sampled), damping, self.right.gradient)
+            return self._sampled(damping, sampled)
         return self._diagonal(name, option, damping, sampled)
 
     def curvature(self, method: str, sampled: list[np.ndarray]) -> arb_mat:
@@ -328,6 +333,14 @@ class Updates:
         values = right.squared_residuals() if improved else [arb(1)] * right.num_samples
         kernel = gradients * gradients.transpose()
         return gradients.transpose() * damped(kernel, damping, vector(values))
+
+    def _sampled(self, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
+        """By the identity of Woodbury, whose differences balls show to be exact enough."""
+        gradient = self.right.gradient
+        parts = self._sampled_gradients(sampled)
+        rows = arb_mat([row for part in parts for row in part.tolist()])
+        solved = damped(rows * rows.transpose(), damping * len(sampled), rows * gradient)
+        return (gradient - rows.transpose() * solved) * (1 / damping)
 
     def _sampled_gradients(self, sampled: list[np.ndarray]) -> list[arb_mat]:
         return [self.right.pull_samples(self.right.residual_of(labels)) for labels in sampled]
@@ -406,9 +419,7 @@ class Grade:
 def grade(direction: arb_mat, metric: Right) -> tuple[Grade, int]:
     """γ(d) = √(dᵀFd)/|dᵀg| by the Fisher and the gradient of a batch, and its accuracy in bits."""
     ctx.prec = metric.bits
-    tangent = metric.jacobian * direction
-    flat = [tangent[i, 0] for i in range(tangent.nrows())]
-    curvature = sum((t * h for t, h in zip(flat, metric.weigh(flat), strict=True)), arb(0))
+    curvature = metric.curvature(direction)
     decrease = (direction.transpose() * metric.gradient)[0, 0]
     norm = (direction.transpose() * direction)[0, 0].sqrt()
     gamma = curvature.sqrt() / abs(decrease)
@@ -425,5 +436,8 @@ def tiny_dampings(matrix: arb_mat, bits: int) -> list[arb]:
 
 def gamma_min(right: Right, damping: arb) -> float:
     """(gᵀ(F + λI)⁻¹g)^(−1/2), which is γ_min for a λ below every eigenvalue of F but 0."""
-    solved = damped(right.fisher, damping, right.gradient)
+    try:
+        solved = damped(right.fisher, damping, right.gradient)
+    except ZeroDivisionError:  # singular within its balls
+        return math.nan
     return float((1 / (solved.transpose() * right.gradient)[0, 0].sqrt()).mid())
