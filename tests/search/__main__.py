@@ -50,7 +50,7 @@ def main() -> int:
         return _show(options.only)
     started, refused, wrong = time.time(), Counter[str](), []
     table: Counter[tuple[str, str]] = Counter()
-    claims: list[tuple[float, float]] = []
+    claims: list[tuple[float, float, int, Verdict]] = []
     seeds = range(options.seed, options.seed + options.problems)
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = [pool.submit(search, seed) for seed in seeds]
@@ -58,7 +58,8 @@ def main() -> int:
             seed, name, verdicts, reason = future.result()
             refused[reason.partition(":")[0]] += bool(reason)
             table.update((v.what, v.kind) for v in verdicts)
-            claims += [(v.error, v.claimed) for v in verdicts if v.what == "gamma"]
+            stable = [v for v in verdicts if v.what == "gamma" and v.kind != "unstable"]
+            claims += [(v.error, v.claimed, seed, v) for v in stable if v.claimed == v.claimed]
             wrong += [
                 {"seed": seed, "problem": name, **vars(v)} for v in verdicts if v.kind == "wrong"
             ]
@@ -66,7 +67,9 @@ def main() -> int:
     print(summary.to_string())
     for row in sorted(wrong, key=lambda r: -r["error"])[:30]:
         print("WRONG", json.dumps(row, ensure_ascii=False))
-    covered = [e <= 3 * c + 1e-9 for e, c in claims if c == c and e == e]
+    covered = [error <= 3 * claimed + 1e-9 for error, claimed, _, _ in claims]
+    for error, claimed, seed, row in sorted(claims, key=lambda r: -r[0] / (r[1] + 1e-9))[:12]:
+        print("CLAIM", f"{error:.1e} of {claimed:.1e}", seed, row.method, row.damping, row.text)
     figures = {
         "command": f"python -m tests.search --problems {options.problems} --seed {options.seed}",
         "problems": options.problems,
