@@ -847,6 +847,7 @@ class TestCommand:
         assert result.stdout == "set()\n"
 
 
+@pytest.mark.second_stage
 class TestItsPage:
     def test_examples_as_written(self, tmp_path, monkeypatch):
         """Those of docs/report.md, on files of those names."""
