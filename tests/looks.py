@@ -78,7 +78,9 @@ def _small_texts(texts: list[Text], least: float) -> list[str]:
 
 def drawn_texts(figure: Figure) -> list[Text]:
     """The texts that a drawing of the figure puts onto the page."""
-    figure.draw_without_rendering()  # the first time moves things to their places
+    # Things first have to be moved to their places: by the layout, or by a drawing without one.
+    layout = figure.get_layout_engine()
+    figure.draw_without_rendering() if layout is None else layout.execute(figure)
     result: list[Text] = []
     draw = Text.draw
 

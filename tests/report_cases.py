@@ -6,9 +6,15 @@ import base64
 import gzip
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+
+import ngeval.report.charts
+from ngeval.report.charts import Chart
 
 RATIOS = {"sgd": 1.0, "ief": 0.5, "ef": 10.0, "diag": 1.0}
 """γ/γ_SGD at the last checkpoint and the smallest λ, but for noise: diag is not told from SGD."""
@@ -39,6 +45,29 @@ PAYLOADS = (
     "</style><iframe srcdoc='<script>alert(10)</script>'>",
 )
 """Names that would run where a page took them for more than text."""
+
+
+@contextmanager
+def few_pictures() -> Iterator[None]:
+    """Drawing is most of a page's time: of each chart, draw the first, the last and the shown."""
+    with patch.object(ngeval.report.charts, "MAX_OPTIONS", 2):
+        yield
+
+
+@contextmanager
+def one_picture() -> Iterator[None]:
+    """Of each chart, draw what is shown first."""
+    with patch.object(ngeval.report.charts, "evenly", lambda count, most: []):
+        yield
+
+
+@contextmanager
+def no_pictures() -> Iterator[None]:
+    """Pages with empty pictures, for what does not depend on them."""
+    with patch.object(
+        Chart, "drawn", lambda chart, key: iter([(chart.title, "<svg></svg>", True)])
+    ):
+        yield
 
 
 def unfolded(page: str) -> str:

@@ -535,13 +535,25 @@ def results(cnn, tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def drawn(results, tmp_path_factory):
+    """The file of a picture of a kind, which is drawn once."""
+    folder = tmp_path_factory.mktemp("drawn")
+
+    def picture(kind, suffix):
+        output = folder / f"{kind}{suffix}"
+        if not output.exists():
+            run("plot", results[kind], "--kind", kind, "--output", output)
+        return output
+
+    return picture
+
+
 class TestPlot:
     @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
     @pytest.mark.parametrize("kind", ["stages", "damping", "imbalance"])
-    def test_draws_every_kind_in_every_format(self, results, tmp_path, kind, suffix):
-        output = tmp_path / f"figure{suffix}"
-        run("plot", results[kind], "--kind", kind, "--output", output)
-        content = output.read_bytes()
+    def test_draws_every_kind_in_every_format(self, drawn, kind, suffix):
+        content = drawn(kind, suffix).read_bytes()
         assert content.startswith(MAGIC[suffix])
         assert len(content) > 4000
 
@@ -553,9 +565,8 @@ class TestPlot:
             ("imbalance", ["training epoch", "per-sample gradient norm", "imbalance", "median"]),
         ],
     )
-    def test_svg_has_its_labels_as_text(self, results, tmp_path, kind, labels):
-        run("plot", results[kind], "--kind", kind, "--output", tmp_path / "figure.svg")
-        content = (tmp_path / "figure.svg").read_text()
+    def test_svg_has_its_labels_as_text(self, drawn, kind, labels):
+        content = drawn(kind, ".svg").read_text()
         assert "<text" in content, "text is drawn as outlines: it cannot be edited or searched"
         texts = [line for line in content.splitlines() if "<!--" not in line]
         for label in labels:

@@ -10,6 +10,8 @@ import pytest
 
 from studies import STUDIES
 
+pytestmark = pytest.mark.second_stage
+
 ROOT = Path(__file__).parent.parent
 
 

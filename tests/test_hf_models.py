@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -67,8 +68,10 @@ def sample_gradients(model: nn.Module, inputs: dict[str, Tensor], targets: Tenso
     return torch.stack(rows)
 
 
-def jacobian_product(model: nn.Module, inputs: dict[str, Tensor], direction: Tensor) -> Tensor:
-    """J d by two backward passes through the whole batch, without ngeval."""
+def jacobian_products(
+    model: nn.Module, inputs: dict[str, Tensor], directions: Iterable[Tensor]
+) -> list[Tensor]:
+    """J d of each d by two backward passes through the whole batch, the first for all of them."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
         logits = logits_of(model, inputs)
@@ -76,9 +79,12 @@ def jacobian_product(model: nn.Module, inputs: dict[str, Tensor], direction: Ten
     pulled = torch.autograd.grad(
         logits, parameters, dummy, create_graph=True, materialize_grads=True
     )
-    parts = direction.split([p.numel() for p in parameters])
-    along = [part.reshape(p.shape) for part, p in zip(parts, parameters, strict=True)]
-    return torch.autograd.grad(pulled, [dummy], along)[0]
+    results = []
+    for direction in directions:
+        parts = direction.split([p.numel() for p in parameters])
+        along = [part.reshape(p.shape) for part, p in zip(parts, parameters, strict=True)]
+        results += torch.autograd.grad(pulled, [dummy], along, retain_graph=True)
+    return results
 
 
 def probabilities_of(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor):
@@ -97,9 +103,14 @@ def gamma_of(tangent: Tensor, probabilities: Tensor, residual: Tensor) -> float:
     return float(curvature.sqrt() / (residual * tangent).sum().abs())
 
 
-def expected_gammas(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, damping: float):
+def expected_gammas(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    targets: Tensor,
+    gradients: Tensor,
+    damping: float,
+) -> dict[str, float]:
     """γ of sgd, ef and ief from the formulas, dense and by hand."""
-    gradients = sample_gradients(model, inputs, targets)
     probabilities, residual = probabilities_of(model, inputs, targets)
     scale = residual.square().flatten(1).sum(1)
     gram = gradients @ gradients.T + damping * torch.eye(len(gradients))
@@ -109,9 +120,10 @@ def expected_gammas(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor
         for name, vector in right.items()
     }
     directions["sgd"] = gradients.sum(0)
+    tangents = jacobian_products(model, inputs, directions.values())
     return {
-        name: gamma_of(jacobian_product(model, inputs, direction), probabilities, residual)
-        for name, direction in directions.items()
+        name: gamma_of(tangent, probabilities, residual)
+        for name, tangent in zip(directions, tangents, strict=True)
     }
 
 
@@ -119,13 +131,13 @@ def expected_gammas(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor
 def test_gamma_is_that_of_the_formulas(family: str, how: str, attention: str):
     model, (inputs, targets) = model_of(family, how, attention), batch_of(family)
     problem = ngeval.Problem(model, inputs, targets, "categorical")
-    expected = expected_gammas(model, inputs, targets, 1e-2)
+    gradients = sample_gradients(model, inputs, targets)
+    expected = expected_gammas(model, inputs, targets, gradients, 1e-2)
     table = ngeval.evaluate(problem, list(expected), [1e-2], natural=False)
     for method, value in zip(table["method"], table["gamma"], strict=True):
         assert value == pytest.approx(expected[method], rel=TOLERANCE)
-    norms = sample_gradients(model, inputs, targets).norm(dim=1)
     result = torch.tensor(ngeval.gradient_norms(problem)["gradient_norm"].to_numpy())
-    assert torch.allclose(result, norms, rtol=TOLERANCE, atol=0)
+    assert torch.allclose(result, gradients.norm(dim=1), rtol=TOLERANCE, atol=0)
     assert problem.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -134,11 +146,11 @@ def test_gamma_is_that_of_the_formulas(family: str, how: str, attention: str):
     [("bert", "lora"), ("gpt", "lora"), ("vit", "ia3"), ("t5", "prompt"), ("t5", "prefix")],
 )
 def test_the_exact_fisher_and_its_diagonal(family: str, how: str):
-    """F column by column from two backward passes each, and γ of (F + λI)⁻¹g and g/(diag F + λ)."""
+    """F column by column from a backward pass each, and γ of (F + λI)⁻¹g and g/(diag F + λ)."""
     model, (inputs, targets) = model_of(family, how, "sdpa"), batch_of(family)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     eye = torch.eye(count, dtype=torch.float64)
-    columns = torch.stack([jacobian_product(model, inputs, unit) for unit in eye])
+    columns = torch.stack(jacobian_products(model, inputs, eye))
     probabilities, residual = probabilities_of(model, inputs, targets)
     centred = columns - (probabilities * columns).sum(-1, keepdim=True)
     root = (probabilities.sqrt() * centred).flatten(1)

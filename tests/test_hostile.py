@@ -39,7 +39,7 @@ from tests.fuzz import engines, oracle
 from tests.fuzz.__main__ import REGRESSIONS
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.targets.checkpoints import STATE, zipped
-from tests.report_cases import PAYLOADS, gammas, layers, samples, unfolded
+from tests.report_cases import PAYLOADS, few_pictures, gammas, layers, samples, unfolded
 
 EXAMPLES = {"checkpoints": 120, "results": 40, "texts": 80, "commands": 12}
 """Inputs of each target in CI."""
@@ -339,7 +339,8 @@ def page_of(folder, payloads):
         )
         machine = {"cpu": next(turn), "gpus": [next(turn)]}
         write_manifest(paths[-1], output | {"machine": machine})
-    return unfolded(make_page(read_sources(paths), title="".join(payloads)))
+    with few_pictures():
+        return unfolded(make_page(read_sources(paths), title="".join(payloads)))
 
 
 ALLOWED = set(

@@ -26,6 +26,8 @@ from studies.training_tables import performance_tables
 from studies.tuning import COLUMNS
 from tests.looks import faults, overlaps
 
+pytestmark = pytest.mark.second_stage
+
 ACCURACIES = {"sgd": [0.90, 0.92, 0.97], "ief": [0.95, 0.96, 0.96], "ef": [0.5, 0.7, 0.6]}
 
 

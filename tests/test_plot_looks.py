@@ -83,6 +83,7 @@ def test_pictures_are_fit_for_print(name):
     assert_fit_for_print(FIGURES[name]())
 
 
+@pytest.mark.second_stage
 @pytest.mark.parametrize(
     "name",
     ["why-ef-fails", "convergence", "fadam", "diagonal", "preconditioners", "optimization"],

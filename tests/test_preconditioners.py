@@ -7,6 +7,8 @@ from studies import get_study
 from studies.preconditioners import METHODS, MOMENTS, SMALL, STUDY
 from tests.committed_figures import KEPT, make
 
+pytestmark = pytest.mark.second_stage
+
 ADAM = "Adam's step is nearer to the natural gradient than the gradient"
 
 

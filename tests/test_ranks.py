@@ -196,6 +196,7 @@ def run(tmp_path_factory):
     return folder, [*args, "-m", "sgd,ief,sf:2,ng", "--damping", "0,1e-3"]
 
 
+@pytest.mark.second_stage
 class TestTorchrun:
     def test_units_over_three_processes_make_the_table_of_one(self, run, tmp_path):
         _, args = run

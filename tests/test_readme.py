@@ -42,6 +42,7 @@ def test_the_python_examples_run(capsys):
         assert output in capsys.readouterr().out
 
 
+@pytest.mark.second_stage
 def test_the_worked_example_runs_as_written(tmp_path):
     (tmp_path / "my_task.py").write_text(block_with("# my_task.py"))
     for line in block_with("ngeval train --task my_task.py").splitlines():

@@ -20,6 +20,7 @@ from pandas.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 import ngeval
+import ngeval.report.charts
 import ngeval.report.page
 import ngeval.report.tables
 from ngeval import InputError, OutputError
@@ -43,9 +44,12 @@ from tests.pages import blocks, run_here, shell_lines
 from tests.report_cases import (
     DAMPINGS,
     HOSTILE,
+    few_pictures,
     gammas,
     hostile,
     layers,
+    no_pictures,
+    one_picture,
     samples,
     unfolded,
 )
@@ -559,15 +563,17 @@ class TestCharts:
         assert not list(root.iter("style"))
 
     def test_ids_differ_from_picture_to_picture(self, charts):
-        ids = [set(re.findall(r' id="([^"]+)"', text)) for _, text, _ in charts[1].drawn("chart-1")]
-        ids += [set(re.findall(r' id="([^"]+)"', text)) for _, text, _ in charts[1].drawn("c-2")]
+        texts = [text for _, text, _ in charts[1].drawn("chart-1")]
+        others = [text for _, text, _ in charts[1].drawn("c-2")]
+        ids = [set(re.findall(r' id="([^"]+)"', text)) for text in texts + others]
         assert all(ids)
         assert len(set.union(*ids)) == sum(map(len, ids))
-        for _, text, _ in charts[1].drawn("chart-1"):
+        for text in texts:
             used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
             assert used == set(re.findall(r' id="([^"]+)"', text))
 
-    def test_of_many_options_some_are_drawn_and_the_first_shown_among_them(self):
+    def test_of_many_options_some_are_drawn_and_the_first_shown_among_them(self, monkeypatch):
+        monkeypatch.setattr(ngeval.report.charts, "svg_text", lambda figure, *_: "<svg></svg>")
         table = gammas(dampings=tuple(np.geomspace(1e-8, 1, 40)), epochs=(0, 5), batches=2)
         chart = next(gamma_charts(grades(table), checkpoint_labels(table)))
         drawn = list(chart.drawn("chart-1"))
@@ -657,7 +663,8 @@ class TestPage:
         table.to_parquet(folder / "g.parquet", index=False)
         write_manifest(folder / "g.parquet", manifest({"seed": 3}, command=["ngeval", "gamma"]))
         samples("b").to_csv(folder / "i.csv", index=False)
-        return make_page(read_sources([folder / "g.parquet", folder / "i.csv"]))
+        with few_pictures():
+            return make_page(read_sources([folder / "g.parquet", folder / "i.csv"]))
 
     def test_it_is_well_formed_and_has_no_address(self, page):
         result = Reader(unfolded(page))
@@ -715,7 +722,8 @@ class TestPage:
     def test_of_many_rows_the_means_are_in_it(self, tmp_path, monkeypatch):
         monkeypatch.setattr(ngeval.report.page, "MAX_CELLS", 1000)
         sources = [source(tmp_path, gammas()), source(tmp_path, samples(), "i.csv")]
-        page = make_page(sources)
+        with no_pictures():
+            page = make_page(sources)
         (text,) = [t for a, t in Reader(page).scripts if a.get("type") == "text/plain"]
         means = pd.read_csv(io.BytesIO(gzip.decompress(base64.b64decode(text))))
         assert len(means) == 36
@@ -730,7 +738,8 @@ class TestPage:
         write_manifest(
             path, manifest({"x": HOSTILE["reason"]}, command=["ngeval", HOSTILE["task"]])
         )
-        page = make_page(read_sources([path]), title=HOSTILE["task"])
+        with few_pictures():
+            page = make_page(read_sources([path]), title=HOSTILE["task"])
         result = Reader(unfolded(page))
         assert result.open == []
         assert {tag for tag, _ in result.tags}.isdisjoint({"img", "b", "a" * 2})
@@ -812,12 +821,14 @@ class TestCommand:
     def test_writes_a_page(self, tmp_path):
         path = source(tmp_path, gammas()).path
         output = tmp_path / "new" / "r.html"
-        result = self.run(path, "-o", output, "--title", "a title")
+        with one_picture():
+            result = self.run(path, "-o", output, "--title", "a title")
         assert "<title>a title</title>" in output.read_text()
         assert "written:" in result.stdout
         assert list(output.parent.iterdir()) == [output]
         assert "--force" in self.run(path, "-o", output, code=2).stderr
-        assert self.run(path, "-o", output, "--force", "--quiet").stdout == ""
+        with no_pictures():
+            assert self.run(path, "-o", output, "--force", "--quiet").stdout == ""
 
     def test_output_is_checked_before_anything_is_read(self, tmp_path):
         for name, message in (("r.pdf", ".html, .htm"), ("", "is a folder")):
@@ -847,6 +858,7 @@ class TestCommand:
         assert result.stdout == "set()\n"
 
 
+@pytest.mark.second_stage
 class TestItsPage:
     def test_examples_as_written(self, tmp_path, monkeypatch):
         """Those of docs/report.md, on files of those names."""

@@ -24,6 +24,7 @@ from ngeval.report import write_report
 from tests.report_cases import HOSTILE, PAYLOADS, gammas, hostile, layers, samples
 
 pytestmark = [
+    pytest.mark.second_stage,
     pytest.mark.browser,
     pytest.mark.xdist_group("browser"),
     # selenium's own: the socket to a driver that is gone.

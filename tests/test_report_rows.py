@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ngeval.report.charts
 from ngeval import InputError, OutputError
 from ngeval.analysis.stages import checkpoint_labels
 from ngeval.errors import NgevalError
@@ -24,7 +23,7 @@ from ngeval.report.summaries import grades
 from ngeval.report.wording import interval_text, with_interval
 from ngeval.results.manifest import manifest_path
 from ngeval.results.table_files import read_results
-from tests.report_cases import gammas, layers, samples
+from tests.report_cases import gammas, layers, no_pictures, one_picture, samples
 
 
 def read(folder, tables):
@@ -47,12 +46,17 @@ def told_of(sources):
     return "\n".join([*parts, *(note for topic in result for note in topic.notes)])
 
 
-@pytest.fixture
-def one_picture(monkeypatch):
-    """Drawing is most of a page's time: of each chart, draw what is shown first."""
-    monkeypatch.setattr(ngeval.report.charts, "evenly", lambda count, most: [])
-    yield
+@pytest.fixture(name="one_picture")
+def _one_picture():
+    with one_picture():
+        yield
     plt.close("all")
+
+
+@pytest.fixture(name="no_pictures")
+def _no_pictures():
+    with no_pictures():
+        yield
 
 
 class TestFiles:
@@ -91,7 +95,7 @@ class TestFiles:
         ["[" * 100_000, '{"a":' * 100_000, "[]", "{", "", b"\xff\xfe{"],
         ids=["deep", "deep object", "list", "cut", "empty", "binary"],
     )
-    def test_a_bad_manifest_is_a_warning_that_names_it(self, tmp_path, one_picture, text):
+    def test_a_bad_manifest_is_a_warning_that_names_it(self, tmp_path, no_pictures, text):
         read(tmp_path, {"g.csv": gammas()})
         content = text if isinstance(text, bytes) else text.encode()
         manifest_path(tmp_path / "g.csv").write_bytes(content)
@@ -109,7 +113,7 @@ class TestFiles:
             {"options": {"a": ["x", ["y"] * 50] * 40}, "run": [1]},
         ],
     )
-    def test_odd_manifests_do_not_cost_the_page(self, tmp_path, one_picture, told):
+    def test_odd_manifests_do_not_cost_the_page(self, tmp_path, no_pictures, told):
         read(tmp_path, {"g.csv": gammas()})
         manifest_path(tmp_path / "g.csv").write_text(json.dumps(told), encoding="utf-8-sig")
         (source,) = read_sources([tmp_path / "g.csv"])

@@ -32,6 +32,8 @@ from studies.fadam import (
 from studies.fadam_findings import FORMS, TEXT, final, findings, ratio
 from tests.committed_figures import KEPT, make
 
+pytestmark = pytest.mark.second_stage
+
 # Models and data
 
 

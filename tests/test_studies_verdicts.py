@@ -25,6 +25,8 @@ from studies.statistics import (
 )
 from studies.training_results import outcomes
 
+pytestmark = pytest.mark.second_stage
+
 YES, NO, PARTLY = "confirmed", "not confirmed", "under conditions"
 
 

@@ -25,6 +25,8 @@ from studies.why_ef_fails import RATES
 from tests.looks import bare_axes, overlaps, small_texts
 from tests.problems import prepared
 
+pytestmark = pytest.mark.second_stage
+
 TOYS = {
     "paper": LeastSquares(),
     "skewed": LeastSquares(inputs=((1.0, -2.0), (0.3, 3.0)), targets=(-0.5, 4.0)),

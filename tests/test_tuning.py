@@ -18,6 +18,8 @@ from ngeval.training import Training
 from studies.tuning import COLUMNS, Tuning, grid
 from tests.trainings import ALONE, CLASSES, MISLED, NUMBERS, load_batches
 
+pytestmark = pytest.mark.second_stage
+
 
 def rates(*values):
     return {"learning_rate": values}

@@ -15,13 +15,7 @@ from ngeval.analysis.stages import checkpoint_labels
 from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping, draw_stages, scale_of, usable
 from ngeval.plots.names import SIDE, name_text
-from ngeval.plots.style import (
-    COLUMN,
-    legend_under,
-    own_axes,
-    panels,
-    styles_of,
-)
+from ngeval.plots.style import COLUMN, legend_under, own_axes, panels, styles_of
 from ngeval.plots.ticks import log_scale, number_text
 
 KFAC_METHODS = {

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ngeval.plots.style import in_style
@@ -41,7 +42,11 @@ def svg_text(figure: Figure, label: str, points: Sequence[Point], salt: str) -> 
     """
     file = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with in_style({"svg.hashsalt": salt}):
+    with in_style({"svg.hashsalt": salt, "figure.constrained_layout.use": False}):
+        FigureCanvasSVG(figure)  # by whose sizes of text everything gets its place
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine(None)  # with one, saving draws the figure twice
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     plt.close(figure)
     root = ElementTree.fromstring(file.getvalue())  # noqa: S314  matplotlib wrote it
