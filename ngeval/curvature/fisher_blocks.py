@@ -93,7 +93,7 @@ class FisherBlocks:
             squares = group_squares(problem.rows, factor_columns(problem), _names(part))
             for group in part:
                 lower, _ = cholesky_rows(noisy_gram(squares[group.name], noise, generator))
-                slope = _part_of(gradient, group).unsqueeze(0)
+                slope = _part_of(gradient, group)
                 total = RowSum(slope, float(slope.norm()))
                 inverse = DampedInverse(RowSvd.of(lower.T), total)
                 self.blocks[group.name] = Block(group, inverse, None)
@@ -112,7 +112,7 @@ class FisherBlocks:
             samples = part.unflatten(0, (problem.num_samples, -1))
             gradients = torch.bmm(residual.unsqueeze(1), samples).squeeze(1)
             length = float((residual.abs() * samples.norm(dim=2)).sum())
-            total = RowSum(gradients, length, self.right)
+            total = RowSum(gradients.sum(0), length, self.right)
             inverse = DampedInverse(RowSvd.of(*fisher_rows(problem, part)), total)
             self.blocks[group.name] = Block(group, inverse, None)
 
@@ -120,7 +120,7 @@ class FisherBlocks:
         lower, pivots = cholesky_rows(gram)
         samples = (self.scales.unsqueeze(1) * lower).unflatten(0, self.vectors.shape[:2])
         gradients = samples[:, -1]
-        total = RowSum(gradients, float(gradients.norm(dim=1).sum()), self.right)
+        total = RowSum(gradients.sum(0), float(gradients.norm(dim=1).sum()), self.right)
         inverse = DampedInverse(RowSvd.of(samples[:, :-1].flatten(0, 1)), total)
         return Block(group, inverse, partial(combination_weights, lower, pivots))
 
@@ -133,6 +133,11 @@ class FisherBlocks:
     def rank(self) -> int:
         """The rank of all blocks at λ = 0."""
         return sum(block.inverse.rows.at_zero.rank for block in self.blocks.values())
+
+    @property
+    def mismatch(self) -> float:
+        """The largest of the blocks'; see `DampedInverse.mismatch`."""
+        return max(block.inverse.mismatch for block in self.blocks.values())
 
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""

@@ -44,10 +44,13 @@ class DenseSolver:
         return self.inverse.least_gamma()
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """γ(λ) of every λ, as both of its bounds."""
+        """γ(λ) of every λ; its bounds differ by what g loses in Aᵀr."""
         solved = [self.inverse.solve(damping) for damping in dampings]
-        gammas = [float(s.image.norm()) / s.slope if s.slope > 0 else math.inf for s in solved]
-        return Bounds(np.array(gammas), np.array(gammas))
+        gammas = np.array(
+            [float(s.image.norm()) / s.slope if s.slope > 0 else math.inf for s in solved]
+        )
+        factor = 1 + 2 * self.inverse.mismatch
+        return Bounds(gammas / factor, gammas * factor)
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """(F + λI)⁻¹g for every λ."""

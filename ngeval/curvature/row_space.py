@@ -69,7 +69,7 @@ class RowSpace(ABC):
 
     def gradient(self, vectors: Tensor, right: Tensor | None = None) -> RowSum:
         """The sum of the rows, and r if it is Aᵀr for the rows A of a curvature."""
-        return RowSum(self.rows(vectors), float(self.lengths(vectors).sum()), right)
+        return RowSum(self.rows(vectors).sum(0), float(self.lengths(vectors).sum()), right)
 
     @abstractmethod
     def tangents(self, coordinates: Tensor) -> Tensor | None:

@@ -98,7 +98,8 @@ class RowSvd:
         lower[pivots] = upper[:rank].T
         kept = lengths.unsqueeze(1) * torch.from_numpy(lower).to(self.rows)
         left, singular, right = graded_svd(kept)
-        right = torch.from_numpy(basis[:, :rank]).to(self.rows) @ right
+        columns = torch.from_numpy(basis[:, :rank]).to(self.rows)
+        kept, right = kept @ columns.T, columns @ right
         return RowSvd(kept, self.scale, left, singular, right, lengths)
 
     def at(self, damping: float) -> RowSvd:
@@ -127,19 +128,18 @@ class RowSvd:
         return self.scale * (self.left @ (self.singular * coefficients))
 
     def gradient_coefficients(self, gradient: RowSum) -> Tensor:
-        """C = Vᵀg of a gradient g = Aᵀr, each entry by the more precise of two ways.
+        """C = Vᵀg of a gradient g = Aᵀr = Σ_i r_i a_i, term by term.
 
-        As Vᵀg it loses digits where σ_j is so small that the rounding of g hides it; as σ_j u_jᵀr
-        where an entry of r is huge, as that of an improbable label is. The bounds on the rounding
-        of both sums decide.
+        The part v_jᵀa_i of a row is also σ_j u_ij. Their errors are ε‖a_i‖ and εσ_j: the first is
+        taken for rows shorter than σ_j, which an improbable label's are, and the second for longer
+        ones. Without r, what may be the rounding of g is left out.
         """
-        direct = self.right.T @ gradient.total
         if gradient.right is None:
+            direct = self.right.T @ gradient.total
             return torch.where(direct.abs() > gradient.rounding, direct, 0.0)
-        direct_bound = self.right.abs().T @ gradient.rows.abs().sum(0)
-        sizes = self.scale * self.singular
-        bound = sizes * (self.left.abs().T @ gradient.right.abs())
-        return torch.where(bound < direct_bound, sizes * (self.left.T @ gradient.right), direct)
+        short = self.rows.norm(dim=1, keepdim=True) < self.singular
+        parts = torch.where(short, self.rows @ self.right, self.left * self.singular)
+        return self.scale * (parts.T @ gradient.right)
 
     def _divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
         """Factor · scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length.
@@ -158,22 +158,17 @@ class RowSvd:
 
 @dataclass(frozen=True)
 class RowSum:
-    """A gradient g = Σ_n g_n, in the coordinates of a matrix A of which it is Aᵀr.
+    """A gradient g, in the coordinates of a matrix A of which it is Aᵀr.
 
     Attributes:
-        rows: g_n, shape ``(m, r)``.
+        total: g, shape ``(r,)``.
         length: the sum of the lengths of all terms that g is the sum of.
         right: r, one entry for each row of A; None if it is not known.
     """
 
-    rows: Tensor
+    total: Tensor
     length: float
     right: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """g, shape ``(r,)``."""
-        return self.rows.sum(0)
 
     @property
     def rounding(self) -> float:
@@ -199,6 +194,15 @@ class DampedInverse:
         for _ in range(2):  # the second projection removes the rounding of the first
             outside = outside - self.rows.right @ (self.rows.right.T @ outside)
         return outside if float(outside.norm()) > self.gradient.rounding else None
+
+    @cached_property
+    def mismatch(self) -> float:
+        """‖g − Aᵀr‖ over the length of g's terms: above rounding where a probability underflows."""
+        gradient, rows = self.gradient, self.rows
+        if gradient.right is None or gradient.length == 0:
+            return 0.0
+        gap = gradient.total - rows.scale * (rows.rows.T @ gradient.right)
+        return float(gap.norm()) / gradient.length
 
     def solve(self, damping: float) -> Solution:
         """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""

@@ -87,8 +87,9 @@ class Perturbations:
     def natural_errors(self, dampings: Sequence[float]) -> tuple[np.ndarray, float]:
         """The relative errors of the exact natural gradient's γ at every λ, and of γ_min."""
         exact = DenseSolver(self.kernel)
-        gammas, least = exact.bounds(dampings).lower, exact.gamma_min()
-        errors, least_error = np.full(len(gammas), 1e-15), 1e-15
+        bounds, least = exact.bounds(dampings), exact.gamma_min()
+        gammas, errors = bounds.lower, np.full(len(dampings), 1e-15)
+        least_error = 1e-15 + 2 * exact.inverse.mismatch
         for kernel in self.kernels:
 
             def again(kernel: Kernel = kernel) -> tuple[np.ndarray, float]:

@@ -304,8 +304,8 @@ def _status(
 def _uncertainty(request: _Request, gap: float) -> str:
     if not gap <= request.tolerance:
         return (
-            "the Krylov run ended before its bounds on γ met; more max_iterations, more memory or "
-            "a larger λ helps"
+            f"its bounds on γ are more than {request.tolerance:g} apart; a larger λ helps, and for "
+            "a Krylov run more max_iterations or memory"
         )
     in_double = request.kernel.problem.dtype == torch.float64
     return (

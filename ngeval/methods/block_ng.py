@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ngeval.curvature.fisher_blocks import FisherBlocks, fisher_blocks
@@ -51,6 +52,10 @@ class BlockState(State):
     def rank(self) -> int:
         """The rank at λ = 0."""
         return self.blocks.rank
+
+    def gaps(self, dampings: Sequence[float]) -> np.ndarray:
+        """How far γ may be from the exact one, relative, by probabilities that underflow."""
+        return np.full(len(dampings), 4 * self.blocks.mismatch)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The updates of every λ; one pass over the rows computes as many as fit in memory."""

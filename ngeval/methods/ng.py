@@ -55,7 +55,7 @@ class NaturalState(State):
         return self.solver.rank
 
     def gaps(self, dampings: Sequence[float]) -> np.ndarray:
-        """How far a Krylov run may be from the exact γ, relative; 0 for a factorisation."""
+        """How far γ may be from the exact one, relative."""
         return self.solver.bounds(dampings).gaps
 
     def updates(self, dampings: Sequence[float]) -> Updates:
