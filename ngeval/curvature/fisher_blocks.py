@@ -134,11 +134,6 @@ class FisherBlocks:
         """The rank of all blocks at λ = 0."""
         return sum(block.inverse.rows.at_zero.rank for block in self.blocks.values())
 
-    @property
-    def mismatch(self) -> float:
-        """The largest of the blocks'; see `DampedInverse.mismatch`."""
-        return max(block.inverse.mismatch for block in self.blocks.values())
-
     def least_gammas(self) -> dict[str, float]:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
         return {name: block.inverse.least_gamma() for name, block in self.blocks.items()}

@@ -54,6 +54,11 @@ class Bounds:
     lower: np.ndarray
     upper: np.ndarray
 
+    def widened(self, error: float) -> Bounds:
+        """Wider on both sides by twice a relative error; none where that is not small."""
+        factor = 1 + 2 * error if error < 0.1 else math.inf
+        return Bounds(self.lower / factor, self.upper * factor)
+
     @property
     def gaps(self) -> np.ndarray:
         """upper/lower − 1, shape ``(L,)``."""
@@ -94,6 +99,7 @@ class KrylovRun:
         self.length = largest * (length or 1.0)
         self.gradient = problem.gradient().to(torch.float64)
         self.slope = float(self.gradient.norm())
+        self.whitening_error = problem.distribution.whitening_error()
         self.rounding = ROUNDING * problem.function.row_epsilon
         self.diagonal: list[float] = []
         self.below: list[float] = []
@@ -227,7 +233,7 @@ class KrylovRun:
             highest = np.minimum(high[1] + energy, np.where(large, energy_high, np.inf))
             lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], 1 / self.length)
             upper = np.minimum(np.sqrt(highest) / decrease, decrease**-0.5)
-        return Bounds(lower, np.maximum(upper, lower))
+        return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error)
 
     def _rule(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nodes σ² and weights of the measure whose Jacobi matrix is L Lᵀ, for L = UΣVᵀ.
@@ -239,7 +245,8 @@ class KrylovRun:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             by_gradient = self.slope * np.abs(right[0]) / singular
             by_residual = self.length * np.abs(left[0])
-        return singular**2, np.where(singular >= factor[0, 0], by_gradient, by_residual) ** 2
+            roots = np.where(singular >= factor[0, 0], by_gradient, by_residual)
+            return singular**2, roots**2
 
     def _upper(
         self, factor: np.ndarray, lambdas: np.ndarray, weights: np.ndarray, ratio: np.ndarray

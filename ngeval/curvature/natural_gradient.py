@@ -25,6 +25,7 @@ class DenseSolver:
 
     def __init__(self, kernel: Kernel) -> None:
         self.space = kernel.logits
+        self.whitening_error = kernel.problem.distribution.whitening_error()
         right = kernel.problem.distribution.whitened_residual().flatten()
         gradient = self.space.gradient(kernel.residual_vectors, right)
         self.inverse = DampedInverse(kernel.fisher_rows, gradient)
@@ -43,14 +44,17 @@ class DenseSolver:
         """γ_min = (gᵀF⁺g)^(−1/2); ∞ where g = 0."""
         return self.inverse.least_gamma()
 
-    def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """γ(λ) of every λ; its bounds differ by what g loses in Aᵀr."""
+    def gammas(self, dampings: Sequence[float]) -> np.ndarray:
+        """γ(λ) of every λ."""
         solved = [self.inverse.solve(damping) for damping in dampings]
-        gammas = np.array(
+        return np.array(
             [float(s.image.norm()) / s.slope if s.slope > 0 else math.inf for s in solved]
         )
-        factor = 1 + 2 * self.inverse.mismatch
-        return Bounds(gammas / factor, gammas * factor)
+
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """γ(λ) of every λ; its bounds differ by what u loses in S r."""
+        gammas = self.gammas(dampings)
+        return Bounds(gammas, gammas).widened(self.whitening_error)
 
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """(F + λI)⁻¹g for every λ."""

@@ -195,15 +195,6 @@ class DampedInverse:
             outside = outside - self.rows.right @ (self.rows.right.T @ outside)
         return outside if float(outside.norm()) > self.gradient.rounding else None
 
-    @cached_property
-    def mismatch(self) -> float:
-        """‖g − Aᵀr‖ over the length of g's terms: above rounding where a probability underflows."""
-        gradient, rows = self.gradient, self.rows
-        if gradient.right is None or gradient.length == 0:
-            return 0.0
-        gap = gradient.total - rows.scale * (rows.rows.T @ gradient.right)
-        return float(gap.norm()) / gradient.length
-
     def solve(self, damping: float) -> Solution:
         """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""
         svd = self.rows.at(damping)

@@ -87,14 +87,14 @@ class Perturbations:
     def natural_errors(self, dampings: Sequence[float]) -> tuple[np.ndarray, float]:
         """The relative errors of the exact natural gradient's γ at every λ, and of γ_min."""
         exact = DenseSolver(self.kernel)
-        bounds, least = exact.bounds(dampings), exact.gamma_min()
-        gammas, errors = bounds.lower, np.full(len(dampings), 1e-15)
-        least_error = 1e-15 + 2 * exact.inverse.mismatch
+        gammas, least = exact.gammas(dampings), exact.gamma_min()
+        errors = np.full(len(dampings), 1e-15)
+        least_error = 1e-15 + 2 * exact.whitening_error
         for kernel in self.kernels:
 
             def again(kernel: Kernel = kernel) -> tuple[np.ndarray, float]:
                 solver = DenseSolver(kernel)
-                return solver.bounds(dampings).lower, solver.gamma_min()
+                return solver.gammas(dampings), solver.gamma_min()
 
             result = attempt(kernel.problem.shards, again, NUMERICAL)
             if isinstance(result, Failure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -69,6 +70,15 @@ class OutputDistribution(ABC):
     @abstractmethod
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
         """Sᵀ·t for tangents of shape ``(..., *logits.shape)``, so that tᵀHt = ‖Sᵀt‖²."""
+
+    def whitening_error(self) -> float:
+        """The largest |S r − u| of a position over its |u|: 1e-15, but where a p underflows."""
+        expected, whitened = self.residual(), self.whitened_residual()
+        scale = whitened.abs().amax(-1, keepdim=True).clamp_min(1e-300)
+        product = scale * self.factor_product(whitened / scale)
+        sizes = expected.abs().amax(-1)
+        gaps = (product - expected).abs().amax(-1) / sizes
+        return float(torch.where(sizes > 0, gaps, 0.0).nan_to_num(nan=math.inf).max())
 
     @abstractmethod
     def whitened_residual(self) -> Tensor:

@@ -55,7 +55,7 @@ class BlockState(State):
 
     def gaps(self, dampings: Sequence[float]) -> np.ndarray:
         """How far γ may be from the exact one, relative, by probabilities that underflow."""
-        return np.full(len(dampings), 4 * self.blocks.mismatch)
+        return np.full(len(dampings), 4 * self.blocks.problem.distribution.whitening_error())
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         """The updates of every λ; one pass over the rows computes as many as fit in memory."""
