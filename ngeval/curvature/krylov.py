@@ -254,7 +254,7 @@ class KrylovRun:
         """The Gauss rule's two integrals, and the gap between the rules for λ²∫(x + λ)⁻²."""
         nodes, gauss = self._rule(factor[:-1])
         other = _ratio(nodes, lambdas)
-        at_zero = max(self.length**2 - weights.sum(), 0.0)
+        at_zero = max(self.length * self.length - weights.sum(), 0.0)
         radau = (weights * (1 - ratio) ** 2).sum(1) + at_zero
         gap = np.maximum(radau - (gauss * (1 - other) ** 2).sum(1), 0.0)
         return ((gauss * other).sum(1), (gauss * other**2).sum(1)), gap
