@@ -353,7 +353,8 @@ class TestGamma:
         expected = tables["parquet"]
         assert expected["gamma"].dtype == np.float64
         for kind in ("csv", "jsonl"):
-            table = tables[kind].assign(reason=tables[kind]["reason"].astype(object).fillna(""))
+            texts = tables[kind][["reason", "note"]].astype(object).fillna("")
+            table = tables[kind].assign(**texts)
             assert_frame_equal(table, expected, check_dtype=False, rtol=1e-12, atol=0)
 
     def test_damping_scale_is_applied_and_stored(self, cnn, tmp_path):
@@ -755,11 +756,14 @@ class TestOwnTasks:
         cast = gamma(tmp_path / "c.csv", *args, "--dtype", "float64")
         assert set(cast["dtype"]) == {"float64"}
         plain = gamma(tmp_path / "p.csv", *args)
-        assert set(plain["dtype"]) == {"float32"}
-        gammas = [part["gamma"].tolist() for part in (table, cast, plain)]
+        assert set(plain["dtype"]) == {"float64"}  # the default, whatever the file holds
+        narrow = gamma(tmp_path / "n.csv", *args, "--dtype", "model")
+        assert set(narrow["dtype"]) == {"float32"}
+        gammas = [part["gamma"].tolist() for part in (table, cast, plain, narrow)]
         assert gammas[1] == pytest.approx(gammas[0], rel=1e-6)
-        assert gammas[2] == pytest.approx(gammas[0], rel=1e-3)
-        assert gammas[2] != gammas[0]
+        assert gammas[2] == gammas[1]
+        assert gammas[3] == pytest.approx(gammas[0], rel=1e-3)
+        assert gammas[3] != gammas[0]
 
     def test_dtype_float64_on_digits(self, cnn, tmp_path):
         args = (*CNN, "-c", cnn.folder / "epoch-001.safetensors", *SMALL, "-m", "sgd,ng")

@@ -78,7 +78,8 @@ class TestManifest:
         recorded = manifest(options | {"methods": ["sgd"], "damping": 0.0})["options"]
         assert recorded["task"] == "t"
         assert (recorded["methods"], recorded["damping"], recorded["seed"]) == (["sgd"], 0.0, 0)
-        assert not {"checkpoint", "dtype", "memory"} & set(recorded)
+        assert recorded["dtype"] == "auto"
+        assert not {"checkpoint", "memory"} & set(recorded)
 
     def test_python_m(self):
         assert command_line(["/x/ngeval/__main__.py", "tasks"]) == "python -m ngeval tasks"

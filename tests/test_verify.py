@@ -239,9 +239,12 @@ class TestDiffers:
         verify("imbalance.parquet", code=1)
 
     def test_a_tolerance(self, small):
-        gamma = read_results(Path("gamma.csv"))["gamma"].iloc[0]
-        edit("gamma.csv", gamma=gamma * (1 + 1e-5))
-        words = ("gamma.csv", "-q")
+        small.run("gamma", Path("f.csv"), "--dtype", "float32")
+        for name in ("gamma.csv", "f.csv"):
+            gamma = read_results(Path(name))["gamma"].iloc[0]
+            edit(name, gamma=gamma * (1 + 1e-5))
+        verify("gamma.csv", "-q", code=1)
+        words = ("f.csv", "-q")
         verify(*words)  # float32: half the digits
         verify(*words, "--tolerance", "1e-6", code=1)
         verify(*words, "--tolerance", "1e-4")

@@ -118,9 +118,10 @@ def lost_memory(table: pd.DataFrame) -> str:
     """
     if "reason" not in table:
         return ""
-    lost = table[table["reason"].str.contains(OUT_OF_MEMORY, regex=False, na=False)]
-    pairs = zip(lost["method"], lost["reason"], strict=True)
-    return "; ".join(dict.fromkeys(f"{method}: {reason}" for method, reason in pairs))
+    texts = table["reason"].where(table["reason"] != "", table["note"])
+    lost = texts.str.contains(OUT_OF_MEMORY, regex=False, na=False)
+    pairs = zip(table["method"][lost], texts[lost], strict=True)
+    return "; ".join(dict.fromkeys(f"{method}: {text}" for method, text in pairs))
 
 
 def check_request(problem: Problem, damping_scale: str, metric: Metric | None) -> None:
