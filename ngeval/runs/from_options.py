@@ -29,6 +29,7 @@ def make_run(options: RunOptions) -> Run:
             `find_checkpoints`.
     """
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
+    torch.backends.cudnn.allow_tf32 = False
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)
     step = OptimizerOptions(options.reduction, options.weight_decay, options.allow_pickle)
     check_choice("shard", options.shard, SHARDS)
