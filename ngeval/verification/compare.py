@@ -38,8 +38,9 @@ NATURAL = ("gamma_min", "gamma_over_ng", "gamma_ng_lower", "gamma_ng_upper")
 
 GAMMAS = (*NATURAL, "gamma", "gamma_over_sgd")
 
-NOT_RESULTS = ("engine", "reason", "note", "iterations")
-"""Columns about how a row was computed, which may change with the memory of a machine."""
+NOT_RESULTS = ("engine", "reason", "note", "iterations", "rank")
+"""Columns about how a row was computed, which may change with the memory of a machine; so may the
+estimates of errors."""
 
 SUMMANDS = ("decrease", "curvature", "decrease_share", "curvature_share", "excess", "loss_change_")
 """Terms of a sum, which may cancel: compared relative to the largest of the update's layers, or of
@@ -91,8 +92,8 @@ def compare(
 ) -> Verdict:
     """Compare a unit's rows in a file, in whatever order, with those of a new computation.
 
-    The relative difference ``tolerance`` is allowed (None: see `DIGITS`), and what the ``gap`` of a
-    Krylov run explains.
+    The relative difference ``tolerance`` is allowed (None: see `DIGITS`, and the error of the row
+    as it is now), and what the ``gap`` of a Krylov run explains.
     """
     columns = list(dict.fromkeys([*then.columns, *now.columns]))
     order = [name for name in ROW if name in columns]
@@ -105,7 +106,7 @@ def compare(
         return Verdict(key, checkpoint, len(now), problem, math.inf)
     if now.empty:  # the samples of a unit that failed
         return Verdict(key, checkpoint, 0)
-    results = [name for name in columns if name not in NOT_RESULTS]
+    results = [n for n in columns if n not in NOT_RESULTS and not n.endswith("_error")]
     numbers = [name for name in results if is_number(then[name]) and is_number(now[name])]
     problem = _texts_differ(then, now, [name for name in results if name not in numbers])
     if not numbers:
@@ -145,7 +146,9 @@ def _tolerances(now: pd.DataFrame, tolerance: float | None) -> np.ndarray:
     if tolerance is not None:
         return np.full(len(now), tolerance)
     kinds = now["dtype"] if "dtype" in now else pd.Series([UNKNOWN_DTYPE] * len(now))
-    return np.array([DIGITS.get(str(kind), DIGITS[UNKNOWN_DTYPE]) for kind in kinds])
+    digits = np.array([DIGITS.get(str(kind), DIGITS[UNKNOWN_DTYPE]) for kind in kinds])
+    errors = now.get("gamma_error", pd.Series(0.0, now.index)).to_numpy(dtype=float)
+    return digits + np.nan_to_num(2 * errors).clip(0, MAX_GAP)
 
 
 def _krylov_limits(name: str, now: pd.DataFrame, gap: float) -> np.ndarray:
