@@ -148,7 +148,8 @@ def _tolerances(now: pd.DataFrame, tolerance: float | None) -> np.ndarray:
     kinds = now["dtype"] if "dtype" in now else pd.Series([UNKNOWN_DTYPE] * len(now))
     digits = np.array([DIGITS.get(str(kind), DIGITS[UNKNOWN_DTYPE]) for kind in kinds])
     errors = now.get("gamma_error", pd.Series(0.0, now.index)).to_numpy(dtype=float)
-    return digits + np.nan_to_num(2 * errors).clip(0, MAX_GAP)
+    allowed: np.ndarray = digits + np.nan_to_num(2 * errors).clip(0, MAX_GAP)
+    return allowed
 
 
 def _krylov_limits(name: str, now: pd.DataFrame, gap: float) -> np.ndarray:
