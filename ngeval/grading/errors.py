@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import DenseSolver
-from ngeval.grading.grade import SAFETY, Grades, grade, relative_change
+from ngeval.grading.grade import SAFETY, Grades, Noise, grade, relative_change
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
-from ngeval.problem.linearized import Linearized
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.probes import row_rounding
 
@@ -48,10 +47,11 @@ class Perturbations:
         return least if isinstance(measured, Failure) else max(least, measured)
 
     @cached_property
-    def problems(self) -> list[Linearized]:
-        """The problems with changed logits alone."""
+    def of_logits(self) -> Noise:
+        """The problem with changed logits alone."""
         generators = (torch.Generator().manual_seed(seed) for seed in range(PERTURBATIONS))
-        return [self.kernel.problem.with_noise(self.noise, g) for g in generators]
+        problems = [self.kernel.problem.with_noise(self.noise, g) for g in generators]
+        return Noise(problems, self.noise)
 
     @cached_property
     def kernels(self) -> list[Kernel]:
@@ -68,6 +68,7 @@ class Perturbations:
             prepared: on the problem as it is.
             grades: of those updates.
         """
+        grades = grades._replace(errors=grades.errors + SAFETY * self.noise)
         if not prepared.updates.is_solution:
             return grades
         dampings = [0.0 if math.isnan(value) else value for value in prepared.absolute]

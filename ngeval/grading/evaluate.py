@@ -229,10 +229,10 @@ def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> 
     outcomes: dict[int, Outcome] = {i: p for i, p in attempts.items() if isinstance(p, Failure)}
     for i in outcomes:
         done(methods[i].name)
-    noisy = request.perturbations.problems if request.metric is None else ()
+    noise = None if request.metric is not None else request.perturbations.of_logits
     for group in _groups(request, prepared):
         updates = [prepared[i].updates for i in group]
-        result = attempt(shards, partial(grade, kernel, updates, request.metric, noisy))
+        result = attempt(shards, partial(grade, kernel, updates, request.metric, noise))
         for place, i in enumerate(group):
             if isinstance(result, Failure):
                 outcomes[i] = result

@@ -29,6 +29,21 @@ BASIS = 4 * EPSILON
 SAFETY = 2
 """An error is the largest change times this, as few random changes may miss the worst."""
 
+CANCELLATION = 1e11
+"""An F-norm over this many times the rounding of the tangent is not looked at again."""
+
+
+class Noise(NamedTuple):
+    """Rounding that an update is graded with again.
+
+    Attributes:
+        problems: two, with logits changed at their rounding.
+        size: of the change, relative.
+    """
+
+    problems: Sequence[Linearized]
+    size: float
+
 
 class Grades(NamedTuple):
     """The quality of L updates: float64 tensors of shape ``(L,)``.
@@ -82,7 +97,7 @@ def grade(
     kernel: Kernel,
     updates: Sequence[Updates],
     metric: Metric | None = None,
-    noisy: Sequence[Linearized] = (),
+    noise: Noise | None = None,
 ) -> list[Grades]:
     """Grade several methods' updates.
 
@@ -90,8 +105,7 @@ def grade(
         kernel: of the batch that the updates were made from.
         updates: of each method.
         metric: the batch that grades; None for the problem's own.
-        noisy: the problem with its logits changed at their rounding, which shows the error of
-            updates that are pushed through the model.
+        noise: shows the error of updates that are pushed through the model.
 
     Returns:
         The grades of each method; NaN for a λ at which its update is not finite.
@@ -105,7 +119,7 @@ def grade(
             grades[i] = Grades.of_unit(forms.roots, forms.decrease, 0.0, forms.sizes)
             continue
         if not isinstance(member, SpaceUpdates):
-            grades[i] = _grade_directions(grader, member, noisy)
+            grades[i] = _grade_directions(grader, member, noise)
             continue
         tangents = member.space.tangents(member.coordinates) if metric is None else None
         if tangents is None:
@@ -139,7 +153,7 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     basis = right[singular > BASIS * singular.max().clamp_min(1e-300)]
     sizes = [member.count for member in members]
     if not _has_room(metric.problem, len(basis)):
-        return [_grade_directions(metric, member, ()) for member in members]
+        return [_grade_directions(metric, member, None) for member in members]
     if not len(basis):
         zero = torch.zeros_like(unit[:, 0]) if unit.shape[1] else unit.new_zeros(len(unit))
         forms = zero, zero, zero
@@ -158,7 +172,7 @@ def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> 
     return grades
 
 
-def _grade_directions(metric: Metric, updates: Updates, noisy: Sequence[Linearized]) -> Grades:
+def _grade_directions(metric: Metric, updates: Updates, noise: Noise | None) -> Grades:
     """As many whole directions at a time as fit in memory, each at unit length.
 
     dᵀg is known twice, as uᵀJd and as the inner product of d and g where g is that of the own
@@ -167,15 +181,13 @@ def _grade_directions(metric: Metric, updates: Updates, noisy: Sequence[Lineariz
     room = max(1, metric.problem.rows.memory // (4 * max(1, _bytes(metric.problem))))
     step = min(updates.count, room)
     parts = [
-        _grade_some(metric, updates, range(i, min(i + step, updates.count)), noisy)
+        _grade_some(metric, updates, range(i, min(i + step, updates.count)), noise)
         for i in range(0, updates.count, step)
     ]
     return Grades.concatenate(parts)
 
 
-def _grade_some(
-    metric: Metric, updates: Updates, chosen: range, noisy: Sequence[Linearized]
-) -> Grades:
+def _grade_some(metric: Metric, updates: Updates, chosen: range, noise: Noise | None) -> Grades:
     problem = metric.problem
     rows, sizes, slopes = [], [], []
     for i in chosen:
@@ -198,10 +210,31 @@ def _grade_some(
     grades = Grades.of_unit(roots, decrease, absolute, torch.stack(sizes))
     gap = (torch.stack(slopes) - decrease).abs() / decrease.abs()
     errors = grades.errors + torch.nan_to_num(gap, nan=0.0)
-    for other in noisy:
-        gammas = Grades.of_unit(*root_forms(other, tangents), grades.norms).gammas
+    if noise is None:
+        return grades._replace(errors=errors)
+    change = noise.size * _tangent_noise(problem, rows, tangents, roots / noise.size)
+    for sign, other in zip((1, -1), noise.problems, strict=True):
+        gammas = Grades.of_unit(*root_forms(other, tangents + sign * change), grades.norms).gammas
         errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
     return grades._replace(errors=errors)
+
+
+def _tangent_noise(
+    problem: Problem, rows: Sequence[Tensor], tangents: Tensor, roots: Tensor
+) -> Tensor:
+    """J times each update with random factors, where its F-norm may be the rounding of its tangent.
+
+    Args:
+        problem: whose J.
+        rows: the updates.
+        tangents: theirs.
+        roots: their F-norms, over the size of the noise.
+    """
+    noise, generator = torch.zeros_like(tangents), torch.Generator().manual_seed(0)
+    for i in (roots < CANCELLATION * tangents.flatten(1).norm(dim=1)).nonzero().flatten().tolist():
+        factors = torch.randn(rows[i].shape, generator=generator).to(rows[i])
+        noise[i] = problem.jvp(rows[i] * factors)
+    return noise
 
 
 def relative_change(values: Tensor, reference: Tensor) -> Tensor:

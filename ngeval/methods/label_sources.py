@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.curvature.row_space import unit_vectors
 from ngeval.errors import EngineError, InputError
 from ngeval.problem.fisher import SMALL, factor_columns
 from ngeval.problem.problem import Problem
@@ -135,5 +136,6 @@ def _probe(problem: Problem) -> Tensor | None:
 
 def _safe(problem: Problem) -> Tensor:
     """‖u_n‖, and 1 where it is 0, because only a residual of 0 is divided by it."""
-    norms = problem.residual.flatten(1).norm(dim=1)
+    unit, sizes = unit_vectors(problem.residual.unsqueeze(1))
+    norms = sizes * unit.flatten(1).norm(dim=1)
     return torch.where(norms > 0, norms, 1.0)

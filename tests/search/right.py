@@ -26,10 +26,13 @@ BITS = 400
 ACCURACY = 60
 """Bits that each number of a grade has to have."""
 
+DOUBTFUL = (1e-60, 1e-9)
+"""What a row has left beside the rows before it, relative to its length, where rank is a matter of
+rounding."""
+
 RANK = (2, 2.05)
 """λ = 0 stands for two tiny dampings, 2^(−bits/2) and less, relative to the curvature's trace: far
-below each eigenvalue that is not 0 exactly. Where rank is a matter of rounding, perturbed rows have
-another and there is no stable right value."""
+below each eigenvalue that is not 0 exactly. See `rank_is_clear`."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,26 @@ class Right:
                 self._fisher = total
         return self._fisher
 
+    def has_clear_rank(self, method: str) -> bool:
+        """Whether the rank of a method's curvature is not a matter of rounding."""
+        jacobian = self.rows.jacobian
+        if method in ("ef", "ief"):
+            sizes = [[abs(float(v.mid())) for p in sample for v in p] for sample in self.residual]
+            norms = np.linalg.norm(jacobian, axis=3).reshape(self.num_samples, -1)
+            return rank_is_clear(self.sample_gradients, (np.array(sizes) * norms).sum(1).tolist())
+        flat = jacobian.reshape(-1, *jacobian.shape[2:])
+        if self.rows.family == "categorical":  # H sees differences of logits
+            lengths = np.linalg.norm(flat, axis=2)
+            scales = (lengths[:, 1:] + lengths[:, :1]).reshape(-1)
+            flat = flat[:, 1:] - flat[:, :1]
+        else:
+            scales = np.linalg.norm(flat, axis=2).reshape(-1)
+        matrix = flat.reshape(-1, self.num_parameters)
+        layers = self.rows.layers.values() if method == "block-ng" else [slice(None)]
+        return all(
+            rank_is_clear(arb_mat(matrix[:, places].tolist()), scales.tolist()) for places in layers
+        )
+
     def squared_residuals(self) -> list[arb]:
         """s_n = ‖u_n‖²."""
         return [
@@ -426,6 +449,32 @@ def grade(direction: arb_mat, metric: Right) -> tuple[Grade, int]:
     values = gamma, decrease, curvature, norm
     accuracy = min(value.rel_accuracy_bits() for value in values)
     return Grade(*(float(value.mid()) for value in values)), accuracy
+
+
+def rank_is_clear(rows: arb_mat, lengths: Sequence[float]) -> bool:
+    """Whether each row is either in the span of the others or clearly not, by Gram–Schmidt.
+
+    Args:
+        rows: of a curvature's square root.
+        lengths: of the terms that each row is the sum of.
+    """
+    left = [[rows[i, j] for j in range(rows.ncols())] for i in range(rows.nrows())]
+    sizes = [max(length, 1e-300) for length in lengths]
+    with ctx.workprec(BITS):
+        while left:
+            norms = [float(sum((v * v for v in row), arb(0)).sqrt().mid()) for row in left]
+            parts = [norm / size for norm, size in zip(norms, sizes, strict=True)]
+            best = int(np.argmax(parts))
+            if parts[best] <= DOUBTFUL[0]:
+                return True
+            if parts[best] < DOUBTFUL[1]:
+                return False
+            pivot, _, length = left.pop(best), sizes.pop(best), arb(norms[best])
+            unit = [v / length for v in pivot]
+            for i, row in enumerate(left):
+                share = sum((v * w for v, w in zip(row, unit, strict=True)), arb(0))
+                left[i] = [arb((v - share * w).mid()) for v, w in zip(row, unit, strict=True)]
+    return True
 
 
 def tiny_dampings(matrix: arb_mat, bits: int) -> list[arb]:
