@@ -8,8 +8,10 @@ Adam and FAdam (Hwang, arXiv 2405.12807, §3.4.1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +73,14 @@ class DiagonalState(ParameterState):
         gradient = self.problem.gradient().to(torch.float64)
         divisor = (self.diagonal + damping) ** self.exponent
         return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)
+
+    def gaps(self, dampings: Sequence[float]) -> np.ndarray:
+        """Infinite where f + λ = 0 beside a gradient: an f that underflows has no pseudo-inverse."""
+        lost = [
+            bool(((self.diagonal + damping == 0) & (self.problem.gradient() != 0)).any())
+            for damping in dampings
+        ]
+        return np.where(lost, math.inf, 0.0)
 
 
 def parse_exponent(name: str, text: str) -> float:
