@@ -75,7 +75,7 @@ class DiagonalState(ParameterState):
         return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)
 
     def gaps(self, dampings: Sequence[float]) -> np.ndarray:
-        """Infinite where f + λ = 0 beside a gradient: an f that underflows has no pseudo-inverse."""
+        """Infinite where f + λ = 0 beside a gradient: f underflows, and has no pseudo-inverse."""
         lost = [
             bool(((self.diagonal + damping == 0) & (self.problem.gradient() != 0)).any())
             for damping in dampings
