@@ -238,11 +238,7 @@ def _without_insides(paths: list[Path]) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one in place of anything else.
-
-    Raises:
-        CheckpointError: the file is broken.
-    """
+    """The object in a JSON file, empty in place of anything else; a broken one is an error."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

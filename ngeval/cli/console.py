@@ -35,11 +35,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate(*_: object) -> None:
-    """The handler of SIGTERM.
-
-    Raises:
-        Terminated: always.
-    """
+    """The handler of SIGTERM."""
     raise Terminated
 
 
@@ -50,11 +46,7 @@ class Commands(TyperGroup):
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; one that processes cannot share runs in the first of them alone.
-
-        Raises:
-            typer.Exit: this process has nothing to do.
-        """
+        """Find the command; one that processes cannot share runs in the first of them alone."""
         name, command, rest = super().resolve_command(ctx, args)
         if torchrun.world_size() > 1 and name not in SHARED:
             if torchrun.rank():

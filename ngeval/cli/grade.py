@@ -144,11 +144,7 @@ def imbalance(
 
 
 def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> GammaTable:
-    """What ``gamma``, ``sweep`` and ``compare`` compute for each unit.
-
-    Raises:
-        InputError: an unknown method, or an option that cannot be used.
-    """
+    """What ``gamma``, ``sweep`` and ``compare`` compute for each unit."""
     resolved = get_methods(methods)
     from ngeval.runs.tables import GammaTable
 
@@ -157,12 +153,7 @@ def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> 
 
 
 def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
-    """Compute the units of a run, and write them with a manifest of the options.
-
-    Raises:
-        typer.Exit: this is one of torchrun's processes, and not the first.
-        NgevalError: no unit could be graded, or the result cannot be written.
-    """
+    """Compute the units of a run, and write them with a manifest; only the first one returns."""
     from ngeval.cli.progress import ProgressBar
     from ngeval.runs.execute import check_result, execute
     from ngeval.runs.from_options import make_run
@@ -179,11 +170,7 @@ def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
 
 
 def finish(result: Outcome) -> None:
-    """Report the units that could not be graded.
-
-    Raises:
-        typer.Exit: with code 3, if there is one.
-    """
+    """Report the units that could not be graded, and exit with code 3 if there is one."""
     if missing := result.missing_units():
         console.complain(missing)
         raise typer.Exit(INCOMPLETE)

@@ -122,12 +122,7 @@ def plot(
 
 
 def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """Result files by their stems, or by their paths where files share a stem.
-
-    Raises:
-        InputError: a file is named twice.
-        OutputError: a file cannot be read.
-    """
+    """Result files by their stems, or by their paths where files share a stem."""
     if len(set(paths)) < len(paths):
         raise InputError("a result file is given twice; name each of them once")
     stems = [path.stem for path in paths]
@@ -138,11 +133,7 @@ def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
 
 
 def relative_pairs(text: str | None) -> list[tuple[str, str]] | None:
-    """Read ``sf/ief,ef/ief`` as pairs and ``none`` as no pairs; None stays None.
-
-    Raises:
-        InputError: the text is not such a list.
-    """
+    """Read ``sf/ief,ef/ief`` as pairs and ``none`` as no pairs; None stays None."""
     if text is None or text == "none":
         return None if text is None else []
     pairs = []

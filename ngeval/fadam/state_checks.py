@@ -65,11 +65,7 @@ class Range(NamedTuple):
 
 
 def number_in(value: Any, name: str, numbers: Range) -> float:
-    """A setting, a number or a tensor of one, as a number in its range.
-
-    Raises:
-        InputError: the setting is not a number, or out of range.
-    """
+    """A setting, a number or a tensor of one, as a number; an `InputError` outside its range."""
     number = as_number(value)
     if math.isnan(number) or not numbers.allowed(number):
         raise InputError(f"{name} must be {numbers.words}, not {value!r}")

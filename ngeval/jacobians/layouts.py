@@ -168,11 +168,7 @@ def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
 
 
 def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None:
-    """The layout of a tensor of these two shapes.
-
-    Raises:
-        ValueError: they do not differ as batches of two and of three samples do.
-    """
+    """The layout of a tensor of two shapes; a ValueError if they do not differ as batches do."""
     if small is None or large is None or small == large:
         return None
     if len(small) != len(large):

@@ -109,11 +109,7 @@ class RowSource:
         return whole_model_term(rows, self.function, samples, cotangents)
 
     def blocks(self, cotangents: Tensor, share: float = 1.0) -> list[Block]:
-        """Blocks that each take no more than a share of the memory; a single one if all rows fit.
-
-        Raises:
-            EngineError: not even one row fits.
-        """
+        """Blocks of at most a share of the memory, one if all rows fit; an error if none fits."""
         count, vectors = cotangents.shape[:2]
         single = self.captured_bytes + self.sample_bytes
         budget = int(self.memory * share)

@@ -61,11 +61,7 @@ class Labels:
         return seed if self.source == SAMPLED else 0
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
-        """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
-
-        Raises:
-            EngineError: the columns of S, or the draws, do not fit in the memory budget.
-        """
+        """The v of the curvature, float64 ``(N, Q, *positions, C)``; an error if too large."""
         if self.source == EXACT:
             return factor_columns(problem)
         residual = problem.residual.unsqueeze(1)

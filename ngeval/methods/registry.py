@@ -104,11 +104,7 @@ def method_names() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Check a method's name, and whether it can have a parameter, without importing the method.
-
-    Raises:
-        InputError: there is no such method, or it takes no parameter.
-    """
+    """Refuse an unknown method, or a parameter that it does not take, without importing it."""
     family = name.strip().partition(":")[0]
     points = _plugins()  # for every name: it warns of a plug-in whose name is taken
     if entry := _builtin(family):

@@ -49,15 +49,7 @@ class Download(NamedTuple):
 
 
 def make_page(sources: Sequence[Source], title: str | None = None) -> str:
-    """A report's HTML.
-
-    Args:
-        sources: the result files; see `ngeval.report.read_sources`.
-        title: of the page; None names the tasks.
-
-    Raises:
-        InputError: there are no sources, or a column of numbers holds something else.
-    """
+    """The HTML of a report on some result files; the title None names the tasks."""
     if not sources:
         raise InputError("a report needs at least one result file")
     tasks = topics(sources)

@@ -24,11 +24,7 @@ change of its time: file systems keep it in steps of up to two seconds."""
 
 
 def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
-    """SHA-256 of the contents of files, and of their names below a folder if it is given.
-
-    Raises:
-        OSError: one cannot be read.
-    """
+    """SHA-256 of the contents of files, and of their names below a folder if it is given."""
     total = hashlib.sha256()
     for path in paths:
         if below is not None:

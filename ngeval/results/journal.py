@@ -215,12 +215,7 @@ class Journal:
 
 
 def rows_by_unit(table: pd.DataFrame) -> dict[Key, list[int]]:
-    """The places of each unit's rows in a table.
-
-    Raises:
-        ValueError: a stage or batch is not a whole number.
-        KeyError: the table has no such columns.
-    """
+    """The places of each unit's rows in a table with whole numbers in ``stage`` and ``batch``."""
     places: dict[Key, list[int]] = {}
     keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
     for row, key in enumerate(keys):

@@ -178,11 +178,7 @@ def write_manifest(results: Path, manifest: Mapping[str, Any], scratch: Path | N
 
 
 def read_manifest(results: Path) -> dict[str, Any] | None:
-    """The manifest of a result file, whatever it holds; None if there is none.
-
-    Raises:
-        OutputError: it cannot be read, or is not a JSON object.
-    """
+    """The JSON object beside a result file, whatever it holds; None if there is none."""
     path = manifest_path(results)
     if not path.is_file():
         return None
@@ -200,11 +196,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
 
 
 def read_run_manifest(results: Path) -> RunManifest | None:
-    """The manifest of a run's result file, checked; None if there is none.
-
-    Raises:
-        OutputError: it is not the manifest of a run; the message names what is wrong.
-    """
+    """The manifest of a run's result file, checked; None if there is none."""
     value = read_manifest(results)
     try:
         return None if value is None else RunManifest.model_validate_json(json.dumps(value))

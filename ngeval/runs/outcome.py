@@ -34,11 +34,7 @@ class Outcome:
     names: Sequence[str]
 
     def lost_rows(self) -> str:
-        """How many rows of graded units could not be computed, and why; empty if all could.
-
-        Raises:
-            InputError: none could.
-        """
+        """How many rows are lost, and why; empty if none is, an `InputError` if all are."""
         table = self.table
         if "status" in table:
             lost, subject = table[~table["status"].isin(("ok", *DOUBTFUL))], "{} of {} rows"

@@ -76,11 +76,7 @@ class Work(BaseModel, ABC):
 
     @property
     def resolved(self) -> list[Method]:
-        """The methods; resolving a name may import the module that it names.
-
-        Raises:
-            InputError: unknown method.
-        """
+        """The methods; resolving a name may import the module that it names."""
         if self._resolved is None:
             self._resolved = get_methods(self.methods) if self.methods else []
         return self._resolved
@@ -111,11 +107,7 @@ class Work(BaseModel, ABC):
 
     @abstractmethod
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
-        """The table of a unit; ``on_method`` is called with the name of each method that is done.
-
-        Raises:
-            NgevalError: the unit cannot be graded.
-        """
+        """The table of a unit; ``on_method`` is called with the name of each method once done."""
 
     @abstractmethod
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:

@@ -17,9 +17,6 @@ def shuffled_batches(
 
     Without ``num_batches`` it is one pass over the ``size`` samples, whose last batch can be
     smaller.
-
-    Raises:
-        TaskError: a batch is larger than the data.
     """
     if not 1 <= batch_size <= size:
         raise TaskError(f"batch size {batch_size} must be from 1 to {size}, the number of samples")

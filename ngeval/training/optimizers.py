@@ -86,12 +86,7 @@ def is_exact(name: str) -> bool:
 
 
 def resolved(name: str, settings: Settings) -> Settings:
-    """The settings with the optimizer's defaults in place of None.
-
-    Raises:
-        InputError: the optimizer is unknown, or a setting is out of range or not one of its own.
-        DependencyError: the optimizer's package is not installed.
-    """
+    """The settings with the optimizer's defaults in place of None; each is checked."""
     settings.check_ranges()
     group = build(name, _smallest(), settings)[0].param_groups[0]
     if settings.schedule != "constant" and "lr" not in group:

@@ -58,12 +58,7 @@ class Stepper:
         ]
 
     def step(self, batch: Batch) -> None:
-        """Take a step on a batch.
-
-        Raises:
-            DivergedError: outputs or update are not finite.
-            ModelError: the model or the optimizer's step fails.
-        """
+        """Take a step on a batch; one that is not finite is a `DivergedError`."""
         (self._exact_step if self.is_exact else self._gradient_step)(batch)
         self.steps += 1
         for scheduler in self.schedulers:
@@ -120,12 +115,7 @@ def eval_mode_note(name: str, model: nn.Module) -> str | None:
 
 @contextmanager
 def step_errors(optimizer: Optimizer) -> Iterator[None]:
-    """Turn any error of an optimizer's step, but for out of memory, into an error of ngeval.
-
-    Raises:
-        DivergedError: a number overflows.
-        ModelError: the step fails otherwise.
-    """
+    """Turn any error of a step, but for out of memory, into a `DivergedError` or `ModelError`."""
     try:
         yield
     except NgevalError:

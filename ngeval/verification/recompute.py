@@ -103,12 +103,7 @@ class Recorded:
 
 
 def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Recorded:
-    """Read a result file with its manifest; ``device``: where to compute, None: as in the run.
-
-    Raises:
-        OutputError: one of them is missing, or is not what a run writes.
-        InputError: something that runs code was not allowed.
-    """
+    """Read a result file with its manifest; ``device``: where to compute, None: as in the run."""
     table, place = read_results(path), manifest_path(path)
     manifest = read_run_manifest(path)
     if manifest is None:
@@ -174,12 +169,7 @@ def _where(recorded: Recorded) -> str:
 
 
 def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
-    """What differs from when a file was computed, a line each.
-
-    Returns:
-        What changes numbers (checkpoints, data, settings), and what should not (code, versions,
-        the machine).
-    """
+    """What differs from then and changes numbers, and what should not (code, the machine)."""
     hardware = ("cpu", "gpus", "threads")
     now, then = identity(run, recorded.work), recorded.manifest.identity.plain()
     here = machine()
@@ -223,9 +213,6 @@ def verdicts(
     """Compute units of a file again and compare them, one after the other; see `compare`.
 
     ``on_method`` is called with the name of each method that is done.
-
-    Raises:
-        NgevalError: the task's model or batches are not available, or a method is unknown.
     """
     work = recorded.work
     gap = work.options.get("gap", 0.0)

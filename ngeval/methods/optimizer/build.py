@@ -56,11 +56,7 @@ def build_optimizers(
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an optimizer of the model holds, by name.
-
-    Raises:
-        ModelError: there are none.
-    """
+    """The parameters that an optimizer holds, by name; a `ModelError` if there are none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ModelError("the model has no trainable parameter for an optimizer")
@@ -68,12 +64,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class of an optimizer by its name or dotted path, e.g. ``torch.optim.SGD``.
-
-    Raises:
-        InputError: there is no such optimizer, or the path names something else.
-        DependencyError: its package is not installed.
-    """
+    """The class of an optimizer by its name or dotted path, e.g. ``torch.optim.SGD``."""
     if name == "fadam":
         return FAdam
     if name in OPTIMIZERS:

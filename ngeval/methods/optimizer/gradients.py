@@ -56,11 +56,7 @@ def batch_gradient(problem: Problem, reduction: str) -> Gradients:
 def batch_gradients(
     problem: Problem, batches: Batches | Callable[[], Batches], reduction: str
 ) -> Iterator[Gradients]:
-    """The gradients of the reduced loss on other batches, at the problem's θ.
-
-    Raises:
-        InputError: there is no batch, or one does not fit the model.
-    """
+    """The gradients of the reduced loss on one or more other batches, at the problem's θ."""
     number = 0
     for batch in batches() if callable(batches) else batches:
         number += 1

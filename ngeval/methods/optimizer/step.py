@@ -200,11 +200,7 @@ class OptimizerStep:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """One or several optimizers as a list, without wrappers that only forward a step.
-
-    Raises:
-        InputError: they are not optimizers.
-    """
+    """One or several optimizers as a list, without wrappers that only forward a step."""
     several: list[Any] = [*optimizer] if isinstance(optimizer, list | tuple) else [optimizer]
     if not several or not all(isinstance(each, Optimizer) for each in several):
         raise InputError(

@@ -77,12 +77,9 @@ class Encoder:
     def seq2seq(
         self, prompts: Sequence[str], answers: Sequence[str], start: int, limit: int
     ) -> Batch:
-        """Prompts for the encoder, and all tokens of the answers as targets.
+        """Prompts for the encoder, and all tokens of the answers, at most ``limit``, as targets.
 
         The decoder's input begins with the token ``start``.
-
-        Raises:
-            TaskError: an answer has more than ``limit`` tokens, including its end.
         """
         answered = [list(self.tokenizer(text_target=answer)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)

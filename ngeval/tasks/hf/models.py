@@ -69,12 +69,7 @@ class HubModel:
         attention: str | None,
         trust_remote_code: bool,
     ) -> HubModel:
-        """Read the configurations of the model and of its adapters.
-
-        Raises:
-            TaskError: the model is neither a folder nor on the hub, or its objective is unknown.
-            CheckpointError: an adapter's configuration cannot be read.
-        """
+        """Read the configurations of a model and of its adapters, and find out its objective."""
         transformers = optional_module("transformers")
         if is_adapter(Path(name)) and not (Path(name) / "config.json").is_file():
             base = read_adapter_config(Path(name)).get("base_model_name_or_path") or "its base"
@@ -158,11 +153,7 @@ class HubModel:
         return evaluated
 
     def processor(self, place: str | None, kind: str) -> Any:
-        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place.
-
-        Raises:
-            TaskError: it cannot be loaded.
-        """
+        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place."""
         name = place or self.name
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         folder = Path(name).expanduser()
