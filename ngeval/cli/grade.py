@@ -84,8 +84,7 @@ def layers(
     methods: MethodsOption = "sgd,ef,ief",
     damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-3",
     groups: Annotated[
-        str,
-        typer.Option(help="layer, parameter, or how many components of a name make a group."),
+        str, typer.Option(help="layer, parameter, or how many components of a name make a group.")
     ] = "layer",
     damping_scale: DampingScaleOption = "absolute",
     metric_batches: MetricOption = None,
@@ -154,13 +153,12 @@ def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> 
 
 def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
     """Compute the units of a run, and write them with a manifest; only the first one returns."""
-    from ngeval.cli.progress import ProgressBar
     from ngeval.runs.execute import check_result, execute
     from ngeval.runs.from_options import make_run
 
     check_result(out)
     options = run.recorded() | work.options
-    result = execute(make_run(run), work, out, options, ProgressBar(out.quiet))
+    result = execute(make_run(run), work, out, options, console.ProgressBar(out.quiet))
     if result is None:
         raise typer.Exit
     for text in (result.lost_rows(), result.doubtful_rows()):

@@ -37,11 +37,8 @@ class CapturedRows:
     def products(self, weights: Tensor) -> Tensor:
         """Inner products with the rows of combinations w_nr = Σ_q c_nrq v_nq of these cotangents.
 
-        Args:
-            weights: c of shape ``(N, R, Q)``.
-
-        Returns:
-            Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
+        The weights are c, ``(N, R, Q)``. Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is
+        (J_nᵀv_nq)·(J_mᵀw_mr).
         """
 
         def compute(source: RowSource, vectors: Tensor, local_weights: Tensor) -> Tensor:
@@ -71,13 +68,8 @@ class CapturedRows:
     ) -> Tensor:
         """Σ_nq w_l,nq R_l,nq for each group l of parameters, side by side; 0 for all others.
 
-        Args:
-            groups: parameter names by group.
-            weights: w by group in float64, shape ``(k, N·Q)``.
-            share: of the memory, for captures that are not kept.
-
-        Returns:
-            Shape ``(k, P)``, the model's dtype.
+        The weights are float64, ``(k, N·Q)``; the result is ``(k, P)`` in the model's dtype. The
+        ``share`` is of the memory, for captures that are not kept.
         """
         count = len(next(iter(weights.values())))
 

@@ -49,12 +49,8 @@ QUANTILES = {
 """Of gradient norms."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure and the values in it."""
-
-    figure: Figure
-    points: list[Point]
+Picture = tuple[Figure, list[Point]]
+"""A figure and the values in it."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +71,9 @@ class Chart:
         """Label, SVG and whether it is first, of a few pictures; the key is the chart's id."""
         for place in sorted({self.start, *evenly(len(self.options), MAX_OPTIONS)}):
             label, draw = self.options[place]
-            picture = draw()
+            figure, points = draw()
             name = f"{self.title}; its numbers are in the table below"
-            svg = svg_text(picture.figure, name, picture.points, f"{key}-{place}")
+            svg = svg_text(figure, name, points, f"{key}-{place}")
             yield label, svg, place == self.start
 
 
@@ -165,7 +161,7 @@ def _stages(short: Grades, labels: dict[str, str], part: pd.DataFrame) -> Pictur
     at_floor = [
         _floor_point(axes, places[name], floors[name], labels[name]) for name in floors.index
     ]
-    return Picture(figure, at_floor + points)
+    return figure, at_floor + points
 
 
 def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -179,7 +175,7 @@ def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture
         points = _draw_ratios(axes, short, means, "damping", labels)
         axes.axhline(floor, **FLOOR)
         damping_axis(axes, short.rows)
-    return Picture(figure, [_floor_point(axes, short.smallest, floor, labels[checkpoint]), *points])
+    return figure, [_floor_point(axes, short.smallest, floor, labels[checkpoint]), *points]
 
 
 def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -197,7 +193,7 @@ def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
             points.append(Point(axes, row[columns[0]], place, _lines(row, columns, title, labels)))
         method_axis(axes, list(rows["method"]))
         axes.set_xlabel(f"{title} at the best λ")
-    return Picture(figure, points)
+    return figure, points
 
 
 def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
@@ -233,7 +229,7 @@ def _norms(samples: pd.DataFrame, labels: dict[str, str]) -> Picture:
         ratio = f"max/min = {with_interval(mean, row['low'], row['high'])}"
         lines = ("max/min", _name(labels[name]), ratio, f"batches: {row['count']}")
         points.append(Point(figure.axes[1], places[name], mean, lines))
-    return Picture(figure, points)
+    return figure, points
 
 
 def layer_charts(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
@@ -280,4 +276,4 @@ def _layers(rows: pd.DataFrame) -> Picture:
         for column, (_, name, offset) in BARS.items()
         for place, (layer, share) in enumerate(zip(rows["layer"], rows[column], strict=True))
     ]
-    return Picture(figure, points)
+    return figure, points

@@ -37,16 +37,12 @@ def _digest(path: Path) -> bytes:
     """SHA-256 of a file; one that has not changed since is not read again."""
     stat = path.stat()  # before it is read: a later change is noticed
     if time.time_ns() - stat.st_mtime_ns < SETTLED_NS:
-        return _read_digest(path)
-    return _settled_digest(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
+        return _read_digest.__wrapped__(path)
+    return _read_digest(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
 
 
 @functools.cache
-def _settled_digest(path: Path, *_: int) -> bytes:
-    return _read_digest(path)
-
-
-def _read_digest(path: Path) -> bytes:
+def _read_digest(path: Path, *_: int) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

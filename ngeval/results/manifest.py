@@ -104,15 +104,13 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a run that begins now.
 
-    Args:
-        options: those of the command, by name; those that are not set are left out.
-        command: program and arguments as typed; None: those of this process.
-        facts: what the options resulted in (the task's name, the checkpoints, …).
+    The ``command`` is as typed, by default that of this process; the ``facts`` are what the options
+    resulted in (the task's name, the checkpoints, …).
 
     Returns:
         ``format, created`` (UTC, ISO 8601), ``command``, ``directory`` (where it was typed, which
-        its relative paths start from), ``options``, ``run`` (the facts), ``versions`` (of ngeval,
-        Python and packages) and ``machine``; plain values, which JSON can hold.
+        its relative paths start from), ``options`` that are set, ``run`` (the facts), ``versions``
+        (of ngeval, Python and packages) and ``machine``; plain values, which JSON can hold.
     """
     return {
         "format": FORMAT,

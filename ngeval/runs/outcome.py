@@ -17,14 +17,10 @@ DOUBTFUL = ("uncertain", "ascent")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run.
+    """The rows of the units of a run that were computed, ``num_done`` of ``num_units``.
 
-    Attributes:
-        table: the rows of all units that were computed.
-        failures: why units, or some methods of them, have to be computed again, by key.
-        num_units: of the run.
-        num_done: of these, the number that were computed.
-        names: of the checkpoints.
+    The ``failures`` are the reasons, by key, why units, or some methods of them, have to be
+    computed again; the ``names`` are the checkpoints'.
     """
 
     table: pd.DataFrame

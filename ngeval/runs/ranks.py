@@ -217,9 +217,6 @@ def joined(device: str, *, together: bool, warn: Callable[[str], None]) -> Itera
     """The processes of this run; ``together``: all compute every unit, in step.
 
     ``warn`` is called with a line for the user if the others do not come.
-
-    Raises:
-        InputError: they cannot be reached.
     """
     if torchrun.world_size() == 1:
         yield Ranks()

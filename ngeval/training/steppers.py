@@ -25,15 +25,7 @@ class Stepper:
 
     A step goes along the gradient of the mean loss, with the model in train mode; or it is exact on
     the batch, with the model in eval mode, where alone a sample's outputs are a function of the
-    weights.
-
-    Args:
-        name: of the optimizer, which may be two of torch's; see `build`.
-        task: for its likelihood.
-        model: the model that is trained.
-        settings: of the optimizer.
-        seed: for the labels that ``sf`` draws.
-        device: the model's device.
+    weights. The optimizer's name may stand for two of torch's; see `build`.
     """
 
     def __init__(
@@ -63,10 +55,6 @@ class Stepper:
         self.steps += 1
         for scheduler in self.schedulers:
             scheduler.step()
-
-    def ready(self) -> None:
-        """Set the mode in which the model is trained, before the steps of an epoch."""
-        self.model.train(not self.is_exact)
 
     def _gradient_step(self, batch: Batch) -> None:
         outputs, distribution = forward(self.task, self.model, batch, self.device)

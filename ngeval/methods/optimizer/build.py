@@ -11,13 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ngeval.errors import (
-    DependencyError,
-    InputError,
-    ModelError,
-    foreign_errors,
-    nearest_name,
-)
+from ngeval.errors import DependencyError, InputError, ModelError, foreign_errors, nearest_name
 from ngeval.fadam.optimizer import FAdam
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 
@@ -32,12 +26,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build what a name stands for: one optimizer, or two that share the parameters.
 
-    The parameter groups record the parameters' names.
-
-    Args:
-        name: a name in `OPTIMIZERS`, or the dotted path of an `Optimizer` class.
-        model: whose trainable parameters they hold.
-        learning_rate: for the mean loss; None takes the default of the table or of the class.
+    The parameter groups record the parameters' names. The learning rate is for the mean loss; None
+    takes the default of the table or of the class.
 
     Raises:
         InputError: there is no such optimizer, or it cannot be built on these parameters.

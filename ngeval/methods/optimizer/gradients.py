@@ -21,12 +21,9 @@ Gradients = dict[str, Tensor]
 
 
 def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
-    """The number that the reduction divides Σ_n ℓ_n by.
+    """The number that the reduction divides Σ_n ℓ_n by; masking every position is an error.
 
     It is N for ``"mean"``, the unmasked positions for ``"token-mean"``, and 1 for ``"sum"``.
-
-    Raises:
-        InputError: every position is masked.
     """
     return _divisor(_count(distribution, reduction), reduction)
 

@@ -38,9 +38,6 @@ def fitting_order(
     If the optimizer has several groups of the same sizes as the file's, their order is tried
     first. Other orders are guesses: the shapes must fit only one of them, and must distinguish
     groups with different hyperparameters. The states are by the keys in the groups' ``params``.
-
-    Raises:
-        MisfitError: no order fits, or the shapes do not determine the order.
     """
     sizes = [len(group["params"]) for group in groups]
     keys = [key for group in groups for key in group["params"]]

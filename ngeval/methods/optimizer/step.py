@@ -15,12 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.methods.base import UndampedState
-from ngeval.methods.optimizer.clone import (
-    Clones,
-    clone_optimizers,
-    isolated_steps,
-    unwrapped,
-)
+from ngeval.methods.optimizer.clone import Clones, clone_optimizers, isolated_steps, unwrapped
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem

@@ -96,9 +96,6 @@ class Encoder:
 
         Without answers every token but the first is predicted. With answers only their tokens are,
         and a long prompt is truncated to leave room for them.
-
-        Raises:
-            TaskError: an answer has more than ``limit`` tokens.
         """
         if answers is None:
             sequences = [self.ids(prompt) for prompt in prompts]

@@ -121,10 +121,8 @@ class HubModel:
     def build(self, num_labels: int | None) -> nn.Module:
         """The model with its weights, all of them trainable, in eval mode.
 
-        ``num_labels`` is the number of classes of a head that an adapter brings.
-
-        Raises:
-            TaskError: the model cannot be loaded, or lacks weights that no adapter has.
+        ``num_labels`` is the number of classes of a head that an adapter brings; other weights must
+        not be missing.
         """
         transformers = optional_module("transformers")
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
