@@ -32,8 +32,8 @@ def imbalances(samples: pd.DataFrame, stage: str = "checkpoint") -> pd.DataFrame
     """
     keys = [key for key in (stage, "batch") if key in samples]
     norms = samples["gradient_norm"]
-    norms = samples[keys].assign(norm=norms.where(norms.between(0, np.inf, inclusive="left")))
-    batches = norms.groupby(keys, sort=False, dropna=False)["norm"]
+    rows = samples[keys].assign(norm=norms.where(norms.between(0, np.inf, inclusive="left")))
+    batches = rows.groupby(keys, sort=False, dropna=False)["norm"]
     ends = batches.agg(["min", "max", "size", "count"]).reset_index()
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = (ends["max"] / ends["min"]).where(ends["count"] == ends["size"])

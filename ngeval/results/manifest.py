@@ -71,13 +71,12 @@ class RunManifest(Record):
     """The manifest of a run that can be resumed and verified.
 
     Attributes:
-        options: those of the command.
+        options: those of the command, which was typed in ``directory``.
         identity: what the numbers depend on.
         machine: where they were computed.
-        directory: where the command was typed.
-        complete: set at the end of the run: whether no unit has failed.
-        failed_units: set at the end of the run: the keys of units that are to be computed again.
-        rows: set at the end of the run: how many the table has.
+        complete: set at the end of the run, as the following are: whether no unit has failed.
+        failed_units: the keys of units that are to be computed again.
+        rows: how many the table has.
     """
 
     options: dict[str, Any]

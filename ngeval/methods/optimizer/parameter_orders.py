@@ -54,10 +54,11 @@ def fitting_order(
     problem = ""
     for order in [*orders, *_guesses(model, held, sizes)]:
         wrong = [
-            f"{name} {tuple(parameters[name].shape)} has {entry} of shape {shape}"
+            f"{name} {tuple(parameters[name].shape)} has {entry} of shape {tuple(value.shape)}"
             for key, name in zip(keys, order, strict=True)
-            for entry, shape in _full_shapes(states.get(key, {}))
-            if shape != tuple(parameters[name].shape)
+            for entry, value in states.get(key, {}).items()
+            if entry in FULL and isinstance(value, Tensor) and value.ndim
+            if value.shape != parameters[name].shape
         ]
         if not wrong and order in orders:
             return order
@@ -121,13 +122,6 @@ def _decayed(model: nn.Module) -> set[str]:
     }
     names = [name for name, _ in model.named_parameters()]
     return {n for n in names if n not in excluded and not UNDECAYED.search(n.lower())}
-
-
-def _full_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The entries that have the parameter's shape, and that shape."""
-    for key in FULL:
-        if isinstance(value := state.get(key), Tensor) and value.ndim:
-            yield key, tuple(value.shape)
 
 
 def _has_tensor(state: Any) -> bool:

@@ -45,12 +45,9 @@ class HubModel:
     """A model of transformers that is not loaded yet.
 
     Attributes:
-        name: a folder or a name on the hub.
-        config: the model's configuration.
         objective: a key of `OBJECTIVES`.
         adapters: the content of ``adapter_config.json`` of each adapter that will be put on it.
         attention: ``eager``, ``sdpa``, …; None is the default of transformers.
-        trust_remote_code: run the repository's code.
     """
 
     name: str
