@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,8 +49,11 @@ QUANTILES = {
 """Of gradient norms."""
 
 
-Picture = tuple[Figure, list[Point]]
-"""A figure and the values in it."""
+class Picture(NamedTuple):
+    """A figure and the values in it."""
+
+    figure: Figure
+    points: list[Point]
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _stages(short: Grades, labels: dict[str, str], part: pd.DataFrame) -> Pictur
     at_floor = [
         _floor_point(axes, places[name], floors[name], labels[name]) for name in floors.index
     ]
-    return figure, at_floor + points
+    return Picture(figure, at_floor + points)
 
 
 def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -175,7 +178,7 @@ def _dampings(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture
         points = _draw_ratios(axes, short, means, "damping", labels)
         axes.axhline(floor, **FLOOR)
         damping_axis(axes, short.rows)
-    return figure, [_floor_point(axes, short.smallest, floor, labels[checkpoint]), *points]
+    return Picture(figure, [_floor_point(axes, short.smallest, floor, labels[checkpoint]), *points])
 
 
 def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
@@ -193,7 +196,7 @@ def _ranking(short: Grades, labels: dict[str, str], checkpoint: str) -> Picture:
             points.append(Point(axes, row[columns[0]], place, _lines(row, columns, title, labels)))
         method_axis(axes, list(rows["method"]))
         axes.set_xlabel(f"{title} at the best λ")
-    return figure, points
+    return Picture(figure, points)
 
 
 def sample_charts(samples: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
@@ -229,7 +232,7 @@ def _norms(samples: pd.DataFrame, labels: dict[str, str]) -> Picture:
         ratio = f"max/min = {with_interval(mean, row['low'], row['high'])}"
         lines = ("max/min", _name(labels[name]), ratio, f"batches: {row['count']}")
         points.append(Point(figure.axes[1], places[name], mean, lines))
-    return figure, points
+    return Picture(figure, points)
 
 
 def layer_charts(table: pd.DataFrame, labels: dict[str, str]) -> Iterator[Chart]:
@@ -276,4 +279,4 @@ def _layers(rows: pd.DataFrame) -> Picture:
         for column, (_, name, offset) in BARS.items()
         for place, (layer, share) in enumerate(zip(rows["layer"], rows[column], strict=True))
     ]
-    return figure, points
+    return Picture(figure, points)

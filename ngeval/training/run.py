@@ -94,7 +94,7 @@ class Training(Settings):
         seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            stepper.model.train(not stepper.is_exact)
+            stepper.ready()
             # A different order of samples in every epoch, reproducible from the seed.
             order = self.seed * 100_003 + epoch
             for batch in self.task.batches(self.batch_size, self.num_batches, order):

@@ -56,6 +56,10 @@ class Stepper:
         for scheduler in self.schedulers:
             scheduler.step()
 
+    def ready(self) -> None:
+        """Set the mode in which the model is trained, before the steps of an epoch."""
+        self.model.train(not self.is_exact)
+
     def _gradient_step(self, batch: Batch) -> None:
         outputs, distribution = forward(self.task, self.model, batch, self.device)
         for optimizer in self.optimizers:
