@@ -181,9 +181,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     They are read from a Trainer's ``trainer_state.json``, from the JSON of the same name beside a
     file, or from a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
-
-    Raises:
-        CheckpointError: the JSON file is broken.
     """
     metadata: dict[str, Any] = {}
     for word, number in re.findall(r"(epoch|step)=(\d+)", path.name):

@@ -86,8 +86,7 @@ class Trial:
     """The result of running a model on two and on three samples.
 
     Attributes:
-        calls: by ``id`` of the module, in order of the first call; modules whose calls cannot be
-            matched are left out.
+        calls: by ``id`` of the module, if they can be matched, in order of the first call.
         outputs: of the smaller trial.
         sample_bytes: what autograd saves per additional sample.
     """

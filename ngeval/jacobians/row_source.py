@@ -51,7 +51,6 @@ class RowSource:
     """The source of rows: a model at θ on its batch, the engine, and a memory budget.
 
     Attributes:
-        function: the model at θ on its batch.
         engine_name: ``"layers"``, ``"vmap"`` or ``"loop"``.
         memory: bytes that captures and rows may occupy at a time.
         plan: of the layer engine; None for the others.

@@ -40,12 +40,7 @@ FIELDS = 4
 
 @dataclass(frozen=True)
 class Labels:
-    """A source of labels.
-
-    Attributes:
-        source: ``"exact"``, ``"sampled"``, ``"data"`` or ``"improved"``.
-        mc_samples: k, the number of draws for each sample if the labels are sampled.
-    """
+    """A source of labels; of sampled ones ``mc_samples`` are drawn for each sample."""
 
     source: str
     mc_samples: int = 1

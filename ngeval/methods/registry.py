@@ -161,10 +161,7 @@ def get_method(method: str | Method | Optimizer) -> Method:
 
 
 def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Method]:
-    """Resolve several methods in their order; methods that are resolved already stay as they are.
-
-    Args:
-        methods: names, optimizers or methods, as `get_method` takes them; or a comma list of names.
+    """Resolve several methods in their order, or a comma list of names, by `get_method`.
 
     Raises:
         InputError: see `get_method`; there is no method; two methods have the same name.

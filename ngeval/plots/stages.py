@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -122,7 +122,9 @@ def stages_figure(
     chosen: Sequence[float | None] = dampings or [None]
     columns = [(*item, damping) for item in tables.items() for damping in chosen]
     if relative is None:
-        relative = _pairs(tables.values()) if len(tables) > 1 or samples is not None else ()
+        present = [set(table["method"]) for table in tables.values()]
+        usual = [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
+        relative = usual if len(tables) > 1 or samples is not None else ()
     lines = ["stages", *(["relative"] if relative else [])]
     norms = {} if samples is None else _norms(samples, tables)
     lines += ["imbalance"] if norms else []
@@ -196,12 +198,6 @@ def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
         for task, name, part in parts
     }
-
-
-def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
-    """The usual ratios, if a table has both methods."""
-    present = [set(table["method"]) for table in tables]
-    return [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
 
 
 def _draw_relative(

@@ -99,7 +99,11 @@ def make_page(sources: Sequence[Source], title: str | None = None) -> str:
     notes = [note for source in sources for note in source.notes]
     notes += [note for topic in tasks for note in topic.notes]
     script = _file("report.js")
-    page = _template().render(
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["packed"] = lambda text: packed(encodable(text).encode())
+    page = environment.from_string(_file("report.html")).render(
         title=title or "ngeval: " + ", ".join(topic.name for topic in tasks),
         sections=sections,
         heads=HEADS,
@@ -228,11 +232,3 @@ def _policy(script: str) -> str:
 
 def _file(name: str) -> str:
     return (resources.files("ngeval.report") / name).read_text(encoding="utf-8")
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["packed"] = lambda text: packed(encodable(text).encode())
-    return environment.from_string(_file("report.html"))

@@ -70,8 +70,6 @@ class Journal:
     Its methods raise `OutputError` where the folder cannot be read or written.
 
     Attributes:
-        output: the result file that the journal belongs to.
-        folder: where the units lie.
         run: a name of the run that is written with each of its units, so that a process that
             outlives its run, after torchrun was killed, cannot add to the next run of the same
             output. Empty: units of any run are read.

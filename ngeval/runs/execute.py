@@ -81,10 +81,7 @@ def execute(
     """Compute the units of a run; each that is done is kept.
 
     Beside the output file lie its manifest, which records the ``options`` of the command, and,
-    until all units are done, its journal.
-
-    Returns:
-        The result; None in all processes but the first.
+    until all units are done, its journal. The result is None in all processes but the first.
 
     Raises:
         InputError: no unit could be graded.

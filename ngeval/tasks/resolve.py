@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltinTask:
-    """A task that comes with ngeval.
-
-    Attributes:
-        function: ``package.module:name`` of the function that returns the task.
-        description: one line for ``ngeval tasks``.
-        num_parameters: of its model.
-    """
+    """A task that comes with ngeval; ``function`` is ``package.module:name`` of what makes it."""
 
     function: str
     description: str

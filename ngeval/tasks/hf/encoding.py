@@ -19,12 +19,9 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns texts into token ids, padded to the same length.
+    """Turns texts into token ids of at most ``max_length``, padded on a ``side``.
 
     Attributes:
-        tokenizer: a tokenizer of transformers.
-        max_length: the most tokens of a text; longer texts are truncated.
-        side: the side of padding, ``"left"`` or ``"right"``.
         positions: whether the model takes ``position_ids``, which left padding needs.
         pad: the padding token of the model's configuration, by which classifiers on decoders find
             the end of a text; None: the tokenizer's.
