@@ -24,9 +24,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from ngeval.errors import TaskError
 from ngeval.model.checks import Inputs
 from ngeval.model.function import map_inputs
-from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.base import Batch, Task, shuffled_batches
 from ngeval.tasks.hf.cifar import read_cifar
-from ngeval.tasks.sampling import shuffled_batches
 from ngeval.utils.optional import optional_module
 
 CIFAR_SIZES = (4000, 1000, 2000)

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 import ngeval
 import ngeval.report.charts
 import ngeval.report.page
-import ngeval.report.tables
 from ngeval import InputError, OutputError
 from ngeval.analysis.intervals import geometric_means
 from ngeval.analysis.stages import checkpoint_labels
@@ -34,10 +33,10 @@ from ngeval.report import make_page, read_sources, write_report
 from ngeval.report.charts import gamma_charts, layer_charts, sample_charts
 from ngeval.report.facts import facts, run_facts, troubles
 from ngeval.report.findings import findings
+from ngeval.report.page import gamma_table
 from ngeval.report.sources import Source, Topic, topics
 from ngeval.report.summaries import grades
 from ngeval.report.svg import INKS
-from ngeval.report.tables import gamma_table
 from ngeval.report.wording import with_interval
 from ngeval.results.manifest import manifest, write_manifest
 from tests.pages import blocks, run_here, shell_lines
@@ -641,7 +640,7 @@ class TestTable:
         assert {(row[5], row[6]) for row in shown} == {("1e-6", "epoch 10")}
 
     def test_a_long_one_is_thinned_and_says_so(self, monkeypatch):
-        monkeypatch.setattr(ngeval.report.tables, "MAX_ROWS", 40)
+        monkeypatch.setattr(ngeval.report.page, "MAX_ROWS", 40)
         table = gammas(dampings=tuple(np.geomspace(1e-6, 1, 20)))
         result = gamma_table(grades(table), checkpoint_labels(table))
         assert len(result.rows) <= 40 + 12

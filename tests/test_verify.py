@@ -17,7 +17,6 @@ import pytest
 
 import ngeval.runs.identity
 import ngeval.tasks.base
-import ngeval.verification.manifest_checks
 import ngeval.verification.recompute
 from ngeval import NgevalError
 from ngeval.cli.verdicts import missing_units
@@ -384,7 +383,7 @@ class TestTrust:
             shutil.copy("kept.json", manifest_path(Path("gamma.csv")))
 
     def test_more_units_than_there_can_be(self, small, monkeypatch):
-        monkeypatch.setattr(ngeval.verification.manifest_checks, "MAX_UNITS", UNITS - 1)
+        monkeypatch.setattr(ngeval.verification.recompute, "MAX_UNITS", UNITS - 1)
         with pytest.raises(NgevalError, match="more than 5 units"):
             begin("gamma.csv")
 

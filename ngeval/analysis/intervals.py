@@ -37,11 +37,7 @@ def geometric_means(
 
 
 def group_means(
-    groups: Sequence[np.ndarray],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    groups: Sequence[np.ndarray], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> np.ndarray:
     """Mean of each group, with its percentile bootstrap interval.
 

@@ -18,11 +18,6 @@ def imbalance(norms: pd.Series[float]) -> float:
     return largest / smallest if smallest > 0 else math.inf
 
 
-def are_norms(samples: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows have a finite norm that is not negative."""
-    return samples["gradient_norm"].between(0, np.inf, inclusive="left")
-
-
 def imbalances(samples: pd.DataFrame, stage: str = "checkpoint") -> pd.DataFrame:
     """Largest over smallest gradient norm of every batch.
 
@@ -36,8 +31,9 @@ def imbalances(samples: pd.DataFrame, stage: str = "checkpoint") -> pd.DataFrame
         of its norms.
     """
     keys = [key for key in (stage, "batch") if key in samples]
-    norms = samples[keys].assign(norm=samples["gradient_norm"].where(are_norms(samples)))
-    batches = norms.groupby(keys, sort=False, dropna=False)["norm"]
+    norms = samples["gradient_norm"]
+    rows = samples[keys].assign(norm=norms.where(norms.between(0, np.inf, inclusive="left")))
+    batches = rows.groupby(keys, sort=False, dropna=False)["norm"]
     ends = batches.agg(["min", "max", "size", "count"]).reset_index()
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = (ends["max"] / ends["min"]).where(ends["count"] == ends["size"])

@@ -46,12 +46,7 @@ class AlignedOutputs(nn.Module):
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json``.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not a PEFT configuration, or is of an adapter
-            that cannot be graded.
-    """
+    """Read ``adapter_config.json``; a `CheckpointError` unless it is of an adapter to grade."""
     path = folder / "adapter_config.json"
     content = read_json(path)
     if not isinstance(content.get("peft_type"), str):

@@ -181,9 +181,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     They are read from a Trainer's ``trainer_state.json``, from the JSON of the same name beside a
     file, or from a name such as ``epoch=3-step=400.ckpt`` or ``checkpoint-500``.
-
-    Raises:
-        CheckpointError: the JSON file is broken.
     """
     metadata: dict[str, Any] = {}
     for word, number in re.findall(r"(epoch|step)=(\d+)", path.name):
@@ -238,11 +235,7 @@ def _without_insides(paths: list[Path]) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one in place of anything else.
-
-    Raises:
-        CheckpointError: the file is broken.
-    """
+    """The object in a JSON file, empty in place of anything else; a broken one is an error."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

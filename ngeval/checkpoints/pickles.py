@@ -86,10 +86,7 @@ def _pickles(path: Path) -> Iterator[Any]:
                     with archive.open(info) as member:
                         yield io.BytesIO(member.read())
     elif path.stat().st_size:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data
 
 

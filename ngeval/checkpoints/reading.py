@@ -53,12 +53,7 @@ def _single(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def load_file(path: Path, instead: str, *, allow_pickle: bool) -> Any:
-    """Read a file of ``torch.save`` to the CPU, without running code.
-
-    Raises:
-        CheckpointError: the file is unreadable or truncated, or asks for code to be run; the
-            message recommends to save ``instead``.
-    """
+    """Read a file of ``torch.save`` to the CPU without running code; errors advise ``instead``."""
     reason = "" if allow_pickle else unreadable_because(path)
     if reason:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")

@@ -17,8 +17,7 @@ from ngeval.cli import console
 from ngeval.cli.compare import compare
 from ngeval.cli.demo import demo
 from ngeval.cli.grade import gamma, imbalance, layers, sweep
-from ngeval.cli.listing import methods, plot, tasks
-from ngeval.cli.report import report
+from ngeval.cli.listing import methods, plot, report, tasks
 from ngeval.cli.train import train
 from ngeval.cli.verify import verify
 

@@ -19,11 +19,7 @@ from ngeval.results.table_files import SUFFIXES, check_output, read_results, wri
 
 
 def refuse_tables(paths: Iterable[Path]) -> None:
-    """Refuse result tables in place of checkpoints, before any work.
-
-    Raises:
-        InputError: a path is a table; of tuned trainings the message names the command for them.
-    """
+    """Refuse result tables in place of checkpoints, before any work."""
     for path in paths:
         if path.suffix in SUFFIXES and path.is_file():
             kind = kind_of(read_results(path), str(path))
@@ -31,12 +27,7 @@ def refuse_tables(paths: Iterable[Path]) -> None:
 
 
 def ranking_files(folder: Path, methods: list[str], overwrite: bool) -> dict[str, Path]:
-    """The files of a ranking by kind; ``kfac`` is the figure of KFAC's variants, if there are any.
-
-    Raises:
-        InputError: the folder is the name of a file.
-        OutputError: a file exists (unless ``overwrite``), or cannot be written.
-    """
+    """The files of a ranking by kind, which can be written; ``kfac`` only if there is a variant."""
     if folder.suffix in (*SUFFIXES, *FIGURE_SUFFIXES) and not folder.is_dir():
         raise InputError(f"output {folder}: a grading writes several files; give a folder")
     files = {"ranking": folder / "ranking.csv", "figure": folder / "ranking.png"}

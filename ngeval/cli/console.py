@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -18,11 +21,15 @@ from rich.progress import (
 from typer.core import TyperGroup
 
 from ngeval.errors import NgevalError
+from ngeval.runs import progress
 from ngeval.utils import torchrun
 from ngeval.utils.text import message
 
 PIPE_WIDTH = 160
 """Characters in a line of a file or a pipe."""
+
+REFRESH_SECONDS = 0.5
+"""Between looks at how far the other processes of a run are."""
 
 ROWS_ARE_SAFE = "finished rows are in the output file, if there is one"
 
@@ -35,11 +42,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate(*_: object) -> None:
-    """The handler of SIGTERM.
-
-    Raises:
-        Terminated: always.
-    """
+    """The handler of SIGTERM."""
     raise Terminated
 
 
@@ -50,11 +53,7 @@ class Commands(TyperGroup):
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; one that processes cannot share runs in the first of them alone.
-
-        Raises:
-            typer.Exit: this process has nothing to do.
-        """
+        """Find the command; one that processes cannot share runs in the first of them alone."""
         name, command, rest = super().resolve_command(ctx, args)
         if torchrun.world_size() > 1 and name not in SHARED:
             if torchrun.rank():
@@ -110,3 +109,42 @@ def progress_bar(quiet: bool) -> Progress:
         console=Console(stderr=True),
         disable=quiet,
     )
+
+
+class ProgressBar(progress.Progress):
+    """Shows a run: one bar, however many processes do the work, and lines above it."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar = progress_bar(quiet)
+        self.out = self.bar.console
+        self.ended = threading.Event()
+        self.completed: Callable[[], int] = lambda: 0
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            say(self.out, text)
+
+    def warn(self, text: str) -> None:
+        say(Console(stderr=True), text)
+
+    def begin(self, description: str, total: int, completed: Callable[[], int]) -> None:
+        self.completed = completed
+        self.task = self.bar.add_task(description, total=total, completed=completed())
+        self.bar.start()
+        if torchrun.world_size() > 1 and not self.quiet:  # the others do not call advance() here
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def advance(self) -> None:
+        if not self.quiet:
+            with contextlib.suppress(NgevalError):  # a bar must not end a run
+                self.bar.update(self.task, completed=self.completed())
+
+    def end(self) -> None:
+        self.ended.set()
+        self.advance()
+        self.bar.stop()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(REFRESH_SECONDS):
+            self.advance()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,11 +12,6 @@ from ngeval.cli.grade import execute_work
 from ngeval.cli.options import ForceOption, QuietOption, ResumeOption, SeedOption
 from ngeval.cli.train import show_training
 from ngeval.runs.options import OutputOptions, RunOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from ngeval.training import Training
 
 METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 
@@ -41,8 +36,17 @@ def demo(
 
     from ngeval.analysis.stages import three_stages
     from ngeval.cli.tables import imbalance_table, stages_table
-    from ngeval.plots import damping_figure, norms_figure, save_figure, stages_figure
+    from ngeval.plots import (
+        FIGURE_SUFFIXES,
+        damping_figure,
+        norms_figure,
+        save_figure,
+        stages_figure,
+    )
     from ngeval.results.journal import Journal
+    from ngeval.results.table_files import check_output
+    from ngeval.runs.execute import check_result
+    from ngeval.runs.run import Run
     from ngeval.runs.tables import GammaTable, SampleTable
     from ngeval.tasks import get_task
     from ngeval.training import Training
@@ -69,7 +73,14 @@ def demo(
         seed=seed,
         force=force or resume,
     )
-    _check(training, run, (results, norms), figures.values())
+    # Before the training, what would otherwise fail after it.
+    for path in figures.values():
+        check_output(path, FIGURE_SUFFIXES, force=training.force)
+    for out_options in (results, norms):
+        check_result(out_options)
+    Run(training.task, (), batch_size, num_batches, seed)
+    next(training.task.batches(batch_size, num_batches, seed))
+    training.check()
     out = console.table_console(quiet)
     if not trained:
         show_training(training, out, quiet)
@@ -83,21 +94,3 @@ def demo(
     out.print(imbalance_table(samples))
     written = [results.output, norms.output, *figures.values()]
     console.say(out, "written: " + ", ".join(map(str, written)))
-
-
-def _check(
-    training: Training, run: RunOptions, tables: Iterable[OutputOptions], figures: Iterable[Path]
-) -> None:
-    """Check before the training what would otherwise fail after it."""
-    from ngeval.plots import FIGURE_SUFFIXES
-    from ngeval.results.table_files import check_output
-    from ngeval.runs.execute import check_result
-    from ngeval.runs.run import Run
-
-    for path in figures:
-        check_output(path, FIGURE_SUFFIXES, force=training.force)
-    for table in tables:
-        check_result(table)
-    Run(training.task, (), run.batch_size, run.num_batches, run.seed)
-    next(training.task.batches(run.batch_size, run.num_batches, run.seed))
-    training.check()

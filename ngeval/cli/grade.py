@@ -84,8 +84,7 @@ def layers(
     methods: MethodsOption = "sgd,ef,ief",
     damping: Annotated[str, typer.Option(help="λ: a comma list, or low:high:count.")] = "1e-3",
     groups: Annotated[
-        str,
-        typer.Option(help="layer, parameter, or how many components of a name make a group."),
+        str, typer.Option(help="layer, parameter, or how many components of a name make a group.")
     ] = "layer",
     damping_scale: DampingScaleOption = "absolute",
     metric_batches: MetricOption = None,
@@ -144,11 +143,7 @@ def imbalance(
 
 
 def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> GammaTable:
-    """What ``gamma``, ``sweep`` and ``compare`` compute for each unit.
-
-    Raises:
-        InputError: an unknown method, or an option that cannot be used.
-    """
+    """What ``gamma``, ``sweep`` and ``compare`` compute for each unit."""
     resolved = get_methods(methods)
     from ngeval.runs.tables import GammaTable
 
@@ -157,19 +152,13 @@ def gamma_work(methods: str, dampings: list[float], grading: GradingOptions) -> 
 
 
 def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
-    """Compute the units of a run, and write them with a manifest of the options.
-
-    Raises:
-        typer.Exit: this is one of torchrun's processes, and not the first.
-        NgevalError: no unit could be graded, or the result cannot be written.
-    """
-    from ngeval.cli.progress import ProgressBar
+    """Compute the units of a run, and write them with a manifest; only the first one returns."""
     from ngeval.runs.execute import check_result, execute
     from ngeval.runs.from_options import make_run
 
     check_result(out)
     options = run.recorded() | work.options
-    result = execute(make_run(run), work, out, options, ProgressBar(out.quiet))
+    result = execute(make_run(run), work, out, options, console.ProgressBar(out.quiet))
     if result is None:
         raise typer.Exit
     for text in (result.lost_rows(), result.doubtful_rows()):
@@ -179,11 +168,7 @@ def execute_work(work: Work, run: RunOptions, out: OutputOptions) -> Outcome:
 
 
 def finish(result: Outcome) -> None:
-    """Report the units that could not be graded.
-
-    Raises:
-        typer.Exit: with code 3, if there is one.
-    """
+    """Report the units that could not be graded, and exit with code 3 if there is one."""
     if missing := result.missing_units():
         console.complain(missing)
         raise typer.Exit(INCOMPLETE)

@@ -1,7 +1,8 @@
-"""``plot``, ``tasks`` and ``methods``: the commands that draw and list."""
+"""``plot``, ``report``, ``tasks`` and ``methods``: the commands that draw, report and list."""
 
 from __future__ import annotations
 
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -121,13 +122,39 @@ def plot(
         say(out, f"{most} lines are too many to distinguish: choose some with --methods")
 
 
-def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
-    """Result files by their stems, or by their paths where files share a stem.
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files of gamma, sweep, compare, imbalance, layers, train."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page: .html.")],
+    title: Annotated[str | None, typer.Option(help="Of the page; default: the tasks.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one self-contained page on result files: findings, tables, charts, data.
 
-    Raises:
-        InputError: a file is named twice.
-        OutputError: a file cannot be read.
+    The page needs no network. Files of several tasks go into one page.
+
+    [bold]Examples:[/bold]
+
+    ngeval report sweep.parquet --output report.html
+
+    ngeval report results.parquet imbalance.parquet layers.csv --title "digits, N = 160" -o r.html
     """
+    from ngeval.report import write_report
+
+    write_report(results, output, title=title, force=force)
+    if not quiet:
+        size = output.stat().st_size / 1e6
+        say(console.table_console(), f"written: {output} ({size:.1f} MB)")
+    if open_page:
+        webbrowser.open(output.resolve().as_uri())
+
+
+def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
+    """Result files by their stems, or by their paths where files share a stem."""
     if len(set(paths)) < len(paths):
         raise InputError("a result file is given twice; name each of them once")
     stems = [path.stem for path in paths]
@@ -138,11 +165,7 @@ def read_tables(paths: Sequence[Path]) -> dict[str, pd.DataFrame]:
 
 
 def relative_pairs(text: str | None) -> list[tuple[str, str]] | None:
-    """Read ``sf/ief,ef/ief`` as pairs and ``none`` as no pairs; None stays None.
-
-    Raises:
-        InputError: the text is not such a list.
-    """
+    """Read ``sf/ief,ef/ief`` as pairs and ``none`` as no pairs; None stays None."""
     if text is None or text == "none":
         return None if text is None else []
     pairs = []

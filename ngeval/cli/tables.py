@@ -27,13 +27,7 @@ LAYERS = ["method", "layer", "parameters", "buys", "spends", "spends − buys", 
 
 
 def columns_table(columns: Iterable[str], left: Iterable[str], **options: Any) -> Table:
-    """A table without rows whose columns are aligned to the right, except for some.
-
-    Args:
-        columns: their names.
-        left: those that are aligned to the left.
-        options: of `rich.table.Table`.
-    """
+    """A table without rows whose columns are aligned to the right, except for those ``left``."""
     shown = Table(**options)
     for name in columns:
         shown.add_column(name, justify="left" if name in left else "right", overflow="fold")
@@ -148,12 +142,7 @@ def _layer_rows(shown: Table, method: str, rows: pd.DataFrame) -> None:
 
 
 def ranking_tables(ranked: pd.DataFrame, table: pd.DataFrame) -> Iterator[Table]:
-    """The methods by rank, one table for each checkpoint.
-
-    Args:
-        ranked: the result of `ngeval.analysis.ranking.ranking`.
-        table: the γ table that was ranked.
-    """
+    """The methods of a γ table by rank, one table for each checkpoint."""
     labels = checkpoint_labels(table)
     natural = bool(ranked["gamma_over_ng"].notna().any())
     ratio, least = ("gamma_over_ng", "γ/γ_min") if natural else ("gamma_over_sgd", "γ/γ_SGD")

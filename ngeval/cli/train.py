@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,17 +20,15 @@ if TYPE_CHECKING:
 EXACT = "ef, ief, sf, ng"
 """The optimizers of `ngeval.training.EXACT`, for ``--help``."""
 
-OPTIMIZER = "The optimizer"
-STOPPING = "Early stopping"
-"""The panels of ``--help`` for training."""
+_setting: Any = functools.partial(typer.Option, rich_help_panel="The optimizer")
+_stopping: Any = functools.partial(typer.Option, rich_help_panel="Early stopping")
 
 
 def train(
     task: Annotated[str, TASK],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoints.")],
     optimizer: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(OPTIMIZERS)}, {EXACT}, or the path of a class."),
+        str, typer.Option(help=f"{', '.join(OPTIMIZERS)}, {EXACT}, or the path of a class.")
     ] = "adamw",
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; default: the optimizer's.")
@@ -42,38 +41,22 @@ def train(
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    momentum: Annotated[
-        float | None,
-        typer.Option(help="Of the optimizers that have one.", rich_help_panel=OPTIMIZER),
-    ] = None,
+    momentum: Annotated[float | None, _setting(help="Of the optimizers that have one.")] = None,
     weight_decay: Annotated[
-        float | None,
-        typer.Option(help="Decoupled for ef, ief, sf and ng.", rich_help_panel=OPTIMIZER),
+        float | None, _setting(help="Decoupled for ef, ief, sf and ng.")
     ] = None,
     max_norm: Annotated[
         float | None,
-        typer.Option(
-            help="Longest update of ef, ief, sf and ng, longest mean gradient of the others.",
-            rich_help_panel=OPTIMIZER,
-        ),
+        _setting(help="Longest update of ef, ief, sf and ng, longest mean gradient of the others."),
     ] = None,
     schedule: Annotated[
-        str,
-        typer.Option(
-            help="Of the learning rate: constant, or linear or cosine decay to 0.",
-            rich_help_panel=OPTIMIZER,
-        ),
+        str, _setting(help="Of the learning rate: constant, or linear or cosine decay to 0.")
     ] = "constant",
     patience: Annotated[
         int | None,
-        typer.Option(
-            help="Stop after this many epochs without a better one on the validation data.",
-            rich_help_panel=STOPPING,
-        ),
+        _stopping(help="Stop after this many epochs without a better one on the validation data."),
     ] = None,
-    monitor: Annotated[
-        str, typer.Option(help="What is better: loss or accuracy.", rich_help_panel=STOPPING)
-    ] = "loss",
+    monitor: Annotated[str, _stopping(help="What is better: loss or accuracy.")] = "loss",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:

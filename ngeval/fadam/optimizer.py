@@ -154,11 +154,7 @@ class FAdam(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step on the gradients in ``.grad``; parameters without one do not move.
 
-        Args:
-            closure: evaluates the loss and its gradients before the step, and returns the loss.
-
-        Returns:
-            The loss that the closure returned.
+        A closure evaluates the loss and its gradients before the step; its loss is returned.
 
         Raises:
             InputError: a gradient is sparse, or an option of a group out of range; nothing has

@@ -18,16 +18,10 @@ def check_state(
     tensors: Collection[str],
     foreign: Collection[str] = (),
 ) -> None:
-    """Check that a state is of the optimizer's class, and of parameters of the same shapes.
+    """Refuse a state of another class, or of parameters of other shapes, and name what differs.
 
-    Args:
-        optimizer: will load the state.
-        state_dict: as `torch.optim.Optimizer.state_dict` returns it.
-        tensors: the entries of a parameter's state that have its shape; ``step`` is a number.
-        foreign: settings that other classes have and this class does not.
-
-    Raises:
-        InputError: something is missing or does not fit; the message names it.
+    Of a parameter's state the entries ``tensors`` have its shape, and ``step`` is a number;
+    ``foreign`` are settings that other classes have and the optimizer's does not.
     """
     name = type(optimizer).__name__
     try:
@@ -65,11 +59,7 @@ class Range(NamedTuple):
 
 
 def number_in(value: Any, name: str, numbers: Range) -> float:
-    """A setting, a number or a tensor of one, as a number in its range.
-
-    Raises:
-        InputError: the setting is not a number, or out of range.
-    """
+    """A setting, a number or a tensor of one, as a number; an `InputError` outside its range."""
     number = as_number(value)
     if math.isnan(number) or not numbers.allowed(number):
         raise InputError(f"{name} must be {numbers.words}, not {value!r}")

@@ -42,11 +42,7 @@ class UnsupportedLayerError(EngineError):
 def capture(
     function: ModelFunction, plan: CapturePlan, samples: slice, cotangents: Tensor
 ) -> list[Term]:
-    """Run some samples forward once and pull Q cotangents of each back to every hooked output.
-
-    Raises:
-        UnsupportedLayerError: a module was called more or fewer times than in the plan.
-    """
+    """Run some samples forward once and pull Q cotangents of each back to every hooked output."""
     fused = not _is_batched(function, plan, cotangents)
     recorded = forward(function, plan, function.on(samples).inputs, fused=fused)
     return recorded.capture(samples, cotangents)

@@ -15,6 +15,7 @@ from ngeval.jacobians.inner_products import (
 )
 from ngeval.jacobians.row_source import RowSource, from_lower, gram_matrix
 from ngeval.jacobians.terms import Block, Term, whole_block
+from ngeval.model.directions import slices
 
 Groups = Mapping[str, Sequence[str]]
 """Parameter names by group."""
@@ -37,11 +38,8 @@ class CapturedRows:
     def products(self, weights: Tensor) -> Tensor:
         """Inner products with the rows of combinations w_nr = Σ_q c_nrq v_nq of these cotangents.
 
-        Args:
-            weights: c of shape ``(N, R, Q)``.
-
-        Returns:
-            Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is (J_nᵀv_nq)·(J_mᵀw_mr).
+        The weights are c, ``(N, R, Q)``. Float64, shape ``(N·Q, N·R)``: entry (n·Q+q, m·R+r) is
+        (J_nᵀv_nq)·(J_mᵀw_mr).
         """
 
         def compute(source: RowSource, vectors: Tensor, local_weights: Tensor) -> Tensor:
@@ -71,13 +69,8 @@ class CapturedRows:
     ) -> Tensor:
         """Σ_nq w_l,nq R_l,nq for each group l of parameters, side by side; 0 for all others.
 
-        Args:
-            groups: parameter names by group.
-            weights: w by group in float64, shape ``(k, N·Q)``.
-            share: of the memory, for captures that are not kept.
-
-        Returns:
-            Shape ``(k, P)``, the model's dtype.
+        The weights are float64, ``(k, N·Q)``; the result is ``(k, P)`` in the model's dtype. The
+        ``share`` is of the memory, for captures that are not kept.
         """
         count = len(next(iter(weights.values())))
 
@@ -164,23 +157,16 @@ def group_squares(source: RowSource, cotangents: Tensor, groups: Groups) -> dict
             for group, names in groups.items():
                 members = {name: parameters[name] for name in names}
                 shared = [term for term in terms if term.shapes.keys() & members.keys()]
-                _add_squares(squares[group], shared, members, block)
+                count = block.samples.stop - block.samples.start
+                width = block.vectors.stop - block.vectors.start
+                # A few samples' whole rows at a time: this form is chosen for small groups.
+                step = max(1, PIECE_ENTRIES // (width * len(squares[group])))
+                for samples in slices(count, step):
+                    lead = (samples.stop - samples.start, width)
+                    rows = complete_rows(shared, members, samples, lead)
+                    parts = [row.reshape(*lead, -1).double() for row in rows.values()]
+                    wide = torch.cat(parts, 2).flatten(0, 1)
+                    squares[group].addmm_(wide.T, wide)
         return squares
 
     return source.sum_over_samples(compute, cotangents)
-
-
-def _add_squares(
-    target: Tensor, terms: list[Term], parameters: dict[str, Tensor], block: Block
-) -> None:
-    """A few samples' whole rows at a time: this form is chosen for small groups."""
-    count = block.samples.stop - block.samples.start
-    vectors = block.vectors.stop - block.vectors.start
-    step = max(1, PIECE_ENTRIES // (vectors * len(target)))
-    for start in range(0, count, step):
-        samples = slice(start, min(start + step, count))
-        lead = (samples.stop - samples.start, vectors)
-        rows = complete_rows(terms, parameters, samples, lead)
-        parts = [row.reshape(*lead, -1).double() for row in rows.values()]
-        wide = torch.cat(parts, 2).flatten(0, 1)
-        target.addmm_(wide.T, wide)

@@ -86,8 +86,7 @@ class Trial:
     """The result of running a model on two and on three samples.
 
     Attributes:
-        calls: by ``id`` of the module, in order of the first call; modules whose calls cannot be
-            matched are left out.
+        calls: by ``id`` of the module, if they can be matched, in order of the first call.
         outputs: of the smaller trial.
         sample_bytes: what autograd saves per additional sample.
     """
@@ -168,11 +167,7 @@ def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
 
 
 def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None:
-    """The layout of a tensor of these two shapes.
-
-    Raises:
-        ValueError: they do not differ as batches of two and of three samples do.
-    """
+    """The layout of a tensor of two shapes; a ValueError if they do not differ as batches do."""
     if small is None or large is None or small == large:
         return None
     if len(small) != len(large):

@@ -136,7 +136,15 @@ def _row_sums(terms: list[Term], weights: Tensor) -> Parameters:
 
 def _sums(term: Term, weights: Tensor) -> Parameters:
     if isinstance(term, AffineTerm):
-        return _affine_sums(term, weights)
+        gradients = _weighted(term.cotangents, weights).flatten(0, 1).flatten(1)
+        sums: Parameters = {}
+        if term.weight:
+            inputs = term.inputs(ALL).flatten(0, 1).flatten(1)
+            product = inputs.T @ gradients if term.transposed else gradients.T @ inputs
+            sums[term.weight] = product.reshape(term.weight_shape)
+        if term.bias:
+            sums[term.bias] = gradients.sum(0)
+        return sums
     if isinstance(term, EmbeddingTerm):
         gradients = _weighted(term.cotangents, weights).flatten(0, 1)
         indices, table = term.indices.reshape(-1), gradients.new_zeros(term.weight_shape)
@@ -147,18 +155,6 @@ def _sums(term: Term, weights: Tensor) -> Parameters:
         name: (flat.to(rows.dtype) @ rows.reshape(flat.shape[1], -1)).reshape(term.shapes[name])
         for name, rows in term.rows(ALL, ALL, ALL).items()
     }
-
-
-def _affine_sums(term: AffineTerm, weights: Tensor) -> Parameters:
-    gradients = _weighted(term.cotangents, weights).flatten(0, 1).flatten(1)
-    sums: Parameters = {}
-    if term.weight:
-        inputs = term.inputs(ALL).flatten(0, 1).flatten(1)
-        product = inputs.T @ gradients if term.transposed else gradients.T @ inputs
-        sums[term.weight] = product.reshape(term.weight_shape)
-    if term.bias:
-        sums[term.bias] = gradients.sum(0)
-    return sums
 
 
 def _weighted(cotangents: Tensor, weights: Tensor) -> Tensor:

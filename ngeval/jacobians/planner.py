@@ -162,18 +162,15 @@ class Planner:
             if strategy.kind == REPLICATE:
                 replicated.append(name)
                 continue
-            module = hooked.setdefault(strategy, self._hooked(strategy))
+            if strategy not in hooked:
+                module = self.modules[strategy.module]
+                rule = rule_for(module) if strategy.kind == RULE else None
+                calls, replicate = self.trial.calls[id(module)], id(module) in self.expanded
+                hooked[strategy] = HookedModule(strategy.module, module, {}, calls, rule, replicate)
             prefix = f"{strategy.module}." if strategy.module else ""
-            module.parameters[slot.removeprefix(prefix)] = name
+            hooked[strategy].parameters[slot.removeprefix(prefix)] = name
         in_order = [name for name in self.function.parameters if name in looped]
         return CapturePlan(list(hooked.values()), list(dict.fromkeys(replicated)), in_order)
-
-    def _hooked(self, strategy: _Strategy) -> HookedModule:
-        module = self.modules[strategy.module]
-        calls = self.trial.calls[id(module)]
-        rule = rule_for(module) if strategy.kind == RULE else None
-        replicate = id(module) in self.expanded
-        return HookedModule(strategy.module, module, {}, calls, rule, replicate)
 
     def _failing(self, plan: CapturePlan) -> set[str] | None:
         """The parameters of the first hook or copy with which the model does not run, if any."""

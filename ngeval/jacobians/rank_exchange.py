@@ -28,9 +28,6 @@ def terms_of_other_ranks(
         once: of every two ranks, only one receives the other's terms.
         whole: receive all terms of a rank together, since they are used several times; otherwise
             one after the other, so that only one is in memory.
-
-    Yields:
-        The numbers of some rows, and their terms.
     """
     shards = function.shards
     if shards.alone:

@@ -51,7 +51,6 @@ class RowSource:
     """The source of rows: a model at θ on its batch, the engine, and a memory budget.
 
     Attributes:
-        function: the model at θ on its batch.
         engine_name: ``"layers"``, ``"vmap"`` or ``"loop"``.
         memory: bytes that captures and rows may occupy at a time.
         plan: of the layer engine; None for the others.
@@ -109,11 +108,7 @@ class RowSource:
         return whole_model_term(rows, self.function, samples, cotangents)
 
     def blocks(self, cotangents: Tensor, share: float = 1.0) -> list[Block]:
-        """Blocks that each take no more than a share of the memory; a single one if all rows fit.
-
-        Raises:
-            EngineError: not even one row fits.
-        """
+        """Blocks of at most a share of the memory, one if all rows fit; an error if none fits."""
         count, vectors = cotangents.shape[:2]
         single = self.captured_bytes + self.sample_bytes
         budget = int(self.memory * share)
@@ -160,9 +155,7 @@ class RowSource:
     def sum_over_samples(self, compute: Callable[..., T], *fields: Tensor) -> T:
         """A sum over samples, as tensors of which ``compute(source, *fields)`` gives a new part.
 
-        Args:
-            compute: sums over all samples of the source that it is called with.
-            fields: per-sample tensors, samples first.
+        It sums over the samples of the source; the fields are per-sample tensors, samples first.
         """
         return self._over_samples(self.shards.sum, compute, fields)
 
@@ -191,11 +184,8 @@ class RowSource:
         """Pairs of blocks whose inner products make up the lower triangle of a Gram matrix.
 
         Where samples are spread over ranks, this rank's rows are paired with each other and with
-        those of half of the other ranks, such that every pair is computed once.
-
-        Args:
-            cotangents: v of shape ``(N, Q, *positions, C)``.
-            kept: the terms of all of this process's rows, if they are captured already.
+        those of half of the other ranks, such that every pair is computed once. ``kept`` are the
+        terms of all of this process's rows, if they are captured already.
 
         Yields:
             Rows and columns of the whole matrix and the terms of both, the same list on the
@@ -265,15 +255,8 @@ def gram_matrix(
     """Inner products of all rows: entry (n·Q+q, m·Q+p) is (J_nᵀv_nq)·(J_mᵀv_mp).
 
     Accumulated in float64, layer by layer: the matrix of gradients reaches condition numbers
-    beyond what float32 sums resolve, and only one layer's rows exist at a time.
-
-    Args:
-        source: the model, engine and memory budget.
-        cotangents: v of shape ``(N, Q, *positions, C)``.
-        keep: gives the terms of all of this process's rows, if they are kept.
-
-    Raises:
-        EngineError: not even two single rows fit in the memory budget.
+    beyond what float32 sums resolve, and only one layer's rows exist at a time. ``keep`` gives the
+    terms of all of this process's rows, if they are kept.
     """
     size = cotangents.shape[0] * cotangents.shape[1]
 

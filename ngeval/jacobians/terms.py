@@ -97,10 +97,7 @@ class Term(ABC):
 class ComputedTerm(Term):
     """Rows that are computed when they are used: norms, a module's VJP under ``vmap``, a loop.
 
-    Attributes:
-        leading: ``(N, Q)``.
-        parameter_shapes: by name.
-        compute: from slices of samples and cotangents to rows ``(samples, Q, *parameter.shape)``.
+    From slices of samples and cotangents ``compute`` gives rows ``(samples, Q, *parameter.shape)``.
     """
 
     leading: tuple[int, int]

@@ -40,10 +40,7 @@ def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Pa
 
 
 def loop_rows(
-    function: ModelFunction,
-    samples: slice,
-    cotangents: Tensor,
-    names: Iterable[str] | None = None,
+    function: ModelFunction, samples: slice, cotangents: Tensor, names: Iterable[str] | None = None
 ) -> Parameters:
     """Like `vmap_rows`, one sample and one cotangent at a time: slow, and works for any model."""
     start = samples.start or 0

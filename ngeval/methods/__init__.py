@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from ngeval.methods.base import Method, ParameterState, State
 
 __getattr__, __dir__ = _lazy_names(
-    __name__,
-    {"ngeval.methods.base": ["Method", "ParameterState", "State"]},
+    __name__, {"ngeval.methods.base": ["Method", "ParameterState", "State"]}
 )
 
 __all__ = [

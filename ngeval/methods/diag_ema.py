@@ -79,11 +79,7 @@ class AccumulatedDiagonal:
         check_reduction(self.reduction)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
-        """Read v̂ from the state.
-
-        Raises:
-            InputError: a parameter has no second moment.
-        """
+        """Read v̂ from the state; an `InputError` names parameters that have none."""
         names = {id(p): name for name, p in problem.function.model.named_parameters()}
         optimizers = as_optimizers(self.optimizer)
         moments: dict[str, Tensor] = {}
@@ -170,12 +166,7 @@ class NamedAccumulated:
         return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> DiagonalState:
-        """Read v̂ from the checkpoint's file.
-
-        Raises:
-            InputError: there is no checkpoint, or its optimizer has no second moment.
-            CheckpointError: the file cannot be read, or fits none of the optimizers.
-        """
+        """Read v̂ from the checkpoint's file, which must fit one of the optimizers with a v̂."""
         if self.stage is None or self.stage.optimizer_state is None:
             raise InputError(
                 f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "

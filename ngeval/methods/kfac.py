@@ -87,10 +87,8 @@ class Kronecker:
     def parse(cls, name: str, parameter: str = "") -> Kronecker:
         """Build the method from its full name and the words after the colon.
 
-        Args:
-            name: starts with ``kfac`` or ``ekfac`` and a source of labels.
-            parameter: one word of a kind in any order, as ``"reduce:pi"``; among them, of sampled
-                labels, the number of draws, as in ``"4:reduce"``.
+        They are one of a kind in any order, as ``"reduce:pi"``; among them, of sampled labels, the
+        number of draws, as in ``"4:reduce"``.
         """
         kinds = {"sharing": SHARINGS, "damping": DAMPINGS, "rest": RESTS}
         labels, chosen, has_draws = Labels.of_method(name), dict[str, str](), False

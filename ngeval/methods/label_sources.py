@@ -41,12 +41,7 @@ FIELDS = 4
 
 @dataclass(frozen=True)
 class Labels:
-    """A source of labels.
-
-    Attributes:
-        source: ``"exact"``, ``"sampled"``, ``"data"`` or ``"improved"``.
-        mc_samples: k, the number of draws for each sample if the labels are sampled.
-    """
+    """A source of labels; of sampled ones ``mc_samples`` are drawn for each sample."""
 
     source: str
     mc_samples: int = 1
@@ -62,11 +57,7 @@ class Labels:
         return seed if self.source == SAMPLED else 0
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:
-        """The v of the curvature: float64, shape ``(N, Q, *positions, C)``.
-
-        Raises:
-            EngineError: the columns of S, or the draws, do not fit in the memory budget.
-        """
+        """The v of the curvature, float64 ``(N, Q, *positions, C)``; an error if too large."""
         if self.source == EXACT:
             return factor_columns(problem)
         residual = problem.residual.unsqueeze(1)

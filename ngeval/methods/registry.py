@@ -104,11 +104,7 @@ def method_names() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Check a method's name, and whether it can have a parameter, without importing the method.
-
-    Raises:
-        InputError: there is no such method, or it takes no parameter.
-    """
+    """Refuse an unknown method, or a parameter that it does not take, without importing it."""
     family = name.strip().partition(":")[0]
     points = _plugins()  # for every name: it warns of a plug-in whose name is taken
     if entry := _builtin(family):
@@ -165,10 +161,7 @@ def get_method(method: str | Method | Optimizer) -> Method:
 
 
 def get_methods(methods: str | Iterable[str | Method | Optimizer]) -> list[Method]:
-    """Resolve several methods in their order; methods that are resolved already stay as they are.
-
-    Args:
-        methods: names, optimizers or methods, as `get_method` takes them; or a comma list of names.
+    """Resolve several methods in their order, or a comma list of names, by `get_method`.
 
     Raises:
         InputError: see `get_method`; there is no method; two methods have the same name.

@@ -53,11 +53,7 @@ class Stage:
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
 
     def check_state(self, method: str, instead: str) -> None:
-        """Check that there is a file with the optimizer's state, which a method needs.
-
-        Raises:
-            CheckpointError: there is none; the message recommends to grade ``instead``.
-        """
+        """Refuse a checkpoint without an optimizer's state, and advise to grade ``instead``."""
         if self.optimizer_state is None:
             raise CheckpointError(
                 f"{method}: no optimizer state beside {self.name}; give --optimizer-state, or "

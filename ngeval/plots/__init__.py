@@ -11,8 +11,7 @@ from ngeval.plots.imbalance import norms_figure, plot_imbalance, plot_norms
 from ngeval.plots.kinds import FIGURES, Chosen, figure_of, kind_of
 from ngeval.plots.layers import layers_figure, plot_layers
 from ngeval.plots.ranking import kfac_figure, plot_ranking, ranking_figure
-from ngeval.plots.relative import plot_relative
-from ngeval.plots.stages import stages_figure
+from ngeval.plots.stages import plot_relative, stages_figure
 from ngeval.plots.style import COLUMN, FIGURE_SUFFIXES, PAGE, STYLE, save_figure
 
 __all__ = [

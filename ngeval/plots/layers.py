@@ -23,12 +23,7 @@ from ngeval.analysis.tables import name_in, numbers, require
 from ngeval.errors import InputError
 from ngeval.plots.gamma import at_damping
 from ngeval.plots.names import name_text
-from ngeval.plots.style import (
-    COLUMN,
-    legend_under,
-    own_axes,
-    panels,
-)
+from ngeval.plots.style import COLUMN, legend_under, own_axes, panels
 from ngeval.plots.ticks import number_text
 
 MAX_LAYERS = 24

@@ -143,10 +143,7 @@ def draw_points(
 
 
 def ranking_figure(
-    table: pd.DataFrame,
-    checkpoints: Sequence[str] | None = None,
-    *,
-    width: float | None = None,
+    table: pd.DataFrame, checkpoints: Sequence[str] | None = None, *, width: float | None = None
 ) -> Figure:
     """`plot_ranking` as a whole figure, as wide as a column or as given in inches."""
     count = table["method"].nunique() if "method" in table else 1

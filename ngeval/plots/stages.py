@@ -2,25 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ngeval.analysis.intervals import geometric_means
+from ngeval.analysis.tables import name_in
 from ngeval.errors import InputError
-from ngeval.plots.gamma import plot_stages, usable
+from ngeval.plots.gamma import at_damping, plot_stages, scale_of, usable
 from ngeval.plots.imbalance import plot_imbalance
 from ngeval.plots.names import name_text
-from ngeval.plots.relative import plot_relative
-from ngeval.plots.style import COLUMN, PAGE, in_style, legend_below
+from ngeval.plots.style import (
+    COLUMN,
+    PAGE,
+    in_style,
+    legend_below,
+    line_with_band,
+    own_axes,
+    stage_axis,
+    styles_of,
+    with_stage,
+)
+from ngeval.plots.ticks import log_scale, number_text
 
 RELATIVE = (("sf", "ief"), ("ef", "ief"))
 """The ratios that are drawn if the table has their methods."""
 
 HEIGHTS = {"stages": 1.9, "relative": 1.3, "imbalance": 1.3}
 """Of each line of panels, in inches."""
+
+
+def plot_relative(
+    table: pd.DataFrame,
+    method: str = "sf",
+    reference: str = "ief",
+    damping: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """γ of one method over that of another against the training stage; below 1 it is closer to NG.
+
+    The line is the geometric mean of the ratio within each batch, the band its 95 % bootstrap
+    interval. Differences between batches cancel, so that the interval is narrower than the two of
+    the methods' ratios to SGD.
+
+    Args:
+        table: rows of `ngeval.evaluate` for several checkpoints (``ngeval gamma``'s output).
+        method: the numerator.
+        reference: the denominator.
+        damping: λ as the table has it; None takes the smallest positive one in the table.
+        ax: where to draw, for example a second ratio; None makes a figure.
+
+    Raises:
+        InputError: the table lacks a column, one of the methods, or that damping.
+    """
+    table = usable(table, "checkpoint")
+    rows, value = at_damping(table, damping)
+    ratios = with_stage(_ratios(rows, method, reference))
+    means = geometric_means(ratios, ["x"], "ratio")
+    colour, marker, _ = styles_of(pd.DataFrame({"method": [method]}))[method]
+    upper, lower = name_text(method), name_text(reference)
+    with own_axes(ax, (COLUMN, 2.2)) as axes:
+        line_with_band(axes, means, "x", (colour, marker, "--"), f"{upper}/{lower}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        log_scale(axes, "y")
+        stage_axis(axes, ratios)
+        axes.set_ylabel(f"γ of {upper}\nover {lower}'s")
+        axes.set_title(f"λ = {number_text(value)} ({scale_of(table)})")
+    return axes
+
+
+def _ratios(rows: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
+    """One row for each checkpoint and batch in which both could be computed."""
+    method, reference = (name_in(rows, "method", name) for name in (method, reference))
+    keys = [key for key in ("checkpoint", "batch") if key in rows]
+    stages = [key for key in ("epoch", "step") if key in rows]
+    upper = rows.loc[rows["method"] == method, [*keys, *stages, "gamma"]]
+    lower = rows.loc[rows["method"] == reference, [*keys, "gamma"]]
+    both = upper.merge(lower, on=keys, suffixes=("", "_reference"))
+    if both.empty:
+        raise InputError(f"no batch in which both {method!r} and {reference!r} could be computed")
+    return both.assign(ratio=both["gamma"] / both["gamma_reference"])
 
 
 def stages_figure(
@@ -58,7 +122,9 @@ def stages_figure(
     chosen: Sequence[float | None] = dampings or [None]
     columns = [(*item, damping) for item in tables.items() for damping in chosen]
     if relative is None:
-        relative = _pairs(tables.values()) if len(tables) > 1 or samples is not None else ()
+        present = [set(table["method"]) for table in tables.values()]
+        usual = [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
+        relative = usual if len(tables) > 1 or samples is not None else ()
     lines = ["stages", *(["relative"] if relative else [])]
     norms = {} if samples is None else _norms(samples, tables)
     lines += ["imbalance"] if norms else []
@@ -132,12 +198,6 @@ def by_task(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         (f"{task} ({name})" if task and tasks.count(task) > 1 else task or name): part
         for task, name, part in parts
     }
-
-
-def _pairs(tables: Iterable[pd.DataFrame]) -> list[tuple[str, str]]:
-    """The usual ratios, if a table has both methods."""
-    present = [set(table["method"]) for table in tables]
-    return [pair for pair in RELATIVE if any(set(pair) <= methods for methods in present)]
 
 
 def _draw_relative(

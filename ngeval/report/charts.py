@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,8 +49,7 @@ QUANTILES = {
 """Of gradient norms."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure and the values in it."""
 
     figure: Figure
@@ -75,9 +74,9 @@ class Chart:
         """Label, SVG and whether it is first, of a few pictures; the key is the chart's id."""
         for place in sorted({self.start, *evenly(len(self.options), MAX_OPTIONS)}):
             label, draw = self.options[place]
-            picture = draw()
+            figure, points = draw()
             name = f"{self.title}; its numbers are in the table below"
-            svg = svg_text(picture.figure, name, picture.points, f"{key}-{place}")
+            svg = svg_text(figure, name, points, f"{key}-{place}")
             yield label, svg, place == self.start
 
 

@@ -68,10 +68,6 @@ def clean(table: pd.DataFrame, kind: str, source: str, task: str) -> pd.DataFram
     """A table with one type for each column, in which missing columns are filled.
 
     Messages name the source; the task is that of rows that do not name one.
-
-    Raises:
-        InputError: a column is missing or holds a value that it may not, or a row does not have a
-            λ or batch.
     """
     require(table, *REQUIRED[kind], source=source)
     defaults = {"task": task, "status": "ok", "reason": "", "note": "", "checkpoint": ""}
@@ -121,8 +117,7 @@ def _without_unusable(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     ok = table["status"] == "ok" if kind == GAMMAS else table["status"] != "failed"
     lost = ok & (unusable != "")
     return table.assign(
-        status=table["status"].mask(lost, LEFT_OUT),
-        reason=table["reason"].mask(lost, unusable),
+        status=table["status"].mask(lost, LEFT_OUT), reason=table["reason"].mask(lost, unusable)
     )
 
 
@@ -141,10 +136,8 @@ def single(table: pd.DataFrame, kind: str) -> tuple[pd.DataFrame, int]:
 def runs(rows: pd.DataFrame, kind: str, source: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """The runs of a task in one table, each with its settings if there are several.
 
-    Rows with different settings are not batches of one run.
-
-    Raises:
-        InputError: rows of one run have the same identity and different numbers.
+    Rows with different settings are not batches of one run; rows of one run with the same identity
+    and different numbers are refused.
     """
     by: dict[str, pd.Series] = {}
     for column in (column for column in SETTINGS[kind] if column in rows):

@@ -56,18 +56,15 @@ def facts(topic: Topic) -> list[tuple[str, str]]:
     """What was measured on a task, and how, as pairs of a name and its value."""
     tables = [topic.tables[kind] for kind in (GAMMAS, LAYERS, SAMPLES) if kind in topic.tables]
     files = listed([source.shown for source in topic.sources])
-    pairs = [("files", files), _checkpoints(tables), *_batches(tables, topic)]
+    labels = list(checkpoint_labels(*tables).values())
+    shown = labels if len(labels) <= 3 else [labels[0], "…", labels[-1]]
+    checkpoints = f"{len(labels)}: {', '.join(shown)}"
+    pairs = [("files", files), ("checkpoints", checkpoints), *_batches(tables, topic)]
     for kind, name in ((GAMMAS, "methods"), (LAYERS, "layers of")):
         if kind in topic.tables:
             scales = _recorded(topic, "damping_scale", kind)
             pairs += _methods(topic.tables[kind], name, scales)
     return pairs + _settings(tables, topic)
-
-
-def _checkpoints(tables: Sequence[pd.DataFrame]) -> tuple[str, str]:
-    labels = list(checkpoint_labels(*tables).values())
-    shown = labels if len(labels) <= 3 else [labels[0], "…", labels[-1]]
-    return "checkpoints", f"{len(labels)}: {', '.join(shown)}"
 
 
 def _batches(tables: Sequence[pd.DataFrame], topic: Topic) -> list[tuple[str, str]]:

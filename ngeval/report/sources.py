@@ -133,12 +133,9 @@ def topics(sources: Sequence[Source]) -> list[Topic]:
     """The tasks of some files, in order of appearance.
 
     Files with parts of one run (different checkpoints, methods or dampings, the same settings) are
-    joined, also where they overlap in rows that agree, each of which counts once. Different runs of
-    a task are separate topics, under the files' names, and those of one file under their settings
-    as well.
-
-    Raises:
-        InputError: a column of numbers holds something else, or rows contradict each other.
+    joined, also where they overlap in rows that agree, each of which counts once; rows that
+    contradict each other are refused. Different runs of a task are separate topics, under the
+    files' names, and those of one file under their settings as well.
     """
     result: dict[str, Topic] = {}
     stems = _stems(sources)

@@ -70,8 +70,6 @@ class Journal:
     Its methods raise `OutputError` where the folder cannot be read or written.
 
     Attributes:
-        output: the result file that the journal belongs to.
-        folder: where the units lie.
         run: a name of the run that is written with each of its units, so that a process that
             outlives its run, after torchrun was killed, cannot add to the next run of the same
             output. Empty: units of any run are read.
@@ -215,12 +213,7 @@ class Journal:
 
 
 def rows_by_unit(table: pd.DataFrame) -> dict[Key, list[int]]:
-    """The places of each unit's rows in a table.
-
-    Raises:
-        ValueError: a stage or batch is not a whole number.
-        KeyError: the table has no such columns.
-    """
+    """The places of each unit's rows in a table with whole numbers in ``stage`` and ``batch``."""
     places: dict[Key, list[int]] = {}
     keys = zip(table["stage"].astype(int), table["batch"].astype(int), strict=True)
     for row, key in enumerate(keys):

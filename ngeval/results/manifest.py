@@ -71,13 +71,12 @@ class RunManifest(Record):
     """The manifest of a run that can be resumed and verified.
 
     Attributes:
-        options: those of the command.
+        options: those of the command, which was typed in ``directory``.
         identity: what the numbers depend on.
         machine: where they were computed.
-        directory: where the command was typed.
-        complete: set at the end of the run: whether no unit has failed.
-        failed_units: set at the end of the run: the keys of units that are to be computed again.
-        rows: set at the end of the run: how many the table has.
+        complete: set at the end of the run, as the following are: whether no unit has failed.
+        failed_units: the keys of units that are to be computed again.
+        rows: how many the table has.
     """
 
     options: dict[str, Any]
@@ -104,15 +103,13 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a run that begins now.
 
-    Args:
-        options: those of the command, by name; those that are not set are left out.
-        command: program and arguments as typed; None: those of this process.
-        facts: what the options resulted in (the task's name, the checkpoints, …).
+    The ``command`` is as typed, by default that of this process; the ``facts`` are what the options
+    resulted in (the task's name, the checkpoints, …).
 
     Returns:
         ``format, created`` (UTC, ISO 8601), ``command``, ``directory`` (where it was typed, which
-        its relative paths start from), ``options``, ``run`` (the facts), ``versions`` (of ngeval,
-        Python and packages) and ``machine``; plain values, which JSON can hold.
+        its relative paths start from), ``options`` that are set, ``run`` (the facts), ``versions``
+        (of ngeval, Python and packages) and ``machine``; plain values, which JSON can hold.
     """
     return {
         "format": FORMAT,
@@ -178,11 +175,7 @@ def write_manifest(results: Path, manifest: Mapping[str, Any], scratch: Path | N
 
 
 def read_manifest(results: Path) -> dict[str, Any] | None:
-    """The manifest of a result file, whatever it holds; None if there is none.
-
-    Raises:
-        OutputError: it cannot be read, or is not a JSON object.
-    """
+    """The JSON object beside a result file, whatever it holds; None if there is none."""
     path = manifest_path(results)
     if not path.is_file():
         return None
@@ -200,11 +193,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
 
 
 def read_run_manifest(results: Path) -> RunManifest | None:
-    """The manifest of a run's result file, checked; None if there is none.
-
-    Raises:
-        OutputError: it is not the manifest of a run; the message names what is wrong.
-    """
+    """The manifest of a run's result file, checked; None if there is none."""
     value = read_manifest(results)
     try:
         return None if value is None else RunManifest.model_validate_json(json.dumps(value))

@@ -1,4 +1,1 @@
-"""Checkpoints × batches as units.
-
-What is computed for each, by which processes, into which file.
-"""
+"""Checkpoints × batches as units: what is computed for each, by which processes, and where to."""

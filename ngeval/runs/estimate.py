@@ -6,13 +6,7 @@ from datetime import timedelta
 
 from torch import nn
 
-from ngeval.curvature.row_space import (
-    GramSpace,
-    JacobianSpace,
-    MatrixFree,
-    Strips,
-    choose_form,
-)
+from ngeval.curvature.row_space import GramSpace, JacobianSpace, MatrixFree, Strips, choose_form
 from ngeval.errors import EngineError
 from ngeval.problem.linearized import Sizes
 from ngeval.runs.ranks import Ranks

@@ -44,12 +44,7 @@ FLUSH_SHARE = 0.05
 
 
 def check_result(out: OutputOptions) -> None:
-    """Check, before any work, that the result can be written.
-
-    Raises:
-        OutputError: the file exists, or cannot be written.
-        InputError: options that do not go together.
-    """
+    """Refuse, before any work, options that contradict each other and files that would be lost."""
     if out.force and out.resume:
         raise InputError("--resume continues a run, --force starts it again: give one of them")
     if out.stop_after is not None and out.stop_after < 1:
@@ -86,10 +81,7 @@ def execute(
     """Compute the units of a run; each that is done is kept.
 
     Beside the output file lie its manifest, which records the ``options`` of the command, and,
-    until all units are done, its journal.
-
-    Returns:
-        The result; None in all processes but the first.
+    until all units are done, its journal. The result is None in all processes but the first.
 
     Raises:
         InputError: no unit could be graded.

@@ -21,13 +21,7 @@ HUB_NAMES = {"hf_model": "model", "adapter": "adapters"}
 
 
 def make_run(options: RunOptions) -> Run:
-    """The run that options describe.
-
-    Raises:
-        InputError: options that do not go together.
-        NgevalError: the task or a checkpoint does not exist; see `get_task`, `hub_task` and
-            `find_checkpoints`.
-    """
+    """The run that options describe; an error names what does not exist or go together."""
     torch.set_float32_matmul_precision("highest")  # TF32 would cost three digits on a GPU
     torch.backends.cudnn.allow_tf32 = False
     dtype, memory = parse_dtype(options.dtype), parse_bytes(options.memory)

@@ -49,9 +49,6 @@ def identity(run: Run, work: Work) -> dict[str, Any]:
         ``optimizer_states``, ``task`` (name, likelihood, model, files), ``batches`` (SHA-256 of
         inputs and targets, and the samples' indices where the task has them), ``metric_batches``,
         ``code``, and ``accumulated_batches`` where a method has such.
-
-    Raises:
-        TaskError: the task's model or batches are not available.
     """
     settings = {name: getattr(run, name) for name in PROCESSING}
     settings["device"] = torch.device(run.device).type
@@ -108,12 +105,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_same(
     output: Path, then: Mapping[str, Any], now: Mapping[str, Any], untouched: set[str]
 ) -> None:
-    """Refuse to continue the run of a file with a run of a different identity.
+    """Refuse to continue a run with one of a different identity, and list where it differs.
 
     Checkpoints that are ``untouched``, of which no unit is done, may have been replaced since.
-
-    Raises:
-        OutputError: the identities differ; the message lists where.
     """
     free = untouched & then["checkpoints"].keys() & now["checkpoints"].keys()
     lines = differences(_without(then, free), _without(now, free))

@@ -105,9 +105,6 @@ _UNITS |= {
 def parse_bytes(text: str | None) -> int | None:
     """Read an amount of memory such as ``8GiB``, ``8G`` or ``500MB``; None stays None.
 
-    Raises:
-        InputError: no such amount.
-
     >>> parse_bytes("2GiB")
     2147483648
     """
@@ -123,22 +120,14 @@ def parse_bytes(text: str | None) -> int | None:
 
 
 def parse_metric(text: str | None) -> int | str | None:
-    """Read a number of batches, or ``all``; None stays None.
-
-    Raises:
-        InputError: neither.
-    """
+    """Read a number of batches, or ``all``; None stays None."""
     if text is None or text == "all":
         return text
     return _count(text, f"metric batches {text!r}: write a number of batches, or all")
 
 
 def parse_groups(text: str) -> str | int:
-    """Read ``layer``, ``parameter``, or a number of components of parameters' names.
-
-    Raises:
-        InputError: neither.
-    """
+    """Read ``layer``, ``parameter``, or a number of components of parameters' names."""
     if text in ("layer", "parameter"):
         return text
     advice = "how many components of a parameter's name make a group, like 2"
@@ -152,11 +141,7 @@ def _count(text: str, problem: str) -> int:
 
 
 def parse_dtype(text: str | None) -> torch.dtype | str:
-    """Read the type that models are graded in by name; None, of earlier manifests, is the model's.
-
-    Raises:
-        InputError: no such type.
-    """
+    """The type that models are graded in, by name; None, of earlier manifests, is the model's."""
     if text is None:
         return "model"
     check_choice("dtype", text, DTYPES)

@@ -17,14 +17,10 @@ DOUBTFUL = ("uncertain", "ascent")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run.
+    """The rows of the units of a run that were computed, ``num_done`` of ``num_units``.
 
-    Attributes:
-        table: the rows of all units that were computed.
-        failures: why units, or some methods of them, have to be computed again, by key.
-        num_units: of the run.
-        num_done: of these, the number that were computed.
-        names: of the checkpoints.
+    The ``failures`` are the reasons, by key, why units, or some methods of them, have to be
+    computed again; the ``names`` are the checkpoints'.
     """
 
     table: pd.DataFrame
@@ -34,11 +30,7 @@ class Outcome:
     names: Sequence[str]
 
     def lost_rows(self) -> str:
-        """How many rows of graded units could not be computed, and why; empty if all could.
-
-        Raises:
-            InputError: none could.
-        """
+        """How many rows are lost, and why; empty if none is, an `InputError` if all are."""
         table = self.table
         if "status" in table:
             lost, subject = table[~table["status"].isin(("ok", *DOUBTFUL))], "{} of {} rows"

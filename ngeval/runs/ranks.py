@@ -40,11 +40,10 @@ PATIENCE = 20.0
 
 
 class Ranks:
-    """The processes of a run, seen from one of them; here a run of one process.
+    """The processes of a run, ``count`` of them, seen from one; here a run of one process.
 
     Attributes:
         rank: this process's number; the first, 0, writes the table and reports to the user.
-        count: the number of processes.
         group: over which the samples of each unit are spread; None where a unit belongs to one
             process.
     """
@@ -217,9 +216,6 @@ def joined(device: str, *, together: bool, warn: Callable[[str], None]) -> Itera
     """The processes of this run; ``together``: all compute every unit, in step.
 
     ``warn`` is called with a line for the user if the others do not come.
-
-    Raises:
-        InputError: they cannot be reached.
     """
     if torchrun.world_size() == 1:
         yield Ranks()

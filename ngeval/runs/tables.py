@@ -27,7 +27,6 @@ from ngeval.grading.prepare import failure_reason, lost_memory
 from ngeval.methods import Method, get_methods
 from ngeval.methods.ng import NaturalGradient
 from ngeval.problem.metric_batch import Metric
-from ngeval.problem.problem import Problem
 from ngeval.results.journal import Entry, Key, table_of
 from ngeval.results.manifest import first_problem
 from ngeval.runs.estimate import memory_note
@@ -76,11 +75,7 @@ class Work(BaseModel, ABC):
 
     @property
     def resolved(self) -> list[Method]:
-        """The methods; resolving a name may import the module that it names.
-
-        Raises:
-            InputError: unknown method.
-        """
+        """The methods; resolving a name may import the module that it names."""
         if self._resolved is None:
             self._resolved = get_methods(self.methods) if self.methods else []
         return self._resolved
@@ -111,11 +106,7 @@ class Work(BaseModel, ABC):
 
     @abstractmethod
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
-        """The table of a unit; ``on_method`` is called with the name of each method that is done.
-
-        Raises:
-            NgevalError: the unit cannot be graded.
-        """
+        """The table of a unit; ``on_method`` is called with the name of each method once done."""
 
     @abstractmethod
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
@@ -145,11 +136,18 @@ class GradingWork(Work):
             seed=seed,
         )
 
-    def metric(self, run: Run, problem: Problem) -> Metric | None:
-        """The batches that grade: the same for every checkpoint and every graded batch."""
-        if (count := self.metric_batches) is None:
-            return None
-        return Metric(problem, lambda: run.metric_batches(count))
+    def settings(self, run: Run, unit: Unit, on_method: OnMethod | None) -> dict[str, Any]:
+        """The arguments of a grading; the batches that grade are the same for every unit."""
+        count, metric = self.metric_batches, None
+        if count is not None:
+            metric = Metric(unit.problem, lambda: run.metric_batches(count))
+        return {
+            "damping_scale": self.damping_scale,
+            "seed": run.seed_of(unit.key),
+            "metric": metric,
+            "natural": self.natural,
+            "on_step": on_method,
+        }
 
 
 class GammaTable(GradingWork):
@@ -165,17 +163,8 @@ class GammaTable(GradingWork):
         return asked and self.metric_batches is None
 
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
-        return evaluate(
-            unit.problem,
-            unit.methods,
-            self.dampings,
-            damping_scale=self.damping_scale,
-            seed=run.seed_of(unit.key),
-            metric=self.metric(run, unit.problem),
-            natural=self.natural,
-            gap=self.gap,
-            on_step=on_method,
-        )
+        options = {"gap": self.gap} | self.settings(run, unit, on_method)
+        return evaluate(unit.problem, unit.methods, self.dampings, **options)
 
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
         rows = super().failed_rows(reason, seed)
@@ -192,17 +181,8 @@ class LayerTable(GradingWork):
     groups: Annotated[int, Field(ge=1)] | Literal["layer", "parameter"] = "layer"
 
     def rows(self, run: Run, unit: Unit, on_method: OnMethod | None) -> pd.DataFrame:
-        return layer_table(
-            unit.problem,
-            unit.methods,
-            self.dampings,
-            groups=self.groups,
-            damping_scale=self.damping_scale,
-            seed=run.seed_of(unit.key),
-            metric=self.metric(run, unit.problem),
-            natural=self.natural,
-            on_step=on_method,
-        )
+        options = {"groups": self.groups} | self.settings(run, unit, on_method)
+        return layer_table(unit.problem, unit.methods, self.dampings, **options)
 
     def failed_rows(self, reason: str, seed: int) -> pd.DataFrame:
         rows = super().failed_rows(reason, seed).assign(layer="")

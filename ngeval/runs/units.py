@@ -55,18 +55,10 @@ class Units:
         progress: Progress | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """Build the model.
+        """Build the model; a `CheckpointError` where a method needs what a checkpoint lacks.
 
-        Args:
-            run: the run.
-            methods: its methods.
-            ranks: the processes that share the run; None: this one alone.
-            progress: is notified of adapters that are loaded and of the first problem.
-            identity: of the run when it began: a checkpoint or batch that differs from it when it
-                is read is refused.
-
-        Raises:
-            CheckpointError: a method needs something that a checkpoint lacks.
+        A checkpoint or batch that differs, when it is read, from the ``identity`` of the run when
+        it began is refused.
         """
         self.run, self.methods = run, methods
         for index in range(len(run.checkpoints)):

@@ -5,8 +5,7 @@ The built-in tasks are listed, and the name of a task is looked up, without impo
 
 from typing import TYPE_CHECKING
 
-from ngeval.tasks.builtin import BUILTIN_TASKS
-from ngeval.tasks.resolve import get_task, source_of
+from ngeval.tasks.resolve import BUILTIN_TASKS, get_task, source_of
 from ngeval.utils.lazy import lazy_names as _lazy_names
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ngeval.tasks.base import Task
-from ngeval.tasks.builtin import BUILTIN_TASKS
-from ngeval.tasks.sampling import shuffled_batches
+from ngeval.tasks.base import Task, shuffled_batches
+from ngeval.tasks.resolve import BUILTIN_TASKS
 
 SPLIT_SEED = 0
 HELD_OUT, TEST = 360, 180

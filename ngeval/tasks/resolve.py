@@ -8,15 +8,44 @@ import os.path
 import pkgutil
 import sys
 from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ngeval.errors import TaskError, foreign_errors, nearest_name
-from ngeval.tasks.builtin import BUILTIN_TASKS
 
 if TYPE_CHECKING:
     from ngeval.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class BuiltinTask:
+    """A task that comes with ngeval; ``function`` is ``package.module:name`` of what makes it."""
+
+    function: str
+    description: str
+    num_parameters: int
+
+
+BUILTIN_TASKS = {
+    "digits-mlp": BuiltinTask(
+        "ngeval.tasks.digits:digits_mlp",
+        "MLP 64-256-256-10 on scikit-learn's handwritten digits (softmax cross-entropy)",
+        85_002,
+    ),
+    "digits-cnn": BuiltinTask(
+        "ngeval.tasks.digits:digits_cnn",
+        "three convolutions on the same digits, 15,338 parameters (softmax cross-entropy)",
+        15_338,
+    ),
+    "digits-regression": BuiltinTask(
+        "ngeval.tasks.digits:digits_regression",
+        "the MLP predicts centre, spread and slant of the ink (Gaussian, σ² = 1)",
+        83_460,
+    ),
+}
+"""The tasks that come with ngeval, by name."""
 
 
 def get_task(spec: str) -> Task:

@@ -60,13 +60,7 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
 def forward(
     task: Task, model: nn.Module, batch: Batch, device: str
 ) -> tuple[Tensor, OutputDistribution]:
-    """The outputs z on a batch, and the likelihood bound to them and the targets.
-
-    Raises:
-        DivergedError: an output is NaN or infinite.
-        ModelError: the model fails.
-        InputError: the targets do not fit the outputs.
-    """
+    """The outputs z on a batch, which must be finite, and the likelihood bound to the targets."""
     inputs, targets = batch
     with model_errors():
         outputs = outputs_of(call_model(model, to_device(inputs, device)), task.output)
@@ -83,10 +77,6 @@ def measure(
     """Mean loss in nats, accuracy where targets are classes, and number of batches, in eval mode.
 
     ``source`` is the name of the task's function that loads the batches, for messages.
-
-    Raises:
-        TaskError: there is no batch.
-        DivergedError: an output or the loss is not finite.
     """
     model.eval()
     total = right = samples = positions = 0.0
@@ -112,11 +102,7 @@ def measure(
 
 
 def monitored_column(task: Task, monitor: str) -> str:
-    """The field of a report by which a training is judged: ``train_loss`` without validation data.
-
-    Raises:
-        InputError: the monitor is unknown, or it is the accuracy and the targets are not classes.
-    """
+    """The field of a report that judges a training: ``train_loss`` without validation data."""
     if monitor not in MONITORS:
         raise InputError(f"monitor {monitor!r}: write one of {', '.join(MONITORS)}")
     if monitor == "accuracy" and not isinstance(task.resolved_likelihood(), Categorical):

@@ -86,12 +86,7 @@ def is_exact(name: str) -> bool:
 
 
 def resolved(name: str, settings: Settings) -> Settings:
-    """The settings with the optimizer's defaults in place of None.
-
-    Raises:
-        InputError: the optimizer is unknown, or a setting is out of range or not one of its own.
-        DependencyError: the optimizer's package is not installed.
-    """
+    """The settings with the optimizer's defaults in place of None; each is checked."""
     settings.check_ranges()
     group = build(name, _smallest(), settings)[0].param_groups[0]
     if settings.schedule != "constant" and "lr" not in group:
@@ -111,17 +106,12 @@ def _smallest() -> nn.Module:
 def build(name: str, model: nn.Module, settings: Settings, seed: int = 0) -> list[Optimizer]:
     """Optimizers on a model's trainable parameters, whose groups know the parameters' names.
 
-    Args:
-        name: a key of `EXACT`, a name in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, or the
-            dotted path of a class.
-        model: whose parameters they hold.
-        settings: None is the optimizer's default.
-        seed: for the labels that ``sf`` draws.
+    The name is a key of `EXACT`, one in `ngeval.methods.optimizer.catalogue.OPTIMIZERS`, or the
+    dotted path of a class; the seed is for the labels that ``sf`` draws.
 
     Raises:
         InputError: the optimizer is unknown, cannot be stepped on a gradient alone, or does not
             have one of the settings.
-        ModelError: no parameter is trainable.
     """
     if is_exact(name):
         return [_exact(name, model, settings, seed)]

@@ -94,7 +94,11 @@ class Training(Settings):
         seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            self._train_epoch(stepper, epoch)
+            stepper.ready()
+            # A different order of samples in every epoch, reproducible from the seed.
+            order = self.seed * 100_003 + epoch
+            for batch in self.task.batches(self.batch_size, self.num_batches, order):
+                stepper.step(batch)
             seconds += time.perf_counter() - start
             report, _ = self._measured(stepper, epoch, seconds)
             yield self._save(stepper, report)
@@ -139,13 +143,6 @@ class Training(Settings):
                 "--force to replace them"
             )
 
-    def _train_epoch(self, stepper: Stepper, epoch: int) -> None:
-        stepper.ready()
-        # A different order of samples in every epoch, reproducible from the seed.
-        seed = self.seed * 100_003 + epoch
-        for batch in self.task.batches(self.batch_size, self.num_batches, seed):
-            stepper.step(batch)
-
     def _measured(self, stepper: Stepper, epoch: int, seconds: float) -> tuple[EpochReport, int]:
         """Losses and accuracies on all data, and the number of batches in an epoch."""
         task, model, device = self.task, stepper.model, self.device
@@ -167,13 +164,8 @@ class Training(Settings):
             return report
         stem = self.output / f"epoch-{report.epoch:03d}"
         save_optimizer(stepper.optimizers, stem.with_suffix(".optimizer.pt"), self.optimizer)
-        metadata = asdict(report) | self._recorded_settings()
-        del metadata["seconds"]  # so that a seed gives the same files to the bit
-        save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), metadata)
-        return report
-
-    def _recorded_settings(self) -> dict[str, Any]:
-        return {
+        metadata: dict[str, Any] = {
+            **asdict(report),
             "task": self.task.name,
             "likelihood": self.task.resolved_likelihood().name,
             "optimizer": self.optimizer,
@@ -186,6 +178,9 @@ class Training(Settings):
                 "python": platform.python_version(),
             },
         }
+        del metadata["seconds"]  # so that a seed gives the same files to the bit
+        save_checkpoint(stepper.model, stem.with_suffix(".safetensors"), metadata)
+        return report
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

@@ -25,15 +25,7 @@ class Stepper:
 
     A step goes along the gradient of the mean loss, with the model in train mode; or it is exact on
     the batch, with the model in eval mode, where alone a sample's outputs are a function of the
-    weights.
-
-    Args:
-        name: of the optimizer, which may be two of torch's; see `build`.
-        task: for its likelihood.
-        model: the model that is trained.
-        settings: of the optimizer.
-        seed: for the labels that ``sf`` draws.
-        device: the model's device.
+    weights. The optimizer's name may stand for two of torch's; see `build`.
     """
 
     def __init__(
@@ -58,12 +50,7 @@ class Stepper:
         ]
 
     def step(self, batch: Batch) -> None:
-        """Take a step on a batch.
-
-        Raises:
-            DivergedError: outputs or update are not finite.
-            ModelError: the model or the optimizer's step fails.
-        """
+        """Take a step on a batch; one that is not finite is a `DivergedError`."""
         (self._exact_step if self.is_exact else self._gradient_step)(batch)
         self.steps += 1
         for scheduler in self.schedulers:
@@ -120,12 +107,7 @@ def eval_mode_note(name: str, model: nn.Module) -> str | None:
 
 @contextmanager
 def step_errors(optimizer: Optimizer) -> Iterator[None]:
-    """Turn any error of an optimizer's step, but for out of memory, into an error of ngeval.
-
-    Raises:
-        DivergedError: a number overflows.
-        ModelError: the step fails otherwise.
-    """
+    """Turn any error of a step, but for out of memory, into a `DivergedError` or `ModelError`."""
     try:
         yield
     except NgevalError:

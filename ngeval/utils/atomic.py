@@ -12,19 +12,12 @@ from ngeval.errors import OutputError
 
 
 def replace_file(path: Path, write: Callable[[Path], object], scratch: Path | None = None) -> None:
-    """Write a temporary file, and rename it to the output.
+    """Let ``write`` fill a temporary file, and rename it to the output ``path``.
 
     A reader sees the earlier file or the new one, never a part of it; if writing fails, the earlier
     file stays. When the function returns, the file is on the disk, even if the machine then fails.
-
-    Args:
-        path: the output.
-        write: writes the content to the path that it is called with.
-        scratch: a folder of the same file system for the temporary file, which a killed process
-            leaves behind; default: the output's folder.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
+    The temporary file, which a killed process leaves behind, is in the folder ``scratch`` of the
+    same file system; default: the output's.
     """
     try:
         handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=".", suffix=path.suffix)

@@ -13,12 +13,7 @@ def lazy_names(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The ``__getattr__`` and ``__dir__`` of a package that imports its names on first use.
 
-    Args:
-        package: the package's ``__name__``.
-        sources: the names that each module provides; of the package itself: its subpackages.
-
-    Returns:
-        ``__getattr__``, which imports a name and keeps it in the package, and ``__dir__``.
+    The sources are the names that each module provides; of the package itself: its subpackages.
     """
     modules = {name: module for module, names in sources.items() for name in names}
 

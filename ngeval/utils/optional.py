@@ -10,11 +10,7 @@ from ngeval.errors import DependencyError
 
 
 def optional_module(name: str) -> Any:
-    """Import ``transformers``, ``peft`` or ``datasets``.
-
-    Raises:
-        DependencyError: the package is not installed, or its import fails.
-    """
+    """Import ``transformers``, ``peft`` or ``datasets``; a `DependencyError` if that fails."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -39,11 +39,7 @@ def package_of(point: EntryPoint) -> str:
 
 
 def load_plugin(point: EntryPoint) -> Any:
-    """Import the object that an entry point names.
-
-    Raises:
-        InputError: the import fails; the message names the entry point and its package.
-    """
+    """Import the object that an entry point names; an `InputError` names its package."""
     try:
         return point.load()
     except (Exception, SystemExit) as error:  # the import of another package can raise anything

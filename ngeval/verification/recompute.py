@@ -9,45 +9,49 @@ to be passed again by whoever verifies.
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter, ValidationError
 
 from ngeval.errors import CheckpointError, InputError, OutputError, TaskError
 from ngeval.grading.prepare import Progress as OnMethod
 from ngeval.results.journal import Key, rows_by_unit
 from ngeval.results.manifest import (
     RunManifest,
+    first_problem,
     machine,
+    malformed,
     manifest_path,
     read_run_manifest,
 )
 from ngeval.results.table_files import read_results, write_results
 from ngeval.runs.from_options import make_run
 from ngeval.runs.identity import differences, identity, listed
-from ngeval.runs.options import RunOptions
+from ngeval.runs.options import MAX_SEED, RunOptions, parse_bytes
 from ngeval.runs.run import Run
-from ngeval.runs.tables import Work, unit_tables
+from ngeval.runs.tables import KINDS, Work, unit_tables
 from ngeval.runs.units import Units
-from ngeval.tasks.builtin import BUILTIN_TASKS
-from ngeval.verification.compare import Verdict, compare
-from ngeval.verification.manifest_checks import (
-    check_end,
-    check_sizes,
-    check_table,
-    read_options,
-    read_work,
-)
+from ngeval.tasks import BUILTIN_TASKS
+from ngeval.tasks.base import MAX_SAMPLES
+from ngeval.verification.compare import Verdict, compare, is_number
 
 ELSEWHERE = ("code.", "machine.", "settings.device:")
 """Where and with which code it was computed: a difference there is reported, and should not change
 a number."""
+
+MAX_UNITS = 10_000_000
+"""Checkpoints × batches of a run that is verified."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,6 @@ class Recorded:
     options: RunOptions
     work: Work
 
-    @cached_property
-    def failed(self) -> frozenset[Key]:
-        """The units that failed, which may have no rows."""
-        return frozenset(self.manifest.failed_units)
-
     @property
     def names(self) -> list[str]:
         """The names of the checkpoints, by their place."""
@@ -88,7 +87,7 @@ class Recorded:
     @property
     def units(self) -> list[Key]:
         """The units that the file has rows of, or that failed, in their order."""
-        return sorted(self.rows.keys() | self.failed)
+        return sorted(self.rows.keys() | set(self.manifest.failed_units))
 
     def missing(self, count: int) -> list[Key]:
         """The first few of the other units."""
@@ -103,12 +102,7 @@ class Recorded:
 
 
 def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Recorded:
-    """Read a result file with its manifest; ``device``: where to compute, None: as in the run.
-
-    Raises:
-        OutputError: one of them is missing, or is not what a run writes.
-        InputError: something that runs code was not allowed.
-    """
+    """Read a result file with its manifest; ``device``: where to compute, None: as in the run."""
     table, place = read_results(path), manifest_path(path)
     manifest = read_run_manifest(path)
     if manifest is None:
@@ -136,6 +130,71 @@ def read_recorded(path: Path, trust: Trust, device: str | None = None) -> Record
     check_end(manifest, place)
     check_table(table, manifest, path)
     return Recorded(path, table, manifest, run_options, work)
+
+
+def read_options(options: Mapping[str, Any], place: Path) -> RunOptions:
+    """The options of a run among those of its command; missing ones have the default."""
+    return _validated(RunOptions, options, place)
+
+
+def read_work(options: Mapping[str, Any], place: Path) -> Work:
+    """What was computed of each unit."""
+    values = dict(options)
+    kind = values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise malformed(place, f"unknown kind of work {repr(kind)[:40]}")
+    return _validated(KINDS[kind], values, place)
+
+
+def _validated(group: type[T], values: Mapping[str, Any], place: Path) -> T:
+    try:
+        return TypeAdapter(group).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise malformed(place, first_problem(error)) from error
+
+
+def check_sizes(run: RunOptions, work: Work, manifest: RunManifest, place: Path) -> None:
+    """Refuse samples, batches, units, a seed or memory beyond bounds, or in contradiction."""
+    metric_batches = work.options.get("metric_batches")
+    for name, count in (("num_batches", run.num_batches), ("metric_batches", metric_batches)):
+        if isinstance(count, int) and run.batch_size * count > MAX_SAMPLES:
+            size = f"{name} × batch_size is {run.batch_size * count:.1e} samples"
+            raise malformed(place, f"{size}; at most {MAX_SAMPLES:.0e} are verified")
+    batches, checkpoints = len(manifest.identity.batches), len(manifest.identity.checkpoints)
+    if batches != run.num_batches:
+        raise malformed(
+            place, f"it records {batches} batches, and num_batches is {run.num_batches}"
+        )
+    if checkpoints * batches > MAX_UNITS:
+        raise malformed(place, f"it records more than {MAX_UNITS} units")
+    if not 0 <= run.seed <= MAX_SEED:
+        raise malformed(place, f"seed is {run.seed}")
+    parse_bytes(run.memory)
+
+
+def check_end(manifest: RunManifest, place: Path) -> None:
+    """Refuse failed units that are not in the run, or in a complete one."""
+    identity, failed = manifest.identity, manifest.failed_units
+    for stage, batch in failed:
+        if stage >= len(identity.checkpoints) or batch >= len(identity.batches):
+            raise malformed(place, f"a failed unit is [{stage}, {batch}], which is not in the run")
+    if manifest.finished and manifest.complete == bool(failed):
+        raise malformed(place, f"complete is {manifest.complete}, with {len(failed)} failed units")
+
+
+def check_table(table: pd.DataFrame, manifest: RunManifest, path: Path) -> None:
+    """Refuse a table of other units than the manifest records."""
+    if not table.columns.is_unique:
+        raise OutputError(f"{path} has a column twice")
+    identity = manifest.identity
+    for name, end in {"stage": len(identity.checkpoints), "batch": len(identity.batches)}.items():
+        values = table[name] if name in table else pd.Series([math.nan])
+        whole = is_number(values) and bool((values % 1 == 0).all())
+        if not whole or not bool(values.between(0, end - 1).all()):
+            raise OutputError(
+                f"{path} and its manifest belong to different runs: its column {name!r} is not "
+                f"always one of the {end} of the run"
+            )
 
 
 def _check_methods(work: Work, trust: Trust) -> None:
@@ -174,12 +233,7 @@ def _where(recorded: Recorded) -> str:
 
 
 def changes(recorded: Recorded, run: Run) -> tuple[list[str], list[str]]:
-    """What differs from when a file was computed, a line each.
-
-    Returns:
-        What changes numbers (checkpoints, data, settings), and what should not (code, versions,
-        the machine).
-    """
+    """What differs from then and changes numbers, and what should not (code, the machine)."""
     hardware = ("cpu", "gpus", "threads")
     now, then = identity(run, recorded.work), recorded.manifest.identity.plain()
     here = machine()
@@ -207,7 +261,8 @@ def choose(recorded: Recorded, count: int, seed: int) -> list[Key]:
     failed = np.zeros(len(recorded.table), dtype=bool)
     if "status" in recorded.table:
         failed = (recorded.table["status"] == "failed").to_numpy()
-    lost = [key for key in shuffled if key in recorded.failed or failed[rows[key]].any()]
+    whole = set(recorded.manifest.failed_units)
+    lost = [key for key in shuffled if key in whole or failed[rows[key]].any()]
     if lost and not set(lost) & set(chosen):
         chosen.append(lost[0])
     return sorted(chosen)
@@ -223,9 +278,6 @@ def verdicts(
     """Compute units of a file again and compare them, one after the other; see `compare`.
 
     ``on_method`` is called with the name of each method that is done.
-
-    Raises:
-        NgevalError: the task's model or batches are not available, or a method is unknown.
     """
     work = recorded.work
     gap = work.options.get("gap", 0.0)
@@ -233,7 +285,7 @@ def verdicts(
         then = recorded.table.iloc[recorded.rows.get(key, [])]
         now = _through_file(entry.table, recorded.path.suffix)
         verdict = compare(key, run.checkpoints[key[0]].name, then, now, tolerance, gap)
-        if key in recorded.failed and not verdict.agrees:
+        if key in recorded.manifest.failed_units and not verdict.agrees:
             verdict = replace(verdict, note="it failed in the run: --resume computes it again")
         yield verdict
 

@@ -11,13 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ngeval.errors import (
-    DependencyError,
-    InputError,
-    ModelError,
-    foreign_errors,
-    nearest_name,
-)
+from ngeval.errors import DependencyError, InputError, ModelError, foreign_errors, nearest_name
 from ngeval.fadam.optimizer import FAdam
 from ngeval.methods.optimizer.catalogue import OPTIMIZERS
 
@@ -32,12 +26,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build what a name stands for: one optimizer, or two that share the parameters.
 
-    The parameter groups record the parameters' names.
-
-    Args:
-        name: a name in `OPTIMIZERS`, or the dotted path of an `Optimizer` class.
-        model: whose trainable parameters they hold.
-        learning_rate: for the mean loss; None takes the default of the table or of the class.
+    The parameter groups record the parameters' names. The learning rate is for the mean loss; None
+    takes the default of the table or of the class.
 
     Raises:
         InputError: there is no such optimizer, or it cannot be built on these parameters.
@@ -56,11 +46,7 @@ def build_optimizers(
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an optimizer of the model holds, by name.
-
-    Raises:
-        ModelError: there are none.
-    """
+    """The parameters that an optimizer holds, by name; a `ModelError` if there are none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ModelError("the model has no trainable parameter for an optimizer")
@@ -68,12 +54,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class of an optimizer by its name or dotted path, e.g. ``torch.optim.SGD``.
-
-    Raises:
-        InputError: there is no such optimizer, or the path names something else.
-        DependencyError: its package is not installed.
-    """
+    """The class of an optimizer by its name or dotted path, e.g. ``torch.optim.SGD``."""
     if name == "fadam":
         return FAdam
     if name in OPTIMIZERS:

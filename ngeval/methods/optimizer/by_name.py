@@ -25,13 +25,7 @@ class NamedOptimizer:
 
     ``adamw`` steps with the state that the training run saved with the checkpoint; ``adamw:0``
     takes a first step, without a state; ``adamw:20`` steps with a state accumulated over 20
-    batches at the checkpoint's weights.
-
-    Attributes:
-        name: in tables.
-        family: the name without the parameter.
-        warmup_batches: K after the colon; None takes the state saved with the checkpoint.
-        stage: the checkpoint; None until it is known.
+    batches at the checkpoint's weights. The ``stage`` is None until the checkpoint is known.
     """
 
     name: str
@@ -74,12 +68,7 @@ class NamedOptimizer:
         return replace(self, stage=stage)
 
     def prepare(self, problem: Problem, kernel: Kernel, seed: int = 0) -> UndampedState:
-        """Build the optimizer, load its state, and take the step on copies.
-
-        Raises:
-            InputError: a checkpoint is needed; see also `OptimizerStep.prepare`.
-            CheckpointError: the saved state does not fit.
-        """
+        """Build the optimizer, load its state, and take the step on copies; see `OptimizerStep`."""
         if self.stage is None and self.needs_stage:
             raise InputError(
                 f"{self.name} needs a checkpoint with its run (ngeval's commands have one); in "

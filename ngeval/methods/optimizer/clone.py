@@ -75,15 +75,12 @@ class Clones:
 
 
 def clone_optimizers(optimizers: Sequence[Optimizer], dtype: torch.dtype | None) -> Clones:
-    """Copy optimizers with their state; the originals are only read.
+    """Copy optimizers, which may share parameters and wrap others, with their state.
 
     Hooks, and methods that were patched into an instance (as learning-rate schedulers do), are
-    left out, because they may act on the originals.
-
-    Args:
-        optimizers: they may share parameters, and wrap others.
-        dtype: of copied parameters, and of tensors in the state except for scalars of parameters
-            that are not scalars themselves (a step count keeps its dtype); None keeps all dtypes.
+    left out, because they may act on the originals. The ``dtype`` is that of copied parameters, and
+    of tensors in the state except for scalars of parameters that are not scalars themselves (a step
+    count keeps its dtype); None keeps all dtypes.
     """
     originals = _with_wrapped(optimizers)
     every = list(originals)
@@ -150,7 +147,11 @@ def _with_wrapped(optimizers: Sequence[Optimizer]) -> dict[Optimizer, dict[str, 
     while waiting:
         optimizer = waiting.popleft()
         if optimizer not in originals:
-            originals[optimizer] = _attributes(optimizer)
+            originals[optimizer] = {  # no hooks, no patched methods
+                name: OrderedDict() if name.endswith(HOOKS) and isinstance(value, dict) else value
+                for name, value in vars(optimizer).items()
+                if not (callable(value) and hasattr(type(optimizer), name))
+            }
             wrapped = reachable(originals[optimizer])
             waiting += [value for value in wrapped if isinstance(value, Optimizer)]
     return originals
@@ -180,15 +181,6 @@ def _keep_floor(clone: Optimizer, original: Optimizer) -> None:
             floor = torch.finfo(source.dtype).eps if first is None else first
             groups.append({**copied, "params": [parameter], "eps": (floor, second)})
     clone.param_groups[:] = groups
-
-
-def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """The attributes of an optimizer that are copied: no hooks, no patched methods."""
-    return {
-        name: OrderedDict() if name.endswith(HOOKS) and isinstance(value, dict) else value
-        for name, value in vars(optimizer).items()
-        if not (callable(value) and hasattr(type(optimizer), name))
-    }
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

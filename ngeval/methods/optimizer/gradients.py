@@ -21,12 +21,9 @@ Gradients = dict[str, Tensor]
 
 
 def loss_terms(distribution: OutputDistribution, reduction: str) -> float:
-    """The number that the reduction divides Σ_n ℓ_n by.
+    """The number that the reduction divides Σ_n ℓ_n by; masking every position is an error.
 
     It is N for ``"mean"``, the unmasked positions for ``"token-mean"``, and 1 for ``"sum"``.
-
-    Raises:
-        InputError: every position is masked.
     """
     return _divisor(_count(distribution, reduction), reduction)
 
@@ -56,11 +53,7 @@ def batch_gradient(problem: Problem, reduction: str) -> Gradients:
 def batch_gradients(
     problem: Problem, batches: Batches | Callable[[], Batches], reduction: str
 ) -> Iterator[Gradients]:
-    """The gradients of the reduced loss on other batches, at the problem's θ.
-
-    Raises:
-        InputError: there is no batch, or one does not fit the model.
-    """
+    """The gradients of the reduced loss on one or more other batches, at the problem's θ."""
     number = 0
     for batch in batches() if callable(batches) else batches:
         number += 1

@@ -52,22 +52,13 @@ def load_optimizer_state(
     allow_pickle: bool = False,
     name: str | None = None,
 ) -> tuple[str, ...]:
-    """Load a saved state into newly built optimizers.
+    """Load a saved state into newly built optimizers; returns notes for the results.
 
     Parameters are matched by the names in the file's groups (``param_names``) if it has them, else
     by position: in the groups of the optimizers, in the model's order (one group), or with the
     parameters that decay first (two groups, as in transformers' Trainer). Every shape is checked.
     The file's groups and hyperparameters replace those of the optimizers, except for `EXECUTION`.
-
-    Args:
-        optimizers: built on the model's trainable parameters, as many as the file has.
-        model: it is only read.
-        path: see `ngeval.checkpoints.read_optimizer`, also for ``allow_pickle``.
-        allow_pickle: whether to unpickle with code.
-        name: of the optimizer, for error messages, and to compare with the name in the file.
-
-    Returns:
-        Notes for the results.
+    The ``name`` is the optimizer's, for messages, and to compare with that in the file.
 
     Raises:
         CheckpointError: the file is unreadable or of another optimizer; parameters, or entries of

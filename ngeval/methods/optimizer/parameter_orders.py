@@ -38,9 +38,6 @@ def fitting_order(
     If the optimizer has several groups of the same sizes as the file's, their order is tried
     first. Other orders are guesses: the shapes must fit only one of them, and must distinguish
     groups with different hyperparameters. The states are by the keys in the groups' ``params``.
-
-    Raises:
-        MisfitError: no order fits, or the shapes do not determine the order.
     """
     sizes = [len(group["params"]) for group in groups]
     keys = [key for group in groups for key in group["params"]]
@@ -57,10 +54,11 @@ def fitting_order(
     problem = ""
     for order in [*orders, *_guesses(model, held, sizes)]:
         wrong = [
-            f"{name} {tuple(parameters[name].shape)} has {entry} of shape {shape}"
+            f"{name} {tuple(parameters[name].shape)} has {entry} of shape {tuple(value.shape)}"
             for key, name in zip(keys, order, strict=True)
-            for entry, shape in _full_shapes(states.get(key, {}))
-            if shape != tuple(parameters[name].shape)
+            for entry, value in states.get(key, {}).items()
+            if entry in FULL and isinstance(value, Tensor) and value.ndim
+            if value.shape != parameters[name].shape
         ]
         if not wrong and order in orders:
             return order
@@ -124,13 +122,6 @@ def _decayed(model: nn.Module) -> set[str]:
     }
     names = [name for name, _ in model.named_parameters()]
     return {n for n in names if n not in excluded and not UNDECAYED.search(n.lower())}
-
-
-def _full_shapes(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The entries that have the parameter's shape, and that shape."""
-    for key in FULL:
-        if isinstance(value := state.get(key), Tensor) and value.ndim:
-            yield key, tuple(value.shape)
 
 
 def _has_tensor(state: Any) -> bool:

@@ -15,12 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from ngeval.curvature.kernel import Kernel
 from ngeval.errors import InputError, NgevalError, NumericalError
 from ngeval.methods.base import UndampedState
-from ngeval.methods.optimizer.clone import (
-    Clones,
-    clone_optimizers,
-    isolated_steps,
-    unwrapped,
-)
+from ngeval.methods.optimizer.clone import Clones, clone_optimizers, isolated_steps, unwrapped
 from ngeval.methods.optimizer.gradients import Batches, Gradients, batch_gradient, batch_gradients
 from ngeval.methods.stage import check_reduction
 from ngeval.problem.problem import Problem
@@ -88,8 +83,11 @@ class OptimizerStep:
                 "DataLoader, or a function that returns an iterable of batches"
             )
         if not self.name:
-            names = [type(optimizer).__name__.lower() for optimizer in self.optimizers]
-            object.__setattr__(self, "name", "+".join(names) + _warmth(self.warmup))
+            name = "+".join(type(optimizer).__name__.lower() for optimizer in self.optimizers)
+            if self.warmup is not None:  # a DataLoader of a stream has __len__ but no length
+                count = operator.length_hint(self.warmup, -1)
+                name += ":warm" if count < 0 else f":{count}"
+            object.__setattr__(self, "name", name)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -200,11 +198,7 @@ class OptimizerStep:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """One or several optimizers as a list, without wrappers that only forward a step.
-
-    Raises:
-        InputError: they are not optimizers.
-    """
+    """One or several optimizers as a list, without wrappers that only forward a step."""
     several: list[Any] = [*optimizer] if isinstance(optimizer, list | tuple) else [optimizer]
     if not several or not all(isinstance(each, Optimizer) for each in several):
         raise InputError(
@@ -213,14 +207,6 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]
             "torch.optim.Optimizer, or grade the direction with problem.gamma({name: step})"
         )
     return [unwrapped(each) for each in several]
-
-
-def _warmth(warmup: Batches | Callable[[], Batches] | None) -> str:
-    """The ending of a name that distinguishes an optimizer with warm-up from one without."""
-    if warmup is None:
-        return ""
-    count = operator.length_hint(warmup, -1)  # a DataLoader of a stream has __len__ but no length
-    return ":warm" if count < 0 else f":{count}"
 
 
 def _names_of(problem: Problem, optimizers: Sequence[Optimizer]) -> dict[int, str]:

@@ -48,14 +48,7 @@ class Images:
 
 
 def read_cifar(name: str, folder: Path, split: str) -> Images | None:
-    """Read the original files in a folder, or in the folder that their archive unpacks to.
-
-    Returns:
-        The images, or None if the folder holds no such files.
-
-    Raises:
-        TaskError: there is no such split, or a file is missing or is something else.
-    """
+    """Read the original files in a folder, or in that of their archive; None if there are none."""
     for place in (folder, *(folder / inside for inside in FOLDERS[name])):
         for ending in ("", ".bin"):
             if not any((place / (FILES[name, s][0] + ending)).is_file() for s in ("train", "test")):

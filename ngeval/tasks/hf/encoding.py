@@ -19,12 +19,9 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns texts into token ids, padded to the same length.
+    """Turns texts into token ids of at most ``max_length``, padded on a ``side``.
 
     Attributes:
-        tokenizer: a tokenizer of transformers.
-        max_length: the most tokens of a text; longer texts are truncated.
-        side: the side of padding, ``"left"`` or ``"right"``.
         positions: whether the model takes ``position_ids``, which left padding needs.
         pad: the padding token of the model's configuration, by which classifiers on decoders find
             the end of a text; None: the tokenizer's.
@@ -77,12 +74,9 @@ class Encoder:
     def seq2seq(
         self, prompts: Sequence[str], answers: Sequence[str], start: int, limit: int
     ) -> Batch:
-        """Prompts for the encoder, and all tokens of the answers as targets.
+        """Prompts for the encoder, and all tokens of the answers, at most ``limit``, as targets.
 
         The decoder's input begins with the token ``start``.
-
-        Raises:
-            TaskError: an answer has more than ``limit`` tokens, including its end.
         """
         answered = [list(self.tokenizer(text_target=answer)["input_ids"]) for answer in answers]
         check_answers(answers, answered, limit)
@@ -99,9 +93,6 @@ class Encoder:
 
         Without answers every token but the first is predicted. With answers only their tokens are,
         and a long prompt is truncated to leave room for them.
-
-        Raises:
-            TaskError: an answer has more than ``limit`` tokens.
         """
         if answers is None:
             sequences = [self.ids(prompt) for prompt in prompts]

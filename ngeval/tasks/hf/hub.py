@@ -20,11 +20,7 @@ HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_name(name: str, what: str) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` for a folder, or for a name on the hub.
-
-    Raises:
-        TaskError: the name is not a folder and cannot be one of the hub.
-    """
+    """The arguments of ``from_pretrained`` for a folder, or for a name on the hub."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return {"pretrained_model_name_or_path": path, "local_files_only": True}
@@ -71,11 +67,7 @@ def _advice(name: str, what: str, error: Exception) -> str:
 
 
 def adapter_folder(name: str) -> str:
-    """A folder or glob as it is; a name on the hub as the folder that it is downloaded to.
-
-    Raises:
-        TaskError: the download fails.
-    """
+    """A folder or glob as it is; a name on the hub as the folder that it is downloaded to."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name):
         return name
     with loading(name, "adapter"):

@@ -45,12 +45,9 @@ class HubModel:
     """A model of transformers that is not loaded yet.
 
     Attributes:
-        name: a folder or a name on the hub.
-        config: the model's configuration.
         objective: a key of `OBJECTIVES`.
         adapters: the content of ``adapter_config.json`` of each adapter that will be put on it.
         attention: ``eager``, ``sdpa``, …; None is the default of transformers.
-        trust_remote_code: run the repository's code.
     """
 
     name: str
@@ -69,12 +66,7 @@ class HubModel:
         attention: str | None,
         trust_remote_code: bool,
     ) -> HubModel:
-        """Read the configurations of the model and of its adapters.
-
-        Raises:
-            TaskError: the model is neither a folder nor on the hub, or its objective is unknown.
-            CheckpointError: an adapter's configuration cannot be read.
-        """
+        """Read the configurations of a model and of its adapters, and find out its objective."""
         transformers = optional_module("transformers")
         if is_adapter(Path(name)) and not (Path(name) / "config.json").is_file():
             base = read_adapter_config(Path(name)).get("base_model_name_or_path") or "its base"
@@ -126,10 +118,8 @@ class HubModel:
     def build(self, num_labels: int | None) -> nn.Module:
         """The model with its weights, all of them trainable, in eval mode.
 
-        ``num_labels`` is the number of classes of a head that an adapter brings.
-
-        Raises:
-            TaskError: the model cannot be loaded, or lacks weights that no adapter has.
+        ``num_labels`` is the number of classes of a head that an adapter brings; other weights must
+        not be missing.
         """
         transformers = optional_module("transformers")
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
@@ -158,11 +148,7 @@ class HubModel:
         return evaluated
 
     def processor(self, place: str | None, kind: str) -> Any:
-        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place.
-
-        Raises:
-            TaskError: it cannot be loaded.
-        """
+        """The model's ``AutoTokenizer`` or ``AutoImageProcessor``, or that of another place."""
         name = place or self.name
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         folder = Path(name).expanduser()

@@ -17,11 +17,7 @@ from ngeval.tasks.hf.hub import hub_is_reachable, loading
 from ngeval.utils.optional import optional_module
 from ngeval.utils.text import first_line
 
-HUB_NAMES = {
-    "glue": "nyu-mll/glue",
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-}
+HUB_NAMES = {"glue": "nyu-mll/glue", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Short names of data sets on the hub."""
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
@@ -40,16 +36,12 @@ class Rows(Protocol):
 
 
 def load_rows(name: str, subset: str | None, split: str, data_dir: Path | None) -> Rows:
-    """The rows of one split.
+    """The rows of one split, of which there must be some.
 
     They come from the hub, from the folder ``data_dir``, or from the folder that is the name: a
     folder of ``save_to_disk``; or one with files named for the split (``train.csv``,
     ``train-00000-of-00001.parquet``; ``.jsonl``, ``.tsv``, ``.arrow``), in it, in its ``data/`` or
     in a folder named for the subset; or one with the original files of GLUE or CIFAR.
-
-    Raises:
-        TaskError: the data or the split do not exist, or are unreadable or empty.
-        DependencyError: datasets is not installed.
     """
     folder = data_dir if data_dir is not None else Path(name)
     if os.path.isdir(folder):

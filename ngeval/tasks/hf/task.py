@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError, TaskError, check_choice, nearest_name
-from ngeval.tasks.base import Batch, Task
+from ngeval.tasks.base import Batch, Task, shuffled_batches
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm
 from ngeval.tasks.hf.models import OBJECTIVES, HubModel
 from ngeval.tasks.hf.sources import Rows, load_rows
-from ngeval.tasks.sampling import shuffled_batches
 from ngeval.utils.optional import optional_module
 
 REGRESSION_LIKELIHOOD = "gaussian:0.5"
