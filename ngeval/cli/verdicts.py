@@ -82,18 +82,24 @@ def report_agreement(out: Console, recorded: Recorded, compared: Sequence[Verdic
     differing = sum(not verdict.agrees for verdict in compared)
     if differing:
         console.complain(f"{differing} of {count} units of {path} differ from what it says")
-    if lacking := recorded.manifest.finished and bool(first := recorded.missing(MAX_LINES)):
-        missing = recorded.num_units - total
-        lines = [f"{recorded.names[stage]} batch {batch}" for stage, batch in first]
-        console.complain(
-            f"{missing} of {recorded.num_units} units of the run, which was finished, are missing "
-            f"from {path}:{listed(lines, missing)}"
-        )
+    if lacking := recorded.manifest.finished and bool(recorded.missing(MAX_LINES)):
+        console.complain(missing_units(recorded))
     if differing or lacking:
         return False
     more = f"; --units {total} compares the other {total - count}, too" if count < total else ""
     say(out, f"{path}: {count} of {total} units recomputed, all agree{more}")
     return True
+
+
+def missing_units(recorded: Recorded) -> str:
+    """The units of a finished run that its table lacks, for a message."""
+    count = recorded.num_units - len(recorded.units)
+    first = recorded.missing(MAX_LINES)
+    lines = [f"{recorded.names[stage]} batch {batch}" for stage, batch in first]
+    return (
+        f"{count} of {recorded.num_units} units of the run, which was finished, are missing from "
+        f"{recorded.path}:{listed(lines, count)}"
+    )
 
 
 def table(compared: Sequence[Verdict], total: int) -> Table:

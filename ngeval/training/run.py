@@ -94,11 +94,7 @@ class Training(Settings):
         seconds = 0.0
         for epoch in range(1, self.epochs + 1):
             start = time.perf_counter()
-            stepper.ready()
-            # A different order of samples in every epoch, reproducible from the seed.
-            order = self.seed * 100_003 + epoch
-            for batch in self.task.batches(self.batch_size, self.num_batches, order):
-                stepper.step(batch)
+            self._train_epoch(stepper, epoch)
             seconds += time.perf_counter() - start
             report, _ = self._measured(stepper, epoch, seconds)
             yield self._save(stepper, report)
@@ -142,6 +138,13 @@ class Training(Settings):
                 f"{folder} holds checkpoints of an earlier run ({earlier[0].name}, …); pass "
                 "--force to replace them"
             )
+
+    def _train_epoch(self, stepper: Stepper, epoch: int) -> None:
+        stepper.ready()
+        # A different order of samples in every epoch, reproducible from the seed.
+        seed = self.seed * 100_003 + epoch
+        for batch in self.task.batches(self.batch_size, self.num_batches, seed):
+            stepper.step(batch)
 
     def _measured(self, stepper: Stepper, epoch: int, seconds: float) -> tuple[EpochReport, int]:
         """Losses and accuracies on all data, and the number of batches in an epoch."""
