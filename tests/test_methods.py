@@ -14,7 +14,7 @@ import ngeval
 from ngeval.curvature.kernel import Kernel
 from ngeval.grading.grade import grade
 from ngeval.jacobians import gram_matrix
-from ngeval.problem.gamma import quadratics
+from ngeval.problem.gamma import root_forms
 from tests import problems, reference
 from tests.problems import EXACT_NAMES, METHODS, prepared, relative_gap
 
@@ -96,11 +96,11 @@ class TestDenseIsLogitSpace:
             direction = state.direction(damping)
             place = min(i, updates.count - 1)  # one update may stand for every λ
             tolerance = tolerance_of(name, method, damping)
-            parts = quadratics(problem, problem.jvp(direction).unsqueeze(0))
+            root, decrease, _ = root_forms(problem, problem.jvp(direction).unsqueeze(0))
             for result, expected in (
-                (grades.curvature[place], parts.curvature),
-                (grades.decrease[place], parts.decrease),
-                (grades.gammas[place], parts.gammas),
+                (grades.curvature[place], root.square()),
+                (grades.decrease[place], decrease),
+                (grades.gammas[place], root / decrease.abs()),
                 (grades.norms[place], direction.norm()),
             ):
                 assert float(result) == pytest.approx(float(expected), rel=2 * tolerance)
@@ -164,7 +164,7 @@ class TestGamma:
         """No code of the Fisher in sight: two forward passes and torch.distributions."""
         case, problem = problems.case(name), problems.problem_of(name)
         direction = torch.randn(problem.num_parameters, dtype=torch.float64)
-        quadratic = float(quadratics(problem, problem.jvp(direction).unsqueeze(0)).curvature)
+        quadratic = float(root_forms(problem, problem.jvp(direction).unsqueeze(0))[0]) ** 2
         assert float(direction @ (problem.fisher() @ direction)) == pytest.approx(quadratic)
         step = 1e-3 / math.sqrt(quadratic)
         # The mean of both signs, in which the third order cancels.

@@ -24,7 +24,7 @@ from ngeval.curvature.row_space import (
     unit_vectors,
 )
 from ngeval.curvature.row_svd import DampedInverse, RowSum, RowSvd
-from ngeval.curvature.updates import Forms
+from ngeval.curvature.updates import KnownForms
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows
 from ngeval.jacobians.captured_rows import group_grams, group_squares
@@ -138,7 +138,7 @@ class FisherBlocks:
         """(g_lᵀF_ll⁺g_l)^(−1/2) by group: the least γ of an update of that group alone."""
         return {name: block.inverse.least_gamma() for name, block in self.blocks.items()}
 
-    def forms(self, dampings: Sequence[float]) -> Forms | None:
+    def forms(self, dampings: Sequence[float]) -> KnownForms | None:
         """‖SᵀJd‖, gᵀd and ‖d‖ of every λ, without rounding in parameter space.
 
         None where a block is not known by rows of SᵀJ_l.
@@ -146,7 +146,7 @@ class FisherBlocks:
         if any(block.inverse.gradient.right is None for block in self.blocks.values()):
             return None
         parts = [[b.inverse.solve(damping) for b in self.blocks.values()] for damping in dampings]
-        return Forms.stack([Forms.of_sum(solutions) for solutions in parts])
+        return KnownForms.stack([KnownForms.of_sum(solutions) for solutions in parts])
 
     def directions(self, dampings: Sequence[float]) -> Tensor:
         """(F_ll + λI)⁻¹g_l of every λ, concatenated: float64, shape ``(L, P)``."""

@@ -19,7 +19,7 @@ from ngeval.curvature.row_svd import Solution, unit_vector
 
 
 @dataclass(frozen=True)
-class Forms:
+class KnownForms:
     """What γ needs of L updates, at length 1 (or 0): float64, shape ``(L,)``.
 
     Attributes:
@@ -33,7 +33,7 @@ class Forms:
     sizes: Tensor
 
     @classmethod
-    def of_sum(cls, solutions: Sequence[Solution]) -> Forms:
+    def of_sum(cls, solutions: Sequence[Solution]) -> KnownForms:
         """Of one update that is the sum of solutions in orthogonal spaces."""
         sizes = solutions[0].vector.new_tensor([solution.size for solution in solutions])
         parts, size = unit_vector(sizes)
@@ -42,7 +42,7 @@ class Forms:
         return cls((images @ parts).norm(), slopes @ parts, sizes.new_tensor(size))
 
     @classmethod
-    def stack(cls, forms: Sequence[Forms]) -> Forms:
+    def stack(cls, forms: Sequence[KnownForms]) -> KnownForms:
         """The forms of several updates as one."""
         names = ("roots", "decrease", "sizes")
         return cls(*(torch.stack([getattr(each, name) for each in forms]) for name in names))
@@ -127,7 +127,7 @@ class DirectionUpdates(Updates):
     size: int
     make: Callable[[int], Tensor]
     is_solution: bool = False
-    forms: Forms | None = None
+    forms: KnownForms | None = None
 
     @property
     def count(self) -> int:

@@ -38,7 +38,6 @@ from ngeval.grading.prepare import (
 from ngeval.methods import Method, get_methods
 from ngeval.model.directions import slices
 from ngeval.model.parameter_groups import Group, Groups, make_groups
-from ngeval.problem.gamma import gammas_of
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.problem import Problem
 
@@ -217,11 +216,15 @@ def parts_of(metric: Metric, direction: Tensor, groups: Sequence[Group]) -> Part
         squares[chosen] = forms.curvature.diagonal()[1:].clamp_min(0)
         cross[chosen] = forms.curvature[0, 1:]
         decrease[chosen] = forms.decrease[1:]
-        total = float(gammas_of(forms.curvature[0, 0].clamp_min(0), forms.decrease[0]).gammas)
+        total = float(_gammas(forms.curvature[0, 0], forms.decrease[0]))
     part, whole = norms * size, wide.norm() * size
-    gammas = gammas_of(squares, decrease).gammas
+    gammas = _gammas(squares, decrease)
     columns = (decrease * part, cross * part * whole, squares * part.square(), part, gammas)
     return Parts(total, *(column.cpu().numpy() for column in columns))
+
+
+def _gammas(squares: Tensor, decrease: Tensor) -> Tensor:
+    return torch.where(decrease != 0, squares.clamp_min(0).sqrt() / decrease.abs(), math.nan)
 
 
 def _unit_rows(problem: Problem, wide: Tensor, groups: Sequence[Group], norms: Tensor) -> Tensor:

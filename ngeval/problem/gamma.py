@@ -9,7 +9,6 @@ dᵀFd = Σ_n t_nᵀH_nt_n and dᵀg = Σ_n u_nᵀt_n.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,33 +16,6 @@ from torch import Tensor
 from ngeval.errors import NumericalError
 from ngeval.model.directions import Direction
 from ngeval.problem.linearized import Linearized
-
-
-class Quadratics(NamedTuple):
-    """γ and its two parts for L updates: float64 tensors of shape ``(L,)``.
-
-    Attributes:
-        curvature: dᵀFd, in nats per squared step.
-        decrease: dᵀg, the first-order loss decrease per unit step of −d, in nats.
-        gammas: γ, NaN where dᵀg is only rounding.
-    """
-
-    curvature: Tensor
-    decrease: Tensor
-    gammas: Tensor
-
-
-def quadratics(problem: Linearized, tangents: Tensor) -> Quadratics:
-    """dᵀFd, dᵀg and γ from logit tangents.
-
-    Args:
-        problem: the problem whose Fisher and gradient grade.
-        tangents: t = J d, shape ``(L, N, *positions, C)``.
-    """
-    roots, decrease, absolute = root_forms(problem, tangents)
-    rounding = torch.finfo(torch.float64).eps * absolute
-    gammas = torch.where(decrease.abs() > rounding, roots / decrease.abs(), math.nan)
-    return Quadratics(roots.square(), decrease, gammas)
 
 
 def root_forms(problem: Linearized, tangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,12 +32,6 @@ def root_forms(problem: Linearized, tangents: Tensor) -> tuple[Tensor, Tensor, T
     roots = torch.linalg.vector_norm(scaled, dim=1) * largest.squeeze(1)
     terms = (problem.residual * unit).flatten(1)
     return roots * size, terms.sum(1) * size, terms.abs().sum(1) * size
-
-
-def gammas_of(curvature: Tensor, decrease: Tensor, rounding: Tensor | float = 0.0) -> Quadratics:
-    """γ = √(dᵀFd) / |dᵀg| where dᵀg is more than its rounding."""
-    gammas = torch.where(decrease.abs() > rounding, curvature.sqrt() / decrease.abs(), math.nan)
-    return Quadratics(curvature, decrease, gammas)
 
 
 def gamma(problem: Linearized, direction: Direction) -> float:
@@ -91,10 +57,11 @@ def gamma(problem: Linearized, direction: Direction) -> float:
         >>> bool(abs(problem.gamma(-3 * natural) / problem.gamma(natural) - 1) < 1e-12)
         True
     """
-    value = float(quadratics(problem, problem.jvp(direction).unsqueeze(0)).gammas[0])
-    if math.isnan(value):
+    tangent = problem.jvp(direction).unsqueeze(0)
+    root, decrease, absolute = (float(value) for value in root_forms(problem, tangent))
+    if not abs(decrease) > torch.finfo(torch.float64).eps * absolute:
         raise NumericalError("dᵀg = 0 to rounding: the update changes no loss, so γ is undefined")
-    return value
+    return root / abs(decrease)
 
 
 def gamma_floor(problem: Linearized) -> float:
