@@ -174,10 +174,11 @@ def _batch(case: Case, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(name: str, table: Any) -> Answers:
-    """A table's columns; texts by how many differ from the first."""
+    """A table's columns of numbers, but for estimates of rounding, which another order changes."""
     failed = table[table["status"] == "failed"] if "status" in table else table[:0]
     assert failed.empty, failed[["method", "reason"]].drop_duplicates().values.tolist()
     columns = table.select_dtypes("number")
+    columns = columns.drop(columns=[name for name in columns if name.endswith("_error")])
     return {f"{name} {column}": torch.tensor(columns[column].to_numpy()) for column in columns}
 
 
