@@ -99,9 +99,10 @@ def test_a_residual_network_against_autograd():
     problem = ngeval.Problem(model, images, targets, "categorical")
     assert problem.engine == "layers"
     named = {"x": images}
-    norms = sample_gradients(model, named, targets).norm(dim=1).numpy()
+    gradients = sample_gradients(model, named, targets)
+    norms = gradients.norm(dim=1).numpy()
     np.testing.assert_allclose(ngeval.gradient_norms(problem)["gradient_norm"], norms, rtol=1e-9)
-    expected = expected_gammas(model, named, targets, 1e-2)
+    expected = expected_gammas(model, named, targets, gradients, 1e-2)
     table = ngeval.evaluate(problem, list(expected), [1e-2]).set_index("method")["gamma"]
     assert table.to_dict() == pytest.approx(expected, rel=1e-9)
 
