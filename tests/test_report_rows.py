@@ -104,7 +104,7 @@ class TestFiles:
         assert re.search(r"<li>[^<]*g\.csv\.manifest\.json[^<]*delete it", warnings)
 
     @pytest.mark.parametrize(
-        "told",
+        "content",
         [
             {"machine": {"gpus": 3, "cores": {}, "cpu": None}},
             {"machine": {"memory": 10**400, "gpus": "one"}},
@@ -113,11 +113,11 @@ class TestFiles:
             {"options": {"a": ["x", ["y"] * 50] * 40}, "run": [1]},
         ],
     )
-    def test_odd_manifests_do_not_cost_the_page(self, tmp_path, no_pictures, told):
+    def test_odd_manifests_do_not_cost_the_page(self, tmp_path, no_pictures, content):
         read(tmp_path, {"g.csv": gammas()})
-        manifest_path(tmp_path / "g.csv").write_text(json.dumps(told), encoding="utf-8-sig")
+        manifest_path(tmp_path / "g.csv").write_text(json.dumps(content), encoding="utf-8-sig")
         (source,) = read_sources([tmp_path / "g.csv"])
-        assert (source.manifest, source.notes) == (told, ())
+        assert (source.manifest, source.notes) == (content, ())
         output = write_report([tmp_path / "g.csv"], tmp_path / "r.html")
         assert "Command, versions, machine and options" in output.read_text(encoding="utf-8")
 

@@ -155,7 +155,7 @@ def truth_of(name: str) -> zoo.Truth:
 
 
 def shared_with(name: str, engine: str) -> str:
-    """The engine under which a problem was made: ``auto`` where it chose the one that is asked."""
+    """The engine under which a problem was made: ``auto`` where that chose this engine."""
     return "auto" if made(name, engine) is made(name, "auto") else engine
 
 
