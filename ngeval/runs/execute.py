@@ -27,7 +27,7 @@ from ngeval.results.table_files import SUFFIXES, check_output, read_results, wri
 from ngeval.runs.estimate import forecast_note, size_note
 from ngeval.runs.identity import check_same, identity
 from ngeval.runs.options import OutputOptions
-from ngeval.runs.outcome import Outcome
+from ngeval.runs.outcome import Outcome, units_by_reason
 from ngeval.runs.progress import Progress, Steps
 from ngeval.runs.ranks import Ranks, joined
 from ngeval.runs.run import Run
@@ -98,10 +98,13 @@ def execute(
     if ranks.rank:
         return None
     failures = {key: entry.failure for key, entry in entries.items() if entry.failure}
-    if entries and all(entry.lost for entry in entries.values()):
-        reasons = "; ".join(dict.fromkeys(failures.values()))
-        raise InputError(f"none of {len(entries)} units could be graded: {reasons}")
     names = [checkpoint.name for checkpoint in run.checkpoints]
+    if entries and all(entry.lost for entry in entries.values()):
+        reasons = [
+            failures[first] + f" (and likewise {counted(len(others), 'more unit')})" * bool(others)
+            for first, *others in units_by_reason(failures, names)
+        ]
+        raise InputError(f"none of {len(entries)} units could be graded: {'; '.join(reasons)}")
     return Outcome(table_of(entries.values()), failures, run.num_units, len(entries), names)
 
 

@@ -51,6 +51,8 @@ def make_run(options: RunOptions) -> Run:
         engine=options.engine,
         memory=memory,
         allow_pickle=options.allow_pickle,
+        checkpoint_key=options.checkpoint_key,
+        strict=options.strict,
         optimizer_states=options.optimizer_state or (),
         optimizer_options=step,
         together=options.shard == "samples" or few,

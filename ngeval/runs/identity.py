@@ -53,6 +53,8 @@ def identity(run: Run, work: Work) -> dict[str, Any]:
     settings = {name: getattr(run, name) for name in PROCESSING}
     settings["device"] = torch.device(run.device).type
     step, count = run.optimizer_options, work.options.get("metric_batches")
+    loading = {"checkpoint_key": run.checkpoint_key, "strict": run.strict}
+    settings |= {name: value for name, value in loading.items() if value not in (None, True)}
     settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
     metric = () if count is None else run.metric_batches(count)
     parts: dict[str, Any] = {
