@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
 import os.path
@@ -51,7 +52,7 @@ MAX_NUMBER = 2.0**63
 
 NOT_WEIGHTS = re.compile(
     r"((.+[._-])?(optimizer|optim|optim_states|scheduler|lr_scheduler|scaler|grad_scaler)"
-    r"|training_args|rng_state|random_states|sampler|dl_state_dict|custom_checkpoint)([._-]\d+)*"
+    r"|training_args|rng_state|random_states|sampler|dl_state_dict|custom_checkpoint)([._-](epoch|step)?[_=-]?\d+)*"
 )
 """Files of a training run that have a checkpoint's suffix but hold no weights."""
 
@@ -121,10 +122,10 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
 
     A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter, ``.distcp`` shards of
     ``torch.distributed.checkpoint``), or a run of Trainer or accelerate with ``checkpoint-500/``
-    and others inside, or holds checkpoint files or such folders. What a folder or a glob holds is in
-    natural order (``epoch-2`` before ``epoch-10``); files of optimizers, samplers and the like are
-    skipped. A checkpoint beside a broken JSON file carries an ``error``, so that the others can be
-    graded.
+    and others inside, or holds checkpoint files or such folders. What a folder or a glob holds is
+    in natural order (``epoch-2`` before ``epoch-10``); files of optimizers, samplers and the like
+    are skipped. A checkpoint beside a broken JSON file carries an ``error``, so that the others can
+    be graded.
 
     Raises:
         CheckpointError: a pattern matches no checkpoint.
@@ -141,7 +142,7 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
             ) from error
         if not matches:
             kinds = ", ".join(SUFFIXES)
-            hint = f"; there are some in {', '.join(below[:4])}" if below else ""
+            hint = f"; there are some in {', '.join(below[:4])}" if below else _near(Path(pattern))
             raise CheckpointError(
                 f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
                 f"save_pretrained's or a PEFT adapter's files), or a glob in quotes{hint}"
@@ -173,6 +174,15 @@ def _folders_below(pattern: str) -> list[str]:
     inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     candidates = {path for path in [*folders[1:], *inside] if path.is_dir()}
     return [str(path) for path in sorted(candidates, key=_natural_key) if _in_folder(path)]
+
+
+def _near(path: Path) -> str:
+    """The end of a message about a path that does not exist: the nearest name in its folder."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    names = [other.name for other in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def is_adapter(path: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ngeval.checkpoints.layouts import EXTRA, StateDict, preferred
+from ngeval.checkpoints.layouts import EXTRA, PREFERRED, StateDict, preferred
 from ngeval.checkpoints.names import Prefixes, Shapes, fitting_prefixes, plain, with_names
 from ngeval.checkpoints.reading import ambiguous
 from ngeval.errors import CheckpointError, foreign_errors
@@ -54,19 +54,36 @@ def choose_state(model: nn.Module, path: Path, states: Mapping[str, StateDict]) 
     expected = _shapes(model.state_dict(keep_vars=True))
     fits = {key: _fit(state, expected) for key, state in states.items()}
     most = max(len(covered) for _, covered in fits.values())
+    if most < len(expected) and len(states) > 1:  # one for each part of the model?
+        whole = _joined(states)
+        found, covered = _fit(whole, expected)
+        if len(covered) == len(expected) and len(found) == 1:
+            return _choice(whole, found[0], expected, [])
     best = [key for key, (_, covered) in fits.items() if len(covered) == most]
     chosen = preferred(best)
     if len(chosen) > 1:
         raise CheckpointError(ambiguous(path, chosen))
-    (key,), remarks = chosen, []
-    if len(best) > 1:
-        others = [other for other in best if other != key]
-        remarks = [f"the weights are those under {key}; {listed(others)} would fit, too"]
+    (key,) = chosen
+    remarks = _remarks(key, [other for other in best if other != key])
     found = fits[key][0]
     if len(found) > 1:
         places = [".".join(part for part in (key, p.removed[:-1]) if part) for p in found]
         raise CheckpointError(ambiguous(path, places))
     return _choice(states[key], found[0], expected, remarks)
+
+
+def _remarks(key: str, others: list[str]) -> list[str]:
+    """What to know of a choice of weights: where others would fit, or the key is an unusual one."""
+    if others:
+        return [f"the weights are those under {key}; {listed(others)} would fit, too"]
+    usual = {*key.split(".")} & {"", *PREFERRED[: PREFERRED.index("state_dict_ema")]}
+    return [] if usual else [f"the weights are those under {key}"]
+
+
+def _joined(states: Mapping[str, StateDict]) -> StateDict:
+    """State dicts as one, in which their keys are the first part of the names."""
+    items = [(key, name, v) for key, state in states.items() for name, v in state.items()]
+    return OrderedDict((f"{key}.{name}", value) for key, name, value in items)
 
 
 def _fit(state: StateDict, expected: Shapes) -> tuple[list[Prefixes], set[str]]:
@@ -109,6 +126,20 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         for module in list(model.modules()):  # outer modules first, whose mode inner ones take
             if module.training != modes.get(module, module.training):
                 module.train(modes[module])
+
+
+class Snapshot:
+    """The values of a model's parameters and buffers at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+        self.copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model these values again."""
+        for tensor, copy in self.copies:
+            tensor.copy_(copy)
 
 
 def load_strictly(
@@ -156,18 +187,14 @@ def _loaded(
         The missing and the unexpected names that torch accepts without ``strict``; None if it
         refuses, and the model is unchanged.
     """
-    kept = [*model.parameters(), *model.buffers()] if trial else []
-    copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in kept]
+    before = Snapshot(model) if trial else None
     try:
         with foreign_errors(CheckpointError, f"{path} cannot be loaded into the model"):
             missing, unexpected = model.load_state_dict(state, strict=strict)
     except CheckpointError:  # load hooks are anybody's code
-        if not trial:
+        if before is None:
             raise
-        with torch.no_grad():
-            for tensor, copy in zip(kept, copies, strict=True):
-                if copy is not None:
-                    tensor.copy_(copy)
+        before.restore()
         return None
     return missing, unexpected
 

@@ -36,6 +36,9 @@ NOT_WEIGHTS = re.compile(
 EXTRA = "_extra_state"
 """The end of the names under which ``get_extra_state`` of modules is saved."""
 
+SCALARS = (int, float, str, type(None))
+"""Values that a program has put among the tensors themselves, as an epoch."""
+
 MAX_DEPTH = 5
 """Mappings and lists within each other that are searched."""
 
@@ -88,7 +91,8 @@ def odd_entries(content: Mapping[Any, Any]) -> list[str]:
     return [
         str(key)
         for key, entry in content.items()
-        if not isinstance(key, str) or not (_is_plain(entry) or key.endswith(EXTRA))
+        if not isinstance(key, str)
+        or not (_is_plain(entry) or key.endswith(EXTRA) or isinstance(entry, SCALARS))
     ]
 
 

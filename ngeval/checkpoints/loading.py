@@ -14,7 +14,13 @@ from torch import nn
 
 from ngeval.checkpoints.adapters import AdapterLoader, fill_adapter, find_peft
 from ngeval.checkpoints.finding import Checkpoint, find_checkpoints
-from ngeval.checkpoints.fitting import MisfitError, choose_state, load_strictly, training_mode
+from ngeval.checkpoints.fitting import (
+    MisfitError,
+    Snapshot,
+    choose_state,
+    load_strictly,
+    training_mode,
+)
 from ngeval.checkpoints.layouts import StateDict
 from ngeval.checkpoints.reading import read_states
 from ngeval.errors import CheckpointError
@@ -47,6 +53,7 @@ class CheckpointLoader:
         self.remarks: list[str] = []
         self._adapters: AdapterLoader | None = None
         self._loaded = False
+        self._built: Snapshot | None = None
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The model with a checkpoint's weights; the next call may change it.
@@ -68,6 +75,8 @@ class CheckpointLoader:
                 "separate runs"
             )
         self._loaded = True
+        if not self.strict:
+            self._restore()
         self.remarks = load_checkpoint(
             self.model,
             checkpoint,
@@ -76,6 +85,13 @@ class CheckpointLoader:
             strict=self.strict,
         )
         return self.model
+
+    def _restore(self) -> None:
+        """Give the model the weights that the task builds: a checkpoint may not have all."""
+        with training_mode(self.model):
+            if self._built is None:
+                self._built = Snapshot(self.model)
+            self._built.restore()
 
     def _adapted(self, checkpoint: Checkpoint) -> nn.Module:
         """The base with a PEFT adapter."""
@@ -138,6 +154,8 @@ def load_checkpoint(
         with training_mode(model):
             return fill_adapter(model, path, allow_pickle=allow_pickle)
     states = read_states(path, allow_pickle=allow_pickle, key=key)
+    if key in states:  # chosen by the caller, so there is nothing to remark
+        states = {"": states[key]}
     try:
         return _load(model, path, states, strict)
     except MisfitError:

@@ -230,7 +230,7 @@ def _result(opcode: str, argument: Any, taken: list[_Item]) -> _Item:
     depth = _depth(opcode, [part.depth for part in taken])
     if opcode in ("GLOBAL", "STACK_GLOBAL"):
         module, name = [part.text or "?" for part in taken] or str(argument).split(" ", 1)
-        return _Item(depth, name=f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+        return _Item(depth, name=_present_name(module, name))
     if opcode in EXTENDING and taken:
         return replace(taken[0], depth=depth)
     if opcode == "INST":
@@ -238,6 +238,12 @@ def _result(opcode: str, argument: Any, taken: list[_Item]) -> _Item:
     if opcode in CALLING and taken:
         return _Item(depth, made_by=taken[0].name)
     return _Item(depth, argument if isinstance(argument, str) else None)
+
+
+def _present_name(module: str, name: str) -> str:
+    """The name of a function or class, which protocol 2 writes as Python 2 had it."""
+    renamed = (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+    return ".".join(_compat_pickle.NAME_MAPPING.get((module, name), renamed))
 
 
 def _use(opcode: str, result: _Item, taken: list[_Item]) -> _Use | None:

@@ -29,6 +29,8 @@ from ngeval.errors import CheckpointError
 from ngeval.utils.memory import free_memory
 from ngeval.utils.text import describe_bytes, first_line, listed
 
+ENTRIES = "entries that are not plain tensors by name"
+
 
 def read_state(
     path: Path, *, allow_pickle: bool = False, key: str | None = None
@@ -52,7 +54,10 @@ def read_state(
     chosen = preferred(list(states))
     if len(chosen) > 1:
         raise CheckpointError(ambiguous(path, chosen))
-    return states[chosen[0]]
+    state = states[chosen[0]]
+    if odd := [name for name, entry in state.items() if not isinstance(entry, Tensor)]:
+        raise CheckpointError(f"{path} holds {ENTRIES}: {listed(odd)}")
+    return state
 
 
 def read_states(
@@ -184,8 +189,8 @@ def _no_state(path: Path, content: Any) -> str:
         return _refused(path, asks_for_code(path), "model.state_dict()")
     if not isinstance(content, Mapping):
         return f"{path} holds a {type(content).__name__}, not a state dict of tensors by name"
-    odd = odd_entries(content)
-    what = f"entries that are not plain tensors by name: {listed(odd)}" if odd else "nothing"
+    odd = odd_entries(content) or list(map(str, content))
+    what = f"{ENTRIES}: {listed(odd)}" if odd else "nothing"
     return (
         f"{path} holds {what}; ngeval reads a state dict of tensors by name, also under one of "
         f"{', '.join(PREFERRED[:7])}, …"

@@ -141,9 +141,9 @@ def get_method(method: str | Method | Optimizer) -> Method:
     Args:
         method: ``"ief"``, ``"sf:4"`` (four draws), ``"diag-ef:0.5"`` (ρ = ½), ``"kfac:reduce"``,
             an optimizer's name or the path of its class (``"adamw"``,
-            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …, with any letters in capitals (``"iEF"``
-            is ``"ief"``); an optimizer, whose step is graded (see `OptimizerStep`); or an object with ``name`` and ``prepare``, which is returned
-            unchanged.
+            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …, in any case (``"iEF"``); an optimizer,
+            whose step is graded (see `OptimizerStep`); or an object with ``name`` and ``prepare``,
+            which is returned unchanged.
 
     Raises:
         InputError: there is no such method, its parameter cannot be read, or a plug-in fails to

@@ -101,11 +101,16 @@ def execute(
     names = [checkpoint.name for checkpoint in run.checkpoints]
     if entries and all(entry.lost for entry in entries.values()):
         reasons = [
-            failures[first] + f" (and likewise {counted(len(others), 'more unit')})" * bool(others)
-            for first, *others in units_by_reason(failures, names)
+            failures[units[0]] + _likewise(len({stage for stage, _ in units}) - 1)
+            for units in units_by_reason(failures, names)
         ]
         raise InputError(f"none of {len(entries)} units could be graded: {'; '.join(reasons)}")
     return Outcome(table_of(entries.values()), failures, run.num_units, len(entries), names)
+
+
+def _likewise(others: int) -> str:
+    """How many other checkpoints have failed for the same reason."""
+    return f" (and likewise {counted(others, 'other checkpoint')})" if others else ""
 
 
 class _Execution:

@@ -144,7 +144,7 @@ def listed(lines: Sequence[str], count: int | None = None) -> str:
 def _task(run: Run) -> dict[str, Any]:
     """The model as it is built, where checkpoints do not replace it, and the user's files."""
     task, model = run.task, run.task.model()
-    base = any(c.is_adapter or c.as_built for c in run.checkpoints)
+    base = not run.strict or any(c.is_adapter or c.as_built for c in run.checkpoints)
     return {
         "name": task.name,
         "likelihood": _without_addresses(task.resolved_likelihood()),
