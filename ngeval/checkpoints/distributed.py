@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from ngeval.checkpoints.pickles import unreadable_because
 from ngeval.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -62,6 +63,8 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or damaged, or the pickle in ``.metadata`` names other
             classes than torch writes there.
     """
+    if reason := unreadable_because(folder / METADATA):
+        raise CheckpointError(f"{folder / METADATA} cannot be read: {reason}")
     try:
         content = _Unpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
         _check(folder, content)
