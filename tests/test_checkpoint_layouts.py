@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import pickle
@@ -27,6 +28,9 @@ from ngeval.checkpoints import (
     read_state,
 )
 from ngeval.results.hashes import hash_checkpoint
+from ngeval.results.manifest import read_run_manifest
+from ngeval.results.table_files import read_results
+from tests.small_runs import Small, run
 
 
 def make_model(seed=0):
@@ -137,7 +141,10 @@ def test_layouts(tmp_path, content):
 @pytest.mark.parametrize("old", [False, True])
 def test_nothing_foreign_is_made(tmp_path, old):
     path = tmp_path / "a.pt"
-    torch.save({"model": STATE} | BESIDE, path, _use_new_zipfile_serialization=not old)
+    beside = dict(BESIDE)
+    if old:  # modules have their source code with them, which torch refuses
+        del beside["hyper_parameters"]
+    torch.save({"model": STATE} | beside, path, _use_new_zipfile_serialization=not old)
     Loud.made.clear()
     assert read_state(path).keys() == STATE.keys()
     assert Loud.made == []
@@ -252,6 +259,7 @@ class Scaled(nn.Module):
 
 
 class TestTorchDecides:
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
     @pytest.mark.parametrize("prefix", ["", "module.", "model."])
     def test_weight_norm_of_before(self, tmp_path, prefix):
         torch.manual_seed(3)
@@ -493,7 +501,7 @@ class TestFiles:
         assert len(read_optimizer(checkpoint.optimizer).states) == 1
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore:torch.distributed")
 class TestDistributed:
     def save(self, folder, content):
         save_distributed(content, checkpoint_id=str(folder), no_dist=True)
@@ -529,3 +537,50 @@ class TestDistributed:
         shard.write_bytes(shard.read_bytes()[:size])
         with pytest.raises(CheckpointError, match=str(tmp_path)):
             load_checkpoint(make_model(), tmp_path)
+
+
+class TestRuns:
+    """What the files are is reported once, and stays with the results."""
+
+    @pytest.fixture
+    def small(self, tmp_path):
+        small = Small.of(tmp_path)
+        for stage in range(3):
+            state = nn.Linear(4, 3).state_dict()
+            torch.save({"student": state, "teacher": state.copy()}, tmp_path / f"pair-{stage}.pt")
+            torch.save(
+                {"weight": state["weight"], "scale": state["bias"]}, tmp_path / f"{stage}.th"
+            )
+        return small
+
+    def pairs(self, small, *more, code=0, kind="pair-*.pt"):
+        words = small.args("gamma", small.folder / "r.csv", *more)
+        words[words.index("epoch=*.safetensors")] = kind
+        with contextlib.chdir(small.folder):
+            return run(*words, code=code)
+
+    @pytest.mark.parametrize(
+        ("kind", "words"),
+        [("pair-*.pt", "under student, teacher"), ("*.th", "missing: bias; unexpected: scale")],
+    )
+    def test_one_message(self, small, kind, words):
+        result = self.pairs(small, code=2, kind=kind)
+        assert result.stderr.count(words) == 1
+        assert "(and likewise 2 other checkpoints)" in result.stderr
+        assert not (small.folder / "r.csv").exists()
+
+    def test_a_key(self, small):
+        self.pairs(small, "--checkpoint-key", "teacher")
+        path = small.folder / "r.csv"
+        settings = read_run_manifest(path).identity.settings
+        assert settings["checkpoint_key"] == "teacher"
+        with contextlib.chdir(small.folder):
+            run("verify", path, "--task", "mine.py:task")
+        other = self.pairs(small, "--checkpoint-key", "student", "--resume", code=2)
+        assert "settings.checkpoint_key" in other.stderr
+
+    def test_what_is_left_out(self, small):
+        result = self.pairs(small, "--no-strict", kind="*.th")
+        left_out = "left out of the checkpoint: scale"
+        assert result.stderr.count(left_out) == 1
+        assert read_results(small.folder / "r.csv")["note"].str.contains(left_out).all()

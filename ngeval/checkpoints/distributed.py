@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ngeval.checkpoints.pickles import unreadable_because
 from ngeval.errors import CheckpointError
+from ngeval.utils.text import first_line
 
 METADATA = ".metadata"
 
@@ -77,10 +79,12 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         return _nested(tensors, content.planner_data or {})
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged file can raise anything
+    except (Exception, CheckpointException) as error:  # a damaged file can raise anything
+        failures = getattr(error, "failures", {})  # by rank, each with its traceback
+        cause = next((failure for failure, _ in failures.values()), error)
         raise CheckpointError(
-            f"{folder} cannot be read as a checkpoint of torch.distributed: "
-            f"{type(error).__name__}: {str(error)[:300]}"
+            f"{folder} cannot be read as a checkpoint of torch.distributed (truncated, or not "
+            f"complete?): {type(cause).__name__}: {first_line(cause, 300)}"
         ) from error
 
 
