@@ -55,6 +55,8 @@ def fitting_prefixes(shapes: Shapes, expected: Shapes) -> list[Prefixes]:
     Several are returned where parts of the file fit the whole model equally well. No prefix, and
     the names of wrapped models, come before others.
     """
+    if expected.keys() <= shapes.keys():
+        return [Prefixes()]
     scores: dict[Prefixes, int] = {}
     for prefixes in [Prefixes(), *_proposed(list(shapes), list(expected))]:
         renamed = {prefixes.renamed(name): shape for name, shape in shapes.items()}

@@ -24,8 +24,8 @@ VALUES = re.compile(
     r"numpy(\._?core)?\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|random\.[\w.]+)|"
     r"collections\.(defaultdict|deque|Counter)|pathlib[\w.]*\.\w+|argparse\.Namespace|uuid\.UUID|"
     r"datetime\.\w+|decimal\.Decimal|fractions\.Fraction|functools\.partial|_io\.(BytesIO|StringIO)|"
-    r"copyreg\._reconstructor|_codecs\.encode|torch\.(nn\.parameter|storage|serialization)\._?[A-Za-z]\w*|"
-    r"builtins\.(set|frozenset|list|dict|tuple|bytes|bytearray|complex|slice|range|int|float|str|bool)"
+    r"copyreg\._reconstructor|_operator\.getitem|typing\.\w+|types\.SimpleNamespace|_codecs\.encode|torch\.(nn\.parameter|storage|serialization)\._?[A-Za-z]\w*|"
+    r"builtins\.(set|frozenset|list|dict|tuple|bytes|bytearray|complex|slice|range|int|float|str|bool|type)"
 )
 """Functions that pickles of harmless values call; no file makes ngeval call one of them."""
 

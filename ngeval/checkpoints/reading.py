@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 import zipfile
@@ -28,6 +29,9 @@ from ngeval.checkpoints.pickles import BROKEN, Inert, asks_for_code, stand_ins, 
 from ngeval.errors import CheckpointError
 from ngeval.utils.memory import free_memory
 from ngeval.utils.text import describe_bytes, first_line, listed
+
+LFS = b"version https://git-lfs"
+"""The first bytes of a file that Git LFS has not fetched."""
 
 ENTRIES = "entries that are not plain tensors by name"
 
@@ -174,6 +178,12 @@ def _refused(path: Path, named: list[str], instead: str) -> str:
 
 
 def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            return CheckpointError(
+                f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs "
+                "pull`"
+            )
     return CheckpointError(
         f"{path} cannot be read as a checkpoint (truncated, or of another format?): "
         f"{type(error).__name__}: {first_line(error)}"

@@ -120,7 +120,7 @@ class Units:
             for remark in self.loader.remarks:
                 if remark not in self.remarks:
                     self.remarks.add(remark)
-                    self.progress.warn(f"{checkpoint.name}: {remark}")
+                    self.progress.warn(f"warning: {checkpoint.name}: {remark}")
             if checkpoint.is_adapter:
                 self.progress.note(f"{checkpoint.name}: {trainable_note(self.model)}")
 
