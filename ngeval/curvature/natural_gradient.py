@@ -63,6 +63,12 @@ class DenseSolver:
         return replace(SpaceUpdates.of(self.space, solved), roots=roots)
 
 
+def dense_solver(kernel: Kernel) -> DenseSolver:
+    """The solver of a kernel with all of Θ, made once."""
+    shards = kernel.problem.shards
+    return kernel.memo(DenseSolver, lambda: shards.synchronized(lambda: DenseSolver(kernel)))
+
+
 NaturalGradientSolver = DenseSolver | KrylovRun
 
 
@@ -75,7 +81,7 @@ def natural_solver(
     """
     problem = kernel.problem
     if dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense:
-        return problem.shards.synchronized(lambda: DenseSolver(kernel))
+        return dense_solver(kernel)
     return kernel.once(KrylovRun, gap, max_iterations)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +47,9 @@ class RowSvd:
         right: V, orthonormal columns, shape ``(r, k)``.
         lengths: of what each row was summed from, relative to the scale, shape ``(n,)``: a row
             that is far shorter is the rounding of a sum that cancels.
+        change: E / scale for rows A + E near those that are factored, whose solutions are those of
+            A corrected to first order in E; None for A's own.
+        origin: the factorisation of A itself, where there is such a change.
     """
 
     rows: Tensor
@@ -55,6 +58,8 @@ class RowSvd:
     singular: Tensor
     right: Tensor
     lengths: Tensor
+    change: Tensor | None = None
+    origin: RowSvd | None = None
 
     @classmethod
     def of(cls, rows: Tensor, lengths: Tensor | None = None) -> RowSvd:
@@ -75,6 +80,11 @@ class RowSvd:
         sizes = sizes if lengths is None else torch.maximum(sizes, lengths / scale)
         return cls(unit, scale, *graded_svd(unit), sizes)
 
+    def moved(self, rows: Tensor) -> RowSvd:
+        """The same for rows that are near these, A + E: shape ``(n, r)``."""
+        check_products(rows)
+        return replace(self, change=rows / self.scale - self.rows, origin=self)
+
     @property
     def largest(self) -> float:
         """The largest eigenvalue of AAᵀ, 0 for the zero matrix."""
@@ -86,20 +96,25 @@ class RowSvd:
 
         Its rank is that of the rows scaled by their `lengths`, by a pivoted QR factorisation.
         """
+        if self.origin is not None:
+            zero = self.origin.at_zero
+            return replace(zero, change=self.change, origin=zero)
         lengths = self.lengths
         unit = self.rows / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
+        columns = unit.T.cpu().numpy()
         with one_thread():
-            basis, upper, pivots = scipy.linalg.qr(
-                unit.T.cpu().numpy(), mode="economic", pivoting=True
-            )
-        cutoff = RANK * len(unit) * np.finfo(np.float64).eps
-        rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+            upper, _ = scipy.linalg.qr(columns, mode="r", pivoting=True)
+            cutoff = RANK * len(unit) * np.finfo(np.float64).eps
+            rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+            if rank == self.rank:
+                return self
+            basis, upper, pivots = scipy.linalg.qr(columns, mode="economic", pivoting=True)
         lower = np.zeros((len(unit), rank))
         lower[pivots] = upper[:rank].T
         kept = lengths.unsqueeze(1) * torch.from_numpy(lower).to(self.rows)
         left, singular, right = graded_svd(kept)
-        columns = torch.from_numpy(basis[:, :rank]).to(self.rows)
-        kept, right = kept @ columns.T, columns @ right
+        span = torch.from_numpy(basis[:, :rank]).to(self.rows)
+        kept, right = kept @ span.T, span @ right
         return RowSvd(kept, self.scale, left, singular, right, lengths)
 
     def at(self, damping: float) -> RowSvd:
@@ -121,7 +136,9 @@ class RowSvd:
         svd = self.at(damping)
         unit, size = svd._divided(svd.singular * (svd.left.T @ target), damping, 1.0)
         image = svd.image(unit)
-        return Solution(svd.right @ unit, size, float(image.sum()), image)
+        solution = Solution(svd.right @ unit, size, float(image.sum()), image)
+        corrected = svd._corrected(solution, target, damping)
+        return replace(corrected, slope=float(corrected.image.sum()))
 
     def image(self, coefficients: Tensor) -> Tensor:
         """A Vc, shape ``(n,)``."""
@@ -137,9 +154,44 @@ class RowSvd:
         if gradient.right is None:
             direct = self.right.T @ gradient.total
             return torch.where(direct.abs() > gradient.rounding, direct, 0.0)
+        return self.scale * ((self.origin or self)._parts.T @ gradient.right)
+
+    @cached_property
+    def _parts(self) -> Tensor:
+        """v_jᵀa_i / scale, by whichever of its two forms rounds less, shape ``(n, k)``."""
         short = self.rows.norm(dim=1, keepdim=True) < self.singular
-        parts = torch.where(short, self.rows @ self.right, self.left * self.singular)
-        return self.scale * (parts.T @ gradient.right)
+        return torch.where(short, self.rows @ self.right, self.left * self.singular)
+
+    def _corrected(self, solution: Solution, right: Tensor | None, damping: float) -> Solution:
+        """The solution for A + E, to first order: d − P[(AᵀE + Eᵀ(A + E))d − Eᵀb], P = (AᵀA + λ)⁻¹.
+
+        Args:
+            solution: d = P g, without the slope of the corrected one.
+            right: b where g is Aᵀb; None for a g that does not depend on A.
+            damping: λ.
+        """
+        if self.change is None or not 0 < solution.size < math.inf:
+            return solution
+        # All is divided by max(scale², λ), in an order in which nothing underflows or overflows.
+        relative = damping / self.scale / self.scale
+        inverse, shift = 1 / max(1.0, relative), min(1.0, relative)
+        y, moved = solution.vector, self.change @ solution.vector
+        residual = -inverse * (solution.image / self.scale + moved)
+        if right is not None and relative <= 1:
+            residual = residual + right / self.scale / solution.size
+        elif right is not None:
+            residual = residual + right * (self.scale / solution.size / damping)
+        outside = self.change.T @ residual
+        inside = self.right.T @ outside
+        outside = outside - self.right @ inside
+        parts = inside - inverse * self.singular * (self.left.T @ moved)
+        parts = parts / (inverse * self.singular.square() + shift)
+        step = self.right @ parts
+        if shift > 0:
+            step = step + outside / shift
+        image = solution.image + self.image(parts) + self.scale * (moved + self.change @ step)
+        vector, length = unit_vector(y + step)
+        return replace(solution, vector=vector, size=solution.size * length, image=image / length)
 
     def _divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
         """Factor · scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length.
@@ -189,30 +241,52 @@ class DampedInverse:
 
     @cached_property
     def outside(self) -> Tensor | None:
-        """The part g − VVᵀg; None where that is the rounding of g."""
+        """The part g − VVᵀg; None where that is the rounding of g, or the correction's."""
         outside = self.gradient.total
+        if self.rows.change is not None and self.gradient.right is not None:
+            return None
         for _ in range(2):  # the second projection removes the rounding of the first
             outside = outside - self.rows.right @ (self.rows.right.T @ outside)
         return outside if float(outside.norm()) > self.gradient.rounding else None
 
+    @cached_property
+    def _coefficients(self) -> Tensor:
+        return self.rows.gradient_coefficients(self.gradient)
+
+    @cached_property
+    def _coefficients_at_zero(self) -> Tensor:
+        return self.rows.at_zero.gradient_coefficients(self.gradient)
+
     def solve(self, damping: float) -> Solution:
         """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""
         svd = self.rows.at(damping)
-        coefficients = svd.gradient_coefficients(self.gradient)
+        coefficients = self._coefficients if damping > 0 else self._coefficients_at_zero
         unit, size = svd._divided(coefficients, damping, 1 / svd.scale)
         vector, slope, image = svd.right @ unit, float(coefficients @ unit), svd.image(unit)
-        if damping == 0 or self.outside is None:
-            return Solution(vector, size, slope, image)
-        # λd, whose parts are at most as long as g.
-        inside = size * damping
-        whole, length = unit_vector(vector * inside + self.outside)
-        slope = (slope * inside + float(self.outside @ self.outside)) / length
-        return Solution(whole, length / damping, slope, image * (inside / length))
+        solution = Solution(vector, size, slope, image)
+        if damping > 0 and self.outside is not None:
+            # λd, whose parts are at most as long as g.
+            inside = size * damping
+            whole, length = unit_vector(vector * inside + self.outside)
+            slope = (slope * inside + float(self.outside @ self.outside)) / length
+            solution = Solution(whole, length / damping, slope, image * (inside / length))
+        return self._corrected(svd, solution, damping)
+
+    def _corrected(self, svd: RowSvd, solution: Solution, damping: float) -> Solution:
+        """Of rows A + E with g = (A + E)ᵀr, or g as it is where r is not known."""
+        if svd.change is None:
+            return solution
+        right, base = self.gradient.right, solution.vector
+        corrected = svd._corrected(solution, right, damping)
+        slope = solution.slope + float(self.gradient.total @ (corrected.vector - base))
+        if right is not None:
+            slope += svd.scale * float(right @ (svd.change @ base))
+        return replace(corrected, slope=slope)
 
     def least_gamma(self) -> float:
         """(gᵀ(AᵀA)⁺g)^(−1/2), ∞ where g = 0."""
         svd = self.rows.at_zero
-        parts = svd.gradient_coefficients(self.gradient) / svd.singular / svd.scale
+        parts = self._coefficients_at_zero / svd.singular / svd.scale
         return 1 / unit_vector(parts)[1] if bool(parts.any()) else math.inf
 
 
@@ -235,16 +309,18 @@ class Solution:
 
 def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, σ and V of rows whose entries are at most 1 in size; only σ > 0."""
-    if max(rows.shape) > JACOBI_SIZE and min(rows.shape) > JACOBI_SIZE // 2:
-        left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-        parts = left, singular, right.T
+    nonzero = rows.any(1)
+    part = rows[nonzero]
+    if max(part.shape) > JACOBI_SIZE and min(part.shape) > JACOBI_SIZE // 2:
+        inner, singular, right = torch.linalg.svd(part, full_matrices=False)
+        right = right.T
     else:
-        parts = tuple(  # type: ignore[assignment]
-            torch.from_numpy(part).to(rows) for part in _jacobi(rows.cpu().numpy())
-        )
-    left, singular, right = parts
+        parts = _jacobi(part.cpu().numpy())
+        inner, singular, right = (torch.from_numpy(each).to(rows) for each in parts)
     kept = singular > 0
-    return left[:, kept], singular[kept], right[:, kept]
+    left = rows.new_zeros(len(rows), int(kept.sum()))
+    left[nonzero] = inner[:, kept]
+    return left, singular[kept], right[:, kept]
 
 
 def _jacobi(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.natural_gradient import DenseSolver
+from ngeval.curvature.natural_gradient import dense_solver
 from ngeval.grading.grade import SAFETY, Grades, Noise, grade, relative_change
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
@@ -85,22 +85,18 @@ class Perturbations:
             errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
         return grades._replace(errors=errors)
 
-    def natural_errors(self, dampings: Sequence[float]) -> tuple[np.ndarray, float]:
-        """The relative errors of the exact natural gradient's γ at every λ, and of γ_min."""
-        exact = DenseSolver(self.kernel)
-        gammas, least = exact.gammas(dampings), exact.gamma_min()
+    def natural_errors(self, dampings: Sequence[float]) -> np.ndarray:
+        """The relative errors of the exact natural gradient's γ at every λ."""
+        gammas = dense_solver(self.kernel).gammas(dampings)
         errors = np.full(len(dampings), 1e-15)
-        least_error = 1e-15 + 2 * exact.whitening_error
         for kernel in self.kernels:
-
-            def again(kernel: Kernel = kernel) -> tuple[np.ndarray, float]:
-                solver = DenseSolver(kernel)
-                return solver.gammas(dampings), solver.gamma_min()
-
-            result = attempt(kernel.problem.shards, again, NUMERICAL)
-            if isinstance(result, Failure):
-                return np.full(len(gammas), math.inf), math.inf
+            moved = attempt(
+                kernel.problem.shards,
+                lambda kernel=kernel: dense_solver(kernel).gammas(dampings),
+                NUMERICAL,
+            )
+            if isinstance(moved, Failure):
+                return np.full(len(gammas), math.inf)
             with np.errstate(invalid="ignore", divide="ignore"):
-                errors = np.fmax(errors, SAFETY * np.abs(result[0] / gammas - 1))
-                least_error = np.fmax(least_error, SAFETY * abs(result[1] / least - 1))
-        return errors, float(least_error)
+                errors = np.fmax(errors, SAFETY * np.abs(moved / gammas - 1))
+        return errors

@@ -358,8 +358,9 @@ def _with_natural(
         least = max(solver.gamma_min(), floor)  # equal but for rounding, or above
         if solver.iterations:
             return solver, bounds, least, float(bounds.gaps[0])
-        errors, error = request.perturbations.natural_errors(dampings)
+        errors = request.perturbations.natural_errors(dampings)
         lower = np.fmax(bounds.lower / (1 + errors), floor)
+        error = float(errors[0]) + 2 * solver.whitening_error
         return solver, Bounds(lower, bounds.upper * (1 + errors)), least, error
 
     result = attempt(problem.shards, solved, NUMERICAL)
