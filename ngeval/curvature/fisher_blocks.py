@@ -146,7 +146,7 @@ def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
 
 def _factors(problem: Problem, groups: Sequence[Group]) -> dict[str, GramFactor]:
     _check_sizes(problem, groups)
-    factors = {}
+    factors: dict[str, GramFactor] = {}
     small = [group for group in groups if _by_parameters(problem, group)]
     for part in _batches(problem, small):
         squares = group_squares(problem.rows, factor_columns(problem), _names(part))

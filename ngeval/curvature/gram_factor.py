@@ -19,14 +19,14 @@ class GramFactor:
     """L with LLᵀ = A, by a Cholesky factorisation with pivoting on rows scaled to unit length.
 
     Attributes:
-        lengths: of the rows, the square roots of A's diagonal, shape ``(n,)``.
-        unit: the rows of L scaled to unit length, shape ``(n, r)``.
-        pivots: the r rows of which ``unit`` is lower triangular.
+        lower: L, shape ``(n, r)``.
+        lengths: of its rows, shape ``(n,)``.
+        pivots: the r rows of which it is lower triangular.
         places: a number for each row, the same for equal rows of A.
     """
 
+    lower: Tensor
     lengths: Tensor
-    unit: Tensor
     pivots: Tensor
     places: Tensor
 
@@ -54,21 +54,17 @@ class GramFactor:
             )
         lower = np.zeros((size, int(rank)))
         lower[pivots - 1] = np.tril(factor)[:, : int(rank)]
+        rows = lengths.unsqueeze(1) * torch.from_numpy(lower)
         places = torch.from_numpy(pivots[: int(rank)].astype(np.int64) - 1)
         _, equal = torch.unique(gram, dim=0, return_inverse=True)
         device = gram.device
-        return cls(lengths.to(device), torch.from_numpy(lower).to(device), places.to(device), equal)
-
-    @property
-    def lower(self) -> Tensor:
-        """L, shape ``(n, r)``."""
-        return self.lengths.unsqueeze(1) * self.unit
+        return cls(rows.to(device), lengths.to(device), places.to(device), equal)
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """W with Lᵀw = y, which is 0 but at the pivots: shape ``(k, r)`` → ``(k, n)``."""
-        square = self.unit[self.pivots]
+        square = self._unit(self.pivots)
         solved = torch.linalg.solve_triangular(square.T, coordinates.T, upper=True)
-        weights: Tensor = coordinates.new_zeros(len(coordinates), len(self.unit))
+        weights: Tensor = coordinates.new_zeros(len(coordinates), len(self.lower))
         weights[:, self.pivots] = solved.T / self.lengths[self.pivots]
         return weights
 
@@ -83,17 +79,24 @@ class GramFactor:
             noise: the relative size of the change.
             generator: of the noise; equal rows get equal noise.
         """
-        unit, pivots = self.unit, self.pivots
-        shape = (len(unit), len(unit))
-        change = torch.randn(shape, generator=generator, dtype=unit.dtype).to(unit)
-        if int(self.places.max()) + 1 < len(unit):
+        pivots, size = self.pivots, len(self.lower)
+        change = torch.randn((size, size), generator=generator, dtype=torch.float64)
+        change = change.to(self.lower)
+        if size and int(self.places.max()) + 1 < size:
             change = change[self.places][:, self.places]
         change = (change + change.T)[:, pivots] * (noise / 2**0.5)
-        square = unit[pivots]
+        square = self._unit(pivots)
         change = torch.linalg.solve_triangular(square.T, change, upper=True, left=False)
-        others = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+        others = torch.ones(size, dtype=torch.bool, device=change.device)
         others[pivots] = False
         change[pivots] /= 2
-        shares = torch.linalg.solve_triangular(square, unit[others], upper=False, left=False)
+        rest = self._unit(others.nonzero().flatten())
+        shares = torch.linalg.solve_triangular(square, rest, upper=False, left=False)
         change[others] -= shares @ change[pivots]
-        return replace(self, unit=unit + change)
+        return replace(self, lower=self.lower + change * self.lengths.unsqueeze(1))
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        """Rows of L at unit length."""
+        lengths = self.lengths[rows]
+        unit: Tensor = self.lower[rows] / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
+        return unit

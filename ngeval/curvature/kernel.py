@@ -22,6 +22,7 @@ from ngeval.curvature.row_space import (
     RowSpace,
     SpanSpace,
     choose_form,
+    dense_bytes,
     dense_is_feasible,
 )
 from ngeval.curvature.row_svd import RowSvd
@@ -99,7 +100,7 @@ class Kernel:
             size = problem.num_samples * problem.num_outputs
             raise EngineError(
                 f"the logit kernel of {size} outputs is out of reach: it takes "
-                f"{describe_bytes(40 * size**2)}; use fewer samples"
+                f"{describe_bytes(dense_bytes(problem.sizes))}; use fewer samples"
             )
         return problem.shards.synchronized(lambda: form(problem))
 

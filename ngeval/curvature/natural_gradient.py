@@ -63,6 +63,12 @@ class DenseSolver:
         return replace(SpaceUpdates.of(self.space, solved), roots=roots)
 
 
+def has_dense_solver(kernel: Kernel) -> bool:
+    """Whether Θ is within reach."""
+    problem = kernel.problem
+    return dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense
+
+
 def dense_solver(kernel: Kernel) -> DenseSolver:
     """The solver of a kernel with all of Θ, made once."""
     shards = kernel.problem.shards
@@ -79,8 +85,7 @@ def natural_solver(
 
     Both share the costly part, a factorisation or the run so far, with other calls for the kernel.
     """
-    problem = kernel.problem
-    if dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense:
+    if has_dense_solver(kernel):
         return dense_solver(kernel)
     return kernel.once(KrylovRun, gap, max_iterations)
 

@@ -33,6 +33,10 @@ EXPLICIT_ENTRIES = 2**22
 DENSE_SIZE = 6000
 """Up to this N·C the natural gradient is exact, by a factorisation."""
 
+DENSE_MATRICES = 15
+"""Θ's factor, the decomposition of SᵀL, LAPACK's workspace and the perturbed rows, each N·C × N·C,
+as measured."""
+
 COMMON_RANK = 48
 """An estimate of how many vectors span the updates of several methods over twelve decades of λ; it
 affects the form, not the numbers."""
@@ -361,6 +365,10 @@ def choose_form(
 
 
 def dense_is_feasible(sizes: Sizes, budget: int) -> bool:
-    """Whether Θ, its Cholesky factor, the SVD of SᵀL and LAPACK's workspace fit in memory."""
-    size = sizes.samples * sizes.outputs
-    return size <= DENSE_SIZE and 5 * 8 * size**2 <= budget
+    """Whether what the exact natural gradient needs fits in memory."""
+    return sizes.samples * sizes.outputs <= DENSE_SIZE and dense_bytes(sizes) <= budget
+
+
+def dense_bytes(sizes: Sizes) -> int:
+    """The memory that the exact natural gradient needs where J is not kept."""
+    return DENSE_MATRICES * 8 * (sizes.samples * sizes.outputs) ** 2

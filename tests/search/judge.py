@@ -75,6 +75,7 @@ class Reference:
             [perturbed(part, epsilon, generator) for part in rows] for _ in range(PERTURBATIONS)
         ]
         self.versions = [_Version(version) for version in (rows, *noisy)]
+        self._clear: dict[str, bool] = {}
         self.sampled = {
             draws: _draws(problem, draws, drawn.seed) for draws in _needed(drawn.methods)
         }
@@ -82,7 +83,18 @@ class Reference:
     def grades(self, method: str, damping: float) -> list[Grade | None]:
         """One for each version of the rows; None where rank is a matter of rounding."""
         labels = self.sampled.get(_count(method), [])
+        if damping == 0 and method != "sgd" and not self._has_clear_rank(method):
+            return [None] * len(self.versions)
         return [version.grade(method, damping, labels) for version in self.versions]
+
+    def _has_clear_rank(self, method: str) -> bool:
+        """Whether λ = 0 means the same for every version of the rows."""
+        if method not in self._clear:
+            self._clear[method] = method.startswith("diag") or (
+                not method.startswith("sf")  # F̂⁺g is another thing than the limit; see test_methods
+                and self.versions[0].right.has_clear_rank(method)
+            )
+        return self._clear[method]
 
     def largest(self, method: str) -> float:
         """The largest eigenvalue of the method's own curvature, in float64."""
@@ -93,6 +105,8 @@ class Reference:
 
     def gamma_min(self) -> list[float | None]:
         """γ_min for each version of the rows."""
+        if not self._has_clear_rank("ng"):
+            return [None] * len(self.versions)
         return [version.gamma_min() for version in self.versions]
 
 
@@ -105,10 +119,6 @@ class _Version:
     def grade(self, method: str, damping: float, labels: list[np.ndarray]) -> Grade | None:
         if damping > 0 or method == "sgd":
             return self.updates.grade(method, arb(damping), labels, self.metric)
-        if method.startswith("sf"):
-            return None  # F̂⁺g is another thing than the limit; tests/test_methods.py has it
-        if not method.startswith("diag") and not self.right.has_clear_rank(method):
-            return None
         curvature = self.updates.curvature(method, labels)
         both = [
             self.updates.grade(method, tiny, labels, self.metric)
@@ -117,8 +127,6 @@ class _Version:
         return both[1] if _agree(both[0].gamma, both[1].gamma) else None
 
     def gamma_min(self) -> float | None:
-        if not self.right.has_clear_rank("ng"):
-            return None
         tiny = tiny_dampings(self.right.fisher, self.right.bits)
         both = [gamma_min(self.right, damping) for damping in tiny]
         return both[1] if _agree(*both) else None
