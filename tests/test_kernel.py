@@ -52,10 +52,10 @@ def test_the_form_that_suits_the_sizes(sizes, options, expected):
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(8 * 4 * 8 * 3 * 50, "JacobianSpace"), (8 * 4 * 8 * 3 * 50 - 1, "GramSpace")],
+    [(8 * 4 * 8 * 3 * 200, "JacobianSpace"), (8 * 4 * 8 * 3 * 200 - 1, "GramSpace")],
 )
 def test_the_form_that_fits_in_the_budget(budget, expected):
-    assert kernel.choose_form(Sizes(8, 3, 50), budget).__name__ == expected
+    assert kernel.choose_form(Sizes(8, 3, 200), budget).__name__ == expected
 
 
 def test_no_form_fits():

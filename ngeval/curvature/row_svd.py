@@ -35,6 +35,10 @@ RANK = 10
 before it have been projected out."""
 
 
+SWEEPS = 3
+"""Of the refinement for rows that have changed."""
+
+
 @dataclass(frozen=True)
 class RowSvd:
     """A matrix of rows A = U diag(σ) Vᵀ with its scale taken out: A = scale · U diag(σ) Vᵀ.
@@ -145,53 +149,107 @@ class RowSvd:
         return self.scale * (self.left @ (self.singular * coefficients))
 
     def gradient_coefficients(self, gradient: RowSum) -> Tensor:
-        """C = Vᵀg of a gradient g = Aᵀr = Σ_i r_i a_i, term by term.
+        """C = Vᵀg of a gradient g = Aᵀr, as ΣUᵀr.
 
-        The part v_jᵀa_i of a row is also σ_j u_ij. Their errors are ε‖a_i‖ and εσ_j: the first is
-        taken for rows shorter than σ_j, which an improbable label's are, and the second for longer
-        ones. Without r, what may be the rounding of g is left out.
+        Without r, what may be the rounding of g is left out.
         """
         if gradient.right is None:
             direct = self.right.T @ gradient.total
             return torch.where(direct.abs() > gradient.rounding, direct, 0.0)
-        return self.scale * ((self.origin or self)._parts.T @ gradient.right)
+        coefficients: Tensor = self.scale * (self.singular * (self.left.T @ gradient.right))
+        return coefficients
 
-    @cached_property
-    def _parts(self) -> Tensor:
-        """v_jᵀa_i / scale, by whichever of its two forms rounds less, shape ``(n, k)``."""
-        short = self.rows.norm(dim=1, keepdim=True) < self.singular
-        return torch.where(short, self.rows @ self.right, self.left * self.singular)
-
-    def _corrected(self, solution: Solution, right: Tensor | None, damping: float) -> Solution:
-        """The solution for A + E, to first order: d − P[(AᵀE + Eᵀ(A + E))d − Eᵀb], P = (AᵀA + λ)⁻¹.
+    def _corrected(
+        self, solution: Solution, right: Tensor | None, damping: float, lost: Tensor | None = None
+    ) -> Solution:
+        """The solution for A + E, by refinement.
 
         Args:
-            solution: d = P g, without the slope of the corrected one.
+            solution: d = P g with P = (AᵀA + λI)⁻¹; its slope is not corrected.
             right: b where g is Aᵀb; None for a g that does not depend on A.
             damping: λ.
+            lost: the part of such a g that a pseudo-inverse leaves out.
         """
         if self.change is None or not 0 < solution.size < math.inf:
             return solution
         # All is divided by max(scale², λ), in an order in which nothing underflows or overflows.
         relative = damping / self.scale / self.scale
         inverse, shift = 1 / max(1.0, relative), min(1.0, relative)
-        y, moved = solution.vector, self.change @ solution.vector
-        residual = -inverse * (solution.image / self.scale + moved)
         if right is not None and relative <= 1:
-            residual = residual + right / self.scale / solution.size
+            right = right / self.scale / solution.size
         elif right is not None:
-            residual = residual + right * (self.scale / solution.size / damping)
-        outside = self.change.T @ residual
-        inside = self.right.T @ outside
-        outside = outside - self.right @ inside
-        parts = inside - inverse * self.singular * (self.left.T @ moved)
-        parts = parts / (inverse * self.singular.square() + shift)
-        step = self.right @ parts
-        if shift > 0:
-            step = step + outside / shift
-        image = solution.image + self.image(parts) + self.scale * (moved + self.change @ step)
-        vector, length = unit_vector(y + step)
-        return replace(solution, vector=vector, size=solution.size * length, image=image / length)
+            right = right * (self.scale / solution.size / damping)
+        independent = self.rank == int(self.rows.any(1).sum())
+        if independent and (right is not None or shift > 0):
+            step, change = self._refined_by_rows(solution, right, inverse, shift)
+        else:
+            if lost is not None:
+                lost = lost / self.scale / self.scale / solution.size
+            step, change = self._refined_by_columns(solution, right, lost, inverse, shift)
+        vector, length = unit_vector(solution.vector + step)
+        image = (solution.image + self.scale * change) / length
+        return replace(solution, vector=vector, size=solution.size * length, image=image)
+
+    def _refined_by_rows(
+        self, solution: Solution, right: Tensor | None, inverse: float, shift: float
+    ) -> tuple[Tensor, Tensor]:
+        """The changes of d and Ad for independent rows.
+
+        With w = (AAᵀ + λ)⁻¹b, or −Ad/λ without b, d changes by Eᵀw + (A + E)ᵀω, where
+        ((A + E)(A + E)ᵀ + λ)ω = −Ed − (A + E)Eᵀw. Nothing large cancels in that.
+        """
+        squares = inverse * self.singular.square() + shift
+        if right is None:
+            weights = solution.image * (-inverse / shift / self.scale)
+        else:
+            weights = self.left @ ((self.left.T @ right) / squares)
+        step = self.change.T @ weights
+        change = self.change @ solution.vector + self.rows @ step + self.change @ step
+        total = torch.zeros_like(squares)
+        for _ in range(SWEEPS):
+            part = -(inverse * (self.left.T @ change) + shift * total) / squares
+            total = total + part
+            moved = self.change.T @ (self.left @ part)
+            change = change + self.left @ (self.singular.square() * part) + self.rows @ moved
+            moved = moved + self.right @ (self.singular * part)
+            step, change = step + moved, change + self.change @ moved
+        # That is what is left of b in the end, −λω, where the sum has lost its digits.
+        return step, self.left @ total * (-shift / inverse) if inverse > 0 else change
+
+    def _refined_by_columns(
+        self,
+        solution: Solution,
+        right: Tensor | None,
+        lost: Tensor | None,
+        inverse: float,
+        shift: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The changes of d and Ad for dependent rows, in turn in the range of Aᵀ and outside of it.
+
+        With e the change of Ad and D that of d, the residual is Eᵀ(b − Ad − e) − Aᵀe − λD, in
+        which nothing large cancels.
+        """
+        rest = -inverse * solution.image / self.scale
+        rest = rest if right is None else rest + right
+        gained = 0.0 if lost is None else (self.left.T @ (self.change @ lost)) / self.singular
+        change = self.change @ solution.vector
+        inside, outside = torch.zeros_like(self.singular), torch.zeros_like(solution.vector)
+        for _ in range(SWEEPS):
+            residual = self.right.T @ (self.change.T @ (rest - inverse * change)) + gained
+            residual = residual - inverse * self.singular * (self.left.T @ change) - shift * inside
+            parts = residual / (inverse * self.singular.square() + shift)
+            inside = inside + parts
+            change = change + self.left @ (self.singular * parts)
+            change = change + self.change @ (self.right @ parts)
+            if shift > 0:
+                # Outside of V there is only λ and E: a step to the least along the residual.
+                residual = self.change.T @ (rest - inverse * change) - shift * outside
+                residual = residual - self.right @ (self.right.T @ residual)
+                step, length = unit_vector(residual)
+                image = self.change @ step
+                length = length / (inverse * float(image.square().sum()) + shift)
+                outside, change = outside + step * length, change + image * length
+        return self.right @ inside + outside, change
 
     def _divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
         """Factor · scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length.
@@ -277,7 +335,8 @@ class DampedInverse:
         if svd.change is None:
             return solution
         right, base = self.gradient.right, solution.vector
-        corrected = svd._corrected(solution, right, damping)
+        lost = self.outside if damping == 0 else None
+        corrected = svd._corrected(solution, right, damping, lost)
         slope = solution.slope + float(self.gradient.total @ (corrected.vector - base))
         if right is not None:
             slope += svd.scale * float(right @ (svd.change @ base))
@@ -318,9 +377,13 @@ def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = _jacobi(part.cpu().numpy())
         inner, singular, right = (torch.from_numpy(each).to(rows) for each in parts)
     kept = singular > 0
-    left = rows.new_zeros(len(rows), int(kept.sum()))
-    left[nonzero] = inner[:, kept]
-    return left, singular[kept], right[:, kept]
+    inner, singular, right = inner[:, kept], singular[kept], right[:, kept]
+    # v_jᵀa_i = σ_j u_ij, with errors of ε‖a_i‖ and εσ_j: the first is better for rows shorter than
+    # σ_j, which an improbable label's are.
+    short = part.norm(dim=1, keepdim=True) < singular
+    left = rows.new_zeros(len(rows), len(singular))
+    left[nonzero] = torch.where(short, part @ right / singular, inner)
+    return left, singular, right
 
 
 def _jacobi(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
