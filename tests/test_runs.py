@@ -36,7 +36,7 @@ from ngeval.runs.options import OutputOptions
 from ngeval.runs.progress import Progress
 from ngeval.runs.run import Run
 from ngeval.runs.tables import KINDS, GammaTable, LayerTable, SampleTable
-from ngeval.verification.manifest_checks import read_options, read_work
+from ngeval.verification.recompute import read_options, read_work
 from tests.small_runs import BATCH, BATCHES, STAGES, Small
 from tests.small_runs import run as command
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import DampedInverse, RowSum
 from ngeval.curvature.gram_factor import GramFactor
 from ngeval.curvature.kernel import Kernel, fisher_rows
 from ngeval.curvature.row_space import DENSE_SIZE, JacobianSpace
-from ngeval.curvature.row_svd import DampedInverse, RowSum, RowSvd
+from ngeval.curvature.row_svd import RowSvd
 from ngeval.curvature.updates import KnownForms
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows

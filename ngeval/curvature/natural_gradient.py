@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.curvature.row_space import dense_is_feasible
-from ngeval.curvature.row_svd import DampedInverse
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.problem.gamma import gamma_floor
 from ngeval.problem.problem import Problem

@@ -19,8 +19,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import RowSum
 from ngeval.curvature.gram_factor import GramFactor
-from ngeval.curvature.row_svd import RowSum, check_products
+from ngeval.curvature.row_svd import check_products
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
 from ngeval.problem.fisher import has_few_parameters, jacobian_columns, unit_cotangents

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import RowSpace
-from ngeval.curvature.row_svd import DampedInverse
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.errors import EngineError
 from ngeval.methods.base import State
