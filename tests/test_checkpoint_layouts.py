@@ -494,6 +494,12 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"has 2 checkpoints \(a\.pt"):
             load_checkpoint(make_model(), tmp_path)
 
+    def test_a_pointer_of_git_lfs(self, tmp_path):
+        for name in ("a.safetensors", "a.pt"):
+            (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+            with pytest.raises(CheckpointError, match="Git LFS"):
+                load_checkpoint(make_model(), tmp_path / name)
+
     def test_an_optimizer_beside_the_model_state(self, tmp_path):
         adam = torch.optim.Adam(MODEL.parameters())
         torch.save({"model_state": STATE, "optimizer_state": adam.state_dict()}, tmp_path / "a.pt")

@@ -23,6 +23,7 @@ from ngeval.tasks.hf import hub, hub_task
 from ngeval.tasks.hf.glue import TextForm
 from ngeval.utils.optional import optional_module
 from tests import hf_layouts as layouts
+from tests.small_runs import run
 from tests.test_hf_models import sample_gradients
 
 
@@ -253,6 +254,15 @@ def test_an_adapter_of_a_different_base(home: Path, tmp_path: Path):
     loader.load(wrong)
     assert "an adapter of 'team/gpt-large'" in loader.remarks[0]
     assert "mean nothing" in loader.remarks[0]
+
+
+@pytest.mark.parametrize("flag", [["--no-strict"], ["--checkpoint-key", "model"]])
+def test_options_of_whole_models_for_an_adapter(home: Path, tmp_path: Path, flag: list[str]):
+    saved(tmp_path, "gpt", layouts.adapter_config("gpt", "lora"))
+    pd.DataFrame([{"text": "good and bad", "label": 0}]).to_parquet(home / "train.parquet")
+    words = ["--hf-model", home / "gpt", "--adapter", tmp_path, "--dataset", home]
+    result = run("gamma", *words, *flag, code=2)
+    assert f"{flag[0]} is for files of whole models" in result.stderr
 
 
 class Logits(nn.Module):

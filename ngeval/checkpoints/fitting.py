@@ -219,10 +219,10 @@ def _completed(
                     "save_pretrained: give it as --hf-model), or take one out of the file"
                 )
         result |= {name: state[present[0]] for name in names if present and name not in state}
-    buffers = dict(model.named_buffers())
+    buffers = {plain(name): buffer for name, buffer in model.named_buffers()}
     dropped = []
     for name in [name for name in result if name not in expected]:
-        computed = name in buffers and _equal(result[name], buffers[name])
+        computed = _equal(result[name], buffers.get(plain(name)))
         if computed or name.endswith(EXTRA) or name == AVERAGED:
             del result[name]
             dropped += [] if computed else [name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ngeval.checkpoints import Checkpoint
-from ngeval.checkpoints.finding import SHARDED_FOLDER, is_weights_name
+from ngeval.checkpoints.finding import SHARDED_FOLDER, SHARED_SUFFIXES, is_weights_name
 from ngeval.model.checks import Inputs, named_tensors
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -84,7 +84,9 @@ def _describes_weights(path: Path) -> bool:
     """Whether a file belongs to a checkpoint: results may lie in its folder, too."""
     if path.suffix == ".json":
         return path.name in CONFIGURATIONS or path.name.endswith(".index.json")
-    return is_weights_name(path.name) or path.name == ".metadata" or path.suffix == ".distcp"
+    if path.name == ".metadata" or path.suffix == ".distcp":
+        return True
+    return is_weights_name(path.name) and path.suffix not in SHARED_SUFFIXES
 
 
 def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
