@@ -56,20 +56,21 @@ def choose_state(model: nn.Module, path: Path, states: Mapping[str, StateDict]) 
     most = max(len(covered) for _, covered in fits.values())
     if most < len(expected) and len(states) > 1:  # one for each part of the model?
         whole = _joined(states)
-        found, covered = _fit(whole, expected)
-        if len(covered) == len(expected) and len(found) == 1:
-            return _choice(whole, found[0], expected, [])
+        candidates, covered = _fit(whole, expected)
+        if len(covered) == len(expected) and len(candidates) == 1:
+            return _choice(whole, candidates[0], expected, [])
     best = [key for key, (_, covered) in fits.items() if len(covered) == most]
     chosen = preferred(best)
     if len(chosen) > 1:
         raise CheckpointError(ambiguous(path, chosen))
     (key,) = chosen
     remarks = _remarks(key, [other for other in best if other != key])
-    found = fits[key][0]
-    if len(found) > 1:
-        places = [".".join(part for part in (key, p.removed[:-1]) if part) for p in found]
+    candidates = fits[key][0]
+    if len(candidates) > 1:
+        removed = [prefixes.removed.removesuffix(".") for prefixes in candidates]
+        places = [".".join(filter(None, (key, prefix))) for prefix in removed]
         raise CheckpointError(ambiguous(path, places))
-    return _choice(states[key], found[0], expected, remarks)
+    return _choice(states[key], candidates[0], expected, remarks)
 
 
 def _remarks(key: str, others: list[str]) -> list[str]:
@@ -90,10 +91,10 @@ def _fit(state: StateDict, expected: Shapes) -> tuple[list[Prefixes], set[str]]:
     """The prefixes of a state dict, and the model's names that it has by the first of them."""
     short = {plain(name): shape for name, shape in _shapes(state).items()}
     targets = {plain(name): shape for name, shape in expected.items()}
-    found = fitting_prefixes(short, targets)
-    renamed = {found[0].renamed(name): shape for name, shape in short.items()}
+    candidates = fitting_prefixes(short, targets)
+    renamed = {candidates[0].renamed(name): shape for name, shape in short.items()}
     same = {n for n, shape in targets.items() if n in renamed and shape in (None, renamed[n])}
-    return found, same
+    return candidates, same
 
 
 def _choice(state: StateDict, prefixes: Prefixes, expected: Shapes, remarks: list[str]) -> Choice:

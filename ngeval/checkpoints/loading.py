@@ -175,13 +175,12 @@ def _as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoin
     """The one checkpoint at a path."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    found = find_checkpoints([os.fspath(checkpoint)])
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{os.fspath(checkpoint)} has {len(found)} checkpoints ({found[0].path.name}, …); give "
-            "one of them"
-        )
-    return found[0]
+    path = os.fspath(checkpoint)
+    matches = find_checkpoints([path])
+    if len(matches) > 1:
+        first = matches[0].path.name
+        raise CheckpointError(f"{path} has {len(matches)} checkpoints ({first}, …); give one")
+    return matches[0]
 
 
 def _translated(model: nn.Module, folder: Path) -> StateDict | None:
