@@ -68,7 +68,8 @@ def search_table() -> str:
         lines.append(f"| `{number}` | " + " | ".join(f"{counts[kind]:,}" for kind in kinds) + " |")
     return "\n".join(lines) + (
         f"\n\nCommand: `{output['command']}`. Of {output['gammas_with_an_error']:,} values of γ, "
-        f"{100 * output['within_3_errors']:.2f} % are within 3 × `gamma_error` + 10⁻⁹ of the right one."
+        f"{100 * output['within_3_errors']:.2f} % are within 3 × `gamma_error` + 10⁻⁹ of the right "
+        "one."
     )
 
 
