@@ -147,7 +147,7 @@ class Kernel:
         return self.factor("fisher", *fisher_rows(self.problem, self.logits.lower))
 
     def factor(self, key: Hashable, rows: Tensor, lengths: Tensor | None = None) -> RowSvd:
-        """Factor rows: see `RowSvd.of`.
+        """Factor rows.
 
         A perturbed kernel does not factor them again: what was factored by this key moves there.
 
