@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ngeval
 from ngeval.curvature.kernel import Kernel
 from ngeval.jacobians import gram_matrix
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from tests import problems, reference
 from tests.problems import EXACT_NAMES, NAMES, relative_gap
 
@@ -328,7 +328,7 @@ class Snapshot:
         self.modes = {k: m.training for k, m in model.named_modules()}
         self.hooks = {k: dict(m._forward_hooks) for k, m in model.named_modules()}
         self.requires = {k: p.requires_grad for k, p in model.named_parameters()}
-        self.batch = map_inputs(inputs, torch.clone)
+        self.batch = map_tensors(inputs, torch.clone)
 
     def check(self) -> None:
         for key, tensor in self.model.state_dict(keep_vars=True).items():
