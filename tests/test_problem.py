@@ -877,11 +877,13 @@ class TestMessages:
         error, nan = ngeval.InputError, self.inputs.clone()
         nan[2, 1] = math.nan
         model = TwoInputs()
-        self.expect(error, "not list", inputs=[self.inputs])
+        self.expect(error, "not an empty list", inputs=[])
         self.expect(error, "non-empty tuple", inputs=())
-        self.expect(error, "dict of tensors, not dict", inputs={})
-        self.expect(error, r"inputs\[1\] is a list, not a tensor", inputs=(self.inputs, [1]))
-        self.expect(error, r"inputs\['x'\] is a float", inputs={"x": 1.0})
+        self.expect(error, "dict of tensors, not an empty dict", inputs={})
+        self.expect(error, "or dict of tensors, not dict", inputs={"x": 1.0})
+        self.expect(error, r"inputs\[1\] is a ndarray, not", inputs=(self.inputs, np.ones(5)))
+        values = [1.0, 2.0, 3.0, 4.0, 5.0]
+        self.expect(error, r"inputs\[1\] is a list of 5 values", inputs=(self.inputs, values))
         self.expect(error, "no batch dimension", inputs=torch.tensor(1.0))
         self.expect(error, r"NaN.*first at index \(2, 1\)", inputs=nan)
         self.expect(error, "batch is empty", inputs=self.inputs[:0])

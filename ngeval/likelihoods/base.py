@@ -149,9 +149,7 @@ class Likelihood(ABC):
         """The outputs in what a model returns, where ``output=`` does not say; None: as usual."""
         return None
 
-    def arrangement(
-        self, outputs: Tensor, targets: Any, *, chosen: bool = False
-    ) -> Callable[[Tensor], Tensor] | None:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         """How the logits z are computed from a model's outputs, decided on the first batch.
 
         It is part of the model: derivatives are taken through it, and it sees batches of any
@@ -160,7 +158,6 @@ class Likelihood(ABC):
         Args:
             outputs: of the first batch.
             targets: of that batch.
-            chosen: they were chosen by ``output=``.
 
         Returns:
             A differentiable function; None where the outputs are the logits, as they usually are.

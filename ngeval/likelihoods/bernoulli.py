@@ -45,9 +45,7 @@ class Bernoulli(OutputWise):
     def name(self) -> str:
         return described("bernoulli", pos_weight=self.pos_weight, **self.options)
 
-    def arrangement(
-        self, outputs: Tensor, targets: Any, *, chosen: bool = False
-    ) -> Callable[[Tensor], Tensor] | None:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         plain = single_output(outputs)
         if not self.probabilities:
             return plain

@@ -71,20 +71,11 @@ class Categorical(Likelihood):
         smoothing, weights = self.label_smoothing or None, self.class_weights
         return described("categorical", label_smoothing=smoothing, class_weights=weights)
 
-    def arrangement(
-        self, outputs: Tensor, targets: Any, *, chosen: bool = False
-    ) -> Callable[[Tensor], Tensor] | None:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         move = self.class_dim == 1 and outputs.ndim > 2
         if move:
             outputs = outputs.movedim(1, -1)
         shape = getattr(targets, "shape", ())
-        square = outputs.ndim > 2 and len(set(outputs.shape[1:])) == 1
-        if square and not (move or chosen) and shape == outputs.shape[:-1]:
-            raise InputError(
-                f"the outputs of shape {tuple(outputs.shape)} have the classes in the last "
-                "dimension, or in dimension 1 as torch's cross-entropy has them: give "
-                "output=lambda z: z for the last, or nn.CrossEntropyLoss() for dimension 1"
-            )
         if move and outputs.shape[1:-1] != shape[1:] and outputs.shape[1:] != shape[1:]:
             raise InputError(
                 f"cross-entropy of torch takes outputs (N, C, positions) for targets of shape "

@@ -42,9 +42,7 @@ class GaussianNLL(OutputWise):
     def reading(self) -> Callable[[Any], Tensor] | None:
         return _joined
 
-    def arrangement(
-        self, outputs: Tensor, targets: Any, *, chosen: bool = False
-    ) -> Callable[[Tensor], Tensor] | None:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def bind(self, logits: Tensor, targets: Tensor) -> OutputDistribution:

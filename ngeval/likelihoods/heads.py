@@ -75,7 +75,7 @@ class HeadsDistribution(OutputDistribution):
         return torch.cat(flat, -1)
 
     def loss(self, targets: Any = None) -> Tensor:
-        of = self.targets if targets is None else targets
+        of: Any = self.targets if targets is None else targets
         return torch.stack([part.loss(of[name]) for name, part in self.parts.items()]).sum(0)
 
     def residual(self, targets: Any = None) -> Tensor:

@@ -159,9 +159,7 @@ class OutputWise(Likelihood):
         """What a name lists after the colon."""
         return {"mean": self.mean, "ignore": self.ignore, "weights": self.weights}
 
-    def arrangement(
-        self, outputs: Tensor, targets: Any, *, chosen: bool = False
-    ) -> Callable[[Tensor], Tensor] | None:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         return single_output(outputs)
 
     def bind(self, logits: Tensor, targets: Tensor) -> OutputDistribution:

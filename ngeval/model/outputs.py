@@ -88,8 +88,7 @@ class Reading:
         reading = self.likelihood.reading if self.output is None else None
         outputs = outputs_of(raw, self.output if reading is None else reading)
         if not self._settled:
-            chosen = self.output is not None or not isinstance(raw, Tensor)
-            self._arrange = self.likelihood.arrangement(outputs, self.targets, chosen=chosen)
+            self._arrange = self.likelihood.arrangement(outputs, self.targets)
             self._is_single, self._settled, self.targets = outputs.ndim == 1, True, None
         return outputs if self._arrange is None else self._arrange(outputs)
 

@@ -57,8 +57,7 @@ def batch_key(function: ModelFunction) -> tuple[object, ...]:
     It identifies the batches that a plan holds for. With one sample every attribution of rows to
     samples is right, so a plan made there must not be used for more.
     """
-    named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
+    tensors = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
     constants = ((n, repr(value)) for n, value in named_constants(function.inputs))
     alone = function.num_samples == 1
-    named = sorted([*named, *constants], key=itemgetter(0))
-    return (type(function.inputs), alone, *named)
+    return (type(function.inputs), alone, *sorted([*tensors, *constants], key=itemgetter(0)))

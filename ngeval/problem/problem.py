@@ -25,7 +25,7 @@ from ngeval.model.sharding import shards_of
 from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma
 from ngeval.problem.linearized import Linearized
-from ngeval.problem.mistakes import check_logits
+from ngeval.problem.mistakes import check_meaning
 from ngeval.problem.next_batch import Chain, by_known_plan
 from ngeval.problem.probes import (
     check_outputs,
@@ -173,7 +173,7 @@ class Problem(Linearized):
         super().__init__(function, likelihood, raw, targets)
         if chain.probes:
             check_split(function, raw)
-            check_logits(function, likelihood, raw)
+            check_meaning(function, likelihood, raw)
             check_repeatable(function, raw)
         self._chain = chain
         self._inherited = False

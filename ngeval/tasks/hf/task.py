@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError, TaskError, check_choice, nearest_name
-from ngeval.tasks.base import Batch, Task, shuffled_batches
+from ngeval.model.batches import Batch
+from ngeval.tasks.base import Task, shuffled_batches
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm
 from ngeval.tasks.hf.models import OBJECTIVES, HubModel
