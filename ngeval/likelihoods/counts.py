@@ -56,7 +56,7 @@ class PoissonDistribution(OutputDistribution):
         self, logits: Tensor, targets: Tensor, *, log_rate: bool, full: bool, offset: float
     ) -> None:
         super().__init__(logits, targets)
-        self.full = full
+        self.full, self.offset = full, offset
         self.log_rate = self.logits if log_rate else (self.logits + offset).log()
         self.rate = self.log_rate.exp() if log_rate else self.logits + offset
         half = (0.5 * self.log_rate).exp()
@@ -68,7 +68,7 @@ class PoissonDistribution(OutputDistribution):
 
     def loss_terms(self, targets: Tensor | None = None) -> Tensor:
         labels = self.targets if targets is None else targets
-        terms = self.rate - labels * self.log_rate
+        terms = self.rate - self.offset - labels * self.log_rate
         return terms + torch.lgamma(labels + 1) if self.full else terms
 
     def residual(self, targets: Tensor | None = None) -> Tensor:

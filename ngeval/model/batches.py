@@ -45,7 +45,9 @@ def pair_of(batch: Any, what: str = "a batch", unpack: Unpack | None = None) -> 
         )
     inputs, targets = batch
     if not isinstance(targets, Tensor | Mapping):
-        raise InputError(f"{what} has targets that are a {type(targets).__name__}, not a tensor")
+        raise InputError(
+            f"targets are a {type(targets).__name__}, not a tensor or a dict of tensors, in {what}"
+        )
     return inputs, targets
 
 

@@ -111,9 +111,11 @@ def check_inputs(inputs: Inputs) -> None:
         _check_tensor(name, tensor)
         lengths[name] = tensor.shape[0]
     if not lengths:
+        name, value = next(_parts(inputs, "inputs"), ("inputs", inputs))
+        what = "" if name == "inputs" else f": {name} is a {type(value).__name__}"
         raise InputError(
             "inputs must be a tensor, or a non-empty tuple, list or dict of tensors, not "
-            f"{_kind(inputs)}"
+            f"{_kind(inputs)}{what}"
         )
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ngeval.model.batches import Batch
     from ngeval.tasks.base import Task
 
-__getattr__, __dir__ = _lazy_names(__name__, {"ngeval.model.batches": ["Batch"], "ngeval.tasks.base": ["Task"]})
+__getattr__, __dir__ = _lazy_names(
+    __name__, {"ngeval.model.batches": ["Batch"], "ngeval.tasks.base": ["Task"]}
+)
 
 __all__ = ["BUILTIN_TASKS", "Batch", "Task", "get_task", "source_of"]

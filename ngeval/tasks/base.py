@@ -120,13 +120,9 @@ class Task:
                 return
         if num_batches is not None or count == 0:
             raise TaskError(
-                f"task {self.name!r}: load_batches gave {count} batches ({samples} samples)"
-                + (
-                    ""
-                    if num_batches is None
-                    else f" of {num_batches} asked for; lower --num-batches ({num_batches}) or "
-                    f"--batch-size ({batch_size})"
-                )
+                f"task {self.name!r}: load_batches gave {count} batches"
+                + ("" if num_batches is None else f" of {num_batches} asked for")
+                + f", {samples} samples in all; lower --num-batches or --batch-size ({batch_size})"
             )
 
     def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
