@@ -115,6 +115,14 @@ class TestEvaluateLoader:
         )
         same(table, expected([(X, Y)]))
 
+    def test_weights_of_samples_are_unpacked(self):
+        weights = torch.rand(24, generator=torch.Generator().manual_seed(5))
+        table = ngeval.evaluate_loader(
+            linear(), [(X, Y, weights)], "categorical", ["ef", "ng"], [1e-3, 1.0], num_batches=1,
+            unpack=lambda batch: batch,
+        )  # fmt: skip
+        same(table, expected([(X, Y)], weights=weights))
+
     def test_a_stream(self):
         class Stream(IterableDataset):
             def __iter__(self):
@@ -467,7 +475,8 @@ class TestTaskWithLoader:
         torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "w.pt")
         arguments = [
             "--task", f"{tmp_path}/my_task.py:task", "--checkpoint", str(tmp_path / "w.pt"),
-            "--methods", "ef", "--damping", "1e-3", "--batch-size", "8", "--output", str(tmp_path / "r.csv"),
+            "--methods", "ef", "--damping", "1e-3", "--batch-size", "8",
+            "--output", str(tmp_path / "r.csv"),
         ]  # fmt: skip
         result = CliRunner().invoke(app, ["gamma", *arguments, "--num-batches", "3"])
         assert result.exit_code == 0, result.output

@@ -542,6 +542,21 @@ class TestHeads:
         torch.testing.assert_close(problem.gradient(), sum(part.gradient() for part in parts))
         torch.testing.assert_close(problem.loss, sum(part.loss for part in parts))
 
+    def test_a_head_that_is_a_pair(self):
+        def tail(z: Tensor) -> dict[str, object]:
+            return {"value": (z[:, :1], z[:, 1:2].exp()), "kind": z[:, 2:]}
+
+        model = Net(tail, 5).double()
+        targets = {"value": normal(6, 1, seed=8), "kind": labels(6)}
+        losses = {"value": nn.GaussianNLLLoss(), "kind": nn.CrossEntropyLoss()}
+        problem = ngeval.Problem(model, self.x, targets, losses)
+        raw = model(self.x)
+        total = 6 * nn.GaussianNLLLoss()(raw["value"][0], targets["value"], raw["value"][1])
+        total = total + 6 * nn.CrossEntropyLoss()(raw["kind"], targets["kind"])
+        wanted = torch.cat([g.flatten() for g in torch.autograd.grad(total, [*model.parameters()])])
+        torch.testing.assert_close(problem.gradient(), wanted)
+        assert float(problem.loss.sum()) == pytest.approx(float(total.detach()))
+
     @pytest.mark.parametrize(
         ("targets", "losses", "options", "words"),
         [
@@ -591,6 +606,8 @@ class TestMistakes:
         plain = ngeval.Problem(Net(lambda z: z), self.x, targets, nn.BCEWithLogitsLoss())
         of_loss = ngeval.Problem(Net(torch.sigmoid), self.x, targets, nn.BCELoss())
         assert graded(of_loss) == pytest.approx(graded(plain), rel=1e-8)
+        with pytest.raises(ngeval.InputError, match="exactly 0 or 1"):
+            ngeval.Problem(Net(lambda z: (1e4 * z).sigmoid()), self.x, targets, nn.BCELoss())
         with pytest.raises(ngeval.InputError, match="BCELoss takes probabilities"):
             ngeval.Problem(Net(lambda z: 5 * z), self.x, targets, nn.BCELoss())
 
@@ -624,13 +641,19 @@ class TestMistakes:
         model = Net(lambda z: z.reshape(-1, 3, 4), 12)
         with pytest.raises(ngeval.InputError, match=r"nn\.CrossEntropyLoss\(\).*movedim"):
             ngeval.Problem(model, self.x, labels(24, 4), "categorical")
-        with pytest.raises(ngeval.InputError, match="likelihood='categorical'"):
-            ngeval.Problem(
-                Net(lambda z: z.reshape(-1, 4, 3), 12),
-                self.x,
-                labels(24, 4),
-                nn.CrossEntropyLoss(),
-            )
+        one_hot = functional.one_hot(self.y, 3)
+        for targets, words in (
+            (one_hot, r"targets\.float\(\)"),
+            (self.y[:, None], r"squeeze\(-1\)"),
+        ):
+            with pytest.raises(ngeval.InputError, match=words):
+                ngeval.Problem(Net(lambda z: z), self.x, targets, nn.CrossEntropyLoss())
+
+    def test_classes_last_where_only_that_fits(self):
+        model = Net(lambda z: z.reshape(-1, 4, 3), 12)
+        flattened = ngeval.Problem(model, self.x, labels(24, 4), nn.CrossEntropyLoss())
+        named = ngeval.Problem(model, self.x, labels(24, 4), "categorical")
+        assert graded(flattened) == graded(named)
 
     def test_one_dimension_more(self):
         for loss in ("gaussian", nn.MSELoss(), "bernoulli"):

@@ -62,7 +62,8 @@ def evaluate_loader(
         num_batches: how many batches are graded; None: all of them. Where the loader has fewer,
             those are graded, and ``note`` says so.
         seed: torch's seed while the loader shuffles; batch b draws its labels with ``seed`` + b.
-        unpack: a function of a batch that returns its inputs and targets, for other batches.
+        unpack: a function of a batch that returns (inputs, targets), or (inputs, targets,
+            weights) with a weight for each sample, for other batches.
         output: which of the model's outputs is z; see `Problem`.
         split: for batches that cannot be indexed by sample; see `Problem`.
         dtype: what the model is graded in; see `Problem`.
@@ -97,12 +98,14 @@ def evaluate_loader(
     tables = []
     with _bar(len(batches) * steps, shown=progress) as advance:
         for number, batch in enumerate(batches):
-            inputs, targets = batch if split else map_tensors(batch, lambda t: t.to(device))
+            inputs, *labels = batch
+            targets, weights = (map_tensors(part, lambda t: t.to(device)) for part in labels)
             problem = Problem(
                 model,
-                inputs,
-                map_tensors(targets, lambda t: t.to(device)),
+                inputs if split else map_tensors(inputs, lambda t: t.to(device)),
+                targets,
                 likelihood,
+                weights=weights,
                 output=output,
                 split=split,
                 dtype=dtype,
@@ -130,7 +133,7 @@ def evaluate_loader(
 def _first_batches(
     loader: Iterable[Any], num_batches: int | None, seed: int, unpack: Unpack | None
 ) -> list[Any]:
-    """The batches as pairs, all of them before any is graded."""
+    """The batches as inputs, targets and weights, all of them before any is graded."""
     if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
         raise InputError(f"num_batches must be a positive whole number or None, not {num_batches}")
     if not isinstance(loader, Iterable) or isinstance(loader, torch.Tensor):
@@ -138,8 +141,12 @@ def _first_batches(
             "the loader must be a DataLoader or another iterable of batches, not "
             f"{type(loader).__name__}"
         )
-    chosen = itertools.islice(seeded(loader, seed), num_batches)
-    batches = [pair_of(batch, f"batch {i} of the loader", unpack) for i, batch in enumerate(chosen)]
+    batches = []
+    for number, batch in enumerate(itertools.islice(seeded(loader, seed), num_batches)):
+        unpacked, weights = batch if unpack is None else unpack(batch), None
+        if unpack is not None and isinstance(unpacked, tuple) and len(unpacked) == 3:
+            *unpacked, weights = unpacked
+        batches.append((*pair_of(unpacked, f"batch {number} of the loader"), weights))
     if not batches:
         raise InputError(
             "the loader has no batch; an iterator that was used before is empty, and so is a "

@@ -146,7 +146,7 @@ class Likelihood(ABC):
 
     @property
     def reading(self) -> Callable[[Any], Tensor] | None:
-        """The outputs in what a model returns, where ``output=`` does not say; None: as usual."""
+        """The outputs in what a model returns or ``output=`` chooses; None: they are a tensor."""
         return None
 
     def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:

@@ -54,6 +54,11 @@ class Bernoulli(OutputWise):
                 "BCELoss takes probabilities, but the model's outputs are not all in [0, 1]; for "
                 "logits use nn.BCEWithLogitsLoss()"
             )
+        if bool(((outputs == 0) | (outputs == 1)).any()):
+            raise InputError(
+                "some of the model's probabilities are exactly 0 or 1, so that their logits are "
+                "infinite; grade the network without its sigmoid, with nn.BCEWithLogitsLoss()"
+            )
         return torch.logit if plain is None else lambda outputs: torch.logit(plain(outputs))
 
     def weigh(self, targets: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -72,16 +72,13 @@ class Categorical(Likelihood):
         return described("categorical", label_smoothing=smoothing, class_weights=weights)
 
     def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
-        move = self.class_dim == 1 and outputs.ndim > 2
+        shape = tuple(getattr(targets, "shape", ()))[1:]
+        # Training loops flatten outputs (N, positions, C), which torch takes in no other way.
+        move = self.class_dim == 1 and outputs.ndim > 2 and shape != outputs.shape[1:-1]
+        if self.class_dim == 1 and outputs.ndim > 2 and shape == outputs.movedim(1, -1).shape[1:-1]:
+            move = True
         if move:
             outputs = outputs.movedim(1, -1)
-        shape = getattr(targets, "shape", ())
-        if move and outputs.shape[1:-1] != shape[1:] and outputs.shape[1:] != shape[1:]:
-            raise InputError(
-                f"cross-entropy of torch takes outputs (N, C, positions) for targets of shape "
-                f"{tuple(shape)}, not {tuple(outputs.movedim(-1, 1).shape)}; where classes are the "
-                "last dimension, give likelihood='categorical' or ngeval.Categorical(…)"
-            )
         self._check_normalised(outputs)
         return _classes_last if move else None
 
@@ -154,12 +151,7 @@ class Categorical(Likelihood):
                 "in the shape of the outputs"
             )
         if targets.shape != logits.shape[:-1]:
-            hint = ""
-            if logits.ndim > 2 and targets.shape[1:] == logits.shape[2:]:
-                hint = (
-                    ". Outputs with the classes in dimension 1 are those of nn.CrossEntropyLoss(): "
-                    "give that, or output=lambda z: z.movedim(1, -1)"
-                )
+            hint = _shape_hint(logits, targets)
             raise InputError(
                 f"targets have shape {tuple(targets.shape)}, but the model's outputs of shape "
                 f"{tuple(logits.shape)} need {tuple(logits.shape[:-1])} "
@@ -179,6 +171,20 @@ class Categorical(Likelihood):
                 f"target {value} at index {index} is outside the classes 0..{num_classes - 1} "
                 f"({int(outside.sum())} such targets; {self.ignore_index} marks padding)"
             )
+
+
+def _shape_hint(logits: Tensor, targets: Tensor) -> str:
+    """What to do about targets whose shape is that of a common mistake."""
+    if targets.shape == logits.shape:
+        return "; for one-hot targets or probabilities give targets.float()"
+    if targets.shape == (*logits.shape[:-1], 1):
+        return "; give targets.squeeze(-1)"
+    if logits.ndim > 2 and targets.shape[1:] == logits.shape[2:]:
+        return (
+            "; outputs with the classes in dimension 1 are those of nn.CrossEntropyLoss(): give "
+            "that as the loss, or output=lambda z: z.movedim(1, -1)"
+        )
+    return ""
 
 
 def _classes_last(outputs: Tensor) -> Tensor:

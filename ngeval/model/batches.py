@@ -41,7 +41,7 @@ def pair_of(batch: Any, what: str = "a batch", unpack: Unpack | None = None) -> 
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise InputError(
             f"{what} is a {type(batch).__name__}{size}, not a pair (inputs, targets) or a mapping "
-            "with labels; where several tensors are inputs, group them: ((a, b), targets)"
+            "with labels; where several tensors are inputs, group them: ((a, b), targets) (unpack=)"
         )
     inputs, targets = batch
     if not isinstance(targets, Tensor | Mapping):

@@ -30,20 +30,9 @@ def outputs_of(raw: Any, output: Output = None) -> Tensor:
     Raises:
         ModelError: there is no such tensor.
     """
-    try:
-        if callable(output):
-            outputs: Any = output(raw)
-        elif isinstance(output, int):
-            outputs = raw[output]
-        elif output is None and isinstance(raw, Tensor):
-            outputs = raw
-        else:
-            name = output or "logits"
-            outputs = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
-        if output is None and outputs is None:
-            outputs = _only_tensor(raw)
-    except (KeyError, IndexError, TypeError, AttributeError):
-        outputs = None
+    outputs = _part(raw, output)
+    if output is None and outputs is None:
+        outputs = _only_tensor(raw)
     if not isinstance(outputs, Tensor):
         raise ModelError(
             f"the model returned {_described(raw)}; ngeval needs a tensor of outputs or an object "
@@ -53,10 +42,27 @@ def outputs_of(raw: Any, output: Output = None) -> Tensor:
     return outputs
 
 
+def _part(raw: Any, output: Output) -> Any:
+    """What ``output`` names in a returned value; None where there is no such part."""
+    try:
+        if callable(output):
+            return output(raw)
+        if isinstance(output, int):
+            return raw[output]
+        if output is None and isinstance(raw, Tensor):
+            return raw
+        name = output or "logits"
+        return raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+
+
 def _only_tensor(raw: Any) -> Any:
     """The single tensor in a tuple, a mapping or a dataclass; None where there are several."""
     if dataclasses.is_dataclass(raw):
         raw = vars(raw)
+    if not isinstance(raw, Mapping | tuple | list):
+        return None
     values = raw.values() if isinstance(raw, Mapping) else raw
     tensors = [value for value in values if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 else None
@@ -85,8 +91,11 @@ class Reading:
 
     def __call__(self, raw: Any) -> Tensor:
         """The logits ``(N, *positions, C)`` in a returned value, differentiably."""
-        reading = self.likelihood.reading if self.output is None else None
-        outputs = outputs_of(raw, self.output if reading is None else reading)
+        reading = self.likelihood.reading
+        if reading is None:
+            outputs = outputs_of(raw, self.output)
+        else:
+            outputs = reading(raw if self.output is None else _part(raw, self.output))
         if not self._settled:
             self._arrange = self.likelihood.arrangement(outputs, self.targets)
             self._is_single, self._settled, self.targets = outputs.ndim == 1, True, None
