@@ -114,6 +114,12 @@ CASES = {
     "soft targets of all kinds": lambda: cross_entropy(
         normal(6, 3), 3 * soft(6, 3), weight=W3.double(), label_smoothing=0.3
     ),
+    "soft targets of positions": lambda: cross_entropy(
+        normal(4, 3, 5), normal(4, 3, 5, seed=2).softmax(1), weight=W3.double()
+    ),
+    "soft targets, square": lambda: cross_entropy(
+        normal(4, 3, 3), normal(4, 3, 3, seed=2).softmax(1), weight=W3.double()
+    ),
     "mse": lambda: elementwise(nn.MSELoss, normal(4, 3), normal(4, 3, seed=5)),
     "mse of images": lambda: elementwise(nn.MSELoss, normal(2, 3, 4), normal(2, 3, 4, seed=5)),
     "mse, sum": lambda: elementwise(

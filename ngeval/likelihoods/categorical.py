@@ -74,9 +74,8 @@ class Categorical(Likelihood):
     def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
         shape = tuple(getattr(targets, "shape", ()))[1:]
         # Training loops flatten outputs (N, positions, C), which torch takes in no other way.
-        move = self.class_dim == 1 and outputs.ndim > 2 and shape != outputs.shape[1:-1]
-        if self.class_dim == 1 and outputs.ndim > 2 and shape == outputs.movedim(1, -1).shape[1:-1]:
-            move = True
+        only_last = shape == outputs.shape[1:-1] and shape != outputs.shape[2:]
+        move = self.class_dim == 1 and outputs.ndim > 2 and not only_last
         if move:
             outputs = outputs.movedim(1, -1)
         self._check_normalised(outputs)
@@ -102,21 +101,23 @@ class Categorical(Likelihood):
 
     def bind(self, logits: Tensor, targets: Tensor) -> OutputDistribution:
         check_targets(logits, targets)
-        if targets.is_floating_point() and targets.shape == logits.shape:
-            return self._bind_soft(logits, targets)
+        is_soft = targets.is_floating_point() and targets.ndim == logits.ndim
+        soft = targets.movedim(1, -1) if is_soft and self.class_dim == 1 else targets
+        if is_soft and soft.shape == logits.shape:
+            return self._bind_soft(logits, soft, targets)
         self._check_labels(logits, targets)
         hard = CategoricalDistribution(logits, targets.detach().long().clone(), self.ignore_index)
         if self.label_smoothing:
             labels = torch.where(hard.mask, hard.targets.unsqueeze(-1), 0)
-            soft = torch.zeros_like(hard.logits).scatter_(-1, labels, 1.0) * hard.mask
-            return self._weighted(hard.logits, soft, hard.targets, hard.mask)
+            one_hot = torch.zeros_like(hard.logits).scatter_(-1, labels, 1.0) * hard.mask
+            return self._weighted(hard.logits, one_hot, hard.targets, hard.mask)
         if self.class_weights is None:
             return hard
         weights = self._class_weights(logits)[torch.where(hard.mask.squeeze(-1), hard.targets, 0)]
         return ScaledDistribution(hard, weights.unsqueeze(-1) * hard.mask, hard.targets)
 
-    def _bind_soft(self, logits: Tensor, targets: Tensor) -> OutputDistribution:
-        values = targets.detach().to(torch.float64)
+    def _bind_soft(self, logits: Tensor, soft: Tensor, targets: Tensor) -> OutputDistribution:
+        values = soft.detach().to(torch.float64)
         if not bool((torch.isfinite(values) & (values >= 0)).all()):
             raise InputError("soft targets must be finite probabilities ≥ 0")
         mask = torch.ones_like(values[..., :1], dtype=torch.bool)
