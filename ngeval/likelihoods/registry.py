@@ -51,7 +51,7 @@ def get_likelihood(likelihood: Loss) -> Likelihood:
         likelihood: ``"categorical"``, ``"gaussian"`` (σ² = 1), ``"gaussian:0.5"`` (σ² = ½),
             ``"mse"`` (as ``nn.MSELoss()``), ``"bernoulli"``, ``"poisson"``, ``"gaussian-nll"``,
             the name of a plug-in's; a loss of torch, such as ``nn.CrossEntropyLoss(weight=w)``,
-            see `ngeval.likelihoods.torch_losses`; a dict that gives each of a model's outputs
+            see ``docs/losses.md``; a dict that gives each of a model's outputs
             such a loss, which are summed; or a `Likelihood`, which is returned unchanged.
 
     Raises:
