@@ -94,6 +94,12 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "allow_pickle": typer.Option(
             "--allow-pickle", help="Run code in checkpoints; only for files you trust."
         ),
+        "checkpoint_key": typer.Option(
+            help="Where the weights are in each file, as in model.state_dict; default: what fits."
+        ),
+        "strict": typer.Option(
+            help="Names in a checkpoint and in the model must agree; else the rest is reported."
+        ),
         "optimizer_state": _step(
             help="File with its state, one for each checkpoint; default: the one beside each."
         ),

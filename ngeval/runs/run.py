@@ -40,6 +40,8 @@ class Run:
         engine: the Jacobian engine.
         memory: bytes to work in; None: four fifths of the free memory.
         allow_pickle: unpickle checkpoints that contain code.
+        checkpoint_key: the place of the weights in each checkpoint's file; None: what fits.
+        strict: whether names in checkpoints and in the model must agree.
         optimizer_states: files with the optimizer's state, one for each checkpoint; empty: those
             beside the checkpoints.
         optimizer_options: how an optimizer's step is taken.
@@ -62,6 +64,8 @@ class Run:
     engine: str = "auto"
     memory: int | None = None
     allow_pickle: bool = False
+    checkpoint_key: str | None = None
+    strict: bool = True
     optimizer_states: Sequence[Path] = ()
     optimizer_options: OptimizerOptions = field(default_factory=OptimizerOptions)
     together: bool = False
