@@ -65,7 +65,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "max_length": _hub(help="Tokens of a text at most."),
         "max_target_tokens": _hub(help="Tokens of an answer at most."),
         "padding_side": _hub(help="right or left."),
-        "samples": _hub(help="Of a causal model: sequence, or token."),
+        "samples": _hub(help="sequence; token (causal), first-token (seq2seq)."),
         "processor": _hub(help="Folder of the tokenizer or image processor; default: the model's."),
         "attention": _hub(help="eager, sdpa, …; default: that of transformers."),
         "trust_remote_code": _hub(

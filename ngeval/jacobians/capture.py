@@ -23,8 +23,8 @@ from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, RecordedCall
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
 from ngeval.jacobians.terms import StoredTerm, Term, merged
 from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_term, stacked, whole_model_term
-from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
+from ngeval.model.inputs import named_tensors
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of, map_inputs
+from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of
+from ngeval.model.inputs import map_tensors
 
 TRIAL_SIZES = (2, 3)
 
@@ -78,7 +79,7 @@ class _TrialCall:
 def trial_batch(function: ModelFunction, size: int) -> Any:
     """The batch's first samples, repeated if there are fewer."""
     indices = torch.arange(size) % function.num_samples
-    return map_inputs(function.inputs, lambda t: t[indices.to(t.device)])
+    return map_tensors(function.inputs, lambda t: t[indices.to(t.device)])
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ngeval.checkpoints import Checkpoint
 from ngeval.checkpoints.finding import SHARDED_FOLDER, SHARED_SUFFIXES, is_weights_name
-from ngeval.model.checks import Inputs, named_tensors
+from ngeval.model.inputs import Inputs, named_tensors
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """The files in a checkpoint's folder that describe its model."""
@@ -97,10 +98,10 @@ def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return total.hexdigest()
 
 
-def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:
+def hash_batch(inputs: Inputs, targets: Any) -> str:
     """SHA-256 of a batch's tensors, by name."""
     total = hashlib.sha256()
-    for name, tensor in [*named_tensors(inputs), ("targets", targets)]:
+    for name, tensor in [*named_tensors(inputs), *named_tensors(targets, "targets")]:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + _bytes(tensor))
     return total.hexdigest()
 

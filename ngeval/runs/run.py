@@ -15,7 +15,7 @@ from ngeval.checkpoints import Checkpoint
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.model.checks import check_device
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from ngeval.results.journal import Key
 from ngeval.runs.options import MAX_SEED
 from ngeval.tasks import Batch, Task
@@ -116,7 +116,7 @@ class Run:
         """Batches of the task that are not graded, for optimizers to accumulate over."""
         seed = (self.seed + OTHER_BATCHES) % (MAX_SEED + 1)
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
-            yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
+            yield map_tensors((inputs, targets), lambda t: t.to(self.device))
 
     def metric_batches(self, count: int | Literal["all"]) -> Iterator[Batch]:
         """Separate batches that grade: the first of the task, or all of an epoch."""

@@ -15,7 +15,7 @@ from ngeval.checkpoints import Checkpoint, CheckpointLoader
 from ngeval.errors import CheckpointError, TaskError
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from ngeval.problem.problem import Problem
 from ngeval.results.hashes import hash_batch, hash_checkpoint
 from ngeval.results.journal import Key
@@ -95,8 +95,8 @@ class Units:
         inputs, targets = self._batch(index)
         problem = Problem(
             self.model,
-            map_inputs(inputs, lambda t: t.to(run.device)),
-            targets.to(run.device),
+            map_tensors(inputs, lambda t: t.to(run.device)),
+            map_tensors(targets, lambda t: t.to(run.device)),
             run.task.resolved_likelihood(),
             output=run.task.output,
             dtype=run.dtype,
