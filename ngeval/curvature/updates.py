@@ -122,12 +122,14 @@ class DirectionUpdates(Updates):
         make: computes the update of an index, shape ``(P,)``.
         is_solution: see `Updates`.
         forms: by the batch that the updates were made from, where the method has them.
+        again: the same as ``make`` by other operations, which shows the error of both.
     """
 
     size: int
     make: Callable[[int], Tensor]
     is_solution: bool = False
     forms: KnownForms | None = None
+    again: Callable[[int], Tensor] | None = None
 
     @property
     def count(self) -> int:

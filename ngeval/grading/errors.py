@@ -8,7 +8,7 @@ rounding. What is sensitive to rounding is thereby found, whatever the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import dense_solver
-from ngeval.grading.grade import SAFETY, Grades, Noise, grade, relative_change
+from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.grading.grade import SAFETY, Grades, Noise, grade
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.probes import row_rounding
+
+SENSITIVE = 1e-4
+"""Where a residual changes by more than this with the logits' rounding, so may any update."""
 
 PERTURBATIONS = 2
 """How often everything is computed again."""
@@ -58,7 +62,8 @@ class Perturbations:
     ) -> tuple[list[Grades], np.ndarray]:
         """Grades with the errors of their updates added, and those of the exact natural gradient.
 
-        An update that is not a solution is taken as it is; `grade` has measured the rest.
+        An update that is not a solution is taken as it is, unless rounding of the logits changes
+        the residuals that it is made of; `grade` has measured the rest.
 
         Args:
             outcomes: methods, their updates, and the grades of those.
@@ -67,34 +72,55 @@ class Perturbations:
         Returns:
             The grades, and the relative errors of the natural gradient's γ at every λ.
         """
-        results = [
-            grades._replace(errors=grades.errors + SAFETY * self.noise) for _, _, grades in outcomes
-        ]
+        results = []
+        for _, prepared, grades in outcomes:
+            errors = grades.errors + SAFETY * self.noise
+            results.append(grades.with_errors(errors))
+            again = getattr(prepared.updates, "again", None)
+            if again is not None:
+                updates = partial(DirectionUpdates, prepared.updates.count, again)
+                changes = self._changes(grades, self.kernel, updates)
+                results[-1] = results[-1].with_errors(*changes)
         natural = np.full(len(dampings), 1e-15)
-        solved = [i for i, (_, each, _) in enumerate(outcomes) if each.updates.is_solution]
+        solved = [
+            i
+            for i, (_, each, _) in enumerate(outcomes)
+            if each.updates.is_solution or self.residual_change > SENSITIVE
+        ]
         for seed in range(PERTURBATIONS if solved or dampings else 0):
             kernel = self.kernel.perturbed(self.noise, seed)  # one at a time: they are large
             for i in solved:
-                errors = self._changes(kernel, *outcomes[i])
-                results[i] = results[i]._replace(errors=torch.maximum(results[i].errors, errors))
+                method, prepared, grades = outcomes[i]
+                changed = partial(self._updates, kernel, method, prepared.absolute)
+                results[i] = results[i].with_errors(*self._changes(grades, kernel, changed))
             if dampings:
                 natural = np.fmax(natural, self._natural_changes(kernel, dampings))
         return results, natural
 
+    @cached_property
+    def residual_change(self) -> float:
+        """The largest relative change of a residual u_n with the logits."""
+        problem = self.kernel.problem
+        sizes = problem.residual.flatten(1).norm(dim=1)
+        changes = [
+            (other.residual - problem.residual).flatten(1).norm(dim=1) / sizes
+            for other in self.of_logits.problems
+        ]
+        return max(float(torch.nan_to_num(change, nan=0.0).max()) for change in changes)
+
+    def _updates(self, kernel: Kernel, method: Method, dampings: Sequence[float]) -> Updates:
+        values = [0.0 if math.isnan(value) else value for value in dampings]
+        return method.prepare(kernel.problem, kernel, self.seed).updates(values)
+
     def _changes(
-        self, kernel: Kernel, method: Method, prepared: Prepared, grades: Grades
-    ) -> Tensor:
-        """How much γ changes with the rows, times `SAFETY`."""
-        dampings = [0.0 if math.isnan(value) else value for value in prepared.absolute]
-
-        def again() -> Tensor:
-            updates = method.prepare(kernel.problem, kernel, self.seed).updates(dampings)
-            return grade(kernel, [updates], self.metric)[0].gammas
-
-        gammas = attempt(kernel.problem.shards, again)
-        if isinstance(gammas, Failure):
-            return torch.full_like(grades.errors, math.inf)
-        return SAFETY * relative_change(gammas, grades.gammas)
+        self, grades: Grades, kernel: Kernel, updates: Callable[[], Updates]
+    ) -> tuple[Tensor, Tensor]:
+        """How much grades differ for updates that are computed in a different way."""
+        result = attempt(kernel.problem.shards, lambda: grade(kernel, [updates()], self.metric)[0])
+        if isinstance(result, Failure):
+            infinite = torch.full_like(grades.errors, math.inf)
+            return infinite, infinite
+        return grades.changes(result)
 
     def _natural_changes(self, kernel: Kernel, dampings: Sequence[float]) -> np.ndarray:
         def ratios() -> np.ndarray:

@@ -50,7 +50,7 @@ from ngeval.problem.problem import Problem
 
 DEFAULT_METHODS = ("sgd", "ef", "sf", "ief", "diag", "ng")
 
-NUMBERS = ["gamma", "gamma_error", "decrease", "curvature", "update_norm"]
+NUMBERS = ["gamma", "gamma_error", "decrease", "curvature", "update_norm", "update_error"]
 """The columns of a method's grades."""
 
 TOLERANCE = 1e-2
@@ -60,7 +60,7 @@ DAMPING_COLUMNS = ["damping", "damping_absolute", "damping_scale"]
 GAMMA_COLUMNS = ["gamma", "gamma_over_sgd", "gamma_over_ng", "gamma_min", "gamma_floor"]
 ERROR_COLUMNS = ["gamma_error", "gamma_over_sgd_error", "gamma_over_ng_error", "gamma_min_error"]
 BOUND_COLUMNS = ["gamma_ng_lower", "gamma_ng_upper", "iterations"]
-UPDATE_COLUMNS = ["decrease", "curvature", "update_norm", "cosine_sgd", "coverage", "rank"]
+UPDATE_COLUMNS = [*NUMBERS[2:], "cosine_sgd", "coverage", "rank"]
 PROBLEM_COLUMNS = ["num_samples", "metric_samples", "num_parameters", "loss"]
 SETTING_COLUMNS = ["likelihood", "dtype", "engine", "seed"]
 
@@ -127,8 +127,9 @@ def evaluate(
         - ``gamma_ng_lower, gamma_ng_upper``: bounds on the γ of the exact (F + λI)⁻¹g at the row's
           λ (the γ of ``ng`` itself is that of the update that was computed, within their gap);
           ``iterations`` of the Krylov run behind them, 0 for a factorisation;
-        - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``cosine_sgd``, the cosine
-          between d and g: g and F are the metric's;
+        - ``decrease`` dᵀg; ``curvature`` dᵀFd; ``update_norm`` ‖d‖; ``update_error``, an estimate
+          of the relative error of dᵀg and ‖d‖; ``cosine_sgd``, the cosine between d and g: g and F
+          are the metric's;
         - ``coverage``: the part of the parameters that the method's own curvature or optimizer
           covers, in %; ``note`` says how the rest is treated;
         - ``rank``, of the method's curvature, by which its pseudo-inverse at λ = 0 was taken;
@@ -284,10 +285,16 @@ def _method_columns(name: str, outcome: Outcome, request: _Request) -> dict[str,
         texts = {"status": status, "reason": reason, "note": np.full(count, "", object)}
         return {**columns, **missing, **texts}
     prepared, grades = outcome
-    tensors = (grades.gammas, grades.errors, grades.decrease, grades.curvature, grades.norms)
+    tensors = (
+        grades.gammas,
+        grades.errors + torch.from_numpy(prepared.gaps).to(grades.errors),
+        grades.decrease,
+        grades.curvature,
+        grades.norms,
+        grades.update_errors,
+    )
     numbers = [column.expand(count).cpu().numpy() for column in tensors]
-    numbers[1] = numbers[1] + prepared.gaps
-    gammas, errors, slopes, _, norms = numbers
+    gammas, errors, slopes, _, norms, _ = numbers
     rows = zip(gammas, errors, prepared.gaps, slopes, norms, strict=True)
     pairs = [_status(request, *row) for row in rows]
     return {

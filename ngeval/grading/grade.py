@@ -54,6 +54,7 @@ class Grades(NamedTuple):
         decrease: dᵀg.
         curvature: dᵀFd.
         norms: ‖d‖.
+        update_errors: relative, of dᵀg and ‖d‖.
     """
 
     gammas: Tensor
@@ -61,6 +62,7 @@ class Grades(NamedTuple):
     decrease: Tensor
     curvature: Tensor
     norms: Tensor
+    update_errors: Tensor
 
     @classmethod
     def concatenate(cls, grades: Sequence[Grades]) -> Grades:
@@ -84,13 +86,24 @@ class Grades(NamedTuple):
         gammas = torch.where(slopes > rounding, roots / slopes, math.nan)
         lost = ~torch.isfinite(gammas) | torch.isnan(sizes)
         gammas = gammas.masked_fill(lost, math.nan)
-        return cls(
-            gammas,
-            (rounding / slopes + 4 * EPSILON).masked_fill(lost, math.nan),
-            decrease * sizes,
-            (roots * sizes).square(),
-            sizes,
+        errors = (rounding / slopes + 4 * EPSILON).masked_fill(lost, math.nan)
+        curvature = (roots * sizes).square()
+        return cls(gammas, errors, decrease * sizes, curvature, sizes, errors)
+
+    def with_errors(self, errors: Tensor, of_update: Tensor | None = None) -> Grades:
+        """At least these errors of γ, and of dᵀg and ‖d‖ if those are different."""
+        of_update = errors if of_update is None else of_update
+        return self._replace(
+            errors=torch.maximum(self.errors, errors),
+            update_errors=torch.maximum(self.update_errors, of_update),
         )
+
+    def changes(self, other: Grades) -> tuple[Tensor, Tensor]:
+        """How much γ, and dᵀg and ‖d‖, differ in other grades of the same updates, × `SAFETY`."""
+        slopes = relative_change(other.decrease, self.decrease)
+        norms = relative_change(other.norms, self.norms)
+        gammas = relative_change(other.gammas, self.gammas)
+        return SAFETY * gammas, SAFETY * torch.maximum(slopes, norms)
 
 
 def grade(
@@ -211,12 +224,12 @@ def _grade_some(metric: Metric, updates: Updates, chosen: range, noise: Noise | 
     gap = (torch.stack(slopes) - decrease).abs() / decrease.abs()
     errors = grades.errors + torch.nan_to_num(gap, nan=0.0)
     if noise is None:
-        return grades._replace(errors=errors)
+        return grades.with_errors(errors)
     change = noise.size * _tangent_noise(problem, rows, tangents, roots / noise.size)
     for sign, other in zip((1, -1), noise.problems, strict=True):
         gammas = Grades.of_unit(*root_forms(other, tangents + sign * change), grades.norms).gammas
         errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
-    return grades._replace(errors=errors)
+    return grades.with_errors(errors)
 
 
 def _tangent_noise(

@@ -30,6 +30,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23}
 PERTURBATIONS = 2
 CLAIMS = {name: f"{name}_error" for name in ("gamma_min", "gamma_over_sgd", "gamma_over_ng")}
+CLAIMS |= dict.fromkeys(("decrease", "update_norm"), "update_error")
 """The column with the error of another; the others have γ's."""
 
 STABLE = 0.2
