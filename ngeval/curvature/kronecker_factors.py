@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import add_squared_column_sums
-from ngeval.jacobians.layer_rules import CapturePlan
 from ngeval.jacobians.terms import AffineTerm, Term
 from ngeval.model.directions import slices
 from ngeval.model.sharding import SINGLE, Shards
@@ -174,15 +174,15 @@ def affine_layers(plan: CapturePlan) -> list[Layer]:
     return [
         Layer(
             owner.name,
-            owner.parameters.get("weight"),
-            owner.parameters.get("bias"),
+            owner.parameters.get(weight),
+            owner.parameters.get(bias),
             owner.rule.transposed,
         )
         for owner in plan.modules
-        if owner.rule is not None
-        and owner.rule.affine
-        and not owner.replicate
-        and all(uses[name] == 1 for name in owner.parameters.values())
+        if owner.rule is not None and owner.rule.affine is not None and not owner.replicate
+        for weight, bias in owner.rule.affine(owner.module)
+        if any(path in owner.parameters for path in (weight, bias))
+        and all(uses[owner.parameters[p]] == 1 for p in (weight, bias) if p in owner.parameters)
     ]
 
 

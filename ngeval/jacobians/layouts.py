@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of, map_inputs
 
 TRIAL_SIZES = (2, 3)
+
+Leaf = tuple[torch.Size | None, bool]
+"""The shape of a tensor, None of anything else, and whether it is the data of a packed sequence."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,19 @@ class Layout:
     def chunks(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
 
-        The tensor has ``leading`` dimensions before those that the layout describes.
+        The tensor has ``leading`` dimensions before those that the layout describes. A `RAGGED`
+        one stays as it is.
         """
+        if self == RAGGED:
+            return tensor
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
         chunks: Tensor = tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
         return chunks
+
+
+RAGGED = Layout(0, 0)
+"""Of the data of a ``PackedSequence``: rows for every sample, in the order of their times."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,8 @@ class CallLayout:
 class _TrialCall:
     """The shapes of one call in one trial, and the versions of the output tensors."""
 
-    inputs: list[torch.Size | None]
-    outputs: list[torch.Size | None]
+    inputs: list[Leaf]
+    outputs: list[Leaf]
     versions: list[tuple[Tensor, int]]
 
 
@@ -137,8 +148,8 @@ def _run_trial(
         outputs = tree_leaves(output)
         calls.setdefault(id(module), []).append(
             _TrialCall(
-                _shapes(tree_leaves((args, kwargs))),
-                _shapes(outputs),
+                _leaves((args, kwargs)),
+                _leaves(output),
                 [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
             )
         )
@@ -155,19 +166,30 @@ def _run_trial(
     return calls, outputs, sum(saved.values())
 
 
-def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
-    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+def _leaves(tree: Any) -> list[Leaf]:
+    leaves: list[Leaf] = []
+    for part in tree_leaves(tree, is_leaf=lambda node: isinstance(node, PackedSequence)):
+        if isinstance(part, PackedSequence):  # its orders and sizes are of no sample
+            leaves += [(part.data.shape, True), *[(None, False)] * (len(part) - 1)]
+        else:
+            leaves.append((part.shape if isinstance(part, Tensor) else None, False))
+    return leaves
 
 
 def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
     inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
     outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
     modified = any(tensor._version != version for tensor, version in small.versions)
-    return CallLayout(tuple(inputs), tuple(outputs), tuple(small.outputs), modified)
+    return CallLayout(
+        tuple(inputs), tuple(outputs), tuple(shape for shape, _ in small.outputs), modified
+    )
 
 
-def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None:
+def _layout(fewer: Leaf, more: Leaf) -> Layout | None:
     """The layout of a tensor of two shapes; a ValueError if they do not differ as batches do."""
+    (small, packed), (large, _) = fewer, more
+    if packed:
+        return RAGGED
     if small is None or large is None or small == large:
         return None
     if len(small) != len(large):

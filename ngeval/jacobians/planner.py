@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.capture import capture, forward
+from ngeval.jacobians.capture_plan import CapturePlan, HookedModule
 from ngeval.jacobians.inner_products import pieces
-from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, rule_for
-from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
+from ngeval.jacobians.layer_rules import rule_for
+from ngeval.jacobians.layouts import RAGGED, CallLayout, call_layouts, trial_batch
 from ngeval.jacobians.terms import ALL
 from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
@@ -94,7 +95,10 @@ class Planner:
 
         A layer after an expanded one sees samples, so each is tried with those before it.
         """
-        for slot in places:
+        calls = [call for calls in self.trial.calls.values() for call in calls]
+        # torch crashes on initial states of a wrong shape beside a packed sequence.
+        packed = any(RAGGED in call.inputs for call in calls)
+        for slot in [] if packed else places:
             name = self.function.slots[slot]
             shape = self.function.parameters[name].shape
             if shape[:1] == (1,) and any(True for _ in self._module_of(slot).children()):
@@ -132,6 +136,7 @@ class Planner:
         if (
             rule
             and calls
+            and not (rule.inner_scalars and self._is_in_parts(path))
             and all(call.outputs[0] is not None and rule.applies(module, call) for call in calls)
         ):
             strategies.append(_Strategy(RULE, path))
@@ -143,10 +148,16 @@ class Planner:
     def _can_differentiate(self, path: str) -> bool:
         """Whether a module is called with samples, and has all its parameters on this rank."""
         calls = self.trial.calls.get(id(self.modules[path]), [])
+        per_sample = all(
+            any(layout is not None for layout in call.outputs)
+            and RAGGED not in (*call.inputs, *call.outputs)
+            for call in calls
+        )
+        return bool(calls) and per_sample and not self._is_in_parts(path)
+
+    def _is_in_parts(self, path: str) -> bool:
         slots, prefix = self.function.slots, f"{path}." if path else ""
-        in_parts = any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
-        per_sample = all(any(layout is not None for layout in call.outputs) for call in calls)
-        return bool(calls) and per_sample and not in_parts
+        return any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
 
     def _assemble(self) -> CapturePlan:
         slots = self.function.slots

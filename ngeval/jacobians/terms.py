@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,31 @@ class StoredTerm(Term):
         return {name: value[samples, vectors, units] for name, value in self.values.items()}
 
 
+@dataclass(frozen=True)
+class SummedTerm(Term):
+    """The sum of terms of the same parameters: several calls of a norm, or of any module."""
+
+    parts: tuple[Term, ...]
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        return self.parts[0].lead
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return self.parts[0].shapes
+
+    def combined(self, weights: Tensor) -> SummedTerm:
+        return SummedTerm(tuple(part.combined(weights) for part in self.parts))
+
+    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
+        total = self.parts[0].rows(samples, vectors, units)
+        for part in self.parts[1:]:
+            rows = part.rows(samples, vectors, units)
+            total = {name: value + rows[name] for name, value in total.items()}
+        return total
+
+
 class LayerTerm(Term):
     """A term with the gradients b at a layer's output, shape ``(n, q, t, …)``."""
 
@@ -181,6 +207,7 @@ class AffineTerm(LayerTerm):
         apply: gives D a for another weight D, shape ``(n, t, g, o)``; None where that is a product
             with a.
         transposed: the layer holds Wᵀ, inputs first.
+        present: which positions a sample has, shape ``(n, t)``; None: all.
     """
 
     weight: str | None
@@ -190,6 +217,7 @@ class AffineTerm(LayerTerm):
     cotangents: Tensor
     apply: Callable[[Tensor], Tensor] | None = None
     transposed: bool = False
+    present: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -337,26 +365,55 @@ def _combine(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def merged(terms: list[Term]) -> list[Term]:
-    """Calls of the same affine layer as a single term with the positions of all of them."""
-    calls: dict[tuple[str | None, str | None], list[AffineTerm]] = {}
-    others: list[Term] = []
+    """Calls of the same layer, or of the same parameters, as a single term.
+
+    Products of rows of T calls would otherwise take T² products of terms.
+    """
+    calls: dict[tuple[type[Term], tuple[Any, ...]], list[Any]] = {}
     for term in terms:
         if isinstance(term, AffineTerm):
-            calls.setdefault((term.weight, term.bias), []).append(term)
+            calls.setdefault((AffineTerm, (term.weight, term.bias)), []).append(term)
+        elif isinstance(term, EmbeddingTerm):
+            calls.setdefault((EmbeddingTerm, (term.weight,)), []).append(term)
         else:
-            others.append(term)
-    return others + [_merge_calls(group) for group in calls.values()]
+            calls.setdefault((SummedTerm, tuple(term.shapes)), []).append(term)
+    return [
+        group[0] if len(group) == 1 else _MERGE[kind](group) for (kind, _), group in calls.items()
+    ]
 
 
-def _merge_calls(calls: list[AffineTerm]) -> AffineTerm:
-    if len(calls) == 1:
-        return calls[0]
+def _merge_affine(calls: list[AffineTerm]) -> AffineTerm:
+    present = None
+    if any(call.present is not None for call in calls):
+        present = torch.cat([_present(call) for call in calls], 1)
     return replace(
         calls[0],
         inputs=lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
         cotangents=torch.cat([call.cotangents for call in calls], 2),
         apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
+        present=present,
     )
+
+
+def _present(call: AffineTerm) -> Tensor:
+    if call.present is not None:
+        return call.present
+    return call.cotangents.new_ones(call.num_samples, call.positions, dtype=torch.bool)
+
+
+def _merge_lookups(calls: list[EmbeddingTerm]) -> EmbeddingTerm:
+    return replace(
+        calls[0],
+        indices=torch.cat([call.indices for call in calls], 1),
+        cotangents=torch.cat([call.cotangents for call in calls], 2),
+    )
+
+
+_MERGE: dict[type[Term], Callable[[list[Any]], Term]] = {
+    AffineTerm: _merge_affine,
+    EmbeddingTerm: _merge_lookups,
+    SummedTerm: lambda parts: SummedTerm(tuple(parts)),
+}
 
 
 def whole_block(cotangents: Tensor) -> Block:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from ngeval.errors import ModelError, NgevalError
 from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
-from ngeval.model.operations import plain_operations
+from ngeval.model.operations import called
 from ngeval.model.outputs import Output, outputs_of
 from ngeval.model.sharding import SINGLE, Shards
 from ngeval.utils.memory import is_out_of_memory
@@ -207,10 +207,7 @@ class ModelFunction:
             args = batch if isinstance(batch, tuple) else (batch,)
         tensors = {**parameters, **self.frozen, **buffers}
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
-        # With tie_weights, torch would swap a module that is registered twice two times, and not
-        # restore it; the slots name every place once.
-        with plain_operations(self.notes, fused=fused):
-            raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        raw = called(self.model, placed, args, kwargs, notes=self.notes, fused=fused)
         return outputs_of(raw, self.output)
 
     def check_unchanged(self) -> None:
@@ -269,6 +266,17 @@ class ModelFunction:
             leaves = leaves_of(self.parameters)
             outputs = self(leaves, fused=True)
             return pull_back([outputs], leaves, [cotangent])
+
+    def tensors_of(self, path: str) -> Parameters:
+        """The tensors at θ of the module at a path, by their paths in it, detached."""
+        prefix = f"{path}." if path else ""
+        own = {name: tensor.detach() for name, tensor in self.originals.items()}
+        known = {**own, **self.parameters, **self.frozen, **self.buffers}
+        return {
+            slot.removeprefix(prefix): known[name]
+            for slot, name in self.slots.items()
+            if slot.startswith(prefix)
+        }
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's order."""
