@@ -110,18 +110,16 @@ class RecordedPass:
         """The terms of the recorded calls and copies, given the gradients there."""
         remaining = iter(gradients)
         terms: list[Term] = []
-        alone: dict[int, list[RecordedCall]] = {}
+        by_module: dict[int, list[RecordedCall]] = {}
         for call in self.recorder.calls:
             if not call.outputs:  # under no_grad: its rows are zero; or it was streamed
                 continue
             for index in call.outputs:
                 call.add_gradient(index, next(remaining))
-            if call.hooked.rule is not None:
-                terms += call.hooked.rule.terms(self.function, call)
-            else:
-                alone.setdefault(id(call.hooked), []).append(call)
-        for calls in alone.values():
-            terms += module_vjp_terms(self.function, calls)
+            by_module.setdefault(id(call.hooked), []).append(call)
+        for calls in by_module.values():
+            rule = calls[0].hooked.rule
+            terms += (rule.terms if rule else module_vjp_terms)(self.function, calls)
         for name, gradient in zip(self.copies, remaining, strict=True):
             # Those of the copies, whose own first dimension is 1: (n, q, 1, …).
             terms.append(StoredTerm({name: gradient.transpose(0, 1).unsqueeze(2)}))
@@ -241,7 +239,7 @@ class Recorder:
     def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
         call.add_gradient(index, gradient.unsqueeze(0))
         if call.hooked.rule is not None:  # as of every streamed module
-            self.use(call.hooked.rule.terms(self._function, call))
+            self.use(call.hooked.rule.terms(self._function, [call]))
         call.gradients.clear()
         if self.last:
             call.leaves.clear()

@@ -137,7 +137,7 @@ class LayerRule:
 
     Attributes:
         applies: whether the rule is right for a call of a module.
-        terms: of a call.
+        terms: of the calls of a module.
         affine: the affine maps of a module, each a weight and a bias by their paths in it; all
             terms are `AffineTerm`. None where the layer is of another kind.
         transposed: the weights have inputs first.
@@ -146,7 +146,18 @@ class LayerRule:
     """
 
     applies: Callable[[Any, CallLayout], bool]
-    terms: Callable[[ModelFunction, RecordedCall], list[Term]]
+    terms: Callable[[ModelFunction, list[RecordedCall]], list[Term]]
     affine: Callable[[Any], list[tuple[str, str]]] | None = None
     transposed: bool = False
     inner_scalars: Callable[[Any, CallLayout], int] | None = None
+
+
+def for_each(
+    term: Callable[[ModelFunction, RecordedCall], list[Term]],
+) -> Callable[[ModelFunction, list[RecordedCall]], list[Term]]:
+    """The terms of several calls, from those of one."""
+
+    def terms(function: ModelFunction, calls: list[RecordedCall]) -> list[Term]:
+        return [each for call in calls for each in term(function, call)]
+
+    return terms

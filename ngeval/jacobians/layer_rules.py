@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall
+from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall, for_each
 from ngeval.jacobians.layouts import CallLayout
 from ngeval.jacobians.recurrent import RECURRENT_RULES
 from ngeval.jacobians.terms import AffineTerm, ComputedTerm, EmbeddingTerm, Term
@@ -31,7 +31,9 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         return None
     kind = type(module)
     if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
-        return LayerRule(_linear_applies, _linear_term, affine=_own_weight, transposed=True)
+        return LayerRule(
+            _linear_applies, for_each(_linear_term), affine=_own_weight, transposed=True
+        )
     return RULES.get(kind)
 
 
@@ -191,17 +193,17 @@ def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
     return _samples_precede(layout, features=len(norm.normalized_shape))
 
 
-_CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=_own_weight)
-_LAST_NORM = LayerRule(_layer_norm_applies, partial(_norm_term, channels_first=False))
-_CHANNEL_NORM = LayerRule(_samples_first, partial(_norm_term, channels_first=True))
+_CONVOLUTION = LayerRule(_conv_applies, for_each(_conv_term), affine=_own_weight)
+_LAST_NORM = LayerRule(_layer_norm_applies, for_each(partial(_norm_term, channels_first=False)))
+_CHANNEL_NORM = LayerRule(_samples_first, for_each(partial(_norm_term, channels_first=True)))
 
 RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule(_linear_applies, _linear_term, affine=_own_weight),
+    nn.Linear: LayerRule(_linear_applies, for_each(_linear_term), affine=_own_weight),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
     **RECURRENT_RULES,
-    nn.Embedding: LayerRule(_embedding_applies, _embedding_term),
+    nn.Embedding: LayerRule(_embedding_applies, for_each(_embedding_term)),
     nn.LayerNorm: _LAST_NORM,
     nn.RMSNorm: _LAST_NORM,
     nn.GroupNorm: _CHANNEL_NORM,

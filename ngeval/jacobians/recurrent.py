@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_unflatten
 
-from ngeval.jacobians.capture_plan import LayerRule, RecordedCall
+from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall, for_each
 from ngeval.jacobians.layouts import RAGGED, TRIAL_SIZES, CallLayout
 from ngeval.jacobians.terms import AffineTerm, Term
 from ngeval.model.function import ModelFunction, autograd_enabled
@@ -185,7 +185,6 @@ def _recurrent_terms(function: ModelFunction, call: RecordedCall) -> list[Term]:
     module: Any = call.hooked.module
     args, kwargs = tree_unflatten(call.leaves, call.spec)
     inputs = args[0] if args else kwargs["input"]
-    states = args[1] if len(args) > 1 else kwargs.get("hx")
     batch_dim = 0 if module.batch_first else 1
     present, places = None, None
     if isinstance(inputs, PackedSequence):
@@ -193,12 +192,12 @@ def _recurrent_terms(function: ModelFunction, call: RecordedCall) -> list[Term]:
     else:
         inputs = inputs.movedim(batch_dim, 0)
     count = len(inputs)
-    states = states if isinstance(states, tuple | list) else [] if states is None else [states]
-    initial = [state.movedim(1, 0) for state in states] or [
+    initial = [state.movedim(1, 0) for state in _given_states(args, kwargs)] or [
         inputs.new_zeros(count, module.num_layers * (1 + module.bidirectional), size)
         for size in _state_sizes(module)
     ]
-    sequences = _Sequences(inputs, initial, present, _repeats(call.layout.outputs[-1]))
+    repeats = call.layout.outputs[-1].repeats  # type: ignore[union-attr]  # `_recurrent_applies`
+    sequences = _Sequences(inputs, initial, present, repeats)
 
     gradients = {}
     for index, gradient in call.gradients.items():
@@ -209,38 +208,54 @@ def _recurrent_terms(function: ModelFunction, call: RecordedCall) -> list[Term]:
             gradients[0] = _batch_second(gradient, batch_dim)
         else:
             gradients[0] = _scattered(gradient, inputs.shape[:2], places)
-    return _terms(function, call, sequences, gradients)
+    return _terms(function, call.hooked, sequences, gradients)
 
 
-def _cell_terms(function: ModelFunction, call: RecordedCall) -> list[Term]:
-    """The affine terms of a call of a cell, a layer of one step."""
-    args, kwargs = tree_unflatten(call.leaves, call.spec)
-    inputs = args[0] if args else kwargs["input"]
-    states = args[1] if len(args) > 1 else kwargs.get("hx")
-    states = states if isinstance(states, tuple | list) else [] if states is None else [states]
-    initial = [state.unsqueeze(1) for state in states] or [
-        inputs.new_zeros(len(inputs), 1, size) for size in _state_sizes(call.hooked.module)
-    ]
-    sequences = _Sequences(inputs.unsqueeze(1), initial, None, _repeats(call.layout.outputs[0]))
-    gradients = {1 + i: _batch_second(g, 0).unsqueeze(2) for i, g in call.gradients.items()}
-    return _terms(function, call, sequences, gradients)
+def _cell_terms(function: ModelFunction, calls: list[RecordedCall]) -> list[Term]:
+    """The affine terms of calls of a cell: each is a sequence of one step, of the same sample."""
+    module: Any = calls[0].hooked.module
+    repeats = calls[0].layout.outputs[0].repeats  # type: ignore[union-attr]  # `_cell_applies`
+    count = len(next(iter(calls[0].gradients.values())))
+    parts: list[list[Tensor]] = []
+    for call in calls:
+        args, kwargs = tree_unflatten(call.leaves, call.spec)
+        inputs = args[0] if args else kwargs["input"]
+        initial = _given_states(args, kwargs) or [
+            inputs.new_zeros(len(inputs), size) for size in _state_sizes(module)
+        ]
+        parts.append([part.unflatten(0, (count, repeats)) for part in (inputs, *initial)])
+    inputs, *initial = (
+        torch.cat(part, 1).flatten(0, 1).unsqueeze(1) for part in zip(*parts, strict=True)
+    )
+    gradients = {}
+    for place in range(len(initial)):
+        by_call = [call.gradients.get(place) for call in calls]
+        known = next((g for g in by_call if g is not None), None)
+        if known is not None:
+            whole = torch.cat([torch.zeros_like(known) if g is None else g for g in by_call], 2)
+            gradients[1 + place] = _batch_second(whole, 0).unsqueeze(2)
+    sequences = _Sequences(inputs, initial, None, repeats * len(calls))
+    return _terms(function, calls[0].hooked, sequences, gradients)
 
 
 def _terms(
-    function: ModelFunction, call: RecordedCall, sequences: _Sequences, gradients: dict[int, Tensor]
+    function: ModelFunction,
+    hooked: HookedModule,
+    sequences: _Sequences,
+    gradients: dict[int, Tensor],
 ) -> list[Term]:
     """The terms of the steps, given gradients ``(q, b, …)`` at the output (0) and states (1, 2)."""
-    weights = function.tensors_of(call.hooked.name)
+    weights = function.tensors_of(hooked.name)
     with autograd_enabled():
-        unrolled = _Unrolled(call.hooked.module, weights, sequences)
+        unrolled = _Unrolled(hooked.module, weights, sequences)
         outputs = [unrolled.output, *unrolled.states]
         chosen = [outputs[place] for place in gradients]
         pulled = unrolled.pull_back(chosen, list(gradients.values()))
     terms: list[Term] = []
     for each, gradient in zip(unrolled.maps, pulled, strict=True):
-        weight, bias = call.hooked.parameters.get(each.weight), None
+        weight, bias = hooked.parameters.get(each.weight), None
         if each.bias is not None:
-            bias = call.hooked.parameters.get(each.bias)
+            bias = hooked.parameters.get(each.bias)
         if weight or bias:
             terms.append(
                 AffineTerm(
@@ -305,8 +320,11 @@ def _state_sizes(module: Any) -> list[int]:
     return [output, module.hidden_size] if _mode(module) == LSTM else [output]
 
 
-def _repeats(layout: Any) -> int:
-    return int(layout.repeats)
+def _given_states(args: Any, kwargs: Any) -> list[Tensor]:
+    states = args[1] if len(args) > 1 else kwargs.get("hx")
+    return (
+        list(states) if isinstance(states, tuple | list) else [states] if states is not None else []
+    )
 
 
 def _recurrent_applies(module: Any, layout: CallLayout) -> bool:
@@ -345,7 +363,7 @@ def _gate_scalars(module: Any, layout: CallLayout) -> int:
 
 
 RECURRENT = LayerRule(
-    _recurrent_applies, _recurrent_terms, _affine_maps, inner_scalars=_gate_scalars
+    _recurrent_applies, for_each(_recurrent_terms), _affine_maps, inner_scalars=_gate_scalars
 )
 CELL = LayerRule(_cell_applies, _cell_terms, _affine_maps, inner_scalars=_gate_scalars)
 
