@@ -8,11 +8,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ngeval.errors import EngineError, InputError, nearest_name
+from ngeval.errors import EngineError, InputError, ModelError, nearest_name
 from ngeval.jacobians.operation_count import predicted_seconds
 from ngeval.jacobians.probe import Probe
 from ngeval.jacobians.row_source import ENGINES, RowSource
 from ngeval.model.function import ModelFunction, Parameters
+from ngeval.model.no_gradient import why_no_gradient
 from ngeval.utils.memory import is_out_of_memory
 
 SLOWER, WORTHWHILE = 1.25, 0.02
@@ -139,7 +140,11 @@ def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> Engine
 
 
 def _probe_of(function: ModelFunction, outputs: Tensor, residual: Tensor) -> Probe:
-    return function.shards.synchronized(lambda: Probe(function, outputs, residual))
+    try:
+        return function.shards.synchronized(lambda: Probe(function, outputs, residual))
+    except ModelError as error:
+        reason = why_no_gradient(function) if "does not require grad" in str(error) else None
+        raise ModelError(reason) if reason else error from None
 
 
 def _first_right(
@@ -195,6 +200,12 @@ def _tried(
 
 
 def _difference(name: str, probe: Probe, products: Parameters) -> str:
+    if probe.tangent_error:
+        return (
+            f"{name}: the model has neither forward-mode nor second derivatives "
+            f"({probe.tangent_error}); give its autograd.Function a jvp, or leave out "
+            "once_differentiable"
+        )
     names = probe.undifferentiated(products)
     return f"{name}: forward and backward derivatives differ{names}"
 

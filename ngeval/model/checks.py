@@ -54,6 +54,11 @@ def check_inputs(inputs: Inputs) -> None:
     for name, tensor in named_tensors(inputs):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.is_nested:
+            raise InputError(
+                f"{name} is a nested tensor, whose samples have no common shape; pad it "
+                "(torch.nested.to_padded_tensor) and pass a mask to the model"
+            )
         if tensor.ndim == 0:
             raise InputError(f"{name} has no batch dimension (it is a scalar)")
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -83,8 +88,11 @@ def check_model(model: nn.Module) -> None:
         for name, tensor in named:
             if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise ModelError(f"{kind} {name!r} has no values (lazy or on the meta device)")
-            if tensor.is_complex():
-                raise ModelError(f"{kind} {name!r} is complex; ngeval grades real models")
+            if tensor.is_complex() and kind == "parameter":
+                raise ModelError(
+                    f"parameter {name!r} is complex; ngeval grades real parameters: hold it as its "
+                    "real and imaginary part (torch.view_as_real)"
+                )
             _check_finite(kind, name, tensor)
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:

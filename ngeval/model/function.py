@@ -47,6 +47,8 @@ class ModelFunction:
         output: which of the model's outputs is z.
         inner_epsilon: machine epsilon of the coarsest type to which the model's code narrows.
         forward_mode: compute J d by forward-mode AD where every operation has a rule.
+        inner_gradients: the model differentiates inside its forward pass, which therefore records
+            a graph wherever it runs.
         notes: workarounds that were needed, for reports.
         shards: this process's part of the batch.
         split: parameters that FSDP2 keeps in parts; they are left in the model.
@@ -64,6 +66,7 @@ class ModelFunction:
     output: Output = None
     inner_epsilon: float = 0.0
     forward_mode: bool = True
+    inner_gradients: bool = False
     notes: set[str] = field(default_factory=set)
     shards: Shards = SINGLE
     split: frozenset[str] = frozenset()
@@ -207,7 +210,8 @@ class ModelFunction:
             args = batch if isinstance(batch, tuple) else (batch,)
         tensors = {**parameters, **self.frozen, **buffers}
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
-        raw = called(self.model, placed, args, kwargs, notes=self.notes, fused=fused)
+        with autograd_enabled() if self.inner_gradients else contextlib.nullcontext():
+            raw = called(self.model, placed, args, kwargs, notes=self.notes, fused=fused)
         return outputs_of(raw, self.output)
 
     def check_unchanged(self) -> None:
@@ -257,8 +261,15 @@ class ModelFunction:
             pulled = torch.autograd.grad(
                 outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
             )
-            along = [tangent[name] for name in leaves]
-            return torch.autograd.grad(pulled, [dummy], along, materialize_grads=True)[0]
+            along = {p: tangent[n] for n, p in zip(leaves, pulled, strict=True) if p.requires_grad}
+            if not along:
+                return torch.zeros_like(outputs)
+            result = torch.autograd.grad(
+                list(along), [dummy], list(along.values()), allow_unused=True
+            )[0]
+            if result is None:  # Jᵀw depends on w, unless a backward pass is not recorded
+                raise RuntimeError("a function of the model's can be differentiated only once")
+            return result
 
     def vjp(self, cotangent: Tensor) -> Parameters:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
@@ -387,6 +398,8 @@ def _version_of(tensor: Tensor) -> int:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex() and dtype.itemsize >= 4:
+        return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

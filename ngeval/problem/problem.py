@@ -23,7 +23,13 @@ from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma
 from ngeval.problem.linearized import Linearized
 from ngeval.problem.next_batch import Chain, by_known_plan
-from ngeval.problem.probes import check_outputs, check_repeatable, check_same_problem, run_model
+from ngeval.problem.probes import (
+    check_outputs,
+    check_repeatable,
+    check_same_problem,
+    run_first,
+    run_model,
+)
 from ngeval.utils.memory import free_memory
 
 
@@ -137,7 +143,7 @@ class Problem(Linearized):
         options = (likelihood.name, chain.engine, function.cast, chain.probes)
         check_same_problem(function, targets, options)
         with OperationWatch() as watch:
-            raw = run_model(function)
+            function, raw = run_first(function)
         self._fused_attention = any(shards.gather(int(watch.attention)))
         function = replace(function, inner_epsilon=max(shards.gather(watch.epsilon)))
         super().__init__(function, likelihood, raw, targets)
