@@ -11,15 +11,18 @@ Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs, th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import add_squared_column_sums
-from ngeval.jacobians.terms import AffineTerm, Term
+from ngeval.jacobians.joined_calls import merged
+from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
 from ngeval.model.directions import slices
 from ngeval.model.sharding import SINGLE, Shards
 
@@ -43,12 +46,21 @@ class Layer:
         weight: the weight's parameter name, None if it is frozen.
         bias: the bias's, None if it is frozen or absent.
         transposed: the layer holds Wᵀ.
+        lookup: it is a table, with a one-hot vector for each position as its inputs.
+        sizes: groups, outputs and inputs without the bias.
     """
 
     name: str
     weight: str | None
     bias: str | None
     transposed: bool = False
+    lookup: bool = False
+    sizes: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def width(self) -> int:
+        """The length of ā."""
+        return (self.sizes[2] if self.weight else 0) + (1 if self.bias else 0)
 
     @property
     def parameters(self) -> list[str]:
@@ -124,6 +136,25 @@ class SecondMoment:
         return values.clamp_min(0), vectors
 
 
+class Counts:
+    """Σ e eᵀ over one-hot rows e, a diagonal matrix; see `SecondMoment`."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.counts = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def add(self, indices: Tensor) -> None:
+        """Add the one-hot rows of some indices."""
+        self.counts += indices.bincount(minlength=len(self.counts))
+
+    def summed(self, shards: Shards) -> None:
+        """Add up over ranks."""
+        self.counts = shards.sum(lambda: self.counts)
+
+    def eigenpairs(self) -> tuple[Tensor, None]:
+        """The counts, shape ``(1, size)``; the eigenvectors are the identity."""
+        return self.counts.unsqueeze(0), None
+
+
 class Factors:
     """A, B and M of a layer's block ≈ (1/M) A ⊗ B, and its gradient; all float64, summed.
 
@@ -145,7 +176,11 @@ class Factors:
         """Factors without any rows; ``sizes`` are g, o and i."""
         groups, outputs, inputs = sizes
         self.layer = layer
-        self.inputs = SecondMoment(groups, inputs, device, thin=sharing == EXPAND)
+        self.inputs: SecondMoment | Counts
+        if layer.lookup and sharing == EXPAND:
+            self.inputs = Counts(inputs, device)
+        else:
+            self.inputs = SecondMoment(groups, inputs, device, thin=sharing == EXPAND)
         self.outputs = SecondMoment(groups, outputs, device, thin=sharing == EXPAND)
         self.gradient = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device)
         self.count = 0.0
@@ -168,22 +203,58 @@ class Curvature:
     padding: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def affine_layers(plan: CapturePlan) -> list[Layer]:
-    """The layers whose rows are sums of outer products, and whose weights are not shared."""
-    uses = plan.uses()
-    return [
-        Layer(
-            owner.name,
-            owner.parameters.get(weight),
-            owner.parameters.get(bias),
-            owner.rule.transposed,
-        )
-        for owner in plan.modules
-        if owner.rule is not None and owner.rule.affine is not None and not owner.replicate
-        for weight, bias in owner.rule.affine(owner.module)
-        if any(path in owner.parameters for path in (weight, bias))
-        and all(uses[owner.parameters[p]] == 1 for p in (weight, bias) if p in owner.parameters)
-    ]
+def kronecker_layers(plan: CapturePlan) -> list[Layer]:
+    """The layers whose rows are sums of outer products: affine ones, and tables.
+
+    A tied weight is one layer, shared over all its uses as over positions, if these are of a kind;
+    the biases beside it are layers of their own.
+    """
+    places = _places(plan)
+    uses = Counter(name for layer in places for name in layer.parameters)
+    pairs = Counter((layer.weight, layer.bias) for layer in places)
+    unlike = {name for name, count in plan.uses().items() if count != uses[name]}
+    kinds: dict[str, set[object]] = {}
+    for layer in places:
+        kind = (layer.transposed, layer.lookup, layer.sizes)
+        for name in layer.parameters:
+            kinds.setdefault(name, set()).add(kind if name == layer.weight else None)
+    unlike |= {name for name, found in kinds.items() if len(found) > 1}
+    layers: dict[tuple[str | None, str | None], Layer] = {}
+    for layer in places:
+        if all(uses[name] == pairs[layer.weight, layer.bias] for name in layer.parameters):
+            parts = [layer]
+        else:
+            parts = [replace(layer, bias=None), replace(layer, weight=None)]
+        for part in parts:
+            if part.parameters and not unlike & set(part.parameters):
+                layers.setdefault((part.weight, part.bias), part)
+    return list(layers.values())
+
+
+def _places(plan: CapturePlan) -> list[Layer]:
+    """Every use of a weight by an affine map or a look-up."""
+    places = []
+    for owner in plan.modules:
+        rule, module = owner.rule, cast(Any, owner.module)
+        if rule is None or rule.affine is None or owner.replicate:
+            continue
+        for weight, bias in rule.affine(module):
+            names = owner.parameters.get(weight), owner.parameters.get(bias)
+            if not any(names):
+                continue
+            sizes = _sizes(module, weight, bias, transposed=rule.transposed)
+            places.append(Layer(owner.name, *names, rule.transposed, rule.lookup, sizes))
+    return places
+
+
+def _sizes(module: Any, weight: str, bias: str, *, transposed: bool) -> tuple[int, int, int]:
+    if not weight:  # a bias that is a layer of its own
+        return 1, module.get_parameter(bias).numel(), 0
+    shape = module.get_parameter(weight).shape
+    if transposed:
+        return 1, shape[1:].numel(), shape[0]
+    groups = getattr(module, "groups", 1)
+    return groups, shape[0] // groups, shape[1:].numel()
 
 
 def layer_factors(
@@ -206,9 +277,14 @@ def layer_factors(
         for curvature, terms in captures:
             for layer, term in _of_layers(terms, layers):
                 if layer not in local:
-                    sizes = (*term.cotangents.shape[3:], _width(term))
+                    sizes = (*layer.sizes[:2], layer.width)
                     local[layer] = Factors(layer, sizes, term.cotangents.device, sharing)
-                _add_term(local[layer], term, curvature, sharing)
+                if isinstance(term, AffineTerm):
+                    _add_term(local[layer], term, curvature, sharing)
+                elif sharing == EXPAND:
+                    _add_lookups(local[layer], term, curvature)
+                else:
+                    _add_term(local[layer], _one_hot(term), curvature, sharing)
 
     shards.synchronized(add_up)
     return [
@@ -234,7 +310,8 @@ def _over_ranks(local: Factors | None, layer: Layer, sharing: str, shards: Shard
 
 
 def corrected_eigenvalues(
-    captures: Iterable[tuple[Curvature, list[Term]]], bases: dict[Layer, tuple[Tensor, Tensor]]
+    captures: Iterable[tuple[Curvature, list[Term]]],
+    bases: dict[Layer, tuple[Tensor | None, Tensor]],
 ) -> dict[Layer, Tensor]:
     """Σ_nq (U_Bᵀ (Σ_t b āᵀ) U_A)², the diagonal of a layer's exact block in a Kronecker basis.
 
@@ -243,32 +320,65 @@ def corrected_eigenvalues(
 
     Args:
         captures: terms of the whole batch, block by block.
-        bases: by layer U_A, shape ``(g, i, k)``, and U_B, shape ``(g, o, m)``.
+        bases: by layer U_A, shape ``(g, i, k)`` or None for the identity, and U_B, ``(g, o, m)``.
 
     Returns:
         By layer, float64, shape ``(g, m, k)``.
     """
     sums = {
-        layer.parameters[0]: inputs.new_zeros(len(inputs) * outputs.shape[2] * inputs.shape[2])
+        layer.parameters[0]: outputs.new_zeros(
+            len(outputs)
+            * outputs.shape[2]
+            * (layer.sizes[2] if inputs is None else inputs.shape[2])
+        )
         for layer, (inputs, outputs) in bases.items()
     }
     for curvature, terms in captures:
         if not bool(curvature.share.any()):
             continue
         for layer, term in _of_layers(terms, list(bases)):
-            add_squared_column_sums(sums, [_rotated(term, layer, *bases[layer], curvature)])
+            inputs, outputs = bases[layer]
+            if isinstance(term, EmbeddingTerm) and inputs is None:
+                rotated = _rotated_lookups(term, outputs, curvature)
+                table = rotated.num_units * outputs.shape[2]
+                squares = {layer.parameters[0]: outputs.new_zeros(table)}
+                add_squared_column_sums(squares, [rotated])
+                by_entry = squares[layer.parameters[0]].reshape(rotated.num_units, -1)
+                sums[layer.parameters[0]] += by_entry.T.reshape(-1)
+            elif isinstance(term, AffineTerm) and inputs is not None:
+                rotated_term = _rotated(term, layer, inputs, outputs, curvature)
+                add_squared_column_sums(sums, [rotated_term])
     return {
-        layer: sums[layer.parameters[0]].reshape(len(inputs), outputs.shape[2], inputs.shape[2])
-        for layer, (inputs, outputs) in bases.items()
+        layer: sums[layer.parameters[0]].reshape(len(outputs), outputs.shape[2], -1)
+        for layer, (_, outputs) in bases.items()
     }
 
 
-def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Layer, AffineTerm]]:
-    """The layers' terms: one for each, since no other module has their parameters."""
+def _rotated_lookups(term: EmbeddingTerm, outputs: Tensor, curvature: Curvature) -> EmbeddingTerm:
+    chosen = curvature.share.nonzero().squeeze(1)
+    cotangents = term.cotangents[:, chosen].to(torch.float64) @ outputs[0]
+    shape = torch.Size((term.num_units, outputs.shape[2]))
+    return replace(term, weight_shape=shape, cotangents=cotangents)
+
+
+def _of_layers(
+    terms: list[Term], layers: Sequence[Layer]
+) -> Iterator[tuple[Layer, AffineTerm | EmbeddingTerm]]:
+    """The terms of the layers, one for each: that of all uses of its weight."""
     known = {(layer.weight, layer.bias): layer for layer in layers}
+    parts: list[Term] = []
     for term in terms:
-        if isinstance(term, AffineTerm) and (term.weight, term.bias) in known:
-            yield known[term.weight, term.bias], term
+        if isinstance(term, EmbeddingTerm):
+            parts += [term] if (term.weight, None) in known else []
+        elif isinstance(term, AffineTerm):
+            whole = (term.weight, term.bias) in known
+            pieces = [term] if whole else [replace(term, bias=None), replace(term, weight=None)]
+            parts += [piece for piece in pieces if (piece.weight, piece.bias) in known]
+    for part in merged(parts):
+        if isinstance(part, EmbeddingTerm):
+            yield known[part.weight, None], part
+        elif isinstance(part, AffineTerm):
+            yield known[part.weight, part.bias], part
 
 
 def _width(term: AffineTerm) -> int:
@@ -299,20 +409,59 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
             factors.count += float(counted)
 
 
-def _positions(term: AffineTerm, samples: slice, curvature: Curvature) -> Tensor:
+def _add_lookups(factors: Factors, term: EmbeddingTerm, curvature: Curvature) -> None:
+    """Add the products of one capture of a table: its A is the diagonal of counts."""
+    chosen = curvature.share.nonzero().squeeze(1)
+    width = term.positions * term.num_vectors * term.weight_shape[1]
+    for samples in slices(term.num_samples, max(1, COPIED_ENTRIES // width)):
+        cotangents = term.cotangents[samples].to(torch.float64)  # (n, q, t, d)
+        indices = term.indices[samples]
+        there = _positions(term, samples, curvature) & (indices >= 0)
+        of_gradient = torch.einsum("nq,nqtd->ntd", curvature.gradient[samples], cotangents)
+        valid = indices >= 0
+        factors.gradient[0].index_add_(1, indices[valid], of_gradient[valid].T)
+        factors.outputs.add(cotangents[:, chosen].flatten(0, 2).unsqueeze(0))
+        if curvature.first:
+            factors.inputs.add(indices[there])
+            factors.count += float(there.sum())
+
+
+def _one_hot(term: EmbeddingTerm) -> AffineTerm:
+    """A table as a linear layer of one-hot vectors."""
+
+    def inputs(samples: slice) -> Tensor:
+        indices = term.indices[samples].unsqueeze(2)
+        classes = torch.arange(term.num_units, device=indices.device)
+        return (indices == classes).to(term.cotangents.dtype).unsqueeze(2)
+
+    return AffineTerm(
+        term.weight,
+        None,
+        term.weight_shape,
+        inputs,
+        term.cotangents.unsqueeze(3),
+        transposed=True,
+        present=term.indices >= 0,
+    )
+
+
+def _positions(term: AffineTerm | EmbeddingTerm, samples: slice, curvature: Curvature) -> Tensor:
     """Which positions count, shape ``(n, t)``: not padding.
 
     A position that a mask names padding is padding if no output depends on it. One without a mask
     counts even where its cotangent is 0, as that of a saturated unit is. All pixels of a
     convolution count, and so does a sample's only position.
     """
-    cotangents = term.cotangents[samples]
+    cotangents = term.cotangents[samples].flatten(3)
+    present = cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
+    if isinstance(term, AffineTerm) and term.present is not None:
+        present = term.present[samples]
     padding = _padding_of(term.positions, samples, curvature)
     affine_tokens = term.positions > 1 and len(term.weight_shape) == 2
     if padding is None or not affine_tokens or not curvature.first:
-        return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
-    reached: Tensor = (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
-    return reached | ~padding
+        return present
+    reached: Tensor = (cotangents[:, 0] != 0).any(dim=2)
+    return present & (reached | ~padding)
 
 
 def _padding_of(length: int, samples: slice, curvature: Curvature) -> Tensor | None:

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ngeval.errors import EngineError
 from ngeval.jacobians.capture_plan import CapturePlan, HookedModule, RecordedCall
+from ngeval.jacobians.joined_calls import merged
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
-from ngeval.jacobians.terms import StoredTerm, Term, merged
+from ngeval.jacobians.terms import StoredTerm, Term
 from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_terms, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of

@@ -141,6 +141,8 @@ class LayerRule:
         affine: the affine maps of a module, each a weight and a bias by their paths in it; all
             terms are `AffineTerm`. None where the layer is of another kind.
         transposed: the weights have inputs first.
+        lookup: the layer is a table, an affine map of one-hot vectors; its terms are
+            `EmbeddingTerm`.
         inner_scalars: scalars per sample, inside the module, at which gradients are taken, too;
             None where a call's gradients are those at its one output.
     """
@@ -149,6 +151,7 @@ class LayerRule:
     terms: Callable[[ModelFunction, list[RecordedCall]], list[Term]]
     affine: Callable[[Any], list[tuple[str, str]]] | None = None
     transposed: bool = False
+    lookup: bool = False
     inner_scalars: Callable[[Any, CallLayout], int] | None = None
 
 

@@ -126,6 +126,65 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
     return moved
 
 
+def _transposed_conv_terms(_: ModelFunction, call: RecordedCall) -> list[Term]:
+    """A transposed convolution: every input pixel is mapped to a patch of the outputs.
+
+    z = Σ_t fold(Wᵀ x_t): the gradient at the patch of pixel t is what a convolution with the same
+    geometry would see there.
+    """
+    layer: Any = call.hooked.module
+    gradient = call.gradients[0]  # (n, q, k, O, *pixels)
+    count = len(gradient)
+    chunks = call.input_chunks(0, count)
+    weight, bias = (call.hooked.parameters.get(name) for name in ("weight", "bias"))
+    terms: list[Term] = []
+    if weight:
+        shape = chunks.shape[3:]
+        patches = _output_patches(layer, gradient.flatten(0, 2), shape)  # (n·q·k, t, o)
+        cotangents = patches.unflatten(0, gradient.shape[:3]).flatten(2, 3).unsqueeze(3)
+        flat = chunks.flatten(3).transpose(2, 3).flatten(1, 2).unsqueeze(2)
+        terms.append(
+            AffineTerm(
+                weight,
+                None,
+                layer.weight.shape,
+                lambda samples: flat[samples],
+                cotangents,
+                transposed=True,
+            )
+        )
+    if bias:
+        pixels = gradient.flatten(4).transpose(3, 4).flatten(2, 3).unsqueeze(3)
+        nothing = pixels.new_empty(count, pixels.shape[2], 1, 0)
+        terms.append(
+            AffineTerm(None, bias, layer.weight.shape, lambda samples: nothing[samples], pixels)
+        )
+    return terms
+
+
+def _output_patches(layer: Any, maps: Tensor, shape: torch.Size) -> Tensor:
+    """The patch of outputs ``(b, O, *pixels)`` that each input pixel reaches: ``(b, t, o)``."""
+    dims = len(shape)
+    for d in range(dims):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+        needed = (shape[d] - 1) * layer.stride[d] + reach
+        before = layer.padding[d]
+        after = needed - before - maps.shape[2 + d]
+        widths = [0, 0] * dims
+        widths[2 * (dims - 1 - d)], widths[2 * (dims - 1 - d) + 1] = before, after
+        maps = nn.functional.pad(maps, widths)
+    for d in range(dims):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+        maps = maps.unfold(2 + d, reach, layer.stride[d])[..., :: layer.dilation[d]]
+    order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
+    patches: Tensor = maps.permute(order).flatten(1, dims).flatten(2)
+    return patches
+
+
+def _transposed_conv_applies(layer: Any, layout: CallLayout) -> bool:
+    return layer.groups == 1 and _conv_applies(layer, layout)
+
+
 def _embedding_term(_: ModelFunction, call: RecordedCall) -> list[Term]:
     table: Any = call.hooked.module
     gradient = call.gradients[0]
@@ -194,6 +253,12 @@ def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
 
 
 _CONVOLUTION = LayerRule(_conv_applies, for_each(_conv_term), affine=_own_weight)
+_TRANSPOSED = LayerRule(
+    _transposed_conv_applies,
+    for_each(_transposed_conv_terms),
+    affine=lambda _: [("weight", ""), ("", "bias")],
+    transposed=True,
+)
 _LAST_NORM = LayerRule(_layer_norm_applies, for_each(partial(_norm_term, channels_first=False)))
 _CHANNEL_NORM = LayerRule(_samples_first, for_each(partial(_norm_term, channels_first=True)))
 
@@ -202,8 +267,17 @@ RULES: dict[type[nn.Module], LayerRule] = {
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
     **RECURRENT_RULES,
-    nn.Embedding: LayerRule(_embedding_applies, for_each(_embedding_term)),
+    nn.Embedding: LayerRule(
+        _embedding_applies,
+        for_each(_embedding_term),
+        affine=_own_weight,
+        transposed=True,
+        lookup=True,
+    ),
     nn.LayerNorm: _LAST_NORM,
     nn.RMSNorm: _LAST_NORM,
     nn.GroupNorm: _CHANNEL_NORM,

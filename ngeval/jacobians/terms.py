@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,31 +147,6 @@ class StoredTerm(Term):
         return {name: value[samples, vectors, units] for name, value in self.values.items()}
 
 
-@dataclass(frozen=True)
-class SummedTerm(Term):
-    """The sum of terms of the same parameters: several calls of a norm, or of any module."""
-
-    parts: tuple[Term, ...]
-
-    @property
-    def lead(self) -> tuple[int, int]:
-        return self.parts[0].lead
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return self.parts[0].shapes
-
-    def combined(self, weights: Tensor) -> SummedTerm:
-        return SummedTerm(tuple(part.combined(weights) for part in self.parts))
-
-    def rows(self, samples: slice, vectors: slice, units: slice) -> Parameters:
-        total = self.parts[0].rows(samples, vectors, units)
-        for part in self.parts[1:]:
-            rows = part.rows(samples, vectors, units)
-            total = {name: value + rows[name] for name, value in total.items()}
-        return total
-
-
 class LayerTerm(Term):
     """A term with the gradients b at a layer's output, shape ``(n, q, t, …)``."""
 
@@ -256,7 +230,7 @@ class AffineTerm(LayerTerm):
         if self.apply is not None:
             return self.apply(direction)
         if self.transposed:
-            weight = direction.unsqueeze(0)
+            weight = direction.flatten(1).unsqueeze(0)
         else:
             weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
         inputs = self.inputs(ALL)
@@ -298,8 +272,8 @@ class AffineTerm(LayerTerm):
             inputs = self.inputs(samples).squeeze(2)[..., units].mT
             right = cotangents.squeeze(3).transpose(1, 2)  # (n, t, q, o)
             products: Tensor = inputs @ right.flatten(2)
-            split: Tensor = products.unflatten(2, right.shape[2:])
-            rows[self.weight] = split.transpose(1, 2)
+            split: Tensor = products.unflatten(2, right.shape[2:]).transpose(1, 2)
+            rows[self.weight] = split.reshape(*split.shape[:3], *self.weight_shape[1:])
         if self.bias and not units.start:
             rows[self.bias] = cotangents.sum(2).flatten(2)
         return rows
@@ -362,58 +336,6 @@ def _combine(weights: Tensor, values: Tensor) -> Tensor:
     split = combined.unflatten(2, [values.shape[dim] for dim in order])
     result: Tensor = split.permute(0, 1, *(2 + order.index(d) for d in range(2, values.ndim)))
     return result
-
-
-def merged(terms: list[Term]) -> list[Term]:
-    """Calls of the same layer, or of the same parameters, as a single term.
-
-    Products of rows of T calls would otherwise take T² products of terms.
-    """
-    calls: dict[tuple[type[Term], tuple[Any, ...]], list[Any]] = {}
-    for term in terms:
-        if isinstance(term, AffineTerm):
-            calls.setdefault((AffineTerm, (term.weight, term.bias)), []).append(term)
-        elif isinstance(term, EmbeddingTerm):
-            calls.setdefault((EmbeddingTerm, (term.weight,)), []).append(term)
-        else:
-            calls.setdefault((SummedTerm, tuple(term.shapes)), []).append(term)
-    return [
-        group[0] if len(group) == 1 else _MERGE[kind](group) for (kind, _), group in calls.items()
-    ]
-
-
-def _merge_affine(calls: list[AffineTerm]) -> AffineTerm:
-    present = None
-    if any(call.present is not None for call in calls):
-        present = torch.cat([_present(call) for call in calls], 1)
-    return replace(
-        calls[0],
-        inputs=lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
-        cotangents=torch.cat([call.cotangents for call in calls], 2),
-        apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
-        present=present,
-    )
-
-
-def _present(call: AffineTerm) -> Tensor:
-    if call.present is not None:
-        return call.present
-    return call.cotangents.new_ones(call.num_samples, call.positions, dtype=torch.bool)
-
-
-def _merge_lookups(calls: list[EmbeddingTerm]) -> EmbeddingTerm:
-    return replace(
-        calls[0],
-        indices=torch.cat([call.indices for call in calls], 1),
-        cotangents=torch.cat([call.cotangents for call in calls], 2),
-    )
-
-
-_MERGE: dict[type[Term], Callable[[list[Any]], Term]] = {
-    AffineTerm: _merge_affine,
-    EmbeddingTerm: _merge_lookups,
-    SummedTerm: lambda parts: SummedTerm(tuple(parts)),
-}
 
 
 def whole_block(cotangents: Tensor) -> Block:
