@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ngeval
-from ngeval.curvature.kronecker_factors import kronecker_layers
+from ngeval.curvature.kronecker_layers import kronecker_layers
 from ngeval.model.parameter_groups import make_groups
 from ngeval.problem.fisher import factor_columns
 from tests import zoo

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.curvature.kronecker_factors import Factors, Layer
+from ngeval.curvature.kronecker_factors import Factors
+from ngeval.curvature.kronecker_layers import Layer
 from ngeval.errors import NumericalError
 
 EXACT, FACTORED, PI = "exact", "factored", "pi"

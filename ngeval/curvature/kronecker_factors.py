@@ -11,15 +11,14 @@ Letters: n samples, q cotangents, t positions, g groups, o outputs, i inputs, th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ngeval.jacobians.capture_plan import CapturePlan
+from ngeval.curvature.kronecker_layers import Layer
+from ngeval.curvature.second_moments import Counts, SecondMoment
 from ngeval.jacobians.inner_products import add_squared_column_sums
 from ngeval.jacobians.joined_calls import merged
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
@@ -32,127 +31,6 @@ SHARINGS = (EXPAND, REDUCE)
 
 COPIED_ENTRIES = 2**20
 """Entries that are copied to float64 together: more would be slower, by cache misses."""
-
-STRIP = 96
-"""Columns of a symmetric product that are computed together at least."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An affine layer by its trainable parameters.
-
-    Attributes:
-        name: the module's path.
-        weight: the weight's parameter name, None if it is frozen.
-        bias: the bias's, None if it is frozen or absent.
-        transposed: the layer holds Wᵀ.
-        lookup: it is a table, with a one-hot vector for each position as its inputs.
-        sizes: groups, outputs and inputs without the bias.
-    """
-
-    name: str
-    weight: str | None
-    bias: str | None
-    transposed: bool = False
-    lookup: bool = False
-    sizes: tuple[int, int, int] = (1, 1, 1)
-
-    @property
-    def width(self) -> int:
-        """The length of ā."""
-        return (self.sizes[2] if self.weight else 0) + (1 if self.bias else 0)
-
-    @property
-    def parameters(self) -> list[str]:
-        """The trainable ones, the weight first."""
-        return [name for name in (self.weight, self.bias) if name]
-
-
-class SecondMoment:
-    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length.
-
-    Args:
-        groups: g.
-        size: length of x.
-        device: of the rows.
-        thin: keep rows while they are few; False makes the matrix at once.
-    """
-
-    def __init__(self, groups: int, size: int, device: torch.device, *, thin: bool) -> None:
-        self.shape = (groups, size)
-        self.device = device
-        self.thin = thin
-        self._rows: list[Tensor] = []
-        self._matrix: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows, float64, shape ``(g, rows, size)``."""
-        self._rows.append(rows)
-        if not self.thin or self._matrix is not None or self._count() >= self.shape[1]:
-            self._lower_triangle()
-
-    def summed(self, shards: Shards) -> None:
-        """Add up over ranks, each of which has added the rows of its own samples."""
-        if shards.alone:
-            return
-        counts = shards.gather((self._count(), self._matrix is None))
-        few = self.thin and all(thin for _, thin in counts)
-        if few and sum(count for count, _ in counts) < self.shape[1]:
-            empty = self._zeros(0)
-            whole = shards.concatenate(lambda: torch.cat([empty, *self._rows], 1).transpose(0, 1))
-            self._rows = [whole.transpose(0, 1)]
-        else:
-            self._matrix = shards.sum(self._lower_triangle)
-
-    def _count(self) -> int:
-        return sum(rows.shape[1] for rows in self._rows)
-
-    def _zeros(self, rows: int) -> Tensor:
-        groups, size = self.shape
-        return torch.zeros(groups, rows, size, dtype=torch.float64, device=self.device)
-
-    def _lower_triangle(self) -> Tensor:
-        """The matrix's lower triangle, with the rows that were kept until now."""
-        if self._matrix is None:
-            self._matrix = self._zeros(self.shape[1])
-        for rows in self._rows:
-            _add_lower(self._matrix, rows)
-        self._rows = []
-        return self._matrix
-
-    def eigenpairs(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
-
-        k < size where there are fewer rows: the vectors span them, and the eigenvalues of the
-        orthogonal complement are exactly 0.
-        """
-        if self._matrix is not None:
-            values, vectors = torch.linalg.eigh(self._matrix, UPLO="L")
-        else:
-            # Xᵀ = QR: eigenvectors of RRᵀ are orthonormal whatever the condition of X.
-            basis, upper = torch.linalg.qr(torch.cat(self._rows, 1).mT)
-            values, inner = torch.linalg.eigh(upper @ upper.mT)
-            vectors = basis @ inner
-        return values.clamp_min(0), vectors
-
-
-class Counts:
-    """Σ e eᵀ over one-hot rows e, a diagonal matrix; see `SecondMoment`."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.counts = torch.zeros(size, dtype=torch.float64, device=device)
-
-    def add(self, indices: Tensor) -> None:
-        """Add the one-hot rows of some indices."""
-        self.counts += indices.bincount(minlength=len(self.counts))
-
-    def summed(self, shards: Shards) -> None:
-        """Add up over ranks."""
-        self.counts = shards.sum(lambda: self.counts)
-
-    def eigenpairs(self) -> tuple[Tensor, None]:
-        """The counts, shape ``(1, size)``; the eigenvectors are the identity."""
-        return self.counts.unsqueeze(0), None
 
 
 class Factors:
@@ -201,60 +79,6 @@ class Curvature:
     share: Tensor
     first: bool = True
     padding: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-def kronecker_layers(plan: CapturePlan) -> list[Layer]:
-    """The layers whose rows are sums of outer products: affine ones, and tables.
-
-    A tied weight is one layer, shared over all its uses as over positions, if these are of a kind;
-    the biases beside it are layers of their own.
-    """
-    places = _places(plan)
-    uses = Counter(name for layer in places for name in layer.parameters)
-    pairs = Counter((layer.weight, layer.bias) for layer in places)
-    unlike = {name for name, count in plan.uses().items() if count != uses[name]}
-    kinds: dict[str, set[object]] = {}
-    for layer in places:
-        kind = (layer.transposed, layer.lookup, layer.sizes)
-        for name in layer.parameters:
-            kinds.setdefault(name, set()).add(kind if name == layer.weight else None)
-    unlike |= {name for name, found in kinds.items() if len(found) > 1}
-    layers: dict[tuple[str | None, str | None], Layer] = {}
-    for layer in places:
-        if all(uses[name] == pairs[layer.weight, layer.bias] for name in layer.parameters):
-            parts = [layer]
-        else:
-            parts = [replace(layer, bias=None), replace(layer, weight=None)]
-        for part in parts:
-            if part.parameters and not unlike & set(part.parameters):
-                layers.setdefault((part.weight, part.bias), part)
-    return list(layers.values())
-
-
-def _places(plan: CapturePlan) -> list[Layer]:
-    """Every use of a weight by an affine map or a look-up."""
-    places = []
-    for owner in plan.modules:
-        rule, module = owner.rule, cast(Any, owner.module)
-        if rule is None or rule.affine is None or owner.replicate:
-            continue
-        for weight, bias in rule.affine(module):
-            names = owner.parameters.get(weight), owner.parameters.get(bias)
-            if not any(names):
-                continue
-            sizes = _sizes(module, weight, bias, transposed=rule.transposed)
-            places.append(Layer(owner.name, *names, rule.transposed, rule.lookup, sizes))
-    return places
-
-
-def _sizes(module: Any, weight: str, bias: str, *, transposed: bool) -> tuple[int, int, int]:
-    if not weight:  # a bias that is a layer of its own
-        return 1, module.get_parameter(bias).numel(), 0
-    shape = module.get_parameter(weight).shape
-    if transposed:
-        return 1, shape[1:].numel(), shape[0]
-    groups = getattr(module, "groups", 1)
-    return groups, shape[0] // groups, shape[1:].numel()
 
 
 def layer_factors(
@@ -470,14 +294,6 @@ def _padding_of(length: int, samples: slice, curvature: Curvature) -> Tensor | N
         if covered <= length:  # virtual tokens stand before those of the data
             return nn.functional.pad(padding[samples], (length - covered, 0))
     return None
-
-
-def _add_lower(target: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to the lower triangle, in strips so that most of the upper one is not computed."""
-    size = target.shape[1]
-    for columns in slices(size, max(STRIP, -(-size // 8))):
-        strip = target[:, columns, : columns.stop]
-        strip.baddbmm_(rows[..., columns].mT, rows[..., : columns.stop])
 
 
 def _augmented(term: AffineTerm, samples: slice) -> Tensor:

@@ -22,11 +22,10 @@ from ngeval.curvature.kronecker_factors import (
     SHARINGS,
     Curvature,
     Factors,
-    Layer,
     corrected_eigenvalues,
-    kronecker_layers,
     layer_factors,
 )
+from ngeval.curvature.kronecker_layers import Layer, kronecker_layers
 from ngeval.errors import EngineError, InputError, nearest_name
 from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
@@ -223,8 +222,8 @@ def _covered(problem: Problem, sharing: str) -> list[Layer]:
     if not layers:
         raise EngineError(
             "KFAC covers no layer of this model: it needs linear, convolution or recurrent "
-            f"layers, or tables, with a trainable weight, and factors of at most {LARGEST_FACTOR} rows"
-            + (f" ({', '.join(large[:3])})" if large else "")
+            "layers, or tables, with a trainable weight, and factors of at most "
+            f"{LARGEST_FACTOR} rows" + (f" ({', '.join(large[:3])})" if large else "")
         )
     if needed > problem.rows.memory:
         raise EngineError(
