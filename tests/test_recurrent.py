@@ -96,7 +96,7 @@ def rules(problem: ngeval.Problem) -> dict[str, bool]:
 
 @pytest.mark.parametrize("initial", [False, True], ids=["zeros", "learned"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(("kind", "options"), LAYERS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("kind", "options"), LAYERS, ids=str)
 def test_layers(kind, options, packed, initial):
     torch.manual_seed(0)
     model = Tagger(kind, packed=packed, initial=initial, **options).double().eval()
