@@ -31,6 +31,9 @@ FIGURES: dict[str, Figure] = {
         "sgd, ef, sf and ief at 50 dampings (Problem included), against the pipeline",
     ),
     "sweep6": Figure(sweeps.sweep6, ("mlp", "cnn", "vit", "t5"), "the same at 6 dampings"),
+    "precision": Figure(
+        sweeps.precision, ("mlp", "cnn", "vit"), "the same in float64 against float32"
+    ),
     "ng": Figure(
         sweeps.natural_gradient,
         ("mlp", "cnn", "vit"),

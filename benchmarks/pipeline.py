@@ -105,9 +105,16 @@ def sampled_labels(problem: ngeval.Problem) -> Tensor:
     return problem.distribution.sample(1, torch.Generator().manual_seed(0))[0]
 
 
-def problem_of(workload: Workload, memory: int | None = None) -> ngeval.Problem:
+def problem_of(
+    workload: Workload, memory: int | None = None, dtype: str | torch.dtype = "auto"
+) -> ngeval.Problem:
     return ngeval.Problem(
-        workload.model, workload.inputs, workload.targets, workload.likelihood, memory=memory
+        workload.model,
+        workload.inputs,
+        workload.targets,
+        workload.likelihood,
+        memory=memory,
+        dtype=dtype,
     )
 
 

@@ -131,6 +131,21 @@ def natural_gradient(workload: Workload, settings: Settings) -> Measured:
     return Measured(claims, timings.seconds, details, [*notes, *timings.notes(settings.repeats)])
 
 
+def precision(workload: Workload, settings: Settings) -> Measured:
+    """Six dampings of four methods, Problem included, in float64 over float32."""
+    jobs = {"gradient": gradient_job(workload)} | {
+        str(dtype): Job(lambda _, dtype=dtype: grade(problem_of(workload, dtype=dtype), METHODS, 6))
+        for dtype in (torch.float32, torch.float64)
+    }
+    timings = interleave(jobs, settings)
+    ratio = timings["torch.float64"] / timings["torch.float32"]
+    reach = 2.2 if settings.device == "cpu" else None
+    claims = [Claim("time in float64 over float32", ratio, "×", "≤", reach)]
+    cost = timings["torch.float64"] / timings["gradient"]
+    notes = [f"{cost:.3g} GE in float64", *timings.notes(settings.repeats)]
+    return Measured(claims, timings.seconds, {}, notes)
+
+
 def _with_reach(entry: Claim, reach: float) -> Claim:
     return Claim(entry.quantity, entry.value, entry.unit, "≤", reach)
 

@@ -55,6 +55,7 @@ nitpicky = True
 nitpick_ignore_regex = [  # other packages: their inventories are on the network
     ("py:.*", r"(abc|collections|pathlib|types|typing)\..*"),
     ("py:.*", r"(matplotlib|numpy|pandas|pd|pydantic|scipy|torch)\..*"),
+    ("py:class", "Tensor"),
     ("py:.*", r"Optimizer|param_groups"),  # in docstrings that torch's optimizers pass on
     ("py:class", r"ngeval\..*\.T"),  # a type variable
     ("py:class", r"ngeval\.model\.sharding\.Shards"),  # no part of the public face

@@ -9,6 +9,8 @@ import torch
 import ngeval
 from ngeval.curvature import row_space as kernel
 from ngeval.curvature import row_svd
+from ngeval.curvature.damped_inverse import DampedInverse, RowSum, ridge
+from ngeval.curvature.gram_factor import GramFactor
 from ngeval.curvature.row_svd import RowSvd
 from ngeval.problem.linearized import Sizes
 from tests import problems
@@ -51,10 +53,10 @@ def test_the_form_that_suits_the_sizes(sizes, options, expected):
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(8 * 4 * 8 * 3 * 50, "JacobianSpace"), (8 * 4 * 8 * 3 * 50 - 1, "GramSpace")],
+    [(8 * 4 * 8 * 3 * 200, "JacobianSpace"), (8 * 4 * 8 * 3 * 200 - 1, "GramSpace")],
 )
 def test_the_form_that_fits_in_the_budget(budget, expected):
-    assert kernel.choose_form(Sizes(8, 3, 50), budget).__name__ == expected
+    assert kernel.choose_form(Sizes(8, 3, 200), budget).__name__ == expected
 
 
 def test_no_form_fits():
@@ -105,7 +107,7 @@ def rows():
 
 
 def svd_of(source, rows):
-    return RowSvd.of(rows if source == "rows" else kernel.cholesky_rows(rows @ rows.T)[0])
+    return RowSvd.of(rows if source == "rows" else GramFactor.of(rows @ rows.T).lower)
 
 
 @pytest.mark.parametrize("source", ["rows", "gram"])
@@ -116,7 +118,7 @@ def test_short_rows_keep_their_digits_beside_long_ones(source, rows):
     expected = unit.T @ torch.linalg.solve(unit @ unit.T, 1 / lengths)
     svd = svd_of(source, rows)
     for damping in (0.0, 1e-40):
-        solution = svd.ridge(torch.ones(8, dtype=torch.float64), damping)
+        solution = ridge(svd, torch.ones(8, dtype=torch.float64), damping)
         # The coordinates of a Cholesky factor are another basis: lengths and products are the same.
         assert solution.size == pytest.approx(float(expected.norm()), rel=1e-7)
         images = svd.rows @ solution.vector * svd.scale * solution.size
@@ -137,7 +139,7 @@ def test_repeated_and_zero_rows_do_not_count(source, rows):
     exact = rows.T @ torch.linalg.solve(
         rows @ rows.T + 1e-3 * torch.eye(14, dtype=torch.float64), target
     )
-    solution = svd.ridge(target, 1e-3)
+    solution = ridge(svd, target, 1e-3)
     images = svd.rows @ solution.vector * svd.scale * solution.size
     torch.testing.assert_close(images, rows @ exact)
 
@@ -148,7 +150,7 @@ def test_rows_of_any_size(damping, size):
     torch.manual_seed(1)
     unit = torch.randn(4, 6, dtype=torch.float64)
     target = torch.ones(4, dtype=torch.float64)
-    solution = RowSvd.of(unit * size).ridge(target, damping)
+    solution = ridge(RowSvd.of(unit * size), target, damping)
     # In numbers of a middling size: λ relative to size².
     relative = damping / size / size
     if relative > 1e14:
@@ -161,10 +163,10 @@ def test_rows_of_any_size(damping, size):
 
 def test_the_zero_matrix_has_no_range():
     zero, target = torch.zeros(3, 5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    for svd in (RowSvd.of(zero), RowSvd.of(kernel.cholesky_rows(zero @ zero.T)[0])):
+    for svd in (RowSvd.of(zero), RowSvd.of(GramFactor.of(zero @ zero.T).lower)):
         assert (svd.largest, svd.rank) == (0.0, 0)
         for damping in (0.0, 1.0):
-            assert not svd.ridge(target, damping).vector.any()
+            assert not ridge(svd, target, damping).vector.any()
 
 
 def test_overflow_is_named():
@@ -172,4 +174,50 @@ def test_overflow_is_named():
     with pytest.raises(ngeval.NumericalError, match="overflow"):
         RowSvd.of(infinite)
     with pytest.raises(ngeval.NumericalError, match="overflow"):
-        kernel.cholesky_rows(infinite)
+        GramFactor.of(infinite)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-18, 1e-9, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("graded", [0, 6])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (6, 6)])
+def test_moved_rows_are_solved_as_if_factored_again(shape, graded, damping):
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.logspace(0, -graded, shape[0], dtype=torch.float64).unsqueeze(1)
+    rows = sizes * torch.randn(shape, generator=generator, dtype=torch.float64)
+    moved = rows + 1e-10 * sizes * torch.randn(shape, generator=generator, dtype=torch.float64)
+    target = torch.randn(shape[0], generator=generator, dtype=torch.float64)
+    near, again = RowSvd.of(rows).moved(moved), RowSvd.of(moved)
+    total = moved.T @ target
+    length = float((target.abs() * moved.norm(dim=1)).sum())
+    other = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    pairs = [
+        (ridge(near, target, damping), ridge(again, target, damping)),
+        *(
+            tuple(DampedInverse(svd, gradient).solve(damping) for svd in (near, again))
+            for gradient in (RowSum(total, length, target), RowSum(other, float(other.norm())))
+        ),
+    ]
+    before = ridge(RowSvd.of(rows), target, damping)
+    assert float((before.vector - pairs[0][1].vector).norm()) > 0
+    for result, expected in pairs:
+        assert result.size == pytest.approx(expected.size, rel=1e-7)
+        assert result.slope == pytest.approx(expected.slope, rel=1e-7)
+        torch.testing.assert_close(result.vector, expected.vector, rtol=0, atol=1e-7)
+        torch.testing.assert_close(result.image, expected.image, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 40])
+def test_a_perturbed_gram_factor_has_the_perturbed_products(rank):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(12, rank, generator=generator, dtype=torch.float64)
+    rows[3] = rows[7]
+    gram = rows @ rows.T
+    factor = GramFactor.of(gram)
+    noisy = factor.perturbed(1e-6, torch.Generator().manual_seed(2))
+    lengths = factor.lengths * factor.lengths.unsqueeze(1)
+    change = (noisy.lower @ noisy.lower.T - gram) / lengths
+    # Beyond their rank, products are what those with the pivots make them.
+    size = change[:, factor.pivots].std()
+    assert 5e-7 < size < 2e-6
+    torch.testing.assert_close(noisy.lower[3], noisy.lower[7], rtol=0, atol=1e-12)
+    assert noisy.lower.shape == factor.lower.shape

@@ -1,35 +1,30 @@
 """The exact Fisher's diagonal blocks F_ll, one for each group of parameters, factored.
 
-With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. Where J is kept, A_l itself is
-factored. Otherwise a group with more parameters than the batch has outputs is solved by the
-products of its rows of SᵀJ_l and of the per-sample gradients, others by F_ll.
+With A_l = SᵀJ_l, F_ll = A_lᵀA_l, and g_l = A_lᵀr for r = S⁺u. J_l is known by its columns of J if
+that is kept, and in coordinates otherwise, by the products of its rows; but for a group with fewer
+parameters than the batch has outputs, of which F_ll itself is factored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import DampedInverse, RowSum
+from ngeval.curvature.gram_factor import GramFactor
 from ngeval.curvature.kernel import Kernel, fisher_rows
-from ngeval.curvature.row_space import (
-    DENSE_SIZE,
-    JacobianSpace,
-    cholesky_rows,
-    combination_weights,
-    noisy_gram,
-    unit_vectors,
-)
-from ngeval.curvature.row_svd import DampedInverse, RowSum, RowSvd
+from ngeval.curvature.row_space import DENSE_SIZE, JacobianSpace
+from ngeval.curvature.row_svd import RowSvd
 from ngeval.curvature.updates import KnownForms
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows
 from ngeval.jacobians.captured_rows import group_grams, group_squares
 from ngeval.model.parameter_groups import Group
-from ngeval.problem.fisher import factor_columns
+from ngeval.problem.fisher import factor_columns, unit_cotangents
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
 
@@ -44,13 +39,14 @@ class Block:
     Attributes:
         group: the group of parameters.
         inverse: (A_lᵀA_l + λI)⁻¹g_l.
-        weights: from coordinates to the coefficients of the rows of SᵀJ_l and of g_l; None if the
-            coordinates are parameters.
+        factor: of J_lJ_lᵀ or of F_ll; None where J_l itself is known.
+        by_rows: whether the coordinates are those of rows of J_l, not the parameters.
     """
 
     group: Group
     inverse: DampedInverse
-    weights: Callable[[Tensor], Tensor] | None
+    factor: GramFactor | None
+    by_rows: bool
 
 
 class FisherBlocks:
@@ -61,68 +57,36 @@ class FisherBlocks:
         groups: of parameters, one for each block.
         space: J, if it is kept.
 
-        noise: by which everything is changed, relative; see `Kernel.perturbed`.
-        seed: of the noise.
-
     Raises:
         EngineError: they are out of reach.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        groups: Sequence[Group],
-        space: JacobianSpace | None = None,
-        noise: float = 0.0,
-        seed: int = 0,
+        self, problem: Problem, groups: Sequence[Group], space: JacobianSpace | None = None
     ) -> None:
         self.problem = problem
-        self.right = problem.distribution.whitened_residual().flatten()
-        vectors = torch.cat([factor_columns(problem), problem.residual.unsqueeze(1)], 1)
-        self.vectors, self.scales = unit_vectors(vectors)
+        factors: dict[str, GramFactor] = {} if space is not None else _factors(problem, groups)
         self.blocks: dict[str, Block] = {}
-        if space is not None:
-            self._factor_rows(groups, space)
-            return
-        _check_sizes(problem, groups)
-        generator = torch.Generator().manual_seed(seed)
-        size = problem.num_samples * problem.num_outputs
-        gradient = problem.gradient().to(torch.float64)
-        small = [g for g in groups if g.num_parameters <= size]
-        for part in _batches(problem, small):
-            squares = group_squares(problem.rows, factor_columns(problem), _names(part))
-            for group in part:
-                lower, _ = cholesky_rows(noisy_gram(squares[group.name], noise, generator))
-                slope = _part_of(gradient, group)
-                total = RowSum(slope, float(slope.norm()))
-                inverse = DampedInverse(RowSvd.of(lower.T), total)
-                self.blocks[group.name] = Block(group, inverse, None)
-        for part in _batches(problem, [g for g in groups if g not in small]):
-            grams = group_grams(problem.rows, self.vectors, _names(part))
-            for group in part:
-                gram = noisy_gram(grams[group.name], noise, generator)
-                self.blocks[group.name] = self._by_gram(group, gram)
-
-    def _factor_rows(self, groups: Sequence[Group], space: JacobianSpace) -> None:
-        problem, jacobian = self.problem, space.jacobian
-        residual = problem.residual.flatten(1)
         for group in groups:
-            places = torch.cat([torch.arange(p.start, p.stop) for p in group.places])
-            part = jacobian[:, places]
-            samples = part.unflatten(0, (problem.num_samples, -1))
-            gradients = torch.bmm(residual.unsqueeze(1), samples).squeeze(1)
-            length = float((residual.abs() * samples.norm(dim=2)).sum())
-            total = RowSum(gradients.sum(0), length, self.right)
-            inverse = DampedInverse(RowSvd.of(*fisher_rows(problem, part)), total)
-            self.blocks[group.name] = Block(group, inverse, None)
+            factor = factors.get(group.name)
+            by_rows = factor is not None and not _by_parameters(problem, group)
+            rows, lengths, gradient = _rows(problem, group, factor, space)
+            inverse = DampedInverse(RowSvd.of(rows, lengths), gradient)
+            self.blocks[group.name] = Block(group, inverse, factor, by_rows)
 
-    def _by_gram(self, group: Group, gram: Tensor) -> Block:
-        lower, pivots = cholesky_rows(gram)
-        samples = (self.scales.unsqueeze(1) * lower).unflatten(0, self.vectors.shape[:2])
-        gradients = samples[:, -1]
-        total = RowSum(gradients.sum(0), float(gradients.norm(dim=1).sum()), self.right)
-        inverse = DampedInverse(RowSvd.of(samples[:, :-1].flatten(0, 1)), total)
-        return Block(group, inverse, partial(combination_weights, lower, pivots))
+    def perturbed(
+        self, problem: Problem, space: JacobianSpace | None, noise: float, seed: int
+    ) -> FisherBlocks:
+        """The blocks of a changed problem: see `Kernel.perturbed`."""
+        generator = torch.Generator().manual_seed(seed)
+        other = copy(self)
+        other.problem, other.blocks = problem, {}
+        for name, block in self.blocks.items():
+            factor = block.factor and block.factor.perturbed(noise, generator)
+            rows, _, gradient = _rows(problem, block.group, factor, space)
+            inverse = DampedInverse(block.inverse.rows.moved(rows), gradient)
+            other.blocks[name] = Block(block.group, inverse, factor, block.by_rows)
+        return other
 
     @property
     def largest(self) -> float:
@@ -157,8 +121,8 @@ class FisherBlocks:
         for name, block in self.blocks.items():
             solutions = [block.inverse.solve(damping) for damping in dampings]
             solved = torch.stack([solution.vector * solution.size for solution in solutions])
-            if block.weights is not None:
-                by_rows[name] = block.weights(solved)
+            if block.factor is not None and block.by_rows:
+                by_rows[name] = block.factor.weights(solved)
                 continue
             places = block.group.places
             sizes = [place.stop - place.start for place in places]
@@ -166,7 +130,8 @@ class FisherBlocks:
                 update[:, place] = part
         if by_rows:
             names = _names([self.blocks[name].group for name in by_rows])
-            update += CapturedRows(problem.rows, self.vectors).group_combinations(names, by_rows)
+            captured = CapturedRows(problem.rows, unit_cotangents(problem))
+            update += captured.group_combinations(names, by_rows)
         return update
 
 
@@ -174,22 +139,58 @@ def fisher_blocks(kernel: Kernel, groups: Sequence[Group]) -> FisherBlocks:
     """The blocks of a kernel's problem, factored at most once."""
     explicit = kernel.form is JacobianSpace
     space = kernel.logits if explicit and isinstance(kernel.logits, JacobianSpace) else None
-    return kernel.once(FisherBlocks, tuple(groups), space, kernel.noise, kernel.seed)
+    if kernel.base is None:
+        return kernel.once(FisherBlocks, tuple(groups), space)
+    base = fisher_blocks(kernel.base, groups)
+    return base.perturbed(kernel.problem, space, kernel.noise, kernel.seed)
+
+
+def _factors(problem: Problem, groups: Sequence[Group]) -> dict[str, GramFactor]:
+    _check_sizes(problem, groups)
+    factors: dict[str, GramFactor] = {}
+    small = [group for group in groups if _by_parameters(problem, group)]
+    for part in _batches(problem, small):
+        squares = group_squares(problem.rows, factor_columns(problem), _names(part))
+        factors |= {group.name: GramFactor.of(squares.pop(group.name)) for group in part}
+    for part in _batches(problem, [group for group in groups if group not in small]):
+        grams = group_grams(problem.rows, unit_cotangents(problem), _names(part))
+        factors |= {group.name: GramFactor.of(grams.pop(group.name)) for group in part}
+    return factors
+
+
+def _rows(
+    problem: Problem, group: Group, factor: GramFactor | None, space: JacobianSpace | None
+) -> tuple[Tensor, Tensor | None, RowSum]:
+    """A_l, the lengths of its terms and g_l, in the coordinates of a block."""
+    if factor is not None and _by_parameters(problem, group):
+        gradient = problem.gradient().to(torch.float64)
+        slope = torch.cat([gradient[place] for place in group.places])
+        return factor.lower.T, None, RowSum(slope, float(slope.norm()))
+    if space is not None:
+        jacobian = space.jacobian[
+            :, torch.cat([torch.arange(p.start, p.stop) for p in group.places])
+        ]
+    elif factor is not None:
+        jacobian = factor.lower
+    samples = jacobian.unflatten(0, (problem.num_samples, -1))
+    residual = problem.residual.flatten(1)
+    total = torch.einsum("nc,ncr->r", residual, samples)
+    length = float((residual.abs() * samples.norm(dim=2)).sum())
+    right = problem.distribution.whitened_residual().flatten()
+    return *fisher_rows(problem, jacobian), RowSum(total, length, right)
+
+
+def _by_parameters(problem: Problem, group: Group) -> bool:
+    return group.num_parameters <= problem.num_samples * problem.num_outputs
 
 
 def _names(groups: Sequence[Group]) -> dict[str, list[str]]:
     return {group.name: list(group.parameters) for group in groups}
 
 
-def _part_of(vector: Tensor, group: Group) -> Tensor:
-    return torch.cat([vector[place] for place in group.places])
-
-
 def _side(problem: Problem, group: Group) -> int:
     """The size of the matrix that a group is solved by."""
-    if group.num_parameters <= problem.num_samples * problem.num_outputs:
-        return group.num_parameters
-    return problem.num_samples * (problem.num_outputs + 1)
+    return min(group.num_parameters, problem.num_samples * problem.num_outputs)
 
 
 def _check_sizes(problem: Problem, groups: Sequence[Group]) -> None:

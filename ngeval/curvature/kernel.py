@@ -22,6 +22,7 @@ from ngeval.curvature.row_space import (
     RowSpace,
     SpanSpace,
     choose_form,
+    dense_bytes,
     dense_is_feasible,
 )
 from ngeval.curvature.row_svd import RowSvd
@@ -62,6 +63,7 @@ class Kernel:
         self.exact = exact
         self.pushes = pushes
         self.noise, self.seed = 0.0, 0
+        self.base: Kernel | None = None
         self._results: dict[Hashable, Any] = {}
         self._spans: list[SpanSpace] = []
 
@@ -98,7 +100,7 @@ class Kernel:
             size = problem.num_samples * problem.num_outputs
             raise EngineError(
                 f"the logit kernel of {size} outputs is out of reach: it takes "
-                f"{describe_bytes(40 * size**2)}; use fewer samples"
+                f"{describe_bytes(dense_bytes(problem.sizes))}; use fewer samples"
             )
         return problem.shards.synchronized(lambda: form(problem))
 
@@ -137,12 +139,28 @@ class Kernel:
     def gradients(self) -> RowSvd:
         """The per-sample gradients g_n = J_nᵀu_n in the coordinates of `space`, factored."""
         space, vectors = self.space(self.residual_vectors), self.residual_vectors
-        return RowSvd.of(space.rows(vectors), space.lengths(vectors))
+        return self.factor("gradients", space.rows(vectors), space.lengths(vectors))
 
     @cached_property
     def fisher_rows(self) -> RowSvd:
         """The rows SᵀJ of the Fisher F = (SᵀJ)ᵀ(SᵀJ) in the coordinates of `logits`, factored."""
-        return RowSvd.of(*fisher_rows(self.problem, self.logits.lower))
+        return self.factor("fisher", *fisher_rows(self.problem, self.logits.lower))
+
+    def factor(self, key: Hashable, rows: Tensor, lengths: Tensor | None = None) -> RowSvd:
+        """Factor rows.
+
+        A perturbed kernel does not factor them again: what was factored by this key moves there.
+
+        Args:
+            key: names the rows.
+            rows: in the coordinates of a space, shape ``(n, r)``.
+            lengths: of the terms that each row is the sum of, shape ``(n,)``.
+        """
+        key = "factor", key
+        if self.base is not None and key in self.base._results:
+            base: RowSvd = self.base._results[key]
+            return base.moved(rows)
+        return self.memo(key, lambda: RowSvd.of(rows, lengths))
 
     def perturbed(self, noise: float, seed: int) -> Kernel:
         """The kernel of the same problem with everything changed at its rounding.
@@ -155,16 +173,14 @@ class Kernel:
             seed: of the noise.
         """
         generator = torch.Generator().manual_seed(seed)
-        if not self.is_dense:  # the spans are those of the residuals as they are
-            other = Kernel(self.problem, exact=self.exact)
-            other.__dict__["form"] = self.form
-            other._spans = [span.perturbed(noise, generator) for span in self._spans]
-            other.noise, other.seed = noise, seed
-            return other
-        other = Kernel(self.problem.with_noise(noise, generator), exact=self.exact)
+        problem = self.problem.with_noise(noise, generator) if self.is_dense else self.problem
+        other = Kernel(problem, exact=self.exact)
+        other.noise, other.seed, other.base = noise, seed, self
         other.__dict__["form"] = self.form
-        other.__dict__["logits"] = self.logits.perturbed(noise, generator)
-        other.noise, other.seed = noise, seed
+        if self.is_dense:
+            other.__dict__["logits"] = self.logits.perturbed(noise, generator)
+        else:  # the spans are those of the residuals as they are
+            other._spans = [span.perturbed(noise, generator) for span in self._spans]
         return other
 
     def once(
@@ -181,10 +197,15 @@ class Kernel:
             kwargs: the same by name.
         """
         key = (compute, args, tuple(sorted(kwargs.items())))
+        problem = self.problem
+        return self.memo(
+            key, lambda: problem.shards.synchronized(lambda: compute(problem, *args, **kwargs))
+        )
+
+    def memo(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The result of the first call with this key; it must not refer to this kernel."""
         if key not in self._results:
-            self._results[key] = self.problem.shards.synchronized(
-                lambda: compute(self.problem, *args, **kwargs)
-            )
+            self._results[key] = compute()
         result: T = self._results[key]
         return result
 

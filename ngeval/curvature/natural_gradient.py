@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
 from ngeval.curvature.row_space import dense_is_feasible
-from ngeval.curvature.row_svd import DampedInverse
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.problem.gamma import gamma_floor
 from ngeval.problem.problem import Problem
@@ -63,6 +63,18 @@ class DenseSolver:
         return replace(SpaceUpdates.of(self.space, solved), roots=roots)
 
 
+def has_dense_solver(kernel: Kernel) -> bool:
+    """Whether Θ is within reach."""
+    problem = kernel.problem
+    return dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense
+
+
+def dense_solver(kernel: Kernel) -> DenseSolver:
+    """The solver of a kernel with all of Θ, made once."""
+    shards = kernel.problem.shards
+    return kernel.memo(DenseSolver, lambda: shards.synchronized(lambda: DenseSolver(kernel)))
+
+
 NaturalGradientSolver = DenseSolver | KrylovRun
 
 
@@ -73,9 +85,8 @@ def natural_solver(
 
     Both share the costly part, a factorisation or the run so far, with other calls for the kernel.
     """
-    problem = kernel.problem
-    if dense_is_feasible(problem.sizes, problem.rows.memory) or kernel.is_dense:
-        return problem.shards.synchronized(lambda: DenseSolver(kernel))
+    if has_dense_solver(kernel):
+        return dense_solver(kernel)
     return kernel.once(KrylovRun, gap, max_iterations)
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
-import scipy
 import torch
 from torch import Tensor
 
-from ngeval.curvature.row_svd import RowSum, check_products, one_thread
+from ngeval.curvature.damped_inverse import RowSum
+from ngeval.curvature.gram_factor import GramFactor
+from ngeval.curvature.row_svd import check_products
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
 from ngeval.problem.fisher import has_few_parameters, jacobian_columns, unit_cotangents
@@ -34,14 +34,16 @@ EXPLICIT_ENTRIES = 2**22
 DENSE_SIZE = 6000
 """Up to this N·C the natural gradient is exact, by a factorisation."""
 
+DENSE_MATRICES = 15
+"""Θ's factor, the decomposition of SᵀL, LAPACK's workspace and the perturbed rows, each N·C × N·C,
+as measured."""
+
 COMMON_RANK = 48
 """An estimate of how many vectors span the updates of several methods over twelve decades of λ; it
 affects the form, not the numbers."""
 
 STRIP_OUTPUTS = 256
 """Up to this many outputs of a sample, products of Θ are computed by as many backward passes."""
-
-EPSILON = torch.finfo(torch.float64).eps
 
 
 class RowSpace(ABC):
@@ -154,19 +156,19 @@ class GramSpace(LogitSpace):
 
     def __init__(self, problem: Linearized) -> None:
         self.problem = problem
-        self.gram = gram_matrix(problem.rows, unit_cotangents(problem))
-        self.lower, self.pivots = cholesky_rows(self.gram)
+        self.factor = GramFactor.of(gram_matrix(problem.rows, unit_cotangents(problem)))
+        self.lower = self.factor.lower
 
     def directions(self, coordinates: Tensor) -> Tensor:
-        weights = combination_weights(self.lower, self.pivots, coordinates)
+        weights = self.factor.weights(coordinates)
         shape = self.problem.outputs.shape
         return torch.stack([self.problem.vjp(weight.reshape(shape)) for weight in weights])
 
     def perturbed(self, noise: float, generator: torch.Generator) -> GramSpace:
         other = object.__new__(GramSpace)
         other.problem = self.problem
-        other.gram = noisy_gram(self.gram, noise, generator)
-        other.lower, other.pivots = cholesky_rows(other.gram)
+        other.factor = self.factor.perturbed(noise, generator)
+        other.lower = other.factor.lower
         return other
 
 
@@ -254,12 +256,10 @@ class SpanSpace(RowSpace):
         self.products = products
         self.vectors = vectors
         self.unit, self.scales = unit_vectors(vectors)
-        self.gram = products.gram(self.unit)
-        self._factor()
+        self._use(GramFactor.of(products.gram(self.unit)))
 
-    def _factor(self) -> None:
-        self.unit_lower, self.pivots = cholesky_rows(self.gram)
-        self.lower = self.scales.unsqueeze(1) * self.unit_lower
+    def _use(self, factor: GramFactor) -> None:
+        self.factor, self.lower = factor, self.scales.unsqueeze(1) * factor.lower
 
     def columns(self, vectors: Tensor) -> list[int] | None:
         """Which of the Q vectors of each sample these are, None if they are not among them."""
@@ -283,7 +283,7 @@ class SpanSpace(RowSpace):
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows of `unit` in d = Σ_nq c_nq J_nᵀv_nq: ``(L, N·Q)``."""
-        return combination_weights(self.unit_lower, self.pivots, coordinates)
+        return self.factor.weights(coordinates)
 
     def tangents(self, coordinates: Tensor) -> Tensor | None:
         return self.products.tangents(self.unit, self.weights(coordinates))
@@ -295,8 +295,7 @@ class SpanSpace(RowSpace):
         other = object.__new__(SpanSpace)
         other.problem, other.products, other.vectors = self.problem, self.products, self.vectors
         other.unit, other.scales = self.unit, self.scales
-        other.gram = noisy_gram(self.gram, noise, generator)
-        other._factor()
+        other._use(self.factor.perturbed(noise, generator))
         return other
 
 
@@ -314,48 +313,6 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / sizes.reshape(*sizes.shape, *[1] * (vectors.ndim - 2)), sizes.flatten()
 
 
-def cholesky_rows(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """L with LLᵀ = A for a Gram matrix A of rows, by pivoting on rows scaled to unit length.
-
-    A row of which no more is left than the rounding of a product of unit rows is in the span of
-    the rows before it.
-
-    Args:
-        gram: A, float64, shape ``(n, n)``.
-
-    Returns:
-        L, shape ``(n, r)``, and the r rows of which L is lower triangular.
-
-    Raises:
-        NumericalError: A has NaN or infinite entries.
-    """
-    check_products(gram)
-    lengths = gram.diagonal().clamp_min(0).sqrt().cpu()
-    inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
-    unit = ((gram.cpu() * inverse) * inverse.unsqueeze(1)).numpy()
-    size = len(unit)
-    with one_thread():
-        factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(
-            unit, tol=4 * EPSILON * size**0.5, lower=1
-        )
-    lower = np.zeros((size, int(rank)))
-    lower[pivots - 1] = np.tril(factor)[:, : int(rank)]
-    rows = lengths.unsqueeze(1) * torch.from_numpy(lower)
-    places = torch.from_numpy(pivots[: int(rank)].astype(np.int64) - 1)
-    return rows.to(gram.device), places.to(gram.device)
-
-
-def combination_weights(lower: Tensor, pivots: Tensor, coordinates: Tensor) -> Tensor:
-    """W with Lᵀw = y, which is 0 but at the pivots: shape ``(L, r)`` → ``(L, n)``."""
-    square = lower[pivots]
-    sizes = square.norm(dim=1, keepdim=True)
-    unit = square / sizes
-    solved = torch.linalg.solve_triangular(unit.T, coordinates.T, upper=True) / sizes
-    weights: Tensor = coordinates.new_zeros(len(coordinates), len(lower))
-    weights[:, pivots] = solved.T
-    return weights
-
-
 def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Random rows of the same lengths; equal rows get equal noise."""
     _, places = torch.unique(rows, dim=0, return_inverse=True)
@@ -363,17 +320,6 @@ def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     change: Tensor = noise * lengths / float(rows.shape[1]) ** 0.5
     return change
-
-
-def noisy_gram(gram: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """A Gram matrix whose entries are changed relative to the lengths of their rows."""
-    lengths = gram.diagonal().clamp_min(0).sqrt()
-    _, places = torch.unique(gram, dim=0, return_inverse=True)
-    change = torch.randn(gram.shape, generator=generator, dtype=gram.dtype).to(gram)
-    change = change[places][:, places]
-    change = (change + change.T) * noise / 2**0.5
-    noisy: Tensor = gram + change * lengths * lengths.unsqueeze(1)
-    return noisy
 
 
 def choose_form(
@@ -420,6 +366,10 @@ def choose_form(
 
 
 def dense_is_feasible(sizes: Sizes, budget: int) -> bool:
-    """Whether Θ, its Cholesky factor, the SVD of SᵀL and LAPACK's workspace fit in memory."""
-    size = sizes.samples * sizes.outputs
-    return size <= DENSE_SIZE and 5 * 8 * size**2 <= budget
+    """Whether what the exact natural gradient needs fits in memory."""
+    return sizes.samples * sizes.outputs <= DENSE_SIZE and dense_bytes(sizes) <= budget
+
+
+def dense_bytes(sizes: Sizes) -> int:
+    """The memory that the exact natural gradient needs where J is not kept."""
+    return DENSE_MATRICES * 8 * (sizes.samples * sizes.outputs) ** 2

@@ -9,9 +9,8 @@ left out at λ > 0. Only λ = 0 asks for a rank: that of the rows scaled to unit
 from __future__ import annotations
 
 import functools
-import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,9 +25,6 @@ from ngeval.model.checks import is_finite
 JACOBI_SIZE = 1000
 """Up to this number of rows or columns every row keeps its digits; more are decomposed by divide
 and conquer, which keeps digits relative to the largest row."""
-
-ROUNDING = 30 * torch.finfo(torch.float64).eps
-"""Of a sum of rows, relative to the sum of the lengths of all its terms."""
 
 RANK = 10
 """At λ = 0 a row is left out where less than this many n·ε of its length remains after the rows
@@ -47,6 +43,9 @@ class RowSvd:
         right: V, orthonormal columns, shape ``(r, k)``.
         lengths: of what each row was summed from, relative to the scale, shape ``(n,)``: a row
             that is far shorter is the rounding of a sum that cancels.
+        change: E / scale for rows A + E near those that are factored, whose solutions are those of
+            A corrected to first order in E; None for A's own.
+        origin: the factorisation of A itself, where there is such a change.
     """
 
     rows: Tensor
@@ -55,6 +54,8 @@ class RowSvd:
     singular: Tensor
     right: Tensor
     lengths: Tensor
+    change: Tensor | None = None
+    origin: RowSvd | None = None
 
     @classmethod
     def of(cls, rows: Tensor, lengths: Tensor | None = None) -> RowSvd:
@@ -75,6 +76,11 @@ class RowSvd:
         sizes = sizes if lengths is None else torch.maximum(sizes, lengths / scale)
         return cls(unit, scale, *graded_svd(unit), sizes)
 
+    def moved(self, rows: Tensor) -> RowSvd:
+        """The same for rows that are near these, A + E: shape ``(n, r)``."""
+        check_products(rows)
+        return replace(self, change=rows / self.scale - self.rows, origin=self)
+
     @property
     def largest(self) -> float:
         """The largest eigenvalue of AAᵀ, 0 for the zero matrix."""
@@ -86,20 +92,25 @@ class RowSvd:
 
         Its rank is that of the rows scaled by their `lengths`, by a pivoted QR factorisation.
         """
+        if self.origin is not None:
+            zero = self.origin.at_zero
+            return replace(zero, change=self.change, origin=zero)
         lengths = self.lengths
         unit = self.rows / torch.where(lengths > 0, lengths, 1.0).unsqueeze(1)
+        columns = unit.T.cpu().numpy()
         with one_thread():
-            basis, upper, pivots = scipy.linalg.qr(
-                unit.T.cpu().numpy(), mode="economic", pivoting=True
-            )
-        cutoff = RANK * len(unit) * np.finfo(np.float64).eps
-        rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+            upper, _ = scipy.linalg.qr(columns, mode="r", pivoting=True)
+            cutoff = RANK * len(unit) * np.finfo(np.float64).eps
+            rank = int((np.abs(np.diagonal(upper)) > cutoff).sum())
+            if rank == self.rank:
+                return self
+            basis, upper, pivots = scipy.linalg.qr(columns, mode="economic", pivoting=True)
         lower = np.zeros((len(unit), rank))
         lower[pivots] = upper[:rank].T
         kept = lengths.unsqueeze(1) * torch.from_numpy(lower).to(self.rows)
         left, singular, right = graded_svd(kept)
-        columns = torch.from_numpy(basis[:, :rank]).to(self.rows)
-        kept, right = kept @ columns.T, columns @ right
+        span = torch.from_numpy(basis[:, :rank]).to(self.rows)
+        kept, right = kept @ span.T, span @ right
         return RowSvd(kept, self.scale, left, singular, right, lengths)
 
     def at(self, damping: float) -> RowSvd:
@@ -111,37 +122,11 @@ class RowSvd:
         """The number of singular values."""
         return len(self.singular)
 
-    def ridge(self, target: Tensor, damping: float) -> Solution:
-        """Aᵀ(AAᵀ + λI)⁻¹b, whose ``slope`` is with the sum of the rows.
-
-        Args:
-            target: b, shape ``(n,)``.
-            damping: λ ≥ 0; 0 is the pseudo-inverse, of `at_zero`.
-        """
-        svd = self.at(damping)
-        unit, size = svd._divided(svd.singular * (svd.left.T @ target), damping, 1.0)
-        image = svd.image(unit)
-        return Solution(svd.right @ unit, size, float(image.sum()), image)
-
     def image(self, coefficients: Tensor) -> Tensor:
         """A Vc, shape ``(n,)``."""
         return self.scale * (self.left @ (self.singular * coefficients))
 
-    def gradient_coefficients(self, gradient: RowSum) -> Tensor:
-        """C = Vᵀg of a gradient g = Aᵀr = Σ_i r_i a_i, term by term.
-
-        The part v_jᵀa_i of a row is also σ_j u_ij. Their errors are ε‖a_i‖ and εσ_j: the first is
-        taken for rows shorter than σ_j, which an improbable label's are, and the second for longer
-        ones. Without r, what may be the rounding of g is left out.
-        """
-        if gradient.right is None:
-            direct = self.right.T @ gradient.total
-            return torch.where(direct.abs() > gradient.rounding, direct, 0.0)
-        short = self.rows.norm(dim=1, keepdim=True) < self.singular
-        parts = torch.where(short, self.rows @ self.right, self.left * self.singular)
-        return self.scale * (parts.T @ gradient.right)
-
-    def _divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
+    def divided(self, numerator: Tensor, damping: float, factor: float) -> tuple[Tensor, float]:
         """Factor · scale · diag(1/(scale²σ² + λ)) c, as a unit vector and a length.
 
         The factor is near 1 or 1/scale, and the order of the products lets none of them underflow.
@@ -154,66 +139,6 @@ class RowSvd:
         inverse = self.scale / damping * self.scale
         unit, length = unit_vector(numerator / (squares * inverse + 1))
         return unit, length * (factor * (self.scale / damping))
-
-
-@dataclass(frozen=True)
-class RowSum:
-    """A gradient g, in the coordinates of a matrix A of which it is Aᵀr.
-
-    Attributes:
-        total: g, shape ``(r,)``.
-        length: the sum of the lengths of all terms that g is the sum of.
-        right: r, one entry for each row of A; None if it is not known.
-    """
-
-    total: Tensor
-    length: float
-    right: Tensor | None = None
-
-    @property
-    def rounding(self) -> float:
-        """A part of g no longer than this is the rounding of the sum."""
-        return ROUNDING * self.length
-
-
-class DampedInverse:
-    """(AᵀA + λI)⁻¹g for every λ: V(Σ² + λ)⁻¹Vᵀg in the range of Aᵀ, and g/λ outside of it.
-
-    No difference of large numbers is formed, however small λ is. A gradient lies in the range, but
-    for directions of which AᵀA has nothing left in float64.
-    """
-
-    def __init__(self, rows: RowSvd, gradient: RowSum) -> None:
-        self.rows = rows
-        self.gradient = gradient
-
-    @cached_property
-    def outside(self) -> Tensor | None:
-        """The part g − VVᵀg; None where that is the rounding of g."""
-        outside = self.gradient.total
-        for _ in range(2):  # the second projection removes the rounding of the first
-            outside = outside - self.rows.right @ (self.rows.right.T @ outside)
-        return outside if float(outside.norm()) > self.gradient.rounding else None
-
-    def solve(self, damping: float) -> Solution:
-        """The solution of a λ ≥ 0; 0 is the pseudo-inverse, of `RowSvd.at_zero`."""
-        svd = self.rows.at(damping)
-        coefficients = svd.gradient_coefficients(self.gradient)
-        unit, size = svd._divided(coefficients, damping, 1 / svd.scale)
-        vector, slope, image = svd.right @ unit, float(coefficients @ unit), svd.image(unit)
-        if damping == 0 or self.outside is None:
-            return Solution(vector, size, slope, image)
-        # λd, whose parts are at most as long as g.
-        inside = size * damping
-        whole, length = unit_vector(vector * inside + self.outside)
-        slope = (slope * inside + float(self.outside @ self.outside)) / length
-        return Solution(whole, length / damping, slope, image * (inside / length))
-
-    def least_gamma(self) -> float:
-        """(gᵀ(AᵀA)⁺g)^(−1/2), ∞ where g = 0."""
-        svd = self.rows.at_zero
-        parts = svd.gradient_coefficients(self.gradient) / svd.singular / svd.scale
-        return 1 / unit_vector(parts)[1] if bool(parts.any()) else math.inf
 
 
 @dataclass(frozen=True)
@@ -235,16 +160,22 @@ class Solution:
 
 def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, σ and V of rows whose entries are at most 1 in size; only σ > 0."""
-    if max(rows.shape) > JACOBI_SIZE and min(rows.shape) > JACOBI_SIZE // 2:
-        left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-        parts = left, singular, right.T
+    nonzero = rows.any(1)
+    part = rows[nonzero]
+    if max(part.shape) > JACOBI_SIZE and min(part.shape) > JACOBI_SIZE // 2:
+        inner, singular, right = torch.linalg.svd(part, full_matrices=False)
+        right = right.T
     else:
-        parts = tuple(  # type: ignore[assignment]
-            torch.from_numpy(part).to(rows) for part in _jacobi(rows.cpu().numpy())
-        )
-    left, singular, right = parts
+        parts = _jacobi(part.cpu().numpy())
+        inner, singular, right = (torch.from_numpy(each).to(rows) for each in parts)
     kept = singular > 0
-    return left[:, kept], singular[kept], right[:, kept]
+    inner, singular, right = inner[:, kept], singular[kept], right[:, kept]
+    # v_jᵀa_i = σ_j u_ij, with errors of ε‖a_i‖ and εσ_j: the first is better for rows shorter than
+    # σ_j, which an improbable label's are.
+    short = part.norm(dim=1, keepdim=True) < singular
+    left = rows.new_zeros(len(rows), len(singular))
+    left[nonzero] = torch.where(short, part @ right / singular, inner)
+    return left, singular, right
 
 
 def _jacobi(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

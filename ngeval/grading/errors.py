@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.natural_gradient import DenseSolver
+from ngeval.curvature.natural_gradient import dense_solver
 from ngeval.grading.grade import SAFETY, Grades, Noise, grade, relative_change
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
@@ -53,54 +53,58 @@ class Perturbations:
         problems = [self.kernel.problem.with_noise(self.noise, g) for g in generators]
         return Noise(problems, self.noise)
 
-    @cached_property
-    def kernels(self) -> list[Kernel]:
-        """The kernels of the changed problems."""
-        return [self.kernel.perturbed(self.noise, seed) for seed in range(PERTURBATIONS)]
-
-    def grades(self, method: Method, prepared: Prepared, grades: Grades) -> Grades:
-        """Grades with the errors of the update added to those of its grading.
+    def errors(
+        self, outcomes: Sequence[tuple[Method, Prepared, Grades]], dampings: Sequence[float]
+    ) -> tuple[list[Grades], np.ndarray]:
+        """Grades with the errors of their updates added, and those of the exact natural gradient.
 
         An update that is not a solution is taken as it is; `grade` has measured the rest.
 
         Args:
-            method: whose update.
-            prepared: on the problem as it is.
-            grades: of those updates.
+            outcomes: methods, their updates, and the grades of those.
+            dampings: λ of the natural gradient by a factorisation; none if there is no such.
+
+        Returns:
+            The grades, and the relative errors of the natural gradient's γ at every λ.
         """
-        grades = grades._replace(errors=grades.errors + SAFETY * self.noise)
-        if not prepared.updates.is_solution:
-            return grades
+        results = [
+            grades._replace(errors=grades.errors + SAFETY * self.noise) for _, _, grades in outcomes
+        ]
+        natural = np.full(len(dampings), 1e-15)
+        solved = [i for i, (_, each, _) in enumerate(outcomes) if each.updates.is_solution]
+        for seed in range(PERTURBATIONS if solved or dampings else 0):
+            kernel = self.kernel.perturbed(self.noise, seed)  # one at a time: they are large
+            for i in solved:
+                errors = self._changes(kernel, *outcomes[i])
+                results[i] = results[i]._replace(errors=torch.maximum(results[i].errors, errors))
+            if dampings:
+                natural = np.fmax(natural, self._natural_changes(kernel, dampings))
+        return results, natural
+
+    def _changes(
+        self, kernel: Kernel, method: Method, prepared: Prepared, grades: Grades
+    ) -> Tensor:
+        """How much γ changes with the rows, times `SAFETY`."""
         dampings = [0.0 if math.isnan(value) else value for value in prepared.absolute]
 
-        def again(kernel: Kernel) -> Tensor:
+        def again() -> Tensor:
             updates = method.prepare(kernel.problem, kernel, self.seed).updates(dampings)
             return grade(kernel, [updates], self.metric)[0].gammas
 
-        errors = grades.errors
-        for kernel in self.kernels:
-            gammas = attempt(kernel.problem.shards, partial(again, kernel))
-            if isinstance(gammas, Failure):
-                return grades._replace(errors=torch.full_like(errors, math.inf))
-            errors = torch.maximum(errors, SAFETY * relative_change(gammas, grades.gammas))
-        return grades._replace(errors=errors)
+        gammas = attempt(kernel.problem.shards, again)
+        if isinstance(gammas, Failure):
+            return torch.full_like(grades.errors, math.inf)
+        return SAFETY * relative_change(gammas, grades.gammas)
 
-    def natural_errors(self, dampings: Sequence[float]) -> tuple[np.ndarray, float]:
-        """The relative errors of the exact natural gradient's γ at every λ, and of γ_min."""
-        exact = DenseSolver(self.kernel)
-        gammas, least = exact.gammas(dampings), exact.gamma_min()
-        errors = np.full(len(dampings), 1e-15)
-        least_error = 1e-15 + 2 * exact.whitening_error
-        for kernel in self.kernels:
-
-            def again(kernel: Kernel = kernel) -> tuple[np.ndarray, float]:
-                solver = DenseSolver(kernel)
-                return solver.gammas(dampings), solver.gamma_min()
-
-            result = attempt(kernel.problem.shards, again, NUMERICAL)
-            if isinstance(result, Failure):
-                return np.full(len(gammas), math.inf), math.inf
+    def _natural_changes(self, kernel: Kernel, dampings: Sequence[float]) -> np.ndarray:
+        def ratios() -> np.ndarray:
+            exact, moved = dense_solver(self.kernel), dense_solver(kernel)
             with np.errstate(invalid="ignore", divide="ignore"):
-                errors = np.fmax(errors, SAFETY * np.abs(result[0] / gammas - 1))
-                least_error = np.fmax(least_error, SAFETY * abs(result[1] / least - 1))
-        return errors, float(least_error)
+                ratios: np.ndarray = moved.gammas(dampings) / exact.gammas(dampings)
+            return ratios
+
+        result = attempt(kernel.problem.shards, ratios, NUMERICAL)
+        if isinstance(result, Failure):
+            return np.full(len(dampings), math.inf)
+        changes: np.ndarray = SAFETY * np.abs(result - 1)
+        return changes

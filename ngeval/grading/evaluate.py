@@ -19,7 +19,11 @@ from torch.optim import Optimizer
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
-from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
+from ngeval.curvature.natural_gradient import (
+    NaturalGradientSolver,
+    has_dense_solver,
+    natural_solver,
+)
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.dampings import check_dampings
 from ngeval.errors import InputError
@@ -176,7 +180,7 @@ def evaluate(
             for m in resolved
         ]
         extended = limited if sgd is not None else [*limited, Sgd()]
-        outcomes = _grade_all(request, extended, report)
+        outcomes, errors = _grade_all(request, extended, exact, report)
         baseline = outcomes[-1 if sgd is None else sgd]
         pairs = zip(resolved, outcomes, strict=False)
         parts = [_method_columns(method.name, outcome, request) for method, outcome in pairs]
@@ -184,7 +188,7 @@ def evaluate(
         # One frame at once: a column added to a frame costs as much as an update.
         table = pd.DataFrame({**columns, **_other_columns(request, columns, baseline)})
         if exact:
-            table = _with_natural(table, request, gap, max_iterations)
+            table = _with_natural(table, request, gap, max_iterations, errors)
             report("gamma_min")
         elif metric is not None:
             table = add_note(table, "γ_min is not computed for another metric batch")
@@ -218,8 +222,13 @@ class _Request:
     perturbations: Perturbations
 
 
-def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> list[Outcome]:
-    """Each method's updates and their grades, or why there are none."""
+def _grade_all(
+    request: _Request, methods: Sequence[Method], exact: bool, done: Progress
+) -> tuple[list[Outcome], dict[float, float]]:
+    """Each method's updates and their grades, or why there are none.
+
+    And if ``exact``, the errors of the exact natural gradient's γ, by λ.
+    """
     kernel, shards = request.kernel, request.kernel.problem.shards
     arguments = request.dampings, request.scale, request.seed
     # The vectors of sampled labels include the residual, so that one space has the rows of both.
@@ -234,13 +243,18 @@ def _grade_all(request: _Request, methods: Sequence[Method], done: Progress) -> 
         updates = [prepared[i].updates for i in group]
         result = attempt(shards, partial(grade, kernel, updates, request.metric, noise))
         for place, i in enumerate(group):
-            if isinstance(result, Failure):
-                outcomes[i] = result
-            else:
-                grades = request.perturbations.grades(methods[i], prepared[i], result[place])
-                outcomes[i] = prepared[i], grades
+            outcomes[i] = result if isinstance(result, Failure) else (prepared[i], result[place])
             done(methods[i].name)
-    return [outcomes[i] for i in range(len(methods))]
+    graded = {i: each for i, each in outcomes.items() if not isinstance(each, Failure)}
+    # γ_min belongs to λ = 0, whatever the dampings.
+    absolute = {0.0, *(value for each, _ in graded.values() for value in each.absolute)}
+    finite = sorted(value for value in absolute if not math.isnan(value))
+    dampings = finite if exact and has_dense_solver(kernel) else []
+    members = [(methods[i], *each) for i, each in graded.items()]
+    grades, errors = request.perturbations.errors(members, dampings)
+    for i, each in zip(graded, grades, strict=True):
+        outcomes[i] = graded[i][0], each
+    return [outcomes[i] for i in range(len(methods))], dict(zip(dampings, errors, strict=True))
 
 
 def _groups(request: _Request, prepared: dict[int, Prepared]) -> list[list[int]]:
@@ -344,7 +358,11 @@ def _other_columns(
 
 
 def _with_natural(
-    table: pd.DataFrame, request: _Request, gap: float, max_iterations: int
+    table: pd.DataFrame,
+    request: _Request,
+    gap: float,
+    max_iterations: int,
+    rounding: dict[float, float],
 ) -> pd.DataFrame:
     """γ_min, γ/γ_min and bounds on γ_NG at every row's λ, or why they are missing."""
     kernel, problem = request.kernel, request.kernel.problem
@@ -358,8 +376,9 @@ def _with_natural(
         least = max(solver.gamma_min(), floor)  # equal but for rounding, or above
         if solver.iterations:
             return solver, bounds, least, float(bounds.gaps[0])
-        errors, error = request.perturbations.natural_errors(dampings)
+        errors = np.array([rounding[damping] for damping in dampings])
         lower = np.fmax(bounds.lower / (1 + errors), floor)
+        error = float(errors[0]) + 2 * solver.whitening_error
         return solver, Bounds(lower, bounds.upper * (1 + errors)), least, error
 
     result = attempt(problem.shards, solved, NUMERICAL)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ngeval.curvature.gram_factor import EPSILON
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.row_space import EPSILON
 from ngeval.curvature.updates import DirectionUpdates, SpaceUpdates, Updates
 from ngeval.problem.gamma import root_forms
 from ngeval.problem.linearized import Linearized

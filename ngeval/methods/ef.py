@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import ridge
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import RowSpace
 from ngeval.curvature.row_svd import RowSvd
@@ -70,6 +71,6 @@ class EmpiricalState(State):
         Late in training the tangents of samples that the model fits well are huge, and dᵀg from
         them would be a difference of numbers that are orders of magnitude larger.
         """
-        solved = [self.gradients.ridge(self.target, damping) for damping in dampings]
+        solved = [ridge(self.gradients, self.target, damping) for damping in dampings]
         scaled = (replace(solution, size=solution.size * self.size) for solution in solved)
         return SpaceUpdates.of(self.space, scaled)

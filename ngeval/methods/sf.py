@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.row_space import RowSpace
-from ngeval.curvature.row_svd import DampedInverse, RowSvd
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.errors import EngineError
 from ngeval.methods.base import State
@@ -45,7 +45,8 @@ class SampledFisher:
         space = kernel.space(vectors)
         gradient = space.gradient(vectors[:, :1])
         drawn, root = vectors[:, 1:], self.mc_samples**0.5
-        sampled = RowSvd.of(space.rows(drawn) / root, space.lengths(drawn) / root)
+        rows, lengths = space.rows(drawn) / root, space.lengths(drawn) / root
+        sampled = kernel.factor((self, seed), rows, lengths)
         return SampledState(space, DampedInverse(sampled, gradient))
 
     def vectors(self, problem: Problem, seed: int) -> Tensor:

@@ -24,7 +24,11 @@ change of its time: file systems keep it in steps of up to two seconds."""
 
 
 def hash_files(paths: Iterable[Path], below: Path | None = None) -> str:
-    """SHA-256 of the contents of files, and of their names below a folder if it is given."""
+    """SHA-256 of the contents of files, and of their names below a folder if it is given.
+
+    Raises:
+        OSError: one cannot be read.
+    """
     total = hashlib.sha256()
     for path in paths:
         if below is not None:
@@ -37,12 +41,16 @@ def _digest(path: Path) -> bytes:
     """SHA-256 of a file; one that has not changed since is not read again."""
     stat = path.stat()  # before it is read: a later change is noticed
     if time.time_ns() - stat.st_mtime_ns < SETTLED_NS:
-        return _read_digest.__wrapped__(path)
-    return _read_digest(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
+        return _read_digest(path)
+    return _settled_digest(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
 
 
 @functools.cache
-def _read_digest(path: Path, *_: int) -> bytes:
+def _settled_digest(path: Path, *_: int) -> bytes:
+    return _read_digest(path)
+
+
+def _read_digest(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

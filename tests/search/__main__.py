@@ -76,6 +76,7 @@ def main() -> int:
         "refused": {k: n for k, n in refused.items() if k},
         "wrong": len(wrong),
         "problems_with_a_wrong_row": len({row["seed"] for row in wrong}),
+        "gammas_with_an_error": len(covered),
         "within_3_errors": sum(covered) / len(covered) if covered else None,
         "minutes": round((time.time() - started) / 60, 1),
     }

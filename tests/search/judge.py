@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,10 @@ CLAIMS = {"gamma_min": "gamma_min_error", "gamma_over_sgd": "gamma_over_sgd_erro
 
 STABLE = 0.2
 """A right value is stable if perturbed rows move it by less than this part of the tolerance."""
+
+
+EXACT = 1e-9
+"""A number this close to its right value is right, whether that is stable or not."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +79,49 @@ class Reference:
         noisy = [
             [perturbed(part, epsilon, generator) for part in rows] for _ in range(PERTURBATIONS)
         ]
-        self.versions = [_Version(version) for version in (rows, *noisy)]
+        self._rows = [rows, *noisy]
+        self._versions: dict[int, _Version] = {}
+        self._grades: dict[tuple[str, float, int], Grade | None] = {}
+        self._clear: dict[str, bool] = {}
         self.sampled = {
             draws: _draws(problem, draws, drawn.seed) for draws in _needed(drawn.methods)
         }
 
-    def grades(self, method: str, damping: float) -> list[Grade | None]:
-        """One for each version of the rows; None where rank is a matter of rounding."""
-        labels = self.sampled.get(_count(method), [])
-        return [version.grade(method, damping, labels) for version in self.versions]
+    def version(self, version: int) -> _Version:
+        """The rows as they are, or changed ones."""
+        if version not in self._versions:
+            self._versions[version] = _Version(self._rows[version])
+        return self._versions[version]
+
+    def grade(self, method: str, damping: float, version: int = 0) -> Grade | None:
+        """By the rows as they are, or changed ones; None where rank is a matter of rounding."""
+        key = method, damping, version
+        if key not in self._grades:
+            labels = self.sampled.get(_count(method), [])
+            clear = damping > 0 or method == "sgd" or self._has_clear_rank(method)
+            grade = self.version(version).grade(method, damping, labels) if clear else None
+            self._grades[key] = grade
+        return self._grades[key]
+
+    def _has_clear_rank(self, method: str) -> bool:
+        """Whether λ = 0 means the same for every version of the rows."""
+        if method not in self._clear:
+            self._clear[method] = method.startswith("diag") or (
+                not method.startswith("sf")  # F̂⁺g is another thing than the limit; see test_methods
+                and self.version(0).right.has_clear_rank(method)
+            )
+        return self._clear[method]
 
     def largest(self, method: str) -> float:
         """The largest eigenvalue of the method's own curvature, in float64."""
         labels = self.sampled.get(_count(method), [])
-        matrix = self.versions[0].updates.curvature(method, labels)
+        matrix = self.version(0).updates.curvature(method, labels)
         values = [[float(entry.mid()) for entry in row] for row in matrix.tolist()]
         return float(np.linalg.eigvalsh(np.array(values))[-1])
 
-    def gamma_min(self) -> list[float | None]:
-        """γ_min for each version of the rows."""
-        return [version.gamma_min() for version in self.versions]
+    def gamma_min(self, version: int) -> float | None:
+        """γ_min by the rows as they are, or changed ones."""
+        return self.version(version).gamma_min() if self._has_clear_rank("ng") else None
 
 
 class _Version:
@@ -105,10 +133,6 @@ class _Version:
     def grade(self, method: str, damping: float, labels: list[np.ndarray]) -> Grade | None:
         if damping > 0 or method == "sgd":
             return self.updates.grade(method, arb(damping), labels, self.metric)
-        if method.startswith("sf"):
-            return None  # F̂⁺g is another thing than the limit; tests/test_methods.py has it
-        if not method.startswith("diag") and not self.right.has_clear_rank(method):
-            return None
         curvature = self.updates.curvature(method, labels)
         both = [
             self.updates.grade(method, tiny, labels, self.metric)
@@ -117,8 +141,6 @@ class _Version:
         return both[1] if _agree(both[0].gamma, both[1].gamma) else None
 
     def gamma_min(self) -> float | None:
-        if not self.right.has_clear_rank("ng"):
-            return None
         tiny = tiny_dampings(self.right.fisher, self.right.bits)
         both = [gamma_min(self.right, damping) for damping in tiny]
         return both[1] if _agree(*both) else None
@@ -164,38 +186,39 @@ def judge(drawn: Drawn) -> Iterator[Verdict]:
     )
     dtype = str(table["dtype"].iloc[0])
     reference = Reference(drawn, problem, dtype if dtype in EPSILON else "float32")
-    plain = reference.grades("sgd", 0.0)
     for _, row in table.iterrows():
-        yield from _judge_row(row, reference, plain, dtype)
+        yield from _judge_row(row, reference, dtype)
     if drawn.natural and drawn.metric is None:
         row = table.iloc[0]
-        yield _verdict("gamma_min", row, reference.gamma_min(), row["gamma_min"], dtype)
+        yield _verdict("gamma_min", row, reference.gamma_min, row["gamma_min"], dtype)
         yield from _judge_bounds(table, reference)
 
 
-def _judge_row(
-    row: pd.Series, reference: Reference, plain: list[Grade | None], dtype: str
-) -> Iterator[Verdict]:
+def _judge_row(row: pd.Series, reference: Reference, dtype: str) -> Iterator[Verdict]:
     damping, method = float(row["damping_absolute"]), str(row["method"])
     if math.isnan(damping) and method != "sgd":
         if row["status"] != "failed":
-            yield _verdict("damping_absolute", row, [1.0], damping, dtype)
+            yield _verdict("damping_absolute", row, lambda _: 1.0, damping, dtype)
         return
     if row["damping_scale"] == "relative" and method != "sgd":
         expected = reference.largest(method) * float(row["damping"])
-        yield _verdict("damping_absolute", row, [expected], damping, dtype)
-    grades = reference.grades(method, 0.0 if method == "sgd" else damping)
-    values = {
-        "gamma": [g and g.gamma for g in grades],
-        "decrease": [g and g.decrease for g in grades],
-        "update_norm": [g and g.norm for g in grades],
-        "gamma_over_sgd": [
-            g and p and (g.gamma / p.gamma if p.gamma else math.nan)
-            for g, p in zip(grades, plain, strict=True)
-        ],
-    }
-    for what, right in values.items():
-        yield _verdict(what, row, right, float(row[what]), dtype)
+        yield _verdict("damping_absolute", row, lambda _: expected, damping, dtype)
+    solved = 0.0 if method == "sgd" else damping
+
+    def ratio(version: int) -> float | None:
+        grade = reference.grade(method, solved, version)
+        plain = reference.grade("sgd", 0.0, version)
+        if grade is None or plain is None:
+            return None
+        return grade.gamma / plain.gamma if plain.gamma else math.nan
+
+    def value(name: str, version: int) -> float | None:
+        grade = reference.grade(method, solved, version)
+        return None if grade is None else float(getattr(grade, name))
+
+    for what, name in {"gamma": "gamma", "decrease": "decrease", "update_norm": "norm"}.items():
+        yield _verdict(what, row, partial(value, name), float(row[what]), dtype)
+    yield _verdict("gamma_over_sgd", row, ratio, float(row["gamma_over_sgd"]), dtype)
 
 
 def _judge_bounds(table: pd.DataFrame, reference: Reference) -> Iterator[Verdict]:
@@ -204,27 +227,38 @@ def _judge_bounds(table: pd.DataFrame, reference: Reference) -> Iterator[Verdict
     for _, row in rows.iterrows():
         damping = float(row["damping_absolute"])
         low, high = float(row["gamma_ng_lower"]), float(row["gamma_ng_upper"])
-        right = [g and g.gamma for g in reference.grades("ng", damping)]
-        if right[0] is None or math.isnan(low) or math.isnan(high):
+
+        def exact(version: int, damping: float = damping) -> float | None:
+            grade = reference.grade("ng", damping, version)
+            return None if grade is None else grade.gamma
+
+        right = exact(0)
+        if right is None or math.isnan(low) or math.isnan(high):
             continue
-        nearest = min(max(right[0], low), high)
-        yield _verdict("bounds", row, right, nearest, str(row["dtype"]))
+        nearest = min(max(right, low), high)
+        yield _verdict("bounds", row, exact, nearest, str(row["dtype"]))
     for _, row in table[table["status"] == "ok"].iterrows():
         ratio = float(row["gamma_over_ng"])
         if not math.isnan(ratio):
-            yield _verdict("gamma_over_ng", row, [1.0], max(1.0, 2.0 - ratio), str(row["dtype"]))
+            got = max(1.0, 2.0 - ratio)
+            yield _verdict("gamma_over_ng", row, lambda _: 1.0, got, str(row["dtype"]))
 
 
 def _verdict(
-    what: str, row: pd.Series, values: list[float | None], got: float, dtype: str
+    what: str,
+    row: pd.Series,
+    value_of: Callable[[int], float | None],
+    got: float,
+    dtype: str,
 ) -> Verdict:
     tolerance = TOLERANCE.get(dtype, TOLERANCE["float32"])
-    right, *others = values
+    right = value_of(0)
     status = str(row["status"])
     claimed = float(row.get(CLAIMS.get(what, "gamma_error"), math.nan))
     error = _difference(got, right) if right is not None else math.nan
     stable = right is not None and math.isfinite(right) and right != 0
-    for value in others if stable else []:
+    for version in range(1, 1 + PERTURBATIONS) if stable and not error <= EXACT else []:
+        value = value_of(version)
         stable &= value is not None and _difference(value, right) <= STABLE * tolerance
     allowed = max(tolerance, 10 * (0.0 if math.isnan(claimed) else claimed))
     kind = "right" if error <= allowed else "wrong"

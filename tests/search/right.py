@@ -458,22 +458,23 @@ def rank_is_clear(rows: arb_mat, lengths: Sequence[float]) -> bool:
         rows: of a curvature's square root.
         lengths: of the terms that each row is the sum of.
     """
-    left = [[rows[i, j] for j in range(rows.ncols())] for i in range(rows.nrows())]
     sizes = [max(length, 1e-300) for length in lengths]
-    with ctx.workprec(BITS):
-        while left:
-            norms = [float(sum((v * v for v in row), arb(0)).sqrt().mid()) for row in left]
-            parts = [norm / size for norm, size in zip(norms, sizes, strict=True)]
+    with ctx.workprec(2 * BITS):  # squares lose half of the digits
+        rest = arb_mat(rows).mid()
+        squares = [sum((v * v for v in row), arb(0)).mid() for row in rest.tolist()]
+        remaining = list(range(len(sizes)))
+        while remaining:
+            parts = [float(abs(squares[i]).sqrt()) / sizes[i] for i in remaining]
             best = int(np.argmax(parts))
             if parts[best] <= DOUBTFUL[0]:
                 return True
             if parts[best] < DOUBTFUL[1]:
                 return False
-            pivot, _, length = left.pop(best), sizes.pop(best), arb(norms[best])
-            unit = [v / length for v in pivot]
-            for i, row in enumerate(left):
-                share = sum((v * w for v, w in zip(row, unit, strict=True)), arb(0))
-                left[i] = [arb((v - share * w).mid()) for v, w in zip(row, unit, strict=True)]
+            pivot = remaining.pop(best)
+            unit = arb_mat([rest.tolist()[pivot]]) * (1 / squares[pivot].sqrt())
+            shares = rest * unit.transpose()
+            rest = (rest - shares * unit).mid()
+            squares = [(s - shares[i, 0] ** 2).mid() for i, s in enumerate(squares)]
     return True
 
 
