@@ -16,7 +16,7 @@ from ngeval.model.function import ModelFunction, Parameters
 from ngeval.model.no_gradient import why_no_gradient
 from ngeval.utils.memory import is_out_of_memory
 
-SLOWER, WORTHWHILE = 1.25, 0.02
+SLOWER, WORTHWHILE = 1.25, 0.05
 """``vmap`` is taken instead of layers if these take so many times longer, and seconds more."""
 
 Candidate = tuple[str, Callable[[], tuple[RowSource, Parameters]]]
