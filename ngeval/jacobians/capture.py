@@ -26,6 +26,7 @@ from ngeval.jacobians.terms import StoredTerm, Term
 from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_terms, stacked, whole_model_term
 from ngeval.model.checks import named_tensors
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
+from ngeval.model.operations import watched_linear
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
@@ -147,9 +148,22 @@ def forward(
         leaves = leaves_of(function.parameters)
         copies = {name: expand_to_samples(leaves[name], recorder.count) for name in plan.replicated}
         with contextlib.ExitStack() as hooks:
+            linear = {}
             for hooked in plan.modules:
                 hook = partial(recorder.hook, hooked, iter(hooked.calls))
+                if hooked.of_function:
+                    linear[id(leaves[hooked.of_function])] = hook, hooked.module
+                    continue
                 hooks.enter_context(hooked.module.register_forward_hook(hook, with_kwargs=True))
+
+            def watch(inputs: Tensor, weight: Tensor, _: Tensor | None, output: Tensor) -> Any:
+                if id(weight) not in linear:
+                    return None
+                hook, module = linear[id(weight)]
+                return hook(module, (inputs,), {}, output)
+
+            if linear:
+                hooks.enter_context(watched_linear(watch))
             outputs = function({**leaves, **copies}, batch, fused=fused)
     for hooked in plan.modules:
         times = sum(call.hooked is hooked for call in recorder.calls)

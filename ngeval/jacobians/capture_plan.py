@@ -23,6 +23,7 @@ class HookedModule:
         calls: the layouts of its calls.
         rule: None for a module that is differentiated as a function.
         replicate: its outputs are the same for all samples, and are expanded to one copy for each.
+        of_function: a weight whose uses by ``F.linear`` are recorded; the module stands for them.
         vmap_fails: ``vmap`` turned out not to work for its function; set when that happens.
         vmap_over_calls_fails: the same of ``vmap`` over several calls of it.
     """
@@ -33,6 +34,7 @@ class HookedModule:
     calls: list[CallLayout]
     rule: LayerRule | None
     replicate: bool = False
+    of_function: str | None = None
     vmap_fails: bool = False
     vmap_over_calls_fails: bool = False
 

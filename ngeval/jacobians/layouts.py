@@ -19,8 +19,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of, map_inputs
+from ngeval.model.operations import watched_linear
 
 TRIAL_SIZES = (2, 3)
+
+CallKey = int | tuple[str, str | None]
 
 Leaf = tuple[torch.Size | None, bool]
 """The shape of a tensor, None of anything else, and whether it is the data of a packed sequence."""
@@ -97,12 +100,13 @@ class Trial:
     """The result of running a model on two and on three samples.
 
     Attributes:
-        calls: by ``id`` of the module, if they can be matched, in order of the first call.
+        calls: by ``id`` of the module, if they can be matched, in order of the first call; of
+            ``F.linear`` with a parameter as its weight, by the names of weight and bias.
         outputs: of the smaller trial.
         sample_bytes: what autograd saves per additional sample.
     """
 
-    calls: dict[int, list[CallLayout]]
+    calls: dict[CallKey, list[CallLayout]]
     outputs: Tensor
     sample_bytes: int
 
@@ -118,7 +122,7 @@ def call_layouts(
     (small, outputs, fewer), (large, _, more) = (
         _run_trial(function, size, expanded, copies) for size in TRIAL_SIZES
     )
-    layouts: dict[int, list[CallLayout]] = {}
+    layouts: dict[CallKey, list[CallLayout]] = {}
     for key, calls in small.items():
         with contextlib.suppress(ValueError):  # the module's calls cannot be matched
             pairs = zip(calls, large.get(key, []), strict=True)
@@ -134,8 +138,8 @@ def expand_to_samples(tensor: Tensor, count: int) -> Tensor:
 
 def _run_trial(
     function: ModelFunction, size: int, expanded: Collection[int], copies: Sequence[str]
-) -> tuple[dict[int, list[_TrialCall]], Tensor, int]:
-    calls: dict[int, list[_TrialCall]] = {}
+) -> tuple[dict[CallKey, list[_TrialCall]], Tensor, int]:
+    calls: dict[CallKey, list[_TrialCall]] = {}
     saved: dict[int, int] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -145,15 +149,19 @@ def _run_trial(
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if id(module) in expanded:
             output = expand_to_samples(output, size)
-        outputs = tree_leaves(output)
-        calls.setdefault(id(module), []).append(
-            _TrialCall(
-                _leaves((args, kwargs)),
-                _leaves(output),
-                [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
-            )
-        )
+        record(id(module), (args, kwargs), output)
         return output if id(module) in expanded else None
+
+    def record(key: CallKey, inputs: Any, output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors]
+        call = _TrialCall(_leaves(inputs), _leaves(output), versions)
+        calls.setdefault(key, []).append(call)
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        if id(weight) in names and (bias is None or id(bias) in names):
+            key = names[id(weight)], None if bias is None else names[id(bias)]
+            record(key, ((inputs,), {}), output)
 
     with contextlib.ExitStack() as contexts:
         for module in function.model.modules():
@@ -161,6 +169,8 @@ def _run_trial(
         contexts.enter_context(autograd_enabled())
         contexts.enter_context(saved_tensors_hooks(save, lambda tensor: tensor))
         leaves = leaves_of(function.parameters)
+        names = {id(leaf): name for name, leaf in leaves.items()}
+        contexts.enter_context(watched_linear(linear))
         placed = {name: expand_to_samples(leaves[name], size) for name in copies}
         outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     return calls, outputs, sum(saved.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +39,26 @@ def called(
     # restore it; the tensors' names name every place once.
     with restored(module), plain_operations(notes, fused=fused):
         return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
+
+
+@contextlib.contextmanager
+def watched_linear(watch: Callable[[Tensor, Tensor, Tensor | None, Tensor], Any]) -> Iterator[None]:
+    """Pass the input, weight, bias and output of every ``F.linear`` to a function.
+
+    What it returns, unless that is None, takes the place of the output.
+    """
+    linear = nn.functional.linear
+
+    def watched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = linear(inputs, weight, bias)
+        other = watch(inputs, weight, bias, output)
+        return output if other is None else other
+
+    nn.functional.linear = watched  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
 
 
 @contextlib.contextmanager
