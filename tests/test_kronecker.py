@@ -533,6 +533,55 @@ def test_a_table_is_a_linear_layer_of_one_hot_vectors():
     assert_same_updates(*(ngeval.Problem(m, indices, targets, "categorical") for m in models))
 
 
+class Bare(nn.Module):
+    """A linear layer whose parameters the module itself holds."""
+
+    def __init__(self, linear: nn.Linear, head: nn.Linear) -> None:
+        super().__init__()
+        self.matrix, self.shift, self.head = linear.weight, linear.bias, head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(nn.functional.linear(inputs, self.matrix, self.shift)).mean(1))
+
+
+def test_bare_parameters_in_the_function_of_a_linear_layer():
+    torch.manual_seed(0)
+    linear, head = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = linear, head
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.linear(inputs)).mean(1))
+
+    inputs, targets = torch.randn(6, 2, 4, dtype=torch.float64), torch.arange(6) % 3
+    models = (Bare(linear, head).eval(), Plain().eval())
+    assert_same_updates(*(ngeval.Problem(m, inputs, targets, "categorical") for m in models))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_both_projections_of_attention_are_covered(batch_first):
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            tokens = inputs if batch_first else inputs.transpose(0, 1)
+            attended = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            return self.head(attended.mean(1 if batch_first else 0))
+
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 3
+    problem = ngeval.Problem(Attends().double().eval(), inputs, targets, "categorical")
+    state = prepared("kfac", problem)
+    assert state.coverage == 100
+    assert [block.count for block in state.blocks if "attention" in block.layer.weight] == [18, 18]
+
+
 def test_a_transposed_convolution_of_single_pixels_is_a_linear_layer():
     torch.manual_seed(0)
     linear = nn.Linear(4, 12, bias=False)

@@ -32,7 +32,8 @@ Reading order, each file on top of those before it:
 4. `rank_exchange` (terms of other ranks' rows). `row_source`: rows and reductions over a batch in
    bounded memory. `captured_rows`: rows that are used several times, and groups of parameters.
    `one_pass`: rows of a training step.
-5. `probe`, `operation_count` and `engine_choice`: the check, the predicted time, and the choice of an engine.
+5. `probe`, `operation_count` and `engine_choice`: the check, the predicted time, and the choice
+   of an engine.
 """
 
 from ngeval.jacobians.captured_rows import CapturedRows

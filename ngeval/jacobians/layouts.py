@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,14 @@ Leaf = tuple[torch.Size | None, bool]
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of a tensor: dimension ``dim`` holds ``repeats`` entries for each."""
+    """The samples of a tensor: dimension ``dim`` holds ``repeats`` entries for each.
+
+    Those of a sample lie together, or, if ``interleaved``, one of every sample after the other.
+    """
 
     dim: int
     repeats: int
+    interleaved: bool = False
 
     def chunks(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
@@ -46,7 +50,10 @@ class Layout:
             return tensor
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
-        chunks: Tensor = tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
+        split, place = (count, self.repeats), dim
+        if self.interleaved:
+            split, place = (self.repeats, count), dim + 1
+        chunks: Tensor = tensor.unflatten(dim, split).movedim(place, 0)
         return chunks
 
 
@@ -69,6 +76,14 @@ class CallLayout:
     outputs: tuple[Layout | None, ...]
     shapes: tuple[torch.Size | None, ...]
     in_place: bool
+
+    def interleaved(self) -> CallLayout:
+        """The same call if entries of different samples alternate, which shapes cannot show."""
+
+        def of(layouts: tuple[Layout | None, ...]) -> tuple[Layout | None, ...]:
+            return tuple(part and replace(part, interleaved=True) for part in layouts)
+
+        return replace(self, inputs=of(self.inputs), outputs=of(self.outputs))
 
     @property
     def output_scalars(self) -> int:

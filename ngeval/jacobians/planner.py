@@ -32,7 +32,7 @@ from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
 
 NOWHERE, RULE, MODULE_VJP, REPLICATE, LOOP = "nowhere", "rule", "module-vjp", "replicate", "loop"
-FUNCTION = "function"
+FUNCTION, INTERLEAVED = "function", "interleaved-function"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Planner:
         ):
             strategies.append(_Strategy(RULE, path))
         elif weight := self._weight_of_function(name):
-            strategies.append(_Strategy(FUNCTION, weight))
+            strategies += [_Strategy(kind, weight) for kind in (FUNCTION, INTERLEAVED)]
         parts = path.split(".")
         enclosing = dict.fromkeys(".".join(parts[:i]) for i in range(len(parts), -1, -1))
         strategies += [_Strategy(MODULE_VJP, p) for p in enclosing if self._can_differentiate(p)]
@@ -193,8 +193,8 @@ class Planner:
             if strategy.kind == REPLICATE:
                 replicated.append(name)
                 continue
-            if strategy.kind == FUNCTION:
-                linear = hooked.setdefault(strategy, self._linear_function(strategy.module))
+            if strategy.kind in (FUNCTION, INTERLEAVED):
+                linear = hooked.setdefault(strategy, self._linear_function(strategy))
                 linear.parameters["weight" if name == strategy.module else "bias"] = name
                 continue
             if strategy not in hooked:
@@ -207,12 +207,15 @@ class Planner:
         in_order = [name for name in self.function.parameters if name in looped]
         return CapturePlan(list(hooked.values()), list(dict.fromkeys(replicated)), in_order)
 
-    def _linear_function(self, weight: str) -> HookedModule:
+    def _linear_function(self, strategy: _Strategy) -> HookedModule:
         """What stands for the uses of a weight by ``F.linear``."""
+        weight = strategy.module
         key = next(key for key in self.trial.calls if isinstance(key, tuple) and key[0] == weight)
         outputs, inputs = self.function.parameters[weight].shape
         module = nn.Linear(inputs, outputs, device="meta")
         calls = self.trial.calls[key]
+        if strategy.kind == INTERLEAVED:
+            calls = [call.interleaved() for call in calls]
         return HookedModule(weight, module, {}, calls, RULES[nn.Linear], of_function=weight)
 
     def _failing(self, plan: CapturePlan) -> set[str] | None:
