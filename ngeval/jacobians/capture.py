@@ -148,19 +148,20 @@ def forward(
         leaves = leaves_of(function.parameters)
         copies = {name: expand_to_samples(leaves[name], recorder.count) for name in plan.replicated}
         with contextlib.ExitStack() as hooks:
-            linear = {}
+            linear: dict[int, list[Callable[..., Any]]] = {}
             for hooked in plan.modules:
                 hook = partial(recorder.hook, hooked, iter(hooked.calls))
                 if hooked.of_function:
-                    linear[id(leaves[hooked.of_function])] = hook, hooked.module
+                    watching = linear.setdefault(id(leaves[hooked.of_function]), [])
+                    watching.append(partial(hook, hooked.module))
                     continue
                 hooks.enter_context(hooked.module.register_forward_hook(hook, with_kwargs=True))
 
             def watch(inputs: Tensor, weight: Tensor, _: Tensor | None, output: Tensor) -> Any:
-                if id(weight) not in linear:
-                    return None
-                hook, module = linear[id(weight)]
-                return hook(module, (inputs,), {}, output)
+                for hook in linear.get(id(weight), ()):
+                    other = hook((inputs,), {}, output)
+                    output = output if other is None else other
+                return output
 
             if linear:
                 hooks.enter_context(watched_linear(watch))

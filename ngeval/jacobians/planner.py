@@ -144,7 +144,9 @@ class Planner:
         ):
             strategies.append(_Strategy(RULE, path))
         elif weight := self._weight_of_function(name):
-            strategies += [_Strategy(kind, weight) for kind in (FUNCTION, INTERLEAVED)]
+            strategies.append(_Strategy(FUNCTION, weight))
+            if self._may_be_interleaved(weight):
+                strategies.append(_Strategy(INTERLEAVED, weight))
         parts = path.split(".")
         enclosing = dict.fromkeys(".".join(parts[:i]) for i in range(len(parts), -1, -1))
         strategies += [_Strategy(MODULE_VJP, p) for p in enclosing if self._can_differentiate(p)]
@@ -207,13 +209,20 @@ class Planner:
         in_order = [name for name in self.function.parameters if name in looped]
         return CapturePlan(list(hooked.values()), list(dict.fromkeys(replicated)), in_order)
 
+    def _calls_of_function(self, weight: str) -> list[CallLayout]:
+        calls = self.trial.calls
+        return next(calls[key] for key in calls if isinstance(key, tuple) and key[0] == weight)
+
+    def _may_be_interleaved(self, weight: str) -> bool:
+        parts = [part for call in self._calls_of_function(weight) for part in call.outputs]
+        return any(part is not None and part.repeats > 1 for part in parts)
+
     def _linear_function(self, strategy: _Strategy) -> HookedModule:
         """What stands for the uses of a weight by ``F.linear``."""
         weight = strategy.module
-        key = next(key for key in self.trial.calls if isinstance(key, tuple) and key[0] == weight)
         outputs, inputs = self.function.parameters[weight].shape
         module = nn.Linear(inputs, outputs, device="meta")
-        calls = self.trial.calls[key]
+        calls = self._calls_of_function(weight)
         if strategy.kind == INTERLEAVED:
             calls = [call.interleaved() for call in calls]
         return HookedModule(weight, module, {}, calls, RULES[nn.Linear], of_function=weight)
