@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from ngeval.grading.evaluate import evaluate
     from ngeval.grading.gradient_norms import gradient_norms
     from ngeval.grading.layer_table import layer_table
-    from ngeval.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+    from ngeval.grading.loader import evaluate_loader
+    from ngeval.likelihoods import (
+        Bernoulli,
+        Categorical,
+        Gaussian,
+        GaussianNLL,
+        Likelihood,
+        OutputDistribution,
+        Poisson,
+    )
     from ngeval.methods import METHODS, Method, MethodEntry, get_method
     from ngeval.methods.diag_ema import AccumulatedDiagonal
     from ngeval.methods.optimizer.step import OptimizerStep
@@ -49,7 +58,16 @@ __getattr__, __dir__ = _lazy_names(
         "ngeval.grading.evaluate": ["evaluate"],
         "ngeval.grading.gradient_norms": ["gradient_norms"],
         "ngeval.grading.layer_table": ["layer_table"],
-        "ngeval.likelihoods": ["Bernoulli", "Categorical", "Gaussian", "Likelihood"],
+        "ngeval.grading.loader": ["evaluate_loader"],
+        "ngeval.likelihoods": [
+            "Bernoulli",
+            "Categorical",
+            "Gaussian",
+            "GaussianNLL",
+            "Likelihood",
+            "OutputDistribution",
+            "Poisson",
+        ],
         "ngeval.methods": ["METHODS", "Method", "MethodEntry", "get_method"],
         "ngeval.methods.diag_ema": ["AccumulatedDiagonal"],
         "ngeval.methods.optimizer.step": ["OptimizerStep"],
@@ -71,6 +89,7 @@ __all__ = [
     "EngineError",
     "FisherOperator",
     "Gaussian",
+    "GaussianNLL",
     "InputError",
     "Kernel",
     "Likelihood",
@@ -81,11 +100,14 @@ __all__ = [
     "NgevalError",
     "NumericalError",
     "OptimizerStep",
+    "OutputDistribution",
     "OutputError",
+    "Poisson",
     "Problem",
     "Task",
     "TaskError",
     "evaluate",
+    "evaluate_loader",
     "gamma",
     "gamma_floor",
     "gamma_min",

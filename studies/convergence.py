@@ -22,7 +22,7 @@ from scipy.special import wrightomega
 from torch import Tensor, nn
 
 from ngeval.errors import NgevalError
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from ngeval.optim import EF, iEF
 from ngeval.problem.problem import Problem
 from ngeval.tasks import get_task
@@ -179,7 +179,7 @@ def descend(kind: str, method: str, rate: float, steps: int, plan: Plan, seed: i
     """One full-batch training, which stops early where a loss becomes NaN or infinite."""
     fit = FITS[kind]
     batch, targets = next(get_task(fit.task).batches(plan.samples, 1, seed))
-    inputs = map_inputs(batch, Tensor.double)
+    inputs = map_tensors(batch, Tensor.double)
     if kind in REGRESSIONS:
         targets = targets[:, -fit.outputs :].double()
     with torch.random.fork_rng(devices=[]):

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ngeval.errors import TaskError
-from ngeval.model.checks import Inputs
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import Inputs, map_tensors
 from ngeval.tasks.base import Batch, Task, shuffled_batches
 from ngeval.tasks.hf.cifar import read_cifar
 from ngeval.utils.optional import optional_module
@@ -65,7 +64,7 @@ class Samples:
         return [(self.inputs, self.targets)]
 
     def _take(self, index: Tensor) -> Batch:
-        return map_inputs(self.inputs, lambda tensor: tensor[index]), self.targets[index]
+        return map_tensors(self.inputs, lambda tensor: tensor[index]), self.targets[index]
 
 
 def three_parts(inputs: Tensor, targets: Tensor, sizes: Sequence[int], seed: int) -> list[Samples]:

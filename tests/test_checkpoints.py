@@ -391,12 +391,21 @@ class TestNames:
         assert torch.equal(other.head.weight, model.words.weight)
         assert other.head.weight is other.words.weight
 
-    def test_something_beside_the_model_is_unexpected(self, tmp_path):
-        model = make_model()
+    def test_something_beside_the_model_is_left_out_and_reported(self, tmp_path):
+        model, other = make_model(), make_model()
+        torch.nn.init.normal_(model[0].weight)
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state | {"metric.total": torch.ones(1)}}, tmp_path / "a.ckpt")
+        path = tmp_path / "a.ckpt"
+        torch.save({"state_dict": state | {"metric.total": torch.ones(1)}}, path)
+        assert load_checkpoint(other, path) == ["left out of the checkpoint: metric.total"]
+        assert same(other, model)
+        torch.save({"state_dict": state | {"net.4.weight": torch.ones(1)}}, path)
+        with pytest.raises(CheckpointError, match=r"unexpected: 4\.weight"):
+            load_checkpoint(other, path)
+        del state["net.0.bias"]
+        torch.save({"state_dict": state | {"metric.total": torch.ones(1)}}, path)
         with pytest.raises(CheckpointError, match=r"begin with 'net\.', but for metric\.total"):
-            loaded(tmp_path / "a.ckpt")
+            load_checkpoint(other, path)
 
 
 class TestHostile:

@@ -67,6 +67,15 @@ class TestYourOwnModel:
             torch.save(content, folder / f"epoch={epoch}-step={10 * epoch}.ckpt")
 
 
+@pytest.mark.parametrize("page", ["losses.md", "released-code.md"])
+def test_every_block_of_a_page_as_written(page: str):
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+
+
 class TestHuggingFace:
     def test_the_run_that_needs_no_download(self, tmp_path: Path):
         page = blocks("hugging-face.md")

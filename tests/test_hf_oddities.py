@@ -16,13 +16,14 @@ import transformers
 from torch import nn
 
 import ngeval
-from ngeval.checkpoints import CheckpointLoader, find_checkpoints
+from ngeval.checkpoints import CheckpointLoader, find_checkpoints, load_checkpoint
 from ngeval.checkpoints.adapters import AdapterLoader
 from ngeval.errors import CheckpointError, TaskError
 from ngeval.tasks.hf import hub, hub_task
 from ngeval.tasks.hf.glue import TextForm
 from ngeval.utils.optional import optional_module
 from tests import hf_layouts as layouts
+from tests.small_runs import run
 from tests.test_hf_models import sample_gradients
 
 
@@ -238,6 +239,68 @@ def test_tied_weights_of_a_loader_s_base_stay_tied(home: Path):
     loader = CheckpointLoader(base)
     assert loader.load(find_checkpoints([str(home / "t5")])[0]) is base
     assert base.lm_head.weight is base.shared.weight
+
+
+def test_an_adapter_of_a_different_base(home: Path, tmp_path: Path):
+    for name in ("gpt", "gpt-large"):
+        folder = saved(tmp_path / name, "gpt", layouts.adapter_config("gpt", "lora"))
+        content = json.loads((folder / "adapter_config.json").read_text())
+        content["base_model_name_or_path"] = f"team/{name}"
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+    loader = CheckpointLoader(transformers.AutoModelForCausalLM.from_pretrained(home / "gpt"))
+    right, wrong = find_checkpoints([str(tmp_path)])
+    loader.load(right)
+    assert loader.remarks == []
+    loader.load(wrong)
+    assert "an adapter of 'team/gpt-large'" in loader.remarks[0]
+    assert "mean nothing" in loader.remarks[0]
+
+
+@pytest.mark.parametrize("flag", [["--no-strict"], ["--checkpoint-key", "model"]])
+def test_options_of_whole_models_for_an_adapter(home: Path, tmp_path: Path, flag: list[str]):
+    saved(tmp_path, "gpt", layouts.adapter_config("gpt", "lora"))
+    pd.DataFrame([{"text": "good and bad", "label": 0}]).to_parquet(home / "train.parquet")
+    words = ["--hf-model", home / "gpt", "--adapter", tmp_path, "--dataset", home]
+    result = run("gamma", *words, *flag, code=2)
+    assert f"{flag[0]} is for files of whole models" in result.stderr
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids).logits
+
+
+class TestTasksThatBuildAdapters:
+    """``build_model`` returns a PEFT model, alone or inside another module."""
+
+    @pytest.mark.parametrize("wrap", [nn.Module.eval, Logits])
+    def test_their_adapters_are_loaded(self, tmp_path: Path, wrap):
+        config, ids = layouts.adapter_config("gpt", "lora"), torch.arange(3, 9).reshape(2, 3)
+        sources = [layouts.adapted(layouts.build("gpt"), config, seed) for seed in (1, 2)]
+        for step, source in enumerate(sources):
+            source.save_pretrained(tmp_path / f"checkpoint-{step}")
+        loader = CheckpointLoader(wrap(layouts.adapted(layouts.build("gpt"), config, 3)).eval())
+        for checkpoint, source in zip(find_checkpoints([str(tmp_path)]), sources, strict=True):
+            outputs = loader.load(checkpoint)(ids)
+            outputs = getattr(outputs, "logits", outputs)
+            torch.testing.assert_close(outputs, source(ids).logits)
+
+    @pytest.mark.parametrize("options", [{"lora_alpha": 5}, {"use_rslora": True}])
+    def test_their_scale_must_agree(self, tmp_path: Path, options):
+        saved(tmp_path, "gpt", layouts.adapter_config("gpt", "lora"))
+        config = layouts.adapter_config("gpt", "lora", **options)
+        with pytest.raises(CheckpointError, match=rf"{next(iter(options))} .* instead of"):
+            load_checkpoint(layouts.adapted(layouts.build("gpt"), config), tmp_path)
+
+    def test_their_modules_must_agree(self, tmp_path: Path):
+        saved(tmp_path, "gpt", layouts.adapter_config("gpt", "lora"))
+        config = layouts.adapter_config("gpt", "lora", layers_to_transform=[0])
+        with pytest.raises(CheckpointError, match="unexpected"):
+            load_checkpoint(layouts.adapted(layouts.build("gpt"), config), tmp_path)
 
 
 class TestHub:

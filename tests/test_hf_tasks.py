@@ -295,6 +295,30 @@ class TestEncodings:
             loss = nn.functional.cross_entropy(logits, targets[n])
             assert float(problem.loss[n]) == pytest.approx(loss.item(), rel=1e-6)
 
+    def test_first_tokens_as_samples(self, home: Path):
+        whole = problem_of(sst2(home, "t5"))
+        first = problem_of(sst2(home, "t5", samples="first-token"))
+        assert first.outputs.shape == (6, 1, whole.outputs.shape[-1])
+        torch.testing.assert_close(first.outputs, whole.outputs[:, :1], rtol=1e-6, atol=1e-8)
+        inputs, targets = first_batch(sst2(home, "t5"))
+        model = sst2(home, "t5").model().double()
+        with torch.no_grad():
+            logits = model(**inputs).logits[:, 0]
+        loss = nn.functional.cross_entropy(logits, targets[:, 0], reduction="none")
+        torch.testing.assert_close(first.loss, loss, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize(
+        ("family", "samples", "words"),
+        [
+            ("gpt", "first-token", "for seq2seq models"),
+            ("t5", "token", "for causal models"),
+            ("bert", "token", "for causal models"),
+        ],
+    )
+    def test_samples_of_another_objective(self, home: Path, family, samples, words):
+        with pytest.raises(TaskError, match=f"--samples.*{words}"):
+            sst2(home, family, samples=samples)
+
     def test_images_are_as_the_processor_makes_them(self, home: Path):
         task = hub_task(str(home / "vit"), dataset="cifar10", data_dir=home / "cifar")
         inputs, targets = first_batch(task, 3)

@@ -347,7 +347,7 @@ class TestNames:
         [
             ("categorial", "did you mean 'categorical'"),
             ("gausian:0.5", "did you mean 'gaussian'"),
-            ("poisson", "known: bernoulli, categorical, gaussian"),
+            ("weibull", "known: bernoulli, categorical, gaussian, gaussian-nll, mse, poisson"),
             ("categorical:3", "categorical takes no parameter"),
             ("gaussian:half", "gaussian:0.5"),
             ("gaussian:0", "must be positive"),

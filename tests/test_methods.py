@@ -404,6 +404,14 @@ class TestNames:
     def test_the_name_is_kept_as_asked(self, name):
         assert ngeval.get_method(name).name == name
         assert ngeval.get_method(f" {name} ").name == name
+        assert ngeval.get_method(name.upper()).name == name
+
+    @pytest.mark.parametrize(
+        ("typed", "name"),
+        [("SF", "sf"), ("iEF", "ief"), ("EF", "ef"), ("SF:4", "sf:4"), ("AdamW:0", "adamw:0")],
+    )
+    def test_case_does_not_matter(self, typed, name):
+        assert ngeval.get_method(typed).name == name
 
     def test_objects_pass_through(self):
         method = ngeval.get_method("ef")

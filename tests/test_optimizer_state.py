@@ -234,6 +234,13 @@ def saved(tmp_path: Path, content: object, name: str = "optimizer.pt") -> Path:
     return tmp_path / name
 
 
+class Call:
+    """Calls a function where it is unpickled."""
+
+    def __reduce__(self):
+        return repr, ("hook",)
+
+
 class TestLayouts:
     """One AdamW's state in the files of several training programs."""
 
@@ -273,7 +280,7 @@ class TestLayouts:
 
     def test_code_is_refused(self, tmp_path):
         one, [adam] = trained("adam", 1)
-        path = saved(tmp_path, {"optimizer": adam.state_dict(), "hook": Path("x")})
+        path = saved(tmp_path, {"optimizer": adam.state_dict(), "hook": Call()})
         with pytest.raises(CheckpointError, match="asks to run code"):
             load_optimizer_state(build("adam", one.model), one.model, path)
         fresh = build("adam", one.model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ngeval
 from ngeval.curvature.kernel import Kernel
 from ngeval.jacobians import gram_matrix
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from tests import problems, reference
 from tests.problems import EXACT_NAMES, NAMES, relative_gap
 
@@ -328,7 +328,7 @@ class Snapshot:
         self.modes = {k: m.training for k, m in model.named_modules()}
         self.hooks = {k: dict(m._forward_hooks) for k, m in model.named_modules()}
         self.requires = {k: p.requires_grad for k, p in model.named_parameters()}
-        self.batch = map_inputs(inputs, torch.clone)
+        self.batch = map_tensors(inputs, torch.clone)
 
     def check(self) -> None:
         for key, tensor in self.model.state_dict(keep_vars=True).items():
@@ -877,11 +877,13 @@ class TestMessages:
         error, nan = ngeval.InputError, self.inputs.clone()
         nan[2, 1] = math.nan
         model = TwoInputs()
-        self.expect(error, "not list", inputs=[self.inputs])
+        self.expect(error, "not an empty list", inputs=[])
         self.expect(error, "non-empty tuple", inputs=())
-        self.expect(error, "dict of tensors, not dict", inputs={})
-        self.expect(error, r"inputs\[1\] is a list, not a tensor", inputs=(self.inputs, [1]))
-        self.expect(error, r"inputs\['x'\] is a float", inputs={"x": 1.0})
+        self.expect(error, "dict of tensors, not an empty dict", inputs={})
+        self.expect(error, "or dict of tensors, not dict", inputs={"x": 1.0})
+        self.expect(error, r"inputs\[1\] is a ndarray, not", inputs=(self.inputs, np.ones(5)))
+        values = [1.0, 2.0, 3.0, 4.0, 5.0]
+        self.expect(error, r"inputs\[1\] is a list of 5 values", inputs=(self.inputs, values))
         self.expect(error, "no batch dimension", inputs=torch.tensor(1.0))
         self.expect(error, r"NaN.*first at index \(2, 1\)", inputs=nan)
         self.expect(error, "batch is empty", inputs=self.inputs[:0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,18 @@ MEGATRON = "megatron.core"
 
 SIZES = {"LORA": "r", "PROMPT_TUNING": "num_virtual_tokens", "PREFIX_TUNING": "num_virtual_tokens"}
 """The entry of a configuration that is a dimension of the adapter's tensors, by type."""
+
+
+OPTIONS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""The entries of a configuration that scale or shape an adapter's update."""
 
 
 class AlignedOutputs(nn.Module):
@@ -84,10 +98,14 @@ class AdapterLoader:
 
     Args:
         base: the base model, whose weights are shared with the adapted one and never changed.
+
+    Attributes:
+        remarks: what to know of the last adapter that was loaded, a sentence each.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
+        self.remarks: list[str] = []
         self._model: nn.Module | None = None
         self._key: Any = None
 
@@ -106,12 +124,8 @@ class AdapterLoader:
                 does not fit the base.
             DependencyError: peft is not installed.
         """
-        state = read_state(folder, allow_pickle=allow_pickle)
-        for name, tensor in state.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
-        config = read_adapter_config(folder)
-        _check_sizes(folder, config, state)
+        state, config = _read(folder, allow_pickle)
+        self.remarks = _other_base(folder, config, self.base)
         key = (config, sorted(state))
         failure = f"{folder} does not fit the base model"
         # PEFT warns with advice for training.
@@ -122,6 +136,72 @@ class AdapterLoader:
         if not any(parameter.requires_grad for parameter in self._model.parameters()):
             raise CheckpointError(f"{folder} has nothing trainable: there is no update to grade")
         return AlignedOutputs(self._model) if _is_prompt(self._model) else self._model
+
+
+def find_peft(model: nn.Module) -> nn.Module | None:
+    """The PEFT model that a model is or holds, or None."""
+    peft: Any = sys.modules.get("peft")
+    if peft is None:
+        return None
+    return next((part for part in model.modules() if isinstance(part, peft.PeftModel)), None)
+
+
+def fill_adapter(model: nn.Module, folder: Path, *, allow_pickle: bool = False) -> list[str]:
+    """Load an adapter's weights into the PEFT model that a model is or holds.
+
+    Returns:
+        What to know of the result, a sentence each.
+
+    Raises:
+        CheckpointError: the adapter is unreadable, has NaN weights, or does not fit the model.
+    """
+    state, config = _read(folder, allow_pickle)
+    adapted: Any = find_peft(model)
+    present = adapted.active_peft_config.to_dict()
+    differing = [
+        f"{name} {config[name]!r} instead of {present[name]!r}"
+        for name in OPTIONS
+        if name in config and name in present and config[name] != present[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} does not fit the adapter that the task builds; {listed(differing)}"
+        )
+    failure = f"{folder} does not fit the adapter that the task builds"
+    with foreign_errors(CheckpointError, failure), warnings.catch_warnings(action="ignore"):
+        _fill(adapted, state, folder)
+    return _other_base(folder, config, adapted.get_base_model())
+
+
+def _read(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter's weights and its configuration, checked."""
+    state = read_state(folder, allow_pickle=allow_pickle)
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{folder}: {name!r} holds NaN or infinite values")
+    config = read_adapter_config(folder)
+    _check_sizes(folder, config, state)
+    return state, config
+
+
+def _other_base(folder: Path, config: dict[str, Any], base: nn.Module) -> list[str]:
+    """A remark if an adapter's configuration names a different base than the one at hand."""
+    recorded = config.get("base_model_name_or_path")
+    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    if not (isinstance(recorded, str) and isinstance(name, str) and recorded and name):
+        return []
+    if _short_name(recorded) == _short_name(name):
+        return []
+    return [
+        f"{folder} is an adapter of {recorded!r}, by its configuration, but the base is {name!r}: "
+        "unless that is the same model under a different name, these numbers mean nothing"
+    ]
+
+
+def _short_name(name: str) -> str:
+    """The last part of a model's name, of the hub, of a folder or of the hub's cache."""
+    cached = re.search(r"models--(?:.+--)?(.+?)/snapshots/", name)
+    return (cached[1] if cached else Path(name).name).lower()
 
 
 def _check_sizes(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
 import os.path
@@ -15,15 +16,33 @@ from ngeval.checkpoints.pickles import names_any
 from ngeval.errors import CheckpointError
 from ngeval.utils.text import encodable
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (
+    *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th", ".pyth", ".t7"),
+    *(".pt.tar", ".pth.tar", ".ckpt.tar"),
+)
+"""The ends of checkpoints' names."""
+
+SHARED_SUFFIXES = (".pkl", ".pickle", ".tar")
+"""Ends of names that other files have, too: those of ``torch.save`` are checkpoints."""
+
+TORCH_BEGINS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+"""The first bytes of a file of ``torch.save``, and of one in the format before torch 1.6."""
 
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
 )
-"""The files that ``save_pretrained`` writes, in the order of preference."""
+"""The files that ``save_pretrained``, Trainer and accelerate write, in the order of preference."""
+
+SHARDED_FOLDER = "pytorch_model_fsdp_0"
+"""The folder with a sharded model in those of Trainer and accelerate."""
+
+RUN_FILES = (
+    *("config.json", "trainer_state.json", "training_args.bin", "random_states_0.pkl"),
+    *("optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt"),
+)
+"""Files beside those weights: together they are one checkpoint."""
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 """The files that PEFT writes beside ``adapter_config.json``."""
@@ -31,19 +50,24 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_NUMBER = 2.0**63
 """A larger number is not an epoch or a step; NaN compares as larger, too."""
 
-NOT_WEIGHTS = re.compile(r"(.+\.)?optimizer|scheduler|scaler|training_args|rng_state(_\d+)?")
+NOT_WEIGHTS = re.compile(
+    r"((.+[._-])?(optimizer|optim|optim_states|scheduler|lr_scheduler|scaler|grad_scaler)"
+    r"|training_args|rng_state|random_states|sampler|dl_state_dict|custom_checkpoint)([._-](epoch|step)?[_=-]?\d+)*"
+)
 """Files of a training run that have a checkpoint's suffix but hold no weights."""
 
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")
 """The optimizer's file in a checkpoint's folder, of transformers' Trainer and of accelerate."""
 
-OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
+OPTIMIZER_KEYS = (
+    *("optimizer_states", "optimizer_state_dict", "optimizer_state", "optimizer", "optim"),
+)
 """The keys under which training programs keep the optimizer's state in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint: a file, or a folder of ``save_pretrained`` or of a PEFT adapter.
+    """A checkpoint: a file, or a folder of ``save_pretrained``, an adapter or shards.
 
     Attributes:
         path: the file or folder.
@@ -96,10 +120,12 @@ class Checkpoint:
 def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
     """Expand files, folders and globs into checkpoints.
 
-    A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter), or a Trainer's run with
-    ``checkpoint-500/`` and others inside, or holds checkpoint files or such folders. What a folder
-    or a glob holds is in natural order (``epoch-2`` before ``epoch-10``). A checkpoint beside a
-    broken JSON file carries an ``error``, so that the others can be graded.
+    A folder is a checkpoint itself (``save_pretrained``, a PEFT adapter, ``.distcp`` shards of
+    ``torch.distributed.checkpoint``), or a run of Trainer or accelerate with ``checkpoint-500/``
+    and others inside, or holds checkpoint files or such folders. What a folder or a glob holds is
+    in natural order (``epoch-2`` before ``epoch-10``); files of optimizers, samplers and the like
+    are skipped. A checkpoint beside a broken JSON file carries an ``error``, so that the others can
+    be graded.
 
     Raises:
         CheckpointError: a pattern matches no checkpoint.
@@ -116,7 +142,7 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Checkpoint]:
             ) from error
         if not matches:
             kinds = ", ".join(SUFFIXES)
-            hint = f"; there are some in {', '.join(below[:4])}" if below else ""
+            hint = f"; there are some in {', '.join(below[:4])}" if below else _near(Path(pattern))
             raise CheckpointError(
                 f"no checkpoint at {pattern!r}: give a file, a folder that holds one ({kinds}, "
                 f"save_pretrained's or a PEFT adapter's files), or a glob in quotes{hint}"
@@ -133,13 +159,13 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern)
+    path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
         return _in_folder(path)
-    matches = map(Path, glob.glob(pattern, recursive=True))
-    return [match for match in matches if _is_checkpoint(match)]
+    matches = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+    return [match for match in matches if _is_checkpoint(match) or match.suffix == ".npz"]
 
 
 def _folders_below(pattern: str) -> list[str]:
@@ -150,18 +176,42 @@ def _folders_below(pattern: str) -> list[str]:
     return [str(path) for path in sorted(candidates, key=_natural_key) if _in_folder(path)]
 
 
+def _near(path: Path) -> str:
+    """The end of a message about a path that does not exist: the nearest name in its folder."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    names = [other.name for other in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
     return os.path.isfile(path / "adapter_config.json")
 
 
 def weights_file(folder: Path) -> Path:
-    """The file that a checkpoint folder's weights are read from."""
+    """The file that a checkpoint folder's weights are read from, or the folder of its shards."""
     names = ADAPTER if is_adapter(folder) else WEIGHTS
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    for shards in (folder, folder / SHARDED_FOLDER):
+        if _is_distributed(shards):
+            return shards
     raise CheckpointError(f"{folder} has none of the files {', '.join(names)}")
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a file's name is that of a checkpoint."""
+    suffix = _suffix(name)
+    return bool(suffix) and not NOT_WEIGHTS.fullmatch(name[: -len(suffix)])
+
+
+def _suffix(name: str) -> str:
+    """The end of a checkpoint's name, the longest of them; empty if it is not one's."""
+    ends = (*SUFFIXES, *SHARED_SUFFIXES)
+    return max((end for end in ends if name.lower().endswith(end)), key=len, default="")
 
 
 def optimizer_file(path: Path) -> Path | None:
@@ -172,7 +222,7 @@ def optimizer_file(path: Path) -> Path | None:
     if path.is_dir() or path.name in WEIGHTS + ADAPTER:
         folder = path if path.is_dir() else path.parent
         return next((folder / name for name in OPTIMIZER if (folder / name).is_file()), None)
-    pickled = path.suffix in SUFFIXES and path.suffix != ".safetensors"
+    pickled = bool(_suffix(path.name)) and path.suffix != ".safetensors"
     return path if pickled and path.is_file() and names_any(path, OPTIMIZER_KEYS) else None
 
 
@@ -203,29 +253,54 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _in_folder(folder: Path) -> list[Path]:
     inside = list(folder.iterdir())
-    steps = [path for path in inside if re.fullmatch(r"checkpoint-\d+", path.name)]
-    steps = [path for path in steps if _is_folder_checkpoint(path)]
+    steps = [path for path in inside if re.fullmatch(r"checkpoint[-_]\d+", path.name)]
+    steps = [path for path in steps if _has_weights(path)]
     if steps:  # weights beside them repeat those of the last step
         return steps
     if is_adapter(folder):  # PEFT puts adapters with other names into folders inside
         return [folder, *(path for path in inside if is_adapter(path))]
     if _is_folder_checkpoint(folder):
         return [folder]
-    return [path for path in inside if _is_checkpoint(path)]
+    checkpoints = [path for path in inside if _is_checkpoint(path)]
+    bare = [path for path in inside if _has_weights(path)]  # of accelerate's save_model
+    arrays = [path for path in inside if path.suffix == ".npz" and path.is_file()]
+    return checkpoints or bare or arrays
 
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
         return _is_folder_checkpoint(path)
-    return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
+    if not is_weights_name(path.name):
+        return False
+    return path.name.lower().endswith(SUFFIXES) or _is_of_torch(path)
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether a file begins as ``torch.save`` writes it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(64).startswith(TORCH_BEGINS)
+    except OSError:
+        return False
 
 
 def _is_folder_checkpoint(path: Path) -> bool:
-    if is_adapter(path):
+    if is_adapter(path) or _is_distributed(path):
         return True
     sharded = any((path / name).is_file() for name in WEIGHTS if name.endswith(".json"))
-    single = any((path / name).is_file() for name in WEIGHTS)
-    return path.is_dir() and (sharded or (single and (path / "config.json").is_file()))
+    beside = any((path / name).is_file() for name in RUN_FILES)
+    return path.is_dir() and (sharded or (beside and _has_weights(path)))
+
+
+def _has_weights(path: Path) -> bool:
+    """Whether a folder has a file of weights under one of the usual names, or shards."""
+    single = any((path / name).is_file() for name in (*WEIGHTS, *ADAPTER))
+    return single or _is_distributed(path) or _is_distributed(path / SHARDED_FOLDER)
+
+
+def _is_distributed(path: Path) -> bool:
+    """Whether a folder holds a checkpoint of ``torch.distributed.checkpoint``."""
+    return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
 
 
 def _without_insides(paths: list[Path]) -> list[Path]:

@@ -1,29 +1,30 @@
-"""Loading weights into a model, strictly, under the prefixes that training programs use."""
+"""Checkpoints into a model: found at a path, chosen in a file, loaded by torch's strict rules."""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ngeval.checkpoints.adapters import AdapterLoader
-from ngeval.checkpoints.finding import Checkpoint
-from ngeval.checkpoints.reading import read_state
+from ngeval.checkpoints.adapters import AdapterLoader, fill_adapter, find_peft
+from ngeval.checkpoints.finding import Checkpoint, find_checkpoints
+from ngeval.checkpoints.fitting import (
+    MisfitError,
+    Snapshot,
+    choose_state,
+    load_strictly,
+    training_mode,
+)
+from ngeval.checkpoints.layouts import StateDict
+from ngeval.checkpoints.reading import read_states
 from ngeval.errors import CheckpointError
 from ngeval.utils.atomic import replace_file
-from ngeval.utils.text import listed
-
-T = TypeVar("T")
-
-COMPILED = "_orig_mod."
-"""The component that ``torch.compile`` inserts into names."""
 
 
 class CheckpointLoader:
@@ -32,13 +33,27 @@ class CheckpointLoader:
     Args:
         model: the model as the task builds it; for adapters, their base.
         allow_pickle: unpickle with code; only for files that you trust.
+        key: the place of the state dict in each file; see `load_checkpoint`.
+        strict: see `load_checkpoint`.
+
+    Attributes:
+        remarks: what to know of the last checkpoint that was loaded, a sentence each.
     """
 
-    def __init__(self, model: nn.Module, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        allow_pickle: bool = False,
+        key: str | None = None,
+        strict: bool = True,
+    ) -> None:
         self.model = model
-        self.allow_pickle = allow_pickle
+        self.allow_pickle, self.key, self.strict = allow_pickle, key, strict
+        self.remarks: list[str] = []
         self._adapters: AdapterLoader | None = None
         self._loaded = False
+        self._built: Snapshot | None = None
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The model with a checkpoint's weights; the next call may change it.
@@ -47,60 +62,128 @@ class CheckpointLoader:
             CheckpointError: see `load_checkpoint`; or an adapter does not fit the model; or
                 adapters and whole models are mixed.
         """
+        self.remarks = []
         if checkpoint.error:
             raise CheckpointError(checkpoint.error)
-        if checkpoint.is_adapter:
-            if self._loaded:
-                raise CheckpointError(
-                    f"{checkpoint.path} is a PEFT adapter after checkpoints of the whole model, "
-                    "which its base would be; grade them in separate runs"
-                )
-            self._adapters = self._adapters or AdapterLoader(self.model)
-            return self._adapters.load(checkpoint.path, allow_pickle=self.allow_pickle)
+        if checkpoint.as_built:
+            return self.model
+        if checkpoint.is_adapter and find_peft(self.model) is None:
+            return self._adapted(checkpoint)
         if self._adapters is not None:
             raise CheckpointError(
                 f"{checkpoint.path} is not a PEFT adapter as those before it are; grade them in "
                 "separate runs"
             )
-        if not checkpoint.as_built:
-            self._loaded = True
-            load_checkpoint(self.model, checkpoint, allow_pickle=self.allow_pickle)
+        self._loaded = True
+        if not self.strict:
+            self._restore()
+        self.remarks = load_checkpoint(
+            self.model,
+            checkpoint,
+            allow_pickle=self.allow_pickle,
+            key=self.key,
+            strict=self.strict,
+        )
         return self.model
+
+    def _restore(self) -> None:
+        """Give the model the weights that the task builds: a checkpoint may not have all."""
+        with training_mode(self.model):
+            if self._built is None:
+                self._built = Snapshot(self.model)
+            self._built.restore()
+
+    def _adapted(self, checkpoint: Checkpoint) -> nn.Module:
+        """The base with a PEFT adapter."""
+        if self._loaded:
+            raise CheckpointError(
+                f"{checkpoint.path} is a PEFT adapter after checkpoints of the whole model, "
+                "which its base would be; grade them in separate runs"
+            )
+        self._adapters = self._adapters or AdapterLoader(self.model)
+        model = self._adapters.load(checkpoint.path, allow_pickle=self.allow_pickle)
+        self.remarks = self._adapters.remarks
+        return model
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint: Checkpoint, *, allow_pickle: bool = False
-) -> None:
-    """Load weights into the model, strictly: every name and every shape must agree.
+    model: nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    key: str | None = None,
+    strict: bool = True,
+) -> list[str]:
+    """Load weights into the model as ``load_state_dict(strict=True)`` does.
 
-    A prefix that all names in the file share and the model's do not (``module.`` of data
-    parallelism, ``model.`` of a Lightning module) is left out, as is ``_orig_mod.`` of
-    ``torch.compile``. One name is enough for tied weights. A folder whose names differ from the
-    model's is read by the model's own ``from_pretrained``, if it has one.
+    The model is in training mode meanwhile, as it was when the weights were saved: layers that
+    merge weights in eval mode (LoRA) merge the loaded ones afterwards. Load hooks and versions of
+    modules translate old names. Before, names are matched: a prefix of the file's names
+    (``module.`` of data parallelism, ``model.`` of a Lightning module) or of the model's (a wrapper
+    around it) that the other side does not have, ``_orig_mod.`` of ``torch.compile``, and one name
+    for tied weights. A folder whose names differ from the model's is read by the model's own
+    ``from_pretrained``, if it has one.
+
+    Args:
+        model: the model.
+        checkpoint: a file or folder, or a `Checkpoint` of `find_checkpoints`. A PEFT adapter's
+            folder needs a model with such an adapter.
+        allow_pickle: unpickle with code; only for files that you trust.
+        key: the place of the state dict in the file, its keys joined with dots, or a prefix of its
+            names; None: the state dict that fits the model.
+        strict: whether the names of the file and of the model must agree; if not, what fits is
+            loaded and the rest is returned.
+
+    Returns:
+        What to know of the result, a sentence each: which entries of the file were left out,
+        and, without ``strict``, which of the model keep their values.
 
     Raises:
-        CheckpointError: the file is unreadable, has NaN weights, or missing, unexpected or wrongly
-            shaped keys, which are all listed. The model is unchanged then.
+        CheckpointError: the file is unreadable, has NaN weights, several state dicts that fit,
+            different values for tied weights, or missing, unexpected or wrongly shaped keys, which
+            are all listed. The model is unchanged then.
     """
+    checkpoint = _as_checkpoint(checkpoint)
+    path = checkpoint.path
     if checkpoint.is_adapter:
-        raise CheckpointError(
-            f"{checkpoint.path} is a PEFT adapter, not a whole model; `CheckpointLoader` puts it "
-            "on its base"
-        )
+        if find_peft(model) is None:
+            raise CheckpointError(
+                f"{path} is a PEFT adapter, not a whole model; `CheckpointLoader` puts it on its "
+                "base"
+            )
+        with training_mode(model):
+            return fill_adapter(model, path, allow_pickle=allow_pickle)
+    states = read_states(path, allow_pickle=allow_pickle, key=key)
+    if key in states:  # chosen by the caller, so there is nothing to remark
+        states = {"": states[key]}
     try:
-        _load_state(model, checkpoint, read_state(checkpoint.path, allow_pickle=allow_pickle))
+        return _load(model, path, states, strict)
     except MisfitError:
-        state = _translated(model, checkpoint.path)
-        if state is None:
+        translated = _translated(model, path) if strict else None
+        if translated is None:
             raise
-        _load_state(model, checkpoint, state)
+        return _load(model, path, {"": translated}, strict)
 
 
-class MisfitError(CheckpointError):
-    """The names, shapes or number types of a checkpoint are not the model's."""
+def _load(model: nn.Module, path: Path, states: Mapping[str, StateDict], strict: bool) -> list[str]:
+    choice = choose_state(model, path, states)
+    with training_mode(model):
+        return load_strictly(model, path, choice, strict=strict)
 
 
-def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+def _as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """The one checkpoint at a path."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    path = os.fspath(checkpoint)
+    matches = find_checkpoints([path])
+    if len(matches) > 1:
+        first = matches[0].path.name
+        raise CheckpointError(f"{path} has {len(matches)} checkpoints ({first}, …); give one")
+    return matches[0]
+
+
+def _translated(model: nn.Module, folder: Path) -> StateDict | None:
     """A folder's weights by the names of the installed transformers, which renames some on loading.
 
     The result is None if the weights do not fit then, either.
@@ -115,89 +198,8 @@ def _translated(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
         return None
     if any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return None
-    state: dict[str, Tensor] = loaded.state_dict()
+    state: StateDict = loaded.state_dict()
     return state
-
-
-def _load_state(model: nn.Module, checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
-    expected = model.state_dict(keep_vars=True)
-    state = renamed(state, list(expected))
-    if problems := _misfits(expected, state):
-        raise MisfitError(f"{checkpoint.path} does not fit the model; " + "; ".join(problems))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key, tensor in state.items():
-        # In the model's dtype, in which a large number can overflow. Buffers may hold −∞
-        # (attention masks); a NaN is always a mistake.
-        loaded = tensor.to(expected[key].dtype)
-        bad = ~torch.isfinite(loaded) if key in parameters else torch.isnan(loaded)
-        if bool(bad.any()):
-            raise CheckpointError(f"{checkpoint.path}: {key!r} holds NaN or infinite values")
-    model.load_state_dict(state, strict=False)
-
-
-def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """How the names, shapes and number types of a state dict differ from the model's."""
-    names_of: dict[int, list[str]] = {}
-    for key, tensor in expected.items():
-        names_of.setdefault(id(tensor), []).append(key)
-    missing = [
-        key
-        for key, tensor in expected.items()
-        if not any(name in state for name in names_of[id(tensor)])
-    ]
-    shared = [(key, state[key], tensor) for key, tensor in expected.items() if key in state]
-    differing = {
-        "missing": missing,
-        "unexpected": [key for key in state if key not in expected],
-        "wrong shape": [
-            f"{key} {tuple(loaded.shape)} instead of {tuple(tensor.shape)}"
-            for key, loaded, tensor in shared
-            if loaded.shape != tensor.shape
-        ],
-        "wrong kind": [
-            f"{key} {_kind(loaded)} instead of {_kind(tensor)}"
-            for key, loaded, tensor in shared
-            if _kind(loaded) != _kind(tensor)
-        ],
-    }
-    problems = [f"{what}: {listed(names)}" for what, names in differing.items() if names]
-    prefixes = Counter(
-        key.removesuffix(name) for name in missing for key in state if key.endswith(f".{name}")
-    )
-    prefix = max(prefixes, key=lambda candidate: prefixes[candidate], default="")
-    others = [key for key in state if not key.startswith(prefix)]
-    if others:
-        problems.append(f"the file's names begin with {prefix!r}, but for {listed(others)}")
-    return problems
-
-
-def _kind(tensor: Tensor) -> str:
-    if tensor.is_complex():
-        return "complex numbers"
-    return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
-
-
-def renamed(state: dict[str, T], names: list[str]) -> dict[str, T]:
-    """Rename the keys of a state dict to a model's names, as far as they differ by prefixes."""
-    plain = {key.replace(COMPILED, ""): tensor for key, tensor in state.items()}
-    if len(plain) < len(state):
-        return state
-    prefix = _shared_prefix(list(plain), [key.replace(COMPILED, "") for key in names])
-    plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
-    original = {key.replace(COMPILED, ""): key for key in names}
-    return {original.get(key, key): tensor for key, tensor in plain.items()}
-
-
-def _shared_prefix(names: list[str], expected: list[str]) -> str:
-    """The leading components that all names share and the model's names do not have."""
-    prefix = ""
-    while names and not set(names) & set(expected):
-        first = f"{names[0].split('.')[0]}."
-        if not all(name.startswith(first) for name in names):
-            return ""
-        prefix += first
-        names = [name.removeprefix(first) for name in names]
-    return prefix
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:

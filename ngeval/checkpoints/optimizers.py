@@ -16,6 +16,7 @@ from ngeval.errors import CheckpointError
 PLACES = (
     "states",
     "optimizer_states",
+    "optimizer_state",
     "optimizer_state_dict",
     "optimizer_state_dicts",
     "optimizers",

@@ -65,7 +65,7 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "max_length": _hub(help="Tokens of a text at most."),
         "max_target_tokens": _hub(help="Tokens of an answer at most."),
         "padding_side": _hub(help="right or left."),
-        "samples": _hub(help="Of a causal model: sequence, or token."),
+        "samples": _hub(help="sequence; token (causal), first-token (seq2seq)."),
         "processor": _hub(help="Folder of the tokenizer or image processor; default: the model's."),
         "attention": _hub(help="eager, sdpa, …; default: that of transformers."),
         "trust_remote_code": _hub(
@@ -93,6 +93,12 @@ OPTIONS: dict[type, dict[str, Any]] = {
         "memory": typer.Option(help="To work in, e.g. 8GiB; default: four fifths of what is free."),
         "allow_pickle": typer.Option(
             "--allow-pickle", help="Run code in checkpoints; only for files you trust."
+        ),
+        "checkpoint_key": typer.Option(
+            help="Where the weights are in each file, as in model.state_dict; default: what fits."
+        ),
+        "strict": typer.Option(
+            help="Names in a checkpoint and in the model must agree; else the rest is reported."
         ),
         "optimizer_state": _step(
             help="File with its state, one for each checkpoint; default: the one beside each."

@@ -97,6 +97,7 @@ class KrylovRun:
         length = float(unit.norm())
         self.left = unit / (length or 1.0)
         self.length = largest * (length or 1.0)
+        self.largest_residual = largest
         self.gradient = problem.gradient().to(torch.float64)
         self.slope = float(self.gradient.norm())
         self.whitening_error = problem.distribution.whitening_error()
@@ -120,6 +121,15 @@ class KrylovRun:
     def iterations(self) -> int:
         """The number k of iterations so far."""
         return len(self.below)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left of F beyond the run.
+
+        The row of an improbable label is as small as its entry in r is large, and may be rounding
+        beside the others.
+        """
+        return self.exhausted and self.largest_residual * self.rounding * self.iterations < 1
 
     @property
     def limit(self) -> int:
@@ -222,7 +232,7 @@ class KrylovRun:
         weights = np.where(kept, weights, 0.0)
         decrease, curvature = (weights * ratio).sum(1), (weights * ratio**2).sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            if self.exhausted:
+            if self.is_complete:
                 high = (whole * ratio).sum(1), (whole * ratio**2).sum(1)
                 energy = np.zeros(len(lambdas))
             else:
@@ -231,8 +241,9 @@ class KrylovRun:
             large = lambdas[:, 0] >= LARGE * nodes.max()
             lowest = np.maximum(curvature - energy, np.where(large, energy_low, 0.0))
             highest = np.minimum(high[1] + energy, np.where(large, energy_high, np.inf))
-            lower = np.maximum(np.sqrt(np.maximum(lowest, 0)) / high[0], 1 / self.length)
-            upper = np.minimum(np.sqrt(highest) / decrease, decrease**-0.5)
+            # Where ‖r‖² overflows, what depends on it is not a number.
+            lower = np.fmax(np.sqrt(np.fmax(lowest, 0)) / high[0], 1 / self.length)
+            upper = np.fmin(np.sqrt(highest) / decrease, decrease**-0.5)
         return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error)
 
     def _rule(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -386,6 +386,9 @@ def _with_natural(
         missing = dict.fromkeys(("gamma_min", "gamma_over_ng"), math.nan)
         return add_note(table.assign(**missing), result.reason)
     solver, bounds, least, error = result
+    known = table["gamma"][table["status"].isin(["ok", "ascent"])].min()
+    if known < least:  # every update's γ is an upper bound
+        least, error = known, max(error, known / max(gamma_floor(problem), 1e-300) - 1)
     table = table.assign(
         gamma_min=least,
         gamma_min_error=error,

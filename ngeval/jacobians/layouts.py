@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of, map_inputs
+from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of
+from ngeval.model.inputs import map_tensors
 from ngeval.model.operations import watched_linear
 
 TRIAL_SIZES = (2, 3)
@@ -107,7 +108,7 @@ class _TrialCall:
 def trial_batch(function: ModelFunction, size: int) -> Any:
     """The batch's first samples, repeated if there are fewer."""
     indices = torch.arange(size) % function.num_samples
-    return map_inputs(function.inputs, lambda t: t[indices.to(t.device)])
+    return map_tensors(function.inputs, lambda t: t[indices.to(t.device)])
 
 
 @dataclass(frozen=True)

@@ -17,27 +17,22 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ngeval.jacobians.capture_plan import RecordedCall
 from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape
-from ngeval.model.function import (
-    ModelFunction,
-    Parameters,
-    autograd_enabled,
-    leaves_of,
-    map_inputs,
-    pull_back,
-)
+from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of, pull_back
+from ngeval.model.inputs import named_tensors, with_tensors
 from ngeval.model.operations import called
 from ngeval.utils.memory import is_out_of_memory
 
 
 def vmap_rows(function: ModelFunction, samples: slice, cotangents: Tensor) -> Parameters:
     """The rows of the model by parameter, for all samples and cotangents at once."""
+    batch = function.on(samples).inputs
 
-    def outputs_of_sample(parameters: Parameters, sample: Any) -> Tensor:
-        outputs = function(parameters, map_inputs(sample, lambda t: t.unsqueeze(0)))
+    def outputs_of_sample(parameters: Parameters, sample: list[Tensor]) -> Tensor:
+        outputs = function(parameters, with_tensors(batch, (t.unsqueeze(0) for t in sample)))
         return outputs.squeeze(0).to(cotangents.dtype)
 
-    batch = function.on(samples).inputs
-    return _vmapped(outputs_of_sample, function.parameters, batch, cotangents)
+    tensors = [tensor for _, tensor in named_tensors(batch)]
+    return _vmapped(outputs_of_sample, function.parameters, tensors, cotangents)
 
 
 def loop_rows(

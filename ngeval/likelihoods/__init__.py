@@ -9,8 +9,12 @@ insights and perspectives on the natural gradient method" (arXiv 1412.1193), §9
 from ngeval.likelihoods.base import Likelihood, OutputDistribution
 from ngeval.likelihoods.bernoulli import Bernoulli, BernoulliDistribution
 from ngeval.likelihoods.categorical import Categorical, CategoricalDistribution
+from ngeval.likelihoods.counts import Poisson, PoissonDistribution
 from ngeval.likelihoods.gaussian import Gaussian, GaussianDistribution
-from ngeval.likelihoods.registry import get_likelihood, likelihood_names
+from ngeval.likelihoods.gaussian_nll import GaussianNLL, GaussianNLLDistribution
+from ngeval.likelihoods.heads import Heads
+from ngeval.likelihoods.registry import Loss, get_likelihood, likelihood_names
+from ngeval.likelihoods.weighted import Weighted
 
 __all__ = [
     "Bernoulli",
@@ -19,8 +23,15 @@ __all__ = [
     "CategoricalDistribution",
     "Gaussian",
     "GaussianDistribution",
+    "GaussianNLL",
+    "GaussianNLLDistribution",
+    "Heads",
     "Likelihood",
+    "Loss",
     "OutputDistribution",
+    "Poisson",
+    "PoissonDistribution",
+    "Weighted",
     "get_likelihood",
     "likelihood_names",
 ]

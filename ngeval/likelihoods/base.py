@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from ngeval.errors import InputError
 class OutputDistribution(ABC):
     """p(y|z) at fixed logits z, with the observed targets y.
 
-    A subclass implements the seven methods below, which are all that ngeval uses of a loss. For
-    every sample n, with z_n the logits of all its positions, it defines
+    A subclass implements the seven abstract methods below. For every sample n, with z_n the logits
+    of all its positions, it defines
 
     - the loss ℓ_n = −log p(y_n|z_n), in nats, summed over positions and outputs,
     - the residual u_n = ∇_z ℓ_n,
@@ -49,6 +51,15 @@ class OutputDistribution(ABC):
         Args:
             targets: labels in place of the observed ones, of the same shape.
         """
+
+    def loss_terms(self, targets: Tensor | None = None) -> Tensor:
+        """The terms of ℓ, which can be weighted separately where H does not couple them.
+
+        Returns:
+            Of shape ``(N,)``, ``(N, *positions, 1)`` or ``(N, *positions, C)``. By default each
+            sample is a single term.
+        """
+        return self.loss(targets)
 
     @abstractmethod
     def residual(self, targets: Tensor | None = None) -> Tensor:
@@ -99,6 +110,10 @@ class OutputDistribution(ABC):
             Labels that `residual` takes, of shape ``(draws, *targets.shape)``.
         """
 
+    def sampled_residual(self, draws: int, generator: torch.Generator) -> Tensor:
+        """Residuals û of drawn labels, with E[û ûᵀ] = H: ``(draws, *logits.shape)``."""
+        return self.residual(self.sample(draws, generator))
+
     def floor_terms(self) -> Tensor:
         """u_nᵀH_n⁺u_n of each sample, shape ``(N,)``; γ_min ≥ (Σ_n u_nᵀH_n⁺u_n)^(−1/2)."""
         return self.whitened_residual().square().flatten(1).sum(1)
@@ -129,6 +144,29 @@ class Likelihood(ABC):
             InputError: the targets' shape, dtype or values do not fit.
         """
 
+    @property
+    def reading(self) -> Callable[[Any], Tensor] | None:
+        """The outputs in what a model returns or ``output=`` chooses; None: they are a tensor."""
+        return None
+
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
+        """How the logits z are computed from a model's outputs, decided on the first batch.
+
+        It is part of the model: derivatives are taken through it, and it sees batches of any
+        number of samples.
+
+        Args:
+            outputs: of the first batch.
+            targets: of that batch.
+
+        Returns:
+            A differentiable function; None where the outputs are the logits, as they usually are.
+
+        Raises:
+            InputError, ModelError: the outputs cannot be what this loss takes.
+        """
+        return None
+
     @classmethod
     def parse(cls, name: str, parameter: str = "") -> Likelihood:
         """Build the likelihood from its full name and the text after the colon.
@@ -158,12 +196,27 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_real_targets(logits: Tensor, targets: Tensor, likelihood: str) -> None:
-    """Check that the targets are finite real numbers in the logits' shape."""
+    """Check that the targets are real numbers in the logits' shape."""
     check_targets(logits, targets)
     if targets.shape != logits.shape:
+        hint = ""
+        if logits.shape == (*targets.shape, 1):
+            hint = (
+                "; a loss would broadcast the two to each other: give targets.unsqueeze(-1), or "
+                "output=lambda z: z.squeeze(-1)"
+            )
         raise InputError(
             f"targets have shape {tuple(targets.shape)}, but the {likelihood} likelihood needs "
-            f"the shape of the model's outputs, {tuple(logits.shape)}"
+            f"the shape of the model's outputs, {tuple(logits.shape)}{hint}"
         )
-    if targets.is_complex() or not bool(torch.isfinite(targets.to(torch.float64)).all()):
-        raise InputError("targets hold NaN, infinite or complex values; remove those samples")
+    if targets.is_complex():
+        raise InputError("targets are complex numbers; they must be real")
+
+
+def single_output(outputs: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The arrangement of outputs of shape ``(N,)``, as of ``model(x).squeeze(-1)``, as (N, 1)."""
+    return _unsqueezed if outputs.ndim == 1 else None
+
+
+def _unsqueezed(outputs: Tensor) -> Tensor:
+    return outputs.unsqueeze(-1)

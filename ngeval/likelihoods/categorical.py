@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngeval.errors import InputError
+from ngeval.errors import InputError, ModelError
 from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_targets
+from ngeval.likelihoods.scaled import ScaledDistribution, Weights, brief_repr, described
+
+UNIT_SUM = 1e-3
+"""Outputs whose probabilities sum to 1 to within this are taken for normalised."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Categorical(Likelihood):
     """Softmax cross-entropy: p(y|z) = softmax(z)_y.
 
@@ -24,31 +30,133 @@ class Categorical(Likelihood):
 
     the choice of class k against the mean of all later ones. The symmetric factor
     diag(√p)(I − √p√pᵀ) has K columns, whose rounding looks like a further direction.
-    Targets are integer class labels of shape ``(N, *positions)``.
+    Targets are integer class labels of shape ``(N, *positions)``, or probabilities of the classes
+    in the logits' shape (soft targets q).
+
+    In general the loss is −Σ_k w_k q_k log p_k, with the weights w of classes and q the soft
+    target or the smoothed label, (1−ε) e_y + ε/K. With c = Σ_k w_k q_k and q′_k = w_k q_k/c it has
+    u = c (p − q′). It is not a likelihood where c ≠ 1 or q′ is not a label; its Hessian
+    H = c (diag(p) − ppᵀ) is used for the Fisher, which it is if c counts how often a sample occurs.
 
     Attributes:
         ignore_index: positions with this target are padding: they have no loss, no residual and
             no Fisher.
+        class_weights: w, one number ≥ 0 for each class.
+        label_smoothing: ε in [0, 1].
+        class_dim: the dimension of the model's outputs that holds the classes: the last, or 1,
+            as in ``nn.CrossEntropyLoss``; z always has it last.
+        log_probabilities: the model returns log p, as ``nn.NLLLoss`` takes it. They are logits:
+            their softmax is p.
     """
 
     ignore_index: int = -100
+    class_weights: Any = None
+    label_smoothing: float = 0.0
+    class_dim: int = -1
+    log_probabilities: bool = False
+
+    def __post_init__(self) -> None:
+        weights = Weights.of("class weights", self.class_weights)
+        object.__setattr__(self, "class_weights", weights)
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"label smoothing must be from 0 to 1, not {self.label_smoothing}")
+        if self.class_dim not in (1, -1):
+            raise InputError(f"class_dim is 1 or −1 (the last), not {self.class_dim}")
+
+    def __repr__(self) -> str:
+        return brief_repr(self, "ignore_index")
 
     @property
     def name(self) -> str:
-        return "categorical"
+        smoothing, weights = self.label_smoothing or None, self.class_weights
+        return described("categorical", label_smoothing=smoothing, class_weights=weights)
 
-    def bind(self, logits: Tensor, targets: Tensor) -> CategoricalDistribution:
+    def arrangement(self, outputs: Tensor, targets: Any) -> Callable[[Tensor], Tensor] | None:
+        shape = tuple(getattr(targets, "shape", ()))[1:]
+        # Training loops flatten outputs (N, positions, C), which torch takes in no other way.
+        only_last = shape == outputs.shape[1:-1] and shape != outputs.shape[2:]
+        move = self.class_dim == 1 and outputs.ndim > 2 and not only_last
+        if move:
+            outputs = outputs.movedim(1, -1)
+        self._check_normalised(outputs)
+        return _classes_last if move else None
+
+    def _check_normalised(self, outputs: Tensor) -> None:
+        """Raise if outputs are probabilities, or should be their logarithms and are not."""
+        if outputs.ndim < 2 or outputs.shape[-1] < 2 or not outputs.is_floating_point():
+            return
+        if self.log_probabilities:
+            if not bool((outputs.logsumexp(-1).abs() < UNIT_SUM).all()):
+                raise ModelError(
+                    "NLLLoss takes log-probabilities, but the exponentials of the model's outputs "
+                    "do not sum to 1; for logits use nn.CrossEntropyLoss(), and for probabilities "
+                    "output=torch.log"
+                )
+        elif bool((outputs >= 0).all() & ((outputs.sum(-1) - 1).abs() < UNIT_SUM).all()):
+            raise ModelError(
+                "the model's outputs are probabilities (they are ≥ 0 and sum to 1), as of a "
+                "softmax, but a cross-entropy takes logits: give output=torch.log (logarithms of "
+                "probabilities are logits), or output= for the tensor before the softmax"
+            )
+
+    def bind(self, logits: Tensor, targets: Tensor) -> OutputDistribution:
         check_targets(logits, targets)
+        is_soft = targets.is_floating_point() and targets.ndim == logits.ndim
+        soft = targets.movedim(1, -1) if is_soft and self.class_dim == 1 else targets
+        if is_soft and soft.shape == logits.shape:
+            return self._bind_soft(logits, soft, targets)
+        self._check_labels(logits, targets)
+        hard = CategoricalDistribution(logits, targets.detach().long().clone(), self.ignore_index)
+        if self.label_smoothing:
+            labels = torch.where(hard.mask, hard.targets.unsqueeze(-1), 0)
+            one_hot = torch.zeros_like(hard.logits).scatter_(-1, labels, 1.0) * hard.mask
+            return self._weighted(hard.logits, one_hot, hard.targets, hard.mask)
+        if self.class_weights is None:
+            return hard
+        weights = self._class_weights(logits)[torch.where(hard.mask.squeeze(-1), hard.targets, 0)]
+        return ScaledDistribution(hard, weights.unsqueeze(-1) * hard.mask, hard.targets)
+
+    def _bind_soft(self, logits: Tensor, soft: Tensor, targets: Tensor) -> OutputDistribution:
+        values = soft.detach().to(torch.float64)
+        if not bool((torch.isfinite(values) & (values >= 0)).all()):
+            raise InputError("soft targets must be finite probabilities ≥ 0")
+        mask = torch.ones_like(values[..., :1], dtype=torch.bool)
+        return self._weighted(logits, values, targets.detach().clone(), mask)
+
+    def _weighted(
+        self, logits: Tensor, soft: Tensor, targets: Tensor, mask: Tensor
+    ) -> ScaledDistribution:
+        """The distribution of soft targets, weighted; ``targets`` are those that were given."""
+        smoothing = self.label_smoothing
+        masses = (1 - smoothing) * soft + smoothing / soft.shape[-1]
+        if self.class_weights is not None:
+            masses = masses * self._class_weights(logits)
+        masses = masses * mask
+        scale = masses.sum(-1, keepdim=True)
+        labels = torch.where(scale > 0, masses / scale, 0.0)
+        return ScaledDistribution(SoftDistribution(logits, labels, mask), scale, targets)
+
+    def _class_weights(self, logits: Tensor) -> Tensor:
+        weights: Tensor = self.class_weights.tensor(logits)
+        if weights.shape != logits.shape[-1:]:
+            raise InputError(
+                f"there are {len(self.class_weights)} class weights for {logits.shape[-1]} classes"
+            )
+        return weights
+
+    def _check_labels(self, logits: Tensor, targets: Tensor) -> None:
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise InputError(
                 f"targets have dtype {targets.dtype}; the categorical likelihood takes integer "
-                "class labels (convert them with targets.long())"
+                "class labels (convert them with targets.long()), or probabilities of the classes "
+                "in the shape of the outputs"
             )
         if targets.shape != logits.shape[:-1]:
+            hint = _shape_hint(logits, targets)
             raise InputError(
                 f"targets have shape {tuple(targets.shape)}, but the model's outputs of shape "
                 f"{tuple(logits.shape)} need {tuple(logits.shape[:-1])} "
-                "(one class label for each position; the last dimension counts the classes)"
+                f"(one class label for each position; the last dimension counts the classes){hint}"
             )
         if logits.shape[-1] < 2:
             raise InputError(
@@ -64,7 +172,24 @@ class Categorical(Likelihood):
                 f"target {value} at index {index} is outside the classes 0..{num_classes - 1} "
                 f"({int(outside.sum())} such targets; {self.ignore_index} marks padding)"
             )
-        return CategoricalDistribution(logits, targets.detach().long().clone(), self.ignore_index)
+
+
+def _shape_hint(logits: Tensor, targets: Tensor) -> str:
+    """What to do about targets whose shape is that of a common mistake."""
+    if targets.shape == logits.shape:
+        return "; for one-hot targets or probabilities give targets.float()"
+    if targets.shape == (*logits.shape[:-1], 1):
+        return "; give targets.squeeze(-1)"
+    if logits.ndim > 2 and targets.shape[1:] == logits.shape[2:]:
+        return (
+            "; outputs with the classes in dimension 1 are those of nn.CrossEntropyLoss(): give "
+            "that as the loss, or output=lambda z: z.movedim(1, -1)"
+        )
+    return ""
+
+
+def _classes_last(outputs: Tensor) -> Tensor:
+    return outputs.movedim(1, -1)
 
 
 class CategoricalDistribution(OutputDistribution):
@@ -88,12 +213,14 @@ class CategoricalDistribution(OutputDistribution):
 
     def loss(self, targets: Tensor | None = None) -> Tensor:
         """ℓ = softplus(logsumexp_{c≠y}(z_c − z_y)), which is exact also where p_y is nearly 1."""
+        return self.loss_terms(targets).flatten(1).sum(1)
+
+    def loss_terms(self, targets: Tensor | None = None) -> Tensor:
         labels = self._labels(targets)
         gaps = self.logits - self.logits.gather(-1, labels)
         others = gaps.scatter(-1, labels, -math.inf).logsumexp(-1, keepdim=True)
         # Not softplus, which torch replaces by the identity above a threshold.
-        losses = torch.logaddexp(others, torch.zeros_like(others)) * self.mask
-        return losses.flatten(1).sum(1)
+        return torch.logaddexp(others, torch.zeros_like(others)) * self.mask
 
     def residual(self, targets: Tensor | None = None) -> Tensor:
         """U = p − e_y with its y entry as −Σ_{c≠y} p_c, which loses no digits as p_y → 1."""
@@ -146,7 +273,62 @@ class CategoricalDistribution(OutputDistribution):
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
         flat = torch.where(self.mask, self.log_probabilities.exp(), 1.0).flatten(0, -2)
         labels = torch.multinomial(flat.cpu(), draws, replacement=True, generator=generator)
-        return labels.T.reshape(draws, *self.targets.shape).to(self.logits.device)
+        return labels.T.reshape(draws, *self.logits.shape[:-1]).to(self.logits.device)
+
+
+class SoftDistribution(CategoricalDistribution):
+    """Softmax probabilities, with targets that are probabilities of the classes.
+
+    They are mixtures of labels, and so are the loss, u and r: ℓ = Σ_y q_y ℓ(y) and so on.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, mask: Tensor) -> None:
+        super().__init__(logits, torch.zeros_like(targets[..., 0], dtype=torch.long), -100)
+        self.targets = targets
+        self.mask = mask
+        self.probabilities = self.probabilities * mask
+
+    def loss_terms(self, targets: Tensor | None = None) -> Tensor:
+        """ℓ = −Σ q_k log p_k, with log p of the most likely class from the others."""
+        if targets is not None and not targets.is_floating_point():
+            return super().loss_terms(targets)
+        soft = self.targets if targets is None else targets
+        gaps = self.logits - self.logits.gather(-1, self.top)
+        others = gaps.scatter(-1, self.top, -math.inf).logsumexp(-1, keepdim=True)
+        log_top = torch.logaddexp(others, torch.zeros_like(others))
+        losses = (-self.log_probabilities).scatter(-1, self.top, log_top)
+        return torch.where(soft > 0, soft * losses, 0.0).sum(-1, keepdim=True) * self.mask
+
+    def residual(self, targets: Tensor | None = None) -> Tensor:
+        """U_k = p_k Σ_{c≠k} q_c − q_k Σ_{c≠k} p_c, which is p_k − q_k."""
+        if targets is not None and not targets.is_floating_point():
+            return super().residual(targets)
+        soft = self.targets if targets is None else targets
+        rest = self.probabilities.scatter(-1, self.top, 0.0).sum(-1, keepdim=True)
+        others = (1 - self.probabilities).scatter(-1, self.top, rest)
+        return (self.probabilities * (1 - soft) - soft * others) * self.mask
+
+    def whitened_residual(self) -> Tensor:
+        ordered, sticks = self.targets.gather(-1, self._order), self._sticks
+        at_label = torch.where(ordered > 0, -sticks.at_label * ordered, 0.0)
+        later = _later(ordered)
+        before = torch.where(later > 0, sticks.over_later * later, 0.0)
+        return torch.where(self.mask, at_label + before, 0.0)
+
+    def floor_terms(self) -> Tensor:
+        return OutputDistribution.floor_terms(self)
+
+
+def class_labels(distribution: OutputDistribution) -> Tensor | None:
+    """The targets that are labels of classes; None where there are none."""
+    while isinstance(distribution, ScaledDistribution):
+        plain = distribution.plain
+        if isinstance(plain, CategoricalDistribution):
+            labels = distribution.targets
+            return None if labels.is_floating_point() else labels
+        distribution = plain
+    is_hard = isinstance(distribution, CategoricalDistribution)
+    return distribution.targets if is_hard else None
 
 
 class _Sticks:

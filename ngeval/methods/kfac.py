@@ -31,7 +31,7 @@ from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
 from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import SAMPLED, Labels, parse_draws
-from ngeval.model.checks import named_tensors
+from ngeval.model.inputs import named_tensors
 from ngeval.problem.problem import Problem
 from ngeval.utils.text import describe_bytes
 

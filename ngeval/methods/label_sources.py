@@ -100,8 +100,7 @@ class Labels:
 def sampled_residuals(problem: Problem, mc_samples: int, seed: int) -> Tensor:
     """The residuals û of k labels ~ p(·|z_n) for each sample: ``(N, k, *positions, C)``."""
     generator = torch.Generator().manual_seed(seed)
-    labels = problem.distribution.sample(mc_samples, generator)
-    return problem.distribution.residual(labels).transpose(0, 1)
+    return problem.distribution.sampled_residual(mc_samples, generator).transpose(0, 1)
 
 
 def parse_draws(name: str, text: str) -> int:

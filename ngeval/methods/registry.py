@@ -103,14 +103,23 @@ def method_names() -> list[str]:
     return list(dict.fromkeys([*METHODS, *OPTIMIZERS, *_plugins()]))
 
 
-def check_name(name: str) -> None:
-    """Refuse an unknown method, or a parameter that it does not take, without importing it."""
-    family = name.strip().partition(":")[0]
+def check_name(name: str) -> str:
+    """Refuse an unknown method, or a parameter that it does not take, without importing it.
+
+    Returns:
+        The name as ngeval writes it: the case of ``"iEF"`` or ``"SF:4"`` does not matter.
+    """
     points = _plugins()  # for every name: it warns of a plug-in whose name is taken
+    typed, colon, parameter = name.strip().partition(":")
+    known = method_names()
+    same = [family for family in known if family.lower() == typed.lower()]
+    family = typed if typed in known or len(same) != 1 else same[0]
+    name = f"{family}{colon}{parameter}"
     if entry := _builtin(family):
         _check_parameter(name, entry)
     elif family not in points:
-        raise InputError(f"unknown method {name!r}; {nearest_name(family, method_names())}")
+        raise InputError(f"unknown method {name!r}; {nearest_name(family.lower(), known)}")
+    return name
 
 
 def all_methods() -> dict[str, MethodEntry]:
@@ -132,9 +141,9 @@ def get_method(method: str | Method | Optimizer) -> Method:
     Args:
         method: ``"ief"``, ``"sf:4"`` (four draws), ``"diag-ef:0.5"`` (ρ = ½), ``"kfac:reduce"``,
             an optimizer's name or the path of its class (``"adamw"``,
-            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …; an optimizer, whose step is graded
-            (see `OptimizerStep`); or an object with ``name`` and ``prepare``, which is returned
-            unchanged.
+            ``"pytorch_optimizer.SOAP:20"``), a plug-in's, …, in any case (``"iEF"``); an optimizer,
+            whose step is graded (see `OptimizerStep`); or an object with ``name`` and ``prepare``,
+            which is returned unchanged.
 
     Raises:
         InputError: there is no such method, its parameter cannot be read, or a plug-in fails to
@@ -145,8 +154,7 @@ def get_method(method: str | Method | Optimizer) -> Method:
     """
     if not isinstance(method, str):
         return _from_object(method)
-    check_name(method)
-    name = method.strip()
+    name = check_name(method)
     family, _, parameter = name.partition(":")
     if builtin := _builtin(family):
         return builtin.make(name, parameter)

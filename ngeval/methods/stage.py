@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ngeval.errors import CheckpointError, check_choice
-from ngeval.model.checks import Inputs
+from ngeval.model.inputs import Inputs
 
 REDUCTIONS = ("mean", "token-mean", "sum")
 """The reductions of a training loss."""

@@ -1,26 +1,13 @@
-"""Checks of a model, its inputs and a device before anything is computed."""
+"""Checks of a model and a device before anything is computed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ngeval.errors import InputError, ModelError
-
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-
-
-def named_tensors(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """The input tensors, each with a name for messages."""
-    if isinstance(inputs, dict):
-        yield from ((f"inputs[{key!r}]", value) for key, value in inputs.items())
-    elif isinstance(inputs, tuple):
-        yield from ((f"inputs[{i}]", value) for i, value in enumerate(inputs))
-    else:
-        yield "inputs", inputs
 
 
 def check_device(device: str) -> None:
@@ -35,41 +22,6 @@ def check_device(device: str) -> None:
         raise InputError(
             f"device {device!r} is not available here: {str(error).splitlines()[0]}"
         ) from error
-
-
-def check_inputs(inputs: Inputs) -> None:
-    """Raise unless the inputs are finite tensors of one length, batch first.
-
-    Raises:
-        InputError: wrong kind, unequal lengths, an empty batch, NaN or infinite values.
-    """
-    if not isinstance(inputs, Tensor | tuple | dict) or (
-        not isinstance(inputs, Tensor) and not inputs
-    ):
-        raise InputError(
-            "inputs must be a tensor, a non-empty tuple of tensors or a dict of tensors, not "
-            f"{type(inputs).__name__}"
-        )
-    lengths: dict[str, int] = {}
-    for name, tensor in named_tensors(inputs):
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} is a {type(tensor).__name__}, not a tensor")
-        if tensor.is_nested:
-            raise InputError(
-                f"{name} is a nested tensor, whose samples have no common shape; pad it "
-                "(torch.nested.to_padded_tensor) and pass a mask to the model"
-            )
-        if tensor.ndim == 0:
-            raise InputError(f"{name} has no batch dimension (it is a scalar)")
-        if tensor.is_floating_point() and not is_finite(tensor):
-            first = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-            raise InputError(f"{name} holds NaN or infinite values, first at index {first}")
-        lengths[name] = tensor.shape[0]
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise InputError(f"the inputs' first dimensions (samples) differ: {listed}")
-    if 0 in lengths.values():
-        raise InputError("the batch is empty; give at least one sample")
 
 
 def check_model(model: nn.Module) -> None:

@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ngeval.errors import ModelError, NgevalError
-from ngeval.model.checks import Inputs, check_inputs, check_mode, check_model, named_tensors
+from ngeval.model.checks import check_mode, check_model
+from ngeval.model.inputs import (
+    Inputs,
+    Ragged,
+    call_arguments,
+    cast_inputs,
+    check_inputs,
+    map_tensors,
+    named_tensors,
+)
 from ngeval.model.operations import called
-from ngeval.model.outputs import Output, outputs_of
+from ngeval.model.outputs import Output, Reading, outputs_of
 from ngeval.model.sharding import SINGLE, Shards
 from ngeval.utils.memory import is_out_of_memory
 
@@ -44,7 +53,8 @@ class ModelFunction:
             of what it holds; tied weights have several places.
         versions: the version counter of each parameter, to detect a change in place.
         cast: the dtype that everything is converted to; None for the model's.
-        output: which of the model's outputs is z.
+        output: which of the model's outputs is z, or how it is read off them.
+        ragged: a batch whose samples are passed one by one; ``inputs`` are then their numbers.
         inner_epsilon: machine epsilon of the coarsest type to which the model's code narrows.
         forward_mode: compute J d by forward-mode AD where every operation has a rule.
         inner_gradients: the model differentiates inside its forward pass, which therefore records
@@ -64,6 +74,7 @@ class ModelFunction:
     versions: dict[str, int]
     cast: torch.dtype | None = None
     output: Output = None
+    ragged: Ragged | None = None
     inner_epsilon: float = 0.0
     forward_mode: bool = True
     inner_gradients: bool = False
@@ -85,7 +96,7 @@ class ModelFunction:
 
         Args:
             model: in eval mode; its parameters with ``requires_grad`` are θ.
-            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            inputs: see `ngeval.Problem`, or a `Ragged` batch.
             dtype: compute in this floating-point type; None keeps the model's.
             output: which of the model's outputs is z; None: the tensor, or its ``.logits``.
             shards: this process's part of the batch.
@@ -97,8 +108,12 @@ class ModelFunction:
         """
         model = unwrapped(model)
         check_model(model)
-        check_inputs(inputs)
-        inputs = map_inputs(inputs, torch.clone)  # the caller may reuse the batch's memory
+        ragged = inputs if isinstance(inputs, Ragged) else None
+        if ragged is None:
+            check_inputs(inputs)
+            inputs = map_tensors(inputs, torch.clone)  # the caller may reuse the batch's memory
+        else:
+            inputs = torch.arange(ragged.count)
         named: Parameters = dict(model.named_parameters())
         trainable = {n: p.detach() for n, p in named.items() if p.requires_grad}
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -113,6 +128,7 @@ class ModelFunction:
             slots=slots_of(model),
             versions=versions,
             output=output,
+            ragged=ragged,
             shards=shards,
             split=split,
         )
@@ -121,18 +137,27 @@ class ModelFunction:
     def converted(self, dtype: torch.dtype) -> ModelFunction:
         """The same function with everything in another floating-point type."""
         frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
+        ragged = None if self.ragged is None else replace(self.ragged, cast=dtype)
         return replace(
             self,
             inputs=cast_inputs(self.inputs, dtype),
+            ragged=ragged,
             parameters=_cast_all(self.parameters, dtype),
             frozen=_cast_all(frozen, dtype),
             buffers=_cast_all(self.buffers, dtype),
             cast=dtype,
         )
 
+    def on_batch(self, inputs: Inputs, count: int) -> ModelFunction:
+        """The same function on a different batch, of the same kind and of ``count`` samples."""
+        if self.ragged is None:
+            return replace(self, inputs=cast_inputs(inputs, self.cast))
+        ragged = replace(self.ragged, inputs=inputs, count=count)
+        return replace(self, inputs=torch.arange(count), ragged=ragged)
+
     def on(self, samples: slice) -> ModelFunction:
         """The same function on some samples of its batch, for this process alone."""
-        inputs = map_inputs(self.inputs, itemgetter(samples))
+        inputs = map_tensors(self.inputs, itemgetter(samples))
         return replace(self, inputs=inputs, shards=SINGLE)
 
     def local(self, at_least: int = 0) -> ModelFunction:
@@ -198,20 +223,23 @@ class ModelFunction:
         """
         self.check_unchanged()
         batch = self.inputs if inputs is None else inputs
+        if self.ragged is not None:
+            samples = [self.ragged.sample(n) for n in batch.tolist()]
+            return _joined([self._outputs(parameters, one, fused=fused) for one in samples])
+        return self._outputs(parameters, batch, fused=fused)
+
+    def _outputs(self, parameters: Parameters, batch: Inputs, *, fused: bool) -> Tensor:
         # Copies, so that a first layer that works in place, or a buffer that counts calls, changes
         # neither the caller's tensors nor the next call's.
-        batch = map_inputs(batch, torch.clone)
+        batch = map_tensors(batch, torch.clone)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        args: tuple[Tensor, ...] = ()
-        kwargs: dict[str, Tensor] = {}
-        if isinstance(batch, dict):
-            kwargs = batch
-        else:
-            args = batch if isinstance(batch, tuple) else (batch,)
+        args, kwargs = call_arguments(self.model, batch)
         tensors = {**parameters, **self.frozen, **buffers}
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
         with autograd_enabled() if self.inner_gradients else contextlib.nullcontext():
             raw = called(self.model, placed, args, kwargs, notes=self.notes, fused=fused)
+        if isinstance(self.output, Reading):
+            return self.output(raw)
         return outputs_of(raw, self.output)
 
     def check_unchanged(self) -> None:
@@ -307,19 +335,15 @@ class ModelFunction:
         }
 
 
-def map_inputs(inputs: Inputs, function: Any) -> Inputs:
-    """Apply a function to every tensor of the inputs, keeping their structure."""
-    if isinstance(inputs, dict):
-        return {key: function(value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(function(value) for value in inputs)
-    result: Tensor = function(inputs)
-    return result
-
-
-def cast_inputs(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
-    """Inputs with their floating-point tensors in a dtype; None leaves them as they are."""
-    return inputs if dtype is None else map_inputs(inputs, lambda t: _cast(t, dtype))
+def _joined(outputs: Sequence[Tensor]) -> Tensor:
+    """The outputs of single samples as those of a batch."""
+    shapes = {tuple(z.shape) for z in outputs}
+    if len(shapes) > 1 or next(iter(shapes))[:1] != (1,):
+        raise ModelError(
+            f"the outputs of single samples have shapes {sorted(shapes)}; split= needs a model "
+            "that returns (1, …, C) for each, of one shape"
+        )
+    return torch.cat(list(outputs))
 
 
 @contextlib.contextmanager

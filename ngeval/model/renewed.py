@@ -6,9 +6,9 @@ from dataclasses import replace
 from operator import itemgetter
 
 from ngeval.errors import ModelError
-from ngeval.model.checks import Inputs, named_tensors
 from ngeval.model.fsdp import reshard
 from ngeval.model.function import ModelFunction, slots_of
+from ngeval.model.inputs import Inputs, named_constants, named_tensors
 
 
 def at_present(function: ModelFunction, inputs: Inputs) -> ModelFunction:
@@ -57,6 +57,7 @@ def batch_key(function: ModelFunction) -> tuple[object, ...]:
     It identifies the batches that a plan holds for. With one sample every attribution of rows to
     samples is right, so a plan made there must not be used for more.
     """
-    named = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
+    tensors = ((n, tuple(t.shape[1:]), t.dtype) for n, t in named_tensors(function.inputs))
+    constants = ((n, repr(value)) for n, value in named_constants(function.inputs))
     alone = function.num_samples == 1
-    return (type(function.inputs), alone, *sorted(named, key=itemgetter(0)))
+    return (type(function.inputs), alone, *sorted([*tensors, *constants], key=itemgetter(0)))

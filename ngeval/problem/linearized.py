@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ngeval.jacobians import OnePass, RowSource
 from ngeval.likelihoods import Likelihood
 from ngeval.model.directions import Direction, largest, vector_of
 from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.outputs import bound
 from ngeval.model.sharding import Shards
 from ngeval.problem.probes import check_outputs
 
@@ -52,7 +53,7 @@ class Linearized:
     recorded: OnePass | None = None
 
     def __init__(
-        self, function: ModelFunction, likelihood: Likelihood, raw: Tensor, targets: Tensor
+        self, function: ModelFunction, likelihood: Likelihood, raw: Tensor, targets: Any
     ) -> None:
         """Evaluate the likelihood at the model's raw outputs; `use_rows` completes the object.
 
@@ -64,7 +65,7 @@ class Linearized:
         self.function = function
         self.likelihood = likelihood
         self.outputs = raw.detach().to(torch.float64)
-        self.distribution = likelihood.bind(self.outputs, targets)
+        self.distribution = bound(function.output, likelihood, self.outputs, targets)
         self.residual = self.distribution.residual()
         self.loss = self.distribution.loss()
 
@@ -92,8 +93,9 @@ class Linearized:
         change = torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(flat)[places]
         other = copy(self)
         changed = flat + noise * flat.abs().amax(1, keepdim=True) * change
+        targets = self.distribution.targets
         other.outputs = changed.reshape_as(self.outputs)
-        other.distribution = self.likelihood.bind(other.outputs, self.distribution.targets)
+        other.distribution = bound(self.function.output, self.likelihood, other.outputs, targets)
         # A residual that is exactly 0 is that of padding, or of a probability that underflows.
         other.residual = other.distribution.residual() * (self.residual != 0)
         other._gradient = other.fisher_diagonal = None

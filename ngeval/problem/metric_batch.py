@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
-from ngeval.model.checks import Inputs, check_inputs, named_tensors
+from ngeval.model.batches import pair_of
 from ngeval.model.directions import chunk_sizes, push_directions, slices
-from ngeval.model.function import ModelFunction, cast_inputs, map_inputs, model_errors
+from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.inputs import check_inputs, map_tensors, named_tensors
+from ngeval.model.outputs import bound
 from ngeval.model.sharding import PRIME, fingerprint
 from ngeval.problem.problem import Problem
 from ngeval.utils.memory import halving
@@ -27,7 +30,7 @@ from ngeval.utils.memory import halving
 TANGENT_BYTES = 2**29
 """Bytes of tangents that are passed through a model together; more would be slower."""
 
-Batches = Iterable[tuple[Inputs, Tensor]]
+Batches = Iterable[Any]
 T = TypeVar("T")
 
 
@@ -206,7 +209,7 @@ class Metric:
                 chosen = slice(local.start + samples.start, local.start + samples.stop)
                 yield self._chunk(function, targets, chosen)
 
-    def sources(self) -> Iterator[tuple[ModelFunction, Tensor]]:
+    def sources(self) -> Iterator[tuple[ModelFunction, Any]]:
         """The model on each whole batch, with the batch's targets."""
         problem = self.problem
         if self.batches is None:
@@ -215,22 +218,25 @@ class Metric:
         batches = self.batches() if callable(self.batches) else self.batches
         self._seen = 0
         for batch in batches:
-            inputs, targets = _pair(batch)
-            check_inputs(inputs)
+            inputs, targets = pair_of(batch, "a batch of the metric")
+            count = next((len(t) for _, t in named_tensors(targets) if t.ndim), 0)
+            if problem.function.ragged is None:
+                check_inputs(inputs)
+                inputs = map_tensors(inputs, lambda t: t.to(problem.device))
             if not problem.shards.alone:
                 tensors = [tensor for _, tensor in named_tensors(inputs)]
-                self._seen = (self._seen * PRIME + fingerprint([*tensors, targets])) % 2**63
-            cast = cast_inputs(inputs, problem.function.cast)
-            moved = map_inputs(cast, lambda t: t.to(problem.device))
-            part = replace(problem.function, inputs=moved)
-            if targets.ndim == 0 or len(targets) != part.num_samples:
-                raise InputError(
-                    f"a batch of the metric has {part.num_samples} inputs and targets of shape "
-                    f"{tuple(targets.shape)}"
-                )
-            yield part, targets.to(problem.device)
+                tensors += [tensor for _, tensor in named_tensors(targets)]
+                self._seen = (self._seen * PRIME + fingerprint(tensors)) % 2**63
+            part = problem.function.on_batch(inputs, count)
+            for name, tensor in named_tensors(targets, "targets"):
+                if tensor.ndim == 0 or len(tensor) != part.num_samples:
+                    raise InputError(
+                        f"a batch of the metric has {part.num_samples} inputs and {name} of shape "
+                        f"{tuple(tensor.shape)}"
+                    )
+            yield part, map_tensors(targets, lambda t: t.to(problem.device))
 
-    def _chunk(self, function: ModelFunction, targets: Tensor, samples: slice) -> Chunk:
+    def _chunk(self, function: ModelFunction, targets: Any, samples: slice) -> Chunk:
         problem = self.problem
         if function is problem.function and samples == slice(0, function.num_samples):
             return Chunk(function, problem.distribution, problem.residual)
@@ -242,14 +248,6 @@ class Metric:
                 outputs = part(part.parameters, fused=True)
             if not bool(torch.isfinite(outputs).all()):
                 raise InputError("the model's outputs on a batch of the metric are NaN or infinite")
-        distribution = problem.likelihood.bind(outputs, targets[samples])
+        labels = map_tensors(targets, itemgetter(samples))
+        distribution = bound(problem.function.output, problem.likelihood, outputs, labels)
         return Chunk(part, distribution, distribution.residual())
-
-
-def _pair(batch: object) -> tuple[Inputs, Tensor]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-        raise InputError(
-            "each batch of the metric is a pair (inputs, targets), with targets a tensor; got "
-            f"{type(batch).__name__}"
-        )
-    return batch[0], batch[1]

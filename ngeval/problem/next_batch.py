@@ -21,6 +21,7 @@ from ngeval.jacobians.capture import UnsupportedLayerError
 from ngeval.model.function import ModelFunction
 from ngeval.model.renewed import batch_key
 from ngeval.problem.linearized import Linearized
+from ngeval.problem.mistakes import unused_note
 from ngeval.problem.probes import (
     check_gradients_add_up,
     check_repeatable,
@@ -70,6 +71,8 @@ class Chain:
         if self.probes:
             gradient = problem.function.unflatten(problem.gradient())
             check_gradients_add_up(choice, gradient, problem.residual)
+            if (note := unused_note(problem.function, gradient)) is not None:
+                problem.function.notes.add(note)
         self.sources[batch_key(problem.function)] = problem.rows
 
 

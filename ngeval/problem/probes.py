@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from ngeval.errors import EngineError, ModelError
 from ngeval.jacobians import EngineChoice, RowSource, row_matrix
 from ngeval.jacobians.inner_products import inner_product
 from ngeval.jacobians.vjp_rows import loop_rows
-from ngeval.model.checks import is_finite, named_tensors
-from ngeval.model.function import ModelFunction, Parameters, map_inputs, model_errors
+from ngeval.model.checks import is_finite
+from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.inputs import map_tensors, named_tensors
 from ngeval.model.sharding import fingerprint
 
 ROUNDING_SAMPLES = 5
@@ -25,7 +27,7 @@ def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
     """The raw outputs of the batch, each rank's part joined, or of some of its samples."""
     inputs = None
     if chosen is not None:
-        inputs = map_inputs(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
+        inputs = map_tensors(function.inputs, lambda tensor: tensor[chosen.to(tensor.device)])
 
     def run() -> Tensor:
         part = function.local(at_least=1)
@@ -57,7 +59,7 @@ def run_first(function: ModelFunction) -> tuple[ModelFunction, Tensor]:
             raise error from None
 
 
-def check_same_problem(function: ModelFunction, targets: Tensor, options: object = ()) -> None:
+def check_same_problem(function: ModelFunction, targets: Any, options: object = ()) -> None:
     """Raise unless a problem is the same on all ranks of its group.
 
     Args:
@@ -75,7 +77,7 @@ def check_same_problem(function: ModelFunction, targets: Tensor, options: object
     function.shards.check_same(
         {
             "the inputs": fingerprint(tensor for _, tensor in named_tensors(function.inputs)),
-            "the targets": fingerprint([targets] if isinstance(targets, Tensor) else []),
+            "the targets": fingerprint(tensor for _, tensor in named_tensors(targets)),
             "the weights": fingerprint(weights.values()),
             "the options": zlib.crc32(repr(options).encode()),
         }
@@ -98,6 +100,31 @@ def check_outputs(function: ModelFunction, outputs: Tensor) -> None:
     if not is_finite(outputs):
         bad = (~torch.isfinite(outputs)).flatten(1).any(1).nonzero().flatten().tolist()
         raise ModelError(f"the outputs of samples {bad[:10]} are NaN or infinite")
+
+
+def check_split(function: ModelFunction, outputs: Tensor) -> None:
+    """Raise if a ragged batch, passed as a whole, has other outputs than its samples alone.
+
+    Raises:
+        EngineError: it has.
+    """
+    if function.ragged is None:
+        return
+    whole = replace(function, inputs=function.ragged.converted(function.ragged.inputs), ragged=None)
+    try:
+        with torch.no_grad():
+            together = whole(whole.parameters)
+    except Exception:  # the model may take only single samples
+        return
+    allowed = max(torch.finfo(outputs.dtype).eps, function.inner_epsilon) ** 0.5
+    if together.shape != outputs.shape or not torch.allclose(
+        together, outputs, rtol=allowed, atol=allowed * float(outputs.abs().max())
+    ):
+        raise EngineError(
+            "the samples that split= gives have other outputs than the batch as a whole (shapes "
+            f"{tuple(outputs.shape)} and {tuple(together.shape)}): it gives other samples or "
+            "another order, or the samples of the batch see each other"
+        )
 
 
 def check_repeatable(function: ModelFunction, outputs: Tensor) -> None:

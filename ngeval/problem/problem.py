@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ngeval.errors import EngineError, InputError, ModelError
-from ngeval.likelihoods import Likelihood, get_likelihood
-from ngeval.model.checks import Inputs
+from ngeval.likelihoods import Likelihood, Loss, Weighted, get_likelihood
+from ngeval.likelihoods.weighted import weighted
 from ngeval.model.directions import Direction
 from ngeval.model.fsdp import split_parameters
 from ngeval.model.function import ModelFunction, unwrapped
+from ngeval.model.inputs import Inputs, Ragged
 from ngeval.model.operations import OperationWatch
-from ngeval.model.outputs import Output
+from ngeval.model.outputs import Output, reading_of
 from ngeval.model.precision import AUTO, MODEL, candidate_dtypes, names_dtype
 from ngeval.model.renewed import at_present
 from ngeval.model.sharding import shards_of
 from ngeval.problem.fisher import FisherOperator
 from ngeval.problem.gamma import gamma
 from ngeval.problem.linearized import Linearized
+from ngeval.problem.mistakes import check_meaning
 from ngeval.problem.next_batch import Chain, by_known_plan
 from ngeval.problem.probes import (
     check_outputs,
     check_repeatable,
     check_same_problem,
+    check_split,
     run_first,
     run_model,
 )
@@ -64,9 +69,11 @@ class Problem(Linearized):
         self,
         model: nn.Module,
         inputs: Inputs,
-        targets: Tensor,
-        likelihood: str | Likelihood,
+        targets: Any,
+        likelihood: Loss,
         *,
+        weights: Tensor | None = None,
+        split: Callable[[Any, int], Any] | None = None,
         output: Output = None,
         dtype: torch.dtype | str = AUTO,
         engine: str = "auto",
@@ -79,13 +86,24 @@ class Problem(Linearized):
         Args:
             model: an ``nn.Module`` in eval mode that returns a tensor of outputs, or an object
                 with ``.logits``.
-            inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of
-                tensors, all batch first.
+            inputs: a tensor, a tuple or list (positional arguments) or a mapping (keyword
+                arguments, or the model's one argument where ``forward`` does not take its keys).
+                Their tensors are batch first; None, booleans, numbers and text are the same for
+                all samples.
             targets: labels; their shape and dtype depend on the likelihood.
-            likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``) or a
-                `Likelihood`.
+            likelihood: a name (``"categorical"``, ``"gaussian:0.5"``, ``"bernoulli"``, …), a loss
+                of torch (``nn.CrossEntropyLoss(label_smoothing=0.1)``), a dict from the model's
+                outputs to such losses, which are summed (targets are then a dict with the same
+                keys), or a `Likelihood`.
+            weights: a number ≥ 0 for each sample, by which its loss, its residual and its H are
+                multiplied.
+            split: for batches that cannot be indexed by sample: ``split(inputs, n)`` gives the
+                inputs of sample n alone, a batch of one. ``inputs`` may then be any object. Every
+                pass through the model is one for each sample, and so is each backward pass, by the
+                engine ``"loop"``.
             output: which of the model's outputs is z, if it returns several: a key or attribute
-                (``"logits"``), an index, or a function of what the model returns.
+                (``"logits"``), an index, or a differentiable function of what the model returns,
+                such as ``torch.log`` for a model that ends in a softmax.
             dtype: what the model is graded in. ``"auto"``: float64 where six copies of its
                 parameters fit in ``memory`` and the device computes in float64 at half the rate of
                 float32, and where the model's code accepts it; else its own types, with half
@@ -113,15 +131,22 @@ class Problem(Linearized):
             plain = unwrapped(model)
             budget = free_memory(_device_of(plain)) if memory is None else memory
             _check_memory(budget)
-            split = split_parameters(plain, shards)
-            candidates = candidate_dtypes(plain, MODEL if split else dtype, budget)
-            if split and dtype not in (AUTO, MODEL):
+            resolved, labels = get_likelihood(likelihood), targets
+            if weights is not None:
+                resolved, labels = weighted(resolved, labels, weights)
+            batch, chosen = inputs, engine
+            if split is not None:
+                batch, chosen = Ragged.of(inputs, split, labels), _loop_engine(engine)
+            parts = split_parameters(plain, shards)
+            candidates = candidate_dtypes(plain, MODEL if parts else dtype, budget)
+            if parts and dtype not in (AUTO, MODEL):
                 raise InputError("dtype= is not for models in parts: convert before fully_shard")
             for candidate in candidates:
                 try:
-                    function = ModelFunction.of(plain, inputs, candidate, output, shards, split)
-                    chain = Chain(engine, probes)
-                    self._set_up(function, targets, get_likelihood(likelihood), chain, budget)
+                    reading = reading_of(resolved, output, labels)
+                    function = ModelFunction.of(plain, batch, candidate, reading, shards, parts)
+                    chain = Chain(chosen, probes)
+                    self._set_up(function, labels, resolved, chain, budget)
                 except (ModelError, EngineError) as error:
                     if candidate is candidates[-1] or not names_dtype(error):
                         raise
@@ -134,7 +159,7 @@ class Problem(Linearized):
     def _set_up(
         self,
         function: ModelFunction,
-        targets: Tensor,
+        targets: Any,
         likelihood: Likelihood,
         chain: Chain,
         memory: int,
@@ -148,12 +173,14 @@ class Problem(Linearized):
         function = replace(function, inner_epsilon=max(shards.gather(watch.epsilon)))
         super().__init__(function, likelihood, raw, targets)
         if chain.probes:
+            check_split(function, raw)
+            check_meaning(function, likelihood, raw)
             check_repeatable(function, raw)
         self._chain = chain
         self._inherited = False
         chain.choose(self, min(shards.gather(memory)), raw)  # the memory decides what is computed
 
-    def with_batch(self, inputs: Inputs, targets: Tensor) -> Problem:
+    def with_batch(self, inputs: Inputs, targets: Any, weights: Tensor | None = None) -> Problem:
         """A problem of the same model, at the weights that it has now, on a different batch.
 
         Likelihood, ``output=``, ``dtype=``, ``engine=`` and ``memory=`` are those of this problem,
@@ -170,6 +197,7 @@ class Problem(Linearized):
         Args:
             inputs: as for `Problem`; any number of samples.
             targets: their labels.
+            weights: of the samples, if those of this problem have weights.
 
         Raises:
             ModelError: train mode, NaN weights; a parameter was replaced by a different tensor, or
@@ -185,10 +213,16 @@ class Problem(Linearized):
             >>> next_one.num_samples, next_one.engine
             (5, 'layers')
         """
+        if isinstance(self.likelihood, Weighted) != (weights is not None):
+            raise InputError("give weights= for all batches of a problem, or for none")
+        if weights is not None:
+            targets = weighted(self.likelihood, targets, weights)[1]
         with torch.inference_mode(False):
             return self.shards.synchronized(lambda: self._with_batch(inputs, targets))
 
-    def _with_batch(self, inputs: Inputs, targets: Tensor) -> Problem:
+    def _with_batch(self, inputs: Inputs, targets: Any) -> Problem:
+        if (ragged := self.function.ragged) is not None:
+            inputs = Ragged.of(inputs, ragged.split, targets)
         function = at_present(self.function, inputs)
         check_same_problem(function, targets)
         planned = by_known_plan(self._chain, self, function, targets)
@@ -255,6 +289,12 @@ class Problem(Linearized):
 def _device_of(model: nn.Module) -> torch.device:
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def _loop_engine(engine: str) -> str:
+    if engine not in ("auto", "loop"):
+        raise InputError(f"samples of split= are passed one by one: engine='loop', not {engine!r}")
+    return "loop"
 
 
 def _check_memory(memory: int) -> None:

@@ -24,6 +24,9 @@ LIKELIHOODS = {
     "categorical": "softmax cross-entropy, in nats",
     "gaussian": "squared error over 2σ²; σ² is 1, or the number that is named",
     "bernoulli": "binary cross-entropy on logits, in nats",
+    "poisson": "Poisson loss of counts, in nats",
+    "gaussian-nll": "negative log-likelihood of a Gaussian with its variance as an output, in nats",
+    "mse": "squared error, the mean over a sample's outputs",
 }
 
 NOT_RECORDED = "not recorded"

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ngeval.checkpoints import Checkpoint
-from ngeval.checkpoints.finding import NOT_WEIGHTS, SUFFIXES
-from ngeval.model.checks import Inputs, named_tensors
+from ngeval.checkpoints.finding import SHARDED_FOLDER, SHARED_SUFFIXES, is_weights_name
+from ngeval.model.inputs import Inputs, named_tensors
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """The files in a checkpoint's folder that describe its model."""
@@ -76,14 +77,17 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix != ".json":
         return [path]
     folder = path if path.is_dir() else path.parent
-    return sorted(file for file in folder.iterdir() if file.is_file() and _describes_weights(file))
+    files = [*folder.iterdir(), *(folder / SHARDED_FOLDER).glob("*")]
+    return sorted(file for file in files if file.is_file() and _describes_weights(file))
 
 
 def _describes_weights(path: Path) -> bool:
     """Whether a file belongs to a checkpoint: results may lie in its folder, too."""
     if path.suffix == ".json":
         return path.name in CONFIGURATIONS or path.name.endswith(".index.json")
-    return path.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(path.stem)
+    if path.name == ".metadata" or path.suffix == ".distcp":
+        return True
+    return is_weights_name(path.name) and path.suffix not in SHARED_SUFFIXES
 
 
 def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -94,10 +98,10 @@ def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return total.hexdigest()
 
 
-def hash_batch(inputs: Inputs, targets: torch.Tensor) -> str:
+def hash_batch(inputs: Inputs, targets: Any) -> str:
     """SHA-256 of a batch's tensors, by name."""
     total = hashlib.sha256()
-    for name, tensor in [*named_tensors(inputs), ("targets", targets)]:
+    for name, tensor in [*named_tensors(inputs), *named_tensors(targets, "targets")]:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + _bytes(tensor))
     return total.hexdigest()
 

@@ -27,7 +27,7 @@ from ngeval.results.table_files import SUFFIXES, check_output, read_results, wri
 from ngeval.runs.estimate import forecast_note, size_note
 from ngeval.runs.identity import check_same, identity
 from ngeval.runs.options import OutputOptions
-from ngeval.runs.outcome import Outcome
+from ngeval.runs.outcome import Outcome, units_by_reason
 from ngeval.runs.progress import Progress, Steps
 from ngeval.runs.ranks import Ranks, joined
 from ngeval.runs.run import Run
@@ -98,11 +98,19 @@ def execute(
     if ranks.rank:
         return None
     failures = {key: entry.failure for key, entry in entries.items() if entry.failure}
-    if entries and all(entry.lost for entry in entries.values()):
-        reasons = "; ".join(dict.fromkeys(failures.values()))
-        raise InputError(f"none of {len(entries)} units could be graded: {reasons}")
     names = [checkpoint.name for checkpoint in run.checkpoints]
+    if entries and all(entry.lost for entry in entries.values()):
+        reasons = [
+            failures[units[0]] + _likewise(len({stage for stage, _ in units}) - 1)
+            for units in units_by_reason(failures, names)
+        ]
+        raise InputError(f"none of {len(entries)} units could be graded: {'; '.join(reasons)}")
     return Outcome(table_of(entries.values()), failures, run.num_units, len(entries), names)
+
+
+def _likewise(others: int) -> str:
+    """How many other checkpoints have failed for the same reason."""
+    return f" (and likewise {counted(others, 'other checkpoint')})" if others else ""
 
 
 class _Execution:

@@ -38,6 +38,7 @@ def make_run(options: RunOptions) -> Run:
         checkpoints = find_checkpoints(patterns)
     else:
         task, checkpoints = _hub_run(options, more)
+    _check_loading(options, checkpoints)
     num_units = len(checkpoints) * options.num_batches
     few = options.shard == "auto" and num_units < torchrun.world_size()
     return Run(
@@ -51,11 +52,24 @@ def make_run(options: RunOptions) -> Run:
         engine=options.engine,
         memory=memory,
         allow_pickle=options.allow_pickle,
+        checkpoint_key=options.checkpoint_key,
+        strict=options.strict,
         optimizer_states=options.optimizer_state or (),
         optimizer_options=step,
         together=options.shard == "samples" or few,
         source=source_of(options.task) if options.task is not None else None,
     )
+
+
+def _check_loading(options: RunOptions, checkpoints: list[Checkpoint]) -> None:
+    """Refuse options of whole models' files for what is not one."""
+    flag = "--checkpoint-key" if options.checkpoint_key is not None else "--no-strict"
+    if options.checkpoint_key is None and options.strict:
+        return
+    for checkpoint in checkpoints:
+        if checkpoint.is_adapter or checkpoint.as_built:
+            kind = "a PEFT adapter" if checkpoint.is_adapter else "graded as it is"
+            raise InputError(f"{flag} is for files of whole models; {checkpoint.name} is {kind}")
 
 
 def _refuse_hub_options(options: RunOptions) -> None:

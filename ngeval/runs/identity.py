@@ -53,6 +53,8 @@ def identity(run: Run, work: Work) -> dict[str, Any]:
     settings = {name: getattr(run, name) for name in PROCESSING}
     settings["device"] = torch.device(run.device).type
     step, count = run.optimizer_options, work.options.get("metric_batches")
+    loading = {"checkpoint_key": run.checkpoint_key, "strict": run.strict}
+    settings |= {name: value for name, value in loading.items() if value not in (None, True)}
     settings["optimizer"] = {"reduction": step.reduction, "weight_decay": step.weight_decay}
     metric = () if count is None else run.metric_batches(count)
     parts: dict[str, Any] = {
@@ -142,7 +144,7 @@ def listed(lines: Sequence[str], count: int | None = None) -> str:
 def _task(run: Run) -> dict[str, Any]:
     """The model as it is built, where checkpoints do not replace it, and the user's files."""
     task, model = run.task, run.task.model()
-    base = any(c.is_adapter or c.as_built for c in run.checkpoints)
+    base = not run.strict or any(c.is_adapter or c.as_built for c in run.checkpoints)
     return {
         "name": task.name,
         "likelihood": _without_addresses(task.resolved_likelihood()),

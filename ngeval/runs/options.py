@@ -61,6 +61,8 @@ class RunOptions(HubOptions):
     engine: str = "auto"
     memory: str | None = None
     allow_pickle: bool = False
+    checkpoint_key: str | None = None
+    strict: bool = True
     optimizer_state: list[Path] | None = None
     reduction: str = "mean"
     weight_decay: bool = True

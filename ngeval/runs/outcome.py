@@ -15,6 +15,14 @@ DOUBTFUL = ("uncertain", "ascent")
 """The statuses of rows that have numbers, and should not be used as they are."""
 
 
+def units_by_reason(failures: Mapping[Key, str], names: Sequence[str]) -> list[list[Key]]:
+    """Failed units in groups of one reason each, which may name the checkpoint itself."""
+    groups: dict[str, list[Key]] = {}
+    for key, reason in failures.items():
+        groups.setdefault(reason.replace(names[key[0]], "…"), []).append(key)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The rows of the units of a run that were computed, ``num_done`` of ``num_units``.
@@ -62,12 +70,10 @@ class Outcome:
         """Which units are missing, or graded in part, and why; empty if none is."""
         if not self.failures:
             return ""
-        reasons: dict[str, list[str]] = {}
-        for (stage, batch), reason in self.failures.items():
-            reasons.setdefault(reason, []).append(f"{self.names[stage]} batch {batch}")
         lines = [
-            f"\n  {units[0]}{f' and {len(units) - 1} more' * (len(units) > 1)}: {reason}"
-            for reason, units in reasons.items()
+            f"\n  {self.names[stage]} batch {batch}"
+            f"{f' and {len(others)} more' * bool(others)}: {self.failures[stage, batch]}"
+            for (stage, batch), *others in units_by_reason(self.failures, self.names)
         ]
         return (
             f"{len(self.failures)} of {self.num_units} units (checkpoint × batch) could not be "

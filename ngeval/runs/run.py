@@ -15,7 +15,7 @@ from ngeval.checkpoints import Checkpoint
 from ngeval.errors import CheckpointError, InputError
 from ngeval.methods.stage import OptimizerOptions, Stage
 from ngeval.model.checks import check_device
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from ngeval.results.journal import Key
 from ngeval.runs.options import MAX_SEED
 from ngeval.tasks import Batch, Task
@@ -40,6 +40,8 @@ class Run:
         engine: the Jacobian engine.
         memory: bytes to work in; None: four fifths of the free memory.
         allow_pickle: unpickle checkpoints that contain code.
+        checkpoint_key: the place of the weights in each checkpoint's file; None: what fits.
+        strict: whether names in checkpoints and in the model must agree.
         optimizer_states: files with the optimizer's state, one for each checkpoint; empty: those
             beside the checkpoints.
         optimizer_options: how an optimizer's step is taken.
@@ -62,6 +64,8 @@ class Run:
     engine: str = "auto"
     memory: int | None = None
     allow_pickle: bool = False
+    checkpoint_key: str | None = None
+    strict: bool = True
     optimizer_states: Sequence[Path] = ()
     optimizer_options: OptimizerOptions = field(default_factory=OptimizerOptions)
     together: bool = False
@@ -112,7 +116,7 @@ class Run:
         """Batches of the task that are not graded, for optimizers to accumulate over."""
         seed = (self.seed + OTHER_BATCHES) % (MAX_SEED + 1)
         for inputs, targets in self.task.batches(self.batch_size, count, seed):
-            yield map_inputs(inputs, lambda t: t.to(self.device)), targets.to(self.device)
+            yield map_tensors((inputs, targets), lambda t: t.to(self.device))
 
     def metric_batches(self, count: int | Literal["all"]) -> Iterator[Batch]:
         """Separate batches that grade: the first of the task, or all of an epoch."""

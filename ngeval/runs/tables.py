@@ -23,7 +23,7 @@ from ngeval.grading.gradient_norms import sample_table
 from ngeval.grading.layer_table import COLUMNS as LAYER_COLUMNS
 from ngeval.grading.layer_table import layer_table
 from ngeval.grading.prepare import Progress as OnMethod
-from ngeval.grading.prepare import failure_reason, lost_memory
+from ngeval.grading.prepare import add_note, failure_reason, lost_memory
 from ngeval.methods import Method, get_methods
 from ngeval.methods.ng import NaturalGradient
 from ngeval.problem.metric_batch import Metric
@@ -248,7 +248,8 @@ def _rows(units: Units, work: Work, key: Key, on_method: OnMethod | None) -> pd.
         problem, pushes = unit.problem, len(work.methods) * max(1, work.num_dampings)
         note = memory_note(problem.sizes, problem.rows.memory, exact=work.exact, pushes=pushes)
         units.progress.note(note)
-    return work.rows(units.run, unit, on_method)
+    rows = work.rows(units.run, unit, on_method)
+    return add_note(rows, "; ".join(unit.remarks)) if "note" in rows else rows
 
 
 def _lost_memory(table: pd.DataFrame) -> str:

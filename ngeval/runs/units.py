@@ -15,7 +15,7 @@ from ngeval.checkpoints import Checkpoint, CheckpointLoader
 from ngeval.errors import CheckpointError, TaskError
 from ngeval.methods import Method, get_methods
 from ngeval.methods.stage import Stage
-from ngeval.model.function import map_inputs
+from ngeval.model.inputs import map_tensors
 from ngeval.problem.problem import Problem
 from ngeval.results.hashes import hash_batch, hash_checkpoint
 from ngeval.results.journal import Key
@@ -35,12 +35,14 @@ class Unit:
         methods: the methods of the run, at this checkpoint.
         key: the places of the checkpoint and of the batch.
         columns: what identifies the unit in a table; see `Run.columns`.
+        remarks: what to know of the checkpoint, as which of its entries were left out.
     """
 
     problem: Problem
     methods: Sequence[Method]
     key: Key
     columns: dict[str, Any]
+    remarks: Sequence[str] = ()
 
 
 class Units:
@@ -66,7 +68,10 @@ class Units:
         self.ranks = ranks or Ranks()
         self.progress = progress or Progress()
         self.model: nn.Module = run.task.model().to(run.device).eval()
-        self.loader = CheckpointLoader(self.model, allow_pickle=run.allow_pickle)
+        self.loader = CheckpointLoader(
+            self.model, allow_pickle=run.allow_pickle, key=run.checkpoint_key, strict=run.strict
+        )
+        self.remarks: set[str] = set()
         self.stage = -1
         self.count = 0
         self.failure: Exception | None = None
@@ -90,8 +95,8 @@ class Units:
         inputs, targets = self._batch(index)
         problem = Problem(
             self.model,
-            map_inputs(inputs, lambda t: t.to(run.device)),
-            targets.to(run.device),
+            map_tensors(inputs, lambda t: t.to(run.device)),
+            map_tensors(targets, lambda t: t.to(run.device)),
             run.task.resolved_likelihood(),
             output=run.task.output,
             dtype=run.dtype,
@@ -100,7 +105,8 @@ class Units:
             group=self.ranks.group,
         )
         self.count += 1
-        return Unit(problem, methods_at(self.methods, run.stage(stage)), key, run.columns(key))
+        methods = methods_at(self.methods, run.stage(stage))
+        return Unit(problem, methods, key, run.columns(key), self.loader.remarks)
 
     def _load(self, stage: int) -> None:
         """Load a checkpoint; a failure is that of all its units, and loading is tried once."""
@@ -111,6 +117,10 @@ class Units:
         except Exception as error:  # any model's code runs here, and the other checkpoints may load
             self.failure = error
         else:
+            for remark in self.loader.remarks:
+                if remark not in self.remarks:
+                    self.remarks.add(remark)
+                    self.progress.warn(f"warning: {checkpoint.name}: {remark}")
             if checkpoint.is_adapter:
                 self.progress.note(f"{checkpoint.name}: {trainable_note(self.model)}")
 

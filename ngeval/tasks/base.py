@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngeval.errors import TaskError, foreign_errors
-from ngeval.likelihoods import Likelihood, get_likelihood
-from ngeval.model.checks import Inputs, check_inputs
+from ngeval.errors import InputError, TaskError, foreign_errors
+from ngeval.likelihoods import Likelihood, Loss, get_likelihood
+from ngeval.model.batches import Batch, Unpack, batches_of, pair_of
+from ngeval.model.inputs import check_inputs, named_tensors
 from ngeval.model.outputs import Output
 
-Batch = tuple[Inputs, Tensor]
-"""The inputs of N samples (a tensor, a tuple or a dict of tensors), and their targets."""
-
-LoadBatches = Callable[[int, int | None, int], Iterable[Batch]]
+LoadBatches = Callable[[int, int | None, int], Iterable[Any]] | Iterable[Any]
 LoadIndices = Callable[[int, int | None, int], Iterable[Iterable[int]]]
 
 MAX_SAMPLES = 10_000_000
@@ -40,13 +38,18 @@ class Task:
             checkpoint.
         load_batches: ``(batch_size, num_batches, seed) -> iterable of (inputs, targets)``; equal
             arguments must give equal batches. ``num_batches=None`` is one pass over the training
-            data, which ``ngeval train`` needs.
-        likelihood: a name, such as ``"categorical"``, or a `ngeval.Likelihood`.
+            data, which ``ngeval train`` needs. Or a ``torch.utils.data.DataLoader``, or another
+            iterable of batches that can be iterated over again: its batches are taken as they
+            are, with torch's global seed set to ``seed``, and must be of ``batch_size`` samples.
+            A batch is a pair, or a mapping with the targets under ``"labels"``.
+        likelihood: a name, such as ``"categorical"``, a loss of torch, a dict of losses, or a
+            `ngeval.Likelihood`; see `ngeval.Problem`.
         load_validation: ``() -> iterable of (inputs, targets)`` of held-out data, on which
             ``ngeval train`` reports the loss and stops early.
         description: one line about the task.
         output: which of the model's outputs is z; see `ngeval.Problem`.
         load_test: as ``load_validation``, for data on which no choice is based.
+        unpack: a function of a batch that returns its inputs and targets.
         load_indices: as ``load_batches``, the indices of the samples in each batch; the manifest
             beside the results records them.
 
@@ -65,12 +68,13 @@ class Task:
     name: str
     build_model: Callable[[], nn.Module]
     load_batches: LoadBatches
-    likelihood: str | Likelihood
+    likelihood: Loss
     load_validation: Callable[[], Iterable[Batch]] | None = None
     description: str = ""
     output: Output = None
     load_test: Callable[[], Iterable[Batch]] | None = None
     load_indices: LoadIndices | None = None
+    unpack: Unpack | None = None
 
     def model(self) -> nn.Module:
         """Build the network.
@@ -107,16 +111,18 @@ class Task:
             TaskError: ``load_batches`` fails, yields something else, or yields fewer batches.
             InputError: inputs of the wrong type, empty, or not finite.
         """
-        count = 0
+        count, samples = 0, 0
         for batch in self._loaded("load_batches", batch_size, num_batches, seed):
             yield batch
             count += 1
+            samples += len(next(named_tensors(batch))[1])
             if count == num_batches:
                 return
         if num_batches is not None or count == 0:
             raise TaskError(
                 f"task {self.name!r}: load_batches gave {count} batches"
                 + ("" if num_batches is None else f" of {num_batches} asked for")
+                + f", {samples} samples in all; lower --num-batches or --batch-size ({batch_size})"
             )
 
     def indices(self, batch_size: int, num_batches: int, seed: int) -> list[list[int]] | None:
@@ -158,23 +164,21 @@ class Task:
 
     def _loaded(self, source: str, *arguments: Any) -> Iterator[Batch]:
         """What one of the task's own functions yields, as soon as it is checked."""
+        load = getattr(self, source)
         with self._errors(source):
-            batches: Iterator[Any] = iter(getattr(self, source)(*arguments))
+            batches: Iterator[Any] = iter(
+                load(*arguments) if callable(load) else batches_of(load, *arguments)
+            )
         while True:
             with self._errors(source):
                 batch = next(batches, None)
             if batch is None:
                 return
-            if not (isinstance(batch, tuple | list) and len(batch) == 2):
-                raise TaskError(
-                    f"task {self.name!r}: {source} must yield (inputs, targets) pairs, not "
-                    f"{type(batch).__name__}"
-                )
-            inputs, targets = batch
-            if not isinstance(targets, Tensor):
-                raise TaskError(
-                    f"task {self.name!r}: targets are a {type(targets).__name__}, not a tensor"
-                )
+            with self._errors(source):
+                try:
+                    inputs, targets = pair_of(batch, unpack=self.unpack)
+                except InputError as error:
+                    raise TaskError(f"task {self.name!r}: {source}: {error}") from error
             check_inputs(inputs)
             yield inputs, targets
 

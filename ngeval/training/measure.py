@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.errors import InputError, ModelError, TaskError
-from ngeval.likelihoods import Categorical, CategoricalDistribution, OutputDistribution
-from ngeval.model.checks import Inputs
-from ngeval.model.function import map_inputs, model_errors
-from ngeval.model.outputs import outputs_of
+from ngeval.likelihoods import Categorical, OutputDistribution
+from ngeval.likelihoods.categorical import class_labels
+from ngeval.model.function import model_errors
+from ngeval.model.inputs import Inputs, call_arguments, map_tensors
+from ngeval.model.outputs import reading_of
 from ngeval.tasks import Batch, Task
 
 MONITORS = ("loss", "accuracy")
@@ -45,30 +46,30 @@ class EpochReport:
     seconds: float = 0.0
 
 
-def to_device(inputs: Inputs, device: str) -> Inputs:
-    """Copy the inputs of a batch to a device."""
-    return map_inputs(inputs, lambda tensor: tensor.to(device))
+def to_device(inputs: Any, device: str) -> Any:
+    """Copy the inputs of a batch, or the batch, to a device."""
+    return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a module with a tensor, a tuple (positional) or a dict (by keyword)."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    """Call a module with the inputs of a batch."""
+    args, kwargs = call_arguments(model, inputs)
+    return model(*args, **kwargs)
 
 
 def forward(
     task: Task, model: nn.Module, batch: Batch, device: str
 ) -> tuple[Tensor, OutputDistribution]:
     """The outputs z on a batch, which must be finite, and the likelihood bound to the targets."""
-    inputs, targets = batch
+    inputs, targets = to_device(batch, device)
+    reading = reading_of(task.resolved_likelihood(), task.output, targets)
     with model_errors():
-        outputs = outputs_of(call_model(model, to_device(inputs, device)), task.output)
+        outputs = reading(call_model(model, inputs))
     if not bool(torch.isfinite(outputs).all()):
         raise DivergedError(
             "training diverged: the model's outputs are NaN or infinite; lower the learning rate"
         )
-    return outputs, task.resolved_likelihood().bind(outputs, targets.to(device))
+    return outputs, reading.bind(outputs, targets)
 
 
 def measure(
@@ -87,9 +88,10 @@ def measure(
         total += float(distribution.loss().sum())
         samples += len(distribution.logits)
         count += 1
-        if isinstance(distribution, CategoricalDistribution):
+        classes = class_labels(distribution)
+        if classes is not None and distribution.mask is not None:
             mask = distribution.mask.squeeze(-1)
-            hits = distribution.logits.argmax(-1) == distribution.targets
+            hits = distribution.logits.argmax(-1) == classes
             right += float((hits & mask).sum())
             positions += float(mask.sum())
     if not samples:

@@ -75,7 +75,7 @@ class Stepper:
                 optimizer.step()
 
     def _exact_step(self, batch: Batch) -> None:
-        inputs, targets = to_device(batch[0], self.device), batch[1].to(self.device)
+        inputs, targets = to_device(batch, self.device)
         try:
             if self._problem is None:  # the first problem chooses and checks an engine
                 likelihood, output = self.task.resolved_likelihood(), self.task.output

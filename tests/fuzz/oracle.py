@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -48,8 +49,20 @@ FORBIDDEN = (
 )
 """Events that no input may cause."""
 
-ALLOWED_CLASSES = frozenset({"numpy", "numpy.core", "numpy._core", "_codecs"})
-"""Packages whose arrays the reader of CIFAR's original files makes; see its own list."""
+ALLOWED_CLASSES = frozenset(
+    {
+        *("numpy", "numpy.core", "numpy._core", "_codecs"),
+        *("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"),
+    }
+)
+"""Packages whose arrays the reader of CIFAR's original files makes, and those whose records torch
+writes into ``.metadata``; each reader has its own list."""
+
+ALLOWED_NAMES = re.compile(
+    r"torch\.(Size|device|(u?int|float|bfloat|complex|q|bits)\w*|bool)|torch\.serialization\._get_layout|"
+    r"pathlib(\._local)?\.(Pure)?PosixPath|collections\.OrderedDict"
+)
+"""Other values in such a ``.metadata``."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ class _Events:
             self.heard.append(f"{event}: {arguments!r}"[:300])
         elif event == "pickle.find_class":
             module = str(arguments[0])
-            if not any(f"{module}.".startswith(f"{name}.") for name in ALLOWED_CLASSES):
+            known = any(f"{module}.".startswith(f"{name}.") for name in ALLOWED_CLASSES)
+            if not known and not ALLOWED_NAMES.fullmatch(f"{module}.{arguments[1]}"):
                 self.heard.append(f"{event}: {arguments!r}")
 
     def _opened(self, path: object, _: object, flags: int) -> None:

@@ -29,7 +29,7 @@ from tests.search.right import (
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23}
 PERTURBATIONS = 2
-CLAIMS = {"gamma_min": "gamma_min_error", "gamma_over_sgd": "gamma_over_sgd_error"}
+CLAIMS = {name: f"{name}_error" for name in ("gamma_min", "gamma_over_sgd", "gamma_over_ng")}
 """The column with the error of another; the others have γ's."""
 
 STABLE = 0.2

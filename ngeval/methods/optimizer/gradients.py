@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
-from ngeval.model.checks import Inputs
-from ngeval.model.function import ModelFunction, autograd_enabled, model_errors
+from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.inputs import Inputs
 from ngeval.problem.metric_batch import Metric
+from ngeval.problem.mistakes import unused_parameters
 from ngeval.problem.problem import Problem
 
 Batches = Iterable[tuple[Inputs, Tensor]]
@@ -94,11 +95,5 @@ def _used(gradients: Gradients, function: ModelFunction) -> Gradients:
     zero = [name for name, gradient in gradients.items() if not bool(gradient.any())]
     if not zero:
         return gradients
-    first = function.on(slice(0, 1))
-    with autograd_enabled(), model_errors():
-        leaves = {n: p.detach().requires_grad_() for n, p in first.parameters.items()}
-        slopes = torch.autograd.grad(
-            first(leaves).sum(), [leaves[name] for name in zero], allow_unused=True
-        )
-    absent = {name for name, slope in zip(zero, slopes, strict=True) if slope is None}
+    absent = set(unused_parameters(function, zero))
     return {name: gradient for name, gradient in gradients.items() if name not in absent}

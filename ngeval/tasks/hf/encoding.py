@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ngeval.errors import TaskError
-from ngeval.tasks.base import Batch
+from ngeval.model.batches import Batch
 
 IGNORED = -100
 """The target of a position that is not counted."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError, TaskError, check_choice, nearest_name
-from ngeval.tasks.base import Batch, Task, shuffled_batches
+from ngeval.model.batches import Batch
+from ngeval.tasks.base import Task, shuffled_batches
 from ngeval.tasks.hf.encoding import Encoder, pixel_batch
 from ngeval.tasks.hf.glue import GLUE, PAIR_COLUMNS, REGRESSION, TextForm
 from ngeval.tasks.hf.models import OBJECTIVES, HubModel
@@ -23,6 +24,9 @@ from ngeval.utils.optional import optional_module
 
 REGRESSION_LIKELIHOOD = "gaussian:0.5"
 """The squared error that transformers trains with, (z − y)² without a half."""
+
+SAMPLES = {"token": "causal", "first-token": "seq2seq"}
+"""The kinds of samples besides sequences, each with the objective that it is for."""
 
 IMAGE_COLUMNS = ("image", "img")
 IMAGE_LABELS = ("label", "fine_label", "labels")
@@ -69,8 +73,10 @@ def hub_task(
         max_length: the most tokens of a text.
         max_target_tokens: the most tokens of an answer, including its end.
         padding_side: ``right`` or ``left``; the results are the same.
-        samples: for causal models: ``sequence``, or ``token``: one token of each sequence, drawn
-            uniformly, given those before it.
+        samples: ``sequence``: all tokens of an answer or text. For causal models also ``token``:
+            one token of each sequence, drawn uniformly, given those before it. For
+            sequence-to-sequence models also ``first-token``: the first token of the label words
+            alone, as in the paper's released code.
         processor: the folder of the tokenizer or image processor, if it is not the model's.
         attention: ``eager``, ``sdpa``, …; default: that of transformers.
         trust_remote_code: run Python code of the model's repository.
@@ -86,7 +92,7 @@ def hub_task(
         DependencyError: transformers, datasets or peft are not installed.
     """
     check_choice("padding side", padding_side, ("left", "right"))
-    check_choice("kind of samples", samples, ("sequence", "token"))
+    check_choice("kind of samples", samples, ("sequence", *SAMPLES))
     if max_length < 2 or max_target_tokens < 1:
         raise InputError("max_length must be at least 2 and max_target_tokens at least 1")
     if dataset == "glue" and subset not in GLUE:
@@ -94,6 +100,11 @@ def hub_task(
             f"glue has no subset {subset!r}; {nearest_name(subset or '', GLUE)} (--subset)"
         )
     source = HubModel.of(model, adapters, objective, attention, trust_remote_code)
+    if (needed := SAMPLES.get(samples, source.objective)) != source.objective:
+        raise TaskError(
+            f"samples={samples!r} (--samples) is for {needed} models, and this is a model for "
+            f"{source.objective}; leave it out"
+        )
     rows = load_rows(dataset, subset, split, data_dir)
     place = " ".join(part for part in (dataset, subset, split) if part)
     if source.objective == "image":
@@ -253,7 +264,11 @@ class _Texts(_Data):
         limit = self.max_target_tokens
         if objective == "seq2seq":
             start = self.source.config.decoder_start_token_id
-            return encoder.seq2seq(prompts, answers or [], 0 if start is None else start, limit)
+            inputs, targets = encoder.seq2seq(prompts, answers or [], start or 0, limit)
+            if self.samples == "first-token":  # the decoder sees no later position
+                inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1]
+                targets = targets[:, :1]
+            return inputs, targets
         sequences, fronts = encoder.causal(prompts, answers, limit)
         short = [p for p, ids, f in zip(prompts, sequences, fronts, strict=True) if len(ids) <= f]
         if short:

@@ -10,16 +10,20 @@ import io
 import json
 import pickle
 import struct
+import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ngeval.checkpoints import CheckpointLoader, find_checkpoints, read_optimizer
 from ngeval.errors import NgevalError
@@ -39,7 +43,7 @@ KINDS = (
     *("a.safetensors", "a.pt", "a.ckpt", "pytorch_model.bin", "header", "state.pt"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json"),
     *("a.json", "checkpoint-5/trainer_state.json", "a.optimizer.pt", "optimizer.pt", "test_batch"),
-    "config.json",
+    *("config.json", "step-5/.metadata", "a.npz"),
 )
 """Which file an input is; ``header`` is the JSON of a safetensors file, ``state.pt`` a pickle's
 opcodes in the zip that ``torch.save`` writes."""
@@ -108,7 +112,9 @@ def _lay_out(folder: Path, kind: str, content: bytes) -> None:
         (folder / f"{name}.safetensors").write_bytes(_saved()["safetensors"])
     if kind == "optimizer.pt":
         (folder / "config.json").write_text("{}")
-    if "/" in kind:
+    if kind == "step-5/.metadata":
+        (place.parent / "__0_0.distcp").write_bytes(_saved()["shards"])
+    elif "/" in kind:
         (place.parent / "config.json").write_text("{}")
         (place.parent / "model.safetensors").write_bytes(_saved()["safetensors"])
 
@@ -136,7 +142,11 @@ def _saved() -> dict[str, bytes]:
     """Valid files: a state dict in every format, an optimizer's state, hostile pickles."""
     optimizer = torch.optim.Adam(nn.Linear(4, 3).parameters())
     lightning = {"state_dict": STATE, "optimizer_states": [optimizer.state_dict()], "epoch": 3}
+    metadata, shards = _distributed()
     return {
+        "metadata": metadata,
+        "shards": shards,
+        "npz": _arrays(),
         "safetensors": safetensors.torch.save(STATE),
         "bin": _torch(STATE),
         "legacy": _torch(STATE, _use_new_zipfile_serialization=False),
@@ -146,6 +156,20 @@ def _saved() -> dict[str, bytes]:
         "hostile legacy": _torch(Hostile(), _use_new_zipfile_serialization=False),
         "hostile pickle": pickle.dumps(Hostile()),
     }
+
+
+def _distributed() -> tuple[bytes, bytes]:
+    """The ``.metadata`` and the one file of shards of ``torch.distributed.checkpoint``."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
+        save({"model": STATE, "step": 3}, checkpoint_id=name, no_dist=True)
+        (shards,) = Path(name).glob("*.distcp")
+        return (Path(name) / ".metadata").read_bytes(), shards.read_bytes()
+
+
+def _arrays() -> bytes:
+    built = io.BytesIO()
+    np.savez(built, **{name: tensor.numpy() for name, tensor in STATE.items()})
+    return built.getvalue()
 
 
 def _torch(value: object, **options: Any) -> bytes:
@@ -181,7 +205,8 @@ def seeds() -> list[bytes]:
         _of("config.json", b'{"architectures": ["X"], "auto_map": {"AutoModel": "evil.X"}}'),
         *(_of(kind, saved["optimizer"]) for kind in ("a.optimizer.pt", "optimizer.pt")),
         _of("test_batch", _cifar()),
-        _of("test_batch", saved["hostile pickle"]),
+        *(_of(kind, saved["hostile pickle"]) for kind in ("test_batch", "step-5/.metadata")),
+        *(_of("step-5/.metadata", saved["metadata"]), _of("a.npz", saved["npz"])),
     ]
 
 
@@ -202,8 +227,6 @@ def _adapter() -> dict[str, Any]:
 
 
 def _cifar() -> bytes:
-    import numpy as np  # noqa: PLC0415
-
     content = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [3]}
     return pickle.dumps(content, protocol=2)
 
@@ -240,6 +263,8 @@ def _opcodes(draw: st.DrawFn) -> bytes:
                 b"cfuzz.oracle\ncanary\n",
                 b"cbuiltins\nbytearray\n",
                 b"cos\nsystem\n",
+                b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+                b"ctorch\nSize\n",
                 b"X\x06\x00\x00\x00weight",
                 b"X\xff\xff\xff\x7fx",
                 b"\x8d\xff\xff\xff\xff\xff\xff\xff\x00",
@@ -255,7 +280,9 @@ def _opcodes(draw: st.DrawFn) -> bytes:
         st.binary(max_size=3),
     )
     body = b"".join(draw(st.lists(part, max_size=16))) + b"."
-    kind = draw(st.sampled_from(["state.pt", "a.pt", "optimizer.pt", "test_batch"]))
+    kind = draw(
+        st.sampled_from(["state.pt", "a.pt", "optimizer.pt", "test_batch", "step-5/.metadata"])
+    )
     return _of(kind, front + body)
 
 
