@@ -449,28 +449,153 @@ def test_coverage_and_the_rest():
         parts[rest] = problem.function.unflatten(update)
     gradient = problem.function.unflatten(problem.gradient())
     diagonal = problem.function.unflatten(problem.fisher().diagonal())
-    for name in ("table.weight", "norm.weight", "norm.bias"):
+    for name in ("norm.weight", "norm.bias"):
         assert torch.equal(parts["gradient"][name], gradient[name])
         assert not parts["zero"][name].any()
         expected = gradient[name] / (diagonal[name] + 1e-2)
         assert problems.relative_gap(parts["diagonal"][name], expected) < 1e-10
-    for name in ("linear.weight", "linear.bias", "head.weight", "head.bias"):
+    for name in ("table.weight", "linear.weight", "linear.bias", "head.weight", "head.bias"):
         assert torch.equal(parts["zero"][name], parts["diagonal"][name])
     table = ngeval.evaluate(problem, ["sgd", "kfac", "kfac:zero"], [1e-2])
-    covered = 100 * (20 + 15) / problem.num_parameters
+    tables = problem.function.parameters["table.weight"].numel()
+    covered = 100 * (tables + 20 + 15) / problem.num_parameters
     assert table["coverage"].tolist() == pytest.approx([100, covered, covered])
-    assert "table.weight, norm.weight, norm.bias" in table["note"][1]
+    assert "norm.weight, norm.bias" in table["note"][1]
     assert "left at 0" in table["note"][2]
 
 
-def test_a_tied_weight_is_not_covered():
+class Repeated(nn.Module):
+    """One linear layer applied twice: the same module, or two that share weight and bias."""
+
+    def __init__(self, *, separate: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4) if separate else self.first
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(inputs)))))
+
+
+KINDS = ["kfac", "kfac:reduce", "kfac:pi", "ekfac", "kfac-ef"]
+
+
+def assert_same_updates(first: ngeval.Problem, second: ngeval.Problem) -> None:
+    tables = [ngeval.evaluate(p, KINDS, [1e-2, 1.0]) for p in (first, second)]
+    assert (tables[0]["coverage"] == 100).all()
+    assert tables[0]["gamma"].tolist() == pytest.approx(tables[1]["gamma"].tolist(), rel=1e-9)
+
+
+def test_layers_that_share_their_weights_are_one_layer():
+    torch.manual_seed(0)
+    twice = Repeated(separate=False).double().eval()
+    shared = Repeated(separate=True).double().eval()
+    shared.load_state_dict({**shared.state_dict(), **twice.state_dict()})
+    inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    made = [ngeval.Problem(m, inputs, targets, "categorical") for m in (shared, twice)]
+    assert_same_updates(*made)
+
+
+def test_a_weight_with_two_biases():
+    """The weight is shared over both uses; each bias is a layer of its own."""
     torch.manual_seed(0)
     model = problems.Tied().double().eval()
     case = case_of(model, (3,), "categorical")
-    table = ngeval.evaluate(case.problem(), ["kfac"], [1e-2])
-    # Neither layer: their biases belong to blocks with the weight.
-    assert table["status"].item() == "failed"
-    assert "covers no layer" in table["reason"].item()
+    problem = case.problem()
+    state = prepared("kfac", problem)
+    assert state.coverage == 100
+    shared = [block for block in state.blocks if block.layer.weight]
+    assert [block.count for block in shared] == [2 * problem.num_samples]
+
+
+class Lookup(nn.Module):
+    """A table of six vectors, or the linear layer of one-hot vectors."""
+
+    def __init__(self, table: Tensor, *, one_hot: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4, bias=False) if one_hot else nn.Embedding(6, 4)
+        with torch.no_grad():
+            self.layer.weight.copy_(table.T if one_hot else table)
+        self.one_hot, self.head = one_hot, nn.Linear(4, 3)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        vectors = nn.functional.one_hot(indices, 6).double() if self.one_hot else indices
+        return self.head(torch.tanh(self.layer(vectors)).mean(1))
+
+
+def test_a_table_is_a_linear_layer_of_one_hot_vectors():
+    torch.manual_seed(0)
+    table = torch.randn(6, 4)
+    models = [Lookup(table, one_hot=one_hot).double().eval() for one_hot in (False, True)]
+    models[1].head = models[0].head
+    indices, targets = torch.randint(6, (8, 3)), torch.arange(8) % 3
+    assert_same_updates(*(ngeval.Problem(m, indices, targets, "categorical") for m in models))
+
+
+class Bare(nn.Module):
+    """A linear layer whose parameters the module itself holds."""
+
+    def __init__(self, linear: nn.Linear, head: nn.Linear) -> None:
+        super().__init__()
+        self.matrix, self.shift, self.head = linear.weight, linear.bias, head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(nn.functional.linear(inputs, self.matrix, self.shift)).mean(1))
+
+
+def test_bare_parameters_in_the_function_of_a_linear_layer():
+    torch.manual_seed(0)
+    linear, head = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = linear, head
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.linear(inputs)).mean(1))
+
+    inputs, targets = torch.randn(6, 2, 4, dtype=torch.float64), torch.arange(6) % 3
+    models = (Bare(linear, head).eval(), Plain().eval())
+    assert_same_updates(*(ngeval.Problem(m, inputs, targets, "categorical") for m in models))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_both_projections_of_attention_are_covered(batch_first):
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            tokens = inputs if batch_first else inputs.transpose(0, 1)
+            attended = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            return self.head(attended.mean(1 if batch_first else 0))
+
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 3
+    problem = ngeval.Problem(Attends().double().eval(), inputs, targets, "categorical")
+    state = prepared("kfac", problem)
+    assert state.coverage == 100
+    assert [block.count for block in state.blocks if "attention" in block.layer.weight] == [18, 18]
+
+
+def test_a_transposed_convolution_of_single_pixels_is_a_linear_layer():
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 12, bias=False)
+    maps = nn.ConvTranspose2d(4, 3, 2, bias=False)
+    with torch.no_grad():
+        maps.weight.copy_(linear.weight.T.reshape(4, 3, 2, 2))
+    head = nn.Linear(12, 3)
+    models = [
+        nn.Sequential(nn.Unflatten(1, (4, 1, 1)), maps, nn.Flatten(), nn.Tanh(), head),
+        nn.Sequential(linear, nn.Tanh(), head),
+    ]
+    inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    made = [ngeval.Problem(m.double().eval(), inputs, targets, "categorical") for m in models]
+    assert_same_updates(*made)
 
 
 def test_a_layer_called_twice_is_covered():

@@ -51,9 +51,6 @@ CANNOT = {
 
 GRADED = ("gpt", "vit-lora", "t5", "resnet", "parametrized", "lstm")
 
-RENEWED = ("_flat_weights", "_flat_weight_refs")
-"""What a recurrent layer sets anew by itself whenever it finds that its weights are others."""
-
 # Torch says so where vmap falls back on a loop.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
@@ -93,8 +90,7 @@ def state_of(model: nn.Module) -> dict[str, object]:
         ],
     }
     for prefix, module in model.named_modules():
-        kept = {key: value for key, value in vars(module).items() if key not in RENEWED}
-        state[f"{prefix} itself"] = (type(module), plain(kept))
+        state[f"{prefix} itself"] = (type(module), plain(vars(module)))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         grad = parameter.grad
         state[f"parameter {name}"] = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ngeval
-from ngeval.curvature.kronecker_factors import affine_layers
+from ngeval.curvature.kronecker_layers import kronecker_layers
 from ngeval.model.parameter_groups import make_groups
 from ngeval.problem.fisher import factor_columns
 from tests import zoo
@@ -52,7 +52,7 @@ def test_kronecker_blocks_hold_the_whole_layer(name):
     the update is the gradient, in its place."""
     problem = problem_of(name)
     plan = problem.rows.plan
-    if plan is None or not affine_layers(plan):
+    if plan is None or not kronecker_layers(plan):
         with pytest.raises(ngeval.EngineError, match=r"KFAC covers no layer|engine='layers'"):
             prepared("ekfac", problem)
         return

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngeval.curvature.kronecker_factors import Factors, Layer
+from ngeval.curvature.kronecker_factors import Factors
+from ngeval.curvature.kronecker_layers import Layer
 from ngeval.errors import NumericalError
 
 EXACT, FACTORED, PI = "exact", "factored", "pi"
@@ -33,7 +34,7 @@ class KroneckerBlock:
     Attributes:
         layer: the layer.
         input_values: a, shape ``(g, k)``.
-        input_vectors: U_A, shape ``(g, i, k)``.
+        input_vectors: U_A, shape ``(g, i, k)``; None for the identity.
         output_values: b, shape ``(g, m)``.
         output_vectors: U_B, shape ``(g, o, m)``.
         gradient: U_Bᵀ G U_A, shape ``(g, m, k)``.
@@ -46,7 +47,7 @@ class KroneckerBlock:
 
     layer: Layer
     input_values: Tensor
-    input_vectors: Tensor
+    input_vectors: Tensor | None
     output_values: Tensor
     output_vectors: Tensor
     gradient: Tensor
@@ -73,7 +74,7 @@ class KroneckerBlock:
             output_values, output_vectors = factors.outputs.eigenpairs()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in the stubs
             raise NumericalError(_overflow(factors.layer)) from error
-        half = factors.gradient @ input_vectors
+        half = factors.gradient if input_vectors is None else factors.gradient @ input_vectors
         gradient = output_vectors.mT @ half
         if not all(bool(torch.isfinite(t).all()) for t in (input_values, output_values, gradient)):
             raise NumericalError(_overflow(factors.layer))
@@ -119,7 +120,8 @@ class KroneckerBlock:
         outputs = self.output_values / samples
         balance = inputs.new_ones(len(inputs), 1)
         if kind == PI:
-            input_mean = inputs.sum(1, keepdim=True) / self.input_vectors.shape[1]
+            size = inputs.shape[1] if self.input_vectors is None else self.input_vectors.shape[1]
+            input_mean = inputs.sum(1, keepdim=True) / size
             output_mean = outputs.sum(1, keepdim=True) / self.output_vectors.shape[1]
             usable = (input_mean > 0) & (output_mean > 0)
             balance = torch.where(usable, input_mean / output_mean, 1.0).sqrt()
@@ -135,7 +137,7 @@ class KroneckerBlock:
         half = self.output_vectors @ rotated
         if self.outside is not None and damping > 0:
             half += self.outside / outside
-        return half @ self.input_vectors.mT
+        return half if self.input_vectors is None else half @ self.input_vectors.mT
 
     def _range(self) -> Tensor:
         """Where the block's eigenvalues are more than rounding, shape ``(g, m, k)``."""

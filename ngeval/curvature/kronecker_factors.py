@@ -17,9 +17,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ngeval.curvature.kronecker_layers import Layer
+from ngeval.curvature.second_moments import Counts, SecondMoment
 from ngeval.jacobians.inner_products import add_squared_column_sums
-from ngeval.jacobians.layer_rules import CapturePlan
-from ngeval.jacobians.terms import AffineTerm, Term
+from ngeval.jacobians.joined_calls import merged
+from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
 from ngeval.model.directions import slices
 from ngeval.model.sharding import SINGLE, Shards
 
@@ -29,99 +31,6 @@ SHARINGS = (EXPAND, REDUCE)
 
 COPIED_ENTRIES = 2**20
 """Entries that are copied to float64 together: more would be slower, by cache misses."""
-
-STRIP = 96
-"""Columns of a symmetric product that are computed together at least."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An affine layer by its trainable parameters.
-
-    Attributes:
-        name: the module's path.
-        weight: the weight's parameter name, None if it is frozen.
-        bias: the bias's, None if it is frozen or absent.
-        transposed: the layer holds Wᵀ.
-    """
-
-    name: str
-    weight: str | None
-    bias: str | None
-    transposed: bool = False
-
-    @property
-    def parameters(self) -> list[str]:
-        """The trainable ones, the weight first."""
-        return [name for name in (self.weight, self.bias) if name]
-
-
-class SecondMoment:
-    """Σ x xᵀ over rows x: the rows themselves while they are fewer than their length.
-
-    Args:
-        groups: g.
-        size: length of x.
-        device: of the rows.
-        thin: keep rows while they are few; False makes the matrix at once.
-    """
-
-    def __init__(self, groups: int, size: int, device: torch.device, *, thin: bool) -> None:
-        self.shape = (groups, size)
-        self.device = device
-        self.thin = thin
-        self._rows: list[Tensor] = []
-        self._matrix: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows, float64, shape ``(g, rows, size)``."""
-        self._rows.append(rows)
-        if not self.thin or self._matrix is not None or self._count() >= self.shape[1]:
-            self._lower_triangle()
-
-    def summed(self, shards: Shards) -> None:
-        """Add up over ranks, each of which has added the rows of its own samples."""
-        if shards.alone:
-            return
-        counts = shards.gather((self._count(), self._matrix is None))
-        few = self.thin and all(thin for _, thin in counts)
-        if few and sum(count for count, _ in counts) < self.shape[1]:
-            empty = self._zeros(0)
-            whole = shards.concatenate(lambda: torch.cat([empty, *self._rows], 1).transpose(0, 1))
-            self._rows = [whole.transpose(0, 1)]
-        else:
-            self._matrix = shards.sum(self._lower_triangle)
-
-    def _count(self) -> int:
-        return sum(rows.shape[1] for rows in self._rows)
-
-    def _zeros(self, rows: int) -> Tensor:
-        groups, size = self.shape
-        return torch.zeros(groups, rows, size, dtype=torch.float64, device=self.device)
-
-    def _lower_triangle(self) -> Tensor:
-        """The matrix's lower triangle, with the rows that were kept until now."""
-        if self._matrix is None:
-            self._matrix = self._zeros(self.shape[1])
-        for rows in self._rows:
-            _add_lower(self._matrix, rows)
-        self._rows = []
-        return self._matrix
-
-    def eigenpairs(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ≥ 0, shape ``(g, k)``, and orthonormal eigenvectors, ``(g, size, k)``.
-
-        k < size where there are fewer rows: the vectors span them, and the eigenvalues of the
-        orthogonal complement are exactly 0.
-        """
-        if self._matrix is not None:
-            values, vectors = torch.linalg.eigh(self._matrix, UPLO="L")
-        else:
-            # Xᵀ = QR: eigenvectors of RRᵀ are orthonormal whatever the condition of X.
-            basis, upper = torch.linalg.qr(torch.cat(self._rows, 1).mT)
-            values, inner = torch.linalg.eigh(upper @ upper.mT)
-            vectors = basis @ inner
-        return values.clamp_min(0), vectors
 
 
 class Factors:
@@ -145,7 +54,11 @@ class Factors:
         """Factors without any rows; ``sizes`` are g, o and i."""
         groups, outputs, inputs = sizes
         self.layer = layer
-        self.inputs = SecondMoment(groups, inputs, device, thin=sharing == EXPAND)
+        self.inputs: SecondMoment | Counts
+        if layer.lookup and sharing == EXPAND:
+            self.inputs = Counts(inputs, device)
+        else:
+            self.inputs = SecondMoment(groups, inputs, device, thin=sharing == EXPAND)
         self.outputs = SecondMoment(groups, outputs, device, thin=sharing == EXPAND)
         self.gradient = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device)
         self.count = 0.0
@@ -168,24 +81,6 @@ class Curvature:
     padding: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def affine_layers(plan: CapturePlan) -> list[Layer]:
-    """The layers whose rows are sums of outer products, and whose weights are not shared."""
-    uses = plan.uses()
-    return [
-        Layer(
-            owner.name,
-            owner.parameters.get("weight"),
-            owner.parameters.get("bias"),
-            owner.rule.transposed,
-        )
-        for owner in plan.modules
-        if owner.rule is not None
-        and owner.rule.affine
-        and not owner.replicate
-        and all(uses[name] == 1 for name in owner.parameters.values())
-    ]
-
-
 def layer_factors(
     captures: Iterable[tuple[Curvature, list[Term]]],
     layers: Sequence[Layer],
@@ -206,9 +101,14 @@ def layer_factors(
         for curvature, terms in captures:
             for layer, term in _of_layers(terms, layers):
                 if layer not in local:
-                    sizes = (*term.cotangents.shape[3:], _width(term))
+                    sizes = (*layer.sizes[:2], layer.width)
                     local[layer] = Factors(layer, sizes, term.cotangents.device, sharing)
-                _add_term(local[layer], term, curvature, sharing)
+                if isinstance(term, AffineTerm):
+                    _add_term(local[layer], term, curvature, sharing)
+                elif sharing == EXPAND:
+                    _add_lookups(local[layer], term, curvature)
+                else:
+                    _add_term(local[layer], _one_hot(term), curvature, sharing)
 
     shards.synchronized(add_up)
     return [
@@ -234,7 +134,8 @@ def _over_ranks(local: Factors | None, layer: Layer, sharing: str, shards: Shard
 
 
 def corrected_eigenvalues(
-    captures: Iterable[tuple[Curvature, list[Term]]], bases: dict[Layer, tuple[Tensor, Tensor]]
+    captures: Iterable[tuple[Curvature, list[Term]]],
+    bases: dict[Layer, tuple[Tensor | None, Tensor]],
 ) -> dict[Layer, Tensor]:
     """Σ_nq (U_Bᵀ (Σ_t b āᵀ) U_A)², the diagonal of a layer's exact block in a Kronecker basis.
 
@@ -243,32 +144,65 @@ def corrected_eigenvalues(
 
     Args:
         captures: terms of the whole batch, block by block.
-        bases: by layer U_A, shape ``(g, i, k)``, and U_B, shape ``(g, o, m)``.
+        bases: by layer U_A, shape ``(g, i, k)`` or None for the identity, and U_B, ``(g, o, m)``.
 
     Returns:
         By layer, float64, shape ``(g, m, k)``.
     """
     sums = {
-        layer.parameters[0]: inputs.new_zeros(len(inputs) * outputs.shape[2] * inputs.shape[2])
+        layer.parameters[0]: outputs.new_zeros(
+            len(outputs)
+            * outputs.shape[2]
+            * (layer.sizes[2] if inputs is None else inputs.shape[2])
+        )
         for layer, (inputs, outputs) in bases.items()
     }
     for curvature, terms in captures:
         if not bool(curvature.share.any()):
             continue
         for layer, term in _of_layers(terms, list(bases)):
-            add_squared_column_sums(sums, [_rotated(term, layer, *bases[layer], curvature)])
+            inputs, outputs = bases[layer]
+            if isinstance(term, EmbeddingTerm) and inputs is None:
+                rotated = _rotated_lookups(term, outputs, curvature)
+                table = rotated.num_units * outputs.shape[2]
+                squares = {layer.parameters[0]: outputs.new_zeros(table)}
+                add_squared_column_sums(squares, [rotated])
+                by_entry = squares[layer.parameters[0]].reshape(rotated.num_units, -1)
+                sums[layer.parameters[0]] += by_entry.T.reshape(-1)
+            elif isinstance(term, AffineTerm) and inputs is not None:
+                rotated_term = _rotated(term, layer, inputs, outputs, curvature)
+                add_squared_column_sums(sums, [rotated_term])
     return {
-        layer: sums[layer.parameters[0]].reshape(len(inputs), outputs.shape[2], inputs.shape[2])
-        for layer, (inputs, outputs) in bases.items()
+        layer: sums[layer.parameters[0]].reshape(len(outputs), outputs.shape[2], -1)
+        for layer, (_, outputs) in bases.items()
     }
 
 
-def _of_layers(terms: list[Term], layers: Sequence[Layer]) -> Iterator[tuple[Layer, AffineTerm]]:
-    """The layers' terms: one for each, since no other module has their parameters."""
+def _rotated_lookups(term: EmbeddingTerm, outputs: Tensor, curvature: Curvature) -> EmbeddingTerm:
+    chosen = curvature.share.nonzero().squeeze(1)
+    cotangents = term.cotangents[:, chosen].to(torch.float64) @ outputs[0]
+    shape = torch.Size((term.num_units, outputs.shape[2]))
+    return replace(term, weight_shape=shape, cotangents=cotangents)
+
+
+def _of_layers(
+    terms: list[Term], layers: Sequence[Layer]
+) -> Iterator[tuple[Layer, AffineTerm | EmbeddingTerm]]:
+    """The terms of the layers, one for each: that of all uses of its weight."""
     known = {(layer.weight, layer.bias): layer for layer in layers}
+    parts: list[Term] = []
     for term in terms:
-        if isinstance(term, AffineTerm) and (term.weight, term.bias) in known:
-            yield known[term.weight, term.bias], term
+        if isinstance(term, EmbeddingTerm):
+            parts += [term] if (term.weight, None) in known else []
+        elif isinstance(term, AffineTerm):
+            whole = (term.weight, term.bias) in known
+            pieces = [term] if whole else [replace(term, bias=None), replace(term, weight=None)]
+            parts += [piece for piece in pieces if (piece.weight, piece.bias) in known]
+    for part in merged(parts):
+        if isinstance(part, EmbeddingTerm):
+            yield known[part.weight, None], part
+        elif isinstance(part, AffineTerm):
+            yield known[part.weight, part.bias], part
 
 
 def _width(term: AffineTerm) -> int:
@@ -299,20 +233,59 @@ def _add_term(factors: Factors, term: AffineTerm, curvature: Curvature, sharing:
             factors.count += float(counted)
 
 
-def _positions(term: AffineTerm, samples: slice, curvature: Curvature) -> Tensor:
+def _add_lookups(factors: Factors, term: EmbeddingTerm, curvature: Curvature) -> None:
+    """Add the products of one capture of a table: its A is the diagonal of counts."""
+    chosen = curvature.share.nonzero().squeeze(1)
+    width = term.positions * term.num_vectors * term.weight_shape[1]
+    for samples in slices(term.num_samples, max(1, COPIED_ENTRIES // width)):
+        cotangents = term.cotangents[samples].to(torch.float64)  # (n, q, t, d)
+        indices = term.indices[samples]
+        there = _positions(term, samples, curvature) & (indices >= 0)
+        of_gradient = torch.einsum("nq,nqtd->ntd", curvature.gradient[samples], cotangents)
+        valid = indices >= 0
+        factors.gradient[0].index_add_(1, indices[valid], of_gradient[valid].T)
+        factors.outputs.add(cotangents[:, chosen].flatten(0, 2).unsqueeze(0))
+        if curvature.first:
+            factors.inputs.add(indices[there])
+            factors.count += float(there.sum())
+
+
+def _one_hot(term: EmbeddingTerm) -> AffineTerm:
+    """A table as a linear layer of one-hot vectors."""
+
+    def inputs(samples: slice) -> Tensor:
+        indices = term.indices[samples].unsqueeze(2)
+        classes = torch.arange(term.num_units, device=indices.device)
+        return (indices == classes).to(term.cotangents.dtype).unsqueeze(2)
+
+    return AffineTerm(
+        term.weight,
+        None,
+        term.weight_shape,
+        inputs,
+        term.cotangents.unsqueeze(3),
+        transposed=True,
+        present=term.indices >= 0,
+    )
+
+
+def _positions(term: AffineTerm | EmbeddingTerm, samples: slice, curvature: Curvature) -> Tensor:
     """Which positions count, shape ``(n, t)``: not padding.
 
     A position that a mask names padding is padding if no output depends on it. One without a mask
     counts even where its cotangent is 0, as that of a saturated unit is. All pixels of a
     convolution count, and so does a sample's only position.
     """
-    cotangents = term.cotangents[samples]
+    cotangents = term.cotangents[samples].flatten(3)
+    present = cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
+    if isinstance(term, AffineTerm) and term.present is not None:
+        present = term.present[samples]
     padding = _padding_of(term.positions, samples, curvature)
     affine_tokens = term.positions > 1 and len(term.weight_shape) == 2
     if padding is None or not affine_tokens or not curvature.first:
-        return cotangents.new_ones(len(cotangents), term.positions, dtype=torch.bool)
-    reached: Tensor = (cotangents[:, 0] != 0).any(dim=3).any(dim=2)
-    return reached | ~padding
+        return present
+    reached: Tensor = (cotangents[:, 0] != 0).any(dim=2)
+    return present & (reached | ~padding)
 
 
 def _padding_of(length: int, samples: slice, curvature: Curvature) -> Tensor | None:
@@ -321,14 +294,6 @@ def _padding_of(length: int, samples: slice, curvature: Curvature) -> Tensor | N
         if covered <= length:  # virtual tokens stand before those of the data
             return nn.functional.pad(padding[samples], (length - covered, 0))
     return None
-
-
-def _add_lower(target: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to the lower triangle, in strips so that most of the upper one is not computed."""
-    size = target.shape[1]
-    for columns in slices(size, max(STRIP, -(-size // 8))):
-        strip = target[:, columns, : columns.stop]
-        strip.baddbmm_(rows[..., columns].mT, rows[..., : columns.stop])
 
 
 def _augmented(term: AffineTerm, samples: slice) -> Tensor:

@@ -25,14 +25,15 @@ Reading order, each file on top of those before it:
 
 1. `terms`: what the rows of a parameter consist of. `inner_products`: products of rows, by
    whichever form takes fewer operations.
-2. `layouts` (where a tensor keeps its samples), `layer_rules` (the plan of what to hook, and from a
-   recorded call to a term), `vjp_rows` (the same for modules without a closed form, and the other
-   two engines).
+2. `layouts` (where a tensor keeps its samples), `capture_plan` (what to hook, and the record of a
+   call), `layer_rules` and `recurrent` (from recorded calls to terms), `vjp_rows` (the same for
+   modules without a closed form, and the other two engines), `joined_calls` (calls of one layer).
 3. `capture` (the passes with hooks), `planner` (the making of the plan).
 4. `rank_exchange` (terms of other ranks' rows). `row_source`: rows and reductions over a batch in
    bounded memory. `captured_rows`: rows that are used several times, and groups of parameters.
    `one_pass`: rows of a training step.
-5. `probe` and `engine_choice`: the check, and the choice of an engine.
+5. `probe`, `operation_count` and `engine_choice`: the check, the predicted time, and the choice
+   of an engine.
 """
 
 from ngeval.jacobians.captured_rows import CapturedRows

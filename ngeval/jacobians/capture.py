@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ngeval.errors import EngineError
-from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, RecordedCall
+from ngeval.jacobians.capture_plan import CapturePlan, HookedModule, RecordedCall
+from ngeval.jacobians.joined_calls import merged
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
-from ngeval.jacobians.terms import StoredTerm, Term, merged
-from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_term, stacked, whole_model_term
+from ngeval.jacobians.terms import StoredTerm, Term
+from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_terms, stacked, whole_model_term
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
 from ngeval.model.inputs import named_tensors
+from ngeval.model.operations import watched_linear
 from ngeval.utils.memory import is_out_of_memory
 
 Use = Callable[..., None]
@@ -110,12 +112,16 @@ class RecordedPass:
         """The terms of the recorded calls and copies, given the gradients there."""
         remaining = iter(gradients)
         terms: list[Term] = []
+        by_module: dict[int, list[RecordedCall]] = {}
         for call in self.recorder.calls:
             if not call.outputs:  # under no_grad: its rows are zero; or it was streamed
                 continue
             for index in call.outputs:
                 call.add_gradient(index, next(remaining))
-            terms.append(_term(self.function, call))
+            by_module.setdefault(id(call.hooked), []).append(call)
+        for calls in by_module.values():
+            rule = calls[0].hooked.rule
+            terms += (rule.terms if rule else module_vjp_terms)(self.function, calls)
         for name, gradient in zip(self.copies, remaining, strict=True):
             # Those of the copies, whose own first dimension is 1: (n, q, 1, …).
             terms.append(StoredTerm({name: gradient.transpose(0, 1).unsqueeze(2)}))
@@ -142,9 +148,23 @@ def forward(
         leaves = leaves_of(function.parameters)
         copies = {name: expand_to_samples(leaves[name], recorder.count) for name in plan.replicated}
         with contextlib.ExitStack() as hooks:
+            linear: dict[int, list[Callable[..., Any]]] = {}
             for hooked in plan.modules:
                 hook = partial(recorder.hook, hooked, iter(hooked.calls))
+                if hooked.of_function:
+                    watching = linear.setdefault(id(leaves[hooked.of_function]), [])
+                    watching.append(partial(hook, hooked.module))
+                    continue
                 hooks.enter_context(hooked.module.register_forward_hook(hook, with_kwargs=True))
+
+            def watch(inputs: Tensor, weight: Tensor, _: Tensor | None, output: Tensor) -> Any:
+                for hook in linear.get(id(weight), ()):
+                    other = hook((inputs,), {}, output)
+                    output = output if other is None else other
+                return output
+
+            if linear:
+                hooks.enter_context(watched_linear(watch))
             outputs = function({**leaves, **copies}, batch, fused=fused)
     for hooked in plan.modules:
         times = sum(call.hooked is hooked for call in recorder.calls)
@@ -153,11 +173,6 @@ def forward(
                 f"{hooked.name} is called {times} times, not {len(hooked.calls)} as before"
             )
     return RecordedPass(function, plan, recorder, leaves, copies, outputs)
-
-
-def _term(function: ModelFunction, call: RecordedCall) -> Term:
-    rule = call.hooked.rule
-    return rule.term(function, call) if rule else module_vjp_term(function, call)
 
 
 class _Tap(torch.autograd.Function):
@@ -209,7 +224,7 @@ class Recorder:
         outputs = list(original)
         if hooked.replicate:
             outputs = [expand_to_samples(outputs[0], self.count)]
-        if hooked.rule is None and len(outputs) > 1:
+        if len(outputs) > 1:
             # One output may be computed from another: only what leaves the module counts.
             outputs = _map_tensors(outputs, lambda tensor: tensor.view_as(tensor))
         differentiable = {
@@ -239,7 +254,8 @@ class Recorder:
 
     def _passed(self, call: RecordedCall, index: int, gradient: Tensor) -> None:
         call.add_gradient(index, gradient.unsqueeze(0))
-        self.use([_term(self._function, call)])
+        if call.hooked.rule is not None:  # as of every streamed module
+            self.use(call.hooked.rule.terms(self._function, [call]))
         call.gradients.clear()
         if self.last:
             call.leaves.clear()

@@ -8,11 +8,16 @@ from functools import partial
 
 from torch import Tensor
 
-from ngeval.errors import EngineError, InputError, nearest_name
+from ngeval.errors import EngineError, InputError, ModelError, nearest_name
+from ngeval.jacobians.operation_count import predicted_seconds
 from ngeval.jacobians.probe import Probe
 from ngeval.jacobians.row_source import ENGINES, RowSource
 from ngeval.model.function import ModelFunction, Parameters
+from ngeval.model.no_gradient import why_no_gradient
 from ngeval.utils.memory import is_out_of_memory
+
+SLOWER, WORTHWHILE = 1.25, 0.05
+"""``vmap`` is taken instead of layers if these take so many times longer, and seconds more."""
 
 Candidate = tuple[str, Callable[[], tuple[RowSource, Parameters]]]
 """An engine's name, and a function that gives its rows and the probe's products of them."""
@@ -90,7 +95,33 @@ def choose_engine(
         hint = "" if engine == "auto" else "; use engine='auto'"
         listed = "; ".join(reason() for reason in reasons)
         raise EngineError(f"engine {engine!r} cannot treat this model ({listed}){hint}")
+    if engine == "auto" and check and not function.split and _is_slow(choice.rows, residual):
+        faster, _ = _first_right(
+            probe, lambda p: [("vmap", partial(p.try_engine, "vmap", memory))], (True, False)
+        )
+        return faster or choice
     return choice
+
+
+def _is_slow(rows: RowSource, residual: Tensor) -> bool:
+    """Whether layers without a rule make the layer engine slower than ``vmap`` of the model.
+
+    Where little time is lost, it is taken nevertheless: Kronecker factors need it.
+    """
+    plan = rows.plan
+    if plan is None or not (plan.looped or any(hooked.rule is None for hooked in plan.modules)):
+        return False
+    local, part = rows.local(residual)
+    try:
+        by_layers, by_vmap = (
+            predicted_seconds(source, part.unsqueeze(1))
+            for source in (local, replace(local, engine_name="vmap", plan=None))
+        )
+    except Exception as error:  # ``vmap`` may fail on a model in any way
+        if is_out_of_memory(error):
+            raise
+        return False
+    return by_layers > SLOWER * by_vmap and by_layers - by_vmap > WORTHWHILE
 
 
 def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> EngineChoice | None:
@@ -109,7 +140,11 @@ def recheck_engine(rows: RowSource, outputs: Tensor, residual: Tensor) -> Engine
 
 
 def _probe_of(function: ModelFunction, outputs: Tensor, residual: Tensor) -> Probe:
-    return function.shards.synchronized(lambda: Probe(function, outputs, residual))
+    try:
+        return function.shards.synchronized(lambda: Probe(function, outputs, residual))
+    except ModelError as error:
+        reason = why_no_gradient(function) if "does not require grad" in str(error) else None
+        raise ModelError(reason) if reason else error from None
 
 
 def _first_right(
@@ -165,6 +200,12 @@ def _tried(
 
 
 def _difference(name: str, probe: Probe, products: Parameters) -> str:
+    if probe.tangent_error:
+        return (
+            f"{name}: the model has neither forward-mode nor second derivatives "
+            f"({probe.tangent_error}); give its autograd.Function a jvp, or leave out "
+            "once_differentiable"
+        )
     names = probe.undifferentiated(products)
     return f"{name}: forward and backward derivatives differ{names}"
 

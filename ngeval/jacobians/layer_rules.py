@@ -1,4 +1,4 @@
-"""The plan of which modules' calls are recorded, and the rules from such a call to a term of rows.
+"""The rules from a recorded call of a layer to terms of rows.
 
 A rule applies to a layer that is exactly of its class and has no hook or forward of the user's. Any
 other module is differentiated as a function of its own; see `ngeval.jacobians.vjp_rows`.
@@ -6,140 +6,21 @@ other module is differentiated as a function of its own; see `ngeval.jacobians.v
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall, for_each
 from ngeval.jacobians.layouts import CallLayout
+from ngeval.jacobians.recurrent import RECURRENT_RULES
 from ngeval.jacobians.terms import AffineTerm, ComputedTerm, EmbeddingTerm, Term
 from ngeval.model.function import ModelFunction, Parameters
 
 TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """A class by its module and name, so that transformers need not be installed."""
-
-
-@dataclass
-class HookedModule:
-    """A module whose calls are recorded, and the parameters whose rows are read off them.
-
-    Attributes:
-        parameters: canonical names of trainable parameters by path inside the module.
-        calls: the layouts of its calls.
-        rule: None for a module that is differentiated as a function.
-        replicate: its outputs are the same for all samples, and are expanded to one copy for each.
-        vmap_fails: ``vmap`` turned out not to work for its function; set when that happens.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, str]
-    calls: list[CallLayout]
-    rule: LayerRule | None
-    replicate: bool = False
-    vmap_fails: bool = False
-
-
-@dataclass
-class CapturePlan:
-    """Where each parameter's rows are read off, as decided by the planner.
-
-    Attributes:
-        modules: the hooked modules.
-        replicated: parameters that are passed to the model expanded to one copy per sample (their
-            own first dimension is 1).
-        looped: parameters whose rows come from a loop over samples of the whole model.
-    """
-
-    modules: list[HookedModule]
-    replicated: list[str] = field(default_factory=list)
-    looped: list[str] = field(default_factory=list)
-
-    def uses(self) -> Counter[str]:
-        """The number of places where each parameter is used."""
-        uses = Counter(name for hooked in self.modules for name in set(hooked.parameters.values()))
-        uses.update(self.replicated)
-        return uses
-
-    def streamed(self) -> set[str]:
-        """The modules whose terms are complete as soon as the backward pass has reached them."""
-        uses = self.uses()
-        return {
-            hooked.name
-            for hooked in self.modules
-            if hooked.rule is not None
-            and len(hooked.calls) == 1
-            and all(uses[name] == 1 for name in hooked.parameters.values())
-        }
-
-    def gradient_scalars(self, function: ModelFunction) -> int:
-        """Scalars per sample at which a cotangent's gradients are taken."""
-        outputs = sum(call.output_scalars for hooked in self.modules for call in hooked.calls)
-        return outputs + sum(function.parameters[name].numel() for name in self.replicated)
-
-    def captured_bytes(self, function: ModelFunction) -> int:
-        """Bytes that a capture holds for one cotangent of one sample: gradients and whole rows.
-
-        Gradients exist twice while a layer's are converted to float64. Only the rows of one module
-        without a rule, or of all looped parameters, exist at a time, with their float64 copy.
-        """
-        size = function.dtype.itemsize
-        whole_rows = [
-            sum(function.parameters[name].numel() for name in names)
-            for names in (
-                self.looped,
-                *(hooked.parameters.values() for hooked in self.modules if hooked.rule is None),
-            )
-        ]
-        return 2 * size * self.gradient_scalars(function) + (size + 8) * max(whole_rows) + 1
-
-
-@dataclass(frozen=True)
-class RecordedCall:
-    """A recorded call: the leaves of its arguments, its outputs, and the gradients there.
-
-    Attributes:
-        spec: the pytree structure of ``(args, kwargs)``.
-        leaves: of the arguments, tensors detached.
-        outputs: the output tensors that depend on parameters, by leaf number.
-        gradients: of vᵀz at those, in chunks by sample: ``(N, Q, *chunk)``.
-    """
-
-    hooked: HookedModule
-    layout: CallLayout
-    spec: Any
-    leaves: list[Any]
-    outputs: dict[int, Tensor]
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-
-    def add_gradient(self, index: int, gradient: Tensor) -> None:
-        """Store the gradients at an output, shape ``(Q, *output.shape)``."""
-        layout = self.layout.outputs[index]
-        if layout is not None:
-            self.gradients[index] = layout.chunks(gradient, 1)
-
-    def input_chunks(self, index: int, num_samples: int) -> Tensor:
-        """An input leaf, one chunk for each sample."""
-        leaf: Tensor = self.leaves[index]
-        layout = self.layout.inputs[index]
-        return layout.chunks(leaf) if layout else leaf.expand(num_samples, *leaf.shape)
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """How one class of layer is treated: whether it applies to a call, and the call's term.
-
-    The term of an ``affine`` one is an `AffineTerm`; ``transposed``, its weight has inputs first.
-    """
-
-    applies: Callable[[Any, CallLayout], bool]
-    term: Callable[[ModelFunction, RecordedCall], Term]
-    affine: bool = False
-    transposed: bool = False
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
@@ -150,7 +31,9 @@ def rule_for(module: nn.Module) -> LayerRule | None:
         return None
     kind = type(module)
     if (kind.__module__, kind.__name__) == TRANSFORMERS_CONV1D:
-        return LayerRule(_linear_applies, _linear_term, affine=True, transposed=True)
+        return LayerRule(
+            _linear_applies, for_each(_linear_term), affine=_own_weight, transposed=True
+        )
     return RULES.get(kind)
 
 
@@ -167,7 +50,11 @@ def _affine(
     return AffineTerm(weight, bias, module.weight.shape, inputs, cotangents, apply, transposed)
 
 
-def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
+def _own_weight(_: Any) -> list[tuple[str, str]]:
+    return [("weight", "bias")]
+
+
+def _linear_term(_: ModelFunction, call: RecordedCall) -> list[Term]:
     gradient = call.gradients[0]
     count, vectors = gradient.shape[:2]
     chunks = call.input_chunks(0, count)
@@ -176,7 +63,7 @@ def _linear_term(_: ModelFunction, call: RecordedCall) -> Term:
         selected = chunks[samples]
         return selected.reshape(selected.shape[0], -1, 1, selected.shape[-1])
 
-    return _affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))
+    return [_affine(call, inputs, gradient.reshape(count, vectors, -1, 1, gradient.shape[-1]))]
 
 
 def _linear_applies(_: nn.Module, layout: CallLayout) -> bool:
@@ -195,7 +82,7 @@ def _samples_first(_: Any, layout: CallLayout) -> bool:
     return all(part is not None and part.dim == 0 for part in parts)
 
 
-def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
+def _conv_term(_: ModelFunction, call: RecordedCall) -> list[Term]:
     layer: Any = call.hooked.module
     gradient = call.gradients[0]  # (n, q, k, O, *pixels)
     chunks = call.input_chunks(0, gradient.shape[0])
@@ -211,7 +98,7 @@ def _conv_term(_: ModelFunction, call: RecordedCall) -> Term:
         return positions_first(maps.unflatten(0, chunks.shape[:2]), 1)
 
     cotangents = positions_first(gradient, 2)
-    return _affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents, apply)
+    return [_affine(call, lambda samples: _patches(layer, chunks[samples]), cotangents, apply)]
 
 
 def _conv_applies(layer: Any, layout: CallLayout) -> bool:
@@ -239,7 +126,66 @@ def _patches(layer: Any, chunks: Tensor) -> Tensor:
     return moved
 
 
-def _embedding_term(_: ModelFunction, call: RecordedCall) -> Term:
+def _transposed_conv_terms(_: ModelFunction, call: RecordedCall) -> list[Term]:
+    """A transposed convolution: every input pixel is mapped to a patch of the outputs.
+
+    z = Σ_t fold(Wᵀ x_t): the gradient at the patch of pixel t is what a convolution with the same
+    geometry would see there.
+    """
+    layer: Any = call.hooked.module
+    gradient = call.gradients[0]  # (n, q, k, O, *pixels)
+    count = len(gradient)
+    chunks = call.input_chunks(0, count)
+    weight, bias = (call.hooked.parameters.get(name) for name in ("weight", "bias"))
+    terms: list[Term] = []
+    if weight:
+        shape = chunks.shape[3:]
+        patches = _output_patches(layer, gradient.flatten(0, 2), shape)  # (n·q·k, t, o)
+        cotangents = patches.unflatten(0, gradient.shape[:3]).flatten(2, 3).unsqueeze(3)
+        flat = chunks.flatten(3).transpose(2, 3).flatten(1, 2).unsqueeze(2)
+        terms.append(
+            AffineTerm(
+                weight,
+                None,
+                layer.weight.shape,
+                lambda samples: flat[samples],
+                cotangents,
+                transposed=True,
+            )
+        )
+    if bias:
+        pixels = gradient.flatten(4).transpose(3, 4).flatten(2, 3).unsqueeze(3)
+        nothing = pixels.new_empty(count, pixels.shape[2], 1, 0)
+        terms.append(
+            AffineTerm(None, bias, layer.weight.shape, lambda samples: nothing[samples], pixels)
+        )
+    return terms
+
+
+def _output_patches(layer: Any, maps: Tensor, shape: torch.Size) -> Tensor:
+    """The patch of outputs ``(b, O, *pixels)`` that each input pixel reaches: ``(b, t, o)``."""
+    dims = len(shape)
+    for d in range(dims):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+        needed = (shape[d] - 1) * layer.stride[d] + reach
+        before = layer.padding[d]
+        after = needed - before - maps.shape[2 + d]
+        widths = [0, 0] * dims
+        widths[2 * (dims - 1 - d)], widths[2 * (dims - 1 - d) + 1] = before, after
+        maps = nn.functional.pad(maps, widths)
+    for d in range(dims):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+        maps = maps.unfold(2 + d, reach, layer.stride[d])[..., :: layer.dilation[d]]
+    order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
+    patches: Tensor = maps.permute(order).flatten(1, dims).flatten(2)
+    return patches
+
+
+def _transposed_conv_applies(layer: Any, layout: CallLayout) -> bool:
+    return layer.groups == 1 and _conv_applies(layer, layout)
+
+
+def _embedding_term(_: ModelFunction, call: RecordedCall) -> list[Term]:
     table: Any = call.hooked.module
     gradient = call.gradients[0]
     count, vectors = gradient.shape[:2]
@@ -247,7 +193,8 @@ def _embedding_term(_: ModelFunction, call: RecordedCall) -> Term:
     if table.padding_idx is not None:
         indices = torch.where(indices == table.padding_idx, -1, indices)
     cotangents = gradient.reshape(count, vectors, -1, gradient.shape[-1])
-    return EmbeddingTerm(call.hooked.parameters["weight"], table.weight.shape, indices, cotangents)
+    weight = call.hooked.parameters["weight"]
+    return [EmbeddingTerm(weight, table.weight.shape, indices, cotangents)]
 
 
 def _embedding_applies(table: nn.Embedding, layout: CallLayout) -> bool:
@@ -272,7 +219,7 @@ def _normalized(function: ModelFunction, hooked: HookedModule, inputs: Tensor) -
     return nn.functional.batch_norm(inputs, mean, variance, eps=norm.eps)
 
 
-def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: bool) -> Term:
+def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: bool) -> list[Term]:
     """Σ_t b_t ⊙ x̂_t for the weight, Σ_t b_t for the bias."""
     hooked, gradient = call.hooked, call.gradients[0]
     count, vectors = gradient.shape[:2]
@@ -298,23 +245,39 @@ def _norm_term(function: ModelFunction, call: RecordedCall, *, channels_first: b
         return rows
 
     names = dict.fromkeys(hooked.parameters.values(), shape)
-    return ComputedTerm((count, vectors), names, compute)
+    return [ComputedTerm((count, vectors), names, compute)]
 
 
 def _layer_norm_applies(norm: Any, layout: CallLayout) -> bool:
     return _samples_precede(layout, features=len(norm.normalized_shape))
 
 
-_CONVOLUTION = LayerRule(_conv_applies, _conv_term, affine=True)
-_LAST_NORM = LayerRule(_layer_norm_applies, partial(_norm_term, channels_first=False))
-_CHANNEL_NORM = LayerRule(_samples_first, partial(_norm_term, channels_first=True))
+_CONVOLUTION = LayerRule(_conv_applies, for_each(_conv_term), affine=_own_weight)
+_TRANSPOSED = LayerRule(
+    _transposed_conv_applies,
+    for_each(_transposed_conv_terms),
+    affine=lambda _: [("weight", ""), ("", "bias")],
+    transposed=True,
+)
+_LAST_NORM = LayerRule(_layer_norm_applies, for_each(partial(_norm_term, channels_first=False)))
+_CHANNEL_NORM = LayerRule(_samples_first, for_each(partial(_norm_term, channels_first=True)))
 
 RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule(_linear_applies, _linear_term, affine=True),
+    nn.Linear: LayerRule(_linear_applies, for_each(_linear_term), affine=_own_weight),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
-    nn.Embedding: LayerRule(_embedding_applies, _embedding_term),
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
+    **RECURRENT_RULES,
+    nn.Embedding: LayerRule(
+        _embedding_applies,
+        for_each(_embedding_term),
+        affine=_own_weight,
+        transposed=True,
+        lookup=True,
+    ),
     nn.LayerNorm: _LAST_NORM,
     nn.RMSNorm: _LAST_NORM,
     nn.GroupNorm: _CHANNEL_NORM,

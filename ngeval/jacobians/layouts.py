@@ -9,36 +9,57 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of
 from ngeval.model.inputs import map_tensors
+from ngeval.model.operations import watched_linear
 
 TRIAL_SIZES = (2, 3)
+
+CallKey = int | tuple[str, str | None]
+
+Leaf = tuple[torch.Size | None, bool]
+"""The shape of a tensor, None of anything else, and whether it is the data of a packed sequence."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of a tensor: dimension ``dim`` holds ``repeats`` entries for each."""
+    """The samples of a tensor: dimension ``dim`` holds ``repeats`` entries for each.
+
+    Those of a sample lie together, or, if ``interleaved``, one of every sample after the other.
+    """
 
     dim: int
     repeats: int
+    interleaved: bool = False
 
     def chunks(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """One chunk for each sample: shape ``(N, *leading dimensions, *chunk)``.
 
-        The tensor has ``leading`` dimensions before those that the layout describes.
+        The tensor has ``leading`` dimensions before those that the layout describes. A `RAGGED`
+        one stays as it is.
         """
+        if self == RAGGED:
+            return tensor
         dim = self.dim + leading
         count = tensor.shape[dim] // self.repeats
-        chunks: Tensor = tensor.unflatten(dim, (count, self.repeats)).movedim(dim, 0)
+        split, place = (count, self.repeats), dim
+        if self.interleaved:
+            split, place = (self.repeats, count), dim + 1
+        chunks: Tensor = tensor.unflatten(dim, split).movedim(place, 0)
         return chunks
+
+
+RAGGED = Layout(0, 0)
+"""Of the data of a ``PackedSequence``: rows for every sample, in the order of their times."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,14 @@ class CallLayout:
     shapes: tuple[torch.Size | None, ...]
     in_place: bool
 
+    def interleaved(self) -> CallLayout:
+        """The same call if entries of different samples alternate, which shapes cannot show."""
+
+        def of(layouts: tuple[Layout | None, ...]) -> tuple[Layout | None, ...]:
+            return tuple(part and replace(part, interleaved=True) for part in layouts)
+
+        return replace(self, inputs=of(self.inputs), outputs=of(self.outputs))
+
     @property
     def output_scalars(self) -> int:
         """Output scalars of one sample."""
@@ -71,8 +100,8 @@ class CallLayout:
 class _TrialCall:
     """The shapes of one call in one trial, and the versions of the output tensors."""
 
-    inputs: list[torch.Size | None]
-    outputs: list[torch.Size | None]
+    inputs: list[Leaf]
+    outputs: list[Leaf]
     versions: list[tuple[Tensor, int]]
 
 
@@ -87,12 +116,13 @@ class Trial:
     """The result of running a model on two and on three samples.
 
     Attributes:
-        calls: by ``id`` of the module, if they can be matched, in order of the first call.
+        calls: by ``id`` of the module, if they can be matched, in order of the first call; of
+            ``F.linear`` with a parameter as its weight, by the names of weight and bias.
         outputs: of the smaller trial.
         sample_bytes: what autograd saves per additional sample.
     """
 
-    calls: dict[int, list[CallLayout]]
+    calls: dict[CallKey, list[CallLayout]]
     outputs: Tensor
     sample_bytes: int
 
@@ -108,7 +138,7 @@ def call_layouts(
     (small, outputs, fewer), (large, _, more) = (
         _run_trial(function, size, expanded, copies) for size in TRIAL_SIZES
     )
-    layouts: dict[int, list[CallLayout]] = {}
+    layouts: dict[CallKey, list[CallLayout]] = {}
     for key, calls in small.items():
         with contextlib.suppress(ValueError):  # the module's calls cannot be matched
             pairs = zip(calls, large.get(key, []), strict=True)
@@ -124,8 +154,8 @@ def expand_to_samples(tensor: Tensor, count: int) -> Tensor:
 
 def _run_trial(
     function: ModelFunction, size: int, expanded: Collection[int], copies: Sequence[str]
-) -> tuple[dict[int, list[_TrialCall]], Tensor, int]:
-    calls: dict[int, list[_TrialCall]] = {}
+) -> tuple[dict[CallKey, list[_TrialCall]], Tensor, int]:
+    calls: dict[CallKey, list[_TrialCall]] = {}
     saved: dict[int, int] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -135,15 +165,19 @@ def _run_trial(
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if id(module) in expanded:
             output = expand_to_samples(output, size)
-        outputs = tree_leaves(output)
-        calls.setdefault(id(module), []).append(
-            _TrialCall(
-                _shapes(tree_leaves((args, kwargs))),
-                _shapes(outputs),
-                [(leaf, leaf._version) for leaf in outputs if isinstance(leaf, Tensor)],
-            )
-        )
+        record(id(module), (args, kwargs), output)
         return output if id(module) in expanded else None
+
+    def record(key: CallKey, inputs: Any, output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors]
+        call = _TrialCall(_leaves(inputs), _leaves(output), versions)
+        calls.setdefault(key, []).append(call)
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        if id(weight) in names and (bias is None or id(bias) in names):
+            key = names[id(weight)], None if bias is None else names[id(bias)]
+            record(key, ((inputs,), {}), output)
 
     with contextlib.ExitStack() as contexts:
         for module in function.model.modules():
@@ -151,24 +185,37 @@ def _run_trial(
         contexts.enter_context(autograd_enabled())
         contexts.enter_context(saved_tensors_hooks(save, lambda tensor: tensor))
         leaves = leaves_of(function.parameters)
+        names = {id(leaf): name for name, leaf in leaves.items()}
+        contexts.enter_context(watched_linear(linear))
         placed = {name: expand_to_samples(leaves[name], size) for name in copies}
         outputs = function({**leaves, **placed}, trial_batch(function, size)).detach()
     return calls, outputs, sum(saved.values())
 
 
-def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
-    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+def _leaves(tree: Any) -> list[Leaf]:
+    leaves: list[Leaf] = []
+    for part in tree_leaves(tree, is_leaf=lambda node: isinstance(node, PackedSequence)):
+        if isinstance(part, PackedSequence):  # its orders and sizes are of no sample
+            leaves += [(part.data.shape, True), *[(None, False)] * (len(part) - 1)]
+        else:
+            leaves.append((part.shape if isinstance(part, Tensor) else None, False))
+    return leaves
 
 
 def _call_layout(small: _TrialCall, large: _TrialCall) -> CallLayout:
     inputs = [_layout(a, b) for a, b in zip(small.inputs, large.inputs, strict=True)]
     outputs = [_layout(a, b) for a, b in zip(small.outputs, large.outputs, strict=True)]
     modified = any(tensor._version != version for tensor, version in small.versions)
-    return CallLayout(tuple(inputs), tuple(outputs), tuple(small.outputs), modified)
+    return CallLayout(
+        tuple(inputs), tuple(outputs), tuple(shape for shape, _ in small.outputs), modified
+    )
 
 
-def _layout(small: torch.Size | None, large: torch.Size | None) -> Layout | None:
+def _layout(fewer: Leaf, more: Leaf) -> Layout | None:
     """The layout of a tensor of two shapes; a ValueError if they do not differ as batches do."""
+    (small, packed), (large, _) = fewer, more
+    if packed:
+        return RAGGED
     if small is None or large is None or small == large:
         return None
     if len(small) != len(large):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ngeval.jacobians.capture import UnsupportedLayerError, forward
+from ngeval.jacobians.capture_plan import RecordedCall
 from ngeval.jacobians.captured_rows import KEPT_SHARE, CapturedRows
 from ngeval.jacobians.inner_products import PIECE_ENTRIES, needs_rows
-from ngeval.jacobians.layer_rules import RecordedCall
+from ngeval.jacobians.layouts import RAGGED
 from ngeval.jacobians.row_source import RowSource
 from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, StoredTerm, Term
 from ngeval.model.function import Parameters, model_errors, pull_back
@@ -106,7 +107,7 @@ def _check_layouts(calls: list[RecordedCall], count: int) -> None:
     for call in calls:
         for index, tensor in call.outputs.items():
             layout, shape = call.layout.outputs[index], call.layout.shapes[index]
-            if layout is None or shape is None:
+            if layout is None or shape is None or layout == RAGGED:
                 continue
             if len(shape) != tensor.ndim or tensor.shape[layout.dim] != count * layout.repeats:
                 raise UnsupportedLayerError(

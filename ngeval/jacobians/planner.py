@@ -5,7 +5,9 @@ strategy is taken that works, in this order:
 
 0. nowhere, if the module there is never called and the parameter has other places (a tied embedding
    that is kept under a third name);
-1. its module's rule (closed forms), or the VJP of its module as a function;
+1. its module's rule (closed forms), that of a linear layer where a bare parameter is the weight of
+   ``F.linear`` (``nn.MultiheadAttention``'s joint projection), or the VJP of its module as a
+   function;
 2. expanded to one copy for each sample, if its first dimension is 1 and its module has children
    (class tokens, position embeddings);
 3. the VJP of the nearest enclosing module that is called with samples (``nn.MultiheadAttention``
@@ -21,14 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from ngeval.jacobians.capture import capture, forward
+from ngeval.jacobians.capture_plan import CapturePlan, HookedModule
 from ngeval.jacobians.inner_products import pieces
-from ngeval.jacobians.layer_rules import CapturePlan, HookedModule, rule_for
-from ngeval.jacobians.layouts import CallLayout, call_layouts, trial_batch
+from ngeval.jacobians.layer_rules import RULES, rule_for
+from ngeval.jacobians.layouts import RAGGED, CallLayout, call_layouts, trial_batch
 from ngeval.jacobians.terms import ALL
 from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
 
 NOWHERE, RULE, MODULE_VJP, REPLICATE, LOOP = "nowhere", "rule", "module-vjp", "replicate", "loop"
+FUNCTION, INTERLEAVED = "function", "interleaved-function"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ class Planner:
 
         A layer after an expanded one sees samples, so each is tried with those before it.
         """
-        for slot in places:
+        calls = [call for calls in self.trial.calls.values() for call in calls]
+        # torch crashes on initial states of a wrong shape beside a packed sequence.
+        packed = any(RAGGED in call.inputs for call in calls)
+        for slot in [] if packed else places:
             name = self.function.slots[slot]
             shape = self.function.parameters[name].shape
             if shape[:1] == (1,) and any(True for _ in self._module_of(slot).children()):
@@ -132,21 +139,47 @@ class Planner:
         if (
             rule
             and calls
+            and not (rule.inner_scalars and self._is_in_parts(path))
             and all(call.outputs[0] is not None and rule.applies(module, call) for call in calls)
         ):
             strategies.append(_Strategy(RULE, path))
+        elif weight := self._weight_of_function(name):
+            strategies.append(_Strategy(FUNCTION, weight))
+            if self._may_be_interleaved(weight):
+                strategies.append(_Strategy(INTERLEAVED, weight))
         parts = path.split(".")
         enclosing = dict.fromkeys(".".join(parts[:i]) for i in range(len(parts), -1, -1))
         strategies += [_Strategy(MODULE_VJP, p) for p in enclosing if self._can_differentiate(p)]
         return [*strategies, _Strategy(LOOP)]
 
+    def _weight_of_function(self, name: str) -> str | None:
+        """The weight of ``F.linear`` if this parameter is that or its bias, and nothing else is."""
+        slots = list(self.function.slots.values())
+        keys = [key for key in self.trial.calls if isinstance(key, tuple) and name in key]
+        if len(keys) != 1 or slots.count(name) > 1 or self.function.split:
+            return None
+        weight, bias = keys[0]
+        shared = sum(isinstance(key, tuple) and key[0] == weight for key in self.trial.calls) > 1
+        linear = RULES[nn.Linear]
+        fits = all(
+            call.outputs[0] is not None and linear.applies(None, call)
+            for call in self.trial.calls[keys[0]]
+        )
+        return weight if fits and not shared and weight != bias else None
+
     def _can_differentiate(self, path: str) -> bool:
         """Whether a module is called with samples, and has all its parameters on this rank."""
         calls = self.trial.calls.get(id(self.modules[path]), [])
+        per_sample = all(
+            any(layout is not None for layout in call.outputs)
+            and RAGGED not in (*call.inputs, *call.outputs)
+            for call in calls
+        )
+        return bool(calls) and per_sample and not self._is_in_parts(path)
+
+    def _is_in_parts(self, path: str) -> bool:
         slots, prefix = self.function.slots, f"{path}." if path else ""
-        in_parts = any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
-        per_sample = all(any(layout is not None for layout in call.outputs) for call in calls)
-        return bool(calls) and per_sample and not in_parts
+        return any(slots[s] in self.function.split for s in slots if s.startswith(prefix))
 
     def _assemble(self) -> CapturePlan:
         slots = self.function.slots
@@ -162,6 +195,10 @@ class Planner:
             if strategy.kind == REPLICATE:
                 replicated.append(name)
                 continue
+            if strategy.kind in (FUNCTION, INTERLEAVED):
+                linear = hooked.setdefault(strategy, self._linear_function(strategy))
+                linear.parameters["weight" if name == strategy.module else "bias"] = name
+                continue
             if strategy not in hooked:
                 module = self.modules[strategy.module]
                 rule = rule_for(module) if strategy.kind == RULE else None
@@ -171,6 +208,24 @@ class Planner:
             hooked[strategy].parameters[slot.removeprefix(prefix)] = name
         in_order = [name for name in self.function.parameters if name in looped]
         return CapturePlan(list(hooked.values()), list(dict.fromkeys(replicated)), in_order)
+
+    def _calls_of_function(self, weight: str) -> list[CallLayout]:
+        calls = self.trial.calls
+        return next(calls[key] for key in calls if isinstance(key, tuple) and key[0] == weight)
+
+    def _may_be_interleaved(self, weight: str) -> bool:
+        parts = [part for call in self._calls_of_function(weight) for part in call.outputs]
+        return any(part is not None and part.repeats > 1 for part in parts)
+
+    def _linear_function(self, strategy: _Strategy) -> HookedModule:
+        """What stands for the uses of a weight by ``F.linear``."""
+        weight = strategy.module
+        outputs, inputs = self.function.parameters[weight].shape
+        module = nn.Linear(inputs, outputs, device="meta")
+        calls = self._calls_of_function(weight)
+        if strategy.kind == INTERLEAVED:
+            calls = [call.interleaved() for call in calls]
+        return HookedModule(weight, module, {}, calls, RULES[nn.Linear], of_function=weight)
 
     def _failing(self, plan: CapturePlan) -> set[str] | None:
         """The parameters of the first hook or copy with which the model does not run, if any."""

@@ -33,6 +33,7 @@ class Probe:
     Attributes:
         function: the model at θ on its batch.
         direction: v, by parameter.
+        tangent_error: why the last tangent failed.
     """
 
     def __init__(self, function: ModelFunction, outputs: Tensor, residual: Tensor) -> None:
@@ -62,6 +63,7 @@ class Probe:
         with model_errors():
             singles = [self._single(n) for n in self._ends]
         self._end_products = {n: torch.stack([s[n] for s in singles]) for n in self.direction}
+        self.tangent_error = ""
         self._double: list[Probe] = []
         self._tangents: dict[bool, Tensor | None] = {}
 
@@ -181,8 +183,10 @@ class Probe:
         try:
             with model_errors():
                 tangent = function.jvp(direction).double()
-        except ModelError:  # the other mode may work
+        except ModelError as error:  # the other mode may work
+            self.tangent_error = str(error).splitlines()[0][:200]
             return None
+        self.tangent_error = ""
         return (self._cotangents.double() * tangent).flatten(1).sum(1).cpu()
 
     def _single(self, n: int) -> Parameters:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ngeval.errors import EngineError
 from ngeval.jacobians.capture import Use, capture, stream
+from ngeval.jacobians.capture_plan import CapturePlan
 from ngeval.jacobians.inner_products import (
     add_inner_products,
     add_squared_column_sums,
     complete_rows,
 )
-from ngeval.jacobians.layer_rules import CapturePlan
 from ngeval.jacobians.rank_exchange import terms_of_other_ranks
 from ngeval.jacobians.terms import ALL, Block, Term, split_rows, whole_block
 from ngeval.jacobians.vjp_rows import loop_rows, vmap_rows, whole_model_term

@@ -181,6 +181,7 @@ class AffineTerm(LayerTerm):
         apply: gives D a for another weight D, shape ``(n, t, g, o)``; None where that is a product
             with a.
         transposed: the layer holds Wᵀ, inputs first.
+        present: which positions a sample has, shape ``(n, t)``; None: all.
     """
 
     weight: str | None
@@ -190,6 +191,7 @@ class AffineTerm(LayerTerm):
     cotangents: Tensor
     apply: Callable[[Tensor], Tensor] | None = None
     transposed: bool = False
+    present: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -228,7 +230,7 @@ class AffineTerm(LayerTerm):
         if self.apply is not None:
             return self.apply(direction)
         if self.transposed:
-            weight = direction.unsqueeze(0)
+            weight = direction.flatten(1).unsqueeze(0)
         else:
             weight = direction.reshape(self.groups, -1, self.fan_in).transpose(1, 2)
         inputs = self.inputs(ALL)
@@ -270,8 +272,8 @@ class AffineTerm(LayerTerm):
             inputs = self.inputs(samples).squeeze(2)[..., units].mT
             right = cotangents.squeeze(3).transpose(1, 2)  # (n, t, q, o)
             products: Tensor = inputs @ right.flatten(2)
-            split: Tensor = products.unflatten(2, right.shape[2:])
-            rows[self.weight] = split.transpose(1, 2)
+            split: Tensor = products.unflatten(2, right.shape[2:]).transpose(1, 2)
+            rows[self.weight] = split.reshape(*split.shape[:3], *self.weight_shape[1:])
         if self.bias and not units.start:
             rows[self.bias] = cotangents.sum(2).flatten(2)
         return rows
@@ -334,29 +336,6 @@ def _combine(weights: Tensor, values: Tensor) -> Tensor:
     split = combined.unflatten(2, [values.shape[dim] for dim in order])
     result: Tensor = split.permute(0, 1, *(2 + order.index(d) for d in range(2, values.ndim)))
     return result
-
-
-def merged(terms: list[Term]) -> list[Term]:
-    """Calls of the same affine layer as a single term with the positions of all of them."""
-    calls: dict[tuple[str | None, str | None], list[AffineTerm]] = {}
-    others: list[Term] = []
-    for term in terms:
-        if isinstance(term, AffineTerm):
-            calls.setdefault((term.weight, term.bias), []).append(term)
-        else:
-            others.append(term)
-    return others + [_merge_calls(group) for group in calls.values()]
-
-
-def _merge_calls(calls: list[AffineTerm]) -> AffineTerm:
-    if len(calls) == 1:
-        return calls[0]
-    return replace(
-        calls[0],
-        inputs=lambda samples: torch.cat([call.inputs(samples) for call in calls], 1),
-        cotangents=torch.cat([call.cotangents for call in calls], 2),
-        apply=lambda direction: torch.cat([call.applied(direction) for call in calls], 1),
-    )
 
 
 def whole_block(cotangents: Tensor) -> Block:

@@ -8,17 +8,18 @@ only its own parameters are differentiated: the rest of the model runs once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from ngeval.jacobians.layer_rules import RecordedCall
+from ngeval.jacobians.capture_plan import RecordedCall
 from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape
 from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of, pull_back
 from ngeval.model.inputs import named_tensors, with_tensors
-from ngeval.model.operations import plain_operations
+from ngeval.model.operations import called
 from ngeval.utils.memory import is_out_of_memory
 
 
@@ -69,22 +70,56 @@ def whole_model_term(
     return ComputedTerm(leading_shape(cotangents), shapes, compute)
 
 
-def module_vjp_term(function: ModelFunction, call: RecordedCall) -> Term:
-    """Rows Σ_outputs (∂output/∂θ)ᵀ b of the parameters that a module owns."""
-    hooked = call.hooked
-    lead = leading_shape(next(iter(call.gradients.values())))
-    chunks = [
-        call.input_chunks(i, lead[0]) if isinstance(leaf, Tensor) else leaf
-        for i, leaf in enumerate(call.leaves)
-    ]
-    module = _ModuleFunction(function, call)
+def module_vjp_terms(function: ModelFunction, calls: list[RecordedCall]) -> list[Term]:
+    """Rows Σ_calls Σ_outputs (∂output/∂θ)ᵀ b of the parameters that a module owns.
 
-    def compute(samples: slice, vectors: slice) -> Parameters:
-        inputs = [chunk[samples] if isinstance(chunk, Tensor) else chunk for chunk in chunks]
-        gradients = [gradient[samples, vectors] for gradient in call.gradients.values()]
-        if not hooked.vmap_fails:
+    Calls whose arguments differ in nothing but their numbers run together.
+    """
+    groups: list[list[RecordedCall]] = []
+    for call in calls:
+        alike = next((group for group in groups if _are_alike(group[0], call)), None)
+        if alike is None:
+            groups.append([call])
+        else:
+            alike.append(call)
+    return [_module_vjp_term(function, group) for group in groups]
+
+
+def _are_alike(first: RecordedCall, other: RecordedCall) -> bool:
+    if first.spec != other.spec or first.gradients.keys() != other.gradients.keys():
+        return False
+    pairs = [*zip(first.leaves, other.leaves, strict=True)]
+    pairs += [(first.gradients[i], other.gradients[i]) for i in first.gradients]
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    others = [(a, b) for a, b in pairs if not (isinstance(a, Tensor) and isinstance(b, Tensor))]
+    plain = str | int | float | bool | None
+    return (
+        first.layout.inputs == other.layout.inputs
+        and all(a.shape == b.shape and a.dtype == b.dtype for a, b in tensors)
+        and all(a is b or (isinstance(a, plain) and a == b) for a, b in others)
+    )
+
+
+def _module_vjp_term(function: ModelFunction, calls: list[RecordedCall]) -> Term:
+    hooked = calls[0].hooked
+    lead = leading_shape(next(iter(calls[0].gradients.values())))
+    chunks = [  # (n, calls, *chunk)
+        torch.stack([call.input_chunks(i, lead[0]) for call in calls], 1)
+        if isinstance(leaf, Tensor)
+        else leaf
+        for i, leaf in enumerate(calls[0].leaves)
+    ]
+    cotangents = [torch.stack([call.gradients[i] for call in calls], 2) for i in calls[0].gradients]
+    module = _ModuleFunction(function, calls)
+    shapes = {name: function.parameters[name].shape for name in hooked.parameters.values()}
+
+    def vmapped(inputs: list[Any], gradients: list[Tensor]) -> Parameters | None:
+        for together in (True, False):
+            if together and (len(calls) == 1 or hooked.vmap_over_calls_fails):
+                continue
+            outputs = module.of_calls_together if together else module.of_calls
             try:
-                rows = module.named(_vmapped(module, module.parameters, inputs, gradients))
+                rows = module.named(_vmapped(outputs, module.parameters, inputs, gradients))
                 part = leading_shape(gradients[0])
                 if all(rows[name].shape == (*part, *shape) for name, shape in shapes.items()):
                     return rows
@@ -93,40 +128,52 @@ def module_vjp_term(function: ModelFunction, call: RecordedCall) -> Term:
                 if is_out_of_memory(error):
                     raise
                 # An operation has no rule for vmap.
-            hooked.vmap_fails = True
+            hooked.vmap_over_calls_fails = True
+        hooked.vmap_fails = True
+        return None
+
+    def compute(samples: slice, vectors: slice) -> Parameters:
+        inputs = [chunk[samples] if isinstance(chunk, Tensor) else chunk for chunk in chunks]
+        gradients = [cotangent[samples, vectors] for cotangent in cotangents]
+        rows = None if hooked.vmap_fails else vmapped(inputs, gradients)
+        if rows is not None:
+            return rows
 
         def outputs_of_sample(leaves: Parameters, n: int) -> list[Tensor]:
-            return module(leaves, [x[n] if isinstance(x, Tensor) else x for x in inputs])
+            return module.of_calls(leaves, [x[n] if isinstance(x, Tensor) else x for x in inputs])
 
         return module.named(_looped(outputs_of_sample, module.parameters, gradients))
 
-    shapes = {name: function.parameters[name].shape for name in hooked.parameters.values()}
     return ComputedTerm(lead, shapes, compute)
 
 
 class _ModuleFunction:
     """One sample's outputs of a module as a function of the parameters that it owns."""
 
-    def __init__(self, function: ModelFunction, call: RecordedCall) -> None:
-        self.call = call
-        name = call.hooked.name
-        prefix = f"{name}." if name else ""
-        tensors = {**function.parameters, **function.frozen, **function.buffers}
-        by_path = {
-            slot.removeprefix(prefix): tensors[canonical]
-            for slot, canonical in function.slots.items()
-            if slot.startswith(prefix) and canonical in tensors
-        }
-        self.parameters = {path: by_path.pop(path) for path in call.hooked.parameters}
+    def __init__(self, function: ModelFunction, calls: list[RecordedCall]) -> None:
+        self.call, self.count = calls[0], len(calls)
+        by_path = function.tensors_of(self.call.hooked.name)
+        self.parameters = {path: by_path.pop(path) for path in self.call.hooked.parameters}
         self.others = by_path
+
+    def of_calls(self, parameters: Parameters, chunks: list[Any]) -> list[Tensor]:
+        """The outputs of several calls, from leaves with the calls first, one after the other."""
+        by_call = [
+            self(parameters, [chunk[t] if isinstance(chunk, Tensor) else chunk for chunk in chunks])
+            for t in range(self.count)
+        ]
+        return [torch.stack(outputs) for outputs in zip(*by_call, strict=True)]
+
+    def of_calls_together(self, parameters: Parameters, chunks: list[Any]) -> list[Tensor]:
+        """The same, all calls at once."""
+        dims = [0 if isinstance(chunk, Tensor) else None for chunk in chunks]
+        outputs: list[Tensor] = torch.func.vmap(partial(self, parameters), in_dims=(dims,))(chunks)
+        return outputs
 
     def __call__(self, parameters: Parameters, chunks: list[Any]) -> list[Tensor]:
         args, kwargs = tree_unflatten(chunks, self.call.spec)
         others = {name: tensor.clone() for name, tensor in self.others.items()}
-        with plain_operations():
-            raw = torch.func.functional_call(
-                self.call.hooked.module, {**others, **parameters}, args, kwargs, tie_weights=False
-            )
+        raw = called(self.call.hooked.module, {**others, **parameters}, args, kwargs)
         leaves = tree_leaves(raw)
         return [
             leaves[index].reshape(gradient.shape[2:])

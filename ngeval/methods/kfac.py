@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from ngeval.curvature.kronecker_factors import (
     SHARINGS,
     Curvature,
     Factors,
-    Layer,
-    affine_layers,
     corrected_eigenvalues,
     layer_factors,
 )
+from ngeval.curvature.kronecker_layers import Layer, kronecker_layers
 from ngeval.errors import EngineError, InputError, nearest_name
 from ngeval.jacobians import CapturedRows, squared_sums
 from ngeval.jacobians.terms import Term
@@ -47,14 +45,17 @@ LARGEST_FACTOR = 8192
 
 @dataclass(frozen=True)
 class Kronecker:
-    """D(λ) for every layer that is affine in its weight (linear, convolution, LoRA's A and B).
+    """D(λ) for every layer that is affine in its weight, or a table.
+
+    Linear, convolution and recurrent layers, LoRA's A and B, embeddings; tied weights are shared
+    over their uses as over positions.
 
     Attributes:
         name: in tables.
         labels: the source of the labels in the output factors.
         sharing: ``"expand"`` or ``"reduce"``, for weights shared over positions.
         damping: ``"exact"``, ``"factored"`` or ``"pi"``.
-        rest: the update of other layers' parameters (norms, embeddings, tied weights):
+        rest: the update of other layers' parameters (norms, weights of two kinds of layer):
             ``"diagonal"``, g/(diag + λ) with the same labels; ``"gradient"``, g; ``"zero"``.
         corrected: whether the eigenvalues are the exact second moments in the Kronecker basis.
     """
@@ -121,7 +122,7 @@ class Kronecker:
 
 
 def _factors(problem: Problem, labels: Labels, seed: int, sharing: str) -> list[Factors]:
-    layers = _covered(problem)
+    layers = _covered(problem, sharing)
     return layer_factors(_captures(problem, labels, seed), layers, sharing, problem.shards)
 
 
@@ -198,7 +199,7 @@ class KroneckerState(ParameterState):
         return update
 
 
-def _covered(problem: Problem) -> list[Layer]:
+def _covered(problem: Problem, sharing: str) -> list[Layer]:
     """The covered layers, whose factors fit in the memory budget."""
     plan = problem.rows.plan
     if plan is None:
@@ -206,26 +207,23 @@ def _covered(problem: Problem) -> list[Layer]:
             "Kronecker factors need the inputs and output gradients of layers, which the engine "
             f"{problem.engine!r} does not record; make the Problem with engine='layers'"
         )
-    modules = dict(problem.function.model.named_modules(remove_duplicate=False))
     layers, large, needed = [], [], 0
-    for layer in affine_layers(plan):
-        module: Any = modules[layer.name]
-        weight, groups = module.weight, getattr(module, "groups", 1)
-        fan_in, fan_out = weight[0].numel(), len(weight) // groups
-        if layer.transposed:
-            fan_in, fan_out = fan_out, fan_in
-        sizes = (fan_in + 1 if layer.weight else 1, fan_out)
-        if max(sizes) <= LARGEST_FACTOR:
+    for layer in kronecker_layers(plan):
+        groups, outputs, _ = layer.sizes
+        diagonal = layer.lookup and sharing == EXPAND
+        sides = (outputs,) if diagonal else (layer.width, outputs)
+        if max(sides) <= LARGEST_FACTOR:
             layers.append(layer)
             # Each factor and its vectors, and the gradient and its rotation.
-            needed += 8 * groups * (2 * sizes[0] ** 2 + 2 * sizes[1] ** 2 + 2 * sizes[0] * sizes[1])
+            entries = sum(side**2 for side in sides) + layer.width * outputs
+            needed += 8 * groups * 2 * entries
         else:
-            large.append(f"{layer.name or 'the model'} has {max(sizes)}")
+            large.append(f"{layer.name or 'the model'} has {max(sides)}")
     if not layers:
         raise EngineError(
-            "KFAC covers no layer of this model: it needs linear or convolution layers with a "
-            f"trainable weight that is not shared, and factors of at most {LARGEST_FACTOR} rows"
-            + (f" ({', '.join(large[:3])})" if large else "")
+            "KFAC covers no layer of this model: it needs linear, convolution or recurrent "
+            "layers, or tables, with a trainable weight, and factors of at most "
+            f"{LARGEST_FACTOR} rows" + (f" ({', '.join(large[:3])})" if large else "")
         )
     if needed > problem.rows.memory:
         raise EngineError(

@@ -40,8 +40,11 @@ def check_model(model: nn.Module) -> None:
         for name, tensor in named:
             if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
                 raise ModelError(f"{kind} {name!r} has no values (lazy or on the meta device)")
-            if tensor.is_complex():
-                raise ModelError(f"{kind} {name!r} is complex; ngeval grades real models")
+            if tensor.is_complex() and kind == "parameter":
+                raise ModelError(
+                    f"parameter {name!r} is complex; ngeval grades real parameters: hold it as its "
+                    "real and imaginary part (torch.view_as_real)"
+                )
             _check_finite(kind, name, tensor)
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:

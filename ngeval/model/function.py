@@ -29,7 +29,7 @@ from ngeval.model.inputs import (
     map_tensors,
     named_tensors,
 )
-from ngeval.model.operations import plain_operations
+from ngeval.model.operations import called
 from ngeval.model.outputs import Output, Reading, outputs_of
 from ngeval.model.sharding import SINGLE, Shards
 from ngeval.utils.memory import is_out_of_memory
@@ -57,6 +57,8 @@ class ModelFunction:
         ragged: a batch whose samples are passed one by one; ``inputs`` are then their numbers.
         inner_epsilon: machine epsilon of the coarsest type to which the model's code narrows.
         forward_mode: compute J d by forward-mode AD where every operation has a rule.
+        inner_gradients: the model differentiates inside its forward pass, which therefore records
+            a graph wherever it runs.
         notes: workarounds that were needed, for reports.
         shards: this process's part of the batch.
         split: parameters that FSDP2 keeps in parts; they are left in the model.
@@ -75,6 +77,7 @@ class ModelFunction:
     ragged: Ragged | None = None
     inner_epsilon: float = 0.0
     forward_mode: bool = True
+    inner_gradients: bool = False
     notes: set[str] = field(default_factory=set)
     shards: Shards = SINGLE
     split: frozenset[str] = frozenset()
@@ -233,10 +236,8 @@ class ModelFunction:
         args, kwargs = call_arguments(self.model, batch)
         tensors = {**parameters, **self.frozen, **buffers}
         placed = {slot: tensors[name] for slot, name in self.slots.items() if name in tensors}
-        # With tie_weights, torch would swap a module that is registered twice two times, and not
-        # restore it; the slots name every place once.
-        with plain_operations(self.notes, fused=fused):
-            raw = torch.func.functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        with autograd_enabled() if self.inner_gradients else contextlib.nullcontext():
+            raw = called(self.model, placed, args, kwargs, notes=self.notes, fused=fused)
         if isinstance(self.output, Reading):
             return self.output(raw)
         return outputs_of(raw, self.output)
@@ -288,8 +289,15 @@ class ModelFunction:
             pulled = torch.autograd.grad(
                 outputs, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
             )
-            along = [tangent[name] for name in leaves]
-            return torch.autograd.grad(pulled, [dummy], along, materialize_grads=True)[0]
+            along = {p: tangent[n] for n, p in zip(leaves, pulled, strict=True) if p.requires_grad}
+            if not along:
+                return torch.zeros_like(outputs)
+            result = torch.autograd.grad(
+                list(along), [dummy], list(along.values()), allow_unused=True
+            )[0]
+            if result is None:  # Jᵀw depends on w, unless a backward pass is not recorded
+                raise RuntimeError("a function of the model's can be differentiated only once")
+            return result
 
     def vjp(self, cotangent: Tensor) -> Parameters:
         """Jᵀw for a cotangent field w of the outputs' shape, by parameter name."""
@@ -297,6 +305,17 @@ class ModelFunction:
             leaves = leaves_of(self.parameters)
             outputs = self(leaves, fused=True)
             return pull_back([outputs], leaves, [cotangent])
+
+    def tensors_of(self, path: str) -> Parameters:
+        """The tensors at θ of the module at a path, by their paths in it, detached."""
+        prefix = f"{path}." if path else ""
+        own = {name: tensor.detach() for name, tensor in self.originals.items()}
+        known = {**own, **self.parameters, **self.frozen, **self.buffers}
+        return {
+            slot.removeprefix(prefix): known[name]
+            for slot, name in self.slots.items()
+            if slot.startswith(prefix)
+        }
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of length P, parameters in the model's order."""
@@ -403,6 +422,8 @@ def _version_of(tensor: Tensor) -> int:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex() and dtype.itemsize >= 4:
+        return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,10 +14,93 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
+"""Classes of attributes whose entries are restored, too."""
+
+HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+"""Attributes of every module that are not searched, for speed."""
+
+
+def called(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    notes: set[str] | None = None,
+    fused: bool = False,
+) -> Any:
+    """The value of a module with these tensors in place, run by plain operations.
+
+    The module is as before afterwards, whatever its code assigns to it (hooks of weight norm write
+    the weight, recurrent layers a list of weights, some models what they have seen).
+    """
+    # With tie_weights, torch would swap a module that is registered twice two times, and not
+    # restore it; the tensors' names name every place once.
+    with restored(module), plain_operations(notes, fused=fused):
+        return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
+
+
+@contextlib.contextmanager
+def watched_linear(watch: Callable[[Tensor, Tensor, Tensor | None, Tensor], Any]) -> Iterator[None]:
+    """Pass the input, weight, bias and output of every ``F.linear`` to a function.
+
+    What it returns, unless that is None, takes the place of the output.
+    """
+    linear = nn.functional.linear
+
+    def watched(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = linear(inputs, weight, bias)
+        other = watch(inputs, weight, bias, output)
+        return output if other is None else other
+
+    nn.functional.linear = watched  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+@contextlib.contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Restore all attributes of a module and of its submodules, and what their containers hold."""
+    attributes = [(each, dict(vars(each))) for each in module.modules()]
+    containers = [
+        (value, value.copy())
+        for _, values in attributes
+        for name, value in values.items()
+        if type(value) in CONTAINERS and name not in HOOKS
+    ]
+    try:
+        yield
+    finally:
+        for each, values in attributes:
+            if not _same(vars(each), values):
+                vars(each).clear()
+                vars(each).update(values)
+        for container, entries in containers:
+            _refill(container, entries)
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+
+
+def _refill(container: Any, entries: Any) -> None:
+    if isinstance(container, dict):
+        if not _same(container, entries):
+            container.clear()
+            container.update(entries)
+    elif len(container) != len(entries) or any(
+        a is not b for a, b in zip(container, entries, strict=True)
+    ):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(entries)
+
 
 @contextlib.contextmanager
 def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> Iterator[None]:
-    """Attention by its definition unless ``fused``, and no activation checkpointing.
+    """Attention by its definition unless ``fused``; no checkpointing, nothing compiled.
 
     The notes receive a line if there was checkpointing.
 
@@ -23,15 +108,25 @@ def plain_operations(notes: set[str] | None = None, *, fused: bool = False) -> I
     ``nn.TransformerEncoder`` (taken where no gradient is recorded) is another function of padding.
     Checkpointing runs parts of the model again in the backward pass, which neither transforms of
     functions nor recorded calls allow; its values and derivatives are those of the plain call.
+    What ``torch.compile`` made would be compiled again for every set of hooks and every transform.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         attention = contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
-        with attention, _without_checkpointing(notes):
+        with attention, _without_checkpointing(notes), _without_compilation():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _without_compilation() -> Iterator[None]:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; its import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

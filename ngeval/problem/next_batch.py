@@ -103,6 +103,7 @@ def by_known_plan(
         function,
         inner_epsilon=known.function.inner_epsilon,
         forward_mode=known.function.forward_mode,
+        inner_gradients=known.function.inner_gradients,
     )
     rows = replace(known, function=function)
     chain.seen[key] += 1

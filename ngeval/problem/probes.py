@@ -32,13 +32,31 @@ def run_model(function: ModelFunction, chosen: Tensor | None = None) -> Tensor:
     def run() -> Tensor:
         part = function.local(at_least=1)
         with torch.no_grad(), model_errors():
-            outputs = part(part.parameters, inputs, fused=True)
+            outputs = part(part.parameters, inputs, fused=True).detach()
         if part is function:
             return outputs
         local = function.shards.local_slice(function.num_samples)
         return outputs[: local.stop - local.start]  # none where the sample is another rank's
 
     return function.shards.concatenate(run)
+
+
+def run_first(function: ModelFunction) -> tuple[ModelFunction, Tensor]:
+    """The function as its model has to be run, and its raw outputs.
+
+    A model that differentiates inside forward (forces, the residual of a differential equation)
+    needs a graph even where its outputs alone are asked for.
+    """
+    try:
+        return function, run_model(function)
+    except ModelError as error:
+        if "does not require grad" not in str(error):
+            raise
+        recording = replace(function, inner_gradients=True)
+        try:
+            return recording, run_model(recording)
+        except ModelError:
+            raise error from None
 
 
 def check_same_problem(function: ModelFunction, targets: Any, options: object = ()) -> None:

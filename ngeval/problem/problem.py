@@ -32,6 +32,7 @@ from ngeval.problem.probes import (
     check_repeatable,
     check_same_problem,
     check_split,
+    run_first,
     run_model,
 )
 from ngeval.utils.memory import free_memory
@@ -167,7 +168,7 @@ class Problem(Linearized):
         options = (likelihood.name, chain.engine, function.cast, chain.probes)
         check_same_problem(function, targets, options)
         with OperationWatch() as watch:
-            raw = run_model(function)
+            function, raw = run_first(function)
         self._fused_attention = any(shards.gather(int(watch.attention)))
         function = replace(function, inner_epsilon=max(shards.gather(watch.epsilon)))
         super().__init__(function, likelihood, raw, targets)
