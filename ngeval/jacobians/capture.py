@@ -24,7 +24,8 @@ from ngeval.jacobians.joined_calls import merged
 from ngeval.jacobians.layouts import CallLayout, expand_to_samples
 from ngeval.jacobians.terms import StoredTerm, Term
 from ngeval.jacobians.vjp_rows import loop_rows, module_vjp_terms, stacked, whole_model_term
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of
+from ngeval.model.autograd import Parameters, autograd_enabled, leaves_of
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import named_tensors
 from ngeval.model.operations import watched_linear
 from ngeval.utils.memory import is_out_of_memory

@@ -12,7 +12,8 @@ from ngeval.errors import EngineError, InputError, ModelError, nearest_name
 from ngeval.jacobians.operation_count import predicted_seconds
 from ngeval.jacobians.probe import Probe
 from ngeval.jacobians.row_source import ENGINES, RowSource
-from ngeval.model.function import ModelFunction, Parameters
+from ngeval.model.autograd import Parameters
+from ngeval.model.function import ModelFunction
 from ngeval.model.no_gradient import why_no_gradient
 from ngeval.utils.memory import is_out_of_memory
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, LayerTerm, Term, split_rows
+from ngeval.model.autograd import Parameters
 from ngeval.model.directions import slices
-from ngeval.model.function import Parameters
 
 PIECE_ENTRIES = 2**23
 """Entries of a temporary matrix, 64 MiB in float64: a larger one is slower, as it misses caches."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngeval.jacobians.terms import AffineTerm, EmbeddingTerm, Term
-from ngeval.model.function import Parameters
+from ngeval.model.autograd import Parameters
 
 
 @dataclass(frozen=True)

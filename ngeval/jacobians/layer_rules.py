@@ -17,7 +17,8 @@ from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall,
 from ngeval.jacobians.layouts import CallLayout
 from ngeval.jacobians.recurrent import RECURRENT_RULES
 from ngeval.jacobians.terms import AffineTerm, ComputedTerm, EmbeddingTerm, Term
-from ngeval.model.function import ModelFunction, Parameters
+from ngeval.model.autograd import Parameters
+from ngeval.model.function import ModelFunction
 
 TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """A class by its module and name, so that transformers need not be installed."""

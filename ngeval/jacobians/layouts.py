@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of
+from ngeval.model.autograd import autograd_enabled, leaves_of
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import map_tensors
 from ngeval.model.operations import watched_linear
 

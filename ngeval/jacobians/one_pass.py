@@ -16,7 +16,7 @@ from ngeval.jacobians.inner_products import PIECE_ENTRIES, needs_rows
 from ngeval.jacobians.layouts import RAGGED
 from ngeval.jacobians.row_source import RowSource
 from ngeval.jacobians.terms import ALL, AffineTerm, EmbeddingTerm, StoredTerm, Term
-from ngeval.model.function import Parameters, model_errors, pull_back
+from ngeval.model.autograd import Parameters, model_errors, pull_back
 
 
 class OnePass:

@@ -20,7 +20,8 @@ from ngeval.jacobians.planner import Planner
 from ngeval.jacobians.row_source import RowSource
 from ngeval.jacobians.terms import Block, Term
 from ngeval.jacobians.vjp_rows import loop_rows
-from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.autograd import Parameters, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.operations import OperationWatch
 
 

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_unflatten
 from ngeval.jacobians.capture_plan import HookedModule, LayerRule, RecordedCall, for_each
 from ngeval.jacobians.layouts import RAGGED, TRIAL_SIZES, CallLayout
 from ngeval.jacobians.terms import AffineTerm, Term
-from ngeval.model.function import ModelFunction, autograd_enabled
+from ngeval.model.autograd import autograd_enabled
+from ngeval.model.function import ModelFunction
 
 LSTM, GRU = "LSTM", "GRU"
 

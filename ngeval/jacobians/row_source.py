@@ -27,7 +27,8 @@ from ngeval.jacobians.inner_products import (
 from ngeval.jacobians.rank_exchange import terms_of_other_ranks
 from ngeval.jacobians.terms import ALL, Block, Term, split_rows, whole_block
 from ngeval.jacobians.vjp_rows import loop_rows, vmap_rows, whole_model_term
-from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.autograd import Parameters, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.sharding import Shards
 from ngeval.utils.memory import halving
 from ngeval.utils.text import describe_bytes

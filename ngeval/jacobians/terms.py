@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ngeval.model.function import Parameters, model_errors
+from ngeval.model.autograd import Parameters, model_errors
 
 ALL = slice(None)
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from ngeval.jacobians.capture_plan import RecordedCall
 from ngeval.jacobians.terms import ComputedTerm, Term, leading_shape
-from ngeval.model.function import ModelFunction, Parameters, autograd_enabled, leaves_of, pull_back
+from ngeval.model.autograd import Parameters, autograd_enabled, leaves_of, pull_back
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import named_tensors, with_tensors
 from ngeval.model.operations import called
 from ngeval.utils.memory import is_out_of_memory

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError
-from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.autograd import Parameters, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.utils.memory import is_out_of_memory
 
 Direction = Tensor | Mapping[str, Tensor]

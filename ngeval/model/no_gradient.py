@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ngeval.model.function import ModelFunction, autograd_enabled, leaves_of
+from ngeval.model.autograd import autograd_enabled, leaves_of
+from ngeval.model.function import ModelFunction
 
 CURE = "remove it from forward, or freeze those parameters"
 

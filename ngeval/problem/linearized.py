@@ -17,8 +17,9 @@ from torch import Tensor
 from ngeval.errors import InputError
 from ngeval.jacobians import OnePass, RowSource
 from ngeval.likelihoods import Likelihood
+from ngeval.model.autograd import model_errors
 from ngeval.model.directions import Direction, largest, vector_of
-from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.outputs import bound
 from ngeval.model.sharding import Shards
 from ngeval.problem.probes import check_outputs

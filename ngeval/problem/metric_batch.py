@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
+from ngeval.model.autograd import model_errors
 from ngeval.model.batches import pair_of
 from ngeval.model.directions import chunk_sizes, push_directions, slices
-from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import check_inputs, map_tensors, named_tensors
 from ngeval.model.outputs import bound
 from ngeval.model.sharding import PRIME, fingerprint

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from ngeval.errors import ModelError
 from ngeval.likelihoods import Bernoulli, Categorical, Likelihood, Weighted
-from ngeval.model.function import (
-    ModelFunction,
-    Parameters,
-    autograd_enabled,
-    leaves_of,
-    model_errors,
-)
+from ngeval.model.autograd import Parameters, autograd_enabled, leaves_of, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.outputs import Reading
 from ngeval.utils.text import listed
 

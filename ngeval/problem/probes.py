@@ -14,8 +14,9 @@ from ngeval.errors import EngineError, ModelError
 from ngeval.jacobians import EngineChoice, RowSource, row_matrix
 from ngeval.jacobians.inner_products import inner_product
 from ngeval.jacobians.vjp_rows import loop_rows
+from ngeval.model.autograd import Parameters, model_errors
 from ngeval.model.checks import is_finite
-from ngeval.model.function import ModelFunction, Parameters, model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import map_tensors, named_tensors
 from ngeval.model.sharding import fingerprint
 

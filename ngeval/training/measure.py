@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ngeval.errors import InputError, ModelError, TaskError
 from ngeval.likelihoods import Categorical, OutputDistribution
 from ngeval.likelihoods.categorical import class_labels
-from ngeval.model.function import model_errors
+from ngeval.model.autograd import model_errors
 from ngeval.model.inputs import Inputs, call_arguments, map_tensors
 from ngeval.model.outputs import reading_of
 from ngeval.tasks import Batch, Task

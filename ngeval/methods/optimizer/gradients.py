@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ngeval.errors import InputError
 from ngeval.likelihoods import OutputDistribution
-from ngeval.model.function import ModelFunction, model_errors
+from ngeval.model.autograd import model_errors
+from ngeval.model.function import ModelFunction
 from ngeval.model.inputs import Inputs
 from ngeval.problem.metric_batch import Metric
 from ngeval.problem.mistakes import unused_parameters
