@@ -53,7 +53,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 
 nitpicky = True
 nitpick_ignore_regex = [  # other packages: their inventories are on the network
-    ("py:.*", r"(abc|collections|pathlib|types|typing)\..*"),
+    ("py:.*", r"(abc|collections|os|pathlib|types|typing)\..*"),
     ("py:.*", r"(matplotlib|numpy|pandas|pd|pydantic|scipy|torch)\..*"),
     ("py:class", "Tensor"),
     ("py:.*", r"Optimizer|param_groups"),  # in docstrings that torch's optimizers pass on

@@ -51,7 +51,7 @@ class TestMemory:
     def test_of_the_least_gamma(self, small, whole, error):
         output = small.folder / "g.csv"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules["ngeval.grading.evaluate"], "natural_solver", failing(error))
+            patch.setattr(sys.modules["ngeval.grading.natural"], "natural_solver", failing(error))
             text = small.run("gamma", output, code=3).stderr
         assert "or not by every method" in text
         table = read_results(output)

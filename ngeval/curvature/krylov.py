@@ -59,6 +59,13 @@ class Bounds:
         factor = 1 + 2 * error if error < 0.1 else math.inf
         return Bounds(self.lower / factor, self.upper * factor)
 
+    def distances(self, gammas: np.ndarray) -> np.ndarray:
+        """How far γ are outside of the bounds, relative; 0 inside of them."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            outside = np.maximum(self.lower / gammas, gammas / self.upper) - 1
+        distances: np.ndarray = np.fmax(outside, 0.0)
+        return distances
+
     @property
     def gaps(self) -> np.ndarray:
         """upper/lower − 1, shape ``(L,)``."""

@@ -79,8 +79,10 @@ class Perturbations:
             again = getattr(prepared.updates, "again", None)
             if again is not None:
                 updates = partial(DirectionUpdates, prepared.updates.count, again)
-                changes = self._changes(grades, self.kernel, updates)
-                results[-1] = results[-1].with_errors(*changes)
+                error, of_update = self._changes(grades, self.kernel, updates)
+                if self.metric is None and prepared.bounds is not None:
+                    error = torch.from_numpy(prepared.bounds.distances(grades.gammas.numpy()))
+                results[-1] = results[-1].with_errors(error, of_update)
         natural = np.full(len(dampings), 1e-15)
         solved = [
             i

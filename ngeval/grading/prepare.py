@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.krylov import Bounds
 from ngeval.curvature.updates import Updates
 from ngeval.dampings import check_scale
 from ngeval.errors import InputError, NgevalError
@@ -48,6 +49,7 @@ class Prepared:
         remarks: what a reader of its results should know.
         rank: of the method's curvature, where a λ is 0 and the method knows it; otherwise NaN.
         gaps: how far γ may be from that of an exact solution, relative, for every λ.
+        bounds: on the γ of an exact solution by the same batch, where the method has them.
     """
 
     absolute: list[float]
@@ -56,6 +58,7 @@ class Prepared:
     remarks: str
     rank: float
     gaps: np.ndarray
+    bounds: Bounds | None
 
 
 def attempt(
@@ -98,8 +101,11 @@ def prepare(
     rank = float(getattr(state, "rank", math.nan)) if 0 in absolute else math.nan
     notes = "; ".join(getattr(state, "notes", ()))
     # After the updates, which a run has to be long enough for.
-    gaps = np.asarray(state.gaps(absolute) if hasattr(state, "gaps") else np.zeros(len(dampings)))
-    return Prepared(absolute, updates, coverage, notes, rank, gaps)
+    bounds = state.bounds(absolute) if hasattr(state, "bounds") else None
+    gaps = np.zeros(len(dampings)) if bounds is None else bounds.gaps
+    if hasattr(state, "gaps"):
+        gaps = np.asarray(state.gaps(absolute))
+    return Prepared(absolute, updates, coverage, notes, rank, gaps, bounds)
 
 
 def failure_reason(error: Exception) -> str:

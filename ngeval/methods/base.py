@@ -24,7 +24,7 @@ class State(Protocol):
     A state may also have ``coverage``, the percentage of the parameters that it treats (default
     100), ``notes``, a tuple of remarks for the column ``note`` of its results, ``rank``, that of
     its curvature by the rule for λ = 0, and ``gaps(dampings)``, how far the γ of an iterative
-    solution may be from the exact one, relative.
+    solution may be from the exact one, relative, or ``bounds(dampings)`` on that γ.
     """
 
     @property

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.krylov import GAP, MAX_ITERATIONS
+from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
 from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
 from ngeval.curvature.updates import Updates
 from ngeval.methods.base import State
@@ -54,9 +52,9 @@ class NaturalState(State):
         """The rank at λ = 0, NaN for a Krylov run."""
         return self.solver.rank
 
-    def gaps(self, dampings: Sequence[float]) -> np.ndarray:
-        """How far γ may be from the exact one, relative."""
-        return self.solver.bounds(dampings).gaps
+    def bounds(self, dampings: Sequence[float]) -> Bounds:
+        """Bounds on the γ of the exact natural gradient."""
+        return self.solver.bounds(dampings)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         return self.solver.updates(dampings)

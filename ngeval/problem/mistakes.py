@@ -21,8 +21,6 @@ VIEWS = (
 )  # fmt: skip
 """Names of autograd's nodes that change no value."""
 
-SWAPS = ("Permute", "Transpose")
-"""Those that exchange dimensions."""
 
 MANY = 20
 """From this many outputs on, it is remarked if all lie in [0, 1]."""
@@ -75,15 +73,31 @@ def _check_classes(function: ModelFunction, outputs: Tensor) -> None:
 
 
 def _origin(function: ModelFunction) -> tuple[str, bool]:
-    """The operation that the first sample's outputs are from, and whether dims were swapped."""
+    """The operation that the first sample's outputs are from, and whether its last dim is moved."""
     with autograd_enabled(), model_errors():
         first = function.on(slice(0, 1))
         node: Any = first(leaves_of(first.parameters)).grad_fn
     is_swapped = False
     while node is not None and node.name().startswith(VIEWS):
-        is_swapped ^= node.name().startswith(SWAPS)
+        is_swapped ^= _moves_last(node)
         node = node.next_functions[0][0]
     return ("" if node is None else node.name()), is_swapped
+
+
+def _moves_last(node: Any) -> bool:
+    """Whether a node of a view puts a different dimension last."""
+    if node.name().startswith("Permute"):
+        order = [_signed(d) for d in node._saved_dims]
+        return order[-1] % len(order) != len(order) - 1
+    if node.name().startswith("Transpose"):
+        last = len(node._input_metadata[0].shape) - 1
+        return not {-1, last}.isdisjoint(map(_signed, (node._saved_dim0, node._saved_dim1)))
+    return False
+
+
+def _signed(dim: int) -> int:
+    """A dimension that autograd has stored as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def unused_parameters(function: ModelFunction, names: Sequence[str]) -> list[str]:
