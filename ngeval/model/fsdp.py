@@ -34,7 +34,7 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
     split = {n: p for n, p in model.named_parameters() if _is_distributed(p)}
     if not split:
         return frozenset()
-    by_fsdp = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
+    by_fsdp = {id(p) for module in sharded_modules(model) for p in module.parameters()}
     for name, parameter in split.items():
         where = f"parameter {name!r} is a DTensor, spread over ranks"
         if shards.group is None:
@@ -61,11 +61,11 @@ def split_parameters(model: nn.Module, shards: Shards) -> frozenset[str]:
 
 def reshard(model: nn.Module) -> None:
     """Reduce each rank's parameters to its part, as before a pass."""
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.reshard()
 
 
-def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+def sharded_modules(model: nn.Module) -> Iterator[Any]:
     """The modules that `fully_shard` was called on; none if it was never imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from ngeval.model.fsdp import sharded_modules
+
 CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
 """Classes of attributes whose entries are restored, too."""
 
@@ -63,8 +65,12 @@ def watched_linear(watch: Callable[[Tensor, Tensor, Tensor | None, Tensor], Any]
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Restore all attributes of a module and of its submodules, and what their containers hold."""
-    attributes = [(each, dict(vars(each))) for each in module.modules()]
+    """Restore all attributes of a module and of its submodules, and what their containers hold.
+
+    Not those of modules that ``fully_shard`` has split, which it changes around each pass itself.
+    """
+    split = {part for each in sharded_modules(module) for part in each.modules()}
+    attributes = [(each, dict(vars(each))) for each in module.modules() if each not in split]
     containers = [
         (value, value.copy())
         for _, values in attributes
