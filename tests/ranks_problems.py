@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import ngeval
+import ngeval.curvature.fisher_blocks  # before row_space.DENSE_SIZE, which it imports, is replaced
 from ngeval.curvature import row_space as kernel
 from ngeval.jacobians import CapturedRows, gram_matrix
 from ngeval.model.function import ModelFunction
