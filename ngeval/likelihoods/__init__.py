@@ -6,7 +6,7 @@ of the outputs, is C×C for each position and is never formed. For the softmax s
 insights and perspectives on the natural gradient method" (arXiv 1412.1193), §9.
 """
 
-from ngeval.likelihoods.base import Likelihood, OutputDistribution
+from ngeval.likelihoods.base import DiagonalDistribution, Likelihood, OutputDistribution
 from ngeval.likelihoods.bernoulli import Bernoulli, BernoulliDistribution
 from ngeval.likelihoods.categorical import Categorical, CategoricalDistribution
 from ngeval.likelihoods.counts import Poisson, PoissonDistribution
@@ -21,6 +21,7 @@ __all__ = [
     "BernoulliDistribution",
     "Categorical",
     "CategoricalDistribution",
+    "DiagonalDistribution",
     "Gaussian",
     "GaussianDistribution",
     "GaussianNLL",

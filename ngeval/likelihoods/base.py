@@ -119,6 +119,25 @@ class OutputDistribution(ABC):
         return self.whitened_residual().square().flatten(1).sum(1)
 
 
+class DiagonalDistribution(OutputDistribution):
+    """A distribution of independent outputs, whose H is diagonal.
+
+    Attributes:
+        root: S = H^½, in the logits' shape.
+    """
+
+    root: Tensor
+
+    def fisher_product(self, tangent: Tensor) -> Tensor:
+        return self.root.square() * tangent
+
+    def factor_product(self, vector: Tensor) -> Tensor:
+        return self.root * vector
+
+    def factor_transpose_product(self, tangent: Tensor) -> Tensor:
+        return self.root * tangent
+
+
 class Likelihood(ABC):
     """A family of output distributions, as the argument ``likelihood=`` names it.
 

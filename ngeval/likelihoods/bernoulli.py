@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError
-from ngeval.likelihoods.base import OutputDistribution, single_output
+from ngeval.likelihoods.base import DiagonalDistribution, single_output
 from ngeval.likelihoods.scaled import OutputWise, Weights, described
 
 
@@ -79,7 +79,7 @@ class Bernoulli(OutputWise):
         return BernoulliDistribution(logits, labels)
 
 
-class BernoulliDistribution(OutputDistribution):
+class BernoulliDistribution(DiagonalDistribution):
     """Independent Bernoulli labels at given logits; see `Bernoulli` for the formulas."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
@@ -108,12 +108,6 @@ class BernoulliDistribution(OutputDistribution):
 
     def fisher_product(self, tangent: Tensor) -> Tensor:
         return self.on * self.off * tangent
-
-    def factor_product(self, vector: Tensor) -> Tensor:
-        return self.root * vector
-
-    def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        return self.root * tangent
 
     def whitened_residual(self) -> Tensor:
         """R = (1−y) e^(z/2) − y e^(−z/2), which is (q−y)/√(q(1−q))."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError
-from ngeval.likelihoods.base import OutputDistribution
+from ngeval.likelihoods.base import DiagonalDistribution
 from ngeval.likelihoods.scaled import OutputWise, described
 
 
@@ -49,7 +49,7 @@ class Poisson(OutputWise):
         )
 
 
-class PoissonDistribution(OutputDistribution):
+class PoissonDistribution(DiagonalDistribution):
     """Independent counts at given logits; see `Poisson` for the formulas."""
 
     def __init__(
@@ -74,15 +74,6 @@ class PoissonDistribution(OutputDistribution):
     def residual(self, targets: Tensor | None = None) -> Tensor:
         labels = self.targets if targets is None else targets
         return self.slope * (self.rate - labels)
-
-    def fisher_product(self, tangent: Tensor) -> Tensor:
-        return self.root.square() * tangent
-
-    def factor_product(self, vector: Tensor) -> Tensor:
-        return self.root * vector
-
-    def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        return self.root * tangent
 
     def whitened_residual(self) -> Tensor:
         """R = √ρ − y/√ρ."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngeval.errors import InputError, ModelError
-from ngeval.likelihoods.base import OutputDistribution, check_targets
+from ngeval.likelihoods.base import DiagonalDistribution, OutputDistribution, check_targets
 from ngeval.likelihoods.scaled import OutputWise, described
 
 
@@ -74,7 +74,7 @@ class GaussianNLL(OutputWise):
         return GaussianNLLDistribution(logits, labels, self.eps, full=self.full)
 
 
-class GaussianNLLDistribution(OutputDistribution):
+class GaussianNLLDistribution(DiagonalDistribution):
     """Independent Gaussians with given means and variances; see `GaussianNLL`."""
 
     def __init__(self, logits: Tensor, targets: Tensor, eps: float, *, full: bool) -> None:
@@ -104,15 +104,6 @@ class GaussianNLLDistribution(OutputDistribution):
         scaled = (self.means - labels) / self.variances
         slope = 0.5 * (1 / self.variances - scaled.square())
         return torch.cat([scaled, slope], -1)
-
-    def fisher_product(self, tangent: Tensor) -> Tensor:
-        return self.root.square() * tangent
-
-    def factor_product(self, vector: Tensor) -> Tensor:
-        return self.root * vector
-
-    def factor_transpose_product(self, tangent: Tensor) -> Tensor:
-        return self.root * tangent
 
     def whitened_residual(self) -> Tensor:
         return self.residual() / self.root
