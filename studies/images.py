@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ngeval.errors import TaskError
+from ngeval.model.batches import Batch
 from ngeval.model.inputs import Inputs, map_tensors
-from ngeval.tasks.base import Batch, Task, shuffled_batches
+from ngeval.tasks.base import Task, shuffled_batches
 from ngeval.tasks.hf.cifar import read_cifar
 from ngeval.utils.optional import optional_module
 
