@@ -82,7 +82,7 @@ class FisherBlocks:
         other = copy(self)
         other.problem, other.blocks = problem, {}
         for name, block in self.blocks.items():
-            factor = block.factor and block.factor.perturbed(noise, generator)
+            factor = block.factor and block.factor.perturbed(noise, generator, problem.dtype)
             rows, _, gradient = _rows(problem, block.group, factor, space)
             inverse = DampedInverse(block.inverse.rows.moved(rows), gradient)
             other.blocks[name] = Block(block.group, inverse, factor, block.by_rows)

@@ -68,7 +68,7 @@ class GramFactor:
         weights[:, self.pivots] = solved.T / self.lengths[self.pivots]
         return weights
 
-    def perturbed(self, noise: float, generator: torch.Generator) -> GramFactor:
+    def perturbed(self, noise: float, generator: torch.Generator, dtype: torch.dtype) -> GramFactor:
         """A factor of A with its entries changed relative to the lengths of their rows.
 
         To first order in the change N of the unit rows' products, the pivots P of L change by
@@ -77,12 +77,14 @@ class GramFactor:
 
         Args:
             noise: the relative size of the change.
-            generator: of the noise; equal rows get equal noise.
+            generator: of the noise; equal rows get equal noise but for the algebra's rounding.
+            dtype: of the rows; what is shorter than its least normal number is rounding.
         """
         pivots, size = self.pivots, len(self.lower)
         change = torch.randn((size, size), generator=generator, dtype=torch.float64)
         change = change.to(self.lower)
-        if size and int(self.places.max()) + 1 < size:
+        some_equal = size > 0 and int(self.places.max()) + 1 < size
+        if some_equal:
             change = change[self.places][:, self.places]
         change = (change + change.T)[:, pivots] * (noise / 2**0.5)
         square = self._unit(pivots)
@@ -93,7 +95,11 @@ class GramFactor:
         rest = self._unit(others.nonzero().flatten())
         shares = torch.linalg.solve_triangular(square, rest, upper=False, left=False)
         change[others] -= shares @ change[pivots]
-        return replace(self, lower=self.lower + change * self.lengths.unsqueeze(1))
+        if some_equal:
+            own = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
+            change += own * (EPSILON / own.shape[1] ** 0.5)
+        lengths = self.lengths.clamp_min(torch.finfo(dtype).tiny)
+        return replace(self, lower=self.lower + change * lengths.unsqueeze(1))
 
     def _unit(self, rows: Tensor) -> Tensor:
         """Rows of L at unit length."""

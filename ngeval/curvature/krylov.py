@@ -224,7 +224,7 @@ class KrylovRun:
         return DirectionUpdates(
             len(lambdas),
             lambda i: self.direction(lambdas[i]),
-            again=lambda i: self.other_direction(lambdas[i]),
+            changed=lambda _: lambda i: self.other_direction(lambdas[i]),
         )
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:

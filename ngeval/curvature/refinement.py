@@ -36,6 +36,8 @@ def refined(
     """
     if svd.change is None or not 0 < solution.size < math.inf:
         return solution
+    if _is_lost(svd, svd.change, right, damping):
+        return replace(solution, size=math.nan)
     # All is divided by max(scale², λ), in an order in which nothing underflows or overflows.
     relative = damping / svd.scale / svd.scale
     inverse, shift = 1 / max(1.0, relative), min(1.0, relative)
@@ -53,6 +55,17 @@ def refined(
     vector, length = unit_vector(solution.vector + step)
     image = (solution.image + svd.scale * change) / length
     return replace(solution, vector=vector, size=solution.size * length, image=image)
+
+
+def _is_lost(svd: RowSvd, change: Tensor, right: Tensor | None, damping: float) -> bool:
+    """Whether a row that is no longer than its change decides about the solution.
+
+    A row that underflows is one; no correction to first order finds what it would do.
+    """
+    lengths = torch.linalg.vector_norm(change, dim=1)
+    rounding = torch.linalg.vector_norm(svd.rows, dim=1) < lengths
+    rounding &= lengths * svd.scale > damping**0.5
+    return bool(rounding.any() if right is None else (rounding & (right != 0)).any())
 
 
 def _by_rows(

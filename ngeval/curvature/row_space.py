@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.damped_inverse import RowSum
-from ngeval.curvature.gram_factor import GramFactor
+from ngeval.curvature.gram_factor import EPSILON, GramFactor
 from ngeval.curvature.row_svd import check_products
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
@@ -147,7 +147,8 @@ class JacobianSpace(LogitSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> JacobianSpace:
         other = object.__new__(JacobianSpace)
         other.problem, other.basis = self.problem, self.basis
-        other.lower = self.lower + noise * _row_noise(self.lower, generator)
+        least = torch.finfo(self.problem.dtype).tiny
+        other.lower = self.lower + _row_noise(self.lower, noise, least, generator)
         return other
 
 
@@ -167,7 +168,7 @@ class GramSpace(LogitSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> GramSpace:
         other = object.__new__(GramSpace)
         other.problem = self.problem
-        other.factor = self.factor.perturbed(noise, generator)
+        other.factor = self.factor.perturbed(noise, generator, self.problem.dtype)
         other.lower = other.factor.lower
         return other
 
@@ -295,7 +296,7 @@ class SpanSpace(RowSpace):
         other = object.__new__(SpanSpace)
         other.problem, other.products, other.vectors = self.problem, self.products, self.vectors
         other.unit, other.scales = self.unit, self.scales
-        other._use(self.factor.perturbed(noise, generator))
+        other._use(self.factor.perturbed(noise, generator, self.problem.dtype))
         return other
 
 
@@ -313,13 +314,18 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / sizes.reshape(*sizes.shape, *[1] * (vectors.ndim - 2)), sizes.flatten()
 
 
-def _row_noise(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Random rows of the same lengths; equal rows get equal noise."""
+def _row_noise(rows: Tensor, noise: float, least: float, generator: torch.Generator) -> Tensor:
+    """Random changes of rows, relative to their lengths or to a least length.
+
+    Equal rows get equal noise but for the rounding of the algebra, which does not keep them equal.
+    """
     _, places = torch.unique(rows, dim=0, return_inverse=True)
-    noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows)[places]
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    change: Tensor = noise * lengths / float(rows.shape[1]) ** 0.5
-    return change
+    change = noise * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)[places.cpu()]
+    if int(places.max()) + 1 < len(rows):
+        change += EPSILON * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(least)
+    scaled: Tensor = change.to(rows) * lengths / float(rows.shape[1]) ** 0.5
+    return scaled
 
 
 def choose_form(

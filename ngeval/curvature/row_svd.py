@@ -84,7 +84,13 @@ class RowSvd:
     @property
     def largest(self) -> float:
         """The largest eigenvalue of AAᵀ, 0 for the zero matrix."""
-        return float((self.scale * self.singular.max()) ** 2) if self.singular.numel() else 0.0
+        if not self.singular.numel():
+            return 0.0
+        top = self.singular.argmax()
+        value = self.singular[top]
+        if self.change is not None:
+            value = value + self.left[:, top] @ self.change @ self.right[:, top]
+        return float((self.scale * value) ** 2)
 
     @cached_property
     def at_zero(self) -> RowSvd:

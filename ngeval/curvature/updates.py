@@ -122,14 +122,15 @@ class DirectionUpdates(Updates):
         make: computes the update of an index, shape ``(P,)``.
         is_solution: see `Updates`.
         forms: by the batch that the updates were made from, where the method has them.
-        again: the same as ``make`` by other operations, which shows the error of both.
+        changed: the same updates with rounding of a size that the method knows better, shape
+            ``(P,)`` of the entries of a row relative to its length; None where it is nothing.
     """
 
     size: int
     make: Callable[[int], Tensor]
     is_solution: bool = False
     forms: KnownForms | None = None
-    again: Callable[[int], Tensor] | None = None
+    changed: Callable[[Tensor], Callable[[int], Tensor] | None] | None = None
 
     @property
     def count(self) -> int:

@@ -22,7 +22,8 @@ from ngeval.grading.grade import SAFETY, Grades, Noise, grade
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
 from ngeval.problem.metric_batch import Metric
-from ngeval.problem.probes import row_rounding
+from ngeval.problem.probes import RowRounding, row_rounding
+from ngeval.problem.problem import Problem
 
 SENSITIVE = 1e-4
 """Where a residual changes by more than this with the logits' rounding, so may any update."""
@@ -43,19 +44,29 @@ class Perturbations:
         self.metric = metric
 
     @cached_property
-    def noise(self) -> float:
-        """The size of the change, relative: the rows' rounding, as measured on a few samples."""
+    def rounding(self) -> RowRounding:
+        """That of rows, as measured on a few samples; at least `NOISE`."""
         problem = self.kernel.problem
         least = NOISE * torch.finfo(problem.dtype).eps
         measured = attempt(problem.shards, partial(row_rounding, problem.rows, problem.residual))
-        return least if isinstance(measured, Failure) else max(least, measured)
+        if isinstance(measured, Failure):
+            return RowRounding(least, problem.gradient().new_zeros(()))
+        return measured._replace(relative=max(least, measured.relative))
+
+    @property
+    def noise(self) -> float:
+        """The size of the change, relative."""
+        return self.rounding.relative
 
     @cached_property
     def of_logits(self) -> Noise:
         """The problem with changed logits alone."""
+        return Noise(self._changed_problems, self.noise)
+
+    @cached_property
+    def _changed_problems(self) -> list[Problem]:
         generators = (torch.Generator().manual_seed(seed) for seed in range(PERTURBATIONS))
-        problems = [self.kernel.problem.with_noise(self.noise, g) for g in generators]
-        return Noise(problems, self.noise)
+        return [self.kernel.problem.with_noise(self.noise, g) for g in generators]
 
     def errors(
         self, outcomes: Sequence[tuple[Method, Prepared, Grades]], dampings: Sequence[float]
@@ -76,10 +87,13 @@ class Perturbations:
         for _, prepared, grades in outcomes:
             errors = grades.errors + SAFETY * self.noise
             results.append(grades.with_errors(errors))
-            again = getattr(prepared.updates, "again", None)
-            if again is not None:
-                updates = partial(DirectionUpdates, prepared.updates.count, again)
+            changed = getattr(prepared.updates, "changed", None)
+            make = None if changed is None else changed(self.rounding.entries)
+            if make is not None:
+                updates = partial(DirectionUpdates, prepared.updates.count, make)
                 error, of_update = self._changes(grades, self.kernel, updates)
+                # Of an update that is nothing but rounding, no γ is right.
+                error = torch.where(of_update > 1, of_update, error)
                 if self.metric is None and prepared.bounds is not None:
                     error = torch.from_numpy(prepared.bounds.distances(grades.gammas.numpy()))
                 results[-1] = results[-1].with_errors(error, of_update)
@@ -90,11 +104,9 @@ class Perturbations:
             if each.updates.is_solution or self.residual_change > SENSITIVE
         ]
         for seed in range(PERTURBATIONS if solved or dampings else 0):
-            kernel = self.kernel.perturbed(self.noise, seed)  # one at a time: they are large
+            kernel = self._changed_kernel(seed)  # one at a time: they are large
             for i in solved:
-                method, prepared, grades = outcomes[i]
-                changed = partial(self._updates, kernel, method, prepared.absolute)
-                results[i] = results[i].with_errors(*self._changes(grades, kernel, changed))
+                results[i] = results[i].with_errors(*self._solved_again(kernel, *outcomes[i]))
             if dampings:
                 natural = np.fmax(natural, self._natural_changes(kernel, dampings))
         return results, natural
@@ -106,13 +118,34 @@ class Perturbations:
         sizes = problem.residual.flatten(1).norm(dim=1)
         changes = [
             (other.residual - problem.residual).flatten(1).norm(dim=1) / sizes
-            for other in self.of_logits.problems
+            for other in self._changed_problems
         ]
         return max(float(torch.nan_to_num(change, nan=0.0).max()) for change in changes)
 
-    def _updates(self, kernel: Kernel, method: Method, dampings: Sequence[float]) -> Updates:
-        values = [0.0 if math.isnan(value) else value for value in dampings]
-        return method.prepare(kernel.problem, kernel, self.seed).updates(values)
+    def _changed_kernel(self, seed: int) -> Kernel:
+        """With other residuals a span of their rows is made again."""
+        if self.kernel.is_dense or self.residual_change <= SENSITIVE:
+            return self.kernel.perturbed(self.noise, seed)
+        problem = self._changed_problems[seed]
+        return Kernel(problem, exact=self.kernel.exact, pushes=self.kernel.pushes)
+
+    def _solved_again(
+        self, kernel: Kernel, method: Method, prepared: Prepared, grades: Grades
+    ) -> tuple[Tensor, Tensor]:
+        """How much grades differ for a changed kernel; and how much what a relative λ scales."""
+        largest = math.nan
+
+        def updates() -> Updates:
+            nonlocal largest
+            state = method.prepare(kernel.problem, kernel, self.seed)
+            if not math.isnan(prepared.largest):
+                largest = state.largest_curvature
+            values = [0.0 if math.isnan(value) else value for value in prepared.absolute]
+            return state.updates(values)
+
+        error, of_update = self._changes(grades, kernel, updates)
+        change = SAFETY * abs(largest / prepared.largest - 1) if prepared.largest else 0.0
+        return error, of_update if math.isnan(change) else of_update.clamp_min(change)
 
     def _changes(
         self, grades: Grades, kernel: Kernel, updates: Callable[[], Updates]

@@ -191,8 +191,7 @@ def evaluate(
             report("gamma_min")
         elif metric is not None:
             table = add_note(table, "γ_min is not computed for another metric batch")
-        if sgd is None and isinstance(baseline, Failure):
-            table = add_note(table, f"no gamma_over_sgd: {baseline.reason}")
+        table = add_note(table, _no_ratio(request, baseline))
         table = add_note(table, "; ".join(problem.notes))
     return table.reindex(columns=COLUMNS)
 
@@ -331,6 +330,15 @@ def _uncertainty(request: _Request, gap: float) -> str:
         f"rounding may change γ by more than {request.tolerance:g} of itself; "
         f"{'a larger λ' if in_double else 'dtype float64 or a larger λ'} helps"
     )
+
+
+def _no_ratio(request: _Request, baseline: Outcome) -> str:
+    """Why there is no γ/γ_SGD, or nothing."""
+    if isinstance(baseline, Failure):
+        return f"no gamma_over_sgd: {baseline.reason}"
+    gamma, norm = float(baseline[1].gammas[0]), float(baseline[1].norms[0])
+    status, reason = _status(request, gamma, 0.0, 0.0, 1.0, norm)
+    return f"no gamma_over_sgd: for the gradient, {reason}" if status == "undefined" else ""
 
 
 def _other_columns(

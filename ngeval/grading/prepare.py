@@ -50,6 +50,7 @@ class Prepared:
         rank: of the method's curvature, where a λ is 0 and the method knows it; otherwise NaN.
         gaps: how far γ may be from that of an exact solution, relative, for every λ.
         bounds: on the γ of an exact solution by the same batch, where the method has them.
+        largest: the curvature's largest eigenvalue, where λ is relative to it; otherwise NaN.
     """
 
     absolute: list[float]
@@ -59,6 +60,7 @@ class Prepared:
     rank: float
     gaps: np.ndarray
     bounds: Bounds | None
+    largest: float
 
 
 def attempt(
@@ -105,7 +107,8 @@ def prepare(
     gaps = np.zeros(len(dampings)) if bounds is None else bounds.gaps
     if hasattr(state, "gaps"):
         gaps = np.asarray(state.gaps(absolute))
-    return Prepared(absolute, updates, coverage, notes, rank, gaps, bounds)
+    largest = factor if scale == "relative" else math.nan
+    return Prepared(absolute, updates, coverage, notes, rank, gaps, bounds, largest)
 
 
 def failure_reason(error: Exception) -> str:

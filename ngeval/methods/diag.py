@@ -8,7 +8,7 @@ Adam and FAdam (Hwang, arXiv 2405.12807, §3.4.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
+from ngeval.curvature.updates import DirectionUpdates, Updates
 from ngeval.errors import InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import EXACT, SAMPLED, Labels, parse_draws
 from ngeval.problem.problem import Problem
+
+SENSITIVE = 1e-4
+"""Where rounding of f and g changes an update by less than this, its γ is not computed again."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,37 @@ class DiagonalState(ParameterState):
 
     def __init__(self, problem: Problem, diagonal: Tensor, exponent: float) -> None:
         super().__init__(problem, float(diagonal.max()))
+        self.gradient = problem.gradient()
         self.diagonal = diagonal
         self.exponent = exponent
 
     def direction(self, damping: float) -> Tensor:
         """The update, in float64; an entry where f + λ is exactly 0 is 0 (pseudo-inverse)."""
-        gradient = self.problem.gradient().to(torch.float64)
+        gradient = self.gradient.to(torch.float64)
         divisor = (self.diagonal + damping) ** self.exponent
         return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)
+
+    def updates(self, dampings: Sequence[float]) -> Updates:
+        def changed(entries: Tensor) -> Callable[[int], Tensor] | None:
+            other = self._rounded(entries)
+            for damping in dampings:
+                known = self.direction(damping)
+                if not float((other.direction(damping) - known).norm()) <= SENSITIVE * known.norm():
+                    return lambda i: other.direction(dampings[i])
+            return None
+
+        def make(index: int) -> Tensor:
+            return self.direction(dampings[index])
+
+        return DirectionUpdates(len(dampings), make, changed=changed)
+
+    def _rounded(self, entries: Tensor) -> DiagonalState:
+        """With f and g changed where they are no more than the rounding of rows."""
+        roots, gradient = self.diagonal.sqrt(), self.problem.gradient().to(torch.float64)
+        diagonal = (roots + entries * roots.norm()).square()
+        other = DiagonalState(self.problem, diagonal, self.exponent)
+        other.gradient = gradient + entries * gradient.norm()
+        return other
 
     def gaps(self, dampings: Sequence[float]) -> np.ndarray:
         """Infinite where f + λ = 0 beside a gradient: f underflows, and has no pseudo-inverse."""

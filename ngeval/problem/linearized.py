@@ -24,6 +24,9 @@ from ngeval.model.outputs import bound
 from ngeval.model.sharding import Shards
 from ngeval.problem.probes import check_outputs
 
+UNDERFLOW = 1e-100
+"""Rounding of a logit makes no residual this small; a probability that underflows does."""
+
 
 class Sizes(NamedTuple):
     """The sizes that decide how something is computed.
@@ -97,8 +100,9 @@ class Linearized:
         targets = self.distribution.targets
         other.outputs = changed.reshape_as(self.outputs)
         other.distribution = bound(self.function.output, self.likelihood, other.outputs, targets)
-        # A residual that is exactly 0 is that of padding, or of a probability that underflows.
-        other.residual = other.distribution.residual() * (self.residual != 0)
+        # What underflows stays 0, also where it does so only just.
+        residual = other.distribution.residual()
+        other.residual = residual * ((self.residual != 0) | (residual.abs() > UNDERFLOW))
         other._gradient = other.fisher_diagonal = None
         return other
 

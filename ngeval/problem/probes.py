@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import zlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,8 +235,20 @@ def missed_gradients(choice: EngineChoice, gradient: Parameters) -> list[str]:
     return off
 
 
-def row_rounding(source: RowSource, residual: Tensor) -> float:
-    """The relative error of rows by rounding: the median of a few, against float64.
+class RowRounding(NamedTuple):
+    """The error of rows by rounding, relative to their lengths.
+
+    Attributes:
+        relative: the median length of the error.
+        entries: the root mean square error of each entry, float64, shape ``(P,)``.
+    """
+
+    relative: float
+    entries: Tensor
+
+
+def row_rounding(source: RowSource, residual: Tensor) -> RowRounding:
+    """The error of a few rows by rounding, against float64.
 
     The reference is plain autograd on a sample alone.
 
@@ -250,7 +262,8 @@ def row_rounding(source: RowSource, residual: Tensor) -> float:
     part, fields = source.local(residual)
     wide = part.function.converted(torch.float64)
     cotangents = torch.randn(fields.shape, generator=torch.Generator().manual_seed(0)).to(fields)
-    gaps = []
+    gaps: list[float] = []
+    squares = torch.zeros(source.function.num_parameters, dtype=torch.float64, device=fields.device)
     for n in range(0, len(fields), max(1, -(-len(fields) // ROUNDING_SAMPLES))):
         sample = slice(n, n + 1)
         vector = cotangents[sample].unsqueeze(1)
@@ -258,6 +271,9 @@ def row_rounding(source: RowSource, residual: Tensor) -> float:
         with model_errors():
             alone = loop_rows(wide, sample, vector)
         exact = torch.cat([alone[name].reshape(-1) for name in wide.parameters])
-        gaps.append(float((rows - exact).norm() / exact.norm().clamp_min(1e-300)))
+        error = (rows - exact) / exact.norm().clamp_min(1e-300)
+        gaps.append(float(error.norm()))
+        squares += error.square()
     values = [gap for gaps in source.shards.gather(gaps) for gap in gaps]
-    return statistics.median(values)
+    entries = (source.shards.sum(lambda: squares) / len(values)).sqrt()
+    return RowRounding(statistics.median(values), entries)
