@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
@@ -47,9 +46,7 @@ class DenseSolver:
     def gammas(self, dampings: Sequence[float]) -> np.ndarray:
         """γ(λ) of every λ."""
         solved = [self.inverse.solve(damping) for damping in dampings]
-        return np.array(
-            [float(s.image.norm()) / s.slope if s.slope > 0 else math.inf for s in solved]
-        )
+        return np.array([s.root / s.slope if s.slope > 0 else math.inf for s in solved])
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """γ(λ) of every λ; its bounds differ by what u loses in S r."""
@@ -59,8 +56,9 @@ class DenseSolver:
     def updates(self, dampings: Sequence[float]) -> SpaceUpdates:
         """(F + λI)⁻¹g for every λ."""
         solved = [self.inverse.solve(damping) for damping in dampings]
-        roots = torch.stack([solution.image.norm() for solution in solved])
-        return replace(SpaceUpdates.of(self.space, solved), roots=roots)
+        updates = SpaceUpdates.of(self.space, solved)
+        roots = updates.coordinates.new_tensor([solution.root for solution in solved])
+        return replace(updates, roots=roots)
 
 
 def has_dense_solver(kernel: Kernel) -> bool:

@@ -163,6 +163,11 @@ class Solution:
     slope: float
     image: Tensor
 
+    @property
+    def root(self) -> float:
+        """‖Ay‖."""
+        return unit_vector(self.image)[1]
+
 
 def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, σ and V of rows whose entries are at most 1 in size; only σ > 0."""

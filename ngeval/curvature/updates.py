@@ -39,7 +39,8 @@ class KnownForms:
         parts, size = unit_vector(sizes)
         images = torch.stack([solution.image for solution in solutions], 1)
         slopes = sizes.new_tensor([solution.slope for solution in solutions])
-        return cls((images @ parts).norm(), slopes @ parts, sizes.new_tensor(size))
+        root = sizes.new_tensor(unit_vector(images @ parts)[1])
+        return cls(root, slopes @ parts, sizes.new_tensor(size))
 
     @classmethod
     def stack(cls, forms: Sequence[KnownForms]) -> KnownForms:

@@ -34,6 +34,9 @@ PERTURBATIONS = 2
 NOISE = 2
 """The least rounding of a row or logit, in units of the problem dtype's machine epsilon."""
 
+LEAST = 1e-150
+"""An entry that underflows, relative to the length of its row; its square does not underflow."""
+
 
 class Perturbations:
     """The same problem with its rows and logits changed at their rounding, a few times."""
@@ -57,6 +60,13 @@ class Perturbations:
     def noise(self) -> float:
         """The size of the change, relative."""
         return self.rounding.relative
+
+    @cached_property
+    def _entries(self) -> Tensor:
+        """The rounding of each entry of rows: more than 0 where a probability underflows."""
+        lost, mask = self._changed_problems[0].residual == 0, self.kernel.problem.distribution.mask
+        underflows = bool((lost if mask is None else lost & mask).any())
+        return self.rounding.entries.clamp_min(LEAST if underflows else 0.0)
 
     @cached_property
     def of_logits(self) -> Noise:
@@ -88,7 +98,7 @@ class Perturbations:
             errors = grades.errors + SAFETY * self.noise
             results.append(grades.with_errors(errors))
             changed = getattr(prepared.updates, "changed", None)
-            make = None if changed is None else changed(self.rounding.entries)
+            make = None if changed is None else changed(self._entries)
             if make is not None:
                 updates = partial(DirectionUpdates, prepared.updates.count, make)
                 error, of_update = self._changes(grades, self.kernel, updates)

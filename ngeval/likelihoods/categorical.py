@@ -15,6 +15,9 @@ from ngeval.errors import InputError, ModelError
 from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_targets
 from ngeval.likelihoods.scaled import ScaledDistribution, Weights, brief_repr, described
 
+SCALES = (600.0, 1200.0)
+"""Logarithms of factors for probabilities that underflow."""
+
 UNIT_SUM = 1e-3
 """Outputs whose probabilities sum to 1 to within this are taken for normalised."""
 
@@ -244,16 +247,14 @@ class CategoricalDistribution(OutputDistribution):
 
     def factor_product(self, vector: Tensor) -> Tensor:
         order, sticks = self._order.expand(vector.shape), self._sticks
-        earlier = (vector * sticks.over_later).cumsum(-1)
-        before = torch.cat([torch.zeros_like(earlier[..., :1]), earlier[..., :-1]], -1)
-        result = vector * sticks.root - sticks.probabilities * before
+        result = vector * sticks.root - sticks.earlier(vector)
         return torch.empty_like(result).scatter_(-1, order, result)
 
     def factor_transpose_product(self, tangent: Tensor) -> Tensor:
         order, sticks = self._order.expand(tangent.shape), self._sticks
         ordered = tangent.gather(-1, order)
         relative = ordered - ordered[..., :1]
-        return sticks.root * relative - sticks.over_later * _later(sticks.probabilities * relative)
+        return sticks.root * relative - sticks.later(relative)
 
     def whitened_residual(self) -> Tensor:
         """R_k = −√(q_{k+1}/(p_k q_k)) at the label, √(p_k/(q_k q_{k+1})) before it, 0 after it."""
@@ -334,23 +335,55 @@ def class_labels(distribution: OutputDistribution) -> Tensor | None:
 class _Sticks:
     """The numbers of the factor S, for classes in the order of falling p, from logarithms.
 
+    S has entries of e^−700, which p of e^−1400 make: p and 1/q are therefore multiplied at a scale
+    where neither underflows.
+
     Attributes:
-        probabilities: p_k.
         root: √(p_k q_{k+1}/q_k), 0 for the last class.
-        over_later: √(p_k/(q_k q_{k+1})), 0 for the last class and where q_{k+1} underflows.
+        over_later: √(p_k/(q_k q_{k+1})), 0 for the last class and where it overflows.
         at_label: √(q_{k+1}/(p_k q_k)).
     """
 
     def __init__(self, log_probabilities: Tensor, mask: Tensor) -> None:
-        log_p = log_probabilities
-        log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
+        self.log_p = log_p = log_probabilities.masked_fill(~mask, -math.inf)
+        log_q = log_probabilities.flip(-1).logcumsumexp(-1).flip(-1)
         end = torch.full_like(log_q[..., :1], -math.inf)
-        log_later = torch.cat([log_q[..., 1:], end], -1)
-        self.probabilities = log_p.exp() * mask
-        self.root = (0.5 * (log_p + log_later - log_q)).exp() * mask
-        over = (0.5 * (log_p - log_later - log_q)).exp()
-        self.over_later = torch.where(log_later.exp() > 0, over, 0.0) * mask
-        self.at_label = (0.5 * (log_later - log_p - log_q)).exp()
+        self.log_later = log_later = torch.cat([log_q[..., 1:], end], -1)
+        self.root = (0.5 * (log_p + log_later - log_q)).exp()
+        self.log_over = torch.where(
+            log_later > -math.inf, 0.5 * (log_p - log_later - log_q), -math.inf
+        )
+        over = self.log_over.exp()
+        self.over_later = torch.where(torch.isfinite(over), over, 0.0)
+        self.at_label = (0.5 * (log_later - log_probabilities - log_q)).exp()
+
+    def later(self, terms: Tensor) -> Tensor:
+        """√(p_k/(q_k q_{k+1})) Σ_{i>k} p_i t_i."""
+        return self._by_scale(
+            self.log_later,
+            lambda scale: (
+                (self.log_over - scale).exp() * _later((self.log_p + scale).exp() * terms)
+            ),
+        )
+
+    def earlier(self, terms: Tensor) -> Tensor:
+        """P_k Σ_{i<k} √(p_i/(q_i q_{i+1})) t_i."""
+
+        def at(scale: float) -> Tensor:
+            sums = (terms * (self.log_over - scale).exp()).cumsum(-1)
+            before = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], -1)
+            return (self.log_p + scale).exp() * before
+
+        return self._by_scale(self.log_p, at)
+
+    def _by_scale(self, logarithms: Tensor, compute: Callable[[float], Tensor]) -> Tensor:
+        """Each entry as it is computed at the scale that its logarithm asks for."""
+        result = compute(0.0)
+        for scale in SCALES:
+            small = logarithms < -scale
+            if bool(small.any()):
+                result = torch.where(small, compute(scale), result)
+        return result
 
 
 def _later(terms: Tensor) -> Tensor:
