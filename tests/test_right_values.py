@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from flint import arb
+from flint import arb, ctx
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
 import ngeval
 from ngeval.curvature import row_space
+from ngeval.likelihoods import Categorical
 from tests.search.right import Right, Updates, gamma_min, rows_of, tiny_dampings
 
 
@@ -213,3 +214,49 @@ def test_a_saturated_token_counts_for_kfac():
     targets = torch.arange(5) % 2
     problem = ngeval.Problem(model, tokens, targets, "categorical")
     assert [f.count for f in ngeval.get_method("kfac").factors(problem)] == [15, 5]
+
+
+@pytest.mark.parametrize("gaps", [(900.0, 1060.0), (730.0, 1350.0), (0.5, 1290.0)])
+def test_the_factor_of_probabilities_that_underflow(gaps):
+    logits = torch.tensor([[0.0, -gaps[0], -gaps[1]]], dtype=torch.float64)
+    bound = Categorical().bind(logits, torch.tensor([0]))
+    with ctx.workprec(5000):
+        weights = [arb(float(value)).exp() for value in logits[0]]
+        p = [weight / sum(weights[1:], weights[0]) for weight in weights]
+        # S for classes in the order of falling p, from its formula.
+        first = (p[0] * (p[1] + p[2])).sqrt()
+        second = (p[1] * p[2] / (p[1] + p[2])).sqrt()
+        columns = [
+            [first, -first * p[1] / (p[1] + p[2]), -first * p[2] / (p[1] + p[2])],
+            [arb(0), second, -second],
+        ]
+        expected = [[float(x.mid()) for x in c] for c in columns]
+    unit = torch.eye(3, dtype=torch.float64)
+    for k, values in enumerate(expected):
+        column = bound.factor_product(unit[k].reshape(1, 3))[0]
+        row = torch.stack([bound.factor_transpose_product(e.reshape(1, 3))[0, k] for e in unit])
+        for result in (column, row):
+            assert result.tolist() == pytest.approx(values, rel=1e-11, abs=1e-12 * max(values))
+
+
+def test_an_update_of_nothing_but_rounding_is_not_ok():
+    """A float32 sample that is learnt to the last digit has a residual that nobody knows."""
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(3, 1), torch.randn(4, 3)
+    targets = model(inputs).detach() + torch.tensor([[0.0], [1.0], [2.0], [-1.0]])
+    problem = ngeval.Problem(model, inputs, targets, "gaussian", dtype="model")
+    assert problem.residual[0] == 0
+    table = ngeval.evaluate(problem, ["ef", "ief", "diag-ief"], [0.0], natural=False)
+    assert (table["status"] == "uncertain").all()
+
+
+def test_a_gradient_that_underflows_is_named_where_it_is_the_measure():
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(2, 1, bias=False), torch.eye(2)
+    with torch.no_grad():
+        model.weight.fill_(200.0)
+    targets = torch.ones(2, 1)
+    problem = ngeval.Problem(model, inputs, targets, "bernoulli", dtype="model")
+    table = ngeval.evaluate(problem, ["ief"], [0.0, 1.0], natural=False)
+    missing = table["gamma_over_sgd"].isna()
+    assert missing.all() and table["note"].str.contains("no gamma_over_sgd").all()

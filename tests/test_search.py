@@ -6,7 +6,7 @@ import pytest
 
 from tests.search.__main__ import search
 
-EARLIER = (101, 121, 147)
+EARLIER = (101, 121, 147, 162, 446, 920, 1223, 1371, 1403, 1980, 100267, 500061)
 """Problems of which an earlier version had a row wrong."""
 
 
@@ -17,4 +17,4 @@ def test_no_row_is_wrong(seed):
     assert not [verdict for verdict in verdicts if verdict.kind == "wrong"]
     claims = [v for v in verdicts if v.what == "gamma" and v.kind in ("right", "uncertain")]
     # On average over many problems 99 % are within three times their error; none is far off.
-    assert all(v.error <= 30 * v.claimed + 1e-7 for v in claims if v.claimed == v.claimed)
+    assert all(v.error <= 30 * v.claimed + 1e-7 for v in claims if v.claimed < 0.5)

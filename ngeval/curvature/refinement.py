@@ -86,6 +86,8 @@ def _by_rows(
         weights = solution.image * (-inverse / shift / svd.scale)
     else:
         weights = svd.left @ ((svd.left.T @ right) / squares)
+        if shift > 0:  # a row of A that is 0 has the weight b/λ
+            weights = torch.where(svd.rows.any(1), weights, right / shift)
     step = change.T @ weights
     image = change @ solution.vector + svd.rows @ step + change @ step
     total = torch.zeros_like(squares)
