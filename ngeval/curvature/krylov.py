@@ -225,7 +225,13 @@ class KrylovRun:
             len(lambdas),
             lambda i: self.direction(lambdas[i]),
             changed=lambda _: lambda i: self.other_direction(lambdas[i]),
+            unresolved=[self._unresolved(damping) for damping in lambdas],
         )
+
+    def _unresolved(self, damping: float) -> float:
+        """The relative error of d by what is left of F beyond the run: ‖Fd‖ ε/λ, at most."""
+        largest = np.linalg.norm(self.factor(), 2) ** 2 if self.iterations else 0.0
+        return float(self.rounding * largest / damping) if damping > 0 else math.inf
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """Bounds for every λ from the iterations so far."""

@@ -125,6 +125,7 @@ class DirectionUpdates(Updates):
         forms: by the batch that the updates were made from, where the method has them.
         changed: the same updates with rounding of a size that the method knows better, shape
             ``(P,)`` of the entries of a row relative to its length; None where it is nothing.
+        unresolved: the relative error of d that such a change does not show, of each λ.
     """
 
     size: int
@@ -132,6 +133,7 @@ class DirectionUpdates(Updates):
     is_solution: bool = False
     forms: KnownForms | None = None
     changed: Callable[[Tensor], Callable[[int], Tensor] | None] | None = None
+    unresolved: Sequence[float] | None = None
 
     @property
     def count(self) -> int:

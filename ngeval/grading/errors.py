@@ -22,17 +22,23 @@ from ngeval.grading.grade import SAFETY, Grades, Noise, grade
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
 from ngeval.problem.metric_batch import Metric
-from ngeval.problem.probes import RowRounding, row_rounding
+from ngeval.problem.probes import ROUNDING_SAMPLES, RowRounding, row_rounding
 from ngeval.problem.problem import Problem
 
 SENSITIVE = 1e-4
 """Where a residual changes by more than this with the logits' rounding, so may any update."""
 
 PERTURBATIONS = 2
-"""How often everything is computed again."""
+"""How often everything is computed again; twice as often what turns out to be sensitive."""
+
+RELEVANT = 0.6
+"""An error above this power of ε is sensitive: few changes by chance may all miss the worst."""
 
 NOISE = 2
 """The least rounding of a row or logit, in units of the problem dtype's machine epsilon."""
+
+ENTRY_SAMPLES = 32
+"""At most this many samples show the rounding of single entries, which in float32 underflow."""
 
 LEAST = 1e-150
 """An entry that underflows, relative to the length of its row; its square does not underflow."""
@@ -45,16 +51,22 @@ class Perturbations:
         self.kernel = kernel
         self.seed = seed
         self.metric = metric
+        self._problems: dict[int, Problem] = {}
 
     @cached_property
     def rounding(self) -> RowRounding:
         """That of rows, as measured on a few samples; at least `NOISE`."""
         problem = self.kernel.problem
         least = NOISE * torch.finfo(problem.dtype).eps
-        measured = attempt(problem.shards, partial(row_rounding, problem.rows, problem.residual))
-        if isinstance(measured, Failure):
-            return RowRounding(least, problem.gradient().new_zeros(()))
+        measured = self._measured(ROUNDING_SAMPLES)
         return measured._replace(relative=max(least, measured.relative))
+
+    def _measured(self, samples: int) -> RowRounding:
+        problem = self.kernel.problem
+        measure = partial(row_rounding, problem.rows, problem.residual, samples)
+        result = attempt(problem.shards, measure)
+        nothing = problem.outputs.new_zeros((), dtype=torch.float64)
+        return RowRounding(0.0, nothing) if isinstance(result, Failure) else result
 
     @property
     def noise(self) -> float:
@@ -63,20 +75,26 @@ class Perturbations:
 
     @cached_property
     def _entries(self) -> Tensor:
-        """The rounding of each entry of rows: more than 0 where a probability underflows."""
-        lost, mask = self._changed_problems[0].residual == 0, self.kernel.problem.distribution.mask
-        underflows = bool((lost if mask is None else lost & mask).any())
-        return self.rounding.entries.clamp_min(LEAST if underflows else 0.0)
+        """The rounding of each entry of rows: more than 0 where one may underflow."""
+        problem = self.kernel.problem
+        lost, mask = self._changed_problem(0).residual == 0, problem.distribution.mask
+        unseen = bool((lost if mask is None else lost & mask).any())
+        entries = self.rounding.entries
+        if problem.dtype != torch.float64:
+            entries = self._measured(ENTRY_SAMPLES).entries
+            unseen |= problem.num_samples > ENTRY_SAMPLES
+        return entries.clamp_min(LEAST if unseen else 0.0)
 
     @cached_property
     def of_logits(self) -> Noise:
         """The problem with changed logits alone."""
-        return Noise(self._changed_problems, self.noise)
+        return Noise([self._changed_problem(seed) for seed in range(PERTURBATIONS)], self.noise)
 
-    @cached_property
-    def _changed_problems(self) -> list[Problem]:
-        generators = (torch.Generator().manual_seed(seed) for seed in range(PERTURBATIONS))
-        return [self.kernel.problem.with_noise(self.noise, g) for g in generators]
+    def _changed_problem(self, seed: int) -> Problem:
+        if seed not in self._problems:
+            generator = torch.Generator().manual_seed(seed)
+            self._problems[seed] = self.kernel.problem.with_noise(self.noise, generator)
+        return self._problems[seed]
 
     def errors(
         self, outcomes: Sequence[tuple[Method, Prepared, Grades]], dampings: Sequence[float]
@@ -93,33 +111,45 @@ class Perturbations:
         Returns:
             The grades, and the relative errors of the natural gradient's γ at every λ.
         """
-        results = []
-        for _, prepared, grades in outcomes:
-            errors = grades.errors + SAFETY * self.noise
-            results.append(grades.with_errors(errors))
-            changed = getattr(prepared.updates, "changed", None)
-            make = None if changed is None else changed(self._entries)
-            if make is not None:
-                updates = partial(DirectionUpdates, prepared.updates.count, make)
-                error, of_update = self._changes(grades, self.kernel, updates)
-                # Of an update that is nothing but rounding, no γ is right.
-                error = torch.where(of_update > 1, of_update, error)
-                if self.metric is None and prepared.bounds is not None:
-                    error = torch.from_numpy(prepared.bounds.distances(grades.gammas.numpy()))
-                results[-1] = results[-1].with_errors(error, of_update)
+        results = [self._graded(*outcome) for outcome in outcomes]
         natural = np.full(len(dampings), 1e-15)
         solved = [
             i
             for i, (_, each, _) in enumerate(outcomes)
             if each.updates.is_solution or self.residual_change > SENSITIVE
         ]
-        for seed in range(PERTURBATIONS if solved or dampings else 0):
+        relevant = torch.finfo(self.kernel.problem.dtype).eps ** RELEVANT
+        for seed in range(2 * PERTURBATIONS):
+            if seed == PERTURBATIONS:
+                solved = [i for i in solved if bool((results[i].errors > relevant).any())]
+                dampings = dampings if bool((natural > relevant).any()) else []
+            if not solved and not dampings:
+                break
             kernel = self._changed_kernel(seed)  # one at a time: they are large
             for i in solved:
                 results[i] = results[i].with_errors(*self._solved_again(kernel, *outcomes[i]))
             if dampings:
                 natural = np.fmax(natural, self._natural_changes(kernel, dampings))
         return results, natural
+
+    def _graded(self, _: Method, prepared: Prepared, grades: Grades) -> Grades:
+        """With the rounding of its γ, and of an update that is computed directly."""
+        result = grades.with_errors(grades.errors + SAFETY * self.noise)
+        updates = prepared.updates
+        if not isinstance(updates, DirectionUpdates) or updates.changed is None:
+            return result
+        make = updates.changed(self._entries)
+        if make is None:
+            return result
+        changed = partial(DirectionUpdates, updates.count, make)
+        error, of_update = self._changes(grades, self.kernel, changed)
+        if updates.unresolved is not None:
+            of_update = torch.maximum(of_update, of_update.new_tensor(updates.unresolved))
+        # Of an update that is nothing but rounding, no γ is right.
+        error = torch.where(of_update > 1, of_update, error)
+        if self.metric is None and prepared.bounds is not None:
+            error = torch.from_numpy(prepared.bounds.distances(grades.gammas.numpy()))
+        return result.with_errors(error, of_update)
 
     @cached_property
     def residual_change(self) -> float:
@@ -128,7 +158,7 @@ class Perturbations:
         sizes = problem.residual.flatten(1).norm(dim=1)
         changes = [
             (other.residual - problem.residual).flatten(1).norm(dim=1) / sizes
-            for other in self._changed_problems
+            for other in map(self._changed_problem, range(PERTURBATIONS))
         ]
         return max(float(torch.nan_to_num(change, nan=0.0).max()) for change in changes)
 
@@ -136,7 +166,7 @@ class Perturbations:
         """With other residuals a span of their rows is made again."""
         if self.kernel.is_dense or self.residual_change <= SENSITIVE:
             return self.kernel.perturbed(self.noise, seed)
-        problem = self._changed_problems[seed]
+        problem = self._changed_problem(seed)
         return Kernel(problem, exact=self.kernel.exact, pushes=self.kernel.pushes)
 
     def _solved_again(

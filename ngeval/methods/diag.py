@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +22,11 @@ from ngeval.methods.base import ParameterState
 from ngeval.methods.label_sources import EXACT, SAMPLED, Labels, parse_draws
 from ngeval.problem.problem import Problem
 
-SENSITIVE = 1e-4
-"""Where rounding of f and g changes an update by less than this, its γ is not computed again."""
+UNDERFLOW = 4 * 2.0**-1074
+"""The rounding of squares that underflow."""
+
+SENSITIVE = 0.6
+"""Below this power of ε, what rounding of f and g changes of an update needs no second γ."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,20 @@ class DiagonalState(ParameterState):
         self.exponent = exponent
 
     def direction(self, damping: float) -> Tensor:
-        """The update, in float64; an entry where f + λ is exactly 0 is 0 (pseudo-inverse)."""
-        gradient = self.gradient.to(torch.float64)
-        divisor = (self.diagonal + damping) ** self.exponent
-        return torch.where(self.diagonal + damping > 0, gradient / divisor, 0.0)
+        """The update, in float64; an entry where f + λ and g are exactly 0 is 0 (pseudo-inverse).
+
+        One where f + λ alone is 0 is infinite: f underflows.
+        """
+        gradient, damped = self.gradient.to(torch.float64), self.diagonal + damping
+        return torch.where((damped == 0) & (gradient == 0), 0.0, gradient / damped**self.exponent)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
         def changed(entries: Tensor) -> Callable[[int], Tensor] | None:
             other = self._rounded(entries)
+            least = torch.finfo(self.problem.dtype).eps ** SENSITIVE
             for damping in dampings:
                 known = self.direction(damping)
-                if not float((other.direction(damping) - known).norm()) <= SENSITIVE * known.norm():
+                if not float((other.direction(damping) - known).norm()) <= least * known.norm():
                     return lambda i: other.direction(dampings[i])
             return None
 
@@ -95,19 +100,14 @@ class DiagonalState(ParameterState):
 
     def _rounded(self, entries: Tensor) -> DiagonalState:
         """With f and g changed where they are no more than the rounding of rows."""
-        roots, gradient = self.diagonal.sqrt(), self.problem.gradient().to(torch.float64)
-        diagonal = (roots + entries * roots.norm()).square()
+        # A backward pass knows an entry to the rounding of its whole row, but for exact zeros.
+        least = torch.finfo(self.problem.dtype).eps
+        entries = torch.where(self.diagonal > 0, entries.clamp_min(least), entries)
+        roots, gradient = self.diagonal.sqrt(), self.gradient.to(torch.float64)
+        diagonal = (roots + entries * roots.norm()).square() + UNDERFLOW
         other = DiagonalState(self.problem, diagonal, self.exponent)
-        other.gradient = gradient + entries * gradient.norm()
+        other.gradient = gradient + entries * torch.maximum(gradient.norm(), roots.norm())
         return other
-
-    def gaps(self, dampings: Sequence[float]) -> np.ndarray:
-        """Infinite where f + λ = 0 beside a gradient: f underflows, and has no pseudo-inverse."""
-        lost = [
-            bool(((self.diagonal + damping == 0) & (self.problem.gradient() != 0)).any())
-            for damping in dampings
-        ]
-        return np.where(lost, math.inf, 0.0)
 
 
 def parse_exponent(name: str, text: str) -> float:

@@ -247,7 +247,9 @@ class RowRounding(NamedTuple):
     entries: Tensor
 
 
-def row_rounding(source: RowSource, residual: Tensor) -> RowRounding:
+def row_rounding(
+    source: RowSource, residual: Tensor, samples: int = ROUNDING_SAMPLES
+) -> RowRounding:
     """The error of a few rows by rounding, against float64.
 
     The reference is plain autograd on a sample alone.
@@ -255,16 +257,17 @@ def row_rounding(source: RowSource, residual: Tensor) -> RowRounding:
     Args:
         source: of the rows.
         residual: u, for the shape of cotangents.
+        samples: at most this many.
 
     Raises:
         ModelError: the model does not run in float64.
     """
     part, fields = source.local(residual)
-    wide = part.function.converted(torch.float64)
-    cotangents = torch.randn(fields.shape, generator=torch.Generator().manual_seed(0)).to(fields)
+    wide, generator = part.function.converted(torch.float64), torch.Generator().manual_seed(0)
+    cotangents = torch.randn(fields.shape, generator=generator).to(fields)
     gaps: list[float] = []
     squares = torch.zeros(source.function.num_parameters, dtype=torch.float64, device=fields.device)
-    for n in range(0, len(fields), max(1, -(-len(fields) // ROUNDING_SAMPLES))):
+    for n in range(0, len(fields), max(1, -(-len(fields) // samples))):
         sample = slice(n, n + 1)
         vector = cotangents[sample].unsqueeze(1)
         rows = row_matrix(replace(part, function=part.function.on(sample)), vector)[0]

@@ -132,7 +132,7 @@ class _Version:
         self.updates = Updates(self.right)
 
     def grade(self, method: str, damping: float, labels: list[np.ndarray]) -> Grade | None:
-        if damping > 0 or method == "sgd":
+        if damping > 0 or method.startswith(("sgd", "diag")):
             return self.updates.grade(method, arb(damping), labels, self.metric)
         curvature = self.updates.curvature(method, labels)
         both = [

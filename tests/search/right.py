@@ -315,7 +315,7 @@ class Updates:
         return result
 
     def direction(self, method: str, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
-        """d(λ) of a method, for λ > 0.
+        """d(λ) of a method, for λ > 0, or ≥ 0 for a diagonal.
 
         Args:
             method: as users type it.
@@ -420,11 +420,11 @@ class Updates:
 
     def _diagonal(self, name: str, option: str, damping: arb, sampled: list[np.ndarray]) -> arb_mat:
         exponent = arb(float(option)) if option and name in ("diag", "diag-ef", "diag-ief") else 1
-        entries = self.diagonal(name, sampled)
+        divisors = [entry + damping for entry in self.diagonal(name, sampled)]
         return vector(
             [
-                self.right.gradient[p, 0] / (entries[p] + damping) ** exponent
-                for p in range(self.right.num_parameters)
+                arb(0) if value.is_zero() else self.right.gradient[p, 0] / value**exponent
+                for p, value in enumerate(divisors)
             ]
         )
 
