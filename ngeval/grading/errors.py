@@ -34,7 +34,7 @@ PERTURBATIONS = 2
 RELEVANT = 0.6
 """An error above this power of ε is sensitive: few changes by chance may all miss the worst."""
 
-NOISE = 2
+NOISE = 4
 """The least rounding of a row or logit, in units of the problem dtype's machine epsilon."""
 
 ENTRY_SAMPLES = 32
