@@ -15,6 +15,9 @@ from ngeval.errors import InputError, ModelError
 from ngeval.likelihoods.base import Likelihood, OutputDistribution, check_targets
 from ngeval.likelihoods.scaled import ScaledDistribution, Weights, brief_repr, described
 
+LARGEST = 700.0
+"""A logarithm whose exponential does not overflow."""
+
 SCALES = (600.0, 1200.0)
 """Logarithms of factors for probabilities that underflow."""
 
@@ -361,26 +364,28 @@ class _Sticks:
         """√(p_k/(q_k q_{k+1})) Σ_{i>k} p_i t_i."""
         return self._by_scale(
             self.log_later,
-            lambda scale: (
-                (self.log_over - scale).exp() * _later((self.log_p + scale).exp() * terms)
-            ),
+            lambda scale: self._over(scale) * _later((self.log_p + scale).exp() * terms),
         )
 
     def earlier(self, terms: Tensor) -> Tensor:
         """P_k Σ_{i<k} √(p_i/(q_i q_{i+1})) t_i."""
 
         def at(scale: float) -> Tensor:
-            sums = (terms * (self.log_over - scale).exp()).cumsum(-1)
+            sums = (terms * self._over(scale)).cumsum(-1)
             before = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], -1)
             return (self.log_p + scale).exp() * before
 
         return self._by_scale(self.log_p, at)
 
+    def _over(self, scale: float) -> Tensor:
+        # Beyond the last scale, what it is multiplied with is 0.
+        return (self.log_over - scale).clamp_max(LARGEST).exp()
+
     def _by_scale(self, logarithms: Tensor, compute: Callable[[float], Tensor]) -> Tensor:
         """Each entry as it is computed at the scale that its logarithm asks for."""
         result = compute(0.0)
         for scale in SCALES:
-            small = logarithms < -scale
+            small = (logarithms < -scale) & (logarithms > -math.inf)
             if bool(small.any()):
                 result = torch.where(small, compute(scale), result)
         return result

@@ -106,7 +106,7 @@ class DiagonalState(ParameterState):
         roots, gradient = self.diagonal.sqrt(), self.gradient.to(torch.float64)
         diagonal = (roots + entries * roots.norm()).square() + UNDERFLOW
         other = DiagonalState(self.problem, diagonal, self.exponent)
-        other.gradient = gradient + entries * torch.maximum(gradient.norm(), roots.norm())
+        other.gradient = gradient + entries * (gradient.norm() * self.problem.num_samples**0.5)
         return other
 
 
