@@ -411,7 +411,9 @@ class Updates:
         weights = [arb(1)] * right.num_samples
         if name == "diag-ief":
             squares = right.squared_residuals()
-            weights = [1 / s if s > 0 else arb(0) for s in squares]
+            # As documented, a residual that float64 cannot represent is 0, and its sample left out.
+            known = [float(s.mid().sqrt()) > 0 for s in squares]
+            weights = [1 / s if k else arb(0) for s, k in zip(squares, known, strict=True)]
         gradients = right.sample_gradients
         return [
             sum((w * gradients[n, p] * gradients[n, p] for n, w in enumerate(weights)), arb(0))
