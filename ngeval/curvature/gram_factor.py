@@ -60,6 +60,15 @@ class GramFactor:
         device = gram.device
         return cls(rows.to(device), lengths.to(device), places.to(device), equal)
 
+    def has_full_rank(self, width: int) -> bool:
+        """Whether all different rows are independent, or they span their whole space.
+
+        Args:
+            width: the length of rows.
+        """
+        different = int(self.places[self.lengths > 0].unique().numel())
+        return self.lower.shape[1] >= min(different, width)
+
     def weights(self, coordinates: Tensor) -> Tensor:
         """W with Lᵀw = y, which is 0 but at the pivots: shape ``(k, r)`` → ``(k, n)``."""
         square = self._unit(self.pivots)

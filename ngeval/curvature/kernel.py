@@ -25,7 +25,7 @@ from ngeval.curvature.row_space import (
     dense_bytes,
     dense_is_feasible,
 )
-from ngeval.curvature.row_svd import RowSvd
+from ngeval.curvature.row_svd import RowSvd, row_lengths
 from ngeval.errors import EngineError
 from ngeval.problem.fisher import factor_columns
 from ngeval.problem.linearized import Linearized
@@ -214,6 +214,6 @@ def fisher_rows(problem: Linearized, jacobian: Tensor) -> tuple[Tensor, Tensor]:
     """SᵀJ for a matrix J of N·C rows, and the lengths of its terms, |S|ᵀ times those of J."""
     columns = jacobian.T.reshape(-1, *problem.outputs.shape)
     rows = problem.distribution.factor_transpose_product(columns).flatten(1).T.contiguous()
-    norms = jacobian.norm(dim=1).reshape(problem.num_samples, -1, 1)
+    norms = row_lengths(jacobian).reshape(problem.num_samples, -1, 1)
     lengths = torch.bmm(factor_columns(problem).flatten(2).abs(), norms).flatten()
     return rows, lengths

@@ -54,9 +54,9 @@ class Bounds:
     lower: np.ndarray
     upper: np.ndarray
 
-    def widened(self, error: float) -> Bounds:
+    def widened(self, error: float | np.ndarray) -> Bounds:
         """Wider on both sides by twice a relative error; none where that is not small."""
-        factor = 1 + 2 * error if error < 0.1 else math.inf
+        factor = np.where(np.asarray(error) < 0.1, 1 + 2 * np.asarray(error), math.inf)
         return Bounds(self.lower / factor, self.upper * factor)
 
     def distances(self, gammas: np.ndarray) -> np.ndarray:
@@ -215,7 +215,7 @@ class KrylovRun:
         """The γ of the run's update at λ = 0: γ_min lies between the floor and it."""
         if not self.iterations:
             self.run([0.0])
-        return float(self.bounds([0.0]).upper[0])
+        return float(self._rules(np.zeros((1, 1)))[1][0])
 
     def updates(self, dampings: Sequence[float]) -> DirectionUpdates:
         """The updates of every λ, after as many iterations as their bounds need."""
@@ -229,16 +229,34 @@ class KrylovRun:
         )
 
     def _unresolved(self, damping: float) -> float:
-        """The relative error of d by what is left of F beyond the run: ‖Fd‖ ε/λ, at most."""
-        largest = np.linalg.norm(self.factor(), 2) ** 2 if self.iterations else 0.0
-        return float(self.rounding * largest / damping) if damping > 0 else math.inf
+        """‖(F + λI)d − g‖/(λ‖d‖), which is at least the relative error of d."""
+        if not (damping > 0 and self.iterations):
+            return math.inf
+        _, singular, right = _svd(self.factor())
+        weights = right @ (right[0] / (singular**2 + damping))
+        rest = self.rounding * singular[0] ** 2
+        if not self.exhausted:
+            rest += self.diagonal[-1] * self.below[-1] * abs(weights[-1]) / np.linalg.norm(weights)
+        return float(rest / damping)
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
-        """Bounds for every λ from the iterations so far."""
+        """Bounds for every λ from the iterations so far, wider by what rounding changes of them.
+
+        A row of B that is known to ε‖B‖ changes F by ε‖F‖, which λ hides; and what the largest
+        entry of r multiplies.
+        """
         lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
         if not self.iterations:
             infinite = np.full(len(lambdas), np.inf)
             return Bounds(infinite, infinite)
+        lower, upper = self._rules(lambdas)
+        with np.errstate(divide="ignore"):
+            share = np.linalg.norm(self.factor(), 2) ** 2 / lambdas[:, 0]
+        rounding = self.rounding * self.iterations * np.minimum(self.largest_residual, share)
+        return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error + rounding)
+
+    def _rules(self, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bounds on γ in exact arithmetic, for λ of shape ``(L, 1)``."""
         factor = self.factor()
         nodes, weights = self._rule(factor)  # Gauss–Radau, but for its node at 0
         ratio = _ratio(nodes, lambdas)
@@ -261,7 +279,7 @@ class KrylovRun:
             # Where ‖r‖² overflows, what depends on it is not a number.
             lower = np.fmax(np.sqrt(np.fmax(lowest, 0)) / high[0], 1 / self.length)
             upper = np.fmin(np.sqrt(highest) / decrease, decrease**-0.5)
-        return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error)
+        return lower, upper
 
     def _rule(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nodes σ² and weights (‖r‖U_0j)² of the measure whose Jacobi matrix is L Lᵀ, L = UΣVᵀ."""

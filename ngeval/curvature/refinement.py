@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngeval.curvature.row_svd import RowSvd, Solution, unit_vector
+from ngeval.curvature.row_svd import RowSvd, Solution, row_lengths, unit_vector
 
 SWEEPS = 3
 """The change falls by the relative size of E in every sweep."""
@@ -62,8 +62,8 @@ def _is_lost(svd: RowSvd, change: Tensor, right: Tensor | None, damping: float) 
 
     A row that underflows is one; no correction to first order finds what it would do.
     """
-    lengths = torch.linalg.vector_norm(change, dim=1)
-    rounding = torch.linalg.vector_norm(svd.rows, dim=1) < lengths
+    lengths = row_lengths(change)
+    rounding = row_lengths(svd.rows) < lengths
     rounding &= lengths * svd.scale > damping**0.5
     return bool(rounding.any() if right is None else (rounding & (right != 0)).any())
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngeval.curvature.damped_inverse import RowSum
 from ngeval.curvature.gram_factor import EPSILON, GramFactor
-from ngeval.curvature.row_svd import check_products
+from ngeval.curvature.row_svd import check_products, row_lengths
 from ngeval.errors import EngineError
 from ngeval.jacobians import CapturedRows, gram_matrix, row_matrix
 from ngeval.problem.fisher import has_few_parameters, jacobian_columns, unit_cotangents
@@ -84,6 +84,11 @@ class RowSpace(ABC):
     def directions(self, coordinates: Tensor) -> Tensor:
         """The updates d = Qᵀy in the model's dtype: shape ``(k, r)`` → ``(k, P)``."""
 
+    @property
+    def resolves_rank(self) -> bool:
+        """Whether a rank is that of the rows; inner products lose half of the digits."""
+        return True
+
     @abstractmethod
     def perturbed(self, noise: float, generator: torch.Generator) -> RowSpace:
         """The same space with its rows changed at their rounding.
@@ -102,7 +107,7 @@ class LogitSpace(RowSpace):
         return torch.bmm(vectors.flatten(2), samples).flatten(0, 1)
 
     def lengths(self, vectors: Tensor) -> Tensor:
-        norms = self.lower.norm(dim=1).reshape(self.problem.num_samples, -1, 1)
+        norms = row_lengths(self.lower).reshape(self.problem.num_samples, -1, 1)
         return torch.bmm(vectors.flatten(2).abs(), norms).flatten()
 
     def tangents(self, coordinates: Tensor) -> Tensor:
@@ -159,6 +164,10 @@ class GramSpace(LogitSpace):
         self.problem = problem
         self.factor = GramFactor.of(gram_matrix(problem.rows, unit_cotangents(problem)))
         self.lower = self.factor.lower
+
+    @property
+    def resolves_rank(self) -> bool:
+        return self.factor.has_full_rank(self.problem.num_parameters)
 
     def directions(self, coordinates: Tensor) -> Tensor:
         weights = self.factor.weights(coordinates)
@@ -262,6 +271,10 @@ class SpanSpace(RowSpace):
     def _use(self, factor: GramFactor) -> None:
         self.factor, self.lower = factor, self.scales.unsqueeze(1) * factor.lower
 
+    @property
+    def resolves_rank(self) -> bool:
+        return self.factor.has_full_rank(self.problem.num_parameters)
+
     def columns(self, vectors: Tensor) -> list[int] | None:
         """Which of the Q vectors of each sample these are, None if they are not among them."""
         places = []
@@ -279,8 +292,7 @@ class SpanSpace(RowSpace):
         return rows
 
     def lengths(self, vectors: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self.rows(vectors), dim=1)
-        return norms
+        return row_lengths(self.rows(vectors))
 
     def weights(self, coordinates: Tensor) -> Tensor:
         """The coefficients c of the rows of `unit` in d = Σ_nq c_nq J_nᵀv_nq: ``(L, N·Q)``."""
@@ -323,7 +335,7 @@ def _row_noise(rows: Tensor, noise: float, least: float, generator: torch.Genera
     change = noise * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)[places.cpu()]
     if int(places.max()) + 1 < len(rows):
         change += EPSILON * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(least)
+    lengths = row_lengths(rows).unsqueeze(1).clamp_min(least)
     scaled: Tensor = change.to(rows) * lengths / float(rows.shape[1]) ** 0.5
     return scaled
 

@@ -72,7 +72,7 @@ class RowSvd:
         scale = float(rows.abs().max()) if rows.numel() else 0.0
         scale = scale if scale > 0 else 1.0
         unit = rows / scale
-        sizes = unit.norm(dim=1)
+        sizes = row_lengths(unit)
         sizes = sizes if lengths is None else torch.maximum(sizes, lengths / scale)
         return cls(unit, scale, *graded_svd(unit), sizes)
 
@@ -183,7 +183,7 @@ def graded_svd(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inner, singular, right = inner[:, kept], singular[kept], right[:, kept]
     # v_jᵀa_i = σ_j u_ij, with errors of ε‖a_i‖ and εσ_j: the first is better for rows shorter than
     # σ_j, which an improbable label's are.
-    short = part.norm(dim=1, keepdim=True) < singular
+    short = row_lengths(part).unsqueeze(1) < singular
     left = rows.new_zeros(len(rows), len(singular))
     left[nonzero] = torch.where(short, part @ right / singular, inner)
     return left, singular, right
@@ -216,6 +216,16 @@ def _columns(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if info != 0:
         raise NumericalError(f"the singular value decomposition did not converge (info {info})")
     return left[:, : len(values)], values * (work[0] / work[1]), right
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """The lengths of rows whose squares may underflow, shape ``(n,)``."""
+    if not rows.shape[1]:
+        return rows.new_zeros(len(rows))
+    sizes = rows.abs().amax(1, keepdim=True)
+    unit = rows / torch.where(sizes > 0, sizes, 1.0)
+    lengths: Tensor = sizes.squeeze(1) * unit.norm(dim=1)
+    return lengths
 
 
 def unit_vector(vector: Tensor) -> tuple[Tensor, float]:

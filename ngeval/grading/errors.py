@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import dense_solver
-from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.curvature.updates import DirectionUpdates, SpaceUpdates, Updates
 from ngeval.grading.grade import SAFETY, Grades, Noise, grade
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
@@ -136,6 +136,9 @@ class Perturbations:
         """With the rounding of its γ, and of an update that is computed directly."""
         result = grades.with_errors(grades.errors + SAFETY * self.noise)
         updates = prepared.updates
+        if isinstance(updates, SpaceUpdates) and not updates.space.resolves_rank:
+            unknown = [math.inf if damping == 0 else 0.0 for damping in prepared.absolute]
+            result = result.with_errors(result.errors.new_tensor(unknown))
         if not isinstance(updates, DirectionUpdates) or updates.changed is None:
             return result
         make = updates.changed(self._entries)
