@@ -17,7 +17,7 @@ from torch import Tensor
 from ngeval.curvature.damped_inverse import DampedInverse, RowSum
 from ngeval.curvature.gram_factor import GramFactor
 from ngeval.curvature.kernel import Kernel, fisher_rows
-from ngeval.curvature.row_space import DENSE_SIZE, JacobianSpace
+from ngeval.curvature.row_space import DENSE_SIZE, JacobianSpace, row_noise
 from ngeval.curvature.row_svd import RowSvd
 from ngeval.curvature.updates import KnownForms
 from ngeval.errors import EngineError
@@ -84,6 +84,8 @@ class FisherBlocks:
         for name, block in self.blocks.items():
             factor = block.factor and block.factor.perturbed(noise, generator, problem.dtype)
             rows, _, gradient = _rows(problem, block.group, factor, space)
+            if factor is None:  # the space's noise is within the span of whole rows
+                rows = rows + row_noise(rows, noise, 0.0, generator)
             inverse = DampedInverse(block.inverse.rows.moved(rows), gradient)
             other.blocks[name] = Block(block.group, inverse, factor, block.by_rows)
         return other

@@ -38,6 +38,9 @@ ROUNDING = 10
 """Entries of L below this many ε of the model's dtype, relative to the largest, are rounding and
 end the run; singular values below k times that are rounding, too."""
 
+SAFETY = 10
+"""The rounding of a run may change the bounds by this many times ‖F‖ε/λ."""
+
 LARGE = 1e-3
 """From this damping on, relative to the largest node, the rules of x² dμ are used as well."""
 
@@ -252,7 +255,8 @@ class KrylovRun:
         lower, upper = self._rules(lambdas)
         with np.errstate(divide="ignore"):
             share = np.linalg.norm(self.factor(), 2) ** 2 / lambdas[:, 0]
-        rounding = self.rounding * self.iterations * np.minimum(self.largest_residual, share)
+        reach = np.minimum(self.largest_residual, SAFETY * share)
+        rounding = self.rounding * self.iterations * reach
         return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error + rounding)
 
     def _rules(self, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

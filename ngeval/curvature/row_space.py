@@ -153,7 +153,7 @@ class JacobianSpace(LogitSpace):
         other = object.__new__(JacobianSpace)
         other.problem, other.basis = self.problem, self.basis
         least = torch.finfo(self.problem.dtype).tiny
-        other.lower = self.lower + _row_noise(self.lower, noise, least, generator)
+        other.lower = self.lower + row_noise(self.lower, noise, least, generator)
         return other
 
 
@@ -326,7 +326,7 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / sizes.reshape(*sizes.shape, *[1] * (vectors.ndim - 2)), sizes.flatten()
 
 
-def _row_noise(rows: Tensor, noise: float, least: float, generator: torch.Generator) -> Tensor:
+def row_noise(rows: Tensor, noise: float, least: float, generator: torch.Generator) -> Tensor:
     """Random changes of rows, relative to their lengths or to a least length.
 
     Equal rows get equal noise but for the rounding of the algebra, which does not keep them equal.

@@ -77,7 +77,8 @@ class Perturbations:
     def _entries(self) -> Tensor:
         """The rounding of each entry of rows: more than 0 where one may underflow."""
         problem = self.kernel.problem
-        lost, mask = self._changed_problem(0).residual == 0, problem.distribution.mask
+        tiny, mask = torch.finfo(problem.dtype).tiny ** 0.5, problem.distribution.mask
+        lost = self._changed_problem(0).residual.abs() < tiny
         unseen = bool((lost if mask is None else lost & mask).any())
         entries = self.rounding.entries
         if problem.dtype != torch.float64:
@@ -146,8 +147,10 @@ class Perturbations:
             return result
         changed = partial(DirectionUpdates, updates.count, make)
         error, of_update = self._changes(grades, self.kernel, changed)
-        if updates.unresolved is not None:
-            of_update = torch.maximum(of_update, of_update.new_tensor(updates.unresolved))
+        unresolved = updates.unresolved or [
+            _distance(updates.direction(i), make(i)) for i in range(updates.count)
+        ]
+        of_update = torch.maximum(of_update, of_update.new_tensor(unresolved))
         # Of an update that is nothing but rounding, no γ is right.
         error = torch.where(of_update > 1, of_update, error)
         if self.metric is None and prepared.bounds is not None:
@@ -212,3 +215,8 @@ class Perturbations:
             return np.full(len(dampings), math.inf)
         changes: np.ndarray = SAFETY * np.abs(result - 1)
         return changes
+
+
+def _distance(direction: Tensor, other: Tensor) -> float:
+    """‖other − d‖/‖d‖."""
+    return float((other - direction).norm() / direction.norm())

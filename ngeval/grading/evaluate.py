@@ -310,7 +310,7 @@ def _status(
     request: _Request, gamma: float, error: float, gap: float, slope: float, norm: float
 ) -> _Status:
     if not math.isfinite(gamma):
-        reason = "the update is 0" if norm == 0 else "dᵀg = 0 to rounding, or not finite"
+        reason = "the update is 0" if norm == 0 else "dᵀg or dᵀFd is 0 to rounding, or not finite"
         return "undefined", reason
     if not error <= request.tolerance:
         return "uncertain", _uncertainty(request, gap)

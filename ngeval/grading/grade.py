@@ -49,7 +49,7 @@ class Grades(NamedTuple):
     """The quality of L updates: float64 tensors of shape ``(L,)``.
 
     Attributes:
-        gammas: γ, NaN where dᵀg is only rounding or the update is not finite.
+        gammas: γ, NaN where dᵀg is only rounding, dᵀFd underflows or the update is not finite.
         errors: relative, of γ for the update as it was computed, by the rounding of dᵀg.
         decrease: dᵀg.
         curvature: dᵀFd.
@@ -83,7 +83,8 @@ class Grades(NamedTuple):
         """
         rounding = EPSILON * (absolute + torch.zeros_like(decrease))
         slopes = decrease.abs()
-        gammas = torch.where(slopes > rounding, roots / slopes, math.nan)
+        # F has all directions that change the loss: a root of 0 underflows.
+        gammas = torch.where((slopes > rounding) & (roots > 0), roots / slopes, math.nan)
         lost = ~torch.isfinite(gammas) | torch.isnan(sizes)
         gammas = gammas.masked_fill(lost, math.nan)
         errors = (rounding / slopes + 4 * EPSILON).masked_fill(lost, math.nan)

@@ -104,7 +104,7 @@ class DiagonalState(ParameterState):
         least = torch.finfo(self.problem.dtype).eps
         entries = torch.where(self.diagonal > 0, entries.clamp_min(least), entries)
         roots, gradient = self.diagonal.sqrt(), self.gradient.to(torch.float64)
-        diagonal = (roots + entries * roots.norm()).square() + UNDERFLOW
+        diagonal = (roots + entries * roots.norm()).square() + UNDERFLOW * (roots > 0)
         other = DiagonalState(self.problem, diagonal, self.exponent)
         other.gradient = gradient + entries * (gradient.norm() * self.problem.num_samples**0.5)
         return other

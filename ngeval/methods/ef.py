@@ -44,11 +44,11 @@ class EmpiricalFisher:
         squares = (problem.residual / size).square().flatten(1).sum(1)
         target = squares if self.improved else torch.ones_like(squares)
         space = kernel.space(kernel.residual_vectors)
-        return EmpiricalState(space, kernel.gradients, target, size**2)
+        return EmpiricalState(space, kernel.gradients, target, size)
 
 
 class EmpiricalState(State):
-    """The ridge regression of ``size`` · ``target`` on the per-sample gradients."""
+    """The ridge regression of ``size``² · ``target`` on the per-sample gradients."""
 
     def __init__(self, space: RowSpace, gradients: RowSvd, target: Tensor, size: float) -> None:
         self.space = space
@@ -72,5 +72,6 @@ class EmpiricalState(State):
         them would be a difference of numbers that are orders of magnitude larger.
         """
         solved = [ridge(self.gradients, self.target, damping) for damping in dampings]
-        scaled = (replace(solution, size=solution.size * self.size) for solution in solved)
+        # Not by the square, which may underflow.
+        scaled = [replace(each, size=each.size * self.size * self.size) for each in solved]
         return SpaceUpdates.of(self.space, scaled)
