@@ -155,3 +155,17 @@ def test_another_batch_does_not_hide_that_a_run_ended_early(monkeypatch):
         metric = ngeval.Metric(problem, [(case.inputs, case.targets)])
         table = ngeval.evaluate(problem, ["ng"], [0.3], metric=metric, max_iterations=iterations)
         assert table["status"].item() == status
+
+
+@pytest.mark.parametrize("family", ["gaussian", "categorical"])
+def test_a_gradient_of_zero_has_no_run(monkeypatch, family):
+    monkeypatch.setattr(row_space, "DENSE_SIZE", 0)
+    model, inputs = nn.Linear(2, 2).double(), torch.eye(2).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([2000.0, -2000.0]))
+    targets = model(inputs).detach() if family == "gaussian" else torch.tensor([0, 0])
+    problem = ngeval.Problem(model, inputs, targets, family)
+    table = ngeval.evaluate(problem, ["sgd", "ng"], [0.0, 1.0])
+    assert (table["status"] == "undefined").all()
+    assert np.isinf(table["gamma_min"]).all()

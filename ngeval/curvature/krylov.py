@@ -233,7 +233,7 @@ class KrylovRun:
 
     def _unresolved(self, damping: float) -> float:
         """‖(F + λI)d − g‖/(λ‖d‖), which is at least the relative error of d."""
-        if not (damping > 0 and self.iterations):
+        if not (damping > 0 and self.factor().any()):
             return math.inf
         _, singular, right = _svd(self.factor())
         weights = right @ (right[0] / (singular**2 + damping))
@@ -249,10 +249,9 @@ class KrylovRun:
         entry of r multiplies.
         """
         lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
-        if not self.iterations:
-            infinite = np.full(len(lambdas), np.inf)
-            return Bounds(infinite, infinite)
         lower, upper = self._rules(lambdas)
+        if not self.factor().any():
+            return Bounds(lower, upper)
         with np.errstate(divide="ignore"):
             share = np.linalg.norm(self.factor(), 2) ** 2 / lambdas[:, 0]
         reach = np.minimum(self.largest_residual, SAFETY * share)
@@ -260,8 +259,11 @@ class KrylovRun:
         return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error + rounding)
 
     def _rules(self, lambdas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The bounds on γ in exact arithmetic, for λ of shape ``(L, 1)``."""
+        """The bounds on γ in exact arithmetic, for λ of shape ``(L, 1)``; ∞ where d = 0."""
         factor = self.factor()
+        if not factor.any():
+            infinite = np.full(len(lambdas), np.inf)
+            return infinite, infinite
         nodes, weights = self._rule(factor)  # Gauss–Radau, but for its node at 0
         ratio = _ratio(nodes, lambdas)
         # A node that is only rounding may belong to the node at 0, and does at λ = 0: that is the

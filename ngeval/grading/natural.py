@@ -31,7 +31,7 @@ def with_natural(
         solver.updates(dampings)
         bounds, floor = solver.bounds(dampings), gamma_floor(problem)
         least = max(solver.gamma_min(), floor)  # equal but for rounding, or above
-        if solver.iterations:
+        if not rounding:  # a Krylov run
             return solver, bounds, least, float(bounds.gaps[0])
         errors = np.array([rounding[damping] for damping in dampings])
         lower = np.fmax(bounds.lower / (1 + errors), floor)
