@@ -80,6 +80,10 @@ class RowSpace(ABC):
         None where only a pass through the model gives them.
         """
 
+    def tangent_rounding(self, coordinates: Tensor) -> Tensor | None:
+        """By how much each entry of `tangents` is known, where that is known."""
+        return None
+
     @abstractmethod
     def directions(self, coordinates: Tensor) -> Tensor:
         """The updates d = Qᵀy in the model's dtype: shape ``(k, r)`` → ``(k, P)``."""
@@ -112,6 +116,10 @@ class LogitSpace(RowSpace):
 
     def tangents(self, coordinates: Tensor) -> Tensor:
         flat = coordinates @ self.lower.T
+        return flat.reshape(len(coordinates), *self.problem.outputs.shape)
+
+    def tangent_rounding(self, coordinates: Tensor) -> Tensor:
+        flat = EPSILON * coordinates.norm(dim=1, keepdim=True) * row_lengths(self.lower)
         return flat.reshape(len(coordinates), *self.problem.outputs.shape)
 
     @property

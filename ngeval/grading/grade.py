@@ -148,8 +148,17 @@ def grade(
 
 def _by_tangents(problem: Problem, tangents: Tensor, updates: SpaceUpdates) -> Grades:
     """With the tangents of the unit vectors, and what the method knows better."""
-    roots = root_forms(problem, tangents)[0] if updates.roots is None else updates.roots
-    return Grades.of_unit(roots, updates.decrease, 0.0, updates.finite_sizes)
+    if updates.roots is not None:
+        return Grades.of_unit(updates.roots, updates.decrease, 0.0, updates.finite_sizes)
+    roots = root_forms(problem, tangents)[0]
+    grades = Grades.of_unit(roots, updates.decrease, 0.0, updates.finite_sizes)
+    rounding = updates.space.tangent_rounding(updates.coordinates)
+    if rounding is None:
+        return grades
+    # Signs at random: the tangents of a unit vector that is almost orthogonal to most rows.
+    signs = torch.randn(rounding.shape, generator=torch.Generator().manual_seed(0)).sign()
+    lost = root_forms(problem, rounding * signs.to(rounding))[0] / roots
+    return grades.with_errors(SAFETY * torch.nan_to_num(lost, nan=0.0), grades.update_errors)
 
 
 def _by_basis(metric: Metric, members: Sequence[SpaceUpdates], *, own: bool) -> list[Grades]:
