@@ -213,7 +213,7 @@ def test_a_perturbed_gram_factor_has_the_perturbed_products(rank):
     rows[3] = rows[7]
     gram = rows @ rows.T
     factor = GramFactor.of(gram)
-    noisy = factor.perturbed(1e-6, torch.Generator().manual_seed(2), torch.float64)
+    noisy = factor.perturbed(1e-6, torch.Generator().manual_seed(2))
     lengths = factor.lengths * factor.lengths.unsqueeze(1)
     change = (noisy.lower @ noisy.lower.T - gram) / lengths
     # Beyond their rank, products are what those with the pivots make them.

@@ -82,10 +82,10 @@ class FisherBlocks:
         other = copy(self)
         other.problem, other.blocks = problem, {}
         for name, block in self.blocks.items():
-            factor = block.factor and block.factor.perturbed(noise, generator, problem.dtype)
+            factor = block.factor and block.factor.perturbed(noise, generator)
             rows, _, gradient = _rows(problem, block.group, factor, space)
             if factor is None:  # the space's noise is within the span of whole rows
-                rows = rows + row_noise(rows, noise, 0.0, generator)
+                rows = rows + row_noise(rows, noise, generator)
             inverse = DampedInverse(block.inverse.rows.moved(rows), gradient)
             other.blocks[name] = Block(block.group, inverse, factor, block.by_rows)
         return other

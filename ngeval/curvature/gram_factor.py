@@ -77,7 +77,7 @@ class GramFactor:
         weights[:, self.pivots] = solved.T / self.lengths[self.pivots]
         return weights
 
-    def perturbed(self, noise: float, generator: torch.Generator, dtype: torch.dtype) -> GramFactor:
+    def perturbed(self, noise: float, generator: torch.Generator) -> GramFactor:
         """A factor of A with its entries changed relative to the lengths of their rows.
 
         To first order in the change N of the unit rows' products, the pivots P of L change by
@@ -87,7 +87,6 @@ class GramFactor:
         Args:
             noise: the relative size of the change.
             generator: of the noise; equal rows get equal noise but for the algebra's rounding.
-            dtype: of the rows; what is shorter than its least normal number is rounding.
         """
         pivots, size = self.pivots, len(self.lower)
         change = torch.randn((size, size), generator=generator, dtype=torch.float64)
@@ -107,8 +106,7 @@ class GramFactor:
         if some_equal:
             own = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
             change += own * (EPSILON / own.shape[1] ** 0.5)
-        lengths = self.lengths.clamp_min(torch.finfo(dtype).tiny)
-        return replace(self, lower=self.lower + change * lengths.unsqueeze(1))
+        return replace(self, lower=self.lower + change * self.lengths.unsqueeze(1))
 
     def _unit(self, rows: Tensor) -> Tensor:
         """Rows of L at unit length."""

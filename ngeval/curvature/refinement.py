@@ -63,7 +63,7 @@ def _is_lost(svd: RowSvd, change: Tensor, right: Tensor | None, damping: float) 
     A row that underflows is one; no correction to first order finds what it would do.
     """
     lengths = row_lengths(change)
-    rounding = row_lengths(svd.rows) < lengths
+    rounding = svd.lengths < lengths  # not of rows that cancel: their rank is decided already
     rounding &= lengths * svd.scale > damping**0.5
     return bool(rounding.any() if right is None else (rounding & (right != 0)).any())
 

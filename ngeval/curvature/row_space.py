@@ -119,7 +119,7 @@ class LogitSpace(RowSpace):
         return flat.reshape(len(coordinates), *self.problem.outputs.shape)
 
     def tangent_rounding(self, coordinates: Tensor) -> Tensor:
-        flat = EPSILON * coordinates.norm(dim=1, keepdim=True) * row_lengths(self.lower)
+        flat: Tensor = EPSILON * coordinates.norm(dim=1, keepdim=True) * row_lengths(self.lower)
         return flat.reshape(len(coordinates), *self.problem.outputs.shape)
 
     @property
@@ -160,8 +160,7 @@ class JacobianSpace(LogitSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> JacobianSpace:
         other = object.__new__(JacobianSpace)
         other.problem, other.basis = self.problem, self.basis
-        least = torch.finfo(self.problem.dtype).tiny
-        other.lower = self.lower + row_noise(self.lower, noise, least, generator)
+        other.lower = self.lower + row_noise(self.lower, noise, generator)
         return other
 
 
@@ -185,7 +184,7 @@ class GramSpace(LogitSpace):
     def perturbed(self, noise: float, generator: torch.Generator) -> GramSpace:
         other = object.__new__(GramSpace)
         other.problem = self.problem
-        other.factor = self.factor.perturbed(noise, generator, self.problem.dtype)
+        other.factor = self.factor.perturbed(noise, generator)
         other.lower = other.factor.lower
         return other
 
@@ -316,7 +315,7 @@ class SpanSpace(RowSpace):
         other = object.__new__(SpanSpace)
         other.problem, other.products, other.vectors = self.problem, self.products, self.vectors
         other.unit, other.scales = self.unit, self.scales
-        other._use(self.factor.perturbed(noise, generator, self.problem.dtype))
+        other._use(self.factor.perturbed(noise, generator))
         return other
 
 
@@ -334,8 +333,8 @@ def unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / sizes.reshape(*sizes.shape, *[1] * (vectors.ndim - 2)), sizes.flatten()
 
 
-def row_noise(rows: Tensor, noise: float, least: float, generator: torch.Generator) -> Tensor:
-    """Random changes of rows, relative to their lengths or to a least length.
+def row_noise(rows: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Random changes of rows, relative to their lengths.
 
     Equal rows get equal noise but for the rounding of the algebra, which does not keep them equal.
     """
@@ -343,7 +342,7 @@ def row_noise(rows: Tensor, noise: float, least: float, generator: torch.Generat
     change = noise * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)[places.cpu()]
     if int(places.max()) + 1 < len(rows):
         change += EPSILON * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-    lengths = row_lengths(rows).unsqueeze(1).clamp_min(least)
+    lengths = row_lengths(rows).unsqueeze(1)
     scaled: Tensor = change.to(rows) * lengths / float(rows.shape[1]) ** 0.5
     return scaled
 

@@ -100,9 +100,12 @@ class Linearized:
         targets = self.distribution.targets
         other.outputs = changed.reshape_as(self.outputs)
         other.distribution = bound(self.function.output, self.likelihood, other.outputs, targets)
-        # What underflows stays 0, also where it does so only just.
+        # What underflows stays 0, also where it does so only just. In float64 a 0 is meant.
         residual = other.distribution.residual()
-        other.residual = residual * ((self.residual != 0) | (residual.abs() > UNDERFLOW))
+        kept = self.residual != 0
+        if self.function.dtype != torch.float64:
+            kept |= residual.abs() > UNDERFLOW
+        other.residual = residual * kept
         other._gradient = other.fisher_diagonal = None
         return other
 
