@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -42,7 +43,9 @@ def log_scale(axes: Axes, *names: Literal["x", "y"]) -> None:
     """Make axes logarithmic, with at least two numbers on each."""
     for name in names:
         axis = axes.xaxis if name == "x" else axes.yaxis
-        getattr(axes, f"set_{name}scale")("log")
+        with warnings.catch_warnings():  # limits of values near 1e-100, made before the scale
+            warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+            getattr(axes, f"set_{name}scale")("log")
         plain_ticks(axis)
     axes.autoscale_view()  # by the new ticks' own rule; limits that were set stay
 
