@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ngeval.curvature.bounds import Bounds
 from ngeval.curvature.row_svd import graded_svd
 from ngeval.curvature.updates import DirectionUpdates
 from ngeval.problem.problem import Problem
@@ -43,44 +43,6 @@ SAFETY = 10
 
 LARGE = 1e-3
 """From this damping on, relative to the largest node, the rules of x² dμ are used as well."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Bounds on the natural gradient's γ(λ).
-
-    Attributes:
-        lower: γ of (F + λI)⁻¹g is at least this, shape ``(L,)``.
-        upper: and at most this.
-    """
-
-    lower: np.ndarray
-    upper: np.ndarray
-
-    def widened(self, error: float | np.ndarray) -> Bounds:
-        """Wider on both sides by twice a relative error; none where that is not small."""
-        factor = np.where(np.asarray(error) < 0.1, 1 + 2 * np.asarray(error), math.inf)
-        return Bounds(self.lower / factor, self.upper * factor)
-
-    def distances(self, gammas: np.ndarray) -> np.ndarray:
-        """How far γ are outside of the bounds, relative; 0 inside of them."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            outside = np.maximum(self.lower / gammas, gammas / self.upper) - 1
-        distances: np.ndarray = np.fmax(outside, 0.0)
-        return distances
-
-    @property
-    def gaps(self) -> np.ndarray:
-        """upper/lower − 1, shape ``(L,)``."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(np.isinf(self.lower), 1.0, self.upper / self.lower)
-        gaps: np.ndarray = np.nan_to_num(ratio - 1, nan=np.inf)
-        return gaps
-
-    @property
-    def gap(self) -> float:
-        """The largest gap."""
-        return float(self.gaps.max(initial=0.0))
 
 
 class KrylovRun:
@@ -228,19 +190,24 @@ class KrylovRun:
             len(lambdas),
             lambda i: self.direction(lambdas[i]),
             changed=lambda _: lambda i: self.other_direction(lambdas[i]),
-            unresolved=[self._unresolved(damping) for damping in lambdas],
+            unresolved=self._unresolved(lambdas),
         )
 
-    def _unresolved(self, damping: float) -> float:
-        """‖(F + λI)d − g‖/(λ‖d‖), which is at least the relative error of d."""
-        if not (damping > 0 and self.factor().any()):
-            return math.inf
-        _, singular, right = _svd(self.factor())
-        weights = right @ (right[0] / (singular**2 + damping))
-        rest = self.rounding * singular[0] ** 2
-        if not self.exhausted:
-            rest += self.diagonal[-1] * self.below[-1] * abs(weights[-1]) / np.linalg.norm(weights)
-        return float(rest / damping)
+    def _unresolved(self, dampings: Sequence[float]) -> list[float]:
+        """‖(F + λI)d − g‖/(λ‖d‖) for every λ, which is at least the relative error of d."""
+        factor = self.factor()
+        if not factor.any():
+            return [math.inf] * len(dampings)
+        _, singular, right = _svd(factor)
+        results = []
+        for damping in dampings:
+            weights = right @ (right[0] / (singular**2 + damping))
+            rest = self.rounding * singular[0] ** 2
+            if not self.exhausted:
+                last = abs(weights[-1]) / np.linalg.norm(weights)
+                rest += self.diagonal[-1] * self.below[-1] * last
+            results.append(float(rest / damping) if damping > 0 else math.inf)
+        return results
 
     def bounds(self, dampings: Sequence[float]) -> Bounds:
         """Bounds for every λ from the iterations so far, wider by what rounding changes of them.
@@ -250,10 +217,11 @@ class KrylovRun:
         """
         lambdas = np.asarray(dampings, dtype=np.float64)[:, None]
         lower, upper = self._rules(lambdas)
-        if not self.factor().any():
+        factor = self.factor()
+        if not factor.any():
             return Bounds(lower, upper)
         with np.errstate(divide="ignore"):
-            share = np.linalg.norm(self.factor(), 2) ** 2 / lambdas[:, 0]
+            share = np.linalg.norm(factor, 2) ** 2 / lambdas[:, 0]
         reach = np.minimum(self.largest_residual, SAFETY * share)
         rounding = self.rounding * self.iterations * reach
         return Bounds(lower, np.maximum(upper, lower)).widened(self.whitening_error + rounding)

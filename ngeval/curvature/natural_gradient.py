@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from ngeval.curvature.bounds import Bounds
 from ngeval.curvature.damped_inverse import DampedInverse
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds, KrylovRun
+from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, KrylovRun
 from ngeval.curvature.row_space import dense_is_feasible
 from ngeval.curvature.updates import SpaceUpdates
 from ngeval.problem.gamma import gamma_floor

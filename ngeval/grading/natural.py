@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from ngeval.curvature.bounds import Bounds
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.krylov import Bounds
 from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
 from ngeval.grading.prepare import NUMERICAL, Failure, add_note, attempt
 from ngeval.problem.gamma import gamma_floor

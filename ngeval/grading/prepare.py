@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from ngeval.curvature.bounds import Bounds
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.krylov import Bounds
 from ngeval.curvature.updates import Updates
 from ngeval.dampings import check_scale
 from ngeval.errors import InputError, NgevalError

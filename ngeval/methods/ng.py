@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ngeval.curvature.bounds import Bounds
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.krylov import GAP, MAX_ITERATIONS, Bounds
+from ngeval.curvature.krylov import GAP, MAX_ITERATIONS
 from ngeval.curvature.natural_gradient import NaturalGradientSolver, natural_solver
 from ngeval.curvature.updates import Updates
 from ngeval.methods.base import State
