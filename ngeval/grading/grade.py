@@ -29,6 +29,9 @@ BASIS = 4 * EPSILON
 SAFETY = 2
 """An error is the largest change times this, as few random changes may miss the worst."""
 
+UNKNOWN = 0.5
+"""An error above this part of a number says no more than that it is not known: it is infinite."""
+
 CANCELLATION = 1e11
 """An F-norm over this many times the rounding of the tangent is not looked at again."""
 
@@ -94,10 +97,9 @@ class Grades(NamedTuple):
     def with_errors(self, errors: Tensor, of_update: Tensor | None = None) -> Grades:
         """At least these errors of γ, and of dᵀg and ‖d‖ if those are different."""
         of_update = errors if of_update is None else of_update
-        return self._replace(
-            errors=torch.maximum(self.errors, errors),
-            update_errors=torch.maximum(self.update_errors, of_update),
-        )
+        both = torch.maximum(self.errors, errors), torch.maximum(self.update_errors, of_update)
+        known = [torch.where(error > UNKNOWN, math.inf, error) for error in both]
+        return self._replace(errors=known[0], update_errors=known[1])
 
     def changes(self, other: Grades) -> tuple[Tensor, Tensor]:
         """How much γ, and dᵀg and ‖d‖, differ in other grades of the same updates, × `SAFETY`."""

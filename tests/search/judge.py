@@ -262,8 +262,6 @@ def _verdict(
         value = value_of(version)
         stable &= value is not None and _difference(value, right) <= STABLE * tolerance
     allowed = max(tolerance, 10 * (0.0 if math.isnan(claimed) else claimed))
-    if claimed > 0.5:  # the row says that the number is not known
-        allowed = math.inf
     kind = "right" if error <= allowed else "wrong"
     if math.isnan(got) and f"no {what}:" in str(row["note"]):
         status = "undefined"
