@@ -17,6 +17,9 @@ from torch import Tensor
 from ngeval.curvature.row_space import RowSpace
 from ngeval.curvature.row_svd import Solution, unit_vector
 
+SENSITIVE = 0.6
+"""An update that rounding changes by more than this power of ε is looked at more closely."""
+
 
 @dataclass(frozen=True)
 class KnownForms:
@@ -123,8 +126,9 @@ class DirectionUpdates(Updates):
         make: computes the update of an index, shape ``(P,)``.
         is_solution: see `Updates`.
         forms: by the batch that the updates were made from, where the method has them.
-        changed: the same updates with rounding of a size that the method knows better, shape
-            ``(P,)`` of the entries of a row relative to its length; None where it is nothing.
+        changed: the same updates with other rounding, or None where that changes nothing; from a
+            function that measures the rounding of a row's entries, shape ``(P,)``, relative to the
+            length of the row.
         unresolved: the relative error of d that such a change does not show, of each λ.
     """
 
@@ -132,7 +136,7 @@ class DirectionUpdates(Updates):
     make: Callable[[int], Tensor]
     is_solution: bool = False
     forms: KnownForms | None = None
-    changed: Callable[[Tensor], Callable[[int], Tensor] | None] | None = None
+    changed: Callable[[Callable[[], Tensor]], Callable[[int], Tensor] | None] | None = None
     unresolved: Sequence[float] | None = None
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
 from ngeval.curvature.natural_gradient import dense_solver
-from ngeval.curvature.updates import DirectionUpdates, SpaceUpdates, Updates
+from ngeval.curvature.updates import SENSITIVE, DirectionUpdates, SpaceUpdates, Updates
 from ngeval.grading.grade import SAFETY, Grades, Noise, grade
 from ngeval.grading.prepare import NUMERICAL, Failure, Prepared, attempt
 from ngeval.methods import Method
@@ -25,14 +25,12 @@ from ngeval.problem.metric_batch import Metric
 from ngeval.problem.probes import ROUNDING_SAMPLES, RowRounding, row_rounding
 from ngeval.problem.problem import Problem
 
-SENSITIVE = 1e-4
+RESIDUAL = 1e-4
 """Where a residual changes by more than this with the logits' rounding, so may any update."""
 
 PERTURBATIONS = 2
-"""How often everything is computed again; twice as often what turns out to be sensitive."""
-
-RELEVANT = 0.6
-"""An error above this power of ε is sensitive: few changes by chance may all miss the worst."""
+"""How often everything is computed again; twice as often what turns out to be sensitive, since few
+changes by chance may all miss the worst."""
 
 NOISE = 4
 """The least rounding of a row or logit, in units of the problem dtype's machine epsilon."""
@@ -117,13 +115,13 @@ class Perturbations:
         solved = [
             i
             for i, (_, each, _) in enumerate(outcomes)
-            if each.updates.is_solution or self.residual_change > SENSITIVE
+            if each.updates.is_solution or self.residual_change > RESIDUAL
         ]
-        relevant = torch.finfo(self.kernel.problem.dtype).eps ** RELEVANT
+        sensitive = torch.finfo(self.kernel.problem.dtype).eps ** SENSITIVE
         for seed in range(2 * PERTURBATIONS):
             if seed == PERTURBATIONS:
-                solved = [i for i in solved if bool((results[i].errors > relevant).any())]
-                dampings = dampings if bool((natural > relevant).any()) else []
+                solved = [i for i in solved if bool((results[i].errors > sensitive).any())]
+                dampings = dampings if bool((natural > sensitive).any()) else []
             if not solved and not dampings:
                 break
             kernel = self._changed_kernel(seed)  # one at a time: they are large
@@ -142,7 +140,7 @@ class Perturbations:
             result = result.with_errors(result.errors.new_tensor(unknown))
         if not isinstance(updates, DirectionUpdates) or updates.changed is None:
             return result
-        make = updates.changed(self._entries)
+        make = updates.changed(lambda: self._entries)
         if make is None:
             return result
         changed = partial(DirectionUpdates, updates.count, make)
@@ -170,7 +168,7 @@ class Perturbations:
 
     def _changed_kernel(self, seed: int) -> Kernel:
         """With other residuals a span of their rows is made again."""
-        if self.kernel.is_dense or self.residual_change <= SENSITIVE:
+        if self.kernel.is_dense or self.residual_change <= RESIDUAL:
             return self.kernel.perturbed(self.noise, seed)
         problem = self._changed_problem(seed)
         return Kernel(problem, exact=self.kernel.exact, pushes=self.kernel.pushes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ngeval.curvature.kernel import Kernel
-from ngeval.curvature.updates import DirectionUpdates, Updates
+from ngeval.curvature.updates import SENSITIVE, DirectionUpdates, Updates
 from ngeval.errors import InputError
 from ngeval.jacobians import squared_column_sums
 from ngeval.methods.base import ParameterState
@@ -24,9 +24,6 @@ from ngeval.problem.problem import Problem
 
 UNDERFLOW = 4 * 2.0**-1074
 """The rounding of squares that underflow."""
-
-SENSITIVE = 0.6
-"""Below this power of ε, what rounding of f and g changes of an update needs no second γ."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ class DiagonalState(ParameterState):
         return torch.where((damped == 0) & (gradient == 0), 0.0, gradient / damped**self.exponent)
 
     def updates(self, dampings: Sequence[float]) -> Updates:
-        def changed(entries: Tensor) -> Callable[[int], Tensor] | None:
-            other = self._rounded(entries)
+        def changed(entries: Callable[[], Tensor]) -> Callable[[int], Tensor] | None:
+            other = self._rounded(entries())
             least = torch.finfo(self.problem.dtype).eps ** SENSITIVE
             for damping in dampings:
                 known = self.direction(damping)
